@@ -1,0 +1,41 @@
+"""Assemble a language model, a fresh multi_modal_projector and a vision tower into one LLaVA directory.
+
+    python build_base_model.py --language_model Qwen/Qwen2-7B-Instruct \
+        --vision_model OFA-Sys/chinese-clip-vit-large-patch14-336px --output_dir output/base
+"""
+
+from meme_llava.arguments import BuildArguments, parse_arguments, to_plain
+from meme_llava.assembly import make_parts, prove_llava, write_llava
+from meme_llava.checkpoint import RUN_RECORD, check_output_dir, describe_environment, write_directory, write_json
+from meme_llava.display import print_table
+from meme_llava.errors import stop_on_user_error
+from meme_llava.sources import resolve_model_folder
+from meme_llava.weights import fingerprint_folder
+
+
+@stop_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(BuildArguments, argv, description=__doc__)
+    check_output_dir(arguments.output_dir, arguments.overwrite)
+    language_folder = resolve_model_folder(arguments.language_model)
+    vision_folder = resolve_model_folder(arguments.vision_model)
+
+    parts = make_parts(language_folder, vision_folder)
+    with write_directory(arguments.output_dir, arguments.overwrite) as folder:
+        write_llava(parts, folder, arguments.seed)
+        checks = prove_llava(parts, folder)
+        record = {
+            "stage": "build",
+            "settings": to_plain(arguments),
+            "fingerprint": fingerprint_folder(folder),
+            "checks": dict(checks),
+            "environment": describe_environment(),
+        }
+        write_json(folder / RUN_RECORD, record)
+
+    print_table("Proved on the written directory", ("check", "finding"), checks)
+    print(f"base model: {arguments.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Knows which settings exist and what command line, recipe file and defaults resolve to.
+
+Every setting has one home. Those without a default are the user's: run.sh or the command line gives them. What makes a
+train type stands in configs/train/<train_type>.yaml. The rest has its default here. Command line > recipe > default;
+an unknown or contradictory setting is an error.
+"""
+
+import argparse
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import yaml
+from transformers.hf_argparser import HfArgumentParser
+
+from meme_llava.errors import UserError
+
+RECIPE_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "train"
+Arguments = TypeVar("Arguments")
+RoleTraining = Literal["frozen", "lora", "full"]
+
+
+def describe(text: str, **metadata) -> dict:
+    """Field metadata for a help text."""
+    return {"help": text, **metadata}
+
+
+@dataclass
+class BuildArguments:
+    language_model: str = field(metadata=describe("causal language model: folder, hub id, or modelscope:ORG/MODEL"))
+    vision_model: str = field(metadata=describe("Chinese-CLIP, CLIP or SigLIP: folder, hub id, or modelscope:ORG/MODEL"))
+    output_dir: Path = field(metadata=describe("where the assembled LLaVA goes"))
+    seed: int = field(default=0, metadata=describe("draws the fresh multi_modal_projector"))
+    overwrite: bool = field(default=False, metadata=describe("replace a non-empty output_dir"))
+
+
+@dataclass
+class TrainArguments:
+    # What to train, on what: run.sh's variables.
+    model: Path = field(metadata=describe("LLaVA folder that build_base_model.py or merge_lora.py wrote"))
+    annotations: Path = field(metadata=describe("annotation file, .json or .jsonl"))
+    image_folder: Path = field(metadata=describe("folder that the records' image paths start from"))
+    output_dir: Path = field(metadata=describe("where checkpoints and the final adapter go"))
+    train_type: str = field(metadata=describe("name of a recipe in configs/train"))
+    num_train_epochs: float = field(metadata=describe("passes over the records"))
+    high_lr: float = field(metadata=describe("peak learning rate of the multi_modal_projector"))
+    low_lr: float = field(metadata=describe("peak learning rate of everything else that learns"))
+    lora_r: int = field(metadata=describe("rank of the LoRA matrices"))
+    lora_alpha: float = field(metadata=describe("LoRA updates are scaled by lora_alpha / lora_r"))
+    warmup_ratio: float = field(metadata=describe("share of the steps in which the learning rates rise from 0"))
+    model_max_length: int = field(metadata=describe("positions a record may take, image tokens counted"))
+    global_batch_size: int = field(metadata=describe("records per optimizer step, over all processes"))
+    device_batch_size: int = field(metadata=describe("records a device computes at once"))
+    # What makes a train type: its recipe file.
+    vision_tower_training: RoleTraining = field(metadata=describe("how the vision tower learns"))
+    language_model_training: RoleTraining = field(metadata=describe("how the language model learns"))
+    lora_vision_modules: list[str] = field(metadata=describe("vision projections that get LoRA"))
+    lora_language_modules: list[str] = field(metadata=describe("language projections that get LoRA"))
+    # Right for every run unless somebody knows better.
+    lora_dropout: float = field(default=0.05, metadata=describe("dropout in front of the LoRA matrices"))
+    warmup_steps: int | None = field(default=None, metadata=describe("warmup in steps, in place of warmup_ratio"))
+    lr_scheduler_type: Literal["cosine", "linear"] = field(
+        default="cosine", metadata=describe("how the learning rates fall to 0 after warmup")
+    )
+    weight_decay: float = field(default=0.0, metadata=describe("decay of matrices; never of biases and norms"))
+    max_grad_norm: float = field(default=1.0, metadata=describe("gradients are clipped to this norm"))
+    max_steps: int | None = field(default=None, metadata=describe("optimizer steps, in place of num_train_epochs"))
+    bad_records: Literal["error", "quarantine"] = field(
+        default="error", metadata=describe("unusable records stop the run, or go to quarantine.jsonl and are counted")
+    )
+    seed: int = field(default=42, metadata=describe("order of the records, LoRA start values, dropout"))
+    precision: Literal["auto", "bf16", "fp32"] = field(
+        default="auto", metadata=describe("auto: bf16 on a GPU that has it, fp32 on a CPU")
+    )
+    gradient_checkpointing: bool = field(default=False, metadata=describe("less memory, about a third more time"))
+    deepspeed: Path | None = field(default=None, metadata=describe("a file of configs/deepspeed; none on one device"))
+    dataloader_workers: int = field(default=2, metadata=describe("processes a device that decode pictures"))
+    logging_steps: int = field(default=1, metadata=describe("steps between two log lines"))
+    save_steps: int = field(default=500, metadata=describe("steps between two checkpoints"))
+    save_total_limit: int = field(default=2, metadata=describe("checkpoints kept; older ones are deleted"))
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"], metadata=describe("trackers, or none"))
+    run_name: str | None = field(default=None, metadata=describe("the run's name in trackers"))
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata=describe("a checkpoint folder, or latest for the newest in output_dir")
+    )
+    show_batch: bool = field(default=False, metadata=describe("print the first batch as a person reads it, and stop"))
+
+    def __post_init__(self) -> None:
+        """Stop at values that contradict each other or cannot be meant."""
+        trainings = {self.vision_tower_training, self.language_model_training}
+        if trainings >= {"lora", "full"}:
+            raise UserError("vision_tower_training and language_model_training mix lora and full; choose one of them")
+        for name in ("num_train_epochs", "high_lr", "low_lr", "lora_r", "lora_alpha", "model_max_length"):
+            _check(self, name, getattr(self, name) > 0, "greater than 0")
+        for name in ("global_batch_size", "device_batch_size", "logging_steps", "save_steps", "save_total_limit"):
+            _check(self, name, getattr(self, name) > 0, "at least 1")
+        for name in ("weight_decay", "max_grad_norm", "dataloader_workers"):
+            _check(self, name, getattr(self, name) >= 0, "0 or more")
+        _check(self, "warmup_ratio", 0 <= self.warmup_ratio < 1, "between 0 and 1")
+        _check(self, "lora_dropout", 0 <= self.lora_dropout < 1, "between 0 and 1")
+        _check(self, "max_steps", self.max_steps is None or self.max_steps > 0, "at least 1")
+        _check(self, "warmup_steps", self.warmup_steps is None or self.warmup_steps >= 0, "0 or more")
+
+    @property
+    def uses_lora(self) -> bool:
+        return "lora" in (self.vision_tower_training, self.language_model_training)
+
+    def list_unused(self) -> list[str]:
+        """Settings that this train type does not use, so that none is without effect in silence."""
+        unused = []
+        if not self.uses_lora:
+            unused += ["lora_r", "lora_alpha", "lora_dropout"]
+        if {self.vision_tower_training, self.language_model_training} == {"frozen"}:
+            unused.append("low_lr")
+        if self.vision_tower_training != "lora":
+            unused.append("lora_vision_modules")
+        if self.language_model_training != "lora":
+            unused.append("lora_language_modules")
+        if self.max_steps is not None:
+            unused.append("num_train_epochs")
+        if self.warmup_steps is not None:
+            unused.append("warmup_ratio")
+        return unused
+
+
+@dataclass
+class MergeArguments:
+    adapter: Path = field(metadata=describe("output_dir or checkpoint of train.py"))
+    output_dir: Path = field(metadata=describe("where the standalone model goes"))
+    dtype: Literal["float16", "bfloat16", "float32"] = field(default="float16", metadata=describe("how it is stored"))
+    base_model: Path | None = field(default=None, metadata=describe("the base model, only if it moved since training"))
+    overwrite: bool = field(default=False, metadata=describe("replace a non-empty output_dir"))
+
+
+@dataclass
+class InferArguments:
+    model: Path = field(metadata=describe("merged model, base model, or output_dir / checkpoint of train.py"))
+    image: list[Path] = field(metadata=describe("picture files, or folders of pictures"))
+    question: str = field(default="这张表情包写了什么，是什么意思？", metadata=describe("what to ask about each"))
+    system: str | None = field(default=None, metadata=describe("system turn in place of the default one"))
+    max_new_tokens: int = field(default=512, metadata=describe("an answer stops here if not by itself"))
+    json: bool = field(default=False, metadata=describe("one JSON object a picture in place of streamed text"))
+    base_model: Path | None = field(default=None, metadata=describe("an adapter's base, only if it moved"))
+    device: str = field(default="auto", metadata=describe("auto: the GPU if there is one, else the CPU"))
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata=describe("auto: bfloat16 on a GPU that has it, float32 on a CPU")
+    )
+
+    def __post_init__(self) -> None:
+        """Stop at values that cannot be meant."""
+        _check(self, "max_new_tokens", self.max_new_tokens > 0, "at least 1")
+        _check(self, "question", bool(self.question.strip()), "not empty")
+
+
+class _Parser(HfArgumentParser):
+    """argparse that stops with a `UserError` and suggests the nearest flag."""
+
+    def error(self, message: str) -> None:
+        unknown = "unrecognized arguments: "
+        if message.startswith(unknown):
+            flags = [word.split("=")[0] for word in message.removeprefix(unknown).split() if word.startswith("--")]
+            known = [option for action in self._actions for option in action.option_strings]
+            for flag in flags:
+                if near := difflib.get_close_matches(flag, known, n=1):
+                    message += f" (did you mean {near[0]}?)"
+        raise UserError(f"{self.prog}: {message}. --help lists all settings.")
+
+
+def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None, description: str) -> Arguments:
+    """Parse a script's command line into its dataclass.
+
+    Raises:
+        UserError: an unknown, missing, malformed or contradictory setting.
+    """
+    return arguments_class(**vars(_make_parser(arguments_class, description).parse_args(argv)))
+
+
+def parse_train_arguments(argv: list[str] | None, description: str) -> TrainArguments:
+    """Like `parse_arguments`, with the recipe of `--train_type` between command line and defaults."""
+    parser = _make_parser(TrainArguments, description)
+    # The train type decides which recipe is read, so it is looked up before everything else.
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--train_type")
+    train_type = finder.parse_known_args(argv)[0].train_type
+    if train_type is not None:
+        recipe = read_recipe(train_type)
+        for action in parser._actions:
+            if action.dest in recipe:
+                action.required = False
+        parser.set_defaults(**recipe)
+    return TrainArguments(**vars(parser.parse_args(argv)))
+
+
+def read_recipe(train_type: str) -> dict:
+    """The settings of configs/train/<train_type>.yaml, each checked to exist and to be of its type."""
+    path = RECIPE_FOLDER / f"{train_type}.yaml"
+    available = sorted(file.stem for file in RECIPE_FOLDER.glob("*.yaml"))
+    if train_type not in available:
+        raise UserError(f"--train_type {train_type}: no such recipe in {RECIPE_FOLDER}; there are {', '.join(available)}")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML ({error})") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path}: expected 'setting: value' lines, found {type(recipe).__name__}")
+    parser = _make_parser(TrainArguments, "")
+    actions = {action.dest: action for action in parser._actions}
+    resolved = {}
+    for key, value in recipe.items():
+        if key not in actions or key in ("train_type", "help"):
+            near = difflib.get_close_matches(str(key), actions, n=1)
+            raise UserError(f"{path}: unknown setting {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+        words = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+        # Through the same parser as the command line, so both accept the same spellings.
+        actions[key].required = True
+        try:
+            resolved[key] = vars(_parse_one(actions[key], words))[key]
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+    return resolved
+
+
+def _parse_one(action: argparse.Action, words: list[str]) -> argparse.Namespace:
+    parser = _Parser([], prog="recipe", allow_abbrev=False, add_help=False)
+    parser._add_action(action)
+    return parser.parse_args([action.option_strings[0], *words])
+
+
+def _make_parser(arguments_class: type, description: str) -> _Parser:
+    return _Parser(arguments_class, description=description, allow_abbrev=False)
+
+
+def _check(arguments, name: str, passed: bool, expected: str) -> None:
+    if not passed:
+        raise UserError(f"--{name} is {getattr(arguments, name)!r}, expected {expected}")
+
+
+def to_plain(arguments) -> dict:
+    """Settings as JSON can hold them."""
+    plain = dataclasses.asdict(arguments)
+    return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}

@@ -1,0 +1,99 @@
+"""Knows what a directory that we write holds: file names, the run record, complete or absent.
+
+Every directory stands alone: it loads without any other, and its run record says how it came to be.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+from meme_llava.errors import UserError
+
+RUN_RECORD = "run_record.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What learned in full, for train types without LoRA: the classic names of design, only trained tensors.
+TRAINED_WEIGHTS = "trained_weights.safetensors"
+RECORDED_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "pillow")
+
+
+@contextlib.contextmanager
+def write_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield a temporary directory beside `output_dir` and rename it into place when the block succeeds.
+
+    Raises:
+        UserError: `output_dir` is a file, or holds something and `overwrite` is off.
+    """
+    check_output_dir(output_dir, overwrite)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output_dir.with_name(f".{output_dir.name}.incomplete")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    set_file_modes(temporary)
+    if output_dir.exists():
+        shutil.rmtree(output_dir)
+    temporary.rename(output_dir)
+
+
+def check_output_dir(output_dir: Path, overwrite: bool) -> None:
+    """Raise UserError unless something may be written to `output_dir`."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"{output_dir}: is a file, expected a directory to write to")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
+        raise UserError(f"{output_dir}: is not empty. Choose another --output_dir, or pass --overwrite to replace it.")
+
+
+def set_file_modes(directory: Path) -> None:
+    """Give weight files the mode that the umask allows; safetensors writes them readable by the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in directory.rglob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
+
+
+def describe_environment() -> dict:
+    """Library versions, Python and the git commit of this code, for a run record."""
+    root = Path(__file__).resolve().parent.parent
+    commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run(["git", "-C", root, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "libraries": {name: version(name) for name in RECORDED_LIBRARIES},
+        "git_commit": commit.stdout.strip() or None,
+        "git_changed_files": len(changed.stdout.splitlines()),
+    }
+
+
+def write_json(path: Path, value) -> None:
+    """Write readable UTF-8 JSON."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def read_run_record(directory: Path) -> dict:
+    """The run record of a directory that one of our scripts wrote.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    path = directory / RUN_RECORD
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory")
+    if not path.is_file():
+        raise UserError(f"{directory}: has no {RUN_RECORD}, so it is not a finished output of our scripts")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is damaged ({error})") from error

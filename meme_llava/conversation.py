@@ -1,0 +1,185 @@
+"""Knows what a prompt looks like and which tokens carry loss. Training and inference both build token ids here.
+
+The format is ChatML, as Qwen2 uses it. The prompt for an answer is, token for token, the beginning of the training
+example with that answer. Knows nothing about files, pictures or batches: a picture is a run of image tokens.
+"""
+
+import json
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from meme_llava.errors import UserError
+
+IMAGE_PLACEHOLDER = "<image>"
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
+# What Qwen2-Instruct was trained with when a conversation brings no system turn.
+DEFAULT_SYSTEM = "You are a helpful assistant."
+IGNORED_LABEL = -100
+
+# The same format for programs that use the saved directory through `apply_chat_template`; a test holds both together.
+# Content is a string, or a list of {"type": "image"} and {"type": "text", "text": ...} as other tools send it.
+_CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    + DEFAULT_SYSTEM
+    + "<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}"
+    "{{ '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn; `role` is system, user or assistant. In a user turn every `<image>` stands for a picture."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of a whole conversation. A label is the token's own id where it carries loss, else -100."""
+
+    input_ids: list[int]
+    labels: list[int]
+    cut_tokens: int  # positions left out to respect the length limit
+
+
+class DoesNotFit(ValueError):
+    """A conversation whose prompt and pictures leave no room for an answer."""
+
+
+class ConversationEncoder:
+    """Turns conversations into token ids.
+
+    Args:
+        tokenizer: a transformers tokenizer with ChatML's tokens and `<image>`.
+        tokens_per_image: how many positions one picture takes.
+        source: names the model folder in errors.
+    """
+
+    def __init__(self, tokenizer, tokens_per_image: int, source: str):
+        self.tokens_per_image = tokens_per_image
+        self.turn_start_id = find_token_id(tokenizer, TURN_START, source)
+        self.turn_end_id = find_token_id(tokenizer, TURN_END, source)
+        self.image_token_id = find_token_id(tokenizer, IMAGE_PLACEHOLDER, source)
+        self._text_tokenizer = _without_added_tokens(tokenizer, source)
+        self._newline_ids = self.encode_text("\n")
+        self._prefix_ids = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a user's string. Whatever it spells, it never becomes a control token."""
+        return self._text_tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, turns: list[Turn]) -> list[int]:
+        """Ids up to the place where the assistant's answer begins."""
+        ids = list(self._prefix_ids)
+        for turn in _with_system(turns):
+            ids += self._open_turn(turn.role) + self._encode_content(turn) + self._close_turn()
+        return ids + self._open_turn("assistant")
+
+    def encode_example(self, turns: list[Turn], max_length: int | None = None) -> Example:
+        """Ids and labels of a conversation: every assistant text and the end token behind it carries loss.
+
+        Longer than `max_length` positions (image tokens counted), it ends with the last answer that can begin within
+        the limit; that answer's tail is cut, its end token stands. Image tokens are never cut.
+
+        Raises:
+            DoesNotFit: no answer can begin within `max_length`, or a picture stands behind the last one that can.
+        """
+        input_ids: list[int] = list(self._prefix_ids)
+        supervised: list[bool] = [False] * len(input_ids)
+        answers: list[tuple[int, int]] = []  # position and length of every answer, end token excluded
+        for turn in _with_system(turns):
+            header, content, footer = self._open_turn(turn.role), self._encode_content(turn), self._close_turn()
+            is_answer = turn.role == "assistant"
+            if is_answer:
+                answers.append((len(input_ids) + len(header), len(content)))
+            input_ids += header + content + footer
+            # The footer is the end token and a line break; the line break is the template's, not the answer's.
+            supervised += [False] * len(header) + [is_answer] * (len(content) + 1) + [False] * (len(footer) - 1)
+        last_start, last_length = answers[-1]
+        whole_length = last_start + last_length + 1
+        if max_length is not None and whole_length > max_length:
+            end = self._find_cut(input_ids, answers, max_length)
+            input_ids[end - 1], supervised[end - 1] = self.turn_end_id, True
+        else:
+            end = whole_length
+        input_ids, supervised = input_ids[:end], supervised[:end]
+        labels = [
+            token if carries_loss else IGNORED_LABEL for token, carries_loss in zip(input_ids, supervised, strict=True)
+        ]
+        return Example(input_ids, labels, cut_tokens=whole_length - end)
+
+    def _find_cut(self, input_ids: list[int], answers: list[tuple[int, int]], max_length: int) -> int:
+        """Where a conversation that is too long ends: behind the end token of its last answer that can begin."""
+        possible = [(start, length) for start, length in answers if start + min(length, 1) + 1 <= max_length]
+        if not possible:
+            raise DoesNotFit(
+                f"needs {answers[0][0] + 2} positions to begin its first answer, model_max_length is {max_length}"
+            )
+        start, length = possible[-1]
+        if self.image_token_id in input_ids[start + length :]:
+            raise DoesNotFit(f"a picture stands behind model_max_length {max_length}; pictures are never cut")
+        return min(start + length + 1, max_length)
+
+    def _encode_content(self, turn: Turn) -> list[int]:
+        if turn.role != "user":
+            return self.encode_text(turn.text)
+        first, *rest = turn.text.split(IMAGE_PLACEHOLDER)
+        ids = self.encode_text(first)
+        for text in rest:
+            ids += [self.image_token_id] * self.tokens_per_image + self.encode_text(text)
+        return ids
+
+    def _open_turn(self, role: str) -> list[int]:
+        return [self.turn_start_id] + self.encode_text(role) + self._newline_ids
+
+    def _close_turn(self) -> list[int]:
+        return [self.turn_end_id] + self._newline_ids
+
+
+def find_token_id(tokenizer, token: str, source: str) -> int:
+    """The id of a control token, which must be one added token of the tokenizer."""
+    token_id = tokenizer.get_added_vocab().get(token)
+    if token_id is None:
+        raise UserError(f"{source}: the tokenizer has no token {token!r}. Build the model with build_base_model.py.")
+    return token_id
+
+
+def make_chat_template(tokenizer) -> str:
+    """The Jinja form of this module's prompt, for the saved directory."""
+    return ("{{ bos_token }}" if starts_with_bos(tokenizer) else "") + _CHAT_TEMPLATE
+
+
+def starts_with_bos(tokenizer) -> bool:
+    """Whether the tokenizer's own convention puts a begin-of-text token first (Llama's does, Qwen2's does not)."""
+    return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _with_system(turns: list[Turn]) -> list[Turn]:
+    if turns and turns[0].role == "system":
+        return turns
+    return [Turn("system", DEFAULT_SYSTEM), *turns]
+
+
+def _without_added_tokens(tokenizer, source: str) -> Tokenizer:
+    # transformers' split_special_tokens=True still turns the text "<tool_call>" into Qwen2.5's control token, because
+    # that one is added but not flagged special. A tokenizer that knows no added token cannot be talked into any.
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"{source}: needs a fast tokenizer (a tokenizer.json), found {type(tokenizer).__name__}")
+    description = json.loads(backend.to_str())
+    description["added_tokens"] = []
+    description["post_processor"] = None
+    description["truncation"] = description["padding"] = None
+    return Tokenizer.from_str(json.dumps(description))

@@ -1,0 +1,39 @@
+"""Knows how a finished run's loss and learning rates are drawn."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  the backend must be chosen first
+
+RATE_PREFIX = "learning_rate/"
+
+
+def draw_training_curves(log_history: list[dict], path: Path) -> None:
+    """Write a PNG with the loss above and every role's learning rate below, over optimizer steps.
+
+    Args:
+        log_history: the Trainer's log entries; those with a "loss" are drawn.
+    """
+    entries = [entry for entry in log_history if "loss" in entry]
+    steps = [entry["step"] for entry in entries]
+    roles = sorted({key for entry in entries for key in entry if key.startswith(RATE_PREFIX)})
+    figure, (loss_axes, rate_axes) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(2, 1))
+    loss_axes.plot(steps, [entry["loss"] for entry in entries], linewidth=1.2)
+    loss_axes.set_ylabel("training loss")
+    loss_axes.set_ylim(bottom=0)
+    # Roles often share a rate; thinner lines on top keep all of them visible.
+    for index, role in enumerate(roles):
+        rates = [entry.get(role) for entry in entries]
+        rate_axes.plot(steps, rates, label=role.removeprefix(RATE_PREFIX), linewidth=2.0 * (len(roles) - index))
+    rate_axes.set_yscale("symlog", linthresh=1e-6)
+    rate_axes.set_ylim(bottom=0)
+    rate_axes.set_ylabel("learning rate")
+    rate_axes.set_xlabel("optimizer step")
+    rate_axes.legend()
+    for axes in (loss_axes, rate_axes):
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,67 @@
+"""Knows how tables, settings and batches are shown on a terminal."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from meme_llava.conversation import IGNORED_LABEL
+from meme_llava.model import Processing
+
+SUPERVISED_STYLE = "bold green"
+IMAGE_STYLE = "magenta"
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Print rows under their columns; numbers stand on the right."""
+    rows = [[cell if isinstance(cell, str) else f"{cell:,}" for cell in row] for row in rows]
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        is_number = all(row[index].replace(",", "").isdigit() for row in rows)
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+    for row in rows:
+        # Cells are plain text: a square bracket in a file name is no markup.
+        table.add_row(*[Text(cell) for cell in row])
+    Console(highlight=False).print(table)
+
+
+def print_batch(batch: dict[str, torch.Tensor], processing: Processing, console: Console | None = None) -> None:
+    """Print a batch as a person reads it: supervised tokens in green and brackets, a picture as one word.
+
+    Args:
+        batch: int64 (rows, width) tensors as the collator makes them.
+    """
+    console = console or Console(highlight=False, soft_wrap=True)
+    rows, width = batch["input_ids"].shape
+    console.print(f"batch of {rows} rows x {width} positions, {len(batch['pixel_values'])} pictures")
+    for row in range(rows):
+        mask = batch["attention_mask"][row].bool()
+        ids, labels = batch["input_ids"][row][mask].tolist(), batch["labels"][row][mask].tolist()
+        supervised = sum(label != IGNORED_LABEL for label in labels)
+        console.print(
+            f"\n[bold]row {row}[/bold]: positions 0 to {len(ids) - 1}, {supervised} supervised, {width - len(ids)} padding"
+        )
+        console.print(_describe_row(ids, labels, processing))
+
+
+def _describe_row(ids: list[int], labels: list[int], processing: Processing) -> Text:
+    text, start = Text(), 0
+    for position in range(1, len(ids) + 1):
+        kind = _kind(ids, labels, start, processing)
+        if position < len(ids) and _kind(ids, labels, position, processing) == kind:
+            continue
+        if kind == "image":
+            text.append(f"<image: {position - start} tokens at {start}>", style=IMAGE_STYLE)
+        else:
+            words = processing.tokenizer.decode(ids[start:position], skip_special_tokens=False)
+            text.append(f"【{words}】" if kind == "supervised" else words, SUPERVISED_STYLE if kind == "supervised" else "")
+        start = position
+    return text
+
+
+def _kind(ids: list[int], labels: list[int], position: int, processing: Processing) -> str:
+    if ids[position] == processing.encoder.image_token_id:
+        return "image"
+    return "supervised" if labels[position] != IGNORED_LABEL else "prompt"

@@ -1,0 +1,207 @@
+"""Knows one training run as a whole: how long it is, what is recorded of it, and whether a checkpoint belongs to it."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from meme_llava.arguments import TrainArguments, to_plain
+from meme_llava.checkpoint import RUN_RECORD, describe_environment, read_run_record, write_json
+from meme_llava.dataset import LoadedData, Problem, ShuffledEpochs, hash_file
+from meme_llava.display import print_table
+from meme_llava.errors import UserError
+from meme_llava.model import Processing, quiet_transformers
+from meme_llava.trainer import count_processes, count_steps, derive_accumulation
+from meme_llava.weights import fingerprint_folder
+
+LATEST = "latest"
+QUARANTINE = "quarantine.jsonl"
+# Settings that may differ when a run continues: they change neither the data order nor an update.
+FREE_SETTINGS = {
+    "model",
+    "annotations",
+    "image_folder",
+    "output_dir",
+    "resume_from_checkpoint",
+    "show_batch",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+    "run_name",
+    "dataloader_workers",
+}
+
+
+@dataclass
+class TrainingRun:
+    """Everything a run depends on; printed before the first step and saved beside the weights."""
+
+    arguments: TrainArguments
+    steps: int
+    warmup_steps: int
+    accumulation: int
+    data: dict
+    base: dict
+    parameter_groups: list[dict] = field(default_factory=list)
+
+    @classmethod
+    def plan(cls, arguments: TrainArguments, data: LoadedData) -> "TrainingRun":
+        """Derive steps, warmup and accumulation, and look up what data and base are."""
+        records = len(data.dataset)
+        steps, warmup_steps = count_steps(arguments, records)
+        record_file = arguments.model / RUN_RECORD
+        return cls(
+            arguments=arguments,
+            steps=steps,
+            warmup_steps=warmup_steps,
+            accumulation=derive_accumulation(arguments, count_processes()),
+            data={
+                "annotations": str(arguments.annotations.resolve()),
+                "image_folder": str(arguments.image_folder.resolve()),
+                "sha256": hash_file(arguments.annotations),
+                "records": records,
+                "unusable_records": len(data.problems),
+                "cut_records": data.cut_records,
+                "pictures": int(data.dataset.image_counts.sum()),
+                "mean_positions": round(float(data.dataset.lengths.mean()), 1),
+                "longest": int(data.dataset.lengths.max()),
+                "mean_supervised": round(float(data.dataset.supervised_lengths.mean()), 1),
+            },
+            base={
+                "folder": str(arguments.model.resolve()),
+                "fingerprint": fingerprint_folder(arguments.model),
+                "run_record": read_run_record(arguments.model) if record_file.is_file() else None,
+            },
+        )
+
+    def to_record(self, step: int) -> dict:
+        """The run record at an optimizer step."""
+        return {
+            "stage": "train",
+            "step": step,
+            "finished": step == self.steps,
+            "settings": to_plain(self.arguments),
+            "schedule": {
+                "steps": self.steps,
+                "warmup_steps": self.warmup_steps,
+                "processes": count_processes(),
+                "accumulation": self.accumulation,
+            },
+            "data": self.data,
+            "parameter_groups": self.parameter_groups,
+            "base": self.base,
+            "environment": describe_environment(),
+        }
+
+    def make_companion_writer(self, processing: Processing) -> Callable[[Path, int], None]:
+        """A function (folder, step) that puts processor and run record beside trained weights."""
+
+        def write_companions(folder: Path, step: int) -> None:
+            with quiet_transformers():
+                processing.processor.save_pretrained(folder)
+            write_json(folder / RUN_RECORD, self.to_record(step))
+
+        return write_companions
+
+    def check_continues(self, checkpoint: Path) -> None:
+        """Raise UserError naming what differs, if `checkpoint` belongs to another run than this one."""
+        record = read_run_record(checkpoint)
+        settings, ours = record["settings"], to_plain(self.arguments)
+        names = (set(settings) | set(ours)) - FREE_SETTINGS
+        differences = [
+            f"{name} was {settings.get(name)!r}, is {ours.get(name)!r}"
+            for name in sorted(names)
+            if settings.get(name) != ours.get(name)
+        ]
+        if record["data"]["sha256"] != self.data["sha256"]:
+            differences.append("the annotations' contents changed")
+        if record["base"]["fingerprint"] != self.base["fingerprint"]:
+            differences.append("the base model is another one")
+        if record["schedule"]["processes"] != count_processes():
+            differences.append(f"processes were {record['schedule']['processes']}, are {count_processes()}")
+        if differences:
+            raise UserError(
+                f"{checkpoint} cannot be continued: {'; '.join(differences)}. Start again in another --output_dir, "
+                "or restore what changed."
+            )
+
+    def count_tokens_after_step(self, examples: ShuffledEpochs, lengths: np.ndarray) -> np.ndarray:
+        """Positions trained on, padding apart, after each optimizer step: int64 (steps + 1,)."""
+        per_step = lengths[examples.order].reshape(self.steps, self.arguments.global_batch_size).sum(axis=1)
+        return np.concatenate([[0], per_step.cumsum()])
+
+
+def is_main_process() -> bool:
+    """Whether this process prints and writes for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def choose_checkpoint(arguments: TrainArguments) -> Path | None:
+    """The checkpoint to continue from, or None for a fresh run.
+
+    Raises:
+        UserError: the one asked for is missing, or a fresh run would write into another run's directory.
+    """
+    output_dir, wanted = arguments.output_dir, arguments.resume_from_checkpoint
+    if wanted is None:
+        if not arguments.show_batch and output_dir.is_dir() and any(output_dir.iterdir()):
+            raise UserError(
+                f"{output_dir}: is not empty. Choose another --output_dir, or continue the run in it with "
+                f"--resume_from_checkpoint {LATEST}."
+            )
+        return None
+    if wanted == LATEST:
+        newest = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+        if newest is None:
+            raise UserError(f"--resume_from_checkpoint {LATEST}: {output_dir} holds no checkpoint")
+        return Path(newest)
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise UserError(f"--resume_from_checkpoint {wanted}: is no complete checkpoint folder")
+    return Path(wanted)
+
+
+def choose_load_dtype(arguments: TrainArguments, training_arguments: TrainingArguments) -> torch.dtype:
+    """How the frozen weights are held: half the memory on a GPU; full precision where they learn or on a CPU."""
+    return torch.bfloat16 if training_arguments.bf16 else torch.float32
+
+
+def print_run(run: TrainingRun) -> None:
+    """Print settings, data, schedule and parameter groups."""
+    unused = set(run.arguments.list_unused())
+    settings = [
+        (name, f"{value}" + ("   (not used by this run)" if name in unused else ""))
+        for name, value in to_plain(run.arguments).items()
+    ]
+    print_table("Settings", ("setting", "value"), settings)
+    print_table("Data", ("", "value"), [(name, str(value)) for name, value in run.data.items() if name != "cut_records"])
+    for cut in run.data["cut_records"]:
+        print(f"cut to model_max_length: {cut}")
+    groups = [
+        (g["role"], g["tensors"], g["parameters"], f"{g['learning_rate']:g}", f"{g['weight_decay']:g}")
+        for g in run.parameter_groups
+    ]
+    columns = ("role", "tensors", "parameters", "peak learning rate", "weight decay")
+    print_table("What learns", columns, groups)
+    print(
+        f"{run.steps} steps of {run.arguments.global_batch_size} records ({run.arguments.device_batch_size} a device x "
+        f"{count_processes()} process(es) x {run.accumulation} accumulated), {run.warmup_steps} of them warmup",
+        flush=True,
+    )
+
+
+def write_quarantine(output_dir: Path, problems: list[Problem]) -> None:
+    """List left-out records in quarantine.jsonl, one per line with place, id and reason, and say how many."""
+    if not problems:
+        return
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / QUARANTINE
+    lines = [json.dumps(problem.__dict__, ensure_ascii=False) for problem in problems]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{len(problems)} unusable records are left out; they are listed in {path}")

@@ -1,0 +1,205 @@
+"""Knows what a train type means: what is frozen, what gets LoRA, what learns in full, and at which learning rate.
+
+Also how the trained part alone is written and put back on its base.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from meme_llava.arguments import TrainArguments
+from meme_llava.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS, set_file_modes
+from meme_llava.errors import UserError
+from meme_llava.model import (
+    LANGUAGE_MODEL,
+    PROJECTOR,
+    ROLES,
+    VISION_TOWER,
+    is_unused_vision_parameter,
+    role_of,
+)
+from meme_llava.weights import check_same_names, to_disk_name, to_memory_name
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Trainable parameters of one role that share learning rate and weight decay."""
+
+    role: str
+    learning_rate: float
+    weight_decay: float
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+
+    def describe(self) -> dict:
+        """What the run record keeps of the group."""
+        return {
+            "role": self.role,
+            "tensors": len(self.names),
+            "parameters": sum(parameter.numel() for parameter in self.parameters),
+            "learning_rate": self.learning_rate,
+            "weight_decay": self.weight_decay,
+        }
+
+
+def prepare_trainable(model: nn.Module, arguments: TrainArguments) -> nn.Module:
+    """Freeze, add LoRA and unfreeze as the settings say; trainable parameters become float32.
+
+    The projector always learns in full. Vision layers behind the used features stay frozen: no gradient reaches them.
+
+    Raises:
+        UserError: a LoRA module name matches nothing.
+    """
+    training = {
+        VISION_TOWER: arguments.vision_tower_training,
+        LANGUAGE_MODEL: arguments.language_model_training,
+        PROJECTOR: "full",
+    }
+    model.requires_grad_(False)
+    if arguments.uses_lora:
+        targets = find_lora_targets(model, arguments)
+        lora_config = LoraConfig(
+            r=arguments.lora_r,
+            lora_alpha=arguments.lora_alpha,
+            lora_dropout=arguments.lora_dropout,
+            target_modules=_to_pattern(targets),
+            modules_to_save=[PROJECTOR],
+        )
+        model = get_peft_model(model, lora_config)
+        adapted = {name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A")}
+        check_same_names({f"base_model.model.{name}" for name in targets}, adapted, "LoRA targets")
+    else:
+        for name, parameter in model.named_parameters():
+            learns = training[role_of(name)] == "full"
+            parameter.requires_grad_(learns and not is_unused_vision_parameter(name, model.config))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def find_lora_targets(model: nn.Module, arguments: TrainArguments) -> list[str]:
+    """Full names of the linear layers that get LoRA, chosen by role and by their own name."""
+    wanted = {
+        VISION_TOWER: arguments.lora_vision_modules if arguments.vision_tower_training == "lora" else [],
+        LANGUAGE_MODEL: arguments.lora_language_modules if arguments.language_model_training == "lora" else [],
+    }
+    targets = []
+    for role, leaf_names in wanted.items():
+        linear = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+            and "layers" in name.split(".")
+            and role_of(name) == role
+            and not is_unused_vision_parameter(name, model.config)
+        ]
+        for leaf_name in leaf_names:
+            matches = [name for name in linear if name.split(".")[-1] == leaf_name]
+            if not matches:
+                available = sorted({name.split(".")[-1] for name in linear})
+                raise UserError(
+                    f"LoRA module {leaf_name!r} matches nothing in the {role}; it has {', '.join(available)}"
+                )
+            targets += matches
+    return targets
+
+
+def plan_parameter_groups(
+    model: nn.Module, high_lr: float, low_lr: float, weight_decay: float
+) -> list[ParameterGroup]:
+    """Every trainable parameter in exactly one group; biases and norms never decay.
+
+    Raises:
+        UserError: nothing of a role is trainable although it should be, or the groups do not add up.
+    """
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    groups = []
+    for role in ROLES:
+        learning_rate = high_lr if role == PROJECTOR else low_lr
+        for decays in (True, False):
+            # Biases, norm scales and the class embedding are the one-dimensional parameters.
+            names = tuple(n for n, p in trainable.items() if role_of(n) == role and (p.dim() >= 2) == decays)
+            if names:
+                parameters = tuple(trainable[name] for name in names)
+                groups.append(
+                    ParameterGroup(role, learning_rate, weight_decay if decays else 0.0, names, parameters)
+                )
+    grouped = [name for group in groups for name in group.names]
+    if sorted(grouped) != sorted(trainable):
+        raise UserError(f"{len(trainable)} tensors learn but {len(grouped)} are in parameter groups")
+    if not any(group.role == PROJECTOR for group in groups):
+        raise UserError("the multi_modal_projector does not learn; no train type is meant to freeze it")
+    return groups
+
+
+def save_trained_weights(model: nn.Module, folder: Path, state_dict: dict | None = None) -> None:
+    """Write only what learned: a peft adapter with the projector, or `trained_weights.safetensors`.
+
+    Args:
+        state_dict: the model's tensors, where an engine has gathered them; else the model's own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        tensors = get_peft_model_state_dict(model, state_dict=state_dict)
+        config = model.peft_config["default"]
+        config.inference_mode = True
+        config.save_pretrained(folder)
+        config.inference_mode = False
+        path = folder / ADAPTER_WEIGHTS
+    else:
+        source = state_dict if state_dict is not None else dict(model.named_parameters())
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        tensors = {to_disk_name(name): source[name] for name in names}
+        path = folder / TRAINED_WEIGHTS
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    set_file_modes(folder)
+
+
+def load_trained_weights(model: nn.Module, folder: Path) -> None:
+    """Put saved trained weights into a model prepared the same way; every tensor must find its place."""
+    if isinstance(model, PeftModel):
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+        check_same_names(get_peft_model_state_dict(model), tensors, str(folder / ADAPTER_WEIGHTS))
+        set_peft_model_state_dict(model, tensors)
+        return
+    tensors = {to_memory_name(name): tensor for name, tensor in load_file(folder / TRAINED_WEIGHTS).items()}
+    parameters = dict(model.named_parameters())
+    check_same_names(set(tensors) & set(parameters), tensors, str(folder / TRAINED_WEIGHTS))
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
+
+def apply_trained_weights(model: nn.Module, folder: Path) -> nn.Module:
+    """Base model → base + what train.py saved in `folder`, for asking it before merging."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        load_trained_weights(model, folder)
+        return model
+    dtype = model.dtype
+    # The adapter learned as float32; in the model's own dtype one forward pass needs no autocast.
+    model = get_peft_model(model, PeftConfig.from_pretrained(folder), autocast_adapter_dtype=False)
+    load_trained_weights(model, folder)
+    return model.to(dtype)
+
+
+def _to_pattern(names: list[str]) -> str:
+    """One regular expression for many module names: layer numbers and last names folded together."""
+    folded: dict[tuple[str, str, str], set[str]] = {}
+    for name in names:
+        head, layer, middle, leaf = re.fullmatch(r"(.*\.layers)\.(\d+)\.(.*)\.([^.]+)", name).groups()
+        folded.setdefault((head, middle, leaf), set()).add(layer)
+    by_layers: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
+    for (head, middle, leaf), layers in folded.items():
+        by_layers.setdefault((head, middle, tuple(sorted(layers, key=int))), []).append(leaf)
+    return "|".join(
+        rf"{re.escape(head)}\.({'|'.join(layers)})\.{re.escape(middle)}\.({'|'.join(leaves)})"
+        for (head, middle, layers), leaves in by_layers.items()
+    )

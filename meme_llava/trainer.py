@@ -1,0 +1,271 @@
+"""Knows how a step is computed: loss, parameter groups, what is logged and saved. A transformers Trainer underneath."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
+from meme_llava.arguments import TrainArguments
+from meme_llava.conversation import IGNORED_LABEL
+from meme_llava.errors import UserError
+from meme_llava.trainable import ParameterGroup, load_trained_weights, save_trained_weights
+
+
+def supervised_cross_entropy(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy over the supervised tokens of the whole global batch.
+
+    Every token of an optimizer step weighs the same, whatever the split into devices and accumulation steps.
+
+    Args:
+        outputs: with logits (rows, positions, vocabulary).
+        labels: int64 (rows, positions), -100 where no loss is.
+        num_items_in_batch: supervised tokens of the optimizer step over all processes.
+    """
+    targets = labels[:, 1:]  # (rows, positions - 1): position t predicts t + 1
+    carries_loss = targets != IGNORED_LABEL
+    # Only the supervised positions become float32; they are a small part of rows x positions x vocabulary.
+    logits = outputs.logits[:, :-1][carries_loss].float()  # (supervised, vocabulary)
+    return functional.cross_entropy(logits, targets[carries_loss], reduction="sum") / num_items_in_batch
+
+
+def count_processes() -> int:
+    """Processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def derive_accumulation(arguments: TrainArguments, processes: int) -> int:
+    """Device batches per optimizer step. Raises UserError when the global batch does not divide."""
+    per_round = arguments.device_batch_size * processes
+    if arguments.global_batch_size % per_round:
+        raise UserError(
+            f"--global_batch_size {arguments.global_batch_size} is no multiple of --device_batch_size "
+            f"{arguments.device_batch_size} x {processes} process(es) = {per_round}"
+        )
+    return arguments.global_batch_size // per_round
+
+
+def count_steps(arguments: TrainArguments, records: int) -> tuple[int, int]:
+    """Optimizer steps and warmup steps of the run. Raises UserError when warmup fills the run."""
+    steps = arguments.max_steps or math.ceil(records * arguments.num_train_epochs / arguments.global_batch_size)
+    warmup = arguments.warmup_steps
+    warmup = math.ceil(steps * arguments.warmup_ratio) if warmup is None else warmup
+    if warmup >= steps:
+        raise UserError(f"warmup takes {warmup} of {steps} steps; lower --warmup_steps or train longer")
+    return steps, warmup
+
+
+def make_training_arguments(
+    arguments: TrainArguments, steps: int, warmup: int, accumulation: int
+) -> TrainingArguments:
+    """Our settings as the Trainer's. Starts the process group when there are several processes."""
+    use_cpu = not torch.cuda.is_available()
+    if arguments.precision == "bf16" and use_cpu:
+        raise UserError("--precision bf16 needs a GPU here: on a CPU it is several times slower than fp32")
+    supports_bf16 = not use_cpu and torch.cuda.is_bf16_supported()
+    if arguments.precision == "auto" and not use_cpu and not supports_bf16:
+        raise UserError("this GPU has no bf16; pass --precision fp32 (fp16 overflows with Qwen2)")
+    if arguments.deepspeed is not None:
+        check_deepspeed_config(arguments.deepspeed)
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(arguments.output_dir / "tensorboard"))
+    training_arguments = TrainingArguments(
+        output_dir=str(arguments.output_dir),
+        per_device_train_batch_size=arguments.device_batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_steps=steps,
+        warmup_steps=warmup,
+        lr_scheduler_type=arguments.lr_scheduler_type,
+        learning_rate=arguments.low_lr,  # the groups carry their own; DeepSpeed's "auto" wants one
+        weight_decay=arguments.weight_decay,
+        max_grad_norm=arguments.max_grad_norm,
+        logging_steps=arguments.logging_steps,
+        save_steps=arguments.save_steps,
+        save_total_limit=arguments.save_total_limit,
+        seed=arguments.seed,
+        bf16=arguments.precision != "fp32" and supports_bf16,
+        # Without it several CPU processes would each train alone, into the same directory.
+        use_cpu=use_cpu,
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if arguments.gradient_checkpointing else None,
+        dataloader_num_workers=arguments.dataloader_workers,
+        report_to=arguments.report_to,
+        run_name=arguments.run_name,
+        deepspeed=str(arguments.deepspeed) if arguments.deepspeed else None,
+        optim="adamw_torch",
+        remove_unused_columns=False,
+        # ShuffledEpochs holds the order; the same records meet in a step however many processes share it.
+        train_sampling_strategy="sequential",
+        # The filter would hide a NaN loss as 0.
+        logging_nan_inf_filter=False,
+        ddp_find_unused_parameters=False,
+    )
+    if training_arguments.world_size != count_processes():
+        raise UserError(
+            f"the launcher started {count_processes()} processes but training sees {training_arguments.world_size}"
+        )
+    return training_arguments
+
+
+def check_deepspeed_config(path: Path) -> None:
+    """Raise UserError for a file that is missing or would overrule the two learning rates."""
+    import json
+
+    if not path.is_file():
+        raise UserError(f"--deepspeed {path}: no such file; configs/deepspeed has the ones that come with us")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"--deepspeed {path}: not JSON ({error})") from error
+    for key in ("optimizer", "scheduler"):
+        if key in config:
+            raise UserError(f"--deepspeed {path}: has a key {key!r}, which would replace the two learning rates; remove it")
+
+
+class MemeTrainer(Trainer):
+    """Trainer with our parameter groups, loss and saved files.
+
+    Args:
+        groups: what learns and how fast, from `plan_parameter_groups`.
+        save_companions: writes processor and run record into a directory that got trained weights.
+    """
+
+    def __init__(self, *, groups: list[ParameterGroup], save_companions: Callable[[Path, int], None], **options):
+        super().__init__(compute_loss_func=supervised_cross_entropy, **options)
+        self._groups = groups
+        self._save_companions = save_companions
+        self._group_learning_rates: list[float] = []
+        self._names_without_gradient: set[str] | None = None
+
+    def create_optimizer(self, model=None):
+        # DeepSpeed's set-up calls this twice.
+        if self.optimizer is None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            options.pop("lr")
+            self.optimizer = optimizer_class(
+                [
+                    {"params": list(g.parameters), "lr": g.learning_rate, "weight_decay": g.weight_decay}
+                    for g in self._groups
+                ],
+                **options,
+            )
+        return self.optimizer
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._names_without_gradient is None:
+            self._watch_first_gradients()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _watch_first_gradients(self) -> None:
+        """After the first step, stop if a tensor that should learn got no gradient at all."""
+        self._names_without_gradient = {name for group in self._groups for name in group.names}
+        handles = []
+        for group in self._groups:
+            for name, parameter in zip(group.names, group.parameters, strict=True):
+                discard = lambda gradient, name=name: self._names_without_gradient.discard(name)  # noqa: E731
+                handles.append(parameter.register_hook(discard))
+        self.add_callback(_FirstGradientCheck(self._names_without_gradient, handles))
+
+    def _get_learning_rate(self) -> float:
+        # Called once a step, between the optimizer's and the scheduler's step: these are the rates just used.
+        self._group_learning_rates = [float(rate) for rate in self.lr_scheduler.get_last_lr()]
+        return self._group_learning_rates[0]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if logs.pop("learning_rate", None) is not None:
+            for group, rate in zip(self._groups, self._group_learning_rates, strict=True):
+                logs[f"learning_rate/{group.role}"] = rate
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # Below ZeRO-3 every process holds all trainable tensors; gathering 7B parameters to save an adapter would
+        # cost 15 GB of memory per process.
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            super().save_model(output_dir, _internal_call)
+        else:
+            self._save(output_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+            save_trained_weights(self.model, folder, state_dict)
+            # training_args.bin, which Trainer would add, is a pickle and holds tokens in plain text.
+            self._save_companions(folder, self.state.global_step)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        load_trained_weights(self.model, Path(resume_from_checkpoint))
+
+
+class _FirstGradientCheck(TrainerCallback):
+    def __init__(self, names_without_gradient: set[str], handles: list):
+        self._names, self._handles = names_without_gradient, handles
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._names:
+            raise UserError(
+                f"after the first step {len(self._names)} tensors that should learn have no gradient, e.g. "
+                f"{', '.join(sorted(self._names)[:3])}"
+            )
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with loss, tokens per second and time left; plain lines where the output is no terminal.
+
+    Args:
+        tokens_after_step: useful positions trained on after each optimizer step, int64 (steps + 1,).
+    """
+
+    def __init__(self, tokens_after_step):
+        self._tokens = tokens_after_step
+        self._bar = None
+        self._start = (0.0, 0)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._start = (time.perf_counter(), state.global_step)
+        if state.is_world_process_zero:
+            self._bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                unit="step",
+                dynamic_ncols=True,
+                disable=not sys.stderr.isatty(),
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n if not self._bar.disable else 0)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self._bar is None or "loss" not in logs:
+            return
+        start_time, start_step = self._start
+        seconds = time.perf_counter() - start_time
+        speed = (self._tokens[state.global_step] - self._tokens[start_step]) / seconds
+        if not self._bar.disable:
+            self._bar.set_postfix_str(f"loss {logs['loss']:.4f}, {speed:,.0f} tokens/s")
+            return
+        left = seconds / (state.global_step - start_step) * (state.max_steps - state.global_step)
+        print(
+            f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  {speed:,.0f} tokens/s  "
+            f"{tqdm.format_interval(left)} left",
+            flush=True,
+        )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._bar is not None:
+            self._bar.close()
+
+
+def show_progress_with(trainer: Trainer, bar: ProgressBar) -> None:
+    """Put our bar in the place of the Trainer's."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(bar)

@@ -1,0 +1,86 @@
+"""Train a LLaVA on memes: LoRA on both towers and the whole projector, or another recipe of configs/train.
+
+    torchrun --nproc_per_node 8 train.py --model output/base --annotations data/annotations.json --image_folder data \
+        --output_dir output/train --train_type lora --high_lr 1e-3 --low_lr 2e-5 …
+
+run.sh gives all settings; `python train.py --help` lists them.
+"""
+
+from torch.utils.data import DataLoader
+
+from meme_llava.arguments import parse_train_arguments
+from meme_llava.collator import PaddingCollator
+from meme_llava.curves import draw_training_curves
+from meme_llava.dataset import ShuffledEpochs, load_dataset
+from meme_llava.display import print_batch
+from meme_llava.errors import stop_on_user_error
+from meme_llava.model import load_llava, load_processing
+from meme_llava.run import (
+    TrainingRun,
+    choose_checkpoint,
+    choose_load_dtype,
+    is_main_process,
+    print_run,
+    write_quarantine,
+)
+from meme_llava.trainable import plan_parameter_groups, prepare_trainable
+from meme_llava.trainer import MemeTrainer, ProgressBar, make_training_arguments, show_progress_with
+
+
+@stop_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_train_arguments(argv, description=__doc__)
+    checkpoint = choose_checkpoint(arguments)
+    processing = load_processing(arguments.model)
+    data = load_dataset(
+        arguments.annotations,
+        arguments.image_folder,
+        processing.encoder,
+        processing.image_policy,
+        arguments.model_max_length,
+        arguments.bad_records,
+    )
+    collator = PaddingCollator(
+        processing.tokenizer.pad_token_id,
+        processing.encoder.image_token_id,
+        processing.tokens_per_image,
+        processing.image_policy.size,
+    )
+    run = TrainingRun.plan(arguments, data)
+    examples = ShuffledEpochs(data.dataset, run.steps * arguments.global_batch_size, arguments.seed)
+    if arguments.show_batch:
+        batch = next(iter(DataLoader(examples, batch_size=arguments.device_batch_size, collate_fn=collator)))
+        print_batch(batch, processing)
+        return
+
+    training_arguments = make_training_arguments(arguments, run.steps, run.warmup_steps, run.accumulation)
+    if checkpoint is not None:
+        run.check_continues(checkpoint)
+    model = prepare_trainable(load_llava(arguments.model, choose_load_dtype(arguments, training_arguments)), arguments)
+    groups = plan_parameter_groups(model, arguments.high_lr, arguments.low_lr, arguments.weight_decay)
+    run.parameter_groups = [group.describe() for group in groups]
+    if is_main_process():
+        print_run(run)
+        write_quarantine(arguments.output_dir, data.problems)
+
+    trainer = MemeTrainer(
+        groups=groups,
+        save_companions=run.make_companion_writer(processing),
+        model=model,
+        args=training_arguments,
+        train_dataset=examples,
+        data_collator=collator,
+        processing_class=processing.processor,
+    )
+    show_progress_with(trainer, ProgressBar(run.count_tokens_after_step(examples, data.dataset.lengths)))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    trainer.save_state()
+    trainer.save_model()
+    if is_main_process():
+        draw_training_curves(trainer.state.log_history, arguments.output_dir / "training_curves.png")
+        print(f"trained weights, run record and curves: {arguments.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
