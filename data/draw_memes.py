@@ -113,6 +113,7 @@ class Layout:
 
 # ---- Planning ----
 
+
 def plan_memes(count: int, rng: random.Random) -> list[Meme]:
     """Deals out lines, moods and characters evenly, then shuffles them."""
     pools = []
@@ -171,6 +172,7 @@ def choose_layout(rng: random.Random, meme: Meme) -> tuple[Layout, tuple[int, in
 
 # ---- Drawing ----
 
+
 def draw_background(rng: random.Random, size: tuple[int, int], kind: str) -> Image.Image:
     """White or pale behind dark words; strong colours, rays, dots or a gradient behind outlined ones."""
     if kind == "white":
@@ -227,9 +229,11 @@ def list_arrangements(line: str, is_column: bool) -> list[str]:
     return [text, f"{text[:cut]}\n{text[cut:]}"]
 
 
-def draw_words(line: str, face: FontFace, room: tuple[float, float], largest: float, style: dict, is_column: bool,
-               angle: float) -> Image.Image:
+def draw_words(
+    line: str, face: FontFace, room: tuple[float, float], largest: float, style: dict, is_column: bool, angle: float
+) -> Image.Image:
     """The words as large as the room allows, on a transparent ground."""
+
     def describe(size: float) -> dict:
         spacing, stroke_width = size * 0.12, round(size * style["weight"])
         return {"font": load_font(face, size), "align": "center", "spacing": spacing, "stroke_width": stroke_width}
@@ -245,8 +249,9 @@ def draw_words(line: str, face: FontFace, room: tuple[float, float], largest: fl
     size, words = fits[-1] if fits[-1][0] > 1.25 * fits[0][0] else fits[0]
     left, top, right, bottom = measure(words, size)
     layer = Image.new("RGBA", (round(right - left) + 4, round(bottom - top) + 4))
-    ImageDraw.Draw(layer).multiline_text((2 - left, 2 - top), words, style["fill"], stroke_fill=style["stroke"],
-                                         **describe(size))
+    ImageDraw.Draw(layer).multiline_text(
+        (2 - left, 2 - top), words, style["fill"], stroke_fill=style["stroke"], **describe(size)
+    )
     layer = layer.rotate(angle, Image.Resampling.BICUBIC, expand=True)
     layer.thumbnail((round(room[0]), round(room[1])), Image.Resampling.LANCZOS)
     return layer
@@ -277,8 +282,9 @@ def choose_style(rng: random.Random, ground: str, faces: list[FontFace]) -> tupl
     return face, {"fill": color, "stroke": color, "weight": weight}
 
 
-def place_words(rng: random.Random, picture: Image.Image, line: str, layout: Layout, box: Box, ground: str,
-                faces: list[FontFace]) -> None:
+def place_words(
+    rng: random.Random, picture: Image.Image, line: str, layout: Layout, box: Box, ground: str, faces: list[FontFace]
+) -> None:
     left, top, right, bottom = box
     largest = rng.uniform(30, 46) * OVERSIZE
     # A bubble brings its own white ground.
@@ -326,6 +332,7 @@ def save_picture(rng: random.Random, picture: Image.Image, meme: Meme, path: Pat
 
 # ---- Fonts ----
 
+
 def load_font(face: FontFace, size: float) -> ImageFont.FreeTypeFont:
     # The basic engine is in every Pillow; the other one, where installed, would place letters differently.
     return ImageFont.truetype(face[0], size, face[1], layout_engine=ImageFont.Layout.BASIC)
@@ -360,6 +367,7 @@ def find_fonts(own_fonts: list[Path]) -> list[FontFace]:
 
 # ---- Command line ----
 
+
 def write_record(meme: Meme) -> dict:
     question, with_text, without_text = WORDINGS[meme.wording]
     answer = (with_text if meme.text else without_text).format(
@@ -385,8 +393,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("data"), help="gets images/ and annotations.json")
     parser.add_argument("--count", type=int, default=100, help=f"number of pictures, 1 to {largest}")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--font", type=Path, action="append", default=[],
-                        help="a font file to use instead of the known ones; may be given several times")
+    parser.add_argument(
+        "--font",
+        type=Path,
+        action="append",
+        default=[],
+        help="a font file to use instead of the known ones; may be given several times",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the memes that are already there")
     arguments = parser.parse_args(argv)
     if not 1 <= arguments.count <= largest:

@@ -24,8 +24,9 @@ def list_oval_points(x: float, y: float, rx: float, ry: float, angle: float = 0)
     points = []
     for step in range(72):
         across, down = rx * math.cos(step * math.pi / 36), ry * math.sin(step * math.pi / 36)
-        points.append((x + across * math.cos(turn) - down * math.sin(turn),
-                       y + across * math.sin(turn) + down * math.cos(turn)))
+        points.append(
+            (x + across * math.cos(turn) - down * math.sin(turn), y + across * math.sin(turn) + down * math.cos(turn))
+        )
     return points
 
 
@@ -36,10 +37,12 @@ def smooth(points: list[Point], closed: bool = False) -> list[Point]:
     for a, b, c, d in zip(ring, ring[1:], ring[2:], ring[3:], strict=False):
         for step in range(12):
             t = step / 12
-            curve.append(tuple(
-                0.5 * (2 * q + (r - p) * t + (2 * p - 5 * q + 4 * r - s) * t**2 + (3 * q - p - 3 * r + s) * t**3)
-                for p, q, r, s in zip(a, b, c, d, strict=True)
-            ))
+            curve.append(
+                tuple(
+                    0.5 * (2 * q + (r - p) * t + (2 * p - 5 * q + 4 * r - s) * t**2 + (3 * q - p - 3 * r + s) * t**3)
+                    for p, q, r, s in zip(a, b, c, d, strict=True)
+                )
+            )
     return curve if closed else [*curve, points[-1]]
 
 
@@ -74,8 +77,17 @@ class Pen:
     def blob(self, points: list[Point], fill: str, outline: str | None = INK, width: float = 4) -> None:
         self.shape(smooth(points, closed=True), fill, outline, width)
 
-    def oval(self, x: float, y: float, rx: float, ry: float, fill: str, outline: str | None = INK,
-             angle: float = 0, width: float = 4) -> None:
+    def oval(
+        self,
+        x: float,
+        y: float,
+        rx: float,
+        ry: float,
+        fill: str,
+        outline: str | None = INK,
+        angle: float = 0,
+        width: float = 4,
+    ) -> None:
         self.shape(list_oval_points(x, y, rx, ry, angle), fill, outline, width)
 
     def limb(self, points: list[Point], fill: str, thickness: float = 15) -> None:
@@ -84,9 +96,13 @@ class Pen:
 
     def heart(self, x: float, y: float, size: float, outline: str | None = INK) -> None:
         turns = [step * math.pi / 30 for step in range(60)]
-        points = [(x + size * math.sin(t) ** 3,
-                   y - size / 16 * (13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)))
-                  for t in turns]
+        points = [
+            (
+                x + size * math.sin(t) ** 3,
+                y - size / 16 * (13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)),
+            )
+            for t in turns
+        ]
         self.shape(points, HEART, outline, 3)
 
     def drop(self, x: float, y: float, size: float) -> None:
@@ -96,9 +112,18 @@ class Pen:
 # ---- Moods: eyes, mouths, and the marks around a face ----
 # An eye is drawn by (pen, x, y, size, side, ink); `ink` is the colour that shows up on the skin around the eye.
 
-def draw_open_eye(pen: Pen, x: float, y: float, size: float, pupil: float, look: float = 0,
-                  lid: Callable[[float], float] = lambda x: -1e9) -> None:
+
+def draw_open_eye(
+    pen: Pen,
+    x: float,
+    y: float,
+    size: float,
+    pupil: float,
+    look: float = 0,
+    lid: Callable[[float], float] = lambda x: -1e9,
+) -> None:
     """A white eye cut off above by the line `lid`; `pupil` and `look` are shares of the eye's size."""
+
     def cut(points: list[Point]) -> list[Point]:
         return [(px, max(py, lid(px))) for px, py in points]
 
@@ -146,20 +171,50 @@ def draw_loving_eye(pen, x, y, size, side, ink):
 
 # A mouth is drawn by (pen, y, width), always around x = 100.
 
+
 def draw_happy_mouth(pen, y, width):
-    pen.blob([(100 - width, y - 4), (100, y), (100 + width, y - 4), (100 + width * 0.6, y + 14), (100, y + 19),
-              (100 - width * 0.6, y + 14)], "#8c2f39")
+    pen.blob(
+        [
+            (100 - width, y - 4),
+            (100, y),
+            (100 + width, y - 4),
+            (100 + width * 0.6, y + 14),
+            (100, y + 19),
+            (100 - width * 0.6, y + 14),
+        ],
+        "#8c2f39",
+    )
     pen.oval(100, y + 14, width * 0.45, 5, "#ff8a8a", None)
 
 
 def draw_sad_mouth(pen, y, width):
-    pen.stroke(smooth([(100 - width, y + 11), (100 - width * 0.5, y + 3), (100, y + 6), (100 + width * 0.5, y + 3),
-                       (100 + width, y + 11)]), INK, 4.5)
+    pen.stroke(
+        smooth(
+            [
+                (100 - width, y + 11),
+                (100 - width * 0.5, y + 3),
+                (100, y + 6),
+                (100 + width * 0.5, y + 3),
+                (100 + width, y + 11),
+            ]
+        ),
+        INK,
+        4.5,
+    )
 
 
 def draw_angry_mouth(pen, y, width):
-    pen.blob([(100 - width, y + 1), (100, y - 3), (100 + width, y + 1), (100 + width, y + 11), (100, y + 8),
-              (100 - width, y + 11)], "white")
+    pen.blob(
+        [
+            (100 - width, y + 1),
+            (100, y - 3),
+            (100 + width, y + 1),
+            (100 + width, y + 11),
+            (100, y + 8),
+            (100 - width, y + 11),
+        ],
+        "white",
+    )
     for share in (-0.55, 0, 0.55):
         pen.stroke([(100 + share * width, y - 2), (100 + share * width, y + 9)], INK, 3)
     pen.stroke([(100 - width, y + 5), (100 + width, y + 5)], INK, 3)
@@ -175,8 +230,13 @@ def draw_dull_mouth(pen, y, width):
 
 
 def draw_smug_mouth(pen, y, width):
-    pen.stroke(smooth([(100 - width, y + 3), (100 - width * 0.2, y + 9), (100 + width * 0.7, y + 3),
-                       (100 + width * 1.1, y - 8)]), INK, 5)
+    pen.stroke(
+        smooth(
+            [(100 - width, y + 3), (100 - width * 0.2, y + 9), (100 + width * 0.7, y + 3), (100 + width * 1.1, y - 8)]
+        ),
+        INK,
+        5,
+    )
 
 
 def draw_sleepy_mouth(pen, y, width):
@@ -186,16 +246,32 @@ def draw_sleepy_mouth(pen, y, width):
 
 
 def draw_loving_mouth(pen, y, width):
-    pen.stroke(smooth([(100 - width, y), (100 - width * 0.55, y + 8), (100, y), (100 + width * 0.55, y + 8),
-                       (100 + width, y)]), INK, 4.5)
+    pen.stroke(
+        smooth(
+            [(100 - width, y), (100 - width * 0.55, y + 8), (100, y), (100 + width * 0.55, y + 8), (100 + width, y)]
+        ),
+        INK,
+        4.5,
+    )
 
 
 def draw_beak(pen: Pen, y: float, gape: float, curl: float) -> None:
     """The parrot's mouth: a lower half that hangs down by `gape`, under a hook whose corners move by `curl`."""
     pen.blob([(88, y), (112, y), (108, y + 12 + gape), (100, y + 17 + gape), (92, y + 12 + gape)], "#8c2f39")
     pen.blob([(91, y + 8 + gape), (109, y + 8 + gape), (100, y + 18 + gape)], "#e08a1e")
-    pen.blob([(100, y - 17), (118, y - 7), (121, y + 4 + curl), (108, y + 6), (100, y + 16), (92, y + 6),
-              (79, y + 4 + curl), (82, y - 7)], "#ffb833")
+    pen.blob(
+        [
+            (100, y - 17),
+            (118, y - 7),
+            (121, y + 4 + curl),
+            (108, y + 6),
+            (100, y + 16),
+            (92, y + 6),
+            (79, y + 4 + curl),
+            (82, y - 7),
+        ],
+        "#ffb833",
+    )
     for x in (94, 106):
         pen.oval(x, y - 7, 2, 2, INK, None)
 
@@ -271,6 +347,7 @@ MOODS = {
 
 
 # ---- Characters ----
+
 
 def draw_torso(pen: Pen, skin: str, belly: str, feet: str) -> None:
     for side in (-1, 1):
@@ -375,18 +452,42 @@ class Character:
 
 
 CHARACTERS = {
-    "小猫": Character("只", draw_cat, (("#f9b45c", "#fff1d6"), ("#b9bcc6", "#f5f5f5"), ("#fff6e8", "#ffe3c2")),
-                    (27, 80, 13), (106, 15)),
-    "熊猫": Character("只", draw_panda, (("#ffffff", "#2b2320"), ("#ffffff", "#4a4048")), (26, 82, 12), (108, 15),
-                    eye_ink="white", arm="#3a3133"),
-    "鹦鹉": Character("只", draw_parrot, (("#62c370", "#f2605a"), ("#5ab9ea", "#f7d046"), ("#f2605a", "#f7d046")),
-                    (25, 78, 13), (103, 0)),
-    "包子": Character("个", draw_bun, (("#fff8ec", "#f3dfc1"), ("#ffeccf", "#e9c79b")), (29, 91, 15), (114, 17),
-                    (72, 122)),
-    "青蛙": Character("只", draw_frog, (("#8ccf5a", "#f1f7c8"), ("#5fb88f", "#eef7d9")), (34, 47, 15), (97, 32),
-                    brow_gap=4),
-    "兔子": Character("只", draw_rabbit, (("#ffffff", "#ffb9c4"), ("#ffd9e0", "#ff9fb0"), ("#d9c3b0", "#f5b5a8")),
-                    (25, 81, 12), (107, 13)),
+    "小猫": Character(
+        "只",
+        draw_cat,
+        (("#f9b45c", "#fff1d6"), ("#b9bcc6", "#f5f5f5"), ("#fff6e8", "#ffe3c2")),
+        (27, 80, 13),
+        (106, 15),
+    ),
+    "熊猫": Character(
+        "只",
+        draw_panda,
+        (("#ffffff", "#2b2320"), ("#ffffff", "#4a4048")),
+        (26, 82, 12),
+        (108, 15),
+        eye_ink="white",
+        arm="#3a3133",
+    ),
+    "鹦鹉": Character(
+        "只",
+        draw_parrot,
+        (("#62c370", "#f2605a"), ("#5ab9ea", "#f7d046"), ("#f2605a", "#f7d046")),
+        (25, 78, 13),
+        (103, 0),
+    ),
+    "包子": Character(
+        "个", draw_bun, (("#fff8ec", "#f3dfc1"), ("#ffeccf", "#e9c79b")), (29, 91, 15), (114, 17), (72, 122)
+    ),
+    "青蛙": Character(
+        "只", draw_frog, (("#8ccf5a", "#f1f7c8"), ("#5fb88f", "#eef7d9")), (34, 47, 15), (97, 32), brow_gap=4
+    ),
+    "兔子": Character(
+        "只",
+        draw_rabbit,
+        (("#ffffff", "#ffb9c4"), ("#ffd9e0", "#ff9fb0"), ("#d9c3b0", "#f5b5a8")),
+        (25, 81, 12),
+        (107, 13),
+    ),
 }
 
 
@@ -395,8 +496,19 @@ def draw_glasses(pen: Pen, eye: tuple[float, float, float]) -> None:
     pen.stroke([(100 - gap - size - 12, y - 7), (100 + gap + size + 12, y - 7)], INK, 5)
     for side in (-1, 1):
         wide = size + 6
-        pen.blob(mirror([(gap - wide, y - 9), (gap + wide, y - 9), (gap + wide - 3, y + 8), (gap, y + 13),
-                         (gap - wide + 3, y + 8)], side), "#1d1a24")
+        pen.blob(
+            mirror(
+                [
+                    (gap - wide, y - 9),
+                    (gap + wide, y - 9),
+                    (gap + wide - 3, y + 8),
+                    (gap, y + 13),
+                    (gap - wide + 3, y + 8),
+                ],
+                side,
+            ),
+            "#1d1a24",
+        )
         pen.stroke([(100 + side * gap - 7, y + 4), (100 + side * gap + 2, y - 5)], "#8f8aa8", 4)
 
 

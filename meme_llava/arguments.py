@@ -19,6 +19,7 @@ from meme_llava.errors import UserError
 
 RECIPE_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "train"
 Arguments = TypeVar("Arguments")
+DEFAULT_QUESTION = "这张表情包写了什么，是什么意思？"
 RoleTraining = Literal["frozen", "lora", "full"]
 
 
@@ -30,7 +31,9 @@ def describe(text: str, **metadata) -> dict:
 @dataclass
 class BuildArguments:
     language_model: str = field(metadata=describe("causal language model: folder, hub id, or modelscope:ORG/MODEL"))
-    vision_model: str = field(metadata=describe("Chinese-CLIP, CLIP or SigLIP: folder, hub id, or modelscope:ORG/MODEL"))
+    vision_model: str = field(
+        metadata=describe("Chinese-CLIP, CLIP or SigLIP: folder, hub id, or modelscope:ORG/MODEL")
+    )
     output_dir: Path = field(metadata=describe("where the assembled LLaVA goes"))
     seed: int = field(default=0, metadata=describe("draws the fresh multi_modal_projector"))
     overwrite: bool = field(default=False, metadata=describe("replace a non-empty output_dir"))
@@ -137,8 +140,15 @@ class MergeArguments:
 @dataclass
 class InferArguments:
     model: Path = field(metadata=describe("merged model, base model, or output_dir / checkpoint of train.py"))
-    image: list[Path] = field(metadata=describe("picture files, or folders of pictures"))
-    question: str = field(default="这张表情包写了什么，是什么意思？", metadata=describe("what to ask about each"))
+    image: list[Path] = field(default_factory=list, metadata=describe("picture files, or folders of pictures"))
+    annotations: Path | None = field(
+        default=None, metadata=describe("in place of --image: ask the records' own questions and show the true answers")
+    )
+    image_folder: Path | None = field(default=None, metadata=describe("with --annotations: where its pictures are"))
+    limit: int | None = field(default=None, metadata=describe("with --annotations: only the first so many records"))
+    question: str | None = field(
+        default=None, metadata=describe(f"what to ask about each --image ({DEFAULT_QUESTION})")
+    )
     system: str | None = field(default=None, metadata=describe("system turn in place of the default one"))
     max_new_tokens: int = field(default=512, metadata=describe("an answer stops here if not by itself"))
     json: bool = field(default=False, metadata=describe("one JSON object a picture in place of streamed text"))
@@ -151,6 +161,17 @@ class InferArguments:
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""
         _check(self, "max_new_tokens", self.max_new_tokens > 0, "at least 1")
+        _check(self, "limit", self.limit is None or self.limit > 0, "at least 1")
+        if bool(self.image) == (self.annotations is not None):
+            raise UserError("give either --image or --annotations")
+        if (self.annotations is None) != (self.image_folder is None):
+            raise UserError("--annotations and --image_folder go together")
+        if self.annotations is None and self.limit is not None:
+            raise UserError("--limit goes with --annotations")
+        if self.annotations is not None and self.question is not None:
+            raise UserError("--question goes with --image; the records of --annotations bring their own")
+        if self.question is None:
+            self.question = DEFAULT_QUESTION
         _check(self, "question", bool(self.question.strip()), "not empty")
 
 
@@ -198,7 +219,9 @@ def read_recipe(train_type: str) -> dict:
     path = RECIPE_FOLDER / f"{train_type}.yaml"
     available = sorted(file.stem for file in RECIPE_FOLDER.glob("*.yaml"))
     if train_type not in available:
-        raise UserError(f"--train_type {train_type}: no such recipe in {RECIPE_FOLDER}; there are {', '.join(available)}")
+        raise UserError(
+            f"--train_type {train_type}: no such recipe in {RECIPE_FOLDER}; there are {', '.join(available)}"
+        )
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from meme_llava.errors import UserError
+from meme_llava.weights import fingerprint_folder
 
 RUN_RECORD = "run_record.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -97,3 +98,35 @@ def read_run_record(directory: Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is damaged ({error})") from error
+
+
+def holds_trained_weights(directory: Path) -> bool:
+    """Whether `directory` is an output or checkpoint of train.py, which needs its base model."""
+    return (directory / ADAPTER_WEIGHTS).is_file() or (directory / TRAINED_WEIGHTS).is_file()
+
+
+def find_base(adapter: Path, base_model: Path | None) -> Path:
+    """The base model that trained weights belong to.
+
+    Args:
+        adapter: output or checkpoint of train.py.
+        base_model: where the base is now, if it moved since training.
+
+    Raises:
+        UserError: `adapter` holds no trained weights, or the base is missing or another one.
+    """
+    record = read_run_record(adapter)
+    if not holds_trained_weights(adapter):
+        raise UserError(
+            f"{adapter}: holds neither {ADAPTER_WEIGHTS} nor {TRAINED_WEIGHTS}; expected an output_dir or checkpoint "
+            "of train.py"
+        )
+    folder = base_model or Path(record["base"]["folder"])
+    if not folder.is_dir():
+        raise UserError(f"{folder}: the base model of {adapter} is not there; say where it is with --base_model")
+    if fingerprint_folder(folder) != record["base"]["fingerprint"]:
+        raise UserError(
+            f"{folder}: is not the base model that {adapter} was trained on (their weights differ); give the right "
+            "one with --base_model"
+        )
+    return folder

@@ -31,7 +31,7 @@ class PaddingCollator:
     image_size: int
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        """Examples as `MemeDataset` gives them → a batch of int64 (rows, longest) tensors and (images, 3, size, size)."""
+        """Batch `MemeDataset` items: int64 (rows, longest) tensors, pixel_values float32 (images, 3, size, size)."""
         for example in examples:
             self._check_image_tokens(example)
         pixel_values = torch.cat([example["pixel_values"] for example in examples])

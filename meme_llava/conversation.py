@@ -21,9 +21,7 @@ IGNORED_LABEL = -100
 # The same format for programs that use the saved directory through `apply_chat_template`; a test holds both together.
 # Content is a string, or a list of {"type": "image"} and {"type": "text", "text": ...} as other tools send it.
 _CHAT_TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
-    + DEFAULT_SYSTEM
-    + "<|im_end|>\n' }}{% endif %}"
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n" + DEFAULT_SYSTEM + "<|im_end|>\n' }}{% endif %}"
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}"

@@ -139,7 +139,9 @@ def _iterate_json(annotations: Path) -> Iterator[tuple[str, object]]:
         around = text[max(error.pos - 20, 0) : error.pos + 20]
         raise UserError(f"{annotations}: not JSON at line {error.lineno} column {error.colno}: {around!r}") from error
     if not isinstance(values, list):
-        raise UserError(f"{annotations}: is a JSON {type(values).__name__}, expected an array of records. {FORMAT_HELP}")
+        raise UserError(
+            f"{annotations}: is a JSON {type(values).__name__}, expected an array of records. {FORMAT_HELP}"
+        )
     for index, value in enumerate(values):
         yield f"{annotations.name} record {index}", value
 

@@ -41,7 +41,8 @@ def print_batch(batch: dict[str, torch.Tensor], processing: Processing, console:
         ids, labels = batch["input_ids"][row][mask].tolist(), batch["labels"][row][mask].tolist()
         supervised = sum(label != IGNORED_LABEL for label in labels)
         console.print(
-            f"\n[bold]row {row}[/bold]: positions 0 to {len(ids) - 1}, {supervised} supervised, {width - len(ids)} padding"
+            f"\n[bold]row {row}[/bold]: positions 0 to {len(ids) - 1}, "
+            f"{supervised} supervised, {width - len(ids)} padding"
         )
         console.print(_describe_row(ids, labels, processing))
 
@@ -56,7 +57,9 @@ def _describe_row(ids: list[int], labels: list[int], processing: Processing) -> 
             text.append(f"<image: {position - start} tokens at {start}>", style=IMAGE_STYLE)
         else:
             words = processing.tokenizer.decode(ids[start:position], skip_special_tokens=False)
-            text.append(f"【{words}】" if kind == "supervised" else words, SUPERVISED_STYLE if kind == "supervised" else "")
+            text.append(
+                f"【{words}】" if kind == "supervised" else words, SUPERVISED_STYLE if kind == "supervised" else ""
+            )
         start = position
     return text
 

@@ -17,11 +17,12 @@ from meme_llava.dataset import LoadedData, Problem, ShuffledEpochs, hash_file
 from meme_llava.display import print_table
 from meme_llava.errors import UserError
 from meme_llava.model import Processing, quiet_transformers
-from meme_llava.trainer import count_processes, count_steps, derive_accumulation
+from meme_llava.trainer import TENSORBOARD_FOLDER, count_processes, count_steps, derive_accumulation
 from meme_llava.weights import fingerprint_folder
 
 LATEST = "latest"
 QUARANTINE = "quarantine.jsonl"
+LEFTOVERS = {QUARANTINE, TENSORBOARD_FOLDER}
 # Settings that may differ when a run continues: they change neither the data order nor an update.
 FREE_SETTINGS = {
     "model",
@@ -151,7 +152,9 @@ def choose_checkpoint(arguments: TrainArguments) -> Path | None:
     """
     output_dir, wanted = arguments.output_dir, arguments.resume_from_checkpoint
     if wanted is None:
-        if not arguments.show_batch and output_dir.is_dir() and any(output_dir.iterdir()):
+        # What an interrupted start leaves behind before its first checkpoint is no result.
+        found = {path.name for path in output_dir.iterdir()} - LEFTOVERS if output_dir.is_dir() else set()
+        if found and not arguments.show_batch:
             raise UserError(
                 f"{output_dir}: is not empty. Choose another --output_dir, or continue the run in it with "
                 f"--resume_from_checkpoint {LATEST}."
@@ -180,7 +183,9 @@ def print_run(run: TrainingRun) -> None:
         for name, value in to_plain(run.arguments).items()
     ]
     print_table("Settings", ("setting", "value"), settings)
-    print_table("Data", ("", "value"), [(name, str(value)) for name, value in run.data.items() if name != "cut_records"])
+    print_table(
+        "Data", ("", "value"), [(name, str(value)) for name, value in run.data.items() if name != "cut_records"]
+    )
     for cut in run.data["cut_records"]:
         print(f"cut to model_max_length: {cut}")
     groups = [

@@ -55,7 +55,9 @@ def _download_from_modelscope(model_id: str) -> Path:
     try:
         from modelscope import snapshot_download as download
     except ImportError as error:
-        raise UserError(f"{MODELSCOPE_PREFIX}{model_id} needs the modelscope package: pip install modelscope") from error
+        raise UserError(
+            f"{MODELSCOPE_PREFIX}{model_id} needs the modelscope package: pip install modelscope"
+        ) from error
     try:
         return Path(download(model_id))
     except Exception as error:  # modelscope raises its own, requests' and plain exceptions alike

@@ -111,9 +111,7 @@ def find_lora_targets(model: nn.Module, arguments: TrainArguments) -> list[str]:
     return targets
 
 
-def plan_parameter_groups(
-    model: nn.Module, high_lr: float, low_lr: float, weight_decay: float
-) -> list[ParameterGroup]:
+def plan_parameter_groups(model: nn.Module, high_lr: float, low_lr: float, weight_decay: float) -> list[ParameterGroup]:
     """Every trainable parameter in exactly one group; biases and norms never decay.
 
     Raises:
@@ -128,9 +126,7 @@ def plan_parameter_groups(
             names = tuple(n for n, p in trainable.items() if role_of(n) == role and (p.dim() >= 2) == decays)
             if names:
                 parameters = tuple(trainable[name] for name in names)
-                groups.append(
-                    ParameterGroup(role, learning_rate, weight_decay if decays else 0.0, names, parameters)
-                )
+                groups.append(ParameterGroup(role, learning_rate, weight_decay if decays else 0.0, names, parameters))
     grouped = [name for group in groups for name in group.names]
     if sorted(grouped) != sorted(trainable):
         raise UserError(f"{len(trainable)} tensors learn but {len(grouped)} are in parameter groups")

@@ -18,6 +18,8 @@ from meme_llava.conversation import IGNORED_LABEL
 from meme_llava.errors import UserError
 from meme_llava.trainable import ParameterGroup, load_trained_weights, save_trained_weights
 
+TENSORBOARD_FOLDER = "tensorboard"
+
 
 def supervised_cross_entropy(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy over the supervised tokens of the whole global batch.
@@ -62,9 +64,7 @@ def count_steps(arguments: TrainArguments, records: int) -> tuple[int, int]:
     return steps, warmup
 
 
-def make_training_arguments(
-    arguments: TrainArguments, steps: int, warmup: int, accumulation: int
-) -> TrainingArguments:
+def make_training_arguments(arguments: TrainArguments, steps: int, warmup: int, accumulation: int) -> TrainingArguments:
     """Our settings as the Trainer's. Starts the process group when there are several processes."""
     use_cpu = not torch.cuda.is_available()
     if arguments.precision == "bf16" and use_cpu:
@@ -74,7 +74,7 @@ def make_training_arguments(
         raise UserError("this GPU has no bf16; pass --precision fp32 (fp16 overflows with Qwen2)")
     if arguments.deepspeed is not None:
         check_deepspeed_config(arguments.deepspeed)
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(arguments.output_dir / "tensorboard"))
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(arguments.output_dir / TENSORBOARD_FOLDER))
     training_arguments = TrainingArguments(
         output_dir=str(arguments.output_dir),
         per_device_train_batch_size=arguments.device_batch_size,
@@ -92,8 +92,8 @@ def make_training_arguments(
         bf16=arguments.precision != "fp32" and supports_bf16,
         # Without it several CPU processes would each train alone, into the same directory.
         use_cpu=use_cpu,
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if arguments.gradient_checkpointing else None,
+        activation_checkpointing=arguments.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if arguments.gradient_checkpointing else None,
         dataloader_num_workers=arguments.dataloader_workers,
         report_to=arguments.report_to,
         run_name=arguments.run_name,
@@ -115,8 +115,6 @@ def make_training_arguments(
 
 def check_deepspeed_config(path: Path) -> None:
     """Raise UserError for a file that is missing or would overrule the two learning rates."""
-    import json
-
     if not path.is_file():
         raise UserError(f"--deepspeed {path}: no such file; configs/deepspeed has the ones that come with us")
     try:
@@ -125,7 +123,7 @@ def check_deepspeed_config(path: Path) -> None:
         raise UserError(f"--deepspeed {path}: not JSON ({error})") from error
     for key in ("optimizer", "scheduler"):
         if key in config:
-            raise UserError(f"--deepspeed {path}: has a key {key!r}, which would replace the two learning rates; remove it")
+            raise UserError(f"--deepspeed {path}: remove its key {key!r}, which would replace the two learning rates")
 
 
 class MemeTrainer(Trainer):

@@ -1,0 +1,76 @@
+"""Ask a model about memes.
+
+python infer.py --model output/merged --image meme.jpg
+python infer.py --model output/train --image folder_of_memes --question 图里写了什么？ --json
+python infer.py --model output/merged --annotations data/annotations.json --image_folder data
+"""
+
+import json
+import sys
+
+from meme_llava.arguments import InferArguments, parse_arguments
+from meme_llava.errors import UserError, stop_on_user_error
+from meme_llava.generation import Answer, Question, list_file_questions, list_record_questions, load_answerer
+from meme_llava.images import open_image
+
+
+@stop_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(InferArguments, argv, description=__doc__)
+    if arguments.annotations is not None:
+        questions = list_record_questions(arguments.annotations, arguments.image_folder, arguments.limit)
+    else:
+        questions = list_file_questions(arguments.image, arguments.question)
+    answerer = load_answerer(arguments.model, arguments.base_model, arguments.device, arguments.dtype)
+
+    streams = not arguments.json and arguments.annotations is None
+    unreadable = right = 0
+    for question in questions:
+        try:
+            image = open_image(question.image)
+        except ValueError as error:
+            # One bad file of many must not cost the answers about the others.
+            unreadable += 1
+            report_unreadable(question, str(error), arguments.json)
+            continue
+        if streams and len(questions) > 1:
+            print(f"{question.image}:", file=sys.stderr, flush=True)
+        streamer = answerer.make_streamer() if streams else None
+        answer = answerer.answer(image, question.text, arguments.system, arguments.max_new_tokens, streamer)
+        right += answer.text == question.truth
+        report(question, answer, arguments)
+    if arguments.annotations is not None:
+        print(f"{right} of {len(questions)} answers are right to the letter", file=sys.stderr, flush=True)
+    if unreadable:
+        raise UserError(f"{unreadable} of {len(questions)} pictures could not be read")
+
+
+def report(question: Question, answer: Answer, arguments: InferArguments) -> None:
+    """Print what is not streamed: a JSON line, an answer beside the true one, or that the answer was cut off."""
+    if arguments.json:
+        result = {
+            "image": str(question.image),
+            "question": question.text,
+            "answer": answer.text,
+            **({"truth": question.truth} if question.truth is not None else {}),
+            "tokens": len(answer.token_ids),
+            "stopped": answer.stopped,
+        }
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+    elif question.truth is not None:
+        mark = "right" if answer.text == question.truth else "wrong"
+        print(f"{question.image}  [{mark}]\n  answer: {answer.text}\n  truth:  {question.truth}", flush=True)
+    elif not answer.stopped:
+        print(f"(cut off after --max_new_tokens {arguments.max_new_tokens})", file=sys.stderr, flush=True)
+
+
+def report_unreadable(question: Question, reason: str, as_json: bool) -> None:
+    """Say which picture could not be read and why."""
+    if as_json:
+        print(json.dumps({"image": str(question.image), "error": reason}, ensure_ascii=False), flush=True)
+    else:
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Knows how a model answers a question about a picture. The prompt comes from `conversation`, as in training."""
+
+import copy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import GenerationConfig, TextStreamer
+
+from meme_llava.checkpoint import find_base, holds_trained_weights
+from meme_llava.conversation import IMAGE_PLACEHOLDER, Turn
+from meme_llava.dataset import read_records
+from meme_llava.errors import UserError
+from meme_llava.images import resolve_image_path, to_pixel_values
+from meme_llava.model import Processing, load_llava, load_processing
+from meme_llava.trainable import apply_trained_weights
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said. `stopped` is False when it was cut off at the limit."""
+
+    text: str
+    token_ids: list[int]
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A model with everything needed to ask it."""
+
+    model: torch.nn.Module
+    processing: Processing
+    generation_config: GenerationConfig
+
+    def build_inputs(self, image: Image.Image, question: str, system: str | None = None) -> dict[str, torch.Tensor]:
+        """Inputs of one question: input_ids and attention_mask (1, length), pixel_values (1, 3, size, size).
+
+        The picture stands in front of the question, as in the sample memes.
+        """
+        if IMAGE_PLACEHOLDER in question:
+            raise UserError(f"the question holds {IMAGE_PLACEHOLDER}; the picture is put in front of it by itself")
+        turns = [Turn("system", system)] if system is not None else []
+        turns.append(Turn("user", f"{IMAGE_PLACEHOLDER}\n{question}"))
+        input_ids = torch.tensor([self.processing.encoder.encode_prompt(turns)])
+        pixel_values = to_pixel_values(image, self.processing.image_policy)[None]
+        device, dtype = self.model.device, self.model.dtype
+        return {
+            "input_ids": input_ids.to(device),
+            "attention_mask": torch.ones_like(input_ids).to(device),
+            "pixel_values": pixel_values.to(device, dtype),
+        }
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        image: Image.Image,
+        question: str,
+        system: str | None = None,
+        max_new_tokens: int = 512,
+        streamer: TextStreamer | None = None,
+    ) -> Answer:
+        """The greedy answer about one picture."""
+        inputs = self.build_inputs(image, question, system)
+        generation_config = copy.copy(self.generation_config)
+        generation_config.max_new_tokens = max_new_tokens
+        output = self.model.generate(**inputs, generation_config=generation_config, streamer=streamer)
+        new_ids = output[0, inputs["input_ids"].shape[1] :].tolist()
+        stopped = new_ids[-1] in self.generation_config.eos_token_id
+        text = self.processing.tokenizer.decode(new_ids, skip_special_tokens=True)
+        return Answer(text.strip(), new_ids, stopped)
+
+    def make_streamer(self) -> TextStreamer:
+        """Prints the answer to standard output while it grows."""
+        return TextStreamer(self.processing.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def load_answerer(folder: Path, base_model: Path | None = None, device: str = "auto", dtype: str = "auto") -> Answerer:
+    """Load a merged or base model, or base + trained weights, ready to be asked.
+
+    Raises:
+        UserError: the folder is neither, or the base is missing or another one.
+    """
+    chosen_device = choose_device(device)
+    chosen_dtype = choose_dtype(dtype, chosen_device)
+    is_adapter = holds_trained_weights(folder)
+    if base_model is not None and not is_adapter:
+        raise UserError(f"{folder}: is a whole model, so --base_model has no use; leave it out")
+    model_folder = find_base(folder, base_model) if is_adapter else folder
+    processing = load_processing(model_folder)
+    model = load_llava(model_folder, chosen_dtype)
+    generation_config = model.generation_config
+    if is_adapter:
+        model = apply_trained_weights(model, folder)
+    return Answerer(model.to(chosen_device).eval(), processing, generation_config)
+
+
+def choose_device(device: str) -> torch.device:
+    """ "auto" gives the GPU if there is one, else the CPU; anything else is spelled as torch does."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: cannot be used here ({error})") from error
+    return chosen
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """ "auto" gives bfloat16 on a GPU that has it and float32 elsewhere: float16 overflows with Qwen2-7B."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to ask about one picture, and the true answer where it is known."""
+
+    image: Path
+    text: str
+    truth: str | None = None
+
+
+def list_file_questions(paths: list[Path], text: str) -> list[Question]:
+    """The same question about every picture file of a list of files and folders (not their subfolders).
+
+    Raises:
+        UserError: a path does not exist, or a folder holds no picture.
+    """
+    images = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise UserError(f"{path}: holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            images += found
+        elif path.exists():
+            images.append(path)
+        else:
+            raise UserError(f"{path}: no such file or folder")
+    return [Question(image, text) for image in images]
+
+
+def list_record_questions(annotations: Path, image_folder: Path, limit: int | None) -> list[Question]:
+    """The first question of every record that begins with one picture, with its true answer.
+
+    Raises:
+        UserError: a record is malformed, or none begins with one picture.
+    """
+    records, problems = read_records(annotations)
+    if problems:
+        raise UserError(f"{annotations}: {len(problems)} malformed records, e.g. {problems[0]}")
+    questions = []
+    for record in records[:limit]:
+        user, truth = [turn for turn in record.turns if turn.role != "system"][:2]
+        text = user.text.removeprefix(f"{IMAGE_PLACEHOLDER}\n")
+        if text != user.text and IMAGE_PLACEHOLDER not in text:
+            try:
+                questions.append(Question(resolve_image_path(record.images[0], image_folder), text, truth.text))
+            except ValueError as error:
+                raise UserError(f"{record.place} (id {record.record_id!r}): {error}") from error
+    if not questions:
+        raise UserError(f"{annotations}: no record begins with {IMAGE_PLACEHOLDER}, a line break and a question")
+    if left_out := len(records[:limit]) - len(questions):
+        print(f"{left_out} records do not begin with one picture and are not asked", file=sys.stderr)
+    return questions

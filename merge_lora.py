@@ -1,0 +1,54 @@
+"""Merge what train.py learned with its base into one standalone model.
+
+    python merge_lora.py --adapter output/train --output_dir output/merged
+
+The base and the LoRA settings come from the run record; --base_model is needed only if the base moved.
+"""
+
+import torch
+
+from meme_llava.arguments import MergeArguments, parse_arguments, to_plain
+from meme_llava.checkpoint import (
+    RUN_RECORD,
+    check_output_dir,
+    describe_environment,
+    find_base,
+    read_run_record,
+    write_directory,
+    write_json,
+)
+from meme_llava.display import print_table
+from meme_llava.errors import stop_on_user_error
+from meme_llava.merging import TrainedWeights, verify_merged, write_merged
+from meme_llava.weights import fingerprint_folder
+
+
+@stop_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(MergeArguments, argv, description=__doc__)
+    check_output_dir(arguments.output_dir, arguments.overwrite)
+    base_folder = find_base(arguments.adapter, arguments.base_model)
+    training = read_run_record(arguments.adapter)
+    trained = TrainedWeights.read(arguments.adapter)
+
+    with write_directory(arguments.output_dir, arguments.overwrite) as folder:
+        summary = write_merged(base_folder, trained, folder, getattr(torch, arguments.dtype))
+        checks = verify_merged(base_folder, arguments.adapter, folder, training["data"])
+        record = {
+            "stage": "merge",
+            "settings": to_plain(arguments),
+            "fingerprint": fingerprint_folder(folder),
+            "summary": summary,
+            "checks": dict(checks),
+            "training": training,
+            "environment": describe_environment(),
+        }
+        write_json(folder / RUN_RECORD, record)
+
+    print_table("Merged", ("", "value"), [(name, str(value)) for name, value in summary.items()])
+    print_table("Compared with base + adapter", ("check", "finding"), checks)
+    print(f"standalone model: {arguments.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

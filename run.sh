@@ -1,0 +1,185 @@
+#!/usr/bin/env bash
+# Meme-LLaVA from two towers to an answer about a meme.
+#
+#   bash run.sh                      every stage: build, train, merge, infer
+#   bash run.sh train merge          only these; a finished stage is not done again
+#   bash run.sh train --save_steps 100    flags behind the stages go to train.py
+#   DRY_RUN=1 bash run.sh            print the commands, run nothing
+#
+# Edit the values below, or set them for one run: LOW_LR=1e-5 OUTPUT_DIR=output_b bash run.sh
+# As it stands it trains a tiny random model on 100 sample memes, on a laptop's CPU, in a few minutes.
+# The value of the published 8 x A800 run stands behind "real run:".
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# --- models and data ---
+LANGUAGE_MODEL=${LANGUAGE_MODEL:-tiny}    # folder, hub id, modelscope:ORG/MODEL; tiny = made on the spot. real run: Qwen/Qwen2-7B-Instruct
+VISION_MODEL=${VISION_MODEL:-tiny}        # likewise. real run: OFA-Sys/chinese-clip-vit-large-patch14-336px
+ANNOTATIONS=${ANNOTATIONS:-data/annotations.json}    # .json or .jsonl, format in data/README.md
+IMAGE_FOLDER=${IMAGE_FOLDER:-data}        # the records' image paths start here
+OUTPUT_DIR=${OUTPUT_DIR:-output}          # gets base, train and merged
+
+# --- recipe ---
+TRAIN_TYPE=${TRAIN_TYPE:-lora}            # lora | projector | freeze_vision | full (configs/train). real run: lora
+EPOCHS=${EPOCHS:-45}                      # passes over the records. real run: 5
+HIGH_LR=${HIGH_LR:-4e-3}                  # peak learning rate of the projector. real run: 1e-3
+LOW_LR=${LOW_LR:-3e-3}                    # peak learning rate of all else that learns; random towers need much more. real run: 2e-5
+WARMUP_RATIO=${WARMUP_RATIO:-0.1}         # share of the steps with rising learning rates. real run: 0.1
+LORA_R=${LORA_R:-32}                      # rank. real run: 32
+LORA_ALPHA=${LORA_ALPHA:-64}              # updates are scaled by LORA_ALPHA / LORA_R. real run: 64
+MODEL_MAX_LENGTH=${MODEL_MAX_LENGTH:-512} # positions a record may take, image tokens counted. real run: 2048
+GLOBAL_BATCH=${GLOBAL_BATCH:-10}          # records per optimizer step, over all GPUs and machines. real run: 64
+DEVICE_BATCH=${DEVICE_BATCH:-10}          # records a GPU computes at once; accumulation follows. real run: 1
+
+# --- machine ---
+GPUS=${GPUS:-auto}                        # auto = all there are | 8 = so many | 0,3 or 2, = these | cpu. real run: 8
+ZERO_STAGE=${ZERO_STAGE:-2}               # configs/deepspeed/zero<N>.json on GPUs; none = plain DDP. real run: 2
+NNODES=${NNODES:-1}                       # machines; run this script on each, NODE_RANK counting from 0
+NODE_RANK=${NODE_RANK:-0}
+MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}     # address of machine 0
+MASTER_PORT=${MASTER_PORT:-29500}         # a free port there, used with several processes
+VENV=${VENV:-.venv}                       # Python environment, made on first use; active = the one already active
+
+# ------------------------------------------------------------------------------------------------------------------
+fail() { echo "error: $*" >&2; exit 2; }
+
+stages=()
+train_flags=()
+while (($#)); do
+    case $1 in
+        build | train | merge | infer) ((${#train_flags[@]} == 0)) || fail "stage $1 stands behind flags of train.py; put stages first"
+            stages+=("$1") ;;
+        -*) train_flags=("$@"); break ;;
+        *) fail "unknown stage $1; expected build, train, merge, infer" ;;
+    esac
+    shift
+done
+((${#stages[@]})) || stages=(build train merge infer)
+
+source meme_llava/environment.sh
+if [[ -z "${DRY_RUN:-}" ]]; then
+    activate_environment requirements.txt
+fi
+
+tiny_dir=$OUTPUT_DIR/tiny
+base_dir=$OUTPUT_DIR/base
+train_dir=$OUTPUT_DIR/train
+merged_dir=$OUTPUT_DIR/merged
+
+# How many processes a machine runs: one a GPU, or a single one on the CPU.
+case $GPUS in
+    auto) processes=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true) ;;
+    cpu) processes=0 ;;
+    *,*) export CUDA_VISIBLE_DEVICES=${GPUS%,}
+        processes=$(tr ',' '\n' <<<"${GPUS%,}" | grep -c '^[0-9][0-9]*$') ;;
+    *[!0-9]* | '') fail "GPUS is '$GPUS', expected auto, a count, a list such as 0,3 or cpu" ;;
+    *) processes=$GPUS ;;
+esac
+on_gpu=$((processes > 0))
+if ((on_gpu)); then
+    if [[ -z "${DRY_RUN:-}" ]]; then
+        found=$(python -c 'import torch; print(torch.cuda.device_count())')
+        ((processes <= found)) || fail "GPUS=$GPUS asks for $processes GPUs, torch sees $found (CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-unset})"
+    fi
+else
+    processes=1
+    export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
+fi
+((GLOBAL_BATCH % (DEVICE_BATCH * processes * NNODES) == 0)) ||
+    fail "GLOBAL_BATCH=$GLOBAL_BATCH is no multiple of DEVICE_BATCH=$DEVICE_BATCH x $((processes * NNODES)) processes"
+
+# Run a command, or print it under DRY_RUN=1.
+execute() {
+    if [[ -n "${DRY_RUN:-}" ]]; then
+        printf '%q ' "$@"
+        echo
+    else
+        "$@"
+    fi
+}
+
+# Run a stage that writes a directory, unless the same command finished it before on the same input.
+# What was run is noted beside the result, so an edited variable is never answered with an old result.
+#   run_stage NAME DIRECTORY INPUT_FILES COMMAND…
+run_stage() {
+    local name=$1 directory=$2 inputs=$3 note="$2.command" wanted
+    shift 3
+    [[ " ${stages[*]} " == *" $name "* ]] || return 0
+    if [[ -n "${DRY_RUN:-}" ]]; then
+        execute "$@"
+        return
+    fi
+    # A missing input is reported by the stage itself.
+    wanted="$(printf '%q ' "$@")
+$(xargs -r -d '\n' cksum <<<"$inputs" 2>/dev/null || true)"
+    if [[ ! -f "$note" ]]; then
+        mkdir -p "$OUTPUT_DIR"
+        "$@" "${resume[@]}"
+        printf '%s' "$wanted" >"$note"
+    elif [[ "$(cat "$note")" == "$wanted" ]]; then
+        echo "$name is finished already: $directory"
+    else
+        diff <(tr ' ' '\n' <"$note") <(tr ' ' '\n' <<<"$wanted") >&2 || true
+        fail "$directory was made from other settings or input (< then, > now). Choose another OUTPUT_DIR, or delete $directory and $note."
+    fi
+}
+resume=()
+
+# --- build ---
+if [[ $LANGUAGE_MODEL == tiny || $VISION_MODEL == tiny ]]; then
+    run_stage build "$tiny_dir" "$ANNOTATIONS" python -m meme_llava.tiny_towers --annotations "$ANNOTATIONS" --output_dir "$tiny_dir"
+fi
+language_model=$LANGUAGE_MODEL vision_model=$VISION_MODEL
+[[ $language_model != tiny ]] || language_model=$tiny_dir/language_model
+[[ $vision_model != tiny ]] || vision_model=$tiny_dir/vision_tower
+run_stage build "$base_dir" "" python build_base_model.py --language_model "$language_model" \
+    --vision_model "$vision_model" --output_dir "$base_dir"
+
+# --- train ---
+launcher=(python)
+if ((processes * NNODES > 1)); then
+    launcher=(torchrun --nproc_per_node "$processes")
+    if ((NNODES > 1)); then
+        launcher+=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
+    else
+        launcher+=(--standalone)
+    fi
+    if ((on_gpu)) && [[ $ZERO_STAGE != none ]]; then
+        zero_config=configs/deepspeed/zero$ZERO_STAGE.json
+        [[ -f $zero_config ]] || fail "ZERO_STAGE is '$ZERO_STAGE', but there is no $zero_config"
+        train_flags+=(--deepspeed "$zero_config")
+    fi
+fi
+train_command=("${launcher[@]}" train.py --model "$base_dir" --annotations "$ANNOTATIONS" --image_folder "$IMAGE_FOLDER"
+    --output_dir "$train_dir" --train_type "$TRAIN_TYPE" --num_train_epochs "$EPOCHS"
+    --high_lr "$HIGH_LR" --low_lr "$LOW_LR" --warmup_ratio "$WARMUP_RATIO" --lora_r "$LORA_R" --lora_alpha "$LORA_ALPHA"
+    --model_max_length "$MODEL_MAX_LENGTH" --global_batch_size "$GLOBAL_BATCH" --device_batch_size "$DEVICE_BATCH"
+    "${train_flags[@]}")
+if [[ " ${train_flags[*]} " == *" --show_batch "* ]]; then
+    # Nothing is trained, so nothing is finished either.
+    execute "${train_command[@]}"
+    exit
+fi
+# An interrupted run goes on from its newest checkpoint; train.py refuses if settings changed in between.
+if [[ ! -f $train_dir.command ]] && compgen -G "$train_dir/checkpoint-*" >/dev/null; then
+    resume=(--resume_from_checkpoint latest)
+fi
+run_stage train "$train_dir" "$ANNOTATIONS"$'\n'"$base_dir/run_record.json" "${train_command[@]}"
+resume=()
+
+# --- merge ---
+run_stage merge "$merged_dir" "$train_dir/run_record.json" \
+    python merge_lora.py --adapter "$train_dir" --output_dir "$merged_dir"
+
+# --- infer ---
+if [[ " ${stages[*]} " == *" infer "* ]]; then
+    execute python infer.py --model "$merged_dir" --annotations "$ANNOTATIONS" --image_folder "$IMAGE_FOLDER" --limit 100
+fi
+
+if [[ -z "${DRY_RUN:-}" ]]; then
+    echo
+    echo "base model          $base_dir"
+    echo "adapter, curves     $train_dir (training_curves.png; tensorboard --logdir $train_dir/tensorboard)"
+    echo "standalone model    $merged_dir"
+    echo "ask it yourself     python infer.py --model $merged_dir --image FILE"
+fi
