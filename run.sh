@@ -110,16 +110,15 @@ run_stage() {
         return
     fi
     # A missing input is reported by the stage itself.
-    wanted="$(printf '%q ' "$@")
-$(xargs -r -d '\n' cksum <<<"$inputs" 2>/dev/null || true)"
+    wanted=$(printf '%q ' "$@" && echo && { xargs -r -d '\n' cksum <<<"$inputs" 2>/dev/null || true; })
     if [[ ! -f "$note" ]]; then
         mkdir -p "$OUTPUT_DIR"
         "$@" "${resume[@]}"
-        printf '%s' "$wanted" >"$note"
+        echo "$wanted" >"$note"
     elif [[ "$(cat "$note")" == "$wanted" ]]; then
         echo "$name is finished already: $directory"
     else
-        diff <(tr ' ' '\n' <"$note") <(tr ' ' '\n' <<<"$wanted") >&2 || true
+        diff <(sed 's/ --/\n--/g' "$note") <(sed 's/ --/\n--/g' <<<"$wanted") | grep '^[<>]' >&2 || true
         fail "$directory was made from other settings or input (< then, > now). Choose another OUTPUT_DIR, or delete $directory and $note."
     fi
 }

@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
     trainer = MemeTrainer(
         groups=groups,
+        epochs_per_step=arguments.global_batch_size / len(data.dataset),
         save_companions=run.make_companion_writer(processing),
         model=model,
         args=training_arguments,

@@ -116,6 +116,9 @@ def make_parts(language_folder: Path, vision_folder: Path) -> Parts:
     )
     # The sources' folders on the builder's disk mean nothing to whoever gets the model.
     config.vision_config._name_or_path = config.text_config._name_or_path = ""
+    config.pad_token_id = config.text_config.pad_token_id = tokenizer.pad_token_id
+    config.bos_token_id = config.text_config.bos_token_id = tokenizer.bos_token_id
+    config.eos_token_id = config.text_config.eos_token_id = tokenizer.eos_token_id
     config.image_seq_length = count_image_tokens(config)
     config.dtype = language_model.dtype
     config.architectures = [LlavaForConditionalGeneration.__name__]

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,7 +18,7 @@ IMAGE_STYLE = "magenta"
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
     """Print rows under their columns; numbers stand on the right."""
     rows = [[cell if isinstance(cell, str) else f"{cell:,}" for cell in row] for row in rows]
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         is_number = all(row[index].replace(",", "").isdigit() for row in rows)
         table.add_column(column, justify="right" if is_number else "left", overflow="fold")

@@ -1,6 +1,7 @@
 """Knows how a script stops when the user has to act: one clear message, exit code 2, no traceback."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 
@@ -17,7 +18,9 @@ def stop_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(argv)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            # With several processes a fault of one must say whose it is; a wrong setting stops all of them alike.
+            rank = os.environ.get("RANK", "0")
+            print(f"error: {error}" if rank == "0" else f"[process {rank}] error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
 
     return wrapped

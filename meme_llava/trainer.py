@@ -19,6 +19,7 @@ from meme_llava.errors import UserError
 from meme_llava.trainable import ParameterGroup, load_trained_weights, save_trained_weights
 
 TENSORBOARD_FOLDER = "tensorboard"
+SECONDS_BETWEEN_LINES = 5  # of progress, where the output is a file
 
 
 def supervised_cross_entropy(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
@@ -131,12 +132,21 @@ class MemeTrainer(Trainer):
 
     Args:
         groups: what learns and how fast, from `plan_parameter_groups`.
+        epochs_per_step: share of the records that one optimizer step trains on.
         save_companions: writes processor and run record into a directory that got trained weights.
     """
 
-    def __init__(self, *, groups: list[ParameterGroup], save_companions: Callable[[Path, int], None], **options):
+    def __init__(
+        self,
+        *,
+        groups: list[ParameterGroup],
+        epochs_per_step: float,
+        save_companions: Callable[[Path, int], None],
+        **options,
+    ):
         super().__init__(compute_loss_func=supervised_cross_entropy, **options)
         self._groups = groups
+        self._epochs_per_step = epochs_per_step
         self._save_companions = save_companions
         self._group_learning_rates: list[float] = []
         self._names_without_gradient: set[str] | None = None
@@ -179,6 +189,8 @@ class MemeTrainer(Trainer):
         if logs.pop("learning_rate", None) is not None:
             for group, rate in zip(self._groups, self._group_learning_rates, strict=True):
                 logs[f"learning_rate/{group.role}"] = rate
+        # ShuffledEpochs is one long pass for the Trainer; a user counts passes over the records.
+        self.state.epoch = self.state.global_step * self._epochs_per_step
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -226,6 +238,7 @@ class ProgressBar(TrainerCallback):
         self._tokens = tokens_after_step
         self._bar = None
         self._start = (0.0, 0)
+        self._last_line = -SECONDS_BETWEEN_LINES
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._start = (time.perf_counter(), state.global_step)
@@ -251,6 +264,9 @@ class ProgressBar(TrainerCallback):
         if not self._bar.disable:
             self._bar.set_postfix_str(f"loss {logs['loss']:.4f}, {speed:,.0f} tokens/s")
             return
+        if seconds - self._last_line < SECONDS_BETWEEN_LINES and state.global_step < state.max_steps:
+            return
+        self._last_line = seconds
         left = seconds / (state.global_step - start_step) * (state.max_steps - state.global_step)
         print(
             f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  {speed:,.0f} tokens/s  "
