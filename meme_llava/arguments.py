@@ -95,6 +95,10 @@ class TrainArguments:
         trainings = {self.vision_tower_training, self.language_model_training}
         if trainings >= {"lora", "full"}:
             raise UserError("vision_tower_training and language_model_training mix lora and full; choose one of them")
+        for role in ("vision", "language"):
+            training = "vision_tower_training" if role == "vision" else "language_model_training"
+            if getattr(self, training) == "lora" and not getattr(self, f"lora_{role}_modules"):
+                raise UserError(f"--{training} is lora, but --lora_{role}_modules names no module")
         for name in ("num_train_epochs", "high_lr", "low_lr", "lora_r", "lora_alpha", "model_max_length"):
             _check(self, name, getattr(self, name) > 0, "greater than 0")
         for name in ("global_batch_size", "device_batch_size", "logging_steps", "save_steps", "save_total_limit"):
@@ -235,6 +239,10 @@ def read_recipe(train_type: str) -> dict:
         if key not in actions or key in ("train_type", "help"):
             near = difflib.get_close_matches(str(key), actions, n=1)
             raise UserError(f"{path}: unknown setting {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+        if value == [] and actions[key].nargs == "+":
+            # A role without LoRA; the command line has no spelling for an empty list.
+            resolved[key] = []
+            continue
         words = [str(item) for item in value] if isinstance(value, list) else [str(value)]
         # Through the same parser as the command line, so both accept the same spellings.
         actions[key].required = True

@@ -8,8 +8,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
@@ -99,7 +101,7 @@ def load_strictly(model_class, folder: Path, allowed_unexpected: tuple[str, ...]
             model, report = model_class.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True, **options
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"{folder}: cannot be loaded as {model_class.__name__}: {error}") from error
     unexpected = [key for key in report["unexpected_keys"] if not key.startswith(allowed_unexpected or ("\0",))]
     for kind, keys in (

@@ -71,6 +71,8 @@ def prepare_trainable(model: nn.Module, arguments: TrainArguments) -> nn.Module:
             target_modules=_to_pattern(targets),
             modules_to_save=[PROJECTOR],
         )
+        # The Trainer seeds later; LoRA's start values are drawn here.
+        torch.manual_seed(arguments.seed)
         model = get_peft_model(model, lora_config)
         adapted = {name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A")}
         check_same_names({f"base_model.model.{name}" for name in targets}, adapted, "LoRA targets")
@@ -179,11 +181,10 @@ def apply_trained_weights(model: nn.Module, folder: Path) -> nn.Module:
     if not (folder / ADAPTER_CONFIG).is_file():
         load_trained_weights(model, folder)
         return model
-    dtype = model.dtype
-    # The adapter learned as float32; in the model's own dtype one forward pass needs no autocast.
+    # The adapter learned as float32; in the model's own dtype a forward pass needs no autocast.
     model = get_peft_model(model, PeftConfig.from_pretrained(folder), autocast_adapter_dtype=False)
     load_trained_weights(model, folder)
-    return model.to(dtype)
+    return model
 
 
 def _to_pattern(names: list[str]) -> str:

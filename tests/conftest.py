@@ -1,0 +1,144 @@
+"""A tiny world built with the product's own code: pictures, records, two towers, a base model, a trained adapter."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image, ImageDraw  # noqa: E402
+
+import build_base_model  # noqa: E402
+import train  # noqa: E402
+from meme_llava.tiny_towers import make_language_model, make_vision_tower  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+LANGUAGE_DIMENSIONS = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 48,
+}
+VISION_DIMENSIONS = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+IMAGE_SIZE = 28  # 2 x 2 patches: 4 image tokens
+LINES = ["我太难了", "好耶", "摸鱼中", "收到", "今天也要加油鸭", "别催了", "困", "爱了爱了"]
+
+
+@dataclass(frozen=True)
+class World:
+    folder: Path
+    annotations: Path
+    image_folder: Path
+    language_model: Path
+    vision_tower: Path
+    base: Path
+    records: list
+
+
+def make_records() -> list[dict]:
+    """Eight records: one picture each, but for a two-turn one, one with two pictures and one of text only."""
+    records = []
+    for index, line in enumerate(LINES):
+        records.append(
+            {
+                "id": f"r{index}",
+                "image": f"p{index}.png",
+                "conversations": [
+                    {"from": "human", "value": "<image>\n图里写了什么？"},
+                    {"from": "gpt", "value": f"写着“{line}”。"},
+                ],
+            }
+        )
+    records[1]["conversations"] += [{"from": "human", "value": "什么意思？"}, {"from": "gpt", "value": "很开心。"}]
+    records[2]["image"] = ["p2.png", "p3.png"]
+    records[2]["conversations"][0]["value"] = "<image>和<image>\n有什么不同？"
+    del records[3]["image"]
+    records[3]["conversations"][0]["value"] = "你好"
+    return records
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    images = folder / "images"
+    images.mkdir()
+    for index in range(len(LINES)):
+        image = Image.new("RGB", (40, 30), (30 * index, 255 - 30 * index, 128))
+        ImageDraw.Draw(image).ellipse((index, index, 20 + index, 20), fill="black")
+        image.save(images / f"p{index}.png")
+    records = make_records()
+    annotations = folder / "annotations.json"
+    annotations.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    texts = [turn["value"] for record in records for turn in record["conversations"]]
+    make_language_model(folder / "language_model", texts, seed=0, **LANGUAGE_DIMENSIONS)
+    make_vision_tower(folder / "vision_tower", IMAGE_SIZE, seed=0, **VISION_DIMENSIONS)
+    base = folder / "base"
+    build_base_model.main(
+        [
+            *("--language_model", str(folder / "language_model")),
+            *("--vision_model", str(folder / "vision_tower")),
+            *("--output_dir", str(base)),
+        ]
+    )
+    return World(folder, annotations, images, folder / "language_model", folder / "vision_tower", base, records)
+
+
+def train_flags(world: World, output_dir: Path, **changes) -> list[str]:
+    """A complete command line of train.py on the tiny world; `changes` replace or add settings, None removes one."""
+    settings = {
+        "model": world.base,
+        "annotations": world.annotations,
+        "image_folder": world.image_folder,
+        "output_dir": output_dir,
+        "train_type": "lora",
+        "num_train_epochs": 1,
+        "high_lr": 1e-2,
+        "low_lr": 5e-3,
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "warmup_ratio": 0.0,
+        "model_max_length": 200,
+        "global_batch_size": 4,
+        "device_batch_size": 4,
+        "dataloader_workers": 0,
+        "report_to": "none",
+        **changes,
+    }
+    flags = []
+    for name, value in settings.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            flags += [f"--{name}", *map(str, values)]
+    return flags
+
+
+@pytest.fixture(scope="session")
+def trained(world) -> Path:
+    """The output of two LoRA steps."""
+    output_dir = world.folder / "trained"
+    train.main(train_flags(world, output_dir))
+    return output_dir
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    # Sums in another order differ in the last bit; one thread keeps every run the same.
+    torch.set_num_threads(1)
+
+
+def read_losses(output_dir: Path) -> list[float]:
+    """The loss of every logged step of a finished run."""
+    state = json.loads((output_dir / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]

@@ -1,0 +1,359 @@
+"""Assembling: what comes out loads alone, is what went in, and a wrong source stops with a sentence."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import LANGUAGE_DIMENSIONS, SHARED_DATA, VISION_DIMENSIONS
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    ChineseCLIPModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipConfig,
+    SiglipModel,
+)
+
+import build_base_model
+from meme_llava import assembly
+from meme_llava.errors import UserError
+from meme_llava.model import load_processing
+
+BASE_FILES = {
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "run_record.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+TEXT_TOWER = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 64,
+    "max_position_embeddings": 16,
+}
+
+
+def build(language_model, vision_model, output_dir, *more):
+    flags = ["--language_model", language_model, "--vision_model", vision_model, "--output_dir", output_dir, *more]
+    build_base_model.main([str(flag) for flag in flags])
+    return output_dir
+
+
+def test_directory_holds_exactly_what_it_should(world):
+    assert {path.name for path in world.base.iterdir()} == BASE_FILES
+    assert (world.base / "model.safetensors").stat().st_mode & 0o044, "others must be able to read the weights"
+
+
+def test_weights_use_the_classic_layout(world):
+    names = set(load_file(world.base / "model.safetensors"))
+    assert "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight" in names
+    assert "multi_modal_projector.linear_1.weight" in names
+    assert "language_model.model.layers.0.self_attn.q_proj.weight" in names
+    assert "language_model.lm_head.weight" in names
+    prefixes = {name.split(".")[0] + "." + name.split(".")[1] for name in names}
+    assert prefixes == {
+        "vision_tower.vision_model",
+        "multi_modal_projector.linear_1",
+        "multi_modal_projector.linear_2",
+        "language_model.model",
+        "language_model.lm_head",
+    }
+
+
+def test_directory_loads_alone_and_answers_like_its_sources(world, tmp_path):
+    """The promise of assembly, checked from outside: copied away from its sources, by the stock classes."""
+    alone = tmp_path / "alone"
+    shutil.copytree(world.base, alone)
+    model = LlavaForConditionalGeneration.from_pretrained(alone).eval()
+    processor = AutoProcessor.from_pretrained(alone)
+    source = AutoModelForCausalLM.from_pretrained(world.language_model).eval()
+    tower = ChineseCLIPModel.from_pretrained(world.vision_tower).vision_model.eval()
+    ids = processor.tokenizer("你好，图里写了什么？", return_tensors="pt")["input_ids"]
+    pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, source(input_ids=ids).logits)
+        ours = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
+        theirs = tower(pixels, output_hidden_states=True).hidden_states[-2]
+        assert torch.equal(ours, theirs)
+    assert (
+        model.config.image_token_id == processor.tokenizer.convert_tokens_to_ids("<image>") == processor.image_token_id
+    )
+    assert model.generation_config.eos_token_id == [processor.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert model.generation_config.do_sample is False
+
+
+def test_config_holds_what_old_and_new_readers_need(world):
+    config = json.loads((world.base / "config.json").read_text())
+    assert config["vision_feature_layer"] == -2
+    assert config["vision_feature_select_strategy"] == "default"
+    assert config["image_seq_length"] == 4
+    # transformers 4 reads the first, transformers 5 the second.
+    assert config["text_config"]["rope_theta"] == 1_000_000.0
+    assert config["text_config"]["rope_parameters"]["rope_theta"] == 1_000_000.0
+    processor = json.loads((world.base / "processor_config.json").read_text())
+    assert processor["image_processor"]["size"] == {"height": 28, "width": 28}
+    assert processor["image_processor"]["do_center_crop"] is False
+    assert processor["processor_class"] == "LlavaProcessor"
+
+
+def test_projector_depends_on_the_seed_alone(world, tmp_path):
+    first = load_file(world.base / "model.safetensors")
+    torch.randn(7)  # whatever random state the process is in
+    same = load_file(build(world.language_model, world.vision_tower, tmp_path / "same") / "model.safetensors")
+    other = build(world.language_model, world.vision_tower, tmp_path / "other", "--seed", 1)
+    other = load_file(other / "model.safetensors")
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    changed = {name for name in first if not torch.equal(first[name], other[name])}
+    assert changed == {"multi_modal_projector.linear_1.weight", "multi_modal_projector.linear_2.weight"}
+
+
+def test_run_record_names_sources_seed_and_checks(world):
+    record = json.loads((world.base / "run_record.json").read_text())
+    assert record["stage"] == "build"
+    assert record["settings"]["language_model"] == str(world.language_model)
+    assert record["settings"]["seed"] == 0
+    assert record["checks"]["text-only logits equal the language model's"] == "largest difference 0"
+    assert len(record["fingerprint"]) == 64
+
+
+def save_language_model(model, world, folder):
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(world.language_model).save_pretrained(folder)
+    return folder
+
+
+def test_tied_embeddings_stay_tied(world, tmp_path):
+    config = Qwen2Config(vocab_size=512, tie_word_embeddings=True, **LANGUAGE_DIMENSIONS)
+    folder = save_language_model(Qwen2ForCausalLM(config), world, tmp_path / "tied")
+    base = build(folder, world.vision_tower, tmp_path / "base")
+    assert "language_model.lm_head.weight" not in load_file(base / "model.safetensors")
+    model = LlavaForConditionalGeneration.from_pretrained(base)
+    assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+
+
+def test_llama_without_chatml_gets_its_tokens(world, tmp_path):
+    """A Llama with its own begin and end tokens and no free embedding row."""
+    tokenizer = AutoTokenizer.from_pretrained(world.language_model)
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    description["added_tokens"] = [
+        {
+            "id": i,
+            "content": c,
+            "special": True,
+            **dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False),
+        }
+        for i, c in enumerate(["<s>", "</s>"], start=len(description["model"]["vocab"]))
+    ]
+    start = {"id": "<s>", "ids": [description["added_tokens"][0]["id"]], "tokens": ["<s>"]}
+    description["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": start},
+    }
+    rows = len(description["model"]["vocab"]) + 2
+    folder = tmp_path / "llama"
+    config = LlamaConfig(vocab_size=rows, bos_token_id=rows - 2, eos_token_id=rows - 1, **LANGUAGE_DIMENSIONS)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(description))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"})
+    )
+    base = build(folder, world.vision_tower, tmp_path / "base")
+    processor = AutoProcessor.from_pretrained(base)
+    model = LlavaForConditionalGeneration.from_pretrained(base)
+    ids = processor.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<image>"])
+    assert ids == [rows, rows + 1, rows + 2]
+    assert model.config.text_config.vocab_size % 64 == 0 and model.config.text_config.vocab_size > rows + 2
+    # Untrained, the end of a turn is as likely as the end of text, and generation stops at either.
+    assert model.generation_config.eos_token_id == [rows + 1, rows - 1]
+    assert torch.equal(model.lm_head.weight[rows + 1], model.lm_head.weight[rows - 1])
+    prompt = processor.apply_chat_template([{"role": "user", "content": "你好"}], add_generation_prompt=True)
+    assert prompt.startswith("<s><|im_start|>system\n")
+
+
+def make_clip(folder, size=28):
+    vision = {**VISION_DIMENSIONS, "image_size": size, "patch_size": 14}
+    model = CLIPModel(CLIPConfig(vision_config=vision, text_config=TEXT_TOWER, projection_dim=8))
+    model.save_pretrained(folder)
+    return model
+
+
+def make_siglip(folder):
+    vision = {**VISION_DIMENSIONS, "image_size": 28, "patch_size": 14}
+    SiglipModel(SiglipConfig(vision_config=vision, text_config=TEXT_TOWER)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "model_type", "strategy", "tokens"),
+    [(make_clip, "clip_vision_model", "default", 4), (make_siglip, "siglip_vision_model", "full", 4)],
+)
+def test_clip_and_siglip_towers(world, tmp_path, make, model_type, strategy, tokens):
+    make(tmp_path / "tower")
+    base = build(world.language_model, tmp_path / "tower", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    assert config["vision_config"]["model_type"] == model_type
+    assert config["vision_feature_select_strategy"] == strategy
+    assert config["image_seq_length"] == tokens
+    assert AutoProcessor.from_pretrained(base).image_token == "<image>"
+
+
+def test_vision_only_checkpoint(world, tmp_path):
+    model = make_clip(tmp_path / "two_towers")
+    vision_only = tmp_path / "vision_only"
+    CLIPVisionModel.from_pretrained(tmp_path / "two_towers").save_pretrained(vision_only)
+    base = build(world.language_model, vision_only, tmp_path / "base")
+    name = "encoder.layers.0.mlp.fc1.weight"
+    stored = load_file(base / "model.safetensors")[f"vision_tower.vision_model.{name}"]
+    assert torch.equal(stored, model.vision_model.state_dict()[name])
+
+
+def test_sharded_and_pickled_sources_give_the_same_model(world, tmp_path):
+    """The forms that hubs hold: safetensors shards with an index, and .bin."""
+    source = AutoModelForCausalLM.from_pretrained(world.language_model)
+    sharded, pickled = tmp_path / "sharded", tmp_path / "pickled"
+    source.save_pretrained(sharded, max_shard_size="60KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    pickled.mkdir()
+    source.config.save_pretrained(pickled)
+    torch.save(source.state_dict(), pickled / "pytorch_model.bin")
+    expected = load_file(world.base / "model.safetensors")
+    for folder in (sharded, pickled):
+        AutoTokenizer.from_pretrained(world.language_model).save_pretrained(folder)
+        base = build(folder, world.vision_tower, tmp_path / f"base_{folder.name}")
+        found = load_file(base / "model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_every_part_keeps_the_dtype_of_its_source(world, tmp_path):
+    half = tmp_path / "half"
+    model = AutoModelForCausalLM.from_pretrained(world.language_model, dtype=torch.bfloat16)
+    save_language_model(model, world, half)
+    tensors = load_file(build(half, world.vision_tower, tmp_path / "base") / "model.safetensors")
+    dtypes = {name.split(".")[0]: tensor.dtype for name, tensor in tensors.items()}
+    assert dtypes == {
+        "language_model": torch.bfloat16,
+        "multi_modal_projector": torch.bfloat16,
+        "vision_tower": torch.float32,
+    }
+
+
+def test_a_tower_of_336_pixels_gives_576_tokens(world, tmp_path):
+    make_clip(tmp_path / "tower", size=336)
+    base = build(world.language_model, tmp_path / "tower", tmp_path / "base")
+    record = json.loads((base / "run_record.json").read_text())
+    assert record["checks"]["one <image> token per feature"] == "576 = 576"
+
+
+def test_real_qwen_tokenizer_on_a_thin_model(world, tmp_path):
+    """The vocabulary of Qwen2-7B: <image> takes the first free id, inside the padded embedding."""
+    source = SHARED_DATA / "qwen_tokenizer"
+    if not source.is_dir():
+        pytest.skip("the real Qwen tokenizer is not at hand")
+    folder = tmp_path / "qwen"
+    config = Qwen2Config(vocab_size=152_064, **{**LANGUAGE_DIMENSIONS, "hidden_size": 64}, tie_word_embeddings=False)
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for file in source.iterdir():
+        shutil.copy(file, folder)
+    base = build(folder, world.vision_tower, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    assert config["image_token_index"] == 151_665
+    assert config["text_config"]["vocab_size"] == 152_064
+    assert load_file(base / "model.safetensors")["language_model.lm_head.weight"].shape == (152_064, 64)
+
+
+def run_and_read_error(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        build(*arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_wrong_sources_stop_with_a_sentence(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "no such folder" in run_and_read_error(capsys, "./nowhere", world.vision_tower, out)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "has no config.json" in run_and_read_error(capsys, empty, world.vision_tower, out)
+    swapped = run_and_read_error(capsys, world.vision_tower, world.language_model, out)
+    assert "expected a" in swapped
+    swapped = run_and_read_error(capsys, world.vision_tower, world.vision_tower, out)
+    assert "is a 'chinese_clip' model, expected a causal language model" in swapped
+    no_tokenizer = tmp_path / "no_tokenizer"
+    shutil.copytree(world.language_model, no_tokenizer)
+    (no_tokenizer / "tokenizer_config.json").unlink()
+    assert "has no tokenizer_config.json" in run_and_read_error(capsys, no_tokenizer, world.vision_tower, out)
+    assert not out.exists()
+
+
+def test_unknown_hub_id_stops_with_a_sentence(world, tmp_path, capsys):
+    error = run_and_read_error(capsys, "nobody/no-such-model", world.vision_tower, tmp_path / "out")
+    assert "nobody/no-such-model: is no folder here, and downloading it from" in error
+    assert "HF_ENDPOINT" in error
+
+
+def test_truncated_and_incomplete_weights_are_named(world, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(world.language_model, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert str(broken) in run_and_read_error(capsys, broken, world.vision_tower, tmp_path / "out")
+    tensors = load_file(world.language_model / "model.safetensors")
+    del tensors["model.layers.0.self_attn.q_proj.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    error = run_and_read_error(capsys, broken, world.vision_tower, tmp_path / "out")
+    assert "1 tensors are missing" in error and "model.layers.0.self_attn.q_proj.weight" in error
+
+
+def test_non_empty_output_is_kept_unless_told(world, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    error = run_and_read_error(capsys, world.language_model, world.vision_tower, tmp_path / "out")
+    assert "is not empty" in error and "--overwrite" in error
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+    build(world.language_model, world.vision_tower, tmp_path / "out", "--overwrite")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == BASE_FILES
+
+
+def test_a_wrong_assembly_is_an_error_and_leaves_nothing(world, tmp_path, monkeypatch, capsys):
+    """A tensor that was swapped on the way must not pass."""
+    collect = assembly.collect_tensors
+
+    def swap(parts, seed):
+        tensors = collect(parts, seed)
+        a, b = (f"language_model.model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1))
+        tensors[a], tensors[b] = tensors[b], tensors[a]
+        return tensors
+
+    monkeypatch.setattr(assembly, "collect_tensors", swap)
+    error = run_and_read_error(capsys, world.language_model, world.vision_tower, tmp_path / "out")
+    assert "text-only logits equal the language model's (largest difference" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ids_that_disagree_are_an_error(world, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(world.base, broken)
+    config = json.loads((broken / "config.json").read_text())
+    config["image_token_index"] -= 1
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="the id of <image> differs"):
+        load_processing(broken)
