@@ -70,11 +70,14 @@ merged_dir=$OUTPUT_DIR/merged
 case $GPUS in
     auto) processes=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true) ;;
     cpu) processes=0 ;;
+    *[!0-9,]* | ,* | *,,* | '') fail "GPUS is '$GPUS', expected auto, a count, a list such as 0,3 or cpu" ;;
     *,*) export CUDA_VISIBLE_DEVICES=${GPUS%,}
-        processes=$(tr ',' '\n' <<<"${GPUS%,}" | grep -c '^[0-9][0-9]*$') ;;
-    *[!0-9]* | '') fail "GPUS is '$GPUS', expected auto, a count, a list such as 0,3 or cpu" ;;
+        processes=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l) ;;
     *) processes=$GPUS ;;
 esac
+for name in GLOBAL_BATCH DEVICE_BATCH NNODES; do
+    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name is '${!name}', expected a whole number above 0"
+done
 on_gpu=$((processes > 0))
 if ((on_gpu)); then
     if [[ -z "${DRY_RUN:-}" ]]; then

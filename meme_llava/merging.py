@@ -156,8 +156,8 @@ def verify_merged(base_folder: Path, adapter: Path, folder: Path, data: dict) ->
     same = sum(found == expected for found, expected in zip(stored_answers, expected_answers, strict=True))
     return [
         ("compared on", f"{len(examples)} records of {data['annotations']}"),
-        ("merged in float32: largest logit difference", f"{difference:.2e} (limit {MAX_LOGIT_DIFFERENCE:g})"),
-        ("merged in float32: greedy answers", "same"),
+        ("float32: largest logit difference", f"{difference:.2e} (limit {MAX_LOGIT_DIFFERENCE:g})"),
+        ("float32: greedy answers", "same"),
         ("as stored: largest logit difference", f"{_largest_difference(stored_logits, expected_logits):.2e}"),
         ("as stored: greedy answers", f"{same} of {len(examples)} the same"),
     ]

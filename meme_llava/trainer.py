@@ -149,7 +149,6 @@ class MemeTrainer(Trainer):
         self._epochs_per_step = epochs_per_step
         self._save_companions = save_companions
         self._group_learning_rates: list[float] = []
-        self.add_callback(_Float32Buffers(self.model))
         self._names_without_gradient: set[str] | None = None
 
     def create_optimizer(self, model=None):
@@ -211,22 +210,6 @@ class MemeTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         load_trained_weights(self.model, Path(resume_from_checkpoint))
-
-
-class _Float32Buffers(TrainerCallback):
-    """Undoes DeepSpeed's rounding of buffers to bf16, which would shift the rotary angles of far positions."""
-
-    def __init__(self, model: torch.nn.Module):
-        self._buffers = {
-            (module, name): buffer.clone()
-            for module in model.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-            if buffer.dtype == torch.float32
-        }
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        for (module, name), original in self._buffers.items():
-            setattr(module, name, original.to(getattr(module, name).device))
 
 
 class _FirstGradientCheck(TrainerCallback):

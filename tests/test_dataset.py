@@ -1,4 +1,4 @@
-"""No record is dropped, replaced or blamed in silence: each one either trains or is listed with its place and reason."""
+"""No record is dropped, replaced or blamed in silence: each one trains, or is listed with its place and reason."""
 
 import copy
 import json
@@ -319,7 +319,7 @@ UNUSABLE_FILES = {
     "empty": ("memes.json", b"", "memes.json: not JSON at line 1 column 1: ''"),
     "an object": ("memes.json", GOOD_LINE.encode(), "memes.json: is a JSON dict, expected an array of records"),
     "a string": ("memes.json", b'"hi"', "memes.json: is a JSON str, expected an array of records"),
-    "a trailing comma": ("memes.json", b'[\n {"id": 1},\n]', "memes.json: not JSON at line 2 column 12: "),
+    "a trailing comma": ("memes.json", b'[\n {"id": 1},\n]', "memes.json: not JSON at line 3 column 1: "),
     "an unclosed array": ("memes.json", b'[{"id": 1}', "memes.json: not JSON at line 1 column 11: "),
     "JSONL called .json": (
         "memes.json",
@@ -558,9 +558,10 @@ def test_the_order_depends_on_seed_and_position_alone(five):
     # However long the run is: one that is prolonged, or cut short, goes through the same records.
     for length in (1, 4, 5, 6, 10, 52):
         assert ShuffledEpochs(five, length, seed=3).order.tolist() == longest[:length]
-    # However it is split: two processes take alternating examples of the same order.
-    halves = [longest[0::2], longest[1::2]]
-    assert [halves[index % 2][index // 2] for index in range(53)] == longest
+    # However it is read: a position keeps its record, whichever positions were asked for before.
+    examples = ShuffledEpochs(five, 53, seed=3)
+    backwards = [examples[position]["record_id"] for position in range(52, -1, -1)]
+    assert backwards[::-1] == [f"r{index}" for index in longest]
     assert ShuffledEpochs(five, 53, seed=4).order.tolist() != longest
 
 

@@ -124,10 +124,9 @@ def test_exactly_the_promised_tensors_change(world, tmp_path, monkeypatch, train
     saved = load_file(tmp_path / "out" / "trained_weights.safetensors")
     assert len(saved) == len(expected)
     files = {path.name for path in (tmp_path / "out").iterdir()}
-    without_adapter = ADAPTER_FILES - {"adapter_config.json", "adapter_model.safetensors"} | {
-        "trained_weights.safetensors"
-    }
-    assert files == without_adapter | {"checkpoint-2", "training_curves.png", "trainer_state.json"}
+    expected_files = ADAPTER_FILES - {"adapter_config.json", "adapter_model.safetensors"}
+    expected_files |= {"trained_weights.safetensors", "checkpoint-2", "training_curves.png", "trainer_state.json"}
+    assert files == expected_files
 
 
 def test_lora_leaves_every_base_tensor_alone(world, tmp_path, monkeypatch):

@@ -1,0 +1,98 @@
+"""What a person reads of a batch and of a table, to the letter."""
+
+import io
+
+import torch
+from rich.console import Console
+
+from meme_llava.collator import PaddingCollator
+from meme_llava.conversation import ConversationEncoder
+from meme_llava.display import print_batch, print_table
+from meme_llava.images import ImagePolicy
+from meme_llava.model import Processing
+from meme_llava.tiny_towers import train_tokenizer
+
+
+class Processor:
+    """As much of a LlavaProcessor as showing a batch needs."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+
+def make_processing() -> Processing:
+    # Trained on nothing, every letter is a token of its own, so positions can be counted by eye.
+    tokenizer = train_tokenizer([])
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    encoder = ConversationEncoder(tokenizer, tokens_per_image=3, source="test")
+    return Processing(Processor(tokenizer), encoder, ImagePolicy(2, (0.0,) * 3, (1.0,) * 3), tokens_per_image=3)
+
+
+def make_example(processing: Processing, *pieces: tuple[str, bool]) -> dict:
+    """A dataset item from (text, whether it is supervised); IMAGE stands for a picture, END for the end token."""
+    special = {"IMAGE": [processing.encoder.image_token_id] * 3, "END": [processing.encoder.turn_end_id]}
+    input_ids, labels = [], []
+    for text, supervised in pieces:
+        ids = special.get(text) or processing.tokenizer.convert_tokens_to_ids(list(text))
+        input_ids += ids
+        labels += ids if supervised else [-100] * len(ids)
+    pictures = [text for text, _ in pieces if text == "IMAGE"]
+    return {
+        "record_id": "r",
+        "input_ids": torch.tensor(input_ids),
+        "labels": torch.tensor(labels),
+        "pixel_values": torch.zeros(len(pictures), 3, 2, 2),
+    }
+
+
+def show(*rows: list) -> str:
+    processing = make_processing()
+    collator = PaddingCollator(
+        processing.tokenizer.convert_tokens_to_ids("<|endoftext|>"), processing.encoder.image_token_id, 3, 2
+    )
+    file = io.StringIO()
+    batch = collator([make_example(processing, *row) for row in rows])
+    print_batch(batch, processing, Console(file=file, width=200, highlight=False))
+    return file.getvalue()
+
+
+def test_a_batch_shows_pictures_as_one_word_and_what_is_learnt_in_brackets():
+    first = [("ab", False), ("IMAGE", False), ("cd", False), ("ef", True), ("END", True)]
+    # Two answers in one row; a square bracket in a text is no command to the terminal.
+    second = [("[b]", False), ("x", True), ("END", True), ("y", False), ("z", True)]
+    assert show(first, second) == (
+        "batch of 2 rows x 10 positions, 1 pictures\n"
+        "\n"
+        "row 0: positions 0 to 9, 3 supervised, 0 padding\n"
+        "ab<image: 3 tokens at 2>cd【ef<|im_end|>】\n"
+        "\n"
+        "row 1: positions 0 to 6, 3 supervised, 3 padding\n"
+        "[b]【x<|im_end|>】y【z】\n"
+    )
+
+
+def test_a_batch_without_pictures_does_not_show_the_blank_one():
+    assert show([("a", False), ("b", True)]) == (
+        "batch of 1 rows x 5 positions, 1 pictures\n\nrow 0: positions 0 to 1, 1 supervised, 3 padding\na【b】\n"
+    )
+
+
+def test_two_pictures_of_a_row_are_shown_where_they_stand():
+    row = [("IMAGE", False), ("a", False), ("IMAGE", False), ("b", True)]
+    assert show(row).splitlines()[-1] == "<image: 3 tokens at 0>a<image: 3 tokens at 4>【b】"
+
+
+def test_a_batch_is_printed_to_the_terminal_without_breaking_its_lines(capsys):
+    # A line broken by us would look like a line break in the prompt.
+    processing = make_processing()
+    collator = PaddingCollator(0, processing.encoder.image_token_id, 3, 2)
+    print_batch(collator([make_example(processing, ("a" * 300, False), ("b", True))]), processing)
+    assert "a" * 300 + "【b】\n" in capsys.readouterr().out
+
+
+def test_a_table_keeps_brackets_and_groups_digits(capsys):
+    print_table("Found", ("file", "tokens"), [("a[red].jpg", 1234567), ("b.jpg", 5)])
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert lines[0] == "Found"
+    assert lines[1].split() == ["file", "tokens"]
+    assert lines[-2:] == ["  a[red].jpg   1,234,567", "  b.jpg                5"]

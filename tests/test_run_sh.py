@@ -1,0 +1,205 @@
+"""run.sh: the commands it gives, what it refuses, and that a finished stage is never answered with an old result."""
+
+import os
+import shlex
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+DEFAULT_TRAINING = (
+    "python train.py --model output/base --annotations data/annotations.json --image_folder data "
+    "--output_dir output/train --train_type lora --num_train_epochs 45 --high_lr 4e-3 --low_lr 3e-3 "
+    "--warmup_ratio 0.1 --lora_r 32 --lora_alpha 64 --model_max_length 512 --global_batch_size 10 "
+    "--device_batch_size 10"
+)
+REAL_RUN = {
+    "LANGUAGE_MODEL": "Qwen/Qwen2-7B-Instruct",
+    "VISION_MODEL": "OFA-Sys/chinese-clip-vit-large-patch14-336px",
+    "EPOCHS": "5",
+    "HIGH_LR": "1e-3",
+    "LOW_LR": "2e-5",
+    "MODEL_MAX_LENGTH": "2048",
+    "GLOBAL_BATCH": "64",
+    "DEVICE_BATCH": "1",
+    "GPUS": "8",
+}
+
+
+def run(*arguments, **variables):
+    environment = {**os.environ, "VENV": "active", "GPUS": "cpu", "OMP_NUM_THREADS": "1", **variables}
+    command = ["bash", str(ROOT / "run.sh"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def dry_run(*arguments, **variables):
+    result = run(*arguments, DRY_RUN="1", **variables)
+    assert result.returncode == 0, result.stderr
+    return [shlex.join(shlex.split(line)) for line in result.stdout.splitlines()]
+
+
+def test_dry_run_prints_the_whole_chain():
+    assert dry_run() == [
+        "python -m meme_llava.tiny_towers --annotations data/annotations.json --output_dir output/tiny",
+        "python build_base_model.py --language_model output/tiny/language_model "
+        "--vision_model output/tiny/vision_tower --output_dir output/base",
+        DEFAULT_TRAINING,
+        "python merge_lora.py --adapter output/train --output_dir output/merged",
+        "python infer.py --model output/merged --annotations data/annotations.json --image_folder data --limit 100",
+    ]
+
+
+def test_dry_run_of_the_published_run():
+    build, train, *_ = dry_run(**REAL_RUN)
+    assert build == (
+        "python build_base_model.py --language_model Qwen/Qwen2-7B-Instruct "
+        "--vision_model OFA-Sys/chinese-clip-vit-large-patch14-336px --output_dir output/base"
+    )
+    assert train == (
+        "torchrun --nproc_per_node 8 --standalone train.py --model output/base --annotations data/annotations.json "
+        "--image_folder data --output_dir output/train --train_type lora --num_train_epochs 5 --high_lr 1e-3 "
+        "--low_lr 2e-5 --warmup_ratio 0.1 --lora_r 32 --lora_alpha 64 --model_max_length 2048 --global_batch_size 64 "
+        "--device_batch_size 1 --deepspeed configs/deepspeed/zero2.json"
+    )
+
+
+def test_single_stages_and_passed_on_flags():
+    assert dry_run("train", "--save_steps", "100") == [f"{DEFAULT_TRAINING} --save_steps 100"]
+    assert [line.split()[1] for line in dry_run("merge", "infer")] == ["merge_lora.py", "infer.py"]
+
+
+def test_several_machines():
+    machine = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "2950"}
+    (train,) = dry_run("train", **REAL_RUN | {"GPUS": "4"}, **machine)
+    assert train.startswith(
+        "torchrun --nproc_per_node 4 --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 2950 train.py "
+    )
+
+
+@pytest.mark.parametrize(
+    ("gpus", "launcher"),
+    [
+        ("cpu", "python"),
+        ("1", "python"),
+        ("2", "torchrun --nproc_per_node 2 --standalone"),
+        ("0,3", "torchrun --nproc_per_node 2 --standalone"),
+        ("3,", "python"),
+    ],
+)
+def test_gpus_by_count_or_list(gpus, launcher):
+    (train,) = dry_run("train", GPUS=gpus, GLOBAL_BATCH="8", DEVICE_BATCH="1")
+    assert train.startswith(f"{launcher} train.py")
+    assert ("--deepspeed" in train) == launcher.startswith("torchrun")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        (["bild"], {}, "unknown stage bild; expected build, train, merge, infer"),
+        (["--save_steps", "5", "train"], {}, None),  # everything behind the first flag is train.py's
+        ([], {"GPUS": "many"}, "GPUS is 'many', expected auto, a count, a list such as 0,3 or cpu"),
+        ([], {"GPUS": "0,x"}, "GPUS is '0,x'"),
+        ([], {"DEVICE_BATCH": "3"}, "GLOBAL_BATCH=10 is no multiple of DEVICE_BATCH=3 x 1 processes"),
+        ([], {"GLOBAL_BATCH": "ten"}, "GLOBAL_BATCH is 'ten', expected a whole number above 0"),
+        ([], {"DEVICE_BATCH": "0"}, "DEVICE_BATCH is '0', expected a whole number above 0"),
+        ([], {"GPUS": "2", "GLOBAL_BATCH": "20", "ZERO_STAGE": "7"}, "there is no configs/deepspeed/zero7.json"),
+    ],
+)
+def test_wrong_values_stop_before_anything_runs(arguments, variables, message):
+    result = run(*arguments, DRY_RUN="1", **variables)
+    if message is None:
+        assert result.returncode == 0
+    else:
+        assert result.returncode == 2
+        assert message in result.stderr
+
+
+def test_more_gpus_than_there_are():
+    result = run("train", GPUS="9", GLOBAL_BATCH="9", DEVICE_BATCH="1")
+    assert result.returncode == 2
+    assert "GPUS=9 asks for 9 GPUs, torch sees 0" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """The whole default chain, cut to three steps."""
+    output = tmp_path_factory.mktemp("run") / "out put"
+    variables = {"OUTPUT_DIR": str(output), "EPOCHS": "0.3", "ANNOTATIONS": "data/annotations.json"}
+    result = run(**variables)
+    assert result.returncode == 0, result.stderr
+    return output, variables, result
+
+
+def test_whole_chain_ends_with_answers_and_places(chain):
+    output, _, result = chain
+    assert {path.name for path in output.iterdir() if path.is_dir()} == {"tiny", "base", "train", "merged"}
+    assert result.stdout.count("truth:") == 100
+    assert "of 100 answers are right to the letter" in result.stderr
+    assert f"standalone model    {output}/merged" in result.stdout
+
+
+def test_finished_stages_are_not_done_again(chain):
+    output, variables, _ = chain
+    written = (output / "train" / "adapter_model.safetensors").stat().st_mtime_ns
+    result = run("build", "train", "merge", **variables)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("is finished already") == 4
+    assert (output / "train" / "adapter_model.safetensors").stat().st_mtime_ns == written
+
+
+def test_an_edited_variable_is_never_answered_with_an_old_result(chain):
+    output, variables, _ = chain
+    result = run("train", **variables | {"LOW_LR": "1e-5"})
+    assert result.returncode == 2
+    assert "< --low_lr 3e-3" in result.stderr and "> --low_lr 1e-5" in result.stderr
+    assert "train was made from other settings or input" in result.stderr
+
+
+def test_retrained_weights_are_not_answered_with_an_old_merge(chain):
+    output, variables, _ = chain
+    record = output / "train" / "run_record.json"
+    original = record.read_text()
+    try:
+        record.write_text(original.replace('"seed": 42', '"seed": 43'))
+        result = run("merge", **variables)
+    finally:
+        record.write_text(original)
+    assert result.returncode == 2
+    assert "merged was made from other settings or input" in result.stderr
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    """The same command again: training continues from its newest checkpoint."""
+    variables = {"OUTPUT_DIR": str(tmp_path), "EPOCHS": "0.4"}
+    assert run("build", **variables).returncode == 0
+    flags = ("train", "--save_steps", "2")
+    assert run(*flags, **variables).returncode == 0
+    # As if it had been stopped behind step 2: no final files, no note that the stage is finished.
+    for path in (tmp_path / "train").iterdir():
+        if path.is_file():
+            path.unlink()
+    (tmp_path / "train.command").unlink()
+    subprocess.run(["rm", "-r", str(tmp_path / "train" / "checkpoint-4")], check=True)
+    result = run(*flags, **variables)
+    assert result.returncode == 0, result.stderr
+    assert "step 4/4" in result.stdout and "step 1/4" not in result.stdout
+    assert (tmp_path / "train" / "adapter_model.safetensors").is_file()
+
+
+def test_show_batch_leaves_the_stage_unfinished(chain):
+    output, variables, _ = chain
+    result = run("train", "--show_batch", **variables)
+    assert result.returncode == 0, result.stderr
+    assert "<image: 64 tokens at" in result.stdout
+
+
+def test_a_failing_stage_stops_the_chain(tmp_path):
+    result = run(OUTPUT_DIR=str(tmp_path / "out"), LANGUAGE_MODEL="./nowhere")
+    assert result.returncode == 2
+    assert "./nowhere: no such folder" in result.stderr
+    assert "merge" not in result.stdout
+
+
+def test_shell_scripts_have_no_syntax_error():
+    for script in ("run.sh", "tests/run.sh", ".ci/run", "meme_llava/environment.sh"):
+        subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
