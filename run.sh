@@ -47,8 +47,7 @@ stages=()
 train_flags=()
 while (($#)); do
     case $1 in
-        build | train | merge | infer) ((${#train_flags[@]} == 0)) || fail "stage $1 stands behind flags of train.py; put stages first"
-            stages+=("$1") ;;
+        build | train | merge | infer) stages+=("$1") ;;
         -*) train_flags=("$@"); break ;;
         *) fail "unknown stage $1; expected build, train, merge, infer" ;;
     esac
@@ -87,6 +86,8 @@ if ((on_gpu)); then
 else
     processes=1
     export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
+    # Threads that spin while they wait slow a busy laptop down several times.
+    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 fi
 ((GLOBAL_BATCH % (DEVICE_BATCH * processes * NNODES) == 0)) ||
     fail "GLOBAL_BATCH=$GLOBAL_BATCH is no multiple of DEVICE_BATCH=$DEVICE_BATCH x $((processes * NNODES)) processes"

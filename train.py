@@ -24,12 +24,20 @@ from meme_llava.run import (
     write_quarantine,
 )
 from meme_llava.trainable import plan_parameter_groups, prepare_trainable
-from meme_llava.trainer import MemeTrainer, ProgressBar, make_training_arguments, show_progress_with
+from meme_llava.trainer import (
+    MemeTrainer,
+    ProgressBar,
+    count_processes,
+    derive_accumulation,
+    make_training_arguments,
+    show_progress_with,
+)
 
 
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_train_arguments(argv, description=__doc__)
+    accumulation = derive_accumulation(arguments, count_processes())
     checkpoint = choose_checkpoint(arguments)
     processing = load_processing(arguments.model)
     data = load_dataset(
@@ -46,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         processing.tokens_per_image,
         processing.image_policy.size,
     )
-    run = TrainingRun.plan(arguments, data)
+    run = TrainingRun.plan(arguments, data, accumulation)
     examples = ShuffledEpochs(data.dataset, run.steps * arguments.global_batch_size, arguments.seed)
     if arguments.show_batch:
         batch = next(iter(DataLoader(examples, batch_size=arguments.device_batch_size, collate_fn=collator)))

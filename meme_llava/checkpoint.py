@@ -11,7 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from meme_llava.errors import UserError
@@ -22,7 +22,16 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What learned in full, for train types without LoRA: the classic names of design, only trained tensors.
 TRAINED_WEIGHTS = "trained_weights.safetensors"
-RECORDED_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "pillow")
+RECORDED_LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "safetensors",
+    "tokenizers",
+    "pillow",
+)
 
 
 @contextlib.contextmanager
@@ -72,10 +81,17 @@ def describe_environment() -> dict:
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "libraries": {name: version(name) for name in RECORDED_LIBRARIES},
+        "libraries": {name: _find_version(name) for name in RECORDED_LIBRARIES},
         "git_commit": commit.stdout.strip() or None,
         "git_changed_files": len(changed.stdout.splitlines()),
     }
+
+
+def _find_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def write_json(path: Path, value) -> None:

@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 def stop_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a script's `main` so that a `UserError` prints its message and exits with code 2."""
+    """Wrap a script's `main`: a `UserError` prints its message and exits with code 2, Ctrl-C exits with 130."""
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> None:
@@ -22,5 +22,8 @@ def stop_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
             rank = os.environ.get("RANK", "0")
             print(f"error: {error}" if rank == "0" else f"[process {rank}] error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr, flush=True)
+            sys.exit(130)
 
     return wrapped

@@ -7,6 +7,7 @@ Knows nothing about prompts or batches.
 import math
 import os
 import stat
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ ACCEPTED_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
 # A header can promise more pixels than memory holds; real memes stay far below.
 MAX_PIXELS = 50_000_000
 WHITE = (255, 255, 255)
+# Pillow reads the picture all the same, and a broken tag is treated as none.
+warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)
 
 
 @dataclass(frozen=True)

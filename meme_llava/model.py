@@ -130,10 +130,7 @@ def check_llava_folder(folder: Path) -> None:
 def load_llava(folder: Path, dtype: torch.dtype) -> LlavaForConditionalGeneration:
     """Load a LLaVA that build_base_model.py or merge_lora.py wrote, in `dtype`, on the CPU."""
     check_llava_folder(folder)
-    model = load_strictly(LlavaForConditionalGeneration, folder, dtype=dtype)
-    # The Trainer turns the cache off on the top-level config only; the language model reads its own.
-    model.config.text_config.use_cache = True
-    return model
+    return load_strictly(LlavaForConditionalGeneration, folder, dtype=dtype)
 
 
 def load_processing(folder: Path) -> Processing:

@@ -17,11 +17,12 @@ from meme_llava.dataset import LoadedData, Problem, ShuffledEpochs, hash_file
 from meme_llava.display import print_table
 from meme_llava.errors import UserError
 from meme_llava.model import Processing, quiet_transformers
-from meme_llava.trainer import TENSORBOARD_FOLDER, count_processes, count_steps, derive_accumulation
+from meme_llava.trainer import TENSORBOARD_FOLDER, count_processes, count_steps
 from meme_llava.weights import fingerprint_folder
 
 LATEST = "latest"
 QUARANTINE = "quarantine.jsonl"
+MAX_LISTED_CUTS = 20
 LEFTOVERS = {QUARANTINE, TENSORBOARD_FOLDER}
 # Settings that may differ when a run continues: they change neither the data order nor an update.
 FREE_SETTINGS = {
@@ -53,8 +54,8 @@ class TrainingRun:
     parameter_groups: list[dict] = field(default_factory=list)
 
     @classmethod
-    def plan(cls, arguments: TrainArguments, data: LoadedData) -> "TrainingRun":
-        """Derive steps, warmup and accumulation, and look up what data and base are."""
+    def plan(cls, arguments: TrainArguments, data: LoadedData, accumulation: int) -> "TrainingRun":
+        """Derive steps and warmup, and look up what data and base are."""
         records = len(data.dataset)
         steps, warmup_steps = count_steps(arguments, records)
         record_file = arguments.model / RUN_RECORD
@@ -62,7 +63,7 @@ class TrainingRun:
             arguments=arguments,
             steps=steps,
             warmup_steps=warmup_steps,
-            accumulation=derive_accumulation(arguments, count_processes()),
+            accumulation=accumulation,
             data={
                 "annotations": str(arguments.annotations.resolve()),
                 "image_folder": str(arguments.image_folder.resolve()),
@@ -186,8 +187,11 @@ def print_run(run: TrainingRun) -> None:
     print_table(
         "Data", ("", "value"), [(name, str(value)) for name, value in run.data.items() if name != "cut_records"]
     )
-    for cut in run.data["cut_records"]:
+    cut_records = run.data["cut_records"]
+    for cut in cut_records[:MAX_LISTED_CUTS]:
         print(f"cut to model_max_length: {cut}")
+    if cut_records:
+        print(f"{len(cut_records)} answers are cut to model_max_length; run_record.json lists all of them")
     groups = [
         (g["role"], g["tensors"], g["parameters"], f"{g['learning_rate']:g}", f"{g['weight_decay']:g}")
         for g in run.parameter_groups

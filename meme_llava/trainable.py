@@ -62,6 +62,8 @@ def prepare_trainable(model: nn.Module, arguments: TrainArguments) -> nn.Module:
         PROJECTOR: "full",
     }
     model.requires_grad_(False)
+    # The Trainer turns the cache off on the top-level config only; the language model reads its own.
+    model.config.text_config.use_cache = False
     if arguments.uses_lora:
         targets = find_lora_targets(model, arguments)
         lora_config = LoraConfig(

@@ -279,6 +279,14 @@ def test_a_recipe_takes_every_type_of_value(recipe_folder):
     assert arguments.run_name == "表情包"
 
 
+def test_the_train_type_is_found_in_every_spelling():
+    # It is looked up before the rest of the command line is read.
+    for words in (["--train_type", "lora"], ["--train_type=lora"], ["--train-type", "lora"], ["--train-type=lora"]):
+        line = command_line(*words, without="train_type")
+        assert parse_train_arguments(line, description="Train.").vision_tower_training == "lora"
+    assert parse("--train_type", "full").vision_tower_training == "full"  # the last one counts, as for every flag
+
+
 def test_a_recipe_may_have_an_empty_list(recipe_folder):
     (recipe_folder / "mine.yaml").write_text("lora_vision_modules: []\n", encoding="utf-8")
     assert read_recipe("mine") == {"lora_vision_modules": []}

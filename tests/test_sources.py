@@ -54,7 +54,8 @@ results = {}
 for name in sys.argv[1:]:
     try:
         folder = resolve_model_folder(name)
-        results[name] = {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        results[name] = {str(path.relative_to(folder)): path.read_text() for path in files}
     except UserError as error:
         results[name] = str(error)
 print(json.dumps(results))
@@ -189,7 +190,6 @@ def test_a_folder_is_used_as_it_is(tmp_path, monkeypatch):
         "~/model",
         "models/org/model",
         "model",
-        "org/",
         "a file/weights",
     ],
 )
