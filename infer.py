@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> None:
         if streams and len(questions) > 1:
             print(f"{question.image}:", file=sys.stderr, flush=True)
         streamer = answerer.make_streamer() if streams else None
-        answer = answerer.answer(image, question.text, arguments.system, arguments.max_new_tokens, streamer)
+        system = arguments.system if arguments.system is not None else question.system
+        answer = answerer.answer(image, question.text, system, arguments.max_new_tokens, streamer)
         right += answer.text == question.truth
         report(question, answer, arguments)
     if arguments.annotations is not None:

@@ -17,7 +17,8 @@ LANGUAGE_MODEL=${LANGUAGE_MODEL:-tiny}    # folder, hub id, modelscope:ORG/MODEL
 VISION_MODEL=${VISION_MODEL:-tiny}        # likewise. real run: OFA-Sys/chinese-clip-vit-large-patch14-336px
 ANNOTATIONS=${ANNOTATIONS:-data/annotations.json}    # .json or .jsonl, format in data/README.md
 IMAGE_FOLDER=${IMAGE_FOLDER:-data}        # the records' image paths start here
-OUTPUT_DIR=${OUTPUT_DIR:-output}          # gets base, train and merged
+OUTPUT_DIR=${OUTPUT_DIR:-output}          # gets train and merged; another one for every recipe that you compare
+BASE_DIR=${BASE_DIR:-$OUTPUT_DIR/base}    # the assembled base model; name it to share one between several OUTPUT_DIRs
 
 # --- recipe ---
 TRAIN_TYPE=${TRAIN_TYPE:-lora}            # lora | projector | freeze_vision | full (configs/train). real run: lora
@@ -28,8 +29,8 @@ WARMUP_RATIO=${WARMUP_RATIO:-0.1}         # share of the steps with rising learn
 LORA_R=${LORA_R:-32}                      # rank. real run: 32
 LORA_ALPHA=${LORA_ALPHA:-64}              # updates are scaled by LORA_ALPHA / LORA_R. real run: 64
 MODEL_MAX_LENGTH=${MODEL_MAX_LENGTH:-512} # positions a record may take, image tokens counted. real run: 2048
-GLOBAL_BATCH=${GLOBAL_BATCH:-10}          # records per optimizer step, over all GPUs and machines. real run: 64
-DEVICE_BATCH=${DEVICE_BATCH:-10}          # records a GPU computes at once; accumulation follows. real run: 1
+GLOBAL_BATCH=${GLOBAL_BATCH:-8}           # records per optimizer step, over all GPUs and machines. real run: 64
+DEVICE_BATCH=${DEVICE_BATCH:-8}           # records a GPU computes at once, at most; accumulation follows. real run: 1
 
 # --- machine ---
 GPUS=${GPUS:-auto}                        # auto = all there are | 8 = so many | 0,3 or 2, = these | cpu. real run: 8
@@ -42,6 +43,7 @@ VENV=${VENV:-.venv}                       # Python environment, made on first us
 
 # ------------------------------------------------------------------------------------------------------------------
 fail() { echo "error: $*" >&2; exit 2; }
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail "this is bash $BASH_VERSION, expected 4.4 or newer"
 
 stages=()
 train_flags=()
@@ -60,8 +62,8 @@ if [[ -z "${DRY_RUN:-}" ]]; then
     activate_environment requirements.txt
 fi
 
-tiny_dir=$OUTPUT_DIR/tiny
-base_dir=$OUTPUT_DIR/base
+base_dir=$BASE_DIR
+tiny_dir=$(dirname "$base_dir")/tiny
 train_dir=$OUTPUT_DIR/train
 merged_dir=$OUTPUT_DIR/merged
 
@@ -83,14 +85,19 @@ if ((on_gpu)); then
         found=$(python -c 'import torch; print(torch.cuda.device_count())')
         ((processes <= found)) || fail "GPUS=$GPUS asks for $processes GPUs, torch sees $found (CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-unset})"
     fi
+    # A single process must see a single GPU, or torch splits its batches over all of them.
+    ((processes > 1)) || export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
 else
     processes=1
     export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
     # Threads that spin while they wait slow a busy laptop down several times.
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 fi
-((GLOBAL_BATCH % (DEVICE_BATCH * processes * NNODES) == 0)) ||
-    fail "GLOBAL_BATCH=$GLOBAL_BATCH is no multiple of DEVICE_BATCH=$DEVICE_BATCH x $((processes * NNODES)) processes"
+all_processes=$((processes * NNODES))
+# On many GPUs a small global batch leaves less than DEVICE_BATCH to each.
+device_batch=$((DEVICE_BATCH * all_processes > GLOBAL_BATCH ? GLOBAL_BATCH / all_processes : DEVICE_BATCH))
+((device_batch > 0 && GLOBAL_BATCH % (device_batch * all_processes) == 0)) ||
+    fail "GLOBAL_BATCH=$GLOBAL_BATCH does not divide into DEVICE_BATCH=$DEVICE_BATCH x $all_processes process(es); change one of them or GPUS"
 
 # Run a command, or print it under DRY_RUN=1.
 execute() {
@@ -110,22 +117,26 @@ run_stage() {
     shift 3
     [[ " ${stages[*]} " == *" $name "* ]] || return 0
     if [[ -n "${DRY_RUN:-}" ]]; then
-        execute "$@"
+        execute "${launcher[@]}" "$@"
         return
     fi
+    # How many GPUs or which port made a result does not matter to it, so the launcher stays out of the note.
     # A missing input is reported by the stage itself.
     wanted=$(printf '%q ' "$@" && echo && { xargs -r -d '\n' cksum <<<"$inputs" 2>/dev/null || true; })
     if [[ ! -f "$note" ]]; then
-        mkdir -p "$OUTPUT_DIR"
-        "$@" "${resume[@]}"
+        mkdir -p "$(dirname "$directory")"
+        "${launcher[@]}" "$@" "${resume[@]}"
+        # train.py --help and the like end well without a result.
+        [[ -f $directory/run_record.json ]] || exit 0
         echo "$wanted" >"$note"
     elif [[ "$(cat "$note")" == "$wanted" ]]; then
-        echo "$name is finished already: $directory"
+        echo "finished already: $directory"
     else
         diff <(sed 's/ --/\n--/g' "$note") <(sed 's/ --/\n--/g' <<<"$wanted") | grep '^[<>]' >&2 || true
         fail "$directory was made from other settings or input (< then, > now). Choose another OUTPUT_DIR, or delete $directory and $note."
     fi
 }
+launcher=()
 resume=()
 
 # --- build ---
@@ -140,7 +151,7 @@ run_stage build "$base_dir" "" python build_base_model.py --language_model "$lan
 
 # --- train ---
 launcher=(python)
-if ((processes * NNODES > 1)); then
+if ((all_processes > 1)); then
     launcher=(torchrun --nproc_per_node "$processes")
     if ((NNODES > 1)); then
         launcher+=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
@@ -153,14 +164,14 @@ if ((processes * NNODES > 1)); then
         train_flags+=(--deepspeed "$zero_config")
     fi
 fi
-train_command=("${launcher[@]}" train.py --model "$base_dir" --annotations "$ANNOTATIONS" --image_folder "$IMAGE_FOLDER"
+train_command=(train.py --model "$base_dir" --annotations "$ANNOTATIONS" --image_folder "$IMAGE_FOLDER"
     --output_dir "$train_dir" --train_type "$TRAIN_TYPE" --num_train_epochs "$EPOCHS"
     --high_lr "$HIGH_LR" --low_lr "$LOW_LR" --warmup_ratio "$WARMUP_RATIO" --lora_r "$LORA_R" --lora_alpha "$LORA_ALPHA"
-    --model_max_length "$MODEL_MAX_LENGTH" --global_batch_size "$GLOBAL_BATCH" --device_batch_size "$DEVICE_BATCH"
+    --model_max_length "$MODEL_MAX_LENGTH" --global_batch_size "$GLOBAL_BATCH" --device_batch_size "$device_batch"
     "${train_flags[@]}")
-if [[ " ${train_flags[*]} " == *" --show_batch "* ]]; then
-    # Nothing is trained, so nothing is finished either.
-    execute "${train_command[@]}"
+if [[ " ${train_flags[*]} " =~ " --show"[_-]"batch" ]]; then
+    # Nothing is trained, so a finished run is no obstacle.
+    execute python "${train_command[@]}"
     exit
 fi
 # An interrupted run goes on from its newest checkpoint; train.py refuses if settings changed in between.
@@ -168,7 +179,12 @@ if [[ ! -f $train_dir.command ]] && compgen -G "$train_dir/checkpoint-*" >/dev/n
     resume=(--resume_from_checkpoint latest)
 fi
 run_stage train "$train_dir" "$ANNOTATIONS"$'\n'"$base_dir/run_record.json" "${train_command[@]}"
+launcher=()
 resume=()
+if ((NODE_RANK > 0)); then
+    echo "machine $NODE_RANK is done; machine 0 merges" >&2
+    exit
+fi
 
 # --- merge ---
 run_stage merge "$merged_dir" "$train_dir/run_record.json" \
@@ -179,10 +195,12 @@ if [[ " ${stages[*]} " == *" infer "* ]]; then
     execute python infer.py --model "$merged_dir" --annotations "$ANNOTATIONS" --image_folder "$IMAGE_FOLDER" --limit 100
 fi
 
-if [[ -z "${DRY_RUN:-}" ]]; then
+if [[ -z "${DRY_RUN:-}" && -d $merged_dir ]]; then
+    python=python
+    [[ $VENV == active ]] || python=$VENV/bin/python
     echo
     echo "base model          $base_dir"
     echo "adapter, curves     $train_dir (training_curves.png; tensorboard --logdir $train_dir/tensorboard)"
     echo "standalone model    $merged_dir"
-    echo "ask it yourself     python infer.py --model $merged_dir --image FILE"
+    echo "ask it yourself     $python infer.py --model $merged_dir --image FILE"
 fi

@@ -8,6 +8,8 @@ an unknown or contradictory setting is an error.
 import argparse
 import dataclasses
 import difflib
+import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -182,14 +184,19 @@ class InferArguments:
 class _Parser(HfArgumentParser):
     """argparse that stops with a `UserError` and suggests the nearest flag."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        # argparse reports what is missing before what is misspelt, although the one explains the other.
+        words = sys.argv[1:] if args is None else list(args)
+        known = [option for action in self._actions for option in action.option_strings]
+        for flag in (word.split("=")[0] for word in words if word.startswith("--") and word != "--"):
+            if flag not in known:
+                near = difflib.get_close_matches(flag, known, n=1)
+                self.error(f"unknown setting {flag}" + (f" (did you mean {near[0]}?)" if near else ""))
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> None:
-        unknown = "unrecognized arguments: "
-        if message.startswith(unknown):
-            flags = [word.split("=")[0] for word in message.removeprefix(unknown).split() if word.startswith("--")]
-            known = [option for action in self._actions for option in action.option_strings]
-            for flag in flags:
-                if near := difflib.get_close_matches(flag, known, n=1):
-                    message += f" (did you mean {near[0]}?)"
+        # Every flag has a twin with dashes; one spelling is enough to read.
+        message = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)
         raise UserError(f"{self.prog}: {message}. --help lists all settings.")
 
 

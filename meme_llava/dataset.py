@@ -99,9 +99,9 @@ def parse_record(value, place: str) -> Record:
 
 def _parse_turn(turn, index: int) -> Turn:
     where = f"conversations[{index}]"
-    if not isinstance(turn, dict) or set(turn) < {"from", "value"}:
+    if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
         raise ValueError(f"{where} is {turn!r}, expected an object with 'from' and 'value'")
-    if turn["from"] not in ROLES:
+    if not isinstance(turn["from"], str) or turn["from"] not in ROLES:
         raise ValueError(f"{where}.from is {turn['from']!r}, expected one of {', '.join(ROLES)}")
     if not isinstance(turn["value"], str) or not turn["value"].strip():
         raise ValueError(f"{where}.value is {turn['value']!r}, expected text")
@@ -126,7 +126,8 @@ def _iterate_json(annotations: Path) -> Iterator[tuple[str, object]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{annotations}: not UTF-8 ({error}). Convert it, e.g. iconv -f GB18030 -t UTF-8.") from error
     if annotations.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), start=1):
+        # str.splitlines would also break at U+2028 and other characters that may stand inside a caption.
+        for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 try:
                     yield f"{annotations.name} line {number}", json.loads(line)

@@ -30,14 +30,14 @@ activate_environment() {
 
 find_python() {
     local name
-    for name in python3 python3.12 python3.11 python3.10 python; do
+    for name in python3 python3.12 python3.11 python; do
         if command -v "$name" >/dev/null &&
-            "$name" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+            "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
             command -v "$name"
             return
         fi
     done
-    echo "error: no Python 3.10, 3.11 or 3.12 found; install one (Debian: apt install python3 python3-venv)" >&2
+    echo "error: no Python 3.11 or 3.12 found; install one (Debian: apt install python3 python3-venv)" >&2
     return 2
 }
 

@@ -9,6 +9,10 @@ from collections.abc import Callable
 class UserError(Exception):
     """A wrong setting, file or record. The message names the thing, what was found and what to do next."""
 
+    def __init__(self, message: str):
+        # A DataLoader worker's error arrives with the worker's whole traceback in front of the message.
+        super().__init__(message.rpartition(f"{__name__}.UserError: ")[2].rstrip() or message)
+
 
 def stop_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
     """Wrap a script's `main`: a `UserError` prints its message and exits with code 2, Ctrl-C exits with 130."""

@@ -125,6 +125,7 @@ class Question:
     image: Path
     text: str
     truth: str | None = None
+    system: str | None = None
 
 
 def list_file_questions(paths: list[Path], text: str) -> list[Question]:
@@ -158,13 +159,15 @@ def list_record_questions(annotations: Path, image_folder: Path, limit: int | No
         raise UserError(f"{annotations}: {len(problems)} malformed records, e.g. {problems[0]}")
     questions = []
     for record in records[:limit]:
+        system = record.turns[0].text if record.turns[0].role == "system" else None
         user, truth = [turn for turn in record.turns if turn.role != "system"][:2]
         text = user.text.removeprefix(f"{IMAGE_PLACEHOLDER}\n")
         if text != user.text and IMAGE_PLACEHOLDER not in text:
             try:
-                questions.append(Question(resolve_image_path(record.images[0], image_folder), text, truth.text))
+                image = resolve_image_path(record.images[0], image_folder)
             except ValueError as error:
                 raise UserError(f"{record.place} (id {record.record_id!r}): {error}") from error
+            questions.append(Question(image, text, truth.text.strip(), system))
     if not questions:
         raise UserError(f"{annotations}: no record begins with {IMAGE_PLACEHOLDER}, a line break and a question")
     if left_out := len(records[:limit]) - len(questions):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from meme_llava.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS
-from meme_llava.dataset import MemeDataset, load_dataset
+from meme_llava.dataset import load_dataset
 from meme_llava.errors import UserError
 from meme_llava.model import PROJECTOR, Processing, load_llava, load_processing
 from meme_llava.trainable import apply_trained_weights
@@ -22,6 +22,7 @@ from meme_llava.weights import TensorFolder, find_overflow, save_tensors, to_dis
 PEFT_PREFIX = "base_model.model."
 # Merged and unmerged weights round differently; in float32 a model of any size stays far below.
 MAX_LOGIT_DIFFERENCE = 1e-4
+SAMPLE_MEMES = Path(__file__).resolve().parent.parent / "data"
 VERIFIED_RECORDS = 2
 VERIFIED_NEW_TOKENS = 32
 COPIED_FILES = (
@@ -120,11 +121,11 @@ def write_merged(base_folder: Path, trained: TrainedWeights, folder: Path, dtype
     }
 
 
-def verify_merged(base_folder: Path, adapter: Path, folder: Path, data: dict) -> list[tuple[str, str]]:
-    """Compare base + adapter with the merged weights, in float32 and as stored, on records of the training data.
+def verify_merged(base_folder: Path, adapter: Path, folder: Path, training: dict) -> list[tuple[str, str]]:
+    """Compare base + adapter with the merged weights, in float32 and as stored, on records with pictures.
 
     Args:
-        data: the run record's "data", which names annotations and image folder.
+        training: the adapter's run record, which names annotations, image folder and length limit.
 
     Returns:
         (check, finding) rows.
@@ -133,7 +134,7 @@ def verify_merged(base_folder: Path, adapter: Path, folder: Path, data: dict) ->
         UserError: in float32 a logit differs by more than 1e-4, or a greedy answer differs.
     """
     processing = load_processing(base_folder)
-    examples = _load_examples(data, processing)
+    examples, annotations = _load_examples(training, processing)
     model = apply_trained_weights(load_llava(base_folder, torch.float32), adapter)
     expected_logits, expected_answers = _run(model, examples, processing)
     del model
@@ -155,7 +156,7 @@ def verify_merged(base_folder: Path, adapter: Path, folder: Path, data: dict) ->
     stored_logits, stored_answers = _run(model, examples, processing)
     same = sum(found == expected for found, expected in zip(stored_answers, expected_answers, strict=True))
     return [
-        ("compared on", f"{len(examples)} records of {data['annotations']}"),
+        ("compared on", f"{len(examples)} records of {annotations}"),
         ("float32: largest logit difference", f"{difference:.2e} (limit {MAX_LOGIT_DIFFERENCE:g})"),
         ("float32: greedy answers", "same"),
         ("as stored: largest logit difference", f"{_largest_difference(stored_logits, expected_logits):.2e}"),
@@ -163,15 +164,15 @@ def verify_merged(base_folder: Path, adapter: Path, folder: Path, data: dict) ->
     ]
 
 
-def _load_examples(data: dict, processing: Processing) -> list[dict]:
-    annotations, image_folder = Path(data["annotations"]), Path(data["image_folder"])
-    try:
-        dataset: MemeDataset = load_dataset(
-            annotations, image_folder, processing.encoder, processing.image_policy, data["longest"], "quarantine"
-        ).dataset
-    except UserError as error:
-        raise UserError(f"the merged model is compared on the training data, but: {error}") from error
-    return [dataset[index] for index in range(min(VERIFIED_RECORDS, len(dataset)))]
+def _load_examples(training: dict, processing: Processing) -> tuple[list[dict], Path]:
+    """A few records of the training data, or of the sample memes where that data is not at hand, and their file."""
+    annotations, image_folder = Path(training["data"]["annotations"]), Path(training["data"]["image_folder"])
+    max_length = training["settings"]["model_max_length"]
+    if not annotations.is_file():
+        annotations, image_folder = SAMPLE_MEMES / "annotations.json", SAMPLE_MEMES
+    encoder, policy = processing.encoder, processing.image_policy
+    dataset = load_dataset(annotations, image_folder, encoder, policy, max_length, "quarantine").dataset
+    return [dataset[index] for index in range(min(VERIFIED_RECORDS, len(dataset)))], annotations
 
 
 @torch.inference_mode()

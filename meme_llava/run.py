@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from meme_llava.arguments import TrainArguments, to_plain
 from meme_llava.checkpoint import RUN_RECORD, describe_environment, read_run_record, write_json
@@ -162,13 +161,25 @@ def choose_checkpoint(arguments: TrainArguments) -> Path | None:
             )
         return None
     if wanted == LATEST:
-        newest = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-        if newest is None:
-            raise UserError(f"--resume_from_checkpoint {LATEST}: {output_dir} holds no checkpoint")
-        return Path(newest)
-    if not (Path(wanted) / "trainer_state.json").is_file():
+        checkpoints = sorted(output_dir.glob("checkpoint-*"), key=_read_step, reverse=True)
+        for checkpoint in checkpoints:
+            if _is_complete(checkpoint):
+                return checkpoint
+            print(f"{checkpoint} is incomplete (the run was stopped while writing it) and is passed over")
+        raise UserError(f"--resume_from_checkpoint {LATEST}: {output_dir} holds no complete checkpoint")
+    if not _is_complete(Path(wanted)):
         raise UserError(f"--resume_from_checkpoint {wanted}: is no complete checkpoint folder")
     return Path(wanted)
+
+
+def _read_step(checkpoint: Path) -> int:
+    step = checkpoint.name.removeprefix("checkpoint-")
+    return int(step) if step.isdigit() else -1
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    # The Trainer writes its state last.
+    return (checkpoint / RUN_RECORD).is_file() and (checkpoint / "trainer_state.json").is_file()
 
 
 def choose_load_dtype(arguments: TrainArguments, training_arguments: TrainingArguments) -> torch.dtype:

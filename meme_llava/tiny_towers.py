@@ -15,8 +15,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import ChineseCLIPConfig, ChineseCLIPModel, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.models.chinese_clip.image_processing_pil_chinese_clip import ChineseCLIPImageProcessorPil
 
-from meme_llava.arguments import parse_arguments
-from meme_llava.checkpoint import write_directory
+from meme_llava.arguments import parse_arguments, to_plain
+from meme_llava.checkpoint import RUN_RECORD, describe_environment, write_directory, write_json
 from meme_llava.conversation import DEFAULT_SYSTEM
 from meme_llava.dataset import read_records
 from meme_llava.errors import stop_on_user_error
@@ -136,6 +136,8 @@ def main(argv: list[str] | None = None) -> None:
     with write_directory(arguments.output_dir, arguments.overwrite) as folder:
         make_language_model(folder / "language_model", texts, arguments.seed)
         make_vision_tower(folder / "vision_tower", arguments.image_size, arguments.seed)
+        record = {"stage": "tiny_towers", "settings": to_plain(arguments), "environment": describe_environment()}
+        write_json(folder / RUN_RECORD, record)
     print(f"tiny random language model and vision tower: {arguments.output_dir}")
 
 

@@ -51,6 +51,8 @@ class ParameterGroup:
 def prepare_trainable(model: nn.Module, arguments: TrainArguments) -> nn.Module:
     """Freeze, add LoRA and unfreeze as the settings say; trainable parameters become float32.
 
+    (DeepSpeed in bf16 rounds them again and keeps float32 masters of its own.)
+
     The projector always learns in full. Vision layers behind the used features stay frozen: no gradient reaches them.
 
     Raises:

@@ -107,6 +107,12 @@ def make_training_arguments(arguments: TrainArguments, steps: int, warmup: int, 
         logging_nan_inf_filter=False,
         ddp_find_unused_parameters=False,
     )
+    if training_arguments.n_gpu > 1:
+        # torch would split every batch over all of them behind our back, and the global batch would be another one.
+        raise UserError(
+            f"one process sees {training_arguments.n_gpu} GPUs; start one process a GPU with torchrun, as run.sh does, "
+            "or choose one with CUDA_VISIBLE_DEVICES=0"
+        )
     if training_arguments.world_size != count_processes():
         raise UserError(
             f"the launcher started {count_processes()} processes but training sees {training_arguments.world_size}"

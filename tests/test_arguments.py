@@ -126,20 +126,20 @@ def test_every_form_of_a_flag_is_understood():
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--save_step", "5"], "unrecognized arguments: --save_step 5 (did you mean --save_steps?)"),
-        (["--sedd=5"], "(did you mean --seed?)"),
-        (["--per_device_train_batch_size", "5"], "unrecognized arguments: --per_device_train_batch_size 5"),
+        (["--save_step", "5"], "unknown setting --save_step (did you mean --save_steps?)"),
+        (["--sedd=5"], "unknown setting --sedd (did you mean --seed?)"),
+        (["--per_device_train_batch_size", "5"], "unknown setting --per_device_train_batch_size"),
         (["stray"], "unrecognized arguments: stray"),
         # An abbreviation is no spelling of its own: it would change its meaning with the next new setting.
-        (["--high", "5"], "unrecognized arguments: --high 5"),
-        (["--gradient_check"], "unrecognized arguments: --gradient_check"),
-        (["--high_lr", "fast"], "argument --high_lr/--high-lr: invalid float value: 'fast'"),
-        (["--lora_r", "1.5"], "argument --lora_r/--lora-r: invalid int value: '1.5'"),
+        (["--high", "5"], "unknown setting --high"),
+        (["--gradient_check"], "unknown setting --gradient_check"),
+        (["--high_lr", "fast"], "argument --high_lr: invalid float value: 'fast'"),
+        (["--lora_r", "1.5"], "argument --lora_r: invalid int value: '1.5'"),
         (["--seed", ""], "argument --seed: invalid int value: ''"),
-        (["--show_batch", "maybe"], "argument --show_batch/--show-batch: Truthy value expected"),
+        (["--show_batch", "maybe"], "argument --show_batch: Truthy value expected"),
         (["--precision", "fp16"], "argument --precision: invalid choice: 'fp16'"),
         (["--bad_records", "skip"], "invalid choice: 'skip'"),
-        (["--save_steps"], "argument --save_steps/--save-steps: expected one argument"),
+        (["--save_steps"], "argument --save_steps: expected one argument"),
         (["--train_type"], "argument --train_type"),
     ],
 )
@@ -148,6 +148,13 @@ def test_an_unknown_or_malformed_setting_stops_with_its_name(words, message):
         parse(*words)
     assert message in str(caught.value)
     assert "--help" in str(caught.value)
+
+
+def test_a_misspelt_setting_is_named_even_where_the_right_one_is_missed():
+    # "--high_lr is required" would send a user who wrote --hihg_lr looking for a fault that is not there.
+    line = [word.replace("--high_lr", "--hihg_lr") for word in command_line()]
+    with pytest.raises(UserError, match=r"unknown setting --hihg_lr \(did you mean --high_lr\?\)"):
+        parse_train_arguments(line, description="Train.")
 
 
 @pytest.mark.parametrize("name", GIVEN)
@@ -431,5 +438,5 @@ def test_build_and_merge_parse_their_settings():
         "base_model": None,
         "overwrite": True,
     }
-    with pytest.raises(UserError, match=r"--adaptor a \(did you mean --adapter\?\)"):
+    with pytest.raises(UserError, match=r"unknown setting --adaptor \(did you mean --adapter\?\)"):
         parse_arguments(MergeArguments, ["--adapter", "a", "--output_dir", "o", "--adaptor", "a"], "Merge.")

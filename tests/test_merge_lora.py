@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import train_flags
+from conftest import ROOT, train_flags
 from safetensors.torch import load_file, save_file
 from test_build_base_model import BASE_FILES
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -119,6 +119,17 @@ def test_comparison_is_printed(world, trained, tmp_path, capsys):
     assert "float32: largest logit difference" in printed
     assert "float32: greedy answers" in printed
     assert "standalone model" in printed
+
+
+def test_merges_where_the_training_data_is_not(trained, tmp_path, capsys):
+    """On another machine the comparison takes the sample memes, and says so."""
+    adapter = copy_adapter(trained, tmp_path)
+    record = json.loads((adapter / "run_record.json").read_text())
+    record["data"]["annotations"] = str(tmp_path / "gone.json")
+    (adapter / "run_record.json").write_text(json.dumps(record))
+    merge_lora.main(["--adapter", str(adapter), "--output_dir", str(tmp_path / "merged")])
+    merged = json.loads((tmp_path / "merged" / "run_record.json").read_text())
+    assert merged["checks"]["compared on"] == f"2 records of {ROOT / 'data' / 'annotations.json'}"
 
 
 @pytest.mark.parametrize("train_type", ["projector", "freeze_vision", "full"])

@@ -4,13 +4,16 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT, read_losses, train_flags
+from PIL import Image
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 import train
 from meme_llava import trainable
@@ -272,6 +275,17 @@ def test_resumed_run_equals_the_uninterrupted_one(world, tmp_path):
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
+def test_latest_passes_over_a_half_written_checkpoint(world, tmp_path, capsys):
+    changes = {"max_steps": 3, "save_steps": 1, "save_total_limit": 3}
+    out = tmp_path / "out"
+    train.main(train_flags(world, out, **changes))
+    expected = read_losses(out)
+    (out / "checkpoint-3" / "trainer_state.json").unlink()
+    train.main(train_flags(world, out, **changes, resume_from_checkpoint="latest"))
+    assert "checkpoint-3 is incomplete" in capsys.readouterr().out
+    assert read_losses(out) == expected
+
+
 def test_projector_run_resumes_too(world, tmp_path):
     changes = {"max_steps": 4, "save_steps": 2, "train_type": "projector"}
     train.main(train_flags(world, tmp_path / "whole", **changes))
@@ -323,7 +337,7 @@ def test_wrong_settings_stop_before_the_model_loads(world, trained, tmp_path, mo
     assert "annotations" in message(annotations=tmp_path / "nowhere.json")
     assert "no such image folder" in message(image_folder=tmp_path / "nowhere")
     assert "is not empty" in fail(capsys, train_flags(world, trained))
-    assert "holds no checkpoint" in message(resume_from_checkpoint="latest")
+    assert "holds no complete checkpoint" in message(resume_from_checkpoint="latest")
     assert "no complete checkpoint" in message(resume_from_checkpoint=tmp_path)
     assert "no such file" in message(deepspeed=tmp_path / "nowhere.json")
     assert "needs a GPU" in message(precision="bf16")
@@ -355,6 +369,26 @@ def test_bad_records_are_all_named_or_quarantined(world, tmp_path, capsys):
     assert sorted(json.loads(line)["record_id"] for line in lines) == ["r0", "r5"]
     record = json.loads((tmp_path / "out" / "run_record.json").read_text())
     assert (record["data"]["records"], record["data"]["unusable_records"]) == (6, 2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_breaks_during_training_names_its_record(world, tmp_path, capsys, workers):
+    """Its header is sound, so the check before training passes; the run stops with one line, no traceback."""
+    images = tmp_path / "images"
+    shutil.copytree(world.image_folder, images)
+    noise = Image.effect_noise((200, 200), 90)
+    noise.save(images / "p5.png")
+    (images / "p5.png").write_bytes((images / "p5.png").read_bytes()[:-5000])
+    error = fail(capsys, train_flags(world, tmp_path / "out", image_folder=images, dataloader_workers=workers))
+    line = next(line for line in error.splitlines() if line.startswith("error: "))
+    assert line.startswith("error: annotations.json record 5 (id 'r5'): ") and "the picture is damaged" in line
+    assert "Traceback" not in error
+
+
+def test_one_process_with_several_gpus_is_refused(world, tmp_path, monkeypatch, capsys):
+    """torch would silently spread the batch over all of them."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
+    assert "one process sees 4 GPUs" in fail(capsys, train_flags(world, tmp_path / "out"))
 
 
 def test_a_tensor_without_gradient_stops_the_run(world, tmp_path, monkeypatch, capsys):
