@@ -29,6 +29,7 @@ from meme_llava.trainer import (
     ProgressBar,
     count_processes,
     derive_accumulation,
+    leave_process_group,
     make_training_arguments,
     show_progress_with,
 )
@@ -89,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     if is_main_process():
         draw_training_curves(trainer.state.log_history, arguments.output_dir / "training_curves.png")
         print(f"trained weights, run record and curves: {arguments.output_dir}")
+    leave_process_group()
 
 
 if __name__ == "__main__":

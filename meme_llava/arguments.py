@@ -8,6 +8,7 @@ an unknown or contradictory setting is an error.
 import argparse
 import dataclasses
 import difflib
+import math
 import re
 import sys
 from dataclasses import dataclass, field
@@ -105,7 +106,7 @@ class TrainArguments:
             _check(self, name, getattr(self, name) > 0, "greater than 0")
         for name in ("global_batch_size", "device_batch_size", "logging_steps", "save_steps", "save_total_limit"):
             _check(self, name, getattr(self, name) > 0, "at least 1")
-        for name in ("weight_decay", "max_grad_norm", "dataloader_workers"):
+        for name in ("weight_decay", "max_grad_norm", "dataloader_workers", "seed"):
             _check(self, name, getattr(self, name) >= 0, "0 or more")
         _check(self, "warmup_ratio", 0 <= self.warmup_ratio < 1, "between 0 and 1")
         _check(self, "lora_dropout", 0 <= self.lora_dropout < 1, "between 0 and 1")
@@ -214,7 +215,8 @@ def parse_train_arguments(argv: list[str] | None, description: str) -> TrainArgu
     parser = _make_parser(TrainArguments, description)
     # The train type decides which recipe is read, so it is looked up before everything else.
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--train_type")
+    finder.error = parser.error
+    finder.add_argument("--train_type", "--train-type")
     train_type = finder.parse_known_args(argv)[0].train_type
     if train_type is not None:
         recipe = read_recipe(train_type)
@@ -271,7 +273,8 @@ def _make_parser(arguments_class: type, description: str) -> _Parser:
 
 
 def _check(arguments, name: str, passed: bool, expected: str) -> None:
-    if not passed:
+    value = getattr(arguments, name)
+    if not passed or (isinstance(value, float) and name != "max_grad_norm" and math.isinf(value)):
         raise UserError(f"--{name} is {getattr(arguments, name)!r}, expected {expected}")
 
 

@@ -1,6 +1,7 @@
 """Knows what may stand in the annotation file, and what happens to a record that cannot be trained on.
 
 Nothing is dropped or replaced silently: every unusable record is listed with its place and reason before training.
+(A picture whose header is sound but whose body is damaged stops the run when it is reached, and is named then.)
 Knows nothing about batches or models.
 """
 
@@ -105,6 +106,11 @@ def _parse_turn(turn, index: int) -> Turn:
         raise ValueError(f"{where}.from is {turn['from']!r}, expected one of {', '.join(ROLES)}")
     if not isinstance(turn["value"], str) or not turn["value"].strip():
         raise ValueError(f"{where}.value is {turn['value']!r}, expected text")
+    try:
+        turn["value"].encode()
+    except UnicodeEncodeError as error:
+        # JSON can spell half a surrogate pair (a cut emoji); no tokenizer takes it.
+        raise ValueError(f"{where}.value holds half a character: {error.object[error.start : error.end]!r}") from error
     return Turn(ROLES[turn["from"]], turn["value"])
 
 
@@ -131,7 +137,7 @@ def _iterate_json(annotations: Path) -> Iterator[tuple[str, object]]:
             if line.strip():
                 try:
                     yield f"{annotations.name} line {number}", json.loads(line)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     yield f"{annotations.name} line {number}", ValueError(f"is not JSON ({error})")
         return
     try:
@@ -139,6 +145,8 @@ def _iterate_json(annotations: Path) -> Iterator[tuple[str, object]]:
     except json.JSONDecodeError as error:
         around = text[max(error.pos - 20, 0) : error.pos + 20]
         raise UserError(f"{annotations}: not JSON at line {error.lineno} column {error.colno}: {around!r}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{annotations}: not JSON ({error})") from error
     if not isinstance(values, list):
         raise UserError(
             f"{annotations}: is a JSON {type(values).__name__}, expected an array of records. {FORMAT_HELP}"
@@ -244,21 +252,17 @@ def load_dataset(
             cut_records.append(f"{record.place} (id {record.record_id!r}): {example.cut_tokens} positions cut")
         input_ids, labels = np.array(example.input_ids, np.int32), np.array(example.labels, np.int32)
         encoded.append(_Encoded(record, paths, input_ids, labels))
+    listed = "\n".join(f"  {problem}" for problem in problems[:MAX_LISTED_PROBLEMS])
+    more = f"\n  … and {len(problems) - MAX_LISTED_PROBLEMS} more" if len(problems) > MAX_LISTED_PROBLEMS else ""
     if problems and bad_records == "error":
-        listed = "\n".join(f"  {problem}" for problem in problems[:MAX_LISTED_PROBLEMS])
-        more = f"\n  … and {len(problems) - MAX_LISTED_PROBLEMS} more" if len(problems) > MAX_LISTED_PROBLEMS else ""
         raise UserError(
-            f"{annotations}: {len(problems)} of {len(records) + _count_malformed(problems, records)} records cannot "
+            f"{annotations}: {len(problems)} of {len(encoded) + len(problems)} records cannot "
             f"be trained on:\n{listed}{more}\nMend them, or pass --bad_records quarantine to train without them."
         )
     if not encoded:
-        raise UserError(f"{annotations}: no record to train on")
+        why = f"; all {len(problems)} are unusable:\n{listed}{more}" if problems else ""
+        raise UserError(f"{annotations}: no record to train on{why}")
     return LoadedData(MemeDataset(encoded, image_policy), problems, cut_records)
-
-
-def _count_malformed(problems: list[Problem], records: list[Record]) -> int:
-    well_formed = {record.place for record in records}
-    return sum(problem.place not in well_formed for problem in problems)
 
 
 class ShuffledEpochs(Dataset):

@@ -55,7 +55,10 @@ def _describe_row(ids: list[int], labels: list[int], processing: Processing) -> 
         if position < len(ids) and _kind(ids, labels, position, processing) == kind:
             continue
         if kind == "image":
-            text.append(f"<image: {position - start} tokens at {start}>", style=IMAGE_STYLE)
+            # Pictures that stand side by side are one run of tokens.
+            count = (position - start) // processing.tokens_per_image
+            name = "image" if count == 1 else f"{count} images"
+            text.append(f"<{name}: {position - start} tokens at {start}>", style=IMAGE_STYLE)
         else:
             words = processing.tokenizer.decode(ids[start:position], skip_special_tokens=False)
             text.append(

@@ -65,7 +65,10 @@ def resolve_image_path(image: str, image_folder: Path) -> Path:
     if "\0" in image or "://" in image or "\\" in image or os.path.isabs(image):
         raise ValueError(f"image {image!r} is not a path relative to the image folder")
     root = image_folder.resolve()
-    path = (root / image).resolve()
+    try:
+        path = (root / image).resolve()
+    except (OSError, RuntimeError) as error:  # Python before 3.13 raises RuntimeError for a loop of links
+        raise ValueError(f"image {image!r} cannot be followed ({error})") from error
     if not path.is_relative_to(root):
         raise ValueError(f"image {image!r} leaves the image folder {root}")
     return path
@@ -128,7 +131,9 @@ def _open_header(path: Path) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow's own conversion clips 16-bit grey to white instead of scaling it.
-        grey = (np.asarray(image, dtype=np.float32) / 257.0).round().clip(0, 255).astype(np.uint8)
+        values = np.asarray(image)
+        grey = (values / np.float32(257.0)).round().clip(0, 255).astype(np.uint8)
+        grey[values == image.info.get("transparency", -1)] = 255
         return Image.fromarray(grey, mode="L").convert("RGB")
     if image.has_transparency_data:
         # Stickers keep arbitrary colours under transparent pixels; white is what chat windows show.

@@ -223,5 +223,5 @@ def write_quarantine(output_dir: Path, problems: list[Problem]) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / QUARANTINE
     lines = [json.dumps(problem.__dict__, ensure_ascii=False) for problem in problems]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
     print(f"{len(problems)} unusable records are left out; they are listed in {path}")

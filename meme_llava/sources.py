@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError
 
 from meme_llava.errors import UserError
 
@@ -41,7 +41,8 @@ def _download_from_hub(model_id: str) -> Path:
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(model_id, allow_patterns=PICKLED_FILES, ignore_patterns=SUBFOLDERS))
         return folder
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    # HTTPError also is a line that breaks or a proxy that refuses; ValueError a log-in page in place of JSON.
+    except (HTTPError, HFValidationError, OSError, ValueError) as error:
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -285,6 +285,13 @@ class ProgressBar(TrainerCallback):
             self._bar.close()
 
 
+def leave_process_group() -> None:
+    """Wait for all processes and part. Leaving without it can abort one at exit, and torchrun then kills the others."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def show_progress_with(trainer: Trainer, bar: ProgressBar) -> None:
     """Put our bar in the place of the Trainer's."""
     trainer.remove_callback(ProgressCallback)

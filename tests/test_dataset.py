@@ -5,7 +5,6 @@ import json
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -36,12 +35,8 @@ def image_folder(tmp_path) -> Path:
     Image.new("RGB", (8, 6), (255, 0, 0)).save(folder / "red.png")
     Image.new("RGB", (8, 6), (0, 0, 255)).save(folder / "blue.png")
     (folder / "error page.jpg").write_text("<!DOCTYPE html><html>404</html>")
-    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(folder / "whole.png")
-    whole = (folder / "whole.png").read_bytes()
-    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     (folder / "loop.png").symlink_to("loop.png")
-    (tmp_path / "outside.png").write_bytes(whole)
+    Image.new("RGB", (8, 6)).save(tmp_path / "outside.png")
     (folder / "outside.png").symlink_to(tmp_path / "outside.png")
     return folder
 
@@ -164,7 +159,6 @@ UNUSABLE_RECORDS = {
     "image in another case": (bad(image="RED.png"), "RED.png: No such file or directory"),
     "image a directory": (bad(image="a folder"), "a folder: not a regular file"),
     "image an error page": (bad(image="error page.jpg"), "error page.jpg: not a JPEG/PNG/GIF/WEBP/BMP picture"),
-    "image truncated": (bad(image="cut.png"), "cut.png: the picture is damaged"),
     "image absolute": (bad(image="/etc/passwd"), f"image '/etc/passwd' {NOT_RELATIVE}"),
     "image a URL": (bad(image="https://host/a.png"), f"image 'https://host/a.png' {NOT_RELATIVE}"),
     "image with backslashes": (bad(image="a\\b.png"), f"image 'a\\\\b.png' {NOT_RELATIVE}"),
@@ -520,10 +514,13 @@ def test_an_item_is_its_tokens_and_its_pictures_in_order(tmp_path, image_folder,
     assert data.image_counts.tolist() == [2, 0]
 
 
-def test_a_picture_that_goes_bad_after_the_check_stops_the_run_by_name(tmp_path, image_folder, encoder):
+@pytest.mark.parametrize("kept, reason", [(0, "not a JPEG"), (50, "the picture is damaged")])
+def test_a_picture_that_goes_bad_after_the_check_stops_the_run_by_name(tmp_path, image_folder, encoder, kept, reason):
+    # Another picture in its place would change what the run learns without a word.
     data = load(write_json(tmp_path / "memes.json", [make_record("a")]), image_folder, encoder).dataset
-    (image_folder / "red.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"memes\.json record 0 \(id 'a'\): .*red\.png: not a JPEG"):
+    path = image_folder / "red.png"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=rf"memes\.json record 0 \(id 'a'\): .*red\.png: {reason}"):
         data[0]
 
 

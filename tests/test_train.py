@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_run_record_holds_every_number(world, trained):
     assert record["data"]["records"] == 8 and record["data"]["pictures"] == 8
     assert record["base"]["folder"] == str(world.base)
     assert record["base"]["run_record"]["stage"] == "build"
-    assert record["environment"]["libraries"]["torch"] == torch.__version__
+    assert record["environment"]["libraries"]["torch"] == version("torch")
     # LoRA matrices: per vision layer 5 of 16x16.. written out: r=4 times (in + out) of each projection.
     vision = 2 * 4 * (4 * (16 + 16) + 2 * (16 + 32))
     language = 2 * 4 * ((32 + 32) * 2 + (32 + 16) * 2 + 3 * (32 + 48))
