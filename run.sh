@@ -90,8 +90,8 @@ if ((on_gpu)); then
 else
     processes=1
     export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
-    # Threads that spin while they wait slow a busy laptop down several times.
-    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+    # OpenMP's threads spin while they wait; on a laptop that is busy otherwise, long spins halve the speed.
+    export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
 fi
 all_processes=$((processes * NNODES))
 # On many GPUs a small global batch leaves less than DEVICE_BATCH to each.

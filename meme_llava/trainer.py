@@ -56,13 +56,13 @@ def derive_accumulation(arguments: TrainArguments, processes: int) -> int:
 
 
 def count_steps(arguments: TrainArguments, records: int) -> tuple[int, int]:
-    """Optimizer steps and warmup steps of the run. Raises UserError when warmup fills the run."""
+    """Optimizer steps and warmup steps of the run. Raises UserError when --warmup_steps fill the run."""
     steps = arguments.max_steps or math.ceil(records * arguments.num_train_epochs / arguments.global_batch_size)
-    warmup = arguments.warmup_steps
-    warmup = math.ceil(steps * arguments.warmup_ratio) if warmup is None else warmup
-    if warmup >= steps:
-        raise UserError(f"warmup takes {warmup} of {steps} steps; lower --warmup_steps or train longer")
-    return steps, warmup
+    if arguments.warmup_steps is None:
+        return steps, min(math.ceil(steps * arguments.warmup_ratio), steps - 1)
+    if arguments.warmup_steps >= steps:
+        raise UserError(f"warmup takes {arguments.warmup_steps} of {steps} steps; lower --warmup_steps or train longer")
+    return steps, arguments.warmup_steps
 
 
 def make_training_arguments(arguments: TrainArguments, steps: int, warmup: int, accumulation: int) -> TrainingArguments:

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source meme_llava/environment.sh
 activate_environment requirements.txt tests/requirements.txt
-export DS_ACCELERATOR=cpu OMP_WAIT_POLICY=PASSIVE
+export DS_ACCELERATOR=cpu GOMP_SPINCOUNT=1000
 
 ruff check .
 ruff format --check .
