@@ -14,8 +14,11 @@ activate_environment() {
         echo "making a Python environment in $folder"
         if command -v uv >/dev/null; then
             uv venv --quiet --python "$python" "$folder"
-        else
-            "$python" -m venv "$folder"
+        elif ! "$python" -m venv "$folder"; then
+            # Half an environment would look like a whole one to the next run.
+            rm -rf "$folder"
+            echo "error: $python cannot make environments (Debian: apt install python3-venv)" >&2
+            return 2
         fi
     fi
     stamp=$(cat "$@" | cksum)
@@ -58,11 +61,13 @@ install_requirements() {
 share_pip_mirrors() {
     local pip_config
     command -v pip >/dev/null || return 0
-    pip_config=$(pip config list 2>/dev/null | tr -d "'\"" | tr '\\' ' ')
+    pip_config=$(pip config list 2>/dev/null | tr -d "'\"" | sed 's/\\n/ /g')
     read_pip_setting() { sed -n "s/^[^=]*\.$1=//p" <<<"$pip_config" | tail -n 1; }
     : "${UV_DEFAULT_INDEX:=$(read_pip_setting index-url)}"
     : "${UV_INDEX:=$(read_pip_setting extra-index-url)}"
     : "${UV_FIND_LINKS:=$(read_pip_setting find-links)}"
+    # pip takes the best version of all its indexes; uv's own rule would stop at the first that knows the name.
+    [[ -z "$UV_INDEX" ]] || export UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match}
     local name
     for name in UV_DEFAULT_INDEX UV_INDEX UV_FIND_LINKS; do
         if [[ -n "${!name}" ]]; then export "${name?}"; else unset "$name"; fi
