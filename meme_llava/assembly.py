@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,9 +25,11 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from meme_llava.conversation import IMAGE_PLACEHOLDER, TURN_END, TURN_START, Turn, make_chat_template
 from meme_llava.errors import UserError
+from meme_llava.images import ImagePolicy
 from meme_llava.model import (
     Processing,
     count_image_tokens,
+    has_class_token,
     load_llava,
     load_processing,
     load_strictly,
@@ -46,8 +49,9 @@ VISION_MODEL_CLASSES = {
 }
 # What a two-tower checkpoint holds beside its vision tower.
 OTHER_TOWER_PREFIXES = ("text_model.", "logit_scale", "logit_bias", "text_projection", "visual_projection")
-DEFAULT_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, also Chinese-CLIP's
-DEFAULT_STD = (0.26862954, 0.26130258, 0.27577711)
+# How each family's published checkpoints normalise pixels, for folders without preprocessor_config.json: (mean, std).
+CLIP_NORMALISATION = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+SIGLIP_NORMALISATION = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 EMBEDDING_MULTIPLE = 64  # rows are added in multiples that matrix kernels like
 PROOF_CHAT = [
     Turn("user", "你好！“加班使我快乐”是什么意思？"),
@@ -103,7 +107,6 @@ def make_parts(language_folder: Path, vision_folder: Path) -> Parts:
     language_model, tokenizer = load_language_model(language_folder)
     add_control_tokens(language_model, tokenizer)
     vision_config = vision_tower.config
-    has_class_token = "siglip" not in vision_config.model_type
     config = LlavaConfig(
         # LlavaConfig rewrites what it is given; the loaded models keep their own.
         vision_config=copy.deepcopy(vision_config),
@@ -111,7 +114,7 @@ def make_parts(language_folder: Path, vision_folder: Path) -> Parts:
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
         vision_feature_layer=VISION_FEATURE_LAYER,
         # "default" drops the class token; SigLIP has none to drop.
-        vision_feature_select_strategy="default" if has_class_token else "full",
+        vision_feature_select_strategy="default" if has_class_token(vision_config) else "full",
         tie_word_embeddings=bool(language_model.config.tie_word_embeddings),
     )
     # The sources' folders on the builder's disk mean nothing to whoever gets the model.
@@ -122,9 +125,7 @@ def make_parts(language_folder: Path, vision_folder: Path) -> Parts:
     config.image_seq_length = count_image_tokens(config)
     config.dtype = language_model.dtype
     config.architectures = [LlavaForConditionalGeneration.__name__]
-    return Parts(
-        language_model, tokenizer, vision_tower, config, _make_image_processor(vision_folder, vision_config.image_size)
-    )
+    return Parts(language_model, tokenizer, vision_tower, config, _make_image_processor(vision_folder, vision_config))
 
 
 def add_control_tokens(language_model: nn.Module, tokenizer) -> None:
@@ -240,6 +241,7 @@ def prove_llava(parts: Parts, folder: Path) -> list[tuple[str, str]]:
         ("logits about a picture are finite", finite, str(tuple(answer_logits.shape))),
         ("config, tokenizer, processor agree on <image>", True, f"id {processing.encoder.image_token_id}"),
         _check_chat(processing),
+        ("pictures", True, _describe_pixels(processing.image_policy)),
     ]
     failed = [f"{name} ({finding})" for name, passed, finding in checks if not passed]
     if failed:
@@ -255,6 +257,11 @@ def _check_chat(processing: Processing) -> tuple[str, bool, str]:
     decoded = processing.tokenizer.decode(ids, skip_special_tokens=False)
     survives = all(turn.text in decoded for turn in PROOF_CHAT) and templated.rstrip("\n") == decoded
     return "a Chinese chat round-trips through the template", survives, f"{len(ids)} tokens"
+
+
+def _describe_pixels(policy: ImagePolicy) -> str:
+    mean, std = (", ".join(f"{value:.3f}" for value in values) for values in (policy.mean, policy.std))
+    return f"whole, to {policy.size} x {policy.size}; mean {mean}; std {std}"
 
 
 def _vision_features(tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -278,17 +285,18 @@ def _load_config(folder: Path):
         raise UserError(f"{folder}: config.json cannot be used: {error}") from error
 
 
-def _make_image_processor(vision_folder: Path, image_size: int) -> CLIPImageProcessorPil:
+def _make_image_processor(vision_folder: Path, vision_config) -> CLIPImageProcessorPil:
     path = vision_folder / "preprocessor_config.json"
     source = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    square = {"height": image_size, "width": image_size}
+    mean, std = CLIP_NORMALISATION if has_class_token(vision_config) else SIGLIP_NORMALISATION
+    square = {"height": vision_config.image_size, "width": vision_config.image_size}
     return CLIPImageProcessorPil(
         size=square,
         crop_size=square,
         do_center_crop=False,
-        image_mean=source.get("image_mean", DEFAULT_MEAN),
-        image_std=source.get("image_std", DEFAULT_STD),
-        resample=source.get("resample", 3),
+        image_mean=source.get("image_mean", mean),
+        image_std=source.get("image_std", std),
+        resample=source.get("resample", Image.Resampling.BICUBIC),
     )
 
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file
 from torch import nn
 
-from meme_llava.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS
+from meme_llava.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS, read_run_record
 from meme_llava.dataset import load_dataset
 from meme_llava.errors import UserError
 from meme_llava.model import PROJECTOR, Processing, load_llava, load_processing
@@ -48,13 +48,17 @@ class TrainedWeights:
         """Read an output or checkpoint of train.py.
 
         Raises:
-            UserError: the adapter uses a kind of LoRA that is not merged here, or a tensor fits nowhere.
+            UserError: the adapter uses a kind of LoRA that is not merged here, or a tensor is missing or fits nowhere.
         """
+        learned = sum(group["tensors"] for group in read_run_record(folder)["parameter_groups"])
         if not (folder / ADAPTER_CONFIG).is_file():
-            return cls({}, load_file(folder / TRAINED_WEIGHTS))
+            replaced = load_file(folder / TRAINED_WEIGHTS)
+            _check_count(folder / TRAINED_WEIGHTS, replaced, learned)
+            return cls({}, replaced)
         config = PeftConfig.from_pretrained(folder)
         _check_plain_lora(config, folder)
         tensors = {name.removeprefix(PEFT_PREFIX): t for name, t in load_file(folder / ADAPTER_WEIGHTS).items()}
+        _check_count(folder / ADAPTER_WEIGHTS, tensors, learned)
         lora, replaced = {}, {}
         for name in tensors:
             if name.endswith(".lora_A.weight"):
@@ -223,6 +227,11 @@ def _check_plain_lora(config: PeftConfig, folder: Path) -> None:
     for name, is_used in special.items():
         if is_used:
             raise UserError(f"{path}: uses {name}, which is not merged here; expected LoRA as train.py writes it")
+
+
+def _check_count(path: Path, tensors: dict, learned: int) -> None:
+    if len(tensors) != learned:
+        raise UserError(f"{path}: holds {len(tensors)} tensors, but {learned} learned; copy or train it again")
 
 
 def _check_shape(name: str, base: torch.Tensor, trained: torch.Tensor) -> None:

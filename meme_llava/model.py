@@ -50,11 +50,15 @@ def role_of(name: str) -> str:
     raise ValueError(f"{name!r} belongs to no part of a LLaVA")
 
 
+def has_class_token(vision_config) -> bool:
+    """Whether a tower puts a class token in front of its patches (CLIP and Chinese-CLIP do, SigLIP does not)."""
+    return "siglip" not in vision_config.model_type
+
+
 def count_image_tokens(config: LlavaConfig) -> int:
     """Positions one picture takes: one per patch, plus the class token where the config keeps it."""
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    has_class_token = "siglip" not in config.vision_config.model_type
-    keeps_class_token = config.vision_feature_select_strategy == "full" and has_class_token
+    keeps_class_token = config.vision_feature_select_strategy == "full" and has_class_token(config.vision_config)
     return patches + int(keeps_class_token)
 
 

@@ -212,7 +212,10 @@ def test_clip_and_siglip_towers(world, tmp_path, make, model_type, strategy, tok
     assert config["vision_config"]["model_type"] == model_type
     assert config["vision_feature_select_strategy"] == strategy
     assert config["image_seq_length"] == tokens
-    assert AutoProcessor.from_pretrained(base).image_token == "<image>"
+    processor = AutoProcessor.from_pretrained(base)
+    assert processor.image_token == "<image>"
+    # These folders bring no preprocessor_config.json, so the family's published values are taken.
+    assert processor.image_processor.image_mean[0] == (0.5 if "siglip" in model_type else 0.48145466)
 
 
 def test_vision_only_checkpoint(world, tmp_path):

@@ -175,12 +175,20 @@ def test_another_base_of_equal_shapes_is_refused(world, trained, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
+def rename(tensors, ending, new_ending, keep=True):
+    """Rename the first tensor that ends so; without `keep`, to the new name alone."""
+    name = next(name for name in tensors if name.endswith(ending))
+    tensors[name.removesuffix(ending) + new_ending if keep else f"base_model.model.{new_ending}"] = tensors.pop(name)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(next(n for n in t if n.endswith("q_proj.lora_B.weight"))), "has lora_A but no lora_B"),
-        (lambda t: t.pop(next(n for n in t if n.endswith("q_proj.lora_A.weight"))), "has no lora_A"),
-        (lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(2)}), "is neither LoRA nor projector"),
+        (lambda t: rename(t, "q_proj.lora_B.weight", "x.lora_B.weight"), "has lora_A but no lora_B"),
+        (lambda t: rename(t, "q_proj.lora_A.weight", "x.lora_A.weight"), "has no lora_A"),
+        (lambda t: rename(t, "linear_1.bias", "lm_head.bias", keep=False), "is neither LoRA nor projector"),
+        (lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(2)}), "holds 57 tensors, but 56 learned"),
+        (lambda t: t.pop("base_model.model.model.multi_modal_projector.linear_1.bias"), "holds 55 tensors"),
         (
             lambda t: t.update({n: x[:, :2].contiguous() for n, x in t.items() if n.endswith("linear_1.weight")}),
             "in the trained weights",
@@ -201,7 +209,7 @@ def test_a_dropped_lora_pair_is_noticed(trained, tmp_path, capsys):
         del tensors[f"{module}lora_A.weight"], tensors[f"{module}lora_B.weight"]
 
     adapter = change_adapter(trained, tmp_path, drop_pair)
-    assert "2 tensors are missing" in fail(capsys, "--adapter", adapter, "--output_dir", tmp_path / "out")
+    assert "holds 54 tensors, but 56 learned" in fail(capsys, "--adapter", adapter, "--output_dir", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
