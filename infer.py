@@ -13,6 +13,8 @@ from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.generation import Answer, Question, list_file_questions, list_record_questions, load_answerer
 from meme_llava.images import open_image
 
+MAX_LISTED_WRONG = 10
+
 
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
@@ -24,7 +26,8 @@ def main(argv: list[str] | None = None) -> None:
     answerer = load_answerer(arguments.model, arguments.base_model, arguments.device, arguments.dtype)
 
     streams = not arguments.json and arguments.annotations is None
-    unreadable = right = 0
+    unreadable = 0
+    wrong = []
     for question in questions:
         try:
             image = open_image(question.image)
@@ -34,14 +37,18 @@ def main(argv: list[str] | None = None) -> None:
             report_unreadable(question, str(error), arguments.json)
             continue
         if streams and len(questions) > 1:
-            print(f"{question.image}:", file=sys.stderr, flush=True)
+            print(f"{question.image}:", flush=True)
         streamer = answerer.make_streamer() if streams else None
         system = arguments.system if arguments.system is not None else question.system
         answer = answerer.answer(image, question.text, system, arguments.max_new_tokens, streamer)
-        right += answer.text == question.truth
+        if answer.text != question.truth:
+            wrong.append(str(question.image))
         report(question, answer, arguments)
     if arguments.annotations is not None:
+        right = len(questions) - len(wrong) - unreadable
         print(f"{right} of {len(questions)} answers are right to the letter", file=sys.stderr, flush=True)
+        if 0 < len(wrong) <= MAX_LISTED_WRONG:
+            print(f"wrong: {', '.join(wrong)}", file=sys.stderr, flush=True)
     if unreadable:
         raise UserError(f"{unreadable} of {len(questions)} pictures could not be read")
 

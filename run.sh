@@ -45,6 +45,12 @@ VENV=${VENV:-.venv}                       # Python environment, made on first us
 fail() { echo "error: $*" >&2; exit 2; }
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail "this is bash $BASH_VERSION, expected 4.4 or newer"
 
+: "${DRY_RUN:=0}"
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+    sed -n '2,/^# -----/p' "${BASH_SOURCE[0]}" | sed '$d'
+    exit
+fi
+
 stages=()
 train_flags=()
 while (($#)); do
@@ -56,10 +62,18 @@ while (($#)); do
     shift
 done
 ((${#stages[@]})) || stages=(build train merge infer)
+word_before=
+for word in "${train_flags[@]}"; do
+    [[ ! $word =~ ^(build|train|merge|infer)$ || $word_before == --* ]] || fail "$word stands behind the flags of train.py; put stages first"
+    word_before=$word
+done
+[[ ! -e $OUTPUT_DIR || -d $OUTPUT_DIR ]] || fail "OUTPUT_DIR=$OUTPUT_DIR is a file, expected a folder"
 
 source meme_llava/environment.sh
-if [[ -z "${DRY_RUN:-}" ]]; then
+if [[ $DRY_RUN == 0 ]]; then
     activate_environment requirements.txt
+    python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("transformers") is None)' ||
+        fail "the active Python environment lacks our libraries: pip install -r requirements.txt"
 fi
 
 base_dir=$BASE_DIR
@@ -71,7 +85,7 @@ merged_dir=$OUTPUT_DIR/merged
 case $GPUS in
     auto) processes=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true) ;;
     cpu) processes=0 ;;
-    *[!0-9,]* | ,* | *,,* | '') fail "GPUS is '$GPUS', expected auto, a count, a list such as 0,3 or cpu" ;;
+    *[!0-9,]* | ,* | *,,* | 0[0-9]* | '') fail "GPUS is '$GPUS', expected auto, a count, a list such as 0,3 or cpu" ;;
     *,*) export CUDA_VISIBLE_DEVICES=${GPUS%,}
         processes=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l) ;;
     *) processes=$GPUS ;;
@@ -81,12 +95,15 @@ for name in GLOBAL_BATCH DEVICE_BATCH NNODES; do
 done
 on_gpu=$((processes > 0))
 if ((on_gpu)); then
-    if [[ -z "${DRY_RUN:-}" ]]; then
+    if [[ $DRY_RUN == 0 ]]; then
         found=$(python -c 'import torch; print(torch.cuda.device_count())')
         ((processes <= found)) || fail "GPUS=$GPUS asks for $processes GPUs, torch sees $found (CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-unset})"
     fi
     # A single process must see a single GPU, or torch splits its batches over all of them.
-    ((processes > 1)) || export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
+    if ((processes == 1)); then
+        CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
+        export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES%%,*}
+    fi
 else
     processes=1
     export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
@@ -101,7 +118,7 @@ device_batch=$((DEVICE_BATCH * all_processes > GLOBAL_BATCH ? GLOBAL_BATCH / all
 
 # Run a command, or print it under DRY_RUN=1.
 execute() {
-    if [[ -n "${DRY_RUN:-}" ]]; then
+    if [[ $DRY_RUN != 0 ]]; then
         printf '%q ' "$@"
         echo
     else
@@ -116,13 +133,13 @@ run_stage() {
     local name=$1 directory=$2 inputs=$3 note="$2.command" wanted
     shift 3
     [[ " ${stages[*]} " == *" $name "* ]] || return 0
-    if [[ -n "${DRY_RUN:-}" ]]; then
+    if [[ $DRY_RUN != 0 ]]; then
         execute "${launcher[@]}" "$@"
         return
     fi
     # How many GPUs or which port made a result does not matter to it, so the launcher stays out of the note.
     # A missing input is reported by the stage itself.
-    wanted=$(printf '%q ' "$@" && echo && { xargs -r -d '\n' cksum <<<"$inputs" 2>/dev/null || true; })
+    wanted=$(printf '%q ' "$@" | sed 's/ $//' && echo && { xargs -r -d '\n' cksum <<<"$inputs" 2>/dev/null || true; })
     if [[ ! -f "$note" ]]; then
         mkdir -p "$(dirname "$directory")"
         "${launcher[@]}" "$@" "${resume[@]}"
@@ -133,30 +150,26 @@ run_stage() {
         echo "finished already: $directory"
     else
         diff <(sed 's/ --/\n--/g' "$note") <(sed 's/ --/\n--/g' <<<"$wanted") | grep '^[<>]' >&2 || true
-        fail "$directory was made from other settings or input (< then, > now). Choose another OUTPUT_DIR, or delete $directory and $note."
+        fail "$directory was made from other settings or input (< then, > now; a line of numbers is the checksum of a file that changed). Choose another OUTPUT_DIR, or delete $directory and $note."
     fi
 }
 launcher=()
 resume=()
 
-# --- build ---
-if [[ $LANGUAGE_MODEL == tiny || $VISION_MODEL == tiny ]]; then
-    run_stage build "$tiny_dir" "$ANNOTATIONS" python -m meme_llava.tiny_towers --annotations "$ANNOTATIONS" --output_dir "$tiny_dir"
-fi
-language_model=$LANGUAGE_MODEL vision_model=$VISION_MODEL
-[[ $language_model != tiny ]] || language_model=$tiny_dir/language_model
-[[ $vision_model != tiny ]] || vision_model=$tiny_dir/vision_tower
-run_stage build "$base_dir" "" python build_base_model.py --language_model "$language_model" \
-    --vision_model "$vision_model" --output_dir "$base_dir"
+# require STAGE DIRECTORY EARLIER: stop unless EARLIER has made the directory that STAGE needs.
+require() {
+    [[ $DRY_RUN != 0 || " ${stages[*]} " != *" $1 "* || -f $2/run_record.json ]] ||
+        fail "$1 needs $2, which is not there; run first: bash run.sh $3"
+}
 
-# --- train ---
-launcher=(python)
+# --- the training command, checked before anything is built ---
+train_launcher=(python)
 if ((all_processes > 1)); then
-    launcher=(torchrun --nproc_per_node "$processes")
+    train_launcher=(torchrun --nproc_per_node "$processes")
     if ((NNODES > 1)); then
-        launcher+=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
+        train_launcher+=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
     else
-        launcher+=(--standalone)
+        train_launcher+=(--standalone)
     fi
     if ((on_gpu)) && [[ $ZERO_STAGE != none ]]; then
         zero_config=configs/deepspeed/zero$ZERO_STAGE.json
@@ -169,15 +182,34 @@ train_command=(train.py --model "$base_dir" --annotations "$ANNOTATIONS" --image
     --high_lr "$HIGH_LR" --low_lr "$LOW_LR" --warmup_ratio "$WARMUP_RATIO" --lora_r "$LORA_R" --lora_alpha "$LORA_ALPHA"
     --model_max_length "$MODEL_MAX_LENGTH" --global_batch_size "$GLOBAL_BATCH" --device_batch_size "$device_batch"
     "${train_flags[@]}")
-if [[ " ${train_flags[*]} " =~ " --show"[_-]"batch" ]]; then
+if [[ " ${train_flags[*]} " =~ " --"(show[_-]batch|help)" " ]]; then
     # Nothing is trained, so a finished run is no obstacle.
     execute python "${train_command[@]}"
     exit
 fi
+if [[ $DRY_RUN == 0 && " ${stages[*]} " == *" build "* && " ${stages[*]} " == *" train "* && ! -f $train_dir.command ]]; then
+    python -m meme_llava.precheck "${train_command[@]:1}"
+fi
+
+# --- build ---
+if [[ $LANGUAGE_MODEL == tiny || $VISION_MODEL == tiny ]]; then
+    run_stage build "$tiny_dir" "$ANNOTATIONS" python -m meme_llava.tiny_towers --annotations "$ANNOTATIONS" --output_dir "$tiny_dir"
+fi
+language_model=$LANGUAGE_MODEL vision_model=$VISION_MODEL
+[[ $language_model != tiny ]] || language_model=$tiny_dir/language_model
+[[ $vision_model != tiny ]] || vision_model=$tiny_dir/vision_tower
+base_inputs=
+[[ $LANGUAGE_MODEL != tiny && $VISION_MODEL != tiny ]] || base_inputs=$tiny_dir/run_record.json
+run_stage build "$base_dir" "$base_inputs" python build_base_model.py --language_model "$language_model" \
+    --vision_model "$vision_model" --output_dir "$base_dir"
+
+# --- train ---
 # An interrupted run goes on from its newest checkpoint; train.py refuses if settings changed in between.
 if [[ ! -f $train_dir.command ]] && compgen -G "$train_dir/checkpoint-*" >/dev/null; then
     resume=(--resume_from_checkpoint latest)
 fi
+launcher=("${train_launcher[@]}")
+require train "$base_dir" build
 run_stage train "$train_dir" "$ANNOTATIONS"$'\n'"$base_dir/run_record.json" "${train_command[@]}"
 launcher=()
 resume=()
@@ -187,20 +219,22 @@ if ((NODE_RANK > 0)); then
 fi
 
 # --- merge ---
+require merge "$train_dir" train
 run_stage merge "$merged_dir" "$train_dir/run_record.json" \
     python merge_lora.py --adapter "$train_dir" --output_dir "$merged_dir"
 
 # --- infer ---
 if [[ " ${stages[*]} " == *" infer "* ]]; then
+    require infer "$merged_dir" merge
     execute python infer.py --model "$merged_dir" --annotations "$ANNOTATIONS" --image_folder "$IMAGE_FOLDER" --limit 100
 fi
 
-if [[ -z "${DRY_RUN:-}" && -d $merged_dir ]]; then
+if [[ $DRY_RUN == 0 && -d $merged_dir ]]; then
     python=python
     [[ $VENV == active ]] || python=$VENV/bin/python
     echo
     echo "base model          $base_dir"
     echo "adapter, curves     $train_dir (training_curves.png; tensorboard --logdir $train_dir/tensorboard)"
     echo "standalone model    $merged_dir"
-    echo "ask it yourself     $python infer.py --model $merged_dir --image FILE"
+    echo "ask it yourself     $python infer.py --model $(printf %q "$merged_dir") --image FILE --question TEXT"
 fi

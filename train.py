@@ -13,12 +13,14 @@ from meme_llava.collator import PaddingCollator
 from meme_llava.curves import draw_training_curves
 from meme_llava.dataset import ShuffledEpochs, load_dataset
 from meme_llava.display import print_batch
-from meme_llava.errors import stop_on_user_error
+from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.model import load_llava, load_processing
 from meme_llava.run import (
     TrainingRun,
     choose_checkpoint,
     choose_load_dtype,
+    describe_restart,
+    is_finished,
     is_main_process,
     print_run,
     write_quarantine,
@@ -65,6 +67,10 @@ def main(argv: list[str] | None = None) -> None:
     training_arguments = make_training_arguments(arguments, run.steps, run.warmup_steps, run.accumulation)
     if checkpoint is not None:
         run.check_continues(checkpoint)
+        if is_finished(arguments.output_dir):
+            print(f"nothing left to train: {arguments.output_dir}")
+            return
+        print(f"continuing from {checkpoint}", flush=True)
     model = prepare_trainable(load_llava(arguments.model, choose_load_dtype(arguments, training_arguments)), arguments)
     groups = plan_parameter_groups(model, arguments.high_lr, arguments.low_lr, arguments.weight_decay)
     run.parameter_groups = [group.describe() for group in groups]
@@ -83,7 +89,10 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=processing.processor,
     )
     show_progress_with(trainer, ProgressBar(run.count_tokens_after_step(examples, data.dataset.lengths)))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyboardInterrupt:
+        raise UserError(f"stopped by Ctrl-C. {describe_restart(arguments.output_dir)}") from None
 
     trainer.save_state()
     trainer.save_model()

@@ -241,7 +241,7 @@ def prove_llava(parts: Parts, folder: Path) -> list[tuple[str, str]]:
         ("logits about a picture are finite", finite, str(tuple(answer_logits.shape))),
         ("config, tokenizer, processor agree on <image>", True, f"id {processing.encoder.image_token_id}"),
         _check_chat(processing),
-        ("pictures", True, _describe_pixels(processing.image_policy)),
+        ("pictures", True, _describe_pictures(processing.image_policy)),
     ]
     failed = [f"{name} ({finding})" for name, passed, finding in checks if not passed]
     if failed:
@@ -259,9 +259,9 @@ def _check_chat(processing: Processing) -> tuple[str, bool, str]:
     return "a Chinese chat round-trips through the template", survives, f"{len(ids)} tokens"
 
 
-def _describe_pixels(policy: ImagePolicy) -> str:
-    mean, std = (", ".join(f"{value:.3f}" for value in values) for values in (policy.mean, policy.std))
-    return f"whole, to {policy.size} x {policy.size}; mean {mean}; std {std}"
+def _describe_pictures(policy: ImagePolicy) -> str:
+    mean, std = (" ".join(f"{value:.2f}" for value in values) for values in (policy.mean, policy.std))
+    return f"whole, {policy.size} x {policy.size}\nmean {mean}\nstd {std}"
 
 
 def _vision_features(tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:

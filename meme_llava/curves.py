@@ -1,5 +1,6 @@
 """Knows how a finished run's loss and learning rates are drawn."""
 
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -23,10 +24,11 @@ def draw_training_curves(log_history: list[dict], path: Path) -> None:
     loss_axes.plot(steps, [entry["loss"] for entry in entries], linewidth=1.2)
     loss_axes.set_ylabel("training loss")
     loss_axes.set_ylim(bottom=0)
-    # Roles often share a rate; thinner lines on top keep all of them visible.
-    for index, role in enumerate(roles):
+    # Roles often share a rate; dashes of different length on one line keep all of them visible.
+    for role, style in zip(roles, itertools.cycle(["-", "--", ":"])):
         rates = [entry.get(role) for entry in entries]
-        rate_axes.plot(steps, rates, label=role.removeprefix(RATE_PREFIX), linewidth=2.0 * (len(roles) - index))
+        label = f"{role.removeprefix(RATE_PREFIX)} (peak {max(rates):.2g})"
+        rate_axes.plot(steps, rates, style, label=label, linewidth=1.8)
     rate_axes.set_yscale("symlog", linthresh=1e-6)
     rate_axes.set_ylim(bottom=0)
     rate_axes.set_ylabel("learning rate")

@@ -218,6 +218,39 @@ class LoadedData:
     cut_records: list[str]
 
 
+def check_image_folder(image_folder: Path) -> None:
+    """Raise UserError unless the folder exists."""
+    if not image_folder.is_dir():
+        raise UserError(f"{image_folder}: no such image folder")
+
+
+def find_images(record: Record, image_folder: Path) -> tuple[Path, ...]:
+    """The record's picture files. Raises ValueError for a path that is no picture inside the image folder."""
+    paths = tuple(resolve_image_path(image, image_folder) for image in record.images)
+    for path in paths:
+        check_image(path)
+    return paths
+
+
+def report_problems(annotations: Path, usable: int, problems: list[Problem], bad_records: str) -> None:
+    """Sort the problems as the file has them, and stop where there may be none or nothing else is left.
+
+    Raises:
+        UserError: listing the problems.
+    """
+    problems.sort(key=lambda problem: int(problem.place.rsplit(" ", 1)[1]))
+    listed = "\n".join(f"  {problem}" for problem in problems[:MAX_LISTED_PROBLEMS])
+    more = f"\n  … and {len(problems) - MAX_LISTED_PROBLEMS} more" if len(problems) > MAX_LISTED_PROBLEMS else ""
+    if problems and bad_records == "error":
+        raise UserError(
+            f"{annotations}: {len(problems)} of {usable + len(problems)} records cannot "
+            f"be trained on:\n{listed}{more}\nMend them, or pass --bad_records quarantine to train without them."
+        )
+    if not usable:
+        why = f"; all {len(problems)} are unusable:\n{listed}{more}" if problems else ""
+        raise UserError(f"{annotations}: no record to train on{why}")
+
+
 def load_dataset(
     annotations: Path,
     image_folder: Path,
@@ -235,15 +268,12 @@ def load_dataset(
     Raises:
         UserError: a record is unusable under "error" (all of them are listed), or nothing is left.
     """
-    if not image_folder.is_dir():
-        raise UserError(f"{image_folder}: no such image folder")
+    check_image_folder(image_folder)
     records, problems = read_records(annotations)
     encoded, cut_records = [], []
     for record in records:
         try:
-            paths = tuple(resolve_image_path(image, image_folder) for image in record.images)
-            for path in paths:
-                check_image(path)
+            paths = find_images(record, image_folder)
             example = encoder.encode_example(list(record.turns), max_length)
         except (ValueError, DoesNotFit) as error:
             problems.append(Problem(record.place, record.record_id, str(error)))
@@ -252,16 +282,7 @@ def load_dataset(
             cut_records.append(f"{record.place} (id {record.record_id!r}): {example.cut_tokens} positions cut")
         input_ids, labels = np.array(example.input_ids, np.int32), np.array(example.labels, np.int32)
         encoded.append(_Encoded(record, paths, input_ids, labels))
-    listed = "\n".join(f"  {problem}" for problem in problems[:MAX_LISTED_PROBLEMS])
-    more = f"\n  … and {len(problems) - MAX_LISTED_PROBLEMS} more" if len(problems) > MAX_LISTED_PROBLEMS else ""
-    if problems and bad_records == "error":
-        raise UserError(
-            f"{annotations}: {len(problems)} of {len(encoded) + len(problems)} records cannot "
-            f"be trained on:\n{listed}{more}\nMend them, or pass --bad_records quarantine to train without them."
-        )
-    if not encoded:
-        why = f"; all {len(problems)} are unusable:\n{listed}{more}" if problems else ""
-        raise UserError(f"{annotations}: no record to train on{why}")
+    report_problems(annotations, len(encoded), problems, bad_records)
     return LoadedData(MemeDataset(encoded, image_policy), problems, cut_records)
 
 

@@ -13,6 +13,8 @@ from meme_llava.model import Processing
 
 SUPERVISED_STYLE = "bold green"
 IMAGE_STYLE = "magenta"
+# Real control tokens; text that merely looks like one keeps the colour of text.
+CONTROL_STYLE = "cyan"
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
@@ -29,7 +31,8 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence]) ->
 
 
 def print_batch(batch: dict[str, torch.Tensor], processing: Processing, console: Console | None = None) -> None:
-    """Print a batch as a person reads it: supervised tokens in green and brackets, a picture as one word.
+    """Print a batch as a person reads it: supervised tokens in green and brackets, real control tokens in
+    cyan, a picture as one word.
 
     Args:
         batch: int64 (rows, width) tensors as the collator makes them.
@@ -49,26 +52,30 @@ def print_batch(batch: dict[str, torch.Tensor], processing: Processing, console:
 
 
 def _describe_row(ids: list[int], labels: list[int], processing: Processing) -> Text:
+    controls = {processing.encoder.turn_start_id, processing.encoder.turn_end_id}
+    kinds = [(_kind(token, label, processing), token in controls) for token, label in zip(ids, labels, strict=True)]
     text, start = Text(), 0
-    for position in range(1, len(ids) + 1):
-        kind = _kind(ids, labels, start, processing)
-        if position < len(ids) and _kind(ids, labels, position, processing) == kind:
+    for end in range(1, len(ids) + 1):
+        if end < len(ids) and kinds[end] == kinds[start]:
             continue
+        (kind, is_control), follows = kinds[start], kinds[end][0] if end < len(ids) else None
         if kind == "image":
             # Pictures that stand side by side are one run of tokens.
-            count = (position - start) // processing.tokens_per_image
+            count = (end - start) // processing.tokens_per_image
             name = "image" if count == 1 else f"{count} images"
-            text.append(f"<{name}: {position - start} tokens at {start}>", style=IMAGE_STYLE)
+            text.append(f"<{name}: {end - start} tokens at {start}>", style=IMAGE_STYLE)
         else:
-            words = processing.tokenizer.decode(ids[start:position], skip_special_tokens=False)
-            text.append(
-                f"【{words}】" if kind == "supervised" else words, SUPERVISED_STYLE if kind == "supervised" else ""
-            )
-        start = position
+            is_supervised = kind == "supervised"
+            words = processing.tokenizer.decode(ids[start:end], skip_special_tokens=False)
+            opens = is_supervised and (start == 0 or kinds[start - 1][0] != kind)
+            style = CONTROL_STYLE if is_control else SUPERVISED_STYLE if is_supervised else ""
+            text.append("【" * opens + words, style)
+            text.append("】" if is_supervised and follows != kind else "", SUPERVISED_STYLE)
+        start = end
     return text
 
 
-def _kind(ids: list[int], labels: list[int], position: int, processing: Processing) -> str:
-    if ids[position] == processing.encoder.image_token_id:
+def _kind(token: int, label: int, processing: Processing) -> str:
+    if token == processing.encoder.image_token_id:
         return "image"
-    return "supervised" if labels[position] != IGNORED_LABEL else "prompt"
+    return "supervised" if label != IGNORED_LABEL else "prompt"

@@ -94,6 +94,10 @@ def load_answerer(folder: Path, base_model: Path | None = None, device: str = "a
     processing = load_processing(model_folder)
     model = load_llava(model_folder, chosen_dtype)
     generation_config = model.generation_config
+    # Our directories say so themselves; another LLaVA's folder may not.
+    stops = generation_config.eos_token_id
+    stops = [stops] if isinstance(stops, int) else list(stops or [])
+    generation_config.eos_token_id = list(dict.fromkeys([processing.encoder.turn_end_id, *stops]))
     if is_adapter:
         model = apply_trained_weights(model, folder)
     return Answerer(model.to(chosen_device).eval(), processing, generation_config)
@@ -151,12 +155,14 @@ def list_file_questions(paths: list[Path], text: str) -> list[Question]:
 def list_record_questions(annotations: Path, image_folder: Path, limit: int | None) -> list[Question]:
     """The first question of every record that begins with one picture, with its true answer.
 
+    Malformed records are not asked; they are counted on standard error.
+
     Raises:
-        UserError: a record is malformed, or none begins with one picture.
+        UserError: no record begins with one picture, or a path leaves the image folder.
     """
     records, problems = read_records(annotations)
     if problems:
-        raise UserError(f"{annotations}: {len(problems)} malformed records, e.g. {problems[0]}")
+        print(f"{len(problems)} malformed records are not asked, e.g. {problems[0]}", file=sys.stderr)
     questions = []
     for record in records[:limit]:
         system = record.turns[0].text if record.turns[0].role == "system" else None

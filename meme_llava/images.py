@@ -118,6 +118,8 @@ def _open_header(path: Path) -> Image.Image:
     except UnidentifiedImageError as error:
         with path.open("rb") as file:
             start = file.read(16)
+        if not start:
+            raise ValueError(f"{path}: the file is empty") from error
         raise ValueError(f"{path}: not a {'/'.join(ACCEPTED_FORMATS)} picture (starts with {start!r})") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from error

@@ -144,6 +144,19 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def is_finished(output_dir: Path) -> bool:
+    """Whether `output_dir` holds the final output of a run."""
+    return (output_dir / RUN_RECORD).is_file() and read_run_record(output_dir).get("finished") is True
+
+
+def describe_restart(output_dir: Path) -> str:
+    """What is left of a run that was stopped, and how it goes on."""
+    complete = [path for path in sorted(output_dir.glob("checkpoint-*"), key=_read_step) if _is_complete(path)]
+    if not complete:
+        return "No checkpoint was written yet; the run starts from the beginning next time."
+    return f"{complete[-1]} is kept; continue with --resume_from_checkpoint {LATEST} (run.sh does so by itself)."
+
+
 def choose_checkpoint(arguments: TrainArguments) -> Path | None:
     """The checkpoint to continue from, or None for a fresh run.
 
@@ -204,10 +217,10 @@ def print_run(run: TrainingRun) -> None:
     if cut_records:
         print(f"{len(cut_records)} answers are cut to model_max_length; run_record.json lists all of them")
     groups = [
-        (g["role"], g["tensors"], g["parameters"], f"{g['learning_rate']:g}", f"{g['weight_decay']:g}")
+        (g["role"], g["kind"], g["tensors"], g["parameters"], f"{g['learning_rate']:g}", f"{g['weight_decay']:g}")
         for g in run.parameter_groups
     ]
-    columns = ("role", "tensors", "parameters", "peak rate", "weight decay")
+    columns = ("role", "kind", "tensors", "parameters", "peak rate", "weight decay")
     print_table("What learns", columns, groups)
     print(
         f"{run.steps} steps of {run.arguments.global_batch_size} records ({run.arguments.device_batch_size} a device x "

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 
 from meme_llava.errors import UserError
@@ -43,6 +43,11 @@ def _download_from_hub(model_id: str) -> Path:
         return folder
     # HTTPError also is a line that breaks or a proxy that refuses; ValueError a log-in page in place of JSON.
     except (HTTPError, HFValidationError, OSError, ValueError) as error:
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(
+                f"{model_id}: is no folder here, HF_HUB_OFFLINE is set, and the cache {constants.HF_HUB_CACHE} "
+                "does not hold all of it. Unset HF_HUB_OFFLINE to download it, or give a folder."
+            ) from error
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

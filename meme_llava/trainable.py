@@ -39,8 +39,10 @@ class ParameterGroup:
 
     def describe(self) -> dict:
         """What the run record keeps of the group."""
+        is_lora = any("lora_" in name for name in self.names)
         return {
             "role": self.role,
+            "kind": "LoRA" if is_lora else "biases, norms" if self.parameters[0].dim() < 2 else "matrices",
             "tensors": len(self.names),
             "parameters": sum(parameter.numel() for parameter in self.parameters),
             "learning_rate": self.learning_rate,
@@ -186,7 +188,10 @@ def apply_trained_weights(model: nn.Module, folder: Path) -> nn.Module:
         load_trained_weights(model, folder)
         return model
     # The adapter learned as float32; in the model's own dtype a forward pass needs no autocast.
-    model = get_peft_model(model, PeftConfig.from_pretrained(folder), autocast_adapter_dtype=False)
+    config = PeftConfig.from_pretrained(folder)
+    # The run record knows the base and its fingerprint; peft would only warn that the folder's name changed.
+    config.base_model_name_or_path = None
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
     load_trained_weights(model, folder)
     return model
 

@@ -68,6 +68,9 @@ def count_steps(arguments: TrainArguments, records: int) -> tuple[int, int]:
 def make_training_arguments(arguments: TrainArguments, steps: int, warmup: int, accumulation: int) -> TrainingArguments:
     """Our settings as the Trainer's. Starts the process group when there are several processes."""
     use_cpu = not torch.cuda.is_available()
+    if use_cpu:
+        # DeepSpeed would find the same, with a warning.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if arguments.precision == "bf16" and use_cpu:
         raise UserError("--precision bf16 needs a GPU here: on a CPU it is several times slower than fp32")
     supports_bf16 = not use_cpu and torch.cuda.is_bf16_supported()
@@ -121,7 +124,9 @@ def make_training_arguments(arguments: TrainArguments, steps: int, warmup: int, 
 
 
 def check_deepspeed_config(path: Path) -> None:
-    """Raise UserError for a file that is missing or would overrule the two learning rates."""
+    """Raise UserError for a file that is missing or would overrule the two learning rates, or without a launcher."""
+    if "RANK" not in os.environ:
+        raise UserError("--deepspeed needs a launcher: torchrun --nproc_per_node GPUS train.py …, as run.sh does")
     if not path.is_file():
         raise UserError(f"--deepspeed {path}: no such file; configs/deepspeed has the ones that come with us")
     try:

@@ -514,7 +514,7 @@ def test_an_item_is_its_tokens_and_its_pictures_in_order(tmp_path, image_folder,
     assert data.image_counts.tolist() == [2, 0]
 
 
-@pytest.mark.parametrize("kept, reason", [(0, "not a JPEG"), (50, "the picture is damaged")])
+@pytest.mark.parametrize("kept, reason", [(0, "the file is empty"), (50, "the picture is damaged")])
 def test_a_picture_that_goes_bad_after_the_check_stops_the_run_by_name(tmp_path, image_folder, encoder, kept, reason):
     # Another picture in its place would change what the run learns without a word.
     data = load(write_json(tmp_path / "memes.json", [make_record("a")]), image_folder, encoder).dataset

@@ -275,7 +275,7 @@ REFUSED_BY_HEADER = {
     "pipe": (os.mkfifo, "not a regular file"),
     "dangling link": (make_dangling_link, "No such file"),
     "looping link": (make_looping_link, "symbolic links"),
-    "zero bytes": (lambda path: path.write_bytes(b""), "not a JPEG/PNG/GIF/WEBP/BMP picture (starts with b'')"),
+    "zero bytes": (lambda path: path.write_bytes(b""), "the file is empty"),
     "HTML": (make_html, "not a JPEG/PNG/GIF/WEBP/BMP picture (starts with b'<!DOCTYPE html><')"),
     "PostScript": (make_postscript, "not a JPEG/PNG/GIF/WEBP/BMP picture (starts with b'%!PS-Adobe"),
     "SVG": (lambda path: path.write_bytes(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), "starts with b'<svg"),

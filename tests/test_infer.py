@@ -122,7 +122,8 @@ def test_one_unreadable_picture_does_not_cost_the_others(world, merged, tmp_path
     (tmp_path / "a.jpg").write_text("<!DOCTYPE html>")
     (tmp_path / "b.png").write_bytes((world.image_folder / "p0.png").read_bytes())
     result = fail(capsys, "--model", merged, "--image", tmp_path, *QUESTION)
-    assert result.out == "写着“我太难了”。\n"
+    # Of several pictures each is named above its answer.
+    assert result.out == f"{tmp_path / 'b.png'}:\n写着“我太难了”。\n"
     assert "a.jpg: not a JPEG/PNG/GIF/WEBP/BMP picture" in result.err
     assert "1 of 2 pictures could not be read" in result.err
     result = fail(capsys, "--model", merged, "--image", tmp_path, *QUESTION, "--json")
@@ -136,6 +137,11 @@ def test_wrong_settings_stop_with_a_sentence(world, learned, merged, tmp_path, c
         return fail(capsys, *flags).err
 
     assert "give either --image or --annotations" in error("--model", merged)
+    malformed = tmp_path / "malformed.json"
+    malformed.write_text('[{"id": "x"}]')
+    assert "no record begins with <image>" in error(
+        "--model", merged, "--annotations", malformed, "--image_folder", world.image_folder
+    )
     assert "no such file or folder" in error("--model", merged, "--image", tmp_path / "gone.jpg")
     assert "holds no picture" in error("--model", merged, "--image", tmp_path)
     assert "no such model folder" in error("--model", tmp_path / "gone", *image)

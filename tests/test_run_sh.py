@@ -110,7 +110,9 @@ def test_gpus_by_count_or_list(gpus, launcher):
     ("arguments", "variables", "message"),
     [
         (["bild"], {}, "unknown stage bild; expected build, train, merge, infer"),
-        (["--save_steps", "5", "train"], {}, None),  # everything behind the first flag is train.py's
+        (["--save_steps", "5", "train"], {}, "train stands behind the flags of train.py; put stages first"),
+        ([], {"GPUS": "08"}, "GPUS is '08'"),
+        ([], {"OUTPUT_DIR": "run.sh"}, "OUTPUT_DIR=run.sh is a file"),
         ([], {"GPUS": "many"}, "GPUS is 'many', expected auto, a count, a list such as 0,3 or cpu"),
         ([], {"GPUS": "0,x"}, "GPUS is '0,x'"),
         ([], {"DEVICE_BATCH": "3"}, "GLOBAL_BATCH=8 does not divide into DEVICE_BATCH=3 x 1 process(es)"),
@@ -121,11 +123,61 @@ def test_gpus_by_count_or_list(gpus, launcher):
 )
 def test_wrong_values_stop_before_anything_runs(arguments, variables, message):
     result = run(*arguments, DRY_RUN="1", **variables)
-    if message is None:
-        assert result.returncode == 0
-    else:
-        assert result.returncode == 2
-        assert message in result.stderr
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def test_help_explains_run_sh_itself():
+    result = run("--help")
+    assert result.returncode == 0
+    assert "bash run.sh train merge" in result.stdout and "GLOBAL_BATCH" in result.stdout
+    assert "activate_environment" not in result.stdout
+
+
+def test_dry_run_0_is_no_dry_run(tmp_path):
+    result = run("infer", DRY_RUN="0", OUTPUT_DIR=str(tmp_path))
+    assert result.returncode == 2
+    assert f"infer needs {tmp_path}/merged, which is not there; run first: bash run.sh merge" in result.stderr
+
+
+@pytest.mark.parametrize(("stage", "earlier"), [("train", "build"), ("merge", "train")])
+def test_a_stage_names_the_one_it_needs(tmp_path, stage, earlier):
+    result = run(stage, OUTPUT_DIR=str(tmp_path))
+    assert result.returncode == 2
+    assert f"run first: bash run.sh {earlier}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "flags", "message"),
+    [
+        ({"EPOCHS": "five"}, [], "invalid float value: 'five'"),
+        ({"TRAIN_TYPE": "loar"}, [], "no such recipe"),
+        ({"ANNOTATIONS": "nowhere.json"}, [], "nowhere.json: No such file"),
+        ({"IMAGE_FOLDER": "tests"}, [], "100 of 100 records cannot be trained on"),
+        ({}, ["--save_step", "5"], "did you mean --save_steps?"),
+    ],
+)
+def test_what_would_stop_training_stops_before_building(tmp_path, variables, flags, message):
+    """With the real models, building means downloading 17 GB."""
+    output = tmp_path / "out"
+    result = run(*flags, OUTPUT_DIR=str(output), **variables)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not output.exists()
+
+
+def test_a_base_of_other_tiny_towers_is_not_taken(chain):
+    """The base depends on the towers it was built from."""
+    output, variables, _ = chain
+    record = output / "tiny" / "run_record.json"
+    original = record.read_text()
+    try:
+        record.write_text(original.replace('"seed": 0', '"seed": 1'))
+        result = run("build", **variables)
+    finally:
+        record.write_text(original)
+    assert result.returncode == 2
+    assert "/base was made from other settings or input" in result.stderr
 
 
 def test_more_gpus_than_there_are():

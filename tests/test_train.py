@@ -22,6 +22,7 @@ from meme_llava.arguments import parse_train_arguments
 from meme_llava.conversation import Turn
 from meme_llava.images import open_image, to_pixel_values
 from meme_llava.model import load_llava, load_processing
+from meme_llava.trainer import MemeTrainer
 
 ADAPTER_FILES = {
     "adapter_config.json",
@@ -276,12 +277,33 @@ def test_resumed_run_equals_the_uninterrupted_one(world, tmp_path):
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
+def test_resuming_a_finished_run_changes_nothing(world, trained, capsys):
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    train.main(train_flags(world, trained, resume_from_checkpoint="latest"))
+    assert f"nothing left to train: {trained}" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
+def test_ctrl_c_says_what_is_kept(world, tmp_path, monkeypatch, capsys):
+    def interrupt(self, *args):
+        if self.state.global_step == 1:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    original = MemeTrainer.training_step
+    monkeypatch.setattr(MemeTrainer, "training_step", interrupt)
+    out = tmp_path / "out"
+    error = fail(capsys, train_flags(world, out, max_steps=3, save_steps=1))
+    assert f"stopped by Ctrl-C. {out}/checkpoint-1 is kept; continue with --resume_from_checkpoint latest" in error
+
+
 def test_latest_passes_over_a_half_written_checkpoint(world, tmp_path, capsys):
     changes = {"max_steps": 3, "save_steps": 1, "save_total_limit": 3}
     out = tmp_path / "out"
     train.main(train_flags(world, out, **changes))
     expected = read_losses(out)
     (out / "checkpoint-3" / "trainer_state.json").unlink()
+    (out / "run_record.json").unlink()
     train.main(train_flags(world, out, **changes, resume_from_checkpoint="latest"))
     assert "checkpoint-3 is incomplete" in capsys.readouterr().out
     assert read_losses(out) == expected
@@ -340,6 +362,8 @@ def test_wrong_settings_stop_before_the_model_loads(world, trained, tmp_path, mo
     assert "is not empty" in fail(capsys, train_flags(world, trained))
     assert "holds no complete checkpoint" in message(resume_from_checkpoint="latest")
     assert "no complete checkpoint" in message(resume_from_checkpoint=tmp_path)
+    assert "--deepspeed needs a launcher" in message(deepspeed=ROOT / "configs" / "deepspeed" / "zero2.json")
+    monkeypatch.setenv("RANK", "0")
     assert "no such file" in message(deepspeed=tmp_path / "nowhere.json")
     assert "needs a GPU" in message(precision="bf16")
     overruling = tmp_path / "overruling.json"
@@ -437,7 +461,7 @@ def test_tables_are_printed_before_the_first_step(world, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.index("What learns") < printed.index("1 steps of 4 records") < printed.index("step 1/1")
     assert re.search(r"low_lr +0\.005 +\(not used by this run\)", printed)
-    assert re.search(r"multi_modal_projector +2 +1,536 +0\.01 +0", printed)
+    assert re.search(r"multi_modal_projector +matrices +2 +1,536 +0\.01 +0", printed)
 
 
 def test_nothing_secret_and_no_pickled_arguments_are_written(world, tmp_path, monkeypatch):
