@@ -23,7 +23,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence]) ->
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         is_number = all(row[index].replace(",", "").isdigit() for row in rows)
-        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=index == 0)
     for row in rows:
         # Cells are plain text: a square bracket in a file name is no markup.
         table.add_row(*[Text(cell) for cell in row])

@@ -220,7 +220,7 @@ def print_run(run: TrainingRun) -> None:
         (g["role"], g["kind"], g["tensors"], g["parameters"], f"{g['learning_rate']:g}", f"{g['weight_decay']:g}")
         for g in run.parameter_groups
     ]
-    columns = ("role", "kind", "tensors", "parameters", "peak rate", "weight decay")
+    columns = ("role", "kind", "tensors", "parameters", "peak rate", "decay")
     print_table("What learns", columns, groups)
     print(
         f"{run.steps} steps of {run.arguments.global_batch_size} records ({run.arguments.device_batch_size} a device x "
