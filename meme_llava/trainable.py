@@ -42,7 +42,7 @@ class ParameterGroup:
         is_lora = any("lora_" in name for name in self.names)
         return {
             "role": self.role,
-            "kind": "LoRA" if is_lora else "biases, norms" if self.parameters[0].dim() < 2 else "matrices",
+            "kind": "LoRA" if is_lora else "vectors" if self.parameters[0].dim() < 2 else "matrices",
             "tensors": len(self.names),
             "parameters": sum(parameter.numel() for parameter in self.parameters),
             "learning_rate": self.learning_rate,
