@@ -137,9 +137,9 @@ run_stage() {
         execute "${launcher[@]}" "$@"
         return
     fi
-    # How many GPUs or which port made a result does not matter to it, so the launcher stays out of the note.
+    # How many GPUs made a result does not matter to it, so launcher, device batch and engine stay out of the note.
     # A missing input is reported by the stage itself.
-    wanted=$(printf '%q ' "$@" | sed 's/ $//' && echo && { xargs -r -d '\n' cksum <<<"$inputs" 2>/dev/null || true; })
+    wanted=$(printf '%q ' "$@" | sed -E 's/ --(device_batch_size|deepspeed) [^ ]*//g; s/ $//' && echo && { xargs -r -d '\n' cksum <<<"$inputs" 2>/dev/null || true; })
     if [[ ! -f "$note" ]]; then
         mkdir -p "$(dirname "$directory")"
         "${launcher[@]}" "$@" "${resume[@]}"

@@ -64,13 +64,15 @@ def main(argv: list[str] | None = None) -> None:
         print_batch(batch, processing)
         return
 
-    training_arguments = make_training_arguments(arguments, run.steps, run.warmup_steps, run.accumulation)
     if checkpoint is not None:
         run.check_continues(checkpoint)
-        if is_finished(arguments.output_dir):
-            print(f"nothing left to train: {arguments.output_dir}")
+        finished = is_finished(arguments.output_dir)
+        if is_main_process():
+            state = f"nothing left to train: {arguments.output_dir}" if finished else f"continuing from {checkpoint}"
+            print(state, flush=True)
+        if finished:
             return
-        print(f"continuing from {checkpoint}", flush=True)
+    training_arguments = make_training_arguments(arguments, run.steps, run.warmup_steps, run.accumulation)
     model = prepare_trainable(load_llava(arguments.model, choose_load_dtype(arguments, training_arguments)), arguments)
     groups = plan_parameter_groups(model, arguments.high_lr, arguments.low_lr, arguments.weight_decay)
     run.parameter_groups = [group.describe() for group in groups]

@@ -222,6 +222,14 @@ def test_finished_stages_are_not_done_again(chain):
     assert (output / "train" / "adapter_model.safetensors").stat().st_mtime_ns == written
 
 
+def test_another_number_of_gpus_asks_for_no_new_result(chain):
+    """GPUS and DEVICE_BATCH change how a step is computed, not what it computes."""
+    _, variables, _ = chain
+    result = run("train", **variables | {"DEVICE_BATCH": "4"})
+    assert result.returncode == 0, result.stderr
+    assert "finished already: " in result.stdout
+
+
 def test_an_edited_variable_is_never_answered_with_an_old_result(chain):
     output, variables, _ = chain
     result = run("train", **variables | {"LOW_LR": "1e-5"})
