@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with write_directory(arguments.output_dir, arguments.overwrite) as folder:
         summary = write_merged(base_folder, trained, folder, getattr(torch, arguments.dtype))
-        checks = verify_merged(base_folder, arguments.adapter, folder, training)
+        checks = verify_merged(base_folder, arguments.adapter, trained, folder, training)
         record = {
             "stage": "merge",
             "settings": to_plain(arguments),

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         if finished:
             return
     training_arguments = make_training_arguments(arguments, run.steps, run.warmup_steps, run.accumulation)
-    model = prepare_trainable(load_llava(arguments.model, choose_load_dtype(arguments, training_arguments)), arguments)
+    model = prepare_trainable(load_llava(arguments.model, choose_load_dtype(training_arguments)), arguments)
     groups = plan_parameter_groups(model, arguments.high_lr, arguments.low_lr, arguments.weight_decay)
     run.parameter_groups = [group.describe() for group in groups]
     if is_main_process():

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from meme_llava.conversation import IMAGE_PLACEHOLDER, ConversationEncoder, DoesNotFit, Turn
+from meme_llava.conversation import IMAGE_PLACEHOLDER, ConversationEncoder, Turn
 from meme_llava.errors import UserError
 from meme_llava.images import ImagePolicy, check_image, open_image, resolve_image_path, to_pixel_values
 
@@ -275,7 +275,7 @@ def load_dataset(
         try:
             paths = find_images(record, image_folder)
             example = encoder.encode_example(list(record.turns), max_length)
-        except (ValueError, DoesNotFit) as error:
+        except ValueError as error:
             problems.append(Problem(record.place, record.record_id, str(error)))
             continue
         if example.cut_tokens:

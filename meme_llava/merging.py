@@ -125,10 +125,13 @@ def write_merged(base_folder: Path, trained: TrainedWeights, folder: Path, dtype
     }
 
 
-def verify_merged(base_folder: Path, adapter: Path, folder: Path, training: dict) -> list[tuple[str, str]]:
+def verify_merged(
+    base_folder: Path, adapter: Path, trained: TrainedWeights, folder: Path, training: dict
+) -> list[tuple[str, str]]:
     """Compare base + adapter with the merged weights, in float32 and as stored, on records with pictures.
 
     Args:
+        trained: what `adapter` holds, as it was merged.
         training: the adapter's run record, which names annotations, image folder and length limit.
 
     Returns:
@@ -145,7 +148,7 @@ def verify_merged(base_folder: Path, adapter: Path, folder: Path, training: dict
     gc.collect()
 
     model = load_llava(base_folder, torch.float32)
-    _assign(model, TrainedWeights.read(adapter), base_folder)
+    _assign(model, trained, base_folder)
     logits, answers = _run(model, examples, processing)
     del model
     gc.collect()

@@ -195,8 +195,8 @@ def _is_complete(checkpoint: Path) -> bool:
     return (checkpoint / RUN_RECORD).is_file() and (checkpoint / "trainer_state.json").is_file()
 
 
-def choose_load_dtype(arguments: TrainArguments, training_arguments: TrainingArguments) -> torch.dtype:
-    """How the frozen weights are held: half the memory on a GPU; full precision where they learn or on a CPU."""
+def choose_load_dtype(training_arguments: TrainingArguments) -> torch.dtype:
+    """How the base is loaded: bf16, half the memory, where training computes in it; what learns becomes float32."""
     return torch.bfloat16 if training_arguments.bf16 else torch.float32
 
 
