@@ -4,6 +4,7 @@ Every directory stands alone: it loads without any other, and its run record say
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -38,23 +39,68 @@ RECORDED_LIBRARIES = (
 def write_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a temporary directory beside `output_dir` and rename it into place when the block succeeds.
 
+    Everything is on the disk before the rename, so whenever the machine or the process stops, `output_dir` is what it
+    was before or the complete result. What a killed process left is removed by the next one. A directory that is
+    replaced stands as `.NAME.replaced` for the moment between two renames; it comes back if that was the last moment.
+
     Raises:
-        UserError: `output_dir` is a file, or holds something and `overwrite` is off.
+        UserError: `output_dir` is a file, holds something and `overwrite` is off, or another process writes it.
     """
-    check_output_dir(output_dir, overwrite)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
     temporary = output_dir.with_name(f".{output_dir.name}.incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    replaced = output_dir.with_name(f".{output_dir.name}.replaced")
+    if replaced.exists() and not output_dir.exists():
+        replaced.rename(output_dir)
+    check_output_dir(output_dir, overwrite)
+    temporary.mkdir(parents=True, exist_ok=True)
+    with _lock(temporary):
+        _empty(temporary)
+        try:
+            yield temporary
+            set_file_modes(temporary)
+            for path in (*sorted(temporary.rglob("*")), temporary):
+                _bring_to_disk(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+        if output_dir.exists():
+            output_dir.rename(replaced)
+        temporary.rename(output_dir)
+        _bring_to_disk(output_dir.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    """Keep other processes off a directory; the kernel lets go of the lock when this process ends, however it does."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    set_file_modes(temporary)
-    if output_dir.exists():
-        shutil.rmtree(output_dir)
-    temporary.rename(output_dir)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{directory}: is being written by another process; wait for it or stop it") from None
+    except OSError:
+        pass  # some network file systems know no locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _bring_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_output_dir(output_dir: Path, overwrite: bool) -> None:
