@@ -4,10 +4,13 @@
         --vision_model OFA-Sys/chinese-clip-vit-large-patch14-336px --output_dir output/base
 """
 
+import torch
+
 from meme_llava.arguments import BuildArguments, parse_arguments, to_plain
-from meme_llava.assembly import make_parts, prove_llava, write_llava
+from meme_llava.assembly import open_parts, write_llava
+from meme_llava.assembly_verification import verify_assembled
 from meme_llava.checkpoint import RUN_RECORD, check_output_dir, describe_environment, write_directory, write_json
-from meme_llava.display import print_table
+from meme_llava.display import print_table, show_bytes
 from meme_llava.errors import stop_on_user_error
 from meme_llava.sources import resolve_model_folder
 from meme_llava.weights import fingerprint_folder
@@ -20,10 +23,14 @@ def main(argv: list[str] | None = None) -> None:
     language_folder = resolve_model_folder(arguments.language_model)
     vision_folder = resolve_model_folder(arguments.vision_model)
 
-    parts = make_parts(language_folder, vision_folder)
-    with write_directory(arguments.output_dir, arguments.overwrite) as folder:
-        write_llava(parts, folder, arguments.seed)
-        checks = prove_llava(parts, folder)
+    dtype = None if arguments.dtype == "source" else getattr(torch, arguments.dtype)
+
+    with (
+        open_parts(language_folder, vision_folder) as parts,
+        write_directory(arguments.output_dir, arguments.overwrite) as folder,
+    ):
+        write_llava(parts, folder, arguments.seed, dtype, arguments.max_shard_size, show_bytes)
+        checks = verify_assembled(parts, folder, dtype) if arguments.verify else []
         record = {
             "stage": "build",
             "settings": to_plain(arguments),
@@ -33,7 +40,8 @@ def main(argv: list[str] | None = None) -> None:
         }
         write_json(folder / RUN_RECORD, record)
 
-    print_table("Proved on the written directory", ("check", "finding"), checks)
+    if checks:
+        print_table("Proved on the written directory", ("check", "finding"), checks)
     print(f"base model: {arguments.output_dir}")
 
 

@@ -17,9 +17,11 @@ from meme_llava.checkpoint import (
     write_directory,
     write_json,
 )
-from meme_llava.display import print_table
+from meme_llava.display import print_table, show_bytes
 from meme_llava.errors import stop_on_user_error
-from meme_llava.merging import TrainedWeights, verify_merged, write_merged
+from meme_llava.export import check_exportable, export_clip_tower, verify_exported
+from meme_llava.merge_verification import verify_merged
+from meme_llava.merging import TrainedWeights, write_merged
 from meme_llava.weights import fingerprint_folder
 
 
@@ -29,11 +31,21 @@ def main(argv: list[str] | None = None) -> None:
     check_output_dir(arguments.output_dir, arguments.overwrite)
     base_folder = find_base(arguments.adapter, arguments.base_model)
     training = read_run_record(arguments.adapter)
-    trained = TrainedWeights.read(arguments.adapter)
+    if arguments.export == "clip":
+        check_exportable(base_folder)
+    dtype = getattr(torch, arguments.dtype)
 
-    with write_directory(arguments.output_dir, arguments.overwrite) as folder:
-        summary = write_merged(base_folder, trained, folder, getattr(torch, arguments.dtype))
-        checks = verify_merged(base_folder, arguments.adapter, trained, folder, training)
+    with (
+        TrainedWeights.read(arguments.adapter) as trained,
+        write_directory(arguments.output_dir, arguments.overwrite) as folder,
+    ):
+        summary = write_merged(base_folder, trained, folder, dtype, arguments.max_shard_size, show_bytes)
+        if arguments.export == "clip":
+            export_clip_tower(folder)
+        checks = []
+        if arguments.verify:
+            checks += verify_merged(base_folder, arguments.adapter, trained, folder, training)
+            checks += verify_exported(base_folder, folder) if arguments.export == "clip" else []
         record = {
             "stage": "merge",
             "settings": to_plain(arguments),
@@ -46,7 +58,8 @@ def main(argv: list[str] | None = None) -> None:
         write_json(folder / RUN_RECORD, record)
 
     print_table("Merged", ("", "value"), [(name, str(value)) for name, value in summary.items()])
-    print_table("Compared with base + adapter", ("check", "finding"), checks)
+    if checks:
+        print_table("Compared with base + adapter", ("check", "finding"), checks)
     print(f"standalone model: {arguments.output_dir}")
 
 

@@ -19,6 +19,7 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser
 
 from meme_llava.errors import UserError
+from meme_llava.tensor_writer import DEFAULT_SHARD_SIZE
 
 RECIPE_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "train"
 Arguments = TypeVar("Arguments")
@@ -39,7 +40,16 @@ class BuildArguments:
     )
     output_dir: Path = field(metadata=describe("where the assembled LLaVA goes"))
     seed: int = field(default=0, metadata=describe("draws the fresh multi_modal_projector"))
+    dtype: Literal["source", "float16", "bfloat16", "float32"] = field(
+        default="source", metadata=describe("source: every part keeps the dtype of its files")
+    )
+    max_shard_size: str = field(default=DEFAULT_SHARD_SIZE, metadata=describe("weight files are split at this size"))
+    verify: bool = field(default=True, metadata=describe("compare the written model with its sources"))
     overwrite: bool = field(default=False, metadata=describe("replace a non-empty output_dir"))
+
+    def __post_init__(self) -> None:
+        """Stop at values that cannot be meant."""
+        _check_shard_size(self)
 
 
 @dataclass
@@ -141,7 +151,17 @@ class MergeArguments:
     output_dir: Path = field(metadata=describe("where the standalone model goes"))
     dtype: Literal["float16", "bfloat16", "float32"] = field(default="float16", metadata=describe("how it is stored"))
     base_model: Path | None = field(default=None, metadata=describe("the base model, only if it moved since training"))
+    export: Literal["none", "clip"] = field(
+        default="none",
+        metadata=describe("clip: name a Chinese-CLIP tower as the CLIP tower it is, for serving engines"),
+    )
+    max_shard_size: str = field(default=DEFAULT_SHARD_SIZE, metadata=describe("weight files are split at this size"))
+    verify: bool = field(default=True, metadata=describe("compare the merged model with base + adapter"))
     overwrite: bool = field(default=False, metadata=describe("replace a non-empty output_dir"))
+
+    def __post_init__(self) -> None:
+        """Stop at values that cannot be meant."""
+        _check_shard_size(self)
 
 
 @dataclass
@@ -276,6 +296,11 @@ def _check(arguments, name: str, passed: bool, expected: str) -> None:
     value = getattr(arguments, name)
     if not passed or (isinstance(value, float) and name != "max_grad_norm" and math.isinf(value)):
         raise UserError(f"--{name} is {getattr(arguments, name)!r}, expected {expected}")
+
+
+def _check_shard_size(arguments) -> None:
+    is_size = re.fullmatch(r"[1-9][0-9]*(KB|MB|GB|TB)", arguments.max_shard_size) is not None
+    _check(arguments, "max_shard_size", is_size, "a whole number and KB, MB, GB or TB, such as 5GB")
 
 
 def to_plain(arguments) -> dict:

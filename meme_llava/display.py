@@ -1,18 +1,23 @@
 """Knows how tables, settings and batches are shown on a terminal."""
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from tqdm import tqdm
 
 from meme_llava.conversation import IGNORED_LABEL
 from meme_llava.model import Processing
 
 SUPERVISED_STYLE = "bold green"
 IMAGE_STYLE = "magenta"
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where the output is no terminal
 # Real control tokens; text that merely looks like one keeps the colour of text.
 CONTROL_STYLE = "cyan"
 
@@ -28,6 +33,39 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence]) ->
         # Cells are plain text: a square bracket in a file name is no markup.
         table.add_row(*[Text(cell) for cell in row])
     Console(highlight=False).print(table)
+
+
+@contextlib.contextmanager
+def show_bytes(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar in bytes with speed and time left; plain lines where standard error is no terminal.
+
+    Yields the function that takes how many bytes were done.
+    """
+    is_terminal = sys.stderr.isatty()
+    start = last_line = time.perf_counter()
+    with tqdm(total=total, desc=title, unit="B", unit_scale=True, dynamic_ncols=True, disable=not is_terminal) as bar:
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done, last_line
+            done += count
+            bar.update(count)
+            now = time.perf_counter()
+            if not is_terminal and (now - last_line >= SECONDS_BETWEEN_LINES or done == total):
+                last_line = now
+                speed = done / max(now - start, 1e-9)
+                left = tqdm.format_interval((total - done) / speed)
+                print(
+                    f"{title}: {_format_bytes(done)} of {_format_bytes(total)}, {_format_bytes(speed)}/s, {left} left",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+        yield advance
+
+
+def _format_bytes(count: float) -> str:
+    return tqdm.format_sizeof(count, "B")
 
 
 def print_batch(batch: dict[str, torch.Tensor], processing: Processing, console: Console | None = None) -> None:

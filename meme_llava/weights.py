@@ -1,4 +1,4 @@
-"""Knows tensors on disk: names, shards, reading one tensor at a time, and which base a file belongs to.
+"""Knows a LLaVA's tensors on disk: their names, how they are copied or rounded, and which base is which.
 
 Files use the classic LLaVA layout, which old and new transformers read:
 `vision_tower.vision_model.*`, `multi_modal_projector.*`, `language_model.model.*`, `language_model.lm_head.*`.
@@ -6,21 +6,16 @@ Modules in memory are named as transformers 5 names them: `model.vision_tower.*`
 """
 
 import hashlib
-import json
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from meme_llava.errors import UserError
+from meme_llava.tensor_reader import TensorReader, open_model_tensors, view_bytes
+from meme_llava.tensor_writer import PlannedTensor
 
-MAX_SHARD_SIZE = "5GB"
-WEIGHTS_INDEX = "model.safetensors.index.json"
-WEIGHTS = "model.safetensors"
 # (in memory, on disk); the first match wins.
 _PREFIXES = (
     ("model.vision_tower.", "vision_tower.vision_model."),
@@ -46,68 +41,59 @@ def to_memory_name(name: str) -> str:
     raise ValueError(f"tensor {name!r} is not in the classic LLaVA layout")
 
 
-class TensorFolder:
-    """The tensors of a model folder in safetensors form, read one at a time.
-
-    Raises:
-        UserError: weights are missing, or a file is not safetensors.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._stack = ExitStack()
-        self._files = {}
-        for path in self._list_files():
-            try:
-                file = self._stack.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: cannot be read ({error}). Download or build it again.") from error
-            self._files.update(dict.fromkeys(file.keys(), file))
-
-    def _list_files(self) -> list[Path]:
-        index = self.folder / WEIGHTS_INDEX
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            return [self.folder / name for name in names]
-        if (self.folder / WEIGHTS).is_file():
-            return [self.folder / WEIGHTS]
-        raise UserError(f"{self.folder}: has neither {WEIGHTS} nor {WEIGHTS_INDEX}")
-
-    def __enter__(self) -> "TensorFolder":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._stack.close()
-
-    def __iter__(self):
-        return iter(sorted(self._files))
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, in the shape and dtype of the file."""
-        return self._files[name].get_tensor(name)
-
-    def read_ends(self, name: str) -> tuple[tuple[int, ...], torch.Tensor, torch.Tensor]:
-        """Shape, first row and last row of a tensor, without reading what lies between."""
-        view = self._files[name].get_slice(name)
-        shape = tuple(view.get_shape())
-        if not shape:
-            scalar = self.read(name).reshape(1)
-            return shape, scalar, scalar
-        return shape, view[0:1], view[shape[0] - 1 : shape[0]]
+def find_stored(tensors: TensorReader, name: str) -> str:
+    """The name on disk of a LLaVA's parameter in memory; a tied head is stored as the embedding."""
+    disk_name = to_disk_name(name)
+    if disk_name not in tensors and name == "lm_head.weight":
+        return to_disk_name("model.language_model.embed_tokens.weight")
+    return disk_name
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write tensors as `model.safetensors`, or as shards of at most 5 GB with their index."""
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_SIZE)
-    for file_name, names in split.filename_to_tensors.items():
-        shard = {name: tensors[name].contiguous() for name in names}
-        save_file(shard, folder / file_name, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+class Rounding:
+    """Rounds float32 values once to the dtype of a file, and counts those that it cannot hold."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        self.overflow = Counter()  # tensor name: values that are not finite in `dtype`
+        self._examples = {}
+
+    def apply(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """`values` in the file's dtype."""
+        rounded = values.to(self.dtype)
+        if values.numel():
+            # The extremes alone tell, and NaN is passed on; a mask over all values takes many times as long.
+            extremes = torch.stack(torch.aminmax(values))
+            if not torch.isfinite(extremes.to(self.dtype).float()).all():
+                unstorable = ~torch.isfinite(rounded.float())
+                self.overflow[name] += int(unstorable.sum())
+                self._examples.setdefault(name, values[unstorable][0].item())
+        return rounded
+
+    def check(self) -> None:
+        """Raise UserError if any value was not finite, or is not in the file's dtype."""
+        if self.overflow:
+            name, count = self.overflow.most_common(1)[0]
+            dtype, limit = str(self.dtype).removeprefix("torch."), torch.finfo(self.dtype).max
+            raise UserError(
+                f"{sum(self.overflow.values())} values in {len(self.overflow)} tensors are not finite in {dtype}, "
+                f"which holds up to {limit:.6g}: {name} has {count}, such as {self._examples[name]:g}. Train with a "
+                "lower learning rate, or store it with --dtype bfloat16."
+            )
+
+
+def plan_copy(tensors: TensorReader, name: str) -> PlannedTensor:
+    """The bytes of a stored tensor as they are."""
+    stored = tensors.stored[name]
+    return PlannedTensor(stored.dtype, stored.shape, lambda: tensors.read_pieces(name))
+
+
+def plan_rounded(
+    name: str, shape: tuple[int, ...], rounding: Rounding, make_values: Callable[[], Iterator[torch.Tensor]]
+) -> PlannedTensor:
+    """A tensor made of float pieces, each rounded to the file's dtype."""
+    return PlannedTensor(
+        rounding.dtype, shape, lambda: (rounding.apply(name, values.float()) for values in make_values())
+    )
 
 
 def fingerprint_folder(folder: Path) -> str:
@@ -117,24 +103,17 @@ def fingerprint_folder(folder: Path) -> str:
     middle of a tensor goes unseen.
     """
     digest = hashlib.sha256()
-    with TensorFolder(folder) as tensors:
+    with open_model_tensors(folder) as tensors:
         for name in tensors:
-            shape, first, last = tensors.read_ends(name)
-            digest.update(f"{name} {shape} {first.dtype}\n".encode())
-            for row in (first, last):
-                digest.update(row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            stored = tensors.stored[name]
+            digest.update(f"{name} {stored.shape} {stored.dtype}\n".encode())
+            rows = stored.shape[0] if stored.shape else 0
+            ends = (
+                [tensors.read_rows(name, row, row + 1) for row in (0, rows - 1)] if rows else [tensors.read(name)] * 2
+            )
+            for end in ends:
+                digest.update(view_bytes(end))
     return digest.hexdigest()
-
-
-def find_overflow(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> str | None:
-    """Why `tensor` cannot be stored as `dtype`, or None: a non-finite value, or one that would become infinite."""
-    if not torch.isfinite(tensor).all():
-        return f"{name} holds non-finite values"
-    largest = tensor.abs().max().item() if tensor.numel() else 0.0
-    # Values a little above the largest finite number still round down to it; the cast itself decides.
-    if not torch.isfinite(torch.tensor(largest, dtype=torch.float64).to(dtype)):
-        return f"{name} holds {largest:.6g}, more than {dtype} can store ({torch.finfo(dtype).max:.6g})"
-    return None
 
 
 def check_same_names(expected: Iterable[str], found: Iterable[str], source: str) -> None:

@@ -338,15 +338,15 @@ def test_non_empty_output_is_kept_unless_told(world, tmp_path, capsys):
 
 def test_a_wrong_assembly_is_an_error_and_leaves_nothing(world, tmp_path, monkeypatch, capsys):
     """A tensor that was swapped on the way must not pass."""
-    collect = assembly.collect_tensors
+    plan = assembly.plan_llava
 
-    def swap(parts, seed):
-        tensors = collect(parts, seed)
+    def swap(*arguments):
+        planned = plan(*arguments)
         a, b = (f"language_model.model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1))
-        tensors[a], tensors[b] = tensors[b], tensors[a]
-        return tensors
+        planned[a], planned[b] = planned[b], planned[a]
+        return planned
 
-    monkeypatch.setattr(assembly, "collect_tensors", swap)
+    monkeypatch.setattr(assembly, "plan_llava", swap)
     error = run_and_read_error(capsys, world.language_model, world.vision_tower, tmp_path / "out")
     assert "text-only logits equal the language model's (largest difference" in error
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,194 @@
+"""Knows how to prove that a merged model answers like base + adapter, also where memory is short."""
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from meme_llava.checkpoint import ADAPTER_CONFIG
+from meme_llava.dataset import load_dataset
+from meme_llava.errors import UserError
+from meme_llava.merging import PEFT_PREFIX, TrainedWeights
+from meme_llava.model import Processing, load_llava, load_processing
+from meme_llava.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, make_empty_model, offload_weights
+from meme_llava.tensor_reader import TensorReader, open_model_tensors
+from meme_llava.trainable import apply_trained_weights
+from meme_llava.weights import find_stored, to_memory_name
+
+# Merged and unmerged weights round differently; in float32 a model of any size stays far below.
+MAX_LOGIT_DIFFERENCE = 1e-4
+SAMPLE_MEMES = Path(__file__).resolve().parent.parent / "data"
+VERIFIED_RECORDS = 2
+VERIFIED_NEW_TOKENS = 32
+# Offloaded, each token reads the whole model from the disk again.
+OFFLOADED_NEW_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A prompt, a greedy answer to it, and the logits (tokens, vocabulary) that each of its tokens was chosen from."""
+
+    prompt: dict[str, torch.Tensor]
+    tokens: torch.Tensor  # (tokens,)
+    logits: torch.Tensor
+
+
+@torch.inference_mode()
+def verify_merged(
+    base_folder: Path, adapter: Path, trained: TrainedWeights, folder: Path, training: dict
+) -> list[tuple[str, str]]:
+    """Compare base + adapter with the merged weights, in float32 and as stored, on records with pictures.
+
+    Args:
+        trained: what `adapter` holds, as it was merged.
+        training: the adapter's run record, which names annotations, image folder and length limit.
+
+    Returns:
+        (check, finding) rows.
+
+    Raises:
+        UserError: in float32 a logit differs by more than 1e-4, or a greedy answer differs.
+    """
+    processing = load_processing(base_folder)
+    prompts, annotations = _load_prompts(training, processing)
+    with open_model_tensors(base_folder) as base, open_model_tensors(folder) as stored:
+        if fits_in_memory(base, torch.float32):
+            models = _load_models(base_folder, adapter, trained, base, folder)
+            way, new_tokens = IN_MEMORY, VERIFIED_NEW_TOKENS
+        else:
+            models = _offload_models(base_folder, adapter, trained, base, stored)
+            way, new_tokens = OFFLOADED, OFFLOADED_NEW_TOKENS
+        unmerged = next(models)
+        expected = [_reply(unmerged, prompt, new_tokens, processing) for prompt in prompts]
+        del unmerged
+        findings = []
+        for _ in range(2):
+            gc.collect()
+            findings.append(_compare(next(models), expected))
+    (difference, same), (stored_difference, stored_same) = findings
+    if not difference <= MAX_LOGIT_DIFFERENCE or same < len(expected):
+        raise UserError(
+            f"merged weights answer differently from base + {adapter}: logits differ by {difference:g} (limit "
+            f"{MAX_LOGIT_DIFFERENCE:g}), greedy answers {'agree' if same == len(expected) else 'differ'}"
+        )
+    return [
+        ("compared on", f"{len(expected)} records of {annotations}"),
+        ("the models ran", way),
+        ("answer tokens compared", str(sum(len(reply.tokens) for reply in expected))),
+        ("float32: largest logit difference", f"{difference:.2e} (limit {MAX_LOGIT_DIFFERENCE:g})"),
+        ("float32: greedy answers", "same"),
+        ("as stored: largest logit difference", f"{stored_difference:.2e}"),
+        ("as stored: greedy answers", f"{stored_same} of {len(expected)} the same"),
+    ]
+
+
+def _load_models(base_folder: Path, adapter: Path, trained: TrainedWeights, base: TensorReader, folder: Path):
+    """Base + adapter, merged in float32, and as stored, each loaded when the one before is gone."""
+    yield apply_trained_weights(load_llava(base_folder, torch.float32), adapter).eval()
+    model = load_llava(base_folder, torch.float32)
+    parameters = model.state_dict()
+    for name in base:
+        parameters[to_memory_name(name)].copy_(_merge_whole(trained, base, name))
+    del parameters
+    yield model.eval()
+    del model
+    yield load_llava(folder, torch.float32).eval()
+
+
+def _offload_models(
+    base_folder: Path, adapter: Path, trained: TrainedWeights, base: TensorReader, stored: TensorReader
+):
+    """The same three models, their weights read module by module."""
+    config = LlavaConfig.from_pretrained(base_folder, local_files_only=True)
+
+    def make() -> nn.Module:
+        return make_empty_model(LlavaForConditionalGeneration, config)
+
+    yield offload_weights(_add_adapter(make(), adapter), lambda name: _read_unmerged(trained, base, name))
+    yield offload_weights(make(), lambda name: _merge_whole(trained, base, find_stored(base, name)))
+    yield offload_weights(make(), lambda name: stored.read_as(find_stored(stored, name), torch.float32))
+
+
+def _add_adapter(model: nn.Module, adapter: Path) -> nn.Module:
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        return model
+    config = PeftConfig.from_pretrained(adapter)
+    config.base_model_name_or_path = None
+    return get_peft_model(model, config, autocast_adapter_dtype=False).eval()
+
+
+def _read_unmerged(trained: TrainedWeights, base: TensorReader, name: str) -> torch.Tensor:
+    """A parameter of base + adapter by peft's name for it."""
+    name = name.removeprefix(PEFT_PREFIX)
+    saved = PEFT_PREFIX + name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+    if ".lora_" in name or ".modules_to_save." in name:
+        return trained.tensors.read_as(saved, torch.float32)
+    disk_name = find_stored(base, name.replace(".base_layer.", "."))
+    if disk_name in trained.replaced:
+        return trained.tensors.read_as(trained.replaced[disk_name], torch.float32)
+    return base.read_as(disk_name, torch.float32)
+
+
+def _merge_whole(trained: TrainedWeights, base: TensorReader, name: str) -> torch.Tensor:
+    merged = torch.empty(base.stored[name].shape)
+    flat, start = merged.view(-1), 0
+    for piece in trained.merge(base, name):
+        flat[start : start + piece.numel()] = piece.reshape(-1)
+        start += piece.numel()
+    return merged
+
+
+def _load_prompts(training: dict, processing: Processing) -> tuple[list[dict], Path]:
+    """First questions of the training data, or of the sample memes where that data is not at hand, and their file."""
+    annotations, image_folder = Path(training["data"]["annotations"]), Path(training["data"]["image_folder"])
+    max_length = training["settings"]["model_max_length"]
+    if not annotations.is_file():
+        annotations, image_folder = SAMPLE_MEMES / "annotations.json", SAMPLE_MEMES
+    encoder, policy = processing.encoder, processing.image_policy
+    dataset = load_dataset(annotations, image_folder, encoder, policy, max_length, "quarantine").dataset
+    prompts = []
+    for index in range(min(VERIFIED_RECORDS, len(dataset))):
+        example = dataset[index]
+        input_ids = example["input_ids"][None, : int((example["labels"] >= 0).nonzero()[0])]  # (1, prompt)
+        images = int((input_ids == encoder.image_token_id).sum()) // processing.tokens_per_image
+        # (images, 3, size, size); a later turn's pictures are not part of the first question.
+        pixel_values = example["pixel_values"][:images] if images else None
+        prompts.append({"input_ids": input_ids, "pixel_values": pixel_values})
+    return prompts, annotations
+
+
+def _reply(model: nn.Module, prompt: dict[str, torch.Tensor], new_tokens: int, processing: Processing) -> Reply:
+    output = model.generate(
+        **prompt,
+        attention_mask=torch.ones_like(prompt["input_ids"]),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    tokens = output.sequences[0, prompt["input_ids"].shape[1] :]
+    # An untrained model may say <image>; given back to it, that would ask for a picture. The last token is not given.
+    pictures = (tokens == processing.encoder.image_token_id).nonzero()
+    kept = int(pictures[0]) + 1 if len(pictures) else len(tokens)
+    return Reply(prompt, tokens[:kept], torch.cat(output.logits[:kept]).float())
+
+
+def _compare(model: nn.Module, expected: list[Reply]) -> tuple[float, int]:
+    """Largest logit difference, and how many greedy answers are the same.
+
+    The answer is given to the model, and each of its tokens must be the model's own choice: then it would have said
+    the same, and one pass shows it.
+    """
+    difference, same = 0.0, 0
+    for reply in expected:
+        input_ids = torch.cat([reply.prompt["input_ids"], reply.tokens[None, :-1]], dim=1)  # (1, prompt + tokens - 1)
+        logits = model(
+            input_ids=input_ids, pixel_values=reply.prompt["pixel_values"], logits_to_keep=len(reply.tokens)
+        ).logits[0]  # (tokens, vocabulary)
+        difference = max(difference, (logits.float() - reply.logits).abs().max().item())
+        same += torch.equal(logits.argmax(dim=-1), reply.tokens)
+    return difference, same
