@@ -126,7 +126,7 @@ def write_llava(
         make_processor(parts).save_pretrained(folder)
         # Readers before transformers 5 look for the image processor in a file of its own.
         parts.image_processor.save_pretrained(folder)
-    _write_classic_rope_theta(folder / "config.json")
+    _write_for_transformers_4(folder)
 
 
 def plan_llava(parts: Parts, seed: int, rounding: Rounding | None) -> dict[str, PlannedTensor]:
@@ -233,10 +233,24 @@ def _read_stops(language_model: Source) -> int | list[int] | None:
     return language_model.config.eos_token_id
 
 
-def _write_classic_rope_theta(config_file: Path) -> None:
-    # transformers 5 writes rope_parameters only; 4.x reads rope_theta and silently falls back to 10,000.
+def _write_for_transformers_4(folder: Path) -> None:
+    """Say what transformers 5 says in words of its own once more in those of 4.x; both versions read the result."""
+    config_file, tokenizer_file = folder / "config.json", folder / "tokenizer_config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
-    rope = config["text_config"].get("rope_parameters") or {}
+    rope = dict(config["text_config"].get("rope_parameters") or {})
     if "rope_theta" in rope:
-        config["text_config"]["rope_theta"] = rope["rope_theta"]
-        config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        # 4.x does not read rope_parameters: it would silently take a theta of 10,000 and positions without scaling.
+        config["text_config"]["rope_theta"] = rope.pop("rope_theta")
+        if rope.get("rope_type", "default") != "default":
+            config["text_config"]["rope_scaling"] = rope
+    config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    tokenizer = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+    if isinstance(tokenizer.get("extra_special_tokens"), list):
+        # Under the new name 4.x expects a dict and stops.
+        tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+    if tokenizer["tokenizer_class"] == "TokenizersBackend":
+        # The class' name in 4.x; there it returns token_type_ids, which no LLaVA takes, unless told otherwise.
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+        tokenizer["model_input_names"] = ["input_ids", "attention_mask"]
+    tokenizer_file.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -11,8 +11,8 @@ from meme_llava.assembly import VISION_FEATURE_LAYER, Parts
 from meme_llava.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.errors import UserError
 from meme_llava.images import ImagePolicy
-from meme_llava.model import Processing, load_llava, load_processing, load_strictly
-from meme_llava.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, make_empty_model, offload_weights
+from meme_llava.model import Processing, load_processing, load_strictly, make_empty_model
+from meme_llava.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights
 from meme_llava.source_models import EMBEDDING, HEAD, OTHER_TOWER_PREFIXES, Source
 from meme_llava.tensor_reader import open_model_tensors
 from meme_llava.weights import check_same_names, find_stored, to_disk_name
@@ -55,7 +55,7 @@ def verify_assembled(parts: Parts, folder: Path, dtype: torch.dtype | None) -> l
         expected_names = {to_disk_name(name) for name in empty.state_dict() if not (tied and name == HEAD)}
         check_same_names(expected_names, tensors, str(folder))
         if fits_in_memory(tensors, compute_dtype):
-            model, way = load_llava(folder, compute_dtype).eval(), IN_MEMORY
+            model, way = load_strictly(LlavaForConditionalGeneration, folder, dtype=compute_dtype), IN_MEMORY
         else:
             model = offload_weights(empty, lambda name: tensors.read(find_stored(tensors, name)))
             way = OFFLOADED

@@ -12,8 +12,8 @@ from transformers import AutoImageProcessor, ChineseCLIPVisionModel, CLIPVisionM
 
 from meme_llava.errors import UserError
 from meme_llava.images import open_image, to_pixel_values
-from meme_llava.model import load_processing, quiet_transformers
-from meme_llava.offloading import make_empty_model, offload_weights
+from meme_llava.model import load_processing, make_empty_model, quiet_transformers
+from meme_llava.offloading import offload_weights
 from meme_llava.tensor_reader import open_model_tensors
 from meme_llava.weights import to_disk_name
 

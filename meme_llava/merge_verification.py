@@ -13,8 +13,8 @@ from meme_llava.checkpoint import ADAPTER_CONFIG
 from meme_llava.dataset import load_dataset
 from meme_llava.errors import UserError
 from meme_llava.merging import PEFT_PREFIX, TrainedWeights
-from meme_llava.model import Processing, load_llava, load_processing
-from meme_llava.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, make_empty_model, offload_weights
+from meme_llava.model import Processing, load_llava, load_processing, load_strictly, make_empty_model
+from meme_llava.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights
 from meme_llava.tensor_reader import TensorReader, open_model_tensors
 from meme_llava.trainable import apply_trained_weights
 from meme_llava.weights import find_stored, to_memory_name
@@ -96,7 +96,8 @@ def _load_models(base_folder: Path, adapter: Path, trained: TrainedWeights, base
     del parameters
     yield model.eval()
     del model
-    yield load_llava(folder, torch.float32).eval()
+    # What was written is loaded as its readers will load it.
+    yield load_strictly(LlavaForConditionalGeneration, folder, dtype=torch.float32)
 
 
 def _offload_models(

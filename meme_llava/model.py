@@ -11,13 +11,17 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+from torch import nn
+from transformers import AutoProcessor, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 from meme_llava.conversation import IMAGE_PLACEHOLDER, ConversationEncoder
 from meme_llava.errors import UserError
 from meme_llava.images import ImagePolicy
+from meme_llava.tensor_reader import open_model_tensors
+from meme_llava.weights import check_same_names, find_stored
 
 VISION_TOWER = "vision_tower"
 PROJECTOR = "multi_modal_projector"
@@ -131,10 +135,43 @@ def check_llava_folder(folder: Path) -> None:
         raise UserError(f"{folder}: is a {model_type!r} model, expected 'llava'. Build one with build_base_model.py.")
 
 
+def make_empty_model(model_class, config, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """`model_class` with parameters that have shape and dtype but no storage; buffers are real."""
+    with init_empty_weights(include_buffers=False), quiet_transformers():
+        model = getattr(model_class, "_from_config", None) or model_class.from_config
+        return model(config, dtype=dtype).eval()
+
+
 def load_llava(folder: Path, dtype: torch.dtype) -> LlavaForConditionalGeneration:
-    """Load a LLaVA that build_base_model.py or merge_lora.py wrote, in `dtype`, on the CPU."""
+    """Load a LLaVA that build_base_model.py or merge_lora.py wrote, in `dtype`, on the CPU.
+
+    Every tensor is read and converted on its own, so that loading takes no more memory than the model.
+
+    Raises:
+        UserError: a tensor is missing, unexpected, or of another shape.
+    """
     check_llava_folder(folder)
-    return load_strictly(LlavaForConditionalGeneration, folder, dtype=dtype)
+    try:
+        config = LlavaConfig.from_pretrained(folder, local_files_only=True)
+        config._name_or_path = str(folder)  # peft notes it in an adapter's configuration
+        model = make_empty_model(LlavaForConditionalGeneration, config, dtype)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: cannot be loaded: {error}") from error
+    with open_model_tensors(folder) as tensors:
+        outlines = dict(model.named_parameters())
+        stored_names = {name: find_stored(tensors, name) for name in outlines}
+        check_same_names(stored_names.values(), tensors, str(folder))
+        for name, outline in outlines.items():
+            stored = tensors.stored[stored_names[name]]
+            if stored.shape != tuple(outline.shape):
+                raise UserError(f"{stored.path}: {name} is {stored.shape}, config.json asks for {tuple(outline.shape)}")
+            weight = nn.Parameter(tensors.read_as(stored_names[name], dtype), requires_grad=False)
+            *path, leaf = name.split(".")
+            setattr(model.get_submodule(".".join(path)), leaf, weight)
+    model.tie_weights()
+    return model
 
 
 def load_processing(folder: Path) -> Processing:

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 
-from meme_llava.model import quiet_transformers
 from meme_llava.tensor_reader import TensorReader
 
 # How a comparison says where its models ran.
@@ -40,13 +38,6 @@ def fits_in_memory(tensors: TensorReader, dtype: torch.dtype) -> bool:
     """Whether all of `tensors` can stand in memory in `dtype`, with room to work."""
     elements = sum(stored.nbytes // stored.dtype.itemsize for stored in tensors.stored.values())
     return elements * dtype.itemsize + WORKING_BYTES < measure_available_memory()
-
-
-def make_empty_model(model_class, config, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """`model_class` with parameters that have shape and dtype but no storage; buffers are real."""
-    with init_empty_weights(include_buffers=False), quiet_transformers():
-        model = getattr(model_class, "_from_config", None) or model_class.from_config
-        return model(config, dtype=dtype).eval()
 
 
 def offload_weights(model: nn.Module, read: Callable[[str], torch.Tensor]) -> nn.Module:

@@ -107,6 +107,9 @@ def test_config_holds_what_old_and_new_readers_need(world):
     # transformers 4 reads the first, transformers 5 the second.
     assert config["text_config"]["rope_theta"] == 1_000_000.0
     assert config["text_config"]["rope_parameters"]["rope_theta"] == 1_000_000.0
+    tokenizer = json.loads((world.base / "tokenizer_config.json").read_text())
+    assert "extra_special_tokens" not in tokenizer
+    assert tokenizer["additional_special_tokens"] == ["<|im_start|>", "<|im_end|>"]
     processor = json.loads((world.base / "processor_config.json").read_text())
     assert processor["image_processor"]["size"] == {"height": 28, "width": 28}
     assert processor["image_processor"]["do_center_crop"] is False
@@ -131,6 +134,23 @@ def test_run_record_names_sources_seed_and_checks(world):
     assert record["settings"]["seed"] == 0
     assert record["checks"]["text-only logits equal the language model's"] == "largest difference 0"
     assert len(record["fingerprint"]) == 64
+
+
+def test_scaled_positions_are_written_for_old_readers(world, tmp_path):
+    """transformers 4 does not read rope_parameters; without its own words it would scale nothing, in silence."""
+    yarn = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 1024}
+    config = Qwen2Config(vocab_size=512, rope_parameters=yarn, **LANGUAGE_DIMENSIONS)
+    folder = save_language_model(Qwen2ForCausalLM(config), world, tmp_path / "yarn")
+    base = build(folder, world.vision_tower, tmp_path / "base")
+    text_config = json.loads((base / "config.json").read_text())["text_config"]
+    assert text_config["rope_theta"] == 10_000.0
+    assert text_config["rope_scaling"] == {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 1024,
+    }
+    reread = LlavaForConditionalGeneration.from_pretrained(base).config.text_config.rope_parameters
+    assert {name: reread[name] for name in yarn} == yarn
 
 
 def save_language_model(model, world, folder):
@@ -187,6 +207,8 @@ def test_llama_without_chatml_gets_its_tokens(world, tmp_path):
     assert torch.equal(model.lm_head.weight[rows + 1], model.lm_head.weight[rows - 1])
     prompt = processor.apply_chat_template([{"role": "user", "content": "你好"}], add_generation_prompt=True)
     assert prompt.startswith("<s><|im_start|>system\n")
+    # The name that transformers 4 knows the class by.
+    assert json.loads((base / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def make_clip(folder, size=28):
