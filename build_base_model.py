@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         write_directory(arguments.output_dir, arguments.overwrite) as folder,
     ):
         write_llava(parts, folder, arguments.seed, dtype, arguments.max_shard_size, show_bytes)
-        checks = verify_assembled(parts, folder, dtype) if arguments.verify else []
+        checks = verify_assembled(parts, folder, dtype, show_bytes) if arguments.verify else []
         record = {
             "stage": "build",
             "settings": to_plain(arguments),

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
             export_clip_tower(folder)
         checks = []
         if arguments.verify:
-            checks += verify_merged(base_folder, arguments.adapter, trained, folder, training)
+            checks += verify_merged(base_folder, arguments.adapter, trained, folder, training, show_bytes)
             checks += verify_exported(base_folder, folder) if arguments.export == "clip" else []
         record = {
             "stage": "merge",

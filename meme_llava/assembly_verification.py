@@ -1,6 +1,8 @@
 """Knows how to prove that an assembled model computes what its sources compute, also where memory is short."""
 
+import contextlib
 import gc
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -11,10 +13,17 @@ from meme_llava.assembly import VISION_FEATURE_LAYER, Parts
 from meme_llava.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.errors import UserError
 from meme_llava.images import ImagePolicy
-from meme_llava.model import Processing, load_processing, load_strictly, make_empty_model
+from meme_llava.model import (
+    LANGUAGE_MODEL,
+    VISION_TOWER,
+    Processing,
+    load_processing,
+    load_strictly,
+    make_empty_model,
+)
 from meme_llava.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights
 from meme_llava.source_models import EMBEDDING, HEAD, OTHER_TOWER_PREFIXES, Source
-from meme_llava.tensor_reader import open_model_tensors
+from meme_llava.tensor_reader import TensorReader, open_model_tensors
 from meme_llava.weights import check_same_names, find_stored, to_disk_name
 
 PROOF_CHAT = [
@@ -26,11 +35,14 @@ PROOF_CHAT = [
 
 
 @torch.inference_mode()
-def verify_assembled(parts: Parts, folder: Path, dtype: torch.dtype | None) -> list[tuple[str, str]]:
+def verify_assembled(
+    parts: Parts, folder: Path, dtype: torch.dtype | None, show_progress: Callable
+) -> list[tuple[str, str]]:
     """Load `folder` as a user would and compare it with its sources.
 
     Args:
         dtype: the dtype that was asked for, which the sources are then rounded to; None if every part kept its own.
+        show_progress: `display.show_bytes`.
 
     Returns:
         (check, finding) rows.
@@ -45,41 +57,46 @@ def verify_assembled(parts: Parts, folder: Path, dtype: torch.dtype | None) -> l
     # Plain text: a source without ChatML has no rows for its tokens.
     text_ids = torch.tensor([processing.encoder.encode_text("".join(turn.text for turn in PROOF_CHAT))])  # (1, length)
     pixel_values = _draw_test_pixels(parts.config.vision_config.image_size).to(compute_dtype)
-    expected_logits = _open_source(parts.language_model, dtype, compute_dtype)(input_ids=text_ids).logits
-    gc.collect()
-    expected_features = _vision_features(_open_source(parts.vision_tower, dtype, compute_dtype), pixel_values)
+    question = Turn("user", f"{IMAGE_PLACEHOLDER}\n图里写了什么？")
+    prompt_ids = torch.tensor([processing.encoder.encode_prompt([question])])  # (1, length)
 
     with open_model_tensors(folder) as tensors:
         empty = make_empty_model(LlavaForConditionalGeneration, parts.config, compute_dtype)
         tied = parts.config.tie_word_embeddings
         expected_names = {to_disk_name(name) for name in empty.state_dict() if not (tied and name == HEAD)}
         check_same_names(expected_names, tensors, str(folder))
-        if fits_in_memory(tensors, compute_dtype):
-            model, way = load_strictly(LlavaForConditionalGeneration, folder, dtype=compute_dtype), IN_MEMORY
-        else:
-            model = offload_weights(empty, lambda name: tensors.read(find_stored(tensors, name)))
-            way = OFFLOADED
-        logits = model(input_ids=text_ids).logits
-        features = _vision_features(model.model.vision_tower, pixel_values)
-        projected = model.get_image_features(pixel_values=pixel_values).pooler_output[0]
-        question = Turn("user", f"{IMAGE_PLACEHOLDER}\n图里写了什么？")
-        prompt_ids = torch.tensor([processing.encoder.encode_prompt([question])])
-        image_tokens = int((prompt_ids == processing.encoder.image_token_id).sum())
-        answer_logits = model(input_ids=prompt_ids, pixel_values=pixel_values, logits_to_keep=1).logits
+        fits = fits_in_memory(tensors, compute_dtype)
+        with (
+            contextlib.nullcontext(lambda count: None)
+            if fits
+            else show_progress("comparing", _count_read_bytes(parts, tensors)) as advance
+        ):
+            language_model = _open_source(parts.language_model, dtype, compute_dtype, fits, advance)
+            expected_logits = language_model(input_ids=text_ids).logits
+            del language_model
+            gc.collect()
+            vision_tower = _open_source(parts.vision_tower, dtype, compute_dtype, fits, advance)
+            expected_features = _vision_features(vision_tower, pixel_values)
+            if fits:
+                model = load_strictly(LlavaForConditionalGeneration, folder, dtype=compute_dtype)
+            else:
+                model = _offload(empty, tensors, lambda name: find_stored(tensors, name), compute_dtype, advance)
+            logits = model(input_ids=text_ids).logits
+            features = _vision_features(model.model.vision_tower, pixel_values)
+            projected = model.get_image_features(pixel_values=pixel_values).pooler_output[0]
+            answer_logits = model(input_ids=prompt_ids, pixel_values=pixel_values, logits_to_keep=1).logits
+    image_tokens = int((prompt_ids == processing.encoder.image_token_id).sum())
+    is_finite = bool(torch.isfinite(answer_logits).all())
     # Rows that new tokens took, and rows behind the source's own, have nothing to be compared with.
     compared = [row for row in range(expected_logits.shape[-1]) if row not in parts.copied_rows]
     logits, expected_logits = logits[..., compared], expected_logits[..., compared]
     checks = [
-        ("the models ran", True, way),
+        ("the models ran", True, IN_MEMORY if fits else OFFLOADED),
         ("no tensor missing or unexpected", True, f"{len(expected_names)} tensors"),
         ("text-only logits equal the language model's", *_compare_bits(logits, expected_logits)),
         ("vision features equal the vision tower's", *_compare_bits(features, expected_features)),
         ("one <image> token per feature", len(projected) == image_tokens, f"{len(projected)} = {image_tokens}"),
-        (
-            "logits about a picture are finite",
-            bool(torch.isfinite(answer_logits).all()),
-            str(tuple(answer_logits.shape)),
-        ),
+        ("logits about a picture are finite", is_finite, str(tuple(answer_logits.shape))),
         ("config, tokenizer, processor agree on <image>", True, f"id {processing.encoder.image_token_id}"),
         _check_chat(processing),
         ("pictures", True, _describe_pictures(processing.image_policy)),
@@ -90,21 +107,52 @@ def verify_assembled(parts: Parts, folder: Path, dtype: torch.dtype | None) -> l
     return [(name, finding) for name, _, finding in checks]
 
 
-def _open_source(source: Source, dtype: torch.dtype | None, compute_dtype: torch.dtype) -> nn.Module:
+def _open_source(
+    source: Source, dtype: torch.dtype | None, compute_dtype: torch.dtype, fits: bool, advance: Callable[[int], None]
+) -> nn.Module:
     """A source as transformers runs it, its weights rounded to `dtype` where one was asked for."""
     dtype = dtype or source.dtype
-    if fits_in_memory(source.tensors, compute_dtype):
-        model = load_strictly(source.model_class, source.folder, OTHER_TOWER_PREFIXES, dtype=dtype).eval()
-        # Only parameters: module.to() would also round the rotary frequencies, which stay float32.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(compute_dtype)
-        return model
-
-    def read(name: str) -> torch.Tensor:
+    if not fits:
+        empty = make_empty_model(source.model_class, source.config, compute_dtype)
         # A tied head has no tensor of its own.
-        return source.tensors.read_as(source.stored_names[name if name in source.stored_names else EMBEDDING], dtype)
+        return _offload(empty, source.tensors, lambda name: source.stored_names.get(name, EMBEDDING), dtype, advance)
+    model = load_strictly(source.model_class, source.folder, OTHER_TOWER_PREFIXES, dtype=dtype).eval()
+    # Only parameters: module.to() would also round the rotary frequencies, which stay float32.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(compute_dtype)
+    return model
 
-    return offload_weights(make_empty_model(source.model_class, source.config, compute_dtype), read)
+
+def _offload(
+    empty: nn.Module,
+    tensors: TensorReader,
+    find: Callable[[str], str],
+    dtype: torch.dtype,
+    advance: Callable[[int], None],
+) -> nn.Module:
+    def read(name: str) -> torch.Tensor:
+        weight = tensors.read_as(find(name), dtype)
+        advance(tensors.stored[find(name)].nbytes)
+        return weight
+
+    return offload_weights(empty, read)
+
+
+def _count_read_bytes(parts: Parts, written: TensorReader) -> int:
+    """What the offloaded models read: each source once, the written language model twice, its vision three times."""
+
+    def count(tensors: TensorReader, names: Iterable[str]) -> int:
+        return sum(tensors.stored[name].nbytes for name in names)
+
+    language = [name for name in written if name.startswith(LANGUAGE_MODEL)]
+    vision = [name for name in written if name.startswith(VISION_TOWER)]
+    sources = (parts.language_model, parts.vision_tower)
+    return (
+        sum(count(source.tensors, source.stored_names.values()) for source in sources)
+        + 2 * count(written, language)
+        + 3 * count(written, vision)
+        + 2 * count(written, set(written) - {*language, *vision})
+    )
 
 
 def _check_chat(processing: Processing) -> tuple[str, bool, str]:

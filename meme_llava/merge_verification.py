@@ -1,6 +1,7 @@
 """Knows how to prove that a merged model answers like base + adapter, also where memory is short."""
 
 import gc
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from meme_llava.checkpoint import ADAPTER_CONFIG
 from meme_llava.dataset import load_dataset
 from meme_llava.errors import UserError
 from meme_llava.merging import PEFT_PREFIX, TrainedWeights
-from meme_llava.model import Processing, load_llava, load_processing, load_strictly, make_empty_model
+from meme_llava.model import LANGUAGE_MODEL, Processing, load_llava, load_processing, load_strictly, make_empty_model
 from meme_llava.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights
 from meme_llava.tensor_reader import TensorReader, open_model_tensors
 from meme_llava.trainable import apply_trained_weights
@@ -21,6 +22,8 @@ from meme_llava.weights import find_stored, to_memory_name
 
 # Merged and unmerged weights round differently; in float32 a model of any size stays far below.
 MAX_LOGIT_DIFFERENCE = 1e-4
+# In peft's name of a parameter that learned in full; the adapter's file leaves it out.
+MODULES_TO_SAVE = ".modules_to_save.default."
 SAMPLE_MEMES = Path(__file__).resolve().parent.parent / "data"
 VERIFIED_RECORDS = 2
 VERIFIED_NEW_TOKENS = 32
@@ -39,13 +42,19 @@ class Reply:
 
 @torch.inference_mode()
 def verify_merged(
-    base_folder: Path, adapter: Path, trained: TrainedWeights, folder: Path, training: dict
+    base_folder: Path,
+    adapter: Path,
+    trained: TrainedWeights,
+    folder: Path,
+    training: dict,
+    show_progress: Callable,
 ) -> list[tuple[str, str]]:
     """Compare base + adapter with the merged weights, in float32 and as stored, on records with pictures.
 
     Args:
         trained: what `adapter` holds, as it was merged.
         training: the adapter's run record, which names annotations, image folder and length limit.
+        show_progress: `display.show_bytes`.
 
     Returns:
         (check, finding) rows.
@@ -57,36 +66,59 @@ def verify_merged(
     prompts, annotations = _load_prompts(training, processing)
     with open_model_tensors(base_folder) as base, open_model_tensors(folder) as stored:
         if fits_in_memory(base, torch.float32):
+            way = IN_MEMORY
             models = _load_models(base_folder, adapter, trained, base, folder)
-            way, new_tokens = IN_MEMORY, VERIFIED_NEW_TOKENS
+            findings, compared = _compare_models(models, prompts, VERIFIED_NEW_TOKENS, processing)
         else:
-            models = _offload_models(base_folder, adapter, trained, base, stored)
-            way, new_tokens = OFFLOADED, OFFLOADED_NEW_TOKENS
-        unmerged = next(models)
-        expected = [_reply(unmerged, prompt, new_tokens, processing) for prompt in prompts]
-        del unmerged
-        findings = []
-        for _ in range(2):
-            gc.collect()
-            findings.append(_compare(next(models), expected))
+            way = OFFLOADED
+            with show_progress("comparing", _count_read_bytes(base, stored, prompts)) as advance:
+                models = _offload_models(base_folder, adapter, trained, base, stored, advance)
+                findings, compared = _compare_models(models, prompts, OFFLOADED_NEW_TOKENS, processing)
     (difference, same), (stored_difference, stored_same) = findings
-    if not difference <= MAX_LOGIT_DIFFERENCE or same < len(expected):
+    if not difference <= MAX_LOGIT_DIFFERENCE or same < len(prompts):
         raise UserError(
             f"merged weights answer differently from base + {adapter}: logits differ by {difference:g} (limit "
-            f"{MAX_LOGIT_DIFFERENCE:g}), greedy answers {'agree' if same == len(expected) else 'differ'}"
+            f"{MAX_LOGIT_DIFFERENCE:g}), greedy answers {'agree' if same == len(prompts) else 'differ'}"
         )
     return [
-        ("compared on", f"{len(expected)} records of {annotations}"),
+        ("compared on", f"{len(prompts)} records of {annotations}"),
         ("the models ran", way),
-        ("answer tokens compared", str(sum(len(reply.tokens) for reply in expected))),
+        ("answer tokens compared", str(compared)),
         ("float32: largest logit difference", f"{difference:.2e} (limit {MAX_LOGIT_DIFFERENCE:g})"),
         ("float32: greedy answers", "same"),
         ("as stored: largest logit difference", f"{stored_difference:.2e}"),
-        ("as stored: greedy answers", f"{stored_same} of {len(expected)} the same"),
+        ("as stored: greedy answers", f"{stored_same} of {len(prompts)} the same"),
     ]
 
 
-def _load_models(base_folder: Path, adapter: Path, trained: TrainedWeights, base: TensorReader, folder: Path):
+def _compare_models(
+    models: Iterator[nn.Module], prompts: list[dict], new_tokens: int, processing: Processing
+) -> tuple[list[tuple[float, int]], int]:
+    """What `_compare` finds for every model behind the first, and how many answer tokens were compared."""
+    unmerged = next(models)
+    expected = [_reply(unmerged, prompt, new_tokens, processing) for prompt in prompts]
+    del unmerged
+    findings = []
+    for _ in range(2):
+        gc.collect()
+        findings.append(_compare(next(models), expected))
+    return findings, sum(len(reply.tokens) for reply in expected)
+
+
+def _count_read_bytes(base: TensorReader, stored: TensorReader, prompts: list[dict]) -> int:
+    """What the offloaded models read if every answer takes all its tokens; vision only where there is a picture."""
+    total = 0
+    for tensors, later_passes in ((base, OFFLOADED_NEW_TOKENS - 1), (base, 0), (stored, 0)):
+        whole = sum(tensor.nbytes for tensor in tensors.stored.values())
+        language = sum(tensor.nbytes for name, tensor in tensors.stored.items() if name.startswith(LANGUAGE_MODEL))
+        for prompt in prompts:
+            total += (language if prompt["pixel_values"] is None else whole) + later_passes * language
+    return total
+
+
+def _load_models(
+    base_folder: Path, adapter: Path, trained: TrainedWeights, base: TensorReader, folder: Path
+) -> Iterator[nn.Module]:
     """Base + adapter, merged in float32, and as stored, each loaded when the one before is gone."""
     yield apply_trained_weights(load_llava(base_folder, torch.float32), adapter).eval()
     model = load_llava(base_folder, torch.float32)
@@ -101,17 +133,31 @@ def _load_models(base_folder: Path, adapter: Path, trained: TrainedWeights, base
 
 
 def _offload_models(
-    base_folder: Path, adapter: Path, trained: TrainedWeights, base: TensorReader, stored: TensorReader
-):
+    base_folder: Path,
+    adapter: Path,
+    trained: TrainedWeights,
+    base: TensorReader,
+    stored: TensorReader,
+    advance: Callable[[int], None],
+) -> Iterator[nn.Module]:
     """The same three models, their weights read module by module."""
     config = LlavaConfig.from_pretrained(base_folder, local_files_only=True)
+
+    def offload(model: nn.Module, tensors: TensorReader, read: Callable[[str], torch.Tensor]) -> nn.Module:
+        def read_and_count(name: str) -> torch.Tensor:
+            weight = read(name)
+            disk_name = None if ".lora_" in name else _find_in_base(tensors, name)
+            advance(0 if disk_name is None else tensors.stored[disk_name].nbytes)
+            return weight
+
+        return offload_weights(model, read_and_count)
 
     def make() -> nn.Module:
         return make_empty_model(LlavaForConditionalGeneration, config)
 
-    yield offload_weights(_add_adapter(make(), adapter), lambda name: _read_unmerged(trained, base, name))
-    yield offload_weights(make(), lambda name: _merge_whole(trained, base, find_stored(base, name)))
-    yield offload_weights(make(), lambda name: stored.read_as(find_stored(stored, name), torch.float32))
+    yield offload(_add_adapter(make(), adapter), base, lambda name: _read_unmerged(trained, base, name))
+    yield offload(make(), base, lambda name: _merge_whole(trained, base, find_stored(base, name)))
+    yield offload(make(), stored, lambda name: stored.read_as(find_stored(stored, name), torch.float32))
 
 
 def _add_adapter(model: nn.Module, adapter: Path) -> nn.Module:
@@ -124,14 +170,19 @@ def _add_adapter(model: nn.Module, adapter: Path) -> nn.Module:
 
 def _read_unmerged(trained: TrainedWeights, base: TensorReader, name: str) -> torch.Tensor:
     """A parameter of base + adapter by peft's name for it."""
-    name = name.removeprefix(PEFT_PREFIX)
-    saved = PEFT_PREFIX + name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
-    if ".lora_" in name or ".modules_to_save." in name:
+    if ".lora_" in name or MODULES_TO_SAVE in name:
+        saved = name.replace(MODULES_TO_SAVE, ".").replace(".default.", ".")
         return trained.tensors.read_as(saved, torch.float32)
-    disk_name = find_stored(base, name.replace(".base_layer.", "."))
+    disk_name = _find_in_base(base, name)
     if disk_name in trained.replaced:
         return trained.tensors.read_as(trained.replaced[disk_name], torch.float32)
     return base.read_as(disk_name, torch.float32)
+
+
+def _find_in_base(base: TensorReader, name: str) -> str:
+    """The name on disk of a parameter that peft may have moved into a wrapper."""
+    name = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".").replace(MODULES_TO_SAVE, ".")
+    return find_stored(base, name)
 
 
 def _merge_whole(trained: TrainedWeights, base: TensorReader, name: str) -> torch.Tensor:
