@@ -119,13 +119,13 @@ class TrainedWeights:
     def merge(self, base: TensorReader, name: str, tally: "MergeTally | None" = None) -> Iterator[torch.Tensor]:
         """One tensor of the merged model as float32 pieces in order: W + scale * B A, or what replaces it, or W."""
         if name in self.replaced:
-            yield from (piece.float() for piece in self.tensors.read_pieces(self.replaced[name]))
+            yield from (piece.float() for piece in self.tensors.read_pieces(self.replaced[name], reuse=True))
             used = [self.replaced[name]]
         elif name in self.lora:
             yield from self._merge_lora(base, name, tally)
             used = [self.lora[name].first, self.lora[name].second]
         else:
-            yield from (piece.float() for piece in base.read_pieces(name))
+            yield from (piece.float() for piece in base.read_pieces(name, reuse=True))
             used = []
         if tally is not None:
             tally.written[name] += 1

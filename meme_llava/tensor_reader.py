@@ -75,6 +75,7 @@ class TensorReader:
                     raise UserError(f"{path}: holds tensor {name}, and so does {self.stored[name].path}; keep only one")
                 self.stored[name] = tensor
         self._descriptors: dict[Path, int] = {}
+        self._buffers: list[torch.Tensor] = []
 
     def __enter__(self) -> "TensorReader":
         return self
@@ -112,30 +113,47 @@ class TensorReader:
         row = math.prod(stored.shape[1:])
         return self._read_span(stored, start * row, (stop - start) * row).reshape(stop - start, *stored.shape[1:])
 
-    def read_pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """The tensor as flat pieces of at most 16 MB, in order."""
+    def read_pieces(self, name: str, reuse: bool = False) -> Iterator[torch.Tensor]:
+        """The tensor as flat pieces of at most 16 MB, in order.
+
+        Args:
+            reuse: pieces take turns in two buffers; asking for a piece overwrites the last but one. Fresh memory for
+                every piece takes longer to get than to fill.
+        """
         stored = self.stored[name]
         if stored.stride is not None:
             yield self.read(name).flatten()
             return
         count, step = math.prod(stored.shape), PIECE_BYTES // stored.dtype.itemsize
         for start in range(0, count, step):
-            yield self._read_span(stored, start, min(step, count - start))
+            yield self._read_span(stored, start, min(step, count - start), self._next_buffer() if reuse else None)
 
     def read_as(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """One tensor converted to `dtype`, piece by piece, so that it never stands in memory twice."""
         converted = torch.empty(self.stored[name].shape, dtype=dtype)
         flat, start = converted.view(-1), 0
-        for piece in self.read_pieces(name):
+        for piece in self.read_pieces(name, reuse=True):
             flat[start : start + len(piece)] = piece
             start += len(piece)
         return converted
 
-    def _read_span(self, stored: StoredTensor, start: int, count: int) -> torch.Tensor:
-        tensor = torch.empty(count, dtype=stored.dtype)
+    def _next_buffer(self) -> torch.Tensor:
+        if not self._buffers:
+            self._buffers = [torch.empty(PIECE_BYTES, dtype=torch.uint8) for _ in range(2)]
+        self._buffers.reverse()
+        return self._buffers[0]
+
+    def _read_span(
+        self, stored: StoredTensor, start: int, count: int, buffer: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if buffer is None:
+            tensor = torch.empty(count, dtype=stored.dtype)
+        else:
+            tensor = buffer[: count * stored.dtype.itemsize].view(stored.dtype)
         buffer = view_bytes(tensor)
         if stored.path not in self._descriptors:
-            self._descriptors[stored.path] = os.open(stored.path, os.O_RDONLY)
+            descriptor = self._descriptors[stored.path] = os.open(stored.path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         position = stored.offset + start * stored.dtype.itemsize
         done = 0
         while done < len(buffer):

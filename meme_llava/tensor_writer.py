@@ -25,7 +25,10 @@ _NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPE_NAMES.items()}
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to be written. `make_pieces` gives contiguous tensors of `dtype` whose bytes make it up in order."""
+    """A tensor to be written. `make_pieces` gives contiguous tensors of `dtype` whose bytes make it up in order.
+
+    A piece must keep its bytes until the next but one is asked for.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]

@@ -84,7 +84,7 @@ class Rounding:
 def plan_copy(tensors: TensorReader, name: str) -> PlannedTensor:
     """The bytes of a stored tensor as they are."""
     stored = tensors.stored[name]
-    return PlannedTensor(stored.dtype, stored.shape, lambda: tensors.read_pieces(name))
+    return PlannedTensor(stored.dtype, stored.shape, lambda: tensors.read_pieces(name, reuse=True))
 
 
 def plan_rounded(
