@@ -97,9 +97,10 @@ def add_control_tokens(tokenizer, rows: int) -> tuple[int, dict[int, int]]:
         rows = -(-(largest_id + 1) // EMBEDDING_MULTIPLE) * EMBEDDING_MULTIPLE
     # Spare rows hold whatever the source's authors left there; `<image>`'s is never read, its features replace it.
     ends_text = tokenizer.eos_token_id
-    copied_from = {TURN_END: ends_text, TURN_START: tokenizer.bos_token_id or ends_text}
+    begins_text = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else ends_text
+    copied_from = {TURN_END: ends_text, TURN_START: begins_text}
     new_ids = {token: tokenizer.convert_tokens_to_ids(token) for token in new_tokens}
-    return rows, {new_ids[token]: copied_from[token] for token in new_tokens if token in copied_from}
+    return rows, {new_ids[token]: copied_from[token] for token in new_tokens if copied_from.get(token) is not None}
 
 
 def write_llava(

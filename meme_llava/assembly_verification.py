@@ -147,8 +147,13 @@ def _count_read_bytes(parts: Parts, written: TensorReader) -> int:
     language = [name for name in written if name.startswith(LANGUAGE_MODEL)]
     vision = [name for name in written if name.startswith(VISION_TOWER)]
     sources = (parts.language_model, parts.vision_tower)
+    tied = 0
+    if parts.language_model.has_tied_head:  # each pass reads the embedding a second time, as the head
+        tied = count(parts.language_model.tensors, [parts.language_model.stored_names[EMBEDDING]])
+        tied += 2 * count(written, [to_disk_name(f"model.language_model.{EMBEDDING.removeprefix('model.')}")])
     return (
-        sum(count(source.tensors, source.stored_names.values()) for source in sources)
+        tied
+        + sum(count(source.tensors, source.stored_names.values()) for source in sources)
         + 2 * count(written, language)
         + 3 * count(written, vision)
         + 2 * count(written, set(written) - {*language, *vision})

@@ -4,6 +4,7 @@ Every directory stands alone: it loads without any other, and its run record say
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -46,6 +47,8 @@ def write_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
     Raises:
         UserError: `output_dir` is a file, holds something and `overwrite` is off, or another process writes it.
     """
+    if output_dir.is_symlink():
+        output_dir = output_dir.resolve()  # to a larger disk; the link stays
     temporary = output_dir.with_name(f".{output_dir.name}.incomplete")
     replaced = output_dir.with_name(f".{output_dir.name}.replaced")
     if replaced.exists() and not output_dir.exists():
@@ -54,20 +57,23 @@ def write_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
     temporary.mkdir(parents=True, exist_ok=True)
     with _lock(temporary):
         _empty(temporary)
+        _remove(replaced)
         try:
             yield temporary
             set_file_modes(temporary)
             for path in (*sorted(temporary.rglob("*")), temporary):
                 _bring_to_disk(path)
-        except BaseException:
+            check_output_dir(output_dir, overwrite)  # again: it took a while
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"{temporary}: the disk is full. Free some, or choose another --output_dir.") from error
             raise
-        shutil.rmtree(replaced, ignore_errors=True)
         if output_dir.exists():
             output_dir.rename(replaced)
         temporary.rename(output_dir)
         _bring_to_disk(output_dir.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
 
 
 @contextlib.contextmanager
@@ -95,6 +101,15 @@ def _empty(directory: Path) -> None:
             path.unlink()
 
 
+def _remove(replaced: Path) -> None:
+    # Under another name first: half of a directory must not come back as the old result.
+    removed = replaced.with_suffix(".removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    if replaced.exists():
+        replaced.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+
 def _bring_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -105,6 +120,8 @@ def _bring_to_disk(path: Path) -> None:
 
 def check_output_dir(output_dir: Path, overwrite: bool) -> None:
     """Raise UserError unless something may be written to `output_dir`."""
+    if output_dir.name in ("", ".."):
+        raise UserError(f"{output_dir}: is no name for a new directory; give --output_dir one of its own")
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{output_dir}: is a file, expected a directory to write to")
     if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:

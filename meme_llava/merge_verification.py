@@ -16,9 +16,10 @@ from meme_llava.errors import UserError
 from meme_llava.merging import PEFT_PREFIX, TrainedWeights
 from meme_llava.model import LANGUAGE_MODEL, Processing, load_llava, load_processing, load_strictly, make_empty_model
 from meme_llava.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights
+from meme_llava.source_models import HEAD
 from meme_llava.tensor_reader import TensorReader, open_model_tensors
 from meme_llava.trainable import apply_trained_weights
-from meme_llava.weights import find_stored, to_memory_name
+from meme_llava.weights import find_stored, to_disk_name, to_memory_name
 
 # Merged and unmerged weights round differently; in float32 a model of any size stays far below.
 MAX_LOGIT_DIFFERENCE = 1e-4
@@ -109,8 +110,12 @@ def _count_read_bytes(base: TensorReader, stored: TensorReader, prompts: list[di
     """What the offloaded models read if every answer takes all its tokens; vision only where there is a picture."""
     total = 0
     for tensors, later_passes in ((base, OFFLOADED_NEW_TOKENS - 1), (base, 0), (stored, 0)):
-        whole = sum(tensor.nbytes for tensor in tensors.stored.values())
-        language = sum(tensor.nbytes for name, tensor in tensors.stored.items() if name.startswith(LANGUAGE_MODEL))
+        # A tied head is the embedding, read a second time.
+        head = 0 if to_disk_name(HEAD) in tensors else tensors.stored[find_stored(tensors, HEAD)].nbytes
+        whole = head + sum(tensor.nbytes for tensor in tensors.stored.values())
+        language = head + sum(
+            tensor.nbytes for name, tensor in tensors.stored.items() if name.startswith(LANGUAGE_MODEL)
+        )
         for prompt in prompts:
             total += (language if prompt["pixel_values"] is None else whole) + later_passes * language
     return total

@@ -34,6 +34,8 @@ UNMERGED_KINDS = (
     "alora_invocation_tokens",
     "arrow_config",
 )
+# Ways to start LoRA that change the base's weights, so the stored base is not what the adapter belongs to.
+BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq")
 COPIED_FILES = (
     "chat_template.jinja",
     "config.json",
@@ -136,7 +138,7 @@ class TrainedWeights:
         first, second = self.tensors.read(pair.first).float(), self.tensors.read(pair.second).float()
         rows, columns = base.stored[name].shape
         before, change = 0.0, 0.0  # squared norms
-        # Equal shares: a last piece of a single row would be multiplied by another routine, with other last bits.
+        # Equal shares: a last piece of up to three rows would be multiplied by another routine, with other last bits.
         count = max(1, math.ceil(rows * columns / PIECE_ELEMENTS))
         for index in range(count):
             start, stop = rows * index // count, rows * (index + 1) // count
@@ -233,6 +235,8 @@ def _check_lora_kind(config: PeftConfig, folder: Path) -> None:
     used = [name for name in UNMERGED_KINDS if getattr(config, name, None)]
     if config.bias != "none":
         used.append("bias")
+    if str(config.init_lora_weights).lower().startswith(BASE_CHANGING_STARTS):
+        used.append(f"init_lora_weights={config.init_lora_weights}")
     if used:
         raise UserError(
             f"{path}: uses {', '.join(used)}, which is not merged here; expected LoRA as train.py writes it"

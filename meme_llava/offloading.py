@@ -47,24 +47,13 @@ def offload_weights(model: nn.Module, read: Callable[[str], torch.Tensor]) -> nn
         model: parameters on the meta device; those that are real already (an adapter's) stay.
         read: gives a parameter by its name in `model`, in any float dtype.
     """
-    for prefix, module in _list_units(model):
-        names = [name for name, parameter in module.named_parameters() if parameter.is_meta]
-        names = [name for name in names if "." not in name or isinstance(module, nn.MultiheadAttention)]
+    for prefix, module in model.named_modules():
+        # Attention of torch's own never calls its output projection; it uses the weights itself.
+        is_whole = isinstance(module, nn.MultiheadAttention)
+        names = [name for name, parameter in module.named_parameters(recurse=is_whole) if parameter.is_meta]
         if names:
-            _Offload(module, prefix, names, read)
+            _Offload(module, f"{prefix}." if prefix else "", names, read)
     return model
-
-
-def _list_units(model: nn.Module):
-    """(name prefix, module) of every module that is called as one."""
-    inside = []
-    for name, module in model.named_modules():
-        if any(name.startswith(outer) for outer in inside):
-            continue
-        if isinstance(module, nn.MultiheadAttention):
-            # Its output projection is never called; its weights are used by the module itself.
-            inside.append(f"{name}.")
-        yield f"{name}." if name else "", module
 
 
 class _Offload:

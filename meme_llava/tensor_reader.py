@@ -157,7 +157,10 @@ class TensorReader:
         position = stored.offset + start * stored.dtype.itemsize
         done = 0
         while done < len(buffer):
-            got = os.preadv(self._descriptors[stored.path], [buffer[done:]], position + done)
+            try:
+                got = os.preadv(self._descriptors[stored.path], [buffer[done:]], position + done)
+            except OSError as error:  # said here, or the file that is being written would get the blame
+                raise UserError(f"{stored.path}: cannot be read ({error.strerror})") from error
             if not got:
                 raise UserError(
                     f"{stored.path}: ended at byte {position + done} while it was read; is it being written?"
@@ -187,11 +190,11 @@ def _open_indexed(index: Path) -> TensorReader:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index}: is no index of weights ({type(error).__name__}: {error}). {DAMAGED}") from error
     for shard in shards:
-        if Path(shard).name != shard:
-            raise UserError(f"{index}: names shard {shard!r}, expected a file name without folders")
+        if not isinstance(shard, str) or Path(shard).name != shard or len(os.fsencode(shard)) > 255:
+            raise UserError(f"{index}: names shard {repr(shard)[:80]}, expected a file name without folders")
         if not (index.parent / shard).is_file():
             raise UserError(f"{index}: names shard {shard}, which is not in the folder; download it again")
     reader = TensorReader(index.parent / shard for shard in shards)
@@ -211,6 +214,14 @@ def _list_safetensors(path: Path) -> dict[str, StoredTensor]:
                 raise UserError(f"{path}: is no safetensors file or an interrupted one ({size:,} bytes). {DAMAGED}")
             header = json.loads(file.read(length))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        for name, entry in entries.items():
+            numbers = [*entry["shape"], *entry["data_offsets"]]
+            # type(), as True is an int to isinstance.
+            if not all(type(number) is int and number >= 0 for number in numbers):
+                raise UserError(
+                    f"{path}: {name} has shape {entry['shape']} and bytes {entry['data_offsets']}, expected whole "
+                    f"numbers. {DAMAGED}"
+                )
         spans = sorted((*entry["data_offsets"], name) for name, entry in entries.items())
         tensors = {
             name: StoredTensor(
@@ -248,11 +259,16 @@ def _find_dtype(path: Path, name: str, entry: dict) -> torch.dtype:
 def _list_pickled(path: Path) -> dict[str, StoredTensor]:
     # Fake tensors know where their bytes lie in the file, so none is read or mapped until it is its turn.
     try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    try:
         with FakeTensorMode():
             content = torch.load(path, map_location="cpu", weights_only=True)
         offsets = {name: tensor.untyped_storage()._checkpoint_offset for name, tensor in content.items()}
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        for name, offset in offsets.items():
+            if not isinstance(name, str) or offset is None or content[name].is_neg() or content[name].is_conj():
+                raise ValueError(f"{name} has no bytes of its own")
     except Exception as error:  # pickle, zip and torch raise a dozen kinds for damaged, old and hostile files
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(
