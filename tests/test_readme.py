@@ -33,7 +33,17 @@ PLAIN_SCRIPTS = {
     "merge_lora.py": MergeArguments,
     "infer.py": InferArguments,
 }
-FOREIGN_FLAGS = {"--help", "--logdir"}
+BENCHMARKS = ("benchmarks/full_size.py", "benchmarks/older_reader.py")
+# Flags of tensorboard, transformers serve and vllm serve.
+FOREIGN_FLAGS = {
+    "--help",
+    "--logdir",
+    "--host",
+    "--port",
+    "--chat-template-kwargs",
+    "--chat-template-content-format",
+    "--max-model-len",
+}
 HUB_IDS = {"Qwen/Qwen2-7B-Instruct", "OFA-Sys/chinese-clip-vit-large-patch14-336px"}
 # Headings of the tables of messages, and messages in them that other programs print.
 TROUBLESHOOTING = {"README.md": "## Troubleshooting", "README.zh-CN.md": "## 常见问题"}
@@ -68,8 +78,10 @@ def list_flags(document: str) -> set[str]:
 
 def list_known_flags() -> set[str]:
     classes = [TrainArguments, *PLAIN_SCRIPTS.values()]
-    flags = {f"--{field.name}" for arguments in classes for field in dataclasses.fields(arguments)}
-    return flags | set(re.findall(r'"(--\w+)",', read(DRAW_MEMES)))
+    fields = [field for arguments in classes for field in dataclasses.fields(arguments)]
+    flags = {f"--{field.name}" for field in fields}
+    flags |= {f"--no_{field.name}" for field in fields if field.default is True}
+    return flags | {flag for script in (DRAW_MEMES, *BENCHMARKS) for flag in re.findall(r'"(--\w+)",', read(script))}
 
 
 def read_run_sh_variables() -> dict[str, tuple[str, str | None]]:
@@ -96,21 +108,24 @@ def parse_command(words: list[str]) -> None:
     if script == "train.py":
         parse_train_arguments(flags, "")
     elif script == DRAW_MEMES:
-        load_draw_memes().parse_arguments(flags)
+        load_script(DRAW_MEMES).parse_arguments(flags)
+    elif script in BENCHMARKS:
+        load_script(script).parse_arguments(flags)
     else:
         parse_arguments(PLAIN_SCRIPTS[script], flags, "")
 
 
-def load_draw_memes():
-    spec = importlib.util.spec_from_file_location("draw_memes_of_readme_test", ROOT / DRAW_MEMES)
+def load_script(script: str):
+    spec = importlib.util.spec_from_file_location(f"{Path(script).stem}_of_readme_test", ROOT / script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(autouse=True)
-def find_meme_characters(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "data"))
+def find_modules_beside_scripts(monkeypatch):
+    for folder in ("data", "benchmarks"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
 
 
 @pytest.fixture
@@ -196,6 +211,12 @@ def test_other_commands_are_known():
         "bash tests/run.sh",
         "source .venv/bin/activate",
         "tensorboard --logdir output/train/tensorboard",
+        # tests/test_serve.py starts the same server with the same flags.
+        "pip install 'openai>=3.54,<4' 'fastapi>=0.165,<1' 'uvicorn>=0.54,<1'",
+        "transformers serve output/merged --host 127.0.0.1 --port 8000 --device cpu --dtype float32 "
+        "--chat-template-kwargs '{\"sanitize_control_tokens\": true}'",
+        "vllm serve output/served --host 127.0.0.1 --port 8000 --dtype bfloat16 --max-model-len 4096 "
+        "--chat-template-content-format openai",
     }
     assert (ROOT / "tests" / "run.sh").is_file()
 
