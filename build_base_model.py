@@ -9,7 +9,14 @@ import torch
 from meme_llava.arguments import BuildArguments, parse_arguments, to_plain
 from meme_llava.assembly import open_parts, write_llava
 from meme_llava.assembly_verification import verify_assembled
-from meme_llava.checkpoint import RUN_RECORD, check_output_dir, describe_environment, write_directory, write_json
+from meme_llava.checkpoint import (
+    RUN_RECORD,
+    check_apart,
+    check_output_dir,
+    describe_environment,
+    write_directory,
+    write_json,
+)
 from meme_llava.display import print_table, show_bytes
 from meme_llava.errors import stop_on_user_error
 from meme_llava.sources import resolve_model_folder
@@ -23,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     language_folder = resolve_model_folder(arguments.language_model)
     vision_folder = resolve_model_folder(arguments.vision_model)
 
+    check_apart(arguments.output_dir, {"language model": language_folder, "vision tower": vision_folder})
     dtype = None if arguments.dtype == "source" else getattr(torch, arguments.dtype)
 
     with (
@@ -42,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
 
     if checks:
         print_table("Proved on the written directory", ("check", "finding"), checks)
+    else:
+        print("not compared with its sources (--no_verify)")
     print(f"base model: {arguments.output_dir}")
 
 

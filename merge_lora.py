@@ -10,6 +10,7 @@ import torch
 from meme_llava.arguments import MergeArguments, parse_arguments, to_plain
 from meme_llava.checkpoint import (
     RUN_RECORD,
+    check_apart,
     check_output_dir,
     describe_environment,
     find_base,
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(MergeArguments, argv, description=__doc__)
     check_output_dir(arguments.output_dir, arguments.overwrite)
     base_folder = find_base(arguments.adapter, arguments.base_model)
+    check_apart(arguments.output_dir, {"adapter": arguments.adapter, "base model": base_folder})
     training = read_run_record(arguments.adapter)
     if arguments.export == "clip":
         check_exportable(base_folder)
@@ -57,9 +59,12 @@ def main(argv: list[str] | None = None) -> None:
         }
         write_json(folder / RUN_RECORD, record)
 
-    print_table("Merged", ("", "value"), [(name, str(value)) for name, value in summary.items()])
+    rows = {**summary, "fingerprint": record["fingerprint"]}
+    print_table("Merged", ("", "value"), [(name, str(value)) for name, value in rows.items()])
     if checks:
         print_table("Compared with base + adapter", ("check", "finding"), checks)
+    else:
+        print("not compared with base + adapter (--no_verify)")
     print(f"standalone model: {arguments.output_dir}")
 
 

@@ -140,7 +140,7 @@ run_stage() {
     # How many GPUs made a result does not matter to it, so launcher, device batch and engine stay out of the note.
     # A missing input is reported by the stage itself.
     wanted=$(printf '%q ' "$@" | sed -E 's/ --(device_batch_size|deepspeed) [^ ]*//g; s/ $//' && echo && { xargs -r -d '\n' cksum <<<"$inputs" 2>/dev/null || true; })
-    if [[ ! -f "$note" ]]; then
+    if [[ ! -f "$note" || ! -f $directory/run_record.json ]]; then
         mkdir -p "$(dirname "$directory")"
         "${launcher[@]}" "$@" "${resume[@]}"
         # train.py --help and the like end well without a result.

@@ -289,7 +289,12 @@ def _parse_one(action: argparse.Action, words: list[str]) -> argparse.Namespace:
 
 
 def _make_parser(arguments_class: type, description: str) -> _Parser:
-    return _Parser(arguments_class, description=description, allow_abbrev=False)
+    parser = _Parser(arguments_class, description=description, allow_abbrev=False)
+    for action in parser._actions:
+        if action.option_strings and action.option_strings[0].startswith("--no_"):
+            # Its twin's help would say the opposite of what it does.
+            action.help = f"do not: {action.help}"
+    return parser
 
 
 def _check(arguments, name: str, passed: bool, expected: str) -> None:

@@ -6,6 +6,7 @@ Modules in memory are named as transformers 5 names them: `model.vision_tower.*`
 """
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -74,10 +75,15 @@ class Rounding:
         if self.overflow:
             name, count = self.overflow.most_common(1)[0]
             dtype, limit = str(self.dtype).removeprefix("torch."), torch.finfo(self.dtype).max
+            example = self._examples[name]
+            advice = (
+                "Train with a lower learning rate, or store it with --dtype bfloat16."
+                if math.isfinite(example)
+                else "What it is made of is damaged or diverged in training; make or download that again."
+            )
             raise UserError(
                 f"{sum(self.overflow.values())} values in {len(self.overflow)} tensors are not finite in {dtype}, "
-                f"which holds up to {limit:.6g}: {name} has {count}, such as {self._examples[name]:g}. Train with a "
-                "lower learning rate, or store it with --dtype bfloat16."
+                f"which holds up to {limit:.6g}: {name} has {count}, such as {example:g}. {advice}"
             )
 
 

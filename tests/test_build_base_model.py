@@ -394,7 +394,11 @@ def test_non_empty_output_is_kept_unless_told(world, tmp_path, capsys):
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     error = run_and_read_error(capsys, world.language_model, world.vision_tower, tmp_path / "out")
     assert "is not empty" in error and "--overwrite" in error
+    # A folder that we did not write may hold anything.
+    error = run_and_read_error(capsys, world.language_model, world.vision_tower, tmp_path / "out", "--overwrite")
+    assert "has no run_record.json, so it is no output of ours and --overwrite leaves it alone" in error
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "out" / "run_record.json").write_text("{}")
     build(world.language_model, world.vision_tower, tmp_path / "out", "--overwrite")
     assert {path.name for path in (tmp_path / "out").iterdir()} == BASE_FILES
 

@@ -226,7 +226,11 @@ def test_a_dropped_lora_pair_is_noticed(trained, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(7e4, "has 1, such as 70000"), (float("nan"), "has 1, such as nan"), (-float("inf"), "has 1, such as -inf")],
+    [
+        (7e4, "has 1, such as 70000. Train with a lower"),
+        (float("nan"), "has 1, such as nan"),
+        (-float("inf"), "has 1, such as -inf"),
+    ],
 )
 def test_a_value_that_float16_cannot_hold_names_its_tensor(trained, tmp_path, capsys, value, message):
     def set_value(tensors):
@@ -252,6 +256,19 @@ def test_special_lora_is_refused_by_name(trained, tmp_path, capsys, name, value,
     config[name] = value
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     assert message in fail(capsys, "--adapter", adapter, "--output_dir", tmp_path / "out")
+
+
+def test_an_output_never_replaces_its_inputs(world, trained, tmp_path, capsys):
+    """--overwrite deletes what it replaces, so adapter and base are out of its reach."""
+    adapter, base = copy_adapter(trained, tmp_path), tmp_path / "base"
+    shutil.copytree(world.base, base)
+    flags = ("--adapter", adapter, "--base_model", base, "--overwrite", "--output_dir")
+    assert f"is, holds or lies in the adapter {adapter}" in fail(capsys, *flags, adapter)
+    assert f"is, holds or lies in the adapter {adapter}" in fail(capsys, *flags, adapter / "merged")
+    assert f"is, holds or lies in the base model {base}" in fail(capsys, *flags, base)
+    (tmp_path / "run_record.json").write_text("{}")
+    assert "is, holds or lies in the adapter" in fail(capsys, *flags, tmp_path)
+    assert (adapter / "adapter_model.safetensors").is_file() and (base / "model.safetensors").is_file()
 
 
 def test_wrong_folders_stop_with_a_sentence(world, trained, merged, tmp_path, capsys):

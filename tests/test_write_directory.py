@@ -21,8 +21,14 @@ from meme_llava import tensor_writer
 from meme_llava.checkpoint import write_directory
 from meme_llava.errors import UserError
 
-OLD = {"old.txt": b"old", "part/one.txt": b"1", "part/two.txt": b"2", "weights.safetensors": b"old weights"}
-NEW = {"new.txt": b"new", "sub/deep.txt": b"deep"}
+OLD = {
+    "run_record.json": b"{}",
+    "old.txt": b"old",
+    "part/one.txt": b"1",
+    "part/two.txt": b"2",
+    "weights.safetensors": b"old weights",
+}
+NEW = {"run_record.json": b"[]", "new.txt": b"new", "sub/deep.txt": b"deep"}
 
 
 def fill(folder, files):
@@ -245,12 +251,12 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
     ("point", "state"),
     [
         ((os, "fsync", 1), OLD),
-        ((os, "fsync", 4), OLD),
+        ((os, "fsync", 5), OLD),
         ((Path, "rename", 1), OLD),
         ((Path, "rename", 1, True), None),
         ((Path, "rename", 2), None),
         ((Path, "rename", 2, True), NEW),
-        ((os, "fsync", 5), NEW),
+        ((os, "fsync", 6), NEW),
         ((os, "unlink", 1), NEW),
         ((os, "unlink", 3), NEW),
         ((os, "rmdir", 1, True), NEW),
@@ -258,7 +264,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
     ids=name_point,
 )
 def test_whole_after_a_kill_at_any_step(tmp_path, point, state):
-    """Four syncs (two files, a folder, the directory), two renames, the parent's sync, the removal of the old one."""
+    """Five syncs (three files, a folder, the directory), two renames, the parent's sync, the removal of the old one."""
     out = tmp_path / "out"
     fill(out, OLD)
     run_until_killed(point, write_new, out, True)
