@@ -428,6 +428,9 @@ def test_build_and_merge_parse_their_settings():
         "vision_model": "modelscope:c/d",
         "output_dir": "o",
         "seed": 0,
+        "dtype": "source",
+        "max_shard_size": "5GB",
+        "verify": True,
         "overwrite": False,
     }
     merge = parse_arguments(MergeArguments, ["--adapter", "a", "--output_dir", "o", "--overwrite"], "Merge.")
@@ -436,7 +439,12 @@ def test_build_and_merge_parse_their_settings():
         "output_dir": "o",
         "dtype": "float16",
         "base_model": None,
+        "export": "none",
+        "max_shard_size": "5GB",
+        "verify": True,
         "overwrite": True,
     }
     with pytest.raises(UserError, match=r"unknown setting --adaptor \(did you mean --adapter\?\)"):
         parse_arguments(MergeArguments, ["--adapter", "a", "--output_dir", "o", "--adaptor", "a"], "Merge.")
+    plain = parse_arguments(MergeArguments, ["--adapter", "a", "--output_dir", "o", "--no_verify"], "Merge.")
+    assert plain.verify is False
