@@ -222,6 +222,17 @@ def test_finished_stages_are_not_done_again(chain):
     assert (output / "train" / "adapter_model.safetensors").stat().st_mtime_ns == written
 
 
+def test_a_result_that_is_gone_is_made_again(chain, tmp_path):
+    """The note beside it is no result."""
+    output, variables, _ = chain
+    (output / "merged").rename(tmp_path / "merged")
+    result = run("merge", **variables)
+    assert result.returncode == 0, result.stderr
+    assert f"finished already: {output}/merged" not in result.stdout
+    again, before = ((folder / "merged" / "model.safetensors").read_bytes() for folder in (output, tmp_path))
+    assert again == before
+
+
 def test_another_number_of_gpus_asks_for_no_new_result(chain):
     """GPUS and DEVICE_BATCH change how a step is computed, not what it computes."""
     _, variables, _ = chain
