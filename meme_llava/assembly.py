@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGener
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from meme_llava.checkpoint import write_json
 from meme_llava.conversation import IMAGE_PLACEHOLDER, TURN_END, TURN_START, make_chat_template
 from meme_llava.model import count_image_tokens, has_class_token, quiet_transformers
 from meme_llava.source_models import EMBEDDING, HEAD, Source, open_language_model, open_vision_tower
@@ -244,7 +245,7 @@ def _write_for_transformers_4(folder: Path) -> None:
         config["text_config"]["rope_theta"] = rope.pop("rope_theta")
         if rope.get("rope_type", "default") != "default":
             config["text_config"]["rope_scaling"] = rope
-    config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(config_file, config)
 
     tokenizer = json.loads(tokenizer_file.read_text(encoding="utf-8"))
     if isinstance(tokenizer.get("extra_special_tokens"), list):
@@ -254,4 +255,4 @@ def _write_for_transformers_4(folder: Path) -> None:
         # The class' name in 4.x; there it returns token_type_ids, which no LLaVA takes, unless told otherwise.
         tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
         tokenizer["model_input_names"] = ["input_ids", "attention_mask"]
-    tokenizer_file.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(tokenizer_file, tokenizer)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoImageProcessor, ChineseCLIPVisionModel, CLIPVisionModel, LlavaConfig
 
+from meme_llava.checkpoint import write_json
 from meme_llava.errors import UserError
 from meme_llava.images import open_image, to_pixel_values
 from meme_llava.model import load_processing, make_empty_model, quiet_transformers
@@ -36,7 +37,7 @@ def export_clip_tower(folder: Path) -> None:
     """Name the Chinese-CLIP tower of a merged model as the CLIP tower it is. Tensors and processor stay as they are."""
     config = _read_config(folder)
     config["vision_config"]["model_type"] = CLIP
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config)
 
 
 @torch.inference_mode()

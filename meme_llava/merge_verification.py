@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
@@ -18,7 +17,7 @@ from meme_llava.model import LANGUAGE_MODEL, Processing, load_llava, load_proces
 from meme_llava.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights
 from meme_llava.source_models import HEAD
 from meme_llava.tensor_reader import TensorReader, open_model_tensors
-from meme_llava.trainable import apply_trained_weights
+from meme_llava.trainable import add_adapter, apply_trained_weights
 from meme_llava.weights import find_stored, to_disk_name, to_memory_name
 
 # Merged and unmerged weights round differently; in float32 a model of any size stays below, measured in units of its
@@ -171,9 +170,7 @@ def _offload_models(
 def _add_adapter(model: nn.Module, adapter: Path) -> nn.Module:
     if not (adapter / ADAPTER_CONFIG).is_file():
         return model
-    config = PeftConfig.from_pretrained(adapter)
-    config.base_model_name_or_path = None
-    return get_peft_model(model, config, autocast_adapter_dtype=False).eval()
+    return add_adapter(model, adapter).eval()
 
 
 def _read_unmerged(trained: TrainedWeights, base: TensorReader, name: str) -> torch.Tensor:

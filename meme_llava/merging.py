@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 
-from meme_llava.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS, read_run_record
+from meme_llava.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS, read_run_record, write_json
 from meme_llava.errors import UserError
 from meme_llava.model import PROJECTOR
 from meme_llava.tensor_reader import WEIGHTS, WEIGHTS_INDEX, TensorReader, open_model_tensors
@@ -269,4 +269,4 @@ def _set_config_dtype(config_file: Path, dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     for part in (config, config["text_config"], config["vision_config"]):
         part["dtype"] = name
-    config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(config_file, config)

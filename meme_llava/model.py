@@ -142,6 +142,12 @@ def make_empty_model(model_class, config, dtype: torch.dtype = torch.float32) ->
         return model(config, dtype=dtype).eval()
 
 
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in the place of the one of that name."""
+    *path, leaf = name.split(".")
+    setattr(module.get_submodule(".".join(path)), leaf, parameter)
+
+
 def load_llava(folder: Path, dtype: torch.dtype) -> LlavaForConditionalGeneration:
     """Load a LLaVA that build_base_model.py or merge_lora.py wrote, in `dtype`, on the CPU.
 
@@ -168,8 +174,7 @@ def load_llava(folder: Path, dtype: torch.dtype) -> LlavaForConditionalGeneratio
             if stored.shape != tuple(outline.shape):
                 raise UserError(f"{stored.path}: {name} is {stored.shape}, config.json asks for {tuple(outline.shape)}")
             weight = nn.Parameter(tensors.read_as(stored_names[name], dtype), requires_grad=False)
-            *path, leaf = name.split(".")
-            setattr(model.get_submodule(".".join(path)), leaf, weight)
+            set_parameter(model, name, weight)
     model.tie_weights()
     return model
 

@@ -10,6 +10,7 @@ import psutil
 import torch
 from torch import nn
 
+from meme_llava.model import set_parameter
 from meme_llava.tensor_reader import TensorReader
 
 # How a comparison says where its models ran.
@@ -71,14 +72,9 @@ class _Offload:
             expected = self._empty[name]
             if weight.shape != expected.shape:
                 raise RuntimeError(f"{self._prefix + name}: {tuple(weight.shape)}, expected {tuple(expected.shape)}")
-            _set_parameter(module, name, nn.Parameter(weight.to(expected.dtype), requires_grad=False))
+            set_parameter(module, name, nn.Parameter(weight.to(expected.dtype), requires_grad=False))
         return arguments
 
     def _drop(self, module: nn.Module, arguments: tuple, output) -> None:
         for name in self._names:
-            _set_parameter(module, name, self._empty[name])
-
-
-def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    *path, leaf = name.split(".")
-    setattr(module.get_submodule(".".join(path)), leaf, parameter)
+            set_parameter(module, name, self._empty[name])

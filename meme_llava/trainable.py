@@ -187,13 +187,18 @@ def apply_trained_weights(model: nn.Module, folder: Path) -> nn.Module:
     if not (folder / ADAPTER_CONFIG).is_file():
         load_trained_weights(model, folder)
         return model
-    # The adapter learned as float32; in the model's own dtype a forward pass needs no autocast.
+    model = add_adapter(model, folder)
+    load_trained_weights(model, folder)
+    return model
+
+
+def add_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """Base model → base with the modules of the adapter in `folder`, its weights not yet loaded."""
     config = PeftConfig.from_pretrained(folder)
     # The run record knows the base and its fingerprint; peft would only warn that the folder's name changed.
     config.base_model_name_or_path = None
-    model = get_peft_model(model, config, autocast_adapter_dtype=False)
-    load_trained_weights(model, folder)
-    return model
+    # The adapter learned as float32; in the model's own dtype a forward pass needs no autocast.
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
 def _to_pattern(names: list[str]) -> str:
