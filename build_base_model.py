@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     dtype = None if arguments.dtype == "source" else getattr(torch, arguments.dtype)
 
     with (
-        open_parts(language_folder, vision_folder) as parts,
+        open_parts(language_folder, vision_folder, arguments.image_policy) as parts,
         write_directory(arguments.output_dir, arguments.overwrite) as folder,
     ):
         write_llava(parts, folder, arguments.seed, dtype, arguments.max_shard_size, show_bytes)

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     wrong = []
     for question in questions:
         try:
-            image = open_image(question.image)
+            image = open_image(question.image, answerer.processing.image_policy)
         except ValueError as error:
             # One bad file of many must not cost the answers about the others.
             unreadable += 1

@@ -15,6 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 # --- models and data ---
 LANGUAGE_MODEL=${LANGUAGE_MODEL:-tiny}    # folder, hub id, modelscope:ORG/MODEL; tiny = made on the spot. real run: Qwen/Qwen2-7B-Instruct
 VISION_MODEL=${VISION_MODEL:-tiny}        # likewise. real run: OFA-Sys/chinese-clip-vit-large-patch14-336px
+IMAGE_POLICY=${IMAGE_POLICY:-squash}      # how pictures become square: squash | pad | crop (cuts words off wide memes). real run: squash
 ANNOTATIONS=${ANNOTATIONS:-data/annotations.json}    # .json or .jsonl, format in data/README.md
 IMAGE_FOLDER=${IMAGE_FOLDER:-data}        # the records' image paths start here
 OUTPUT_DIR=${OUTPUT_DIR:-output}          # gets train and merged; another one for every recipe that you compare
@@ -187,7 +188,7 @@ if [[ " ${train_flags[*]} " =~ " --"(show[_-]batch|help)" " ]]; then
     execute python "${train_command[@]}"
     exit
 fi
-if [[ $DRY_RUN == 0 && " ${stages[*]} " == *" build "* && " ${stages[*]} " == *" train "* && ! -f $train_dir.command ]]; then
+if [[ $DRY_RUN == 0 && " ${stages[*]} " == *" train "* && ! -f $train_dir.command ]]; then
     python -m meme_llava.precheck "${train_command[@]:1}"
 fi
 
@@ -201,7 +202,7 @@ language_model=$LANGUAGE_MODEL vision_model=$VISION_MODEL
 base_inputs=
 [[ $LANGUAGE_MODEL != tiny && $VISION_MODEL != tiny ]] || base_inputs=$tiny_dir/run_record.json
 run_stage build "$base_dir" "$base_inputs" python build_base_model.py --language_model "$language_model" \
-    --vision_model "$vision_model" --output_dir "$base_dir"
+    --vision_model "$vision_model" --image_policy "$IMAGE_POLICY" --output_dir "$base_dir"
 
 # --- train ---
 # An interrupted run goes on from its newest checkpoint; train.py refuses if settings changed in between.

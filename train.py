@@ -11,10 +11,12 @@ from torch.utils.data import DataLoader
 from meme_llava.arguments import parse_train_arguments
 from meme_llava.collator import PaddingCollator
 from meme_llava.curves import draw_training_curves
+from meme_llava.data_check import write_quarantine
 from meme_llava.dataset import ShuffledEpochs, load_dataset
-from meme_llava.display import print_batch
+from meme_llava.display import print_batch, print_findings
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.model import load_llava, load_processing
+from meme_llava.pictures import PictureCache, find_default_cache
 from meme_llava.run import (
     TrainingRun,
     choose_checkpoint,
@@ -23,7 +25,6 @@ from meme_llava.run import (
     is_finished,
     is_main_process,
     print_run,
-    write_quarantine,
 )
 from meme_llava.trainable import plan_parameter_groups, prepare_trainable
 from meme_llava.trainer import (
@@ -50,6 +51,9 @@ def main(argv: list[str] | None = None) -> None:
         processing.image_policy,
         arguments.model_max_length,
         arguments.bad_records,
+        arguments.severities,
+        arguments.max_pixels,
+        PictureCache(find_default_cache(), read_only=True),
     )
     collator = PaddingCollator(
         processing.tokenizer.pad_token_id,
@@ -78,12 +82,17 @@ def main(argv: list[str] | None = None) -> None:
     run.parameter_groups = [group.describe() for group in groups]
     if is_main_process():
         print_run(run)
-        write_quarantine(arguments.output_dir, data.problems)
+        print_findings(data.checked)
+        if path := write_quarantine(arguments.output_dir, data.checked):
+            print(f"{len(data.checked.bad)} bad records are left out; they are listed in {path}")
+        if data.checked.undecoded:
+            print(f"{data.checked.undecoded} pictures were never decoded whole; data/check.py does that before a run")
 
     trainer = MemeTrainer(
         groups=groups,
         epochs_per_step=arguments.global_batch_size / len(data.dataset),
         save_companions=run.make_companion_writer(processing),
+        quarantined_records=len(data.checked.bad),
         model=model,
         args=training_arguments,
         train_dataset=examples,

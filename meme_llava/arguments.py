@@ -19,6 +19,8 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser
 
 from meme_llava.errors import UserError
+from meme_llava.findings import Severities
+from meme_llava.images import MAX_PIXELS, Resize
 from meme_llava.tensor_writer import DEFAULT_SHARD_SIZE
 
 RECIPE_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "train"
@@ -39,6 +41,10 @@ class BuildArguments:
         metadata=describe("Chinese-CLIP, CLIP or SigLIP: folder, hub id, or modelscope:ORG/MODEL")
     )
     output_dir: Path = field(metadata=describe("where the assembled LLaVA goes"))
+    image_policy: Resize = field(
+        default="squash",
+        metadata=describe("how pictures become square: squash the whole, pad it, or crop it (cuts words off)"),
+    )
     seed: int = field(default=0, metadata=describe("draws the fresh multi_modal_projector"))
     dtype: Literal["source", "float16", "bfloat16", "float32"] = field(
         default="source", metadata=describe("source: every part keeps the dtype of its files")
@@ -84,8 +90,15 @@ class TrainArguments:
     max_grad_norm: float = field(default=1.0, metadata=describe("gradients are clipped to this norm"))
     max_steps: int | None = field(default=None, metadata=describe("optimizer steps, in place of num_train_epochs"))
     bad_records: Literal["error", "quarantine"] = field(
-        default="error", metadata=describe("unusable records stop the run, or go to quarantine.jsonl and are counted")
+        default="error", metadata=describe("bad records stop the run, or go to quarantine.jsonl and are counted")
     )
+    allow: list[str] = field(
+        default_factory=list, metadata=describe("kinds of findings that make no record bad, such as duplicate_id")
+    )
+    refuse: list[str] = field(
+        default_factory=list, metadata=describe("kinds that make a record bad though they need not, such as cut_answer")
+    )
+    max_pixels: int = field(default=MAX_PIXELS, metadata=describe("pictures with more pixels are not decoded"))
     seed: int = field(default=42, metadata=describe("order of the records, LoRA start values, dropout"))
     precision: Literal["auto", "bf16", "fp32"] = field(
         default="auto", metadata=describe("auto: bf16 on a GPU that has it, fp32 on a CPU")
@@ -120,8 +133,16 @@ class TrainArguments:
             _check(self, name, getattr(self, name) >= 0, "0 or more")
         _check(self, "warmup_ratio", 0 <= self.warmup_ratio < 1, "between 0 and 1")
         _check(self, "lora_dropout", 0 <= self.lora_dropout < 1, "between 0 and 1")
+        _check(self, "max_pixels", self.max_pixels > 0, "at least 1")
         _check(self, "max_steps", self.max_steps is None or self.max_steps > 0, "at least 1")
         _check(self, "warmup_steps", self.warmup_steps is None or self.warmup_steps >= 0, "0 or more")
+
+        Severities(tuple(self.allow), tuple(self.refuse))  # stops at a kind that does not exist
+
+    @property
+    def severities(self) -> Severities:
+        """Which findings keep a record from training."""
+        return Severities(tuple(self.allow), tuple(self.refuse))
 
     @property
     def uses_lora(self) -> bool:

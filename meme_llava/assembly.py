@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from meme_llava.checkpoint import write_json
 from meme_llava.conversation import IMAGE_PLACEHOLDER, TURN_END, TURN_START, make_chat_template
+from meme_llava.images import Resize
 from meme_llava.model import count_image_tokens, has_class_token, quiet_transformers
 from meme_llava.source_models import EMBEDDING, HEAD, Source, open_language_model, open_vision_tower
 from meme_llava.tensor_writer import PlannedTensor, count_bytes, write_tensors
@@ -35,7 +37,7 @@ class Parts:
     vision_tower: Source
     tokenizer: object
     config: LlavaConfig
-    image_processor: CLIPImageProcessorPil
+    image_processor: CLIPImageProcessorPil | LlavaImageProcessorPil
     # Embedding rows of control tokens that the language model lacked: row of the new token: row that it copies.
     copied_rows: dict[int, int] = field(default_factory=dict)
 
@@ -47,7 +49,7 @@ class Parts:
         self.vision_tower.tensors.__exit__(*error)
 
 
-def open_parts(language_folder: Path, vision_folder: Path) -> Parts:
+def open_parts(language_folder: Path, vision_folder: Path, resize: Resize) -> Parts:
     """Open both sources, add the control tokens, and describe the model they make."""
     vision_tower = open_vision_tower(vision_folder)
     language_model, tokenizer = open_language_model(language_folder)
@@ -71,7 +73,7 @@ def open_parts(language_folder: Path, vision_folder: Path) -> Parts:
     config.eos_token_id = config.text_config.eos_token_id = tokenizer.eos_token_id
     config.image_seq_length = count_image_tokens(config)
     config.architectures = [LlavaForConditionalGeneration.__name__]
-    image_processor = _make_image_processor(vision_folder, vision_config)
+    image_processor = _make_image_processor(vision_folder, vision_config, resize)
     return Parts(language_model, vision_tower, tokenizer, config, image_processor, copied_rows)
 
 
@@ -197,18 +199,25 @@ def make_processor(parts: Parts) -> LlavaProcessor:
     )
 
 
-def _make_image_processor(vision_folder: Path, vision_config) -> CLIPImageProcessorPil:
+def _make_image_processor(
+    vision_folder: Path, vision_config, resize: Resize
+) -> CLIPImageProcessorPil | LlavaImageProcessorPil:
+    """The transformers class that does what `images.ImagePolicy` does; the folder's own class may cut words off."""
     path = vision_folder / "preprocessor_config.json"
     source = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     mean, std = CLIP_NORMALISATION if has_class_token(vision_config) else SIGLIP_NORMALISATION
-    square = {"height": vision_config.image_size, "width": vision_config.image_size}
-    return CLIPImageProcessorPil(
-        size=square,
+    side = vision_config.image_size
+    square = {"height": side, "width": side}
+    crops, pads = resize == "crop", resize == "pad"
+    make_processor = LlavaImageProcessorPil if pads else CLIPImageProcessorPil
+    return make_processor(
+        size={"shortest_edge": side} if crops else square,
         crop_size=square,
-        do_center_crop=False,
+        do_center_crop=crops,
         image_mean=source.get("image_mean", mean),
         image_std=source.get("image_std", std),
         resample=source.get("resample", Image.Resampling.BICUBIC),
+        **({"do_pad": True} if pads else {}),
     )
 
 

@@ -16,6 +16,7 @@ TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 # What Qwen2-Instruct was trained with when a conversation brings no system turn.
 DEFAULT_SYSTEM = "You are a helpful assistant."
+CONTROL_TOKENS = (TURN_START, TURN_END, "<|endoftext|>", IMAGE_PLACEHOLDER)  # of every model that we build
 IGNORED_LABEL = -100
 
 # The same format for programs that use the saved directory through `apply_chat_template`; a test holds both together.
@@ -70,6 +71,7 @@ class ConversationEncoder:
         self.turn_start_id = find_token_id(tokenizer, TURN_START, source)
         self.turn_end_id = find_token_id(tokenizer, TURN_END, source)
         self.image_token_id = find_token_id(tokenizer, IMAGE_PLACEHOLDER, source)
+        self.control_tokens = tuple(sorted(tokenizer.get_added_vocab()))
         self._text_tokenizer = _without_added_tokens(tokenizer, source)
         self._newline_ids = self.encode_text("\n")
         self._prefix_ids = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []

@@ -1,13 +1,9 @@
-"""Knows what may stand in the annotation file, and what happens to a record that cannot be trained on.
+"""Knows the records that train as a data set: token ids and pixels, in the order of training.
 
-Nothing is dropped or replaced silently: every unusable record is listed with its place and reason before training.
-(A picture whose header is sound but whose body is damaged stops the run when it is reached, and is named then.)
 Knows nothing about batches or models.
 """
 
 import hashlib
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,144 +11,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from meme_llava.conversation import IMAGE_PLACEHOLDER, ConversationEncoder, Turn
+from meme_llava.conversation import ConversationEncoder
+from meme_llava.data_check import CheckedData, CheckedRecord, check_data, stop_on_bad_records
 from meme_llava.errors import UserError
-from meme_llava.images import ImagePolicy, check_image, open_image, resolve_image_path, to_pixel_values
-
-ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
-FORMAT_HELP = "See data/README.md for the record format."
-# A list of a hundred thousand problems helps nobody; the count is always given in full.
-MAX_LISTED_PROBLEMS = 50
-
-
-@dataclass(frozen=True)
-class Record:
-    """One conversation about zero or more pictures. `place` says where it stands, for messages."""
-
-    record_id: str
-    place: str
-    images: tuple[str, ...]
-    turns: tuple[Turn, ...]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A record that cannot be trained on, and why."""
-
-    place: str
-    record_id: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.place} (id {self.record_id!r}): {self.reason}"
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    record: Record
-    image_paths: tuple[Path, ...]
-    input_ids: np.ndarray  # int32 (length,)
-    labels: np.ndarray  # int32 (length,)
-
-
-def read_records(annotations: Path) -> tuple[list[Record], list[Problem]]:
-    """Read a JSON array or a JSONL file of LLaVA-style records.
-
-    Returns the well-formed records and one problem for every other record.
-
-    Raises:
-        UserError: the file is missing, not UTF-8, or is no JSON array / JSONL.
-    """
-    records, problems = [], []
-    for place, value in _iterate_json(annotations):
-        if isinstance(value, Exception):
-            problems.append(Problem(place, "?", str(value)))
-            continue
-        record_id = str(value.get("id", "?")) if isinstance(value, dict) else "?"
-        try:
-            records.append(parse_record(value, place))
-        except ValueError as error:
-            problems.append(Problem(place, record_id, str(error)))
-    return records, problems
-
-
-def parse_record(value, place: str) -> Record:
-    """Check one record's structure. Raises ValueError with the reason."""
-    if not isinstance(value, dict):
-        raise ValueError(f"is {type(value).__name__}, expected an object. {FORMAT_HELP}")
-    images = value.get("image", [])
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
-        raise ValueError(f"'image' is {images!r}, expected a file name, a list of file names, or no 'image' at all")
-    conversations = value.get("conversations")
-    if not isinstance(conversations, list) or not conversations:
-        raise ValueError(f"has no list 'conversations' (keys: {', '.join(map(str, value))}). {FORMAT_HELP}")
-    turns = tuple(_parse_turn(turn, index) for index, turn in enumerate(conversations))
-    _check_turn_order(turns)
-    placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
-    if placeholders != len(images):
-        raise ValueError(
-            f"has {len(images)} image(s) but {placeholders} {IMAGE_PLACEHOLDER} in its human turns; write one "
-            f"{IMAGE_PLACEHOLDER} for every image"
-        )
-    return Record(str(value.get("id", place)), place, tuple(images), turns)
-
-
-def _parse_turn(turn, index: int) -> Turn:
-    where = f"conversations[{index}]"
-    if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
-        raise ValueError(f"{where} is {turn!r}, expected an object with 'from' and 'value'")
-    if not isinstance(turn["from"], str) or turn["from"] not in ROLES:
-        raise ValueError(f"{where}.from is {turn['from']!r}, expected one of {', '.join(ROLES)}")
-    if not isinstance(turn["value"], str) or not turn["value"].strip():
-        raise ValueError(f"{where}.value is {turn['value']!r}, expected text")
-    try:
-        turn["value"].encode()
-    except UnicodeEncodeError as error:
-        # JSON can spell half a surrogate pair (a cut emoji); no tokenizer takes it.
-        raise ValueError(f"{where}.value holds half a character: {error.object[error.start : error.end]!r}") from error
-    return Turn(ROLES[turn["from"]], turn["value"])
-
-
-def _check_turn_order(turns: tuple[Turn, ...]) -> None:
-    dialogue = [turn.role for turn in turns[1:]] if turns[0].role == "system" else [turn.role for turn in turns]
-    expected = ["user", "assistant"] * (len(dialogue) // 2)
-    if not dialogue or dialogue != expected:
-        raise ValueError(
-            "'conversations' must alternate human, gpt, human, gpt … and end with gpt (one system turn may come first)"
-        )
-
-
-def _iterate_json(annotations: Path) -> Iterator[tuple[str, object]]:
-    try:
-        # Excel and Notepad put a byte order mark in front; utf-8-sig takes the file either way.
-        text = annotations.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{annotations}: {error.strerror or error}. Is the path to the annotations right?") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{annotations}: not UTF-8 ({error}). Convert it, e.g. iconv -f GB18030 -t UTF-8.") from error
-    if annotations.suffix == ".jsonl":
-        # str.splitlines would also break at U+2028 and other characters that may stand inside a caption.
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    yield f"{annotations.name} line {number}", json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    yield f"{annotations.name} line {number}", ValueError(f"is not JSON ({error})")
-        return
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        around = text[max(error.pos - 20, 0) : error.pos + 20]
-        raise UserError(f"{annotations}: not JSON at line {error.lineno} column {error.colno}: {around!r}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{annotations}: not JSON ({error})") from error
-    if not isinstance(values, list):
-        raise UserError(
-            f"{annotations}: is a JSON {type(values).__name__}, expected an array of records. {FORMAT_HELP}"
-        )
-    for index, value in enumerate(values):
-        yield f"{annotations.name} record {index}", value
+from meme_llava.findings import Severities
+from meme_llava.images import MAX_PIXELS, ImagePolicy, read_pixel_values
+from meme_llava.pictures import PictureCache
 
 
 def hash_file(path: Path) -> str:
@@ -171,18 +35,19 @@ class MemeDataset(Dataset):
     (images, 3, size, size)}.
     """
 
-    def __init__(self, encoded: list[_Encoded], image_policy: ImagePolicy):
-        self._encoded = encoded
+    def __init__(self, records: list[CheckedRecord], image_policy: ImagePolicy, max_pixels: int = MAX_PIXELS):
+        self._records = records
         self._image_policy = image_policy
+        self._max_pixels = max_pixels
 
     def __len__(self) -> int:
-        return len(self._encoded)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> dict:
-        item = self._encoded[index]
+        item = self._records[index]
         size = self._image_policy.size
         try:
-            pictures = [to_pixel_values(open_image(path), self._image_policy) for path in item.image_paths]
+            pictures = [read_pixel_values(path, self._image_policy, self._max_pixels) for path in item.image_paths]
         except ValueError as error:
             # Replacing the record would change the data order without a word, so the run stops and names it.
             raise UserError(f"{item.record.place} (id {item.record.record_id!r}): {error}") from error
@@ -196,59 +61,30 @@ class MemeDataset(Dataset):
     @property
     def lengths(self) -> np.ndarray:
         """Positions of every record, image tokens counted: int64 (records,)."""
-        return np.array([len(item.input_ids) for item in self._encoded])
+        return np.array([len(item.input_ids) for item in self._records])
 
     @property
     def supervised_lengths(self) -> np.ndarray:
         """Positions that carry loss in every record: int64 (records,)."""
-        return np.array([int((item.labels >= 0).sum()) for item in self._encoded])
+        return np.array([int((item.labels >= 0).sum()) for item in self._records])
 
     @property
     def image_counts(self) -> np.ndarray:
         """Pictures of every record: int64 (records,)."""
-        return np.array([len(item.image_paths) for item in self._encoded])
+        return np.array([len(item.image_paths) for item in self._records])
 
 
 @dataclass(frozen=True)
 class LoadedData:
-    """The records that train, the problems of those that do not, and how many answers were cut to length."""
+    """The records that train, and everything that was found about those and the others."""
 
     dataset: MemeDataset
-    problems: list[Problem]
-    cut_records: list[str]
+    checked: CheckedData
 
-
-def check_image_folder(image_folder: Path) -> None:
-    """Raise UserError unless the folder exists."""
-    if not image_folder.is_dir():
-        raise UserError(f"{image_folder}: no such image folder")
-
-
-def find_images(record: Record, image_folder: Path) -> tuple[Path, ...]:
-    """The record's picture files. Raises ValueError for a path that is no picture inside the image folder."""
-    paths = tuple(resolve_image_path(image, image_folder) for image in record.images)
-    for path in paths:
-        check_image(path)
-    return paths
-
-
-def report_problems(annotations: Path, usable: int, problems: list[Problem], bad_records: str) -> None:
-    """Sort the problems as the file has them, and stop where there may be none or nothing else is left.
-
-    Raises:
-        UserError: listing the problems.
-    """
-    problems.sort(key=lambda problem: int(problem.place.rsplit(" ", 1)[1]))
-    listed = "\n".join(f"  {problem}" for problem in problems[:MAX_LISTED_PROBLEMS])
-    more = f"\n  … and {len(problems) - MAX_LISTED_PROBLEMS} more" if len(problems) > MAX_LISTED_PROBLEMS else ""
-    if problems and bad_records == "error":
-        raise UserError(
-            f"{annotations}: {len(problems)} of {usable + len(problems)} records cannot "
-            f"be trained on:\n{listed}{more}\nMend them, or pass --bad_records quarantine to train without them."
-        )
-    if not usable:
-        why = f"; all {len(problems)} are unusable:\n{listed}{more}" if problems else ""
-        raise UserError(f"{annotations}: no record to train on{why}")
+    @property
+    def cut_records(self) -> list[str]:
+        """The records whose last answer was cut to length."""
+        return [str(finding) for finding in self.checked.findings if finding.kind == "cut_answer"]
 
 
 def load_dataset(
@@ -258,32 +94,34 @@ def load_dataset(
     image_policy: ImagePolicy,
     max_length: int,
     bad_records: str,
+    severities: Severities | None = None,
+    max_pixels: int = MAX_PIXELS,
+    cache: PictureCache | None = None,
 ) -> LoadedData:
     """Read, check and encode every record before anything is trained.
 
+    Pictures that an earlier check decoded are known from the cache; of the others the header is read, and one that is
+    damaged behind it stops the run when it is reached.
+
     Args:
         max_length: positions a record may take, image tokens counted.
-        bad_records: "error" stops on any unusable record; "quarantine" leaves them out and returns them as problems.
+        bad_records: "error" stops on any bad record; "quarantine" leaves them out.
 
     Raises:
-        UserError: a record is unusable under "error" (all of them are listed), or nothing is left.
+        UserError: a record is bad under "error" (they are listed), or nothing is left.
     """
-    check_image_folder(image_folder)
-    records, problems = read_records(annotations)
-    encoded, cut_records = [], []
-    for record in records:
-        try:
-            paths = find_images(record, image_folder)
-            example = encoder.encode_example(list(record.turns), max_length)
-        except ValueError as error:
-            problems.append(Problem(record.place, record.record_id, str(error)))
-            continue
-        if example.cut_tokens:
-            cut_records.append(f"{record.place} (id {record.record_id!r}): {example.cut_tokens} positions cut")
-        input_ids, labels = np.array(example.input_ids, np.int32), np.array(example.labels, np.int32)
-        encoded.append(_Encoded(record, paths, input_ids, labels))
-    report_problems(annotations, len(encoded), problems, bad_records)
-    return LoadedData(MemeDataset(encoded, image_policy), problems, cut_records)
+    checked = check_data(
+        annotations,
+        image_folder,
+        severities or Severities(),
+        max_pixels,
+        encoder,
+        max_length,
+        cache,
+        decode=False,
+    )
+    stop_on_bad_records(checked, bad_records)
+    return LoadedData(MemeDataset(checked.usable, image_policy, max_pixels), checked)
 
 
 class ShuffledEpochs(Dataset):

@@ -13,6 +13,8 @@ from rich.text import Text
 from tqdm import tqdm
 
 from meme_llava.conversation import IGNORED_LABEL
+from meme_llava.data_check import CheckedData
+from meme_llava.findings import KINDS
 from meme_llava.model import Processing
 
 SUPERVISED_STYLE = "bold green"
@@ -35,15 +37,43 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence]) ->
     Console(highlight=False).print(table)
 
 
+def print_findings(checked: CheckedData) -> None:
+    """Print how many findings of every kind there are, and what becomes of their records."""
+    rows = [
+        (kind, "left out" if checked.severities.is_bad(kind) else "used", count, KINDS[kind].meaning)
+        for kind, count in checked.counts.items()
+    ]
+    if rows:
+        print_table("Findings", ("kind", "records", "count", "meaning"), rows)
+
+
 @contextlib.contextmanager
 def show_bytes(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar in bytes with speed and time left; plain lines where standard error is no terminal.
 
     Yields the function that takes how many bytes were done.
     """
+    with _show_progress(title, total, "B", _format_bytes) as advance:
+        yield advance
+
+
+@contextlib.contextmanager
+def show_count(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Like `show_bytes`, for things that are counted; `title` says what they are."""
+    with _show_progress(title, total, "", lambda count: f"{count:,.0f}") as advance:
+        yield advance
+
+
+@contextlib.contextmanager
+def _show_progress(
+    title: str, total: int, unit: str, describe: Callable[[float], str]
+) -> Iterator[Callable[[int], None]]:
     is_terminal = sys.stderr.isatty()
     start = last_line = time.perf_counter()
-    with tqdm(total=total, desc=title, unit="B", unit_scale=True, dynamic_ncols=True, disable=not is_terminal) as bar:
+    scales = unit == "B"
+    with tqdm(
+        total=total, desc=title, unit=unit, unit_scale=scales, dynamic_ncols=True, disable=not is_terminal
+    ) as bar:
         done = 0
 
         def advance(count: int) -> None:
@@ -54,9 +84,9 @@ def show_bytes(title: str, total: int) -> Iterator[Callable[[int], None]]:
             if not is_terminal and (now - last_line >= SECONDS_BETWEEN_LINES or done == total):
                 last_line = now
                 speed = done / max(now - start, 1e-9)
-                left = tqdm.format_interval((total - done) / speed)
+                left = tqdm.format_interval((total - done) / speed) if speed else "?"
                 print(
-                    f"{title}: {_format_bytes(done)} of {_format_bytes(total)}, {_format_bytes(speed)}/s, {left} left",
+                    f"{title}: {describe(done)} of {describe(total)}, {describe(speed)}/s, {left} left",
                     file=sys.stderr,
                     flush=True,
                 )

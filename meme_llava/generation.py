@@ -11,13 +11,12 @@ from transformers import GenerationConfig, TextStreamer
 
 from meme_llava.checkpoint import find_base, holds_trained_weights
 from meme_llava.conversation import IMAGE_PLACEHOLDER, Turn
-from meme_llava.dataset import read_records
 from meme_llava.errors import UserError
 from meme_llava.images import resolve_image_path, to_pixel_values
 from meme_llava.model import Processing, load_llava, load_processing
+from meme_llava.pictures import PICTURE_SUFFIXES
+from meme_llava.records import read_records
 from meme_llava.trainable import apply_trained_weights
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp"}
 
 
 @dataclass(frozen=True)
@@ -141,9 +140,9 @@ def list_file_questions(paths: list[Path], text: str) -> list[Question]:
     images = []
     for path in paths:
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
             if not found:
-                raise UserError(f"{path}: holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))})")
+                raise UserError(f"{path}: holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))})")
             images += found
         elif path.exists():
             images.append(path)
@@ -160,9 +159,9 @@ def list_record_questions(annotations: Path, image_folder: Path, limit: int | No
     Raises:
         UserError: no record begins with one picture, or a path leaves the image folder.
     """
-    records, problems = read_records(annotations)
-    if problems:
-        print(f"{len(problems)} malformed records are not asked, e.g. {problems[0]}", file=sys.stderr)
+    records, malformed = read_records(annotations)
+    if malformed:
+        print(f"{len(malformed)} malformed records are not asked, e.g. {malformed[0]}", file=sys.stderr)
     questions = []
     for record in records[:limit]:
         system = record.turns[0].text if record.turns[0].role == "system" else None

@@ -1,6 +1,6 @@
 """Knows how an image file becomes pixels: formats, transparency, EXIF, animation, size.
 
-The same functions serve training, inference and every check, so a model sees in use what it saw in training.
+The same functions serve preparation, check, training and inference, so a model sees in use what it saw in training.
 Knows nothing about prompts or batches.
 """
 
@@ -8,126 +8,259 @@ import math
 import os
 import stat
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from meme_llava.errors import UserError
+from meme_llava.findings import RecordFault
 
 # Only parsers for pictures that memes come in; PostScript, PSD and the like stay closed.
 ACCEPTED_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
 # A header can promise more pixels than memory holds; real memes stay far below.
 MAX_PIXELS = 50_000_000
+# Our own limit stands in front of every decoding; Pillow's would only warn up to twice its own.
+Image.MAX_IMAGE_PIXELS = None
 WHITE = (255, 255, 255)
+ORIENTATION_TAG = 0x0112
+UPRIGHT = (None, 0, 1)  # 0 is no value of the standard, and common
+# What a file that is no picture starts with, and what it then is.
+SIGNATURES = (
+    (b"<!doctype html", "a web page: a failed download"),
+    (b"<html", "a web page: a failed download"),
+    (b"<?xml", "XML or SVG"),
+    (b"<svg", "SVG"),
+    (b"{", "JSON: an error message instead of a download"),
+    (b"version https://git-lfs", "a git-lfs pointer; run git lfs pull"),
+    (b"%!ps", "PostScript"),
+    (b"%pdf", "PDF"),
+    (b"pk\x03\x04", "a zip archive"),
+    (b"\x1f\x8b", "a gzip archive"),
+)
+# Pictures of formats whose parsers stay closed: (place of the mark, mark, name).
+CLOSED_FORMATS = (
+    (0, b"8bps", "PSD"),
+    (0, b"ii*\x00", "TIFF"),
+    (0, b"mm\x00*", "TIFF"),
+    (4, b"ftypavif", "AVIF"),
+    (4, b"ftyphei", "HEIF"),
+    (4, b"ftypmif1", "HEIF"),
+    (0, b"\x00\x00\x00\x0cjp  ", "JPEG 2000"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\x00\x00\x00\x0cjxl ", "JPEG XL"),
+    (0, b"\x00\x00\x01\x00", "ICO"),
+)
 # Pillow reads the picture all the same, and a broken tag is treated as none.
 warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)
+
+Resize = Literal["squash", "pad", "crop"]
 
 
 @dataclass(frozen=True)
 class ImagePolicy:
     """How a picture of any shape becomes the square a vision tower expects.
 
-    The whole picture is resized to the square ("squash"): a centre crop would cut words off wide memes.
+    squash: the whole picture is resized to the square, as Chinese-CLIP does.
+    pad: it is put on a square of the mean colour, then resized, as LLaVA-1.5 does.
+    crop: its shorter side is resized, and what the longer side has beyond the square is cut off, as CLIP does.
     """
 
     size: int  # pixels a side
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     resample: int = Image.Resampling.BICUBIC
+    resize: Resize = "squash"
 
     @classmethod
     def from_image_processor(cls, image_processor, source: str) -> "ImagePolicy":
         """Read the policy from a transformers image processor; `source` names its folder in errors."""
-        size = dict(image_processor.size)
-        if size.get("height") != size.get("width") or not size.get("height"):
+        crops = bool(getattr(image_processor, "do_center_crop", False))
+        pads = bool(getattr(image_processor, "do_pad", False))
+        size = {key: value for key, value in dict(image_processor.size).items() if value is not None}
+        if crops and pads:
+            raise UserError(f"{source}: the image processor pads and crops, expected one of them")
+        if crops:
+            cut = dict(image_processor.crop_size)
+            if set(size) != {"shortest_edge"} or not cut["height"] == cut["width"] == size["shortest_edge"]:
+                raise UserError(
+                    f"{source}: the image processor resizes to {size} and crops {cut}, expected a shortest edge and a "
+                    "square of the same length. Build the model with build_base_model.py."
+                )
+            side = size["shortest_edge"]
+        elif set(size) == {"height", "width"} and size["height"] == size["width"]:
+            side = size["height"]
+        else:
             raise UserError(
                 f"{source}: the image processor resizes to {size}, expected a square such as "
                 "{'height': 336, 'width': 336}. Build the model with build_base_model.py."
             )
-        if getattr(image_processor, "do_center_crop", False):
-            raise UserError(
-                f"{source}: the image processor crops the centre, which cuts words off wide memes. "
-                "Build the model with build_base_model.py, which stores the whole-picture policy."
-            )
+        resize = "crop" if crops else "pad" if pads else "squash"
         resample = Image.Resampling(image_processor.resample)
-        return cls(size["height"], tuple(image_processor.image_mean), tuple(image_processor.image_std), resample)
+        return cls(side, tuple(image_processor.image_mean), tuple(image_processor.image_std), resample, resize)
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """The colour of padding: the mean, rounded down as transformers' LlavaImageProcessor does."""
+        return tuple(int(channel * 255) for channel in self.mean)
+
+    def measure_reduction(self, width: int, height: int) -> float:
+        """How many pixels of a picture become one, along the side that is reduced least."""
+        return (max if self.resize == "pad" else min)(width, height) / self.size
 
 
 def resolve_image_path(image: str, image_folder: Path) -> Path:
     """The file of a record's `image`, which must lie inside `image_folder` (symbolic links followed).
 
     Raises:
-        ValueError: the path is absolute, a URL, or leaves the folder.
+        RecordFault: the path is absolute, a URL, leaves the folder, or is no name that a file can have.
     """
     if "\0" in image or "://" in image or "\\" in image or os.path.isabs(image):
-        raise ValueError(f"image {image!r} is not a path relative to the image folder")
+        raise RecordFault("unsafe_path", f"image {image!r} is not a path relative to the image folder")
+    try:
+        os.fsencode(image)
+    except UnicodeEncodeError as error:
+        raise RecordFault("missing_picture", f"image {image!r} holds half a character, as no name does") from error
     root = image_folder.resolve()
     try:
         path = (root / image).resolve()
     except (OSError, RuntimeError) as error:  # Python before 3.13 raises RuntimeError for a loop of links
-        raise ValueError(f"image {image!r} cannot be followed ({error})") from error
+        raise RecordFault("unsafe_path", f"image {image!r} cannot be followed ({error})") from error
     if not path.is_relative_to(root):
-        raise ValueError(f"image {image!r} leaves the image folder {root}")
+        raise RecordFault("unsafe_path", f"image {image!r} leaves the image folder {root}")
     return path
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Path, policy: ImagePolicy | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Open a file as the RGB picture a person would see.
 
     The first frame of an animation, EXIF rotation applied, transparency on white, 16-bit grey scaled to 8 bits.
 
+    Args:
+        policy: what the picture is opened for. A JPEG more than four times too large is decoded at 1/2, 1/4 or 1/8 of
+            its size, never below twice what the policy needs, which takes a fraction of the time.
+
     Raises:
-        ValueError: with a reason a person can act on (missing, not a picture, truncated, too large).
+        RecordFault: with a reason a person can act on (missing, not a picture, truncated, too large).
     """
-    image = _open_header(path)
+    image = open_header(path, max_pixels)
     try:
         with image:
+            if policy is not None and image.format == "JPEG":
+                _draft(image, policy)
             image.load()
             upright = ImageOps.exif_transpose(image) if image.getexif() else image
             return _to_rgb(upright)
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: the picture is damaged ({error})") from error
+        raise RecordFault("damaged_picture", f"{path}: the picture is damaged ({error})") from error
 
 
-def check_image(path: Path) -> None:
-    """Raise ValueError if `path` is not a picture of an accepted format and size; reads the header only."""
-    _open_header(path).close()
+def read_pixel_values(path: Path, policy: ImagePolicy, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+    """Pixels of a file as a model takes them, float32 (3, size, size); raises as `open_image` does."""
+    return to_pixel_values(open_image(path, policy, max_pixels), policy)
 
 
 def to_pixel_values(image: Image.Image, policy: ImagePolicy) -> torch.Tensor:
     """Resize and normalise an RGB picture. Returns float32 of shape (3, size, size)."""
-    squashed = image.resize((policy.size, policy.size), policy.resample)
-    pixels = np.asarray(squashed, dtype=np.float32) / 255.0  # (size, size, 3)
+    pixels = np.asarray(fit_to_square(image, policy), dtype=np.float32) / 255.0  # (size, size, 3)
     pixels = (pixels - np.float32(policy.mean)) / np.float32(policy.std)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def _open_header(path: Path) -> Image.Image:
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from error
-    # A pipe would block for ever, a device would never end.
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"{path}: not a regular file")
+def fit_to_square(image: Image.Image, policy: ImagePolicy) -> Image.Image:
+    """Make an RGB picture of any shape size x size pixels, as the policy says."""
+    size = policy.size
+    width, height = image.size
+    if policy.resize == "crop":
+        shorter = min(width, height)
+        # Rounded down as transformers does, so that both cut at the same pixel.
+        image = image.resize((int(size * width / shorter), int(size * height / shorter)), policy.resample)
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        return image.crop((left, top, left + size, top + size))
+    if policy.resize == "pad" and width != height:
+        side = max(width, height)
+        square = Image.new("RGB", (side, side), policy.background)
+        square.paste(image, ((side - width) // 2, (side - height) // 2))
+        image = square
+    return image.resize((size, size), policy.resample)
+
+
+def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open a picture file without decoding it. Raises RecordFault unless format and size are accepted."""
+    _check_file(path)
     try:
         image = Image.open(path, formats=ACCEPTED_FORMATS)
     except UnidentifiedImageError as error:
-        with path.open("rb") as file:
-            start = file.read(16)
-        if not start:
-            raise ValueError(f"{path}: the file is empty") from error
-        raise ValueError(f"{path}: not a {'/'.join(ACCEPTED_FORMATS)} picture (starts with {start!r})") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
-    if math.prod(image.size) > MAX_PIXELS:
+        raise _describe_stranger(path) from error
+    except OSError as error:
+        # Pillow's own errors about a header have no errno; those of the file system do.
+        kind = "unreadable_file" if error.errno else "damaged_picture"
+        raise RecordFault(kind, f"{path}: cannot be read ({error.strerror or error})") from error
+    except (SyntaxError, ValueError, EOFError) as error:
+        raise RecordFault("damaged_picture", f"{path}: cannot be read ({error})") from error
+    if math.prod(image.size) > max_pixels:
         width, height = image.size
         image.close()
-        raise ValueError(f"{path}: {width}x{height} pixels, more than the limit of {MAX_PIXELS:,}")
+        raise RecordFault("too_many_pixels", f"{path}: {width}x{height} pixels, more than the limit of {max_pixels:,}")
     return image
+
+
+def _check_file(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RecordFault("missing_picture", f"{path}: {error.strerror}") from error
+    except OSError as error:
+        raise RecordFault("unreadable_file", f"{path}: {error.strerror or error}") from error
+    # A pipe would block for ever, a device would never end.
+    if not stat.S_ISREG(mode):
+        raise RecordFault("unreadable_file", f"{path}: not a regular file")
+
+
+def list_header_notes(image: Image.Image) -> Iterator[tuple[str, str]]:
+    """What is unusual about an opened picture and how it is taken, as (kind of finding, detail)."""
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        yield "animated", f"{frames} frames"
+    if image.mode == "CMYK":
+        yield "cmyk", "CMYK"
+    elif image.mode.startswith("I") or any(";16" in str(tile.args) for tile in image.tile):
+        yield "sixteen_bit", image.mode
+    elif image.mode == "P":
+        yield "palette", image.mode
+    if image.has_transparency_data:
+        yield "transparent", image.mode
+    orientation = image.getexif().get(ORIENTATION_TAG)
+    if orientation in range(2, 9):
+        yield "exif_rotation", f"orientation {orientation}"
+
+
+def _draft(image: Image.Image, policy: ImagePolicy) -> None:
+    factor = policy.measure_reduction(*image.size) / 2
+    if factor >= 2:
+        image.draft(None, (math.ceil(image.width / factor), math.ceil(image.height / factor)))
+
+
+def _describe_stranger(path: Path) -> RecordFault:
+    with path.open("rb") as file:
+        start = file.read(32)
+    if not start:
+        return RecordFault("empty_file", f"{path}: the file is empty")
+    accepted = "/".join(ACCEPTED_FORMATS)
+    lower = start.lower().removeprefix(b"\xef\xbb\xbf").lstrip()
+    for mark, what in SIGNATURES:
+        if lower.startswith(mark):
+            return RecordFault("not_a_picture", f"{path}: not a {accepted} picture but {what}")
+    for place, mark, name in CLOSED_FORMATS:
+        if start.lower()[place:].startswith(mark):
+            return RecordFault(
+                "unaccepted_format", f"{path}: a {name} picture; convert it to one of {', '.join(ACCEPTED_FORMATS)}"
+            )
+    return RecordFault("not_a_picture", f"{path}: not a {accepted} picture (starts with {start[:16]!r})")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

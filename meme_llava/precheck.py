@@ -1,28 +1,32 @@
 """Finds what would stop train.py, as far as it can be seen without a model; run.sh asks before it builds one.
 
+Every picture is decoded here, and remembered, so train.py need not.
+
 python -m meme_llava.precheck <the flags of train.py>
 """
 
 from meme_llava.arguments import parse_train_arguments
-from meme_llava.dataset import Problem, check_image_folder, find_images, read_records, report_problems
+from meme_llava.data_check import check_data, stop_on_bad_records
+from meme_llava.display import print_findings, show_count
 from meme_llava.errors import stop_on_user_error
+from meme_llava.pictures import PictureCache, find_default_cache
 
 
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    """Check settings, annotations and the headers of all pictures."""
+    """Check settings, annotations and all pictures."""
     arguments = parse_train_arguments(argv, description=__doc__)
-    check_image_folder(arguments.image_folder)
-    records, problems = read_records(arguments.annotations)
-    usable = 0
-    for record in records:
-        try:
-            find_images(record, arguments.image_folder)
-            usable += 1
-        except ValueError as error:
-            problems.append(Problem(record.place, record.record_id, str(error)))
-    report_problems(arguments.annotations, usable, problems, arguments.bad_records)
-    print(f"settings are sound, {usable} records can be trained on as far as seen without a model")
+    checked = check_data(
+        arguments.annotations,
+        arguments.image_folder,
+        arguments.severities,
+        arguments.max_pixels,
+        cache=PictureCache(find_default_cache()),
+        show_progress=show_count,
+    )
+    stop_on_bad_records(checked, arguments.bad_records)
+    print_findings(checked)
+    print(f"settings are sound, {len(checked.usable)} records can be trained on as far as seen without a model")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Knows one training run as a whole: how long it is, what is recorded of it, and whether a checkpoint belongs to it."""
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +11,8 @@ from transformers import TrainingArguments
 
 from meme_llava.arguments import TrainArguments, to_plain
 from meme_llava.checkpoint import RUN_RECORD, describe_environment, read_run_record, write_json
-from meme_llava.dataset import LoadedData, Problem, ShuffledEpochs, hash_file
+from meme_llava.data_check import QUARANTINE
+from meme_llava.dataset import LoadedData, ShuffledEpochs, hash_file
 from meme_llava.display import print_table
 from meme_llava.errors import UserError
 from meme_llava.model import Processing, quiet_transformers
@@ -20,7 +20,6 @@ from meme_llava.trainer import TENSORBOARD_FOLDER, count_processes, count_steps
 from meme_llava.weights import fingerprint_folder
 
 LATEST = "latest"
-QUARANTINE = "quarantine.jsonl"
 MAX_LISTED_CUTS = 20
 LEFTOVERS = {QUARANTINE, TENSORBOARD_FOLDER}
 # Settings that may differ when a run continues: they change neither the data order nor an update.
@@ -68,7 +67,9 @@ class TrainingRun:
                 "image_folder": str(arguments.image_folder.resolve()),
                 "sha256": hash_file(arguments.annotations),
                 "records": records,
-                "unusable_records": len(data.problems),
+                "bad_records": len(data.checked.bad),
+                "findings": data.checked.counts,
+                "undecoded_pictures": data.checked.undecoded,
                 "cut_records": data.cut_records,
                 "pictures": int(data.dataset.image_counts.sum()),
                 "mean_positions": round(float(data.dataset.lengths.mean()), 1),
@@ -123,6 +124,8 @@ class TrainingRun:
         ]
         if record["data"]["sha256"] != self.data["sha256"]:
             differences.append("the annotations' contents changed")
+        if record["data"]["records"] != self.data["records"]:
+            differences.append(f"records that train were {record['data']['records']}, are {self.data['records']}")
         if record["base"]["fingerprint"] != self.base["fingerprint"]:
             differences.append("the base model is another one")
         if record["schedule"]["processes"] != count_processes():
@@ -208,9 +211,9 @@ def print_run(run: TrainingRun) -> None:
         for name, value in to_plain(run.arguments).items()
     ]
     print_table("Settings", ("setting", "value"), settings)
-    print_table(
-        "Data", ("", "value"), [(name, str(value)) for name, value in run.data.items() if name != "cut_records"]
-    )
+    listed_apart = ("cut_records", "findings")
+    rows = [(name, str(value)) for name, value in run.data.items() if name not in listed_apart]
+    print_table("Data", ("", "value"), rows)
     cut_records = run.data["cut_records"]
     for cut in cut_records[:MAX_LISTED_CUTS]:
         print(f"cut to model_max_length: {cut}")
@@ -227,14 +230,3 @@ def print_run(run: TrainingRun) -> None:
         f"{count_processes()} process(es) x {run.accumulation} accumulated), {run.warmup_steps} of them warmup",
         flush=True,
     )
-
-
-def write_quarantine(output_dir: Path, problems: list[Problem]) -> None:
-    """List left-out records in quarantine.jsonl, one per line with place, id and reason, and say how many."""
-    if not problems:
-        return
-    output_dir.mkdir(parents=True, exist_ok=True)
-    path = output_dir / QUARANTINE
-    lines = [json.dumps(problem.__dict__, ensure_ascii=False) for problem in problems]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
-    print(f"{len(problems)} unusable records are left out; they are listed in {path}")

@@ -153,12 +153,14 @@ class MemeTrainer(Trainer):
         groups: list[ParameterGroup],
         epochs_per_step: float,
         save_companions: Callable[[Path, int], None],
+        quarantined_records: int,
         **options,
     ):
         super().__init__(compute_loss_func=supervised_cross_entropy, **options)
         self._groups = groups
         self._epochs_per_step = epochs_per_step
         self._save_companions = save_companions
+        self._quarantined_records = quarantined_records
         self._group_learning_rates: list[float] = []
         self._names_without_gradient: set[str] | None = None
 
@@ -200,6 +202,8 @@ class MemeTrainer(Trainer):
         if logs.pop("learning_rate", None) is not None:
             for group, rate in zip(self._groups, self._group_learning_rates, strict=True):
                 logs[f"learning_rate/{group.role}"] = rate
+        if self._quarantined_records:
+            logs["quarantined_records"] = self._quarantined_records
         # ShuffledEpochs is one long pass for the Trainer; a user counts passes over the records.
         self.state.epoch = self.state.global_step * self._epochs_per_step
         super().log(logs, start_time)
@@ -272,8 +276,9 @@ class ProgressBar(TrainerCallback):
         start_time, start_step = self._start
         seconds = time.perf_counter() - start_time
         speed = (self._tokens[state.global_step] - self._tokens[start_step]) / seconds
+        left_out = f", {logs['quarantined_records']:,} records quarantined" if "quarantined_records" in logs else ""
         if not self._bar.disable:
-            self._bar.set_postfix_str(f"loss {logs['loss']:.4f}, {speed:,.0f} tokens/s")
+            self._bar.set_postfix_str(f"loss {logs['loss']:.4f}, {speed:,.0f} tokens/s{left_out}")
             return
         if seconds - self._last_line < SECONDS_BETWEEN_LINES and state.global_step < state.max_steps:
             return
@@ -281,7 +286,7 @@ class ProgressBar(TrainerCallback):
         left = seconds / (state.global_step - start_step) * (state.max_steps - state.global_step)
         print(
             f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  {speed:,.0f} tokens/s  "
-            f"{tqdm.format_interval(left)} left",
+            f"{tqdm.format_interval(left)} left{left_out}",
             flush=True,
         )
 

@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 
 from meme_llava.conversation import ConversationEncoder
-from meme_llava.dataset import MemeDataset, ShuffledEpochs, load_dataset, read_records
+from meme_llava.data_check import write_quarantine
+from meme_llava.dataset import MemeDataset, ShuffledEpochs, load_dataset
 from meme_llava.errors import UserError
+from meme_llava.findings import Severities
 from meme_llava.images import ImagePolicy
-from meme_llava.run import write_quarantine
+from meme_llava.records import read_records
 from meme_llava.tiny_towers import train_tokenizer
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -71,7 +73,13 @@ def write_json(path: Path, records: list) -> Path:
 
 
 def load(annotations: Path, image_folder: Path, encoder, bad_records: str = "error", max_length: int = 200):
-    return load_dataset(annotations, image_folder, encoder, POLICY, max_length, bad_records)
+    # Many tests repeat one record; what becomes of duplicates is tested in test_data_check.py.
+    repeated = Severities(allowed=("duplicate_id", "duplicate_caption", "too_small"))
+    return load_dataset(annotations, image_folder, encoder, POLICY, max_length, bad_records, repeated)
+
+
+def list_bad(loaded) -> list:
+    return [finding for findings in loaded.checked.bad.values() for finding in findings]
 
 
 def ids_of(dataset: MemeDataset) -> list[str]:
@@ -195,14 +203,14 @@ def test_an_unusable_record_is_listed_with_its_own_place_and_reason(
 
     left = load(annotations, image_folder, encoder, "quarantine")
     assert ids_of(left.dataset) == ["first", "last"]
-    assert [(problem.place, problem.record_id) for problem in left.problems] == [(place, record_id)]
-    assert reason in left.problems[0].reason
+    assert [(finding.place, finding.record_id) for finding in list_bad(left)] == [(place, record_id)]
+    assert reason in list_bad(left)[0].detail
 
     with pytest.raises(UserError) as caught:
         load(annotations, image_folder, encoder, "error")
     first_line, listed, advice = str(caught.value).split("\n")
     assert first_line == f"{annotations}: 1 of 3 records cannot be trained on:"
-    assert listed == f"  {place} (id {record_id!r}): {left.problems[0].reason}"
+    assert listed == f"  {list_bad(left)[0]}"
     assert "--bad_records quarantine" in advice
 
 
@@ -226,8 +234,8 @@ def test_a_broken_jsonl_line_does_not_touch_its_neighbours(tmp_path, image_folde
     annotations.write_text(f"{good}\n{line}\n{good}\n", encoding="utf-8")
     left = load(annotations, image_folder, encoder, "quarantine")
     assert ids_of(left.dataset) == ["good", "good"]
-    assert [(problem.place, problem.record_id) for problem in left.problems] == [("memes.jsonl line 2", "?")]
-    assert reason in left.problems[0].reason
+    assert [(finding.place, finding.record_id) for finding in list_bad(left)] == [("memes.jsonl line 2", "?")]
+    assert reason in list_bad(left)[0].detail
 
 
 # ---- Good records in unusual dress ----
@@ -253,7 +261,7 @@ def test_byte_order_marks_and_line_breaks_do_no_harm(tmp_path, image_folder, enc
     (tmp_path / name).write_bytes(encode(text))
     loaded = load(tmp_path / name, image_folder, encoder)
     assert ids_of(loaded.dataset) == ["first", "second"]
-    assert loaded.problems == []
+    assert list_bad(loaded) == []
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x7f", "\u3000"])
@@ -382,7 +390,8 @@ def test_a_long_list_of_problems_is_cut_after_fifty_and_counted_in_full(tmp_path
     assert lines[0].endswith("memes.json: 73 of 74 records cannot be trained on:")
     assert [line.split("'")[1] for line in lines[1:51]] == [f"r{index}" for index in range(50)]
     assert lines[51] == "  … and 23 more"
-    assert len(lines) == 53
+    assert lines[52].startswith("73 pictures are missing; is --image_folder the folder")
+    assert len(lines) == 54
 
 
 def test_quarantine_that_leaves_nothing_says_why(tmp_path, image_folder, encoder):
@@ -395,18 +404,19 @@ def test_quarantine_that_leaves_nothing_says_why(tmp_path, image_folder, encoder
     assert "2" in str(caught.value) and "gone.png: No such file" in str(caught.value)
 
 
-def test_quarantined_records_are_written_as_one_json_line_each(tmp_path, image_folder, encoder, capsys):
+def test_quarantined_records_are_written_as_one_json_line_each(tmp_path, image_folder, encoder):
     values = [make_record("好"), make_record("坏", image="gone.png"), {"id": "\ud83d"}]
     (tmp_path / "memes.json").write_text(json.dumps(values), encoding="utf-8")
     left = load(tmp_path / "memes.json", image_folder, encoder, "quarantine")
-    write_quarantine(tmp_path / "output", left.problems)
-    path = tmp_path / "output" / "quarantine.jsonl"
+    path = write_quarantine(tmp_path / "output", left.checked)
+    assert path == tmp_path / "output" / "quarantine.jsonl"
     written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert sorted((line["place"], line["record_id"]) for line in written) == [
+    assert [(line["place"], line["record_id"]) for line in written] == [
         ("memes.json record 1", "坏"),
         ("memes.json record 2", "\ud83d"),
     ]
-    assert capsys.readouterr().out == f"2 unusable records are left out; they are listed in {path}\n"
+    assert [line["record"] for line in written] == values[1:]
+    assert [[reason["kind"] for reason in line["reasons"]] for line in written] == [["missing_picture"], ["malformed"]]
 
 
 def spoil(record: dict, rng: random.Random) -> object:
@@ -452,7 +462,7 @@ def test_whatever_is_spoilt_every_record_is_either_read_or_listed_once(tmp_path,
     assert untouched.items() <= {record.place: record.record_id for record in records}.items()
 
     left = load(annotations, image_folder, encoder, "quarantine")
-    assert len(left.dataset) + len(left.problems) == 200
+    assert len(left.dataset) + len(left.checked.bad) == 200
 
 
 # ---- Length ----
@@ -466,7 +476,7 @@ def test_records_whose_answers_are_cut_are_named(tmp_path, image_folder, encoder
     full_length = int(whole.dataset.lengths[1])
     assert load(annotations, image_folder, encoder, max_length=full_length).cut_records == []
     cut = load(annotations, image_folder, encoder, max_length=full_length - 17)
-    assert cut.cut_records == ["memes.json record 1 (id 'long'): 17 positions cut"]
+    assert cut.cut_records == ["memes.json record 1 (id 'long'): 17 positions cut [cut_answer]"]
     assert cut.dataset.lengths.tolist() == [int(whole.dataset.lengths[0]), full_length - 17]
 
 
@@ -480,7 +490,7 @@ def test_a_record_without_room_for_an_answer_is_named_with_the_length_it_needs(t
         load(annotations, image_folder, encoder, max_length=needed - 1)
     assert (
         f"memes.json record 0 (id 'tight'): needs {needed} positions to begin its first answer, "
-        f"model_max_length is {needed - 1}\n" in str(caught.value)
+        f"model_max_length is {needed - 1} [too_long]\n" in str(caught.value)
     )
 
 
@@ -575,7 +585,7 @@ def test_a_thousand_real_records_load_without_a_problem(encoder):
     folder = need("memes_dev")
     loaded = load(folder / "train.json", folder, encoder, "error", max_length=512)
     assert len(loaded.dataset) == 1414
-    assert loaded.problems == [] and loaded.cut_records == []
+    assert list_bad(loaded) == [] and loaded.cut_records == []
     assert loaded.dataset.image_counts.tolist() == [1] * 1414
 
 
@@ -588,6 +598,6 @@ def test_caption_files_of_another_format_are_refused_line_by_line(encoder):
     assert lines[0] == f"{annotations}: 4231 of 4231 records cannot be trained on:"
     assert lines[1] == (
         "  ChineseBQB_picked_yivision.jsonl line 1 (id '?'): has no list 'conversations' (keys: picName, description). "
-        "See data/README.md for the record format."
+        "See data/README.md for the record format. [malformed]"
     )
     assert lines[51] == "  … and 4181 more"

@@ -54,7 +54,7 @@ def read_all(folder: Path) -> dict[str, bytes]:
 def test_the_hundred_committed_records_train_without_a_problem_or_a_cut():
     loaded = load(DATA)
     assert len(loaded.dataset) == 100
-    assert loaded.problems == [] and loaded.cut_records == []
+    assert loaded.checked.bad == {} and loaded.cut_records == []
     assert loaded.dataset.image_counts.tolist() == [1] * 100
     # Every picture decodes, and not only its header.
     assert all(loaded.dataset[index]["pixel_values"].shape == (1, 3, 112, 112) for index in range(100))
@@ -113,7 +113,7 @@ def test_the_same_seed_draws_the_same_bytes_and_another_seed_others(drawn, tmp_p
 
 def test_what_is_drawn_trains_without_a_problem(drawn):
     loaded = load(drawn)
-    assert len(loaded.dataset) == 6 and loaded.problems == []
+    assert len(loaded.dataset) == 6 and loaded.checked.bad == {}
 
 
 def test_drawing_over_other_memes_is_refused_unless_asked_for(drawn, tmp_path):

@@ -22,7 +22,7 @@ from meme_llava.arguments import (
     parse_train_arguments,
 )
 from meme_llava.checkpoint import RUN_RECORD
-from meme_llava.dataset import parse_record
+from meme_llava.records import parse_record
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = {"README": ("README.md", "README.zh-CN.md"), "data": ("data/README.md", "data/README.zh-CN.md")}

@@ -393,7 +393,7 @@ def test_bad_records_are_all_named_or_quarantined(world, tmp_path, capsys):
     lines = (tmp_path / "out" / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
     assert sorted(json.loads(line)["record_id"] for line in lines) == ["r0", "r5"]
     record = json.loads((tmp_path / "out" / "run_record.json").read_text())
-    assert (record["data"]["records"], record["data"]["unusable_records"]) == (6, 2)
+    assert (record["data"]["records"], record["data"]["bad_records"]) == (6, 2)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

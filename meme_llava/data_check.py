@@ -1,0 +1,284 @@
+"""Knows everything that is wrong or unusual about an annotation file and its pictures, record by record.
+
+data/check.py, run.sh before it builds, and train.py before it loads a model all ask here. Nothing is dropped or
+replaced silently: every bad record is listed with its place, kind and reason. Knows nothing about models.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from meme_llava.captions import find_loop, find_refusal, measure_recall, normalise_text
+from meme_llava.conversation import CONTROL_TOKENS, IMAGE_PLACEHOLDER, ConversationEncoder, DoesNotFit
+from meme_llava.errors import UserError
+from meme_llava.findings import KINDS, Finding, RecordFault, Severities
+from meme_llava.images import MAX_PIXELS, resolve_image_path
+from meme_llava.pictures import PictureCache, PictureFacts, inspect_picture, inspect_pictures, judge_picture
+from meme_llava.records import Record, iterate_values, read_records
+
+# A list of a hundred thousand findings helps nobody; the count is always given in full.
+MAX_LISTED = 50
+QUARANTINE = "quarantine.jsonl"
+SMALLEST_RECALL = 0.5  # of the characters known to stand in a picture; a caption may quote them in part
+# Short answers ("有", "图片里没有文字。") may well answer two questions about one picture.
+SHORT_ANSWER = 10  # characters that are letters or digits
+
+
+@dataclass
+class CheckedRecord:
+    """A record of sound form with all that was found about it, and its tokens if an encoder was given."""
+
+    record: Record
+    image_paths: tuple[Path, ...]
+    findings: list[Finding] = field(default_factory=list)
+    input_ids: np.ndarray | None = None  # int32 (length,)
+    labels: np.ndarray | None = None  # int32 (length,)
+
+
+@dataclass
+class CheckedData:
+    """Every record of an annotation file. `malformed` holds the findings about those without a sound form."""
+
+    annotations: Path
+    severities: Severities
+    records: list[CheckedRecord]
+    malformed: list[Finding]
+    facts: dict[Path, PictureFacts]
+
+    @property
+    def findings(self) -> list[Finding]:
+        """All findings in the order of the file."""
+        found = [finding for checked in self.records for finding in checked.findings]
+        return sorted([*self.malformed, *found], key=lambda finding: _read_number(finding.place))
+
+    def is_usable(self, checked: CheckedRecord) -> bool:
+        """Whether a record is trained on."""
+        return not any(self.severities.is_bad(finding.kind) for finding in checked.findings)
+
+    @property
+    def usable(self) -> list[CheckedRecord]:
+        return [checked for checked in self.records if self.is_usable(checked)]
+
+    @property
+    def bad(self) -> dict[str, list[Finding]]:
+        """What keeps records from training, by place, in the order of the file."""
+        reasons: dict[str, list[Finding]] = {}
+        for finding in self.findings:
+            if self.severities.is_bad(finding.kind):
+                reasons.setdefault(finding.place, []).append(finding)
+        return reasons
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Findings of every kind that was found, in the order of `findings.KINDS`."""
+        counts = Counter(finding.kind for finding in self.findings)
+        return {kind: counts[kind] for kind in KINDS if counts[kind]}
+
+    @property
+    def undecoded(self) -> int:
+        """Pictures of which only the header was read."""
+        return sum(not facts.decoded and facts.fault is None for facts in self.facts.values())
+
+
+def check_data(
+    annotations: Path,
+    image_folder: Path,
+    severities: Severities,
+    max_pixels: int = MAX_PIXELS,
+    encoder: ConversationEncoder | None = None,
+    max_length: int | None = None,
+    cache: PictureCache | None = None,
+    decode: bool = True,
+    workers: int | None = None,
+    show_progress: Callable | None = None,
+) -> CheckedData:
+    """Read, check and encode every record.
+
+    Args:
+        encoder: with it, records are encoded to at most `max_length` positions (image tokens counted); without it,
+            nothing is known about lengths.
+        decode: open every picture whole, in parallel, unless the cache knows it; if False, look at the header of those
+            that the cache does not know.
+        show_progress: `display.show_count`.
+
+    Raises:
+        UserError: the annotation file or the image folder cannot be read at all.
+    """
+    check_image_folder(image_folder)
+    records, malformed = read_records(annotations)
+    checked_records = [_resolve_images(record, image_folder) for record in records]
+    paths = list(dict.fromkeys(path for checked in checked_records for path in checked.image_paths))
+    facts = _look_at_pictures(paths, max_pixels, cache or PictureCache(None), decode, workers, show_progress)
+    judged = {path: judge_picture(path, facts[path], max_pixels) for path in paths}
+    originals = _find_first_copies(facts)
+    for checked in checked_records:
+        for path in checked.image_paths:
+            for kind, detail in judged[path]:
+                _add(checked, kind, detail)
+            if originals.get(path, path) != path:
+                _add(checked, "duplicate_picture", f"{path}: has the bytes of {originals[path]}")
+        _check_text(checked, encoder)
+        if encoder is not None:
+            _encode(checked, encoder, max_length)
+    checked_data = CheckedData(annotations, severities, checked_records, malformed, facts)
+    _find_duplicates(checked_data)
+    return checked_data
+
+
+def check_image_folder(image_folder: Path) -> None:
+    """Raise UserError unless the folder exists."""
+    if not image_folder.is_dir():
+        raise UserError(f"{image_folder}: no such image folder")
+
+
+def stop_on_bad_records(checked: CheckedData, bad_records: str) -> None:
+    """Stop where bad records are errors, or where nothing else is left.
+
+    Raises:
+        UserError: listing the first findings.
+    """
+    bad = list(checked.bad.values())
+    listed = "\n".join(f"  {_describe_record(findings)}" for findings in bad[:MAX_LISTED])
+    more = f"\n  … and {len(bad) - MAX_LISTED} more" if len(bad) > MAX_LISTED else ""
+    total = len(checked.records) + len(checked.malformed)
+    if bad and bad_records == "error":
+        raise UserError(
+            f"{checked.annotations}: {len(bad)} of {total} records cannot be trained on:\n{listed}{more}"
+            f"{_suggest_folder(checked)}\nMend them, or pass --bad_records quarantine to train without them."
+        )
+    if not checked.usable:
+        why = f"; all {total} are unusable:\n{listed}{more}{_suggest_folder(checked)}" if total else ""
+        raise UserError(f"{checked.annotations}: no record to train on{why}")
+
+
+def write_quarantine(output_dir: Path, checked: CheckedData) -> Path | None:
+    """List bad records in quarantine.jsonl: place, id, reasons and the record itself, so that nothing is lost.
+
+    Returns its path, or None if there is no bad record.
+    """
+    reasons = checked.bad
+    path = output_dir / QUARANTINE
+    path.unlink(missing_ok=True)
+    if not reasons:
+        return None
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        for place, value in iterate_values(checked.annotations):
+            if place in reasons:
+                line = {
+                    "place": place,
+                    "record_id": reasons[place][0].record_id,
+                    "reasons": [{"kind": finding.kind, "detail": finding.detail} for finding in reasons[place]],
+                    "record": value.content if isinstance(value, RecordFault) else value,
+                }
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return path
+
+
+def _describe_record(findings: list[Finding]) -> str:
+    first, *others = findings
+    return "; ".join([str(first), *(f"{finding.detail} [{finding.kind}]" for finding in others)])
+
+
+def _suggest_folder(checked: CheckedData) -> str:
+    missing = sum(finding.kind == "missing_picture" for finding in checked.findings)
+    if missing * 2 > len(checked.records):
+        return f"\n{missing} pictures are missing; is --image_folder the folder that the records' paths start from?"
+    return ""
+
+
+def _read_number(place: str) -> int:
+    return int(place.rsplit(" ", 1)[1])
+
+
+def _add(checked: CheckedRecord, kind: str, detail: str) -> None:
+    record = checked.record
+    checked.findings.append(Finding(kind, record.place, record.record_id, detail))
+
+
+def _resolve_images(record: Record, image_folder: Path) -> CheckedRecord:
+    try:
+        return CheckedRecord(record, tuple(resolve_image_path(image, image_folder) for image in record.images))
+    except RecordFault as fault:
+        return CheckedRecord(record, (), [Finding(fault.kind, record.place, record.record_id, str(fault))])
+
+
+def _look_at_pictures(paths, max_pixels, cache, decode, workers, show_progress) -> dict[Path, PictureFacts]:
+    if not decode:
+        return {path: cache.look_up(path) or inspect_picture(path, max_pixels, decode=False) for path in paths}
+    if show_progress is None:
+        return inspect_pictures(paths, max_pixels, cache, workers)
+    with show_progress("pictures", len(paths)) as advance:
+        return inspect_pictures(paths, max_pixels, cache, workers, advance)
+
+
+def _find_first_copies(facts: dict[Path, PictureFacts]) -> dict[Path, Path]:
+    """Every file whose contents are known: the first file with the same bytes."""
+    first: dict[str, Path] = {}
+    return {path: first.setdefault(fact.sha256, path) for path, fact in facts.items() if fact.sha256 is not None}
+
+
+def _check_text(checked: CheckedRecord, encoder: ConversationEncoder | None) -> None:
+    control_tokens = encoder.control_tokens if encoder is not None else CONTROL_TOKENS
+    for index, turn in enumerate(checked.record.turns):
+        where = f"turn {index + 1}"
+        spelt = [
+            token
+            for token in control_tokens
+            if token in turn.text and not (token == IMAGE_PLACEHOLDER and turn.role == "user")
+        ]
+        if spelt:
+            _add(checked, "control_text", f"{where} spells {', '.join(spelt)}")
+        if turn.role == "assistant":
+            if refusal := find_refusal(turn.text):
+                _add(checked, "refusal", f"{where} refuses: {refusal!r}")
+            if (loop := find_loop(turn.text)) is not None:
+                _add(checked, "loop", f"{where} repeats {loop[:30]!r}")
+    text = checked.record.text
+    if text:
+        answers = "".join(turn.text for turn in checked.record.turns if turn.role == "assistant")
+        recall = measure_recall(text, answers)
+        if recall < SMALLEST_RECALL:
+            _add(checked, "text_disagrees", f"{recall:.0%} of the characters of {text!r} are in the answer")
+
+
+def _encode(checked: CheckedRecord, encoder: ConversationEncoder, max_length: int | None) -> None:
+    try:
+        example = encoder.encode_example(list(checked.record.turns), max_length)
+    except DoesNotFit as error:
+        _add(checked, "too_long", str(error))
+        return
+    if example.cut_tokens:
+        _add(checked, "cut_answer", f"{example.cut_tokens} positions cut")
+    checked.input_ids = np.array(example.input_ids, np.int32)
+    checked.labels = np.array(example.labels, np.int32)
+
+
+def _find_duplicates(data: CheckedData) -> None:
+    """Of records that share an id or a caption the first usable one stays; a record that is left out is no original."""
+    ids: dict[str, str] = {}
+    captions: dict[tuple, str] = {}
+    for checked in data.records:
+        record = checked.record
+        if record.record_id in ids:
+            _add(checked, "duplicate_id", f"has the id of {ids[record.record_id]}")
+        if not data.is_usable(checked):
+            continue
+        ids.setdefault(record.record_id, record.place)
+        if record.repeat == 1:
+            first = captions.setdefault(_make_caption_key(checked), record.place)
+            if first != record.place:
+                _add(checked, "duplicate_caption", f"says the same as {first}")
+
+
+def _make_caption_key(checked: CheckedRecord) -> tuple:
+    """What two records share if they teach the same: pictures and answers, and questions where an answer is short."""
+    turns = checked.record.turns
+    answers = tuple(normalise_text(turn.text) or turn.text for turn in turns if turn.role == "assistant")
+    questions = tuple(turn.text for turn in turns if turn.role != "assistant")
+    is_long = bool(checked.image_paths) and all(len(answer) >= SHORT_ANSWER for answer in answers)
+    return checked.image_paths, answers, () if is_long else questions
