@@ -1,0 +1,86 @@
+"""Check an annotation file and all its pictures before anything is trained on them.
+
+python data/check.py --annotations data/annotations.json --image_folder data
+python data/check.py --annotations train.json --image_folder /data/memes --model output_7b/base --bad_records quarantine
+
+Every picture is decoded, every record is looked at; output/check/report.html shows what was found.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from meme_llava.arguments import parse_arguments, to_plain  # noqa: E402
+from meme_llava.check_report import write_check_report  # noqa: E402
+from meme_llava.checkpoint import RUN_RECORD, describe_environment, write_directory, write_json  # noqa: E402
+from meme_llava.data_check import (  # noqa: E402
+    QUARANTINE,
+    check_data,
+    write_quarantine,  # noqa: E402
+)
+from meme_llava.data_summary import (  # noqa: E402
+    FINDINGS,
+    REPORT,
+    CheckArguments,
+    list_facts,
+    make_histograms,
+    make_report_contents,
+    measure_lengths,
+    print_summary,
+    write_findings,
+)
+from meme_llava.dataset import hash_file  # noqa: E402
+from meme_llava.display import show_count  # noqa: E402
+from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
+from meme_llava.model import load_processing  # noqa: E402
+from meme_llava.pictures import PictureCache, find_default_cache  # noqa: E402
+
+
+@stop_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(CheckArguments, argv, description=__doc__)
+    processing = load_processing(arguments.model) if arguments.model is not None else None
+    checked = check_data(
+        arguments.annotations,
+        arguments.image_folder,
+        arguments.severities,
+        arguments.max_pixels,
+        processing.encoder if processing else None,
+        arguments.model_max_length,
+        PictureCache(find_default_cache()),
+        workers=arguments.workers,
+        show_progress=show_count,
+    )
+    lengths = measure_lengths(checked, processing.tokens_per_image) if processing else None
+    facts, histograms = list_facts(checked, lengths, arguments), make_histograms(checked, lengths)
+    print_summary(checked, facts, histograms)
+    with write_directory(arguments.output_dir, overwrite=True) as folder:
+        write_check_report(folder / REPORT, make_report_contents(checked, facts, histograms, arguments))
+        write_findings(folder / FINDINGS, checked)
+        write_quarantine(folder, checked)
+        write_json(
+            folder / RUN_RECORD,
+            {
+                "stage": "check",
+                "settings": to_plain(arguments),
+                "annotations_sha256": hash_file(arguments.annotations),
+                "facts": dict(facts),
+                "findings": checked.counts,
+                "environment": describe_environment(),
+            },
+        )
+    print(f"report: {arguments.output_dir / REPORT}; all findings: {arguments.output_dir / FINDINGS}")
+    if not checked.bad:
+        print(f"{len(checked.usable):,} records can be trained on, none is bad")
+        return
+    listed = f"{len(checked.bad):,} of {len(checked.records) + len(checked.malformed):,} records are bad"
+    listed += f"; {arguments.output_dir / QUARANTINE} holds them with the reasons"
+    if arguments.bad_records == "error":
+        raise UserError(f"{listed}. Mend them, or train without them: --bad_records quarantine")
+    print(f"{listed}. train.py --bad_records quarantine leaves them out")
+
+
+if __name__ == "__main__":
+    main()

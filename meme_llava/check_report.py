@@ -1,0 +1,302 @@
+"""Knows how the findings of a data check become one self-contained HTML page, with small pictures inside.
+
+The page needs no network, and its content security policy lets no script run but its own. Knows nothing about how
+records are checked.
+"""
+
+import base64
+import hashlib
+import io
+import math
+import os
+import re
+import unicodedata
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from meme_llava.conversation import IMAGE_PLACEHOLDER, Turn
+from meme_llava.findings import Finding, Severity
+from meme_llava.images import MAX_PIXELS, open_image
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+THUMBNAIL_SIDE = 200  # pixels of the longer side
+THUMBNAIL_QUALITY = 75
+# Every thread holds one decoded picture, so this bounds the memory.
+THUMBNAIL_THREADS = min(4, os.cpu_count() or 1)
+SHORT_FACT = 10  # characters that stand in a tile in big print
+LONG_TEXT = 120  # columns, a Chinese letter takes two; shorter texts never need folding
+MAX_EXAMPLES = 2
+MAX_TICKS = 6
+CLEAN = "clean"
+# Controls that reorder, hide or break text, and half characters, which no file can hold.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069"
+    "\ud800-\udfff\ufeff\ufff9-\ufffb\ufffe\uffff]"
+)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of values: `counts[i]` values lie between `edges[i]` and `edges[i + 1]`; `unit` is the values' own."""
+
+    title: str
+    unit: str
+    edges: list[float]  # one more than counts
+    counts: list[int]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class GalleryEntry:
+    """One record as the gallery shows it; the files of `images` may be missing, damaged or no pictures."""
+
+    place: str
+    record_id: str
+    images: tuple[Path, ...]
+    turns: tuple[Turn, ...]  # empty for a malformed record
+    findings: tuple[Finding, ...]
+    source: str
+    positions: int | None
+    supervised: int | None
+
+
+@dataclass(frozen=True)
+class KindCount:
+    """How often a kind of finding occurs among all records, and the ids of some of them."""
+
+    name: str
+    severity: str  # "bad" or "noted"
+    count: int
+    meaning: str
+    examples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ReportContents:
+    """All that stands on the page.
+
+    Short facts with a digit become tiles; one whose label begins with "bad", "noted" or "usable" has that colour.
+    `kinds` holds every kind that occurs in `entries`; `entries` may be a part of the `total_entries` records.
+    """
+
+    title: str
+    facts: list[tuple[str, str]]  # label and value
+    kinds: list[KindCount]
+    histograms: list[Histogram]
+    entries: list[GalleryEntry]
+    total_entries: int
+    max_pixels: int = MAX_PIXELS  # of a picture that is shown
+
+
+@dataclass(frozen=True)
+class _Thumbnail:
+    name: str
+    url: str = ""  # data: URL, empty if the file cannot be shown
+    size: str = ""  # of the picture itself
+    reason: str = ""  # why it cannot be shown
+
+
+@dataclass(frozen=True)
+class _Card:
+    entry: GalleryEntry
+    order: int  # among all cards, in the order of the files
+    severity: str  # of the worst finding, or "clean"
+    findings: list[tuple[str, str, str]]  # kind, severity and detail, bad ones first
+    kinds: list[int]  # positions in the table of kinds
+    source: int  # position in the list of sources
+    pictures: list[int]  # positions in the list of thumbnails
+    rank: tuple[int, int]  # small is bad
+
+
+def write_check_report(path: Path, contents: ReportContents) -> None:
+    """Write the page in one step: `path` is a whole page or what it was before. Equal contents give equal bytes.
+
+    Raises:
+        OSError: the folder is missing or cannot be written to.
+    """
+    page = _render(contents)
+    unfinished = path.with_name(f".{path.name}.partial")
+    try:
+        unfinished.write_text(page, encoding="utf-8", newline="\n")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _render(contents: ReportContents) -> str:
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_make_visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"sha256": _hash_script, "is_long": _is_long, "tone": _find_tone}
+    tiles = [fact for fact in contents.facts if _is_tile(fact[1])]
+    kinds = sorted(contents.kinds, key=lambda kind: (kind.severity != Severity.BAD, -kind.count, kind.name))
+    images = list(dict.fromkeys(image for entry in contents.entries for image in entry.images))
+    with ThreadPoolExecutor(THUMBNAIL_THREADS) as pool:
+        thumbnails = list(pool.map(partial(_make_thumbnail, max_pixels=contents.max_pixels), images))
+    sources = sorted({entry.source for entry in contents.entries})
+    cards = _make_cards(contents.entries, kinds, images, sources)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        contents=contents,
+        tiles=tiles,
+        details=[fact for fact in contents.facts if fact not in tiles],
+        found_kinds=[(place, kind) for place, kind in enumerate(kinds) if kind.count],
+        absent_kinds=[kind for kind in kinds if not kind.count],
+        kinds_on_page=Counter(kind for card in cards for kind in card.kinds),
+        most_of_a_kind=max((kind.count for kind in kinds), default=0),
+        ids_on_page={entry.record_id for entry in contents.entries},
+        max_examples=MAX_EXAMPLES,
+        histograms=[_lay_out(histogram) for histogram in contents.histograms],
+        sources=sources,
+        records_of_source=Counter(card.source for card in cards),
+        severities=Counter(card.severity for card in cards),
+        cards=cards,
+        thumbnails=thumbnails,
+        placeholder=IMAGE_PLACEHOLDER,
+    )
+
+
+def _make_cards(
+    entries: list[GalleryEntry], kinds: list[KindCount], images: list[Path], sources: list[str]
+) -> list[_Card]:
+    """One card an entry, the worst first; equally bad ones in the order of the files."""
+    kind_places = {kind.name: place for place, kind in enumerate(kinds)}
+    image_places = {image: place for place, image in enumerate(images)}
+    cards = []
+    for order, entry in enumerate(sorted(entries, key=lambda entry: _split_numbers(entry.place))):
+        findings = [
+            (
+                finding.kind,
+                str(kinds[kind_places[finding.kind]].severity),
+                _shorten_detail(finding.detail, entry.images),
+            )
+            for finding in entry.findings
+        ]
+        findings.sort(key=lambda finding: finding[1] != Severity.BAD)
+        bad = sum(severity == Severity.BAD for _, severity, _ in findings)
+        cards.append(
+            _Card(
+                entry,
+                order,
+                severity=findings[0][1] if findings else CLEAN,
+                findings=findings,
+                kinds=sorted({kind_places[finding.kind] for finding in entry.findings}),
+                source=sources.index(entry.source),
+                pictures=[image_places[image] for image in entry.images],
+                rank=(-bad, bad - len(findings)),
+            )
+        )
+    return sorted(cards, key=lambda card: card.rank)
+
+
+def _shorten_detail(detail: str, images: tuple[Path, ...]) -> str:
+    """A detail without the folders of the picture it begins with, which the card names already."""
+    for image in images:
+        if detail.startswith(f"{image}: "):
+            return detail.removeprefix(f"{image}: " if len(images) == 1 else f"{image.parent}/")
+    return detail
+
+
+def _split_numbers(place: str) -> list[str | int]:
+    """A sorting key under which record 9 comes before record 10: text and numbers in turn."""
+    return [int(piece) if index % 2 else piece for index, piece in enumerate(re.split(r"([0-9]+)", place))]
+
+
+def _make_thumbnail(path: Path, max_pixels: int) -> _Thumbnail:
+    try:
+        image = open_image(path, max_pixels=max_pixels)
+    except ValueError as error:
+        return _Thumbnail(path.name, reason=str(error).removeprefix(f"{path}: "))
+    size = f"{image.width}×{image.height}"
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=THUMBNAIL_QUALITY)
+    url = "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    return _Thumbnail(path.name, url, size)
+
+
+def _make_visible(value):
+    """Text as it may be shown: a control that would reorder or hide its neighbours is written out instead."""
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return _UNSEEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", value)
+
+
+def _hash_script(script: Markup) -> str:
+    """What a content security policy calls the script."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+
+
+def _is_tile(value: str) -> bool:
+    return len(value) <= SHORT_FACT and any(character.isdigit() for character in value)
+
+
+def _find_tone(fact: tuple[str, str]) -> str:
+    label, value = fact
+    tone = {"bad": "bad", "noted": "noted", "usable": CLEAN}.get((label.lower().split() or [""])[0], "plain")
+    return "plain" if value == "0" else tone
+
+
+def _is_long(text: str) -> bool:
+    columns = sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+    return columns > LONG_TEXT or text.count("\n") > 1
+
+
+def _lay_out(histogram: Histogram) -> dict:
+    """Where bars and labels stand, in per cent of the plot. Bars are equally wide whatever their bins hold."""
+    edges, counts = histogram.edges, histogram.counts
+    if len(edges) != len(counts) + 1:
+        raise ValueError(f"histogram {histogram.title!r}: {len(edges)} edges for {len(counts)} counts")
+    top, step = _find_scale(max(counts, default=0))
+    width = 100 / max(len(counts), 1)
+    bars = [
+        {
+            "left": round(index * width, 3),
+            "width": round(width, 3),
+            # A single value among thousands is still to be seen.
+            "height": round(max(100 * count / top, 1.5 if count else 0), 3),
+            "title": f"{_format(edges[index])} – {_format(edges[index + 1])} {histogram.unit}: {count:,}",
+        }
+        for index, count in enumerate(counts)
+    ]
+    every = max(1, math.ceil(len(counts) / MAX_TICKS))
+    return {
+        "histogram": histogram,
+        "total": sum(counts),
+        "bars": bars,
+        "x_ticks": [(round(index * width, 3), _shorten(edges[index])) for index in range(0, len(edges), every)],
+        "y_ticks": [(round(100 * value / top, 3), f"{value:,}") for value in range(0, top + 1, step)],
+    }
+
+
+def _find_scale(largest: int) -> tuple[int, int]:
+    """The top of an axis from zero, and the step between its marks: a round number, at most four marks above zero."""
+    step = 1
+    while step * 4 < largest:
+        # 1, 2, 5, 10, 20, 50, …
+        step = step * 5 // 2 if str(step).startswith("2") else step * 2
+    return max(step, math.ceil(largest / step) * step), step
+
+
+def _format(value: float) -> str:
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return f"{int(value):,}" if value == int(value) else f"{value:.3g}"
+
+
+def _shorten(value: float) -> str:
+    """As `_format`, but narrow enough to stand beside others under an axis."""
+    for size, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if math.isfinite(value) and abs(value) >= max(size, 10_000):
+            return f"{value / size:.3g}{letter}"
+    return _format(value)

@@ -1,0 +1,238 @@
+"""Knows what a checked annotation file amounts to: lengths, steps, and what data/check.py prints and reports of it."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from meme_llava.arguments import describe
+from meme_llava.check_report import GalleryEntry, Histogram, KindCount, ReportContents
+from meme_llava.data_check import CheckedData, CheckedRecord
+from meme_llava.display import print_findings, print_table
+from meme_llava.errors import UserError
+from meme_llava.findings import KINDS, Finding, Severities
+from meme_llava.images import MAX_PIXELS
+
+FINDINGS = "findings.jsonl"
+REPORT = "report.html"
+HISTOGRAM_BINS = 20
+BAR_WIDTH = 40  # characters of the longest bar on a terminal
+MAX_EXAMPLES = 5  # ids of a kind in the report's table
+
+
+@dataclass
+class CheckArguments:
+    annotations: Path = field(metadata=describe("annotation file, .json or .jsonl"))
+    image_folder: Path = field(metadata=describe("folder that the records' image paths start from"))
+    model: Path | None = field(
+        default=None, metadata=describe("base model; with it, records are tokenised and their lengths are known")
+    )
+    output_dir: Path = field(
+        default=Path("output/check"), metadata=describe(f"gets {REPORT}, {FINDINGS} and, if needed, quarantine.jsonl")
+    )
+    bad_records: Literal["error", "quarantine"] = field(
+        default="error", metadata=describe("bad records end the check with exit code 2, or go to quarantine.jsonl")
+    )
+    allow: list[str] = field(
+        default_factory=list, metadata=describe("kinds of findings that make no record bad, such as duplicate_id")
+    )
+    refuse: list[str] = field(
+        default_factory=list, metadata=describe("kinds that make a record bad though they need not, such as cut_answer")
+    )
+    max_pixels: int = field(default=MAX_PIXELS, metadata=describe("pictures with more pixels are not decoded"))
+    model_max_length: int = field(default=2048, metadata=describe("positions a record may take, image tokens counted"))
+    global_batch_size: int = field(default=64, metadata=describe("records per optimizer step, to predict the steps"))
+    num_train_epochs: float = field(default=5, metadata=describe("passes over the records, to predict the steps"))
+    workers: int | None = field(
+        default=None, metadata=describe("processes that decode pictures; all CPUs if not given")
+    )
+    report_records: int = field(
+        default=1000, metadata=describe("records that the report shows: the worst, then a sample of the others")
+    )
+
+    def __post_init__(self) -> None:
+        """Stop at values that cannot be meant."""
+        Severities(tuple(self.allow), tuple(self.refuse))
+        for name in ("max_pixels", "model_max_length", "global_batch_size", "num_train_epochs", "workers"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"--{name} is {value!r}, expected more than 0")
+        if self.report_records < 0:
+            raise UserError(f"--report_records is {self.report_records}, expected 0 or more")
+
+    @property
+    def severities(self) -> Severities:
+        """Which findings keep a record from training."""
+        return Severities(tuple(self.allow), tuple(self.refuse))
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Positions of the usable records, int64 (records,) each; `images` counts those that hold image tokens."""
+
+    total: np.ndarray
+    supervised: np.ndarray
+    images: np.ndarray
+
+
+def measure_lengths(checked: CheckedData, tokens_per_image: int) -> Lengths:
+    """The lengths of all records that train; they must have been encoded."""
+    usable = checked.usable
+    return Lengths(
+        total=np.array([len(record.input_ids) for record in usable], np.int64),
+        supervised=np.array([int((record.labels >= 0).sum()) for record in usable], np.int64),
+        images=np.array([len(record.image_paths) * tokens_per_image for record in usable], np.int64),
+    )
+
+
+def list_facts(checked: CheckedData, lengths: Lengths | None, arguments: CheckArguments) -> list[tuple[str, str]]:
+    """What a user wants to know before training, as (label, value)."""
+    usable = len(checked.usable)
+    contents = {facts.sha256 for facts in checked.facts.values() if facts.sha256 is not None}
+    steps = math.ceil(usable * arguments.num_train_epochs / arguments.global_batch_size)
+    facts = [
+        ("annotations", str(arguments.annotations)),
+        ("image folder", str(arguments.image_folder)),
+        ("records", f"{len(checked.records) + len(checked.malformed):,}"),
+        ("usable records", f"{usable:,}"),
+        ("bad records", f"{len(checked.bad):,}"),
+        ("pictures", f"{len(checked.facts):,}"),
+        ("different pictures", f"{len(contents):,}"),
+        ("steps", f"{steps:,}"),
+        ("records a step", f"{arguments.global_batch_size:,}"),
+        ("epochs", f"{arguments.num_train_epochs:g}"),
+    ]
+    if lengths is None:
+        return [*facts, ("positions", "unknown; give --model to tokenise the records")]
+    if not usable:
+        return facts
+    total = int(lengths.total.sum())
+    percentiles = np.percentile(lengths.total, [50, 95, 100]).astype(int)
+    return [
+        *facts,
+        ("length limit", f"{arguments.model_max_length:,} positions (model_max_length)"),
+        ("positions a record", f"{total / usable:,.1f} (median {percentiles[0]:,}, 95 % under {percentiles[1]:,})"),
+        ("longest record", f"{percentiles[2]:,} positions"),
+        ("supervised positions", f"{lengths.supervised.sum() / total:.1%} of all"),
+        ("image positions", f"{lengths.images.sum() / total:.1%} of all"),
+        ("positions an epoch", f"{total:,}"),
+    ]
+
+
+def make_histograms(checked: CheckedData, lengths: Lengths | None) -> list[Histogram]:
+    """Token lengths of the usable records, and sizes of the pictures that could be opened."""
+    histograms = []
+    if lengths is not None and len(lengths.total):
+        histograms.append(_count("Positions a record / 每条记录的位置数", "positions", lengths.total))
+        histograms.append(_count("Supervised positions / 计入损失的位置数", "positions", lengths.supervised))
+    answers = [sum(len(t.text) for t in r.record.turns if t.role == "assistant") for r in checked.usable]
+    if answers:
+        histograms.append(_count("Characters of the answers / 回答的字数", "characters", np.array(answers)))
+    sides = [max(facts.width, facts.height) for facts in checked.facts.values() if facts.width]
+    if sides:
+        histograms.append(_count("Longer side of the pictures / 图片长边", "pixels", np.array(sides)))
+    return histograms
+
+
+def print_summary(checked: CheckedData, facts: list[tuple[str, str]], histograms: list[Histogram]) -> None:
+    """Print facts, findings and the first histogram, which is that of the lengths where those are known."""
+    print_table("Data", ("", "value"), facts)
+    print_findings(checked)
+    for histogram in histograms[:1]:
+        largest = max(histogram.counts)
+        rows = [
+            (
+                f"{low:,}" if high == low + 1 else f"{low:,} to {high - 1:,}",
+                count,
+                "█" * math.ceil(BAR_WIDTH * count / largest),
+            )
+            for low, high, count in zip(histogram.edges, histogram.edges[1:], histogram.counts, strict=False)
+        ]
+        print_table(histogram.title, (histogram.unit, "records", ""), rows)
+
+
+def make_report_contents(
+    checked: CheckedData, facts: list[tuple[str, str]], histograms: list[Histogram], arguments: CheckArguments
+) -> ReportContents:
+    """Everything the report shows; of the records the worst ones and a sample of the others."""
+    by_kind: dict[str, list[Finding]] = {}
+    for finding in checked.findings:
+        by_kind.setdefault(finding.kind, []).append(finding)
+    kinds = [
+        KindCount(
+            name=kind,
+            severity="bad" if checked.severities.is_bad(kind) else "noted",
+            count=len(found),
+            meaning=KINDS[kind].meaning,
+            examples=tuple(finding.record_id for finding in found[:MAX_EXAMPLES]),
+        )
+        for kind, found in by_kind.items()
+    ]
+    entries = [_make_entry(record) for record in checked.records]
+    entries += [GalleryEntry(f.place, f.record_id, (), (), (f,), "", None, None) for f in checked.malformed]
+    return ReportContents(
+        title=f"Data check: {arguments.annotations.name}",
+        facts=facts,
+        kinds=kinds,
+        histograms=histograms,
+        entries=_choose_entries(entries, checked.severities, arguments.report_records),
+        total_entries=len(entries),
+        max_pixels=arguments.max_pixels,
+    )
+
+
+def write_findings(path: Path, checked: CheckedData) -> None:
+    """List every finding in a JSONL file, in the order of the annotation file."""
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        for finding in checked.findings:
+            severity = "bad" if checked.severities.is_bad(finding.kind) else "noted"
+            file.write(json.dumps({**finding.__dict__, "severity": severity}, ensure_ascii=False) + "\n")
+
+
+def _count(title: str, unit: str, values: np.ndarray) -> Histogram:
+    low, high = int(values.min()), int(values.max()) + 1
+    width = _round_up((high - low) / HISTOGRAM_BINS)
+    edges = np.arange(low // width * width, high + width, width)
+    counts, _ = np.histogram(values, edges)
+    return Histogram(title, unit, edges.tolist(), counts.tolist())
+
+
+def _round_up(width: float) -> int:
+    """The next of 1, 2, 5, 10, 20, 50 …, so that bins begin at numbers that are easy to read."""
+    power = 10 ** max(0, math.floor(math.log10(max(width, 1))))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width)
+
+
+def _describe_range(low: int, high: int) -> str:
+    return f"{low:,}" if high == low + 1 else f"{low:,} to {high - 1:,}"
+
+
+def _make_entry(checked: CheckedRecord) -> GalleryEntry:
+    record = checked.record
+    return GalleryEntry(
+        place=record.place,
+        record_id=record.record_id,
+        images=checked.image_paths,
+        turns=record.turns,
+        findings=tuple(checked.findings),
+        source=record.source,
+        positions=None if checked.input_ids is None else len(checked.input_ids),
+        supervised=None if checked.labels is None else int((checked.labels >= 0).sum()),
+    )
+
+
+def _choose_entries(entries: list[GalleryEntry], severities: Severities, limit: int) -> list[GalleryEntry]:
+    """All bad entries as far as they fit, then noted and clean ones half and half, drawn by a fixed seed."""
+    bad, noted, clean = [], [], []
+    for index in np.random.default_rng(0).permutation(len(entries)).tolist():
+        found = entries[index].findings
+        is_bad = any(severities.is_bad(finding.kind) for finding in found)
+        (bad if is_bad else noted if found else clean).append(index)
+    # A set of GIFs has a finding about every record; clean ones must be seen as well.
+    room = max(limit - len(bad), 0)
+    noted_count = min(len(noted), max(room // 2, room - len(clean)))
+    chosen = [*bad[:limit], *noted[:noted_count], *clean[: room - noted_count]]
+    return [entries[index] for index in sorted(chosen)]
