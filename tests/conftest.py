@@ -2,7 +2,11 @@
 
 import json
 import os
+import socket
+import subprocess
+import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +21,9 @@ import torch  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
 import build_base_model  # noqa: E402
+import merge_lora  # noqa: E402
 import train  # noqa: E402
+from meme_llava.generation import load_answerer  # noqa: E402
 from meme_llava.tiny_towers import make_language_model, make_vision_tower  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +41,7 @@ VISION_DIMENSIONS = {
     "num_attention_heads": 2,
     "intermediate_size": 32,
 }
+SERVER_START_SECONDS = 180
 IMAGE_SIZE = 28  # 2 x 2 patches: 4 image tokens
 LINES = ["我太难了", "好耶", "摸鱼中", "收到", "今天也要加油鸭", "别催了", "困", "爱了爱了"]
 
@@ -133,6 +140,58 @@ def trained(world) -> Path:
     output_dir = world.folder / "trained"
     train.main(train_flags(world, output_dir))
     return output_dir
+
+
+@pytest.fixture(scope="session")
+def served_model(world, trained) -> Path:
+    """The model of `trained`, merged for serving."""
+    output_dir = world.folder / "served"
+    merge_lora.main(["--adapter", str(trained), "--output_dir", str(output_dir), "--export", "clip"])
+    return output_dir
+
+
+@pytest.fixture(scope="session")
+def server(served_model, tmp_path_factory):
+    """The address of `transformers serve` that has loaded the merged model."""
+    for module in ("fastapi", "uvicorn"):
+        pytest.importorskip(module, reason="transformers serve needs the packages of tests/requirements.txt")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "transformers.cli.transformers", "serve", str(served_model)),
+        *("--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"),
+        *("--chat-template-kwargs", '{"sanitize_control_tokens": true}'),
+    ]
+    # One thread, as conftest gives this process: sums in another order could turn a close choice of a token.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
+    log = tmp_path_factory.mktemp("serve") / "log.txt"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        wait_until_listening(process, port, log)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.kill()
+        process.wait(timeout=10)
+
+
+def wait_until_listening(process, port, log):
+    """Return when the port is open, which it is once the model is loaded; fail with the server's log otherwise."""
+    deadline = time.monotonic() + SERVER_START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.2)
+    pytest.fail(f"the server does not listen (exit code {process.poll()}):\n{log.read_text(errors='replace')[-3000:]}")
+
+
+@pytest.fixture(scope="session")
+def answerer(served_model):
+    """The merged model, as infer.py loads it."""
+    return load_answerer(served_model, device="cpu", dtype="float32")
 
 
 @pytest.fixture(autouse=True)

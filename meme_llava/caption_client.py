@@ -1,0 +1,287 @@
+"""Knows how a vision model behind an OpenAI-compatible endpoint is asked, and what each way of not answering means.
+
+Retries, files and pictures are the caller's. A key comes from the environment, goes into the request and nowhere else:
+every text that leaves this module has it blotted out.
+"""
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from urllib.parse import urlsplit
+
+import openai
+
+from meme_llava.errors import UserError
+
+LONGEST_DETAIL = 300  # characters of a server's message that are kept
+FIRST_WAIT_SECONDS = 1.0
+LONGEST_WAIT_SECONDS = 60.0
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+BLOTTED_KEY = "[key]"
+SHORTEST_SECRET = 8
+# The endpoint or the account is wrong, for every picture alike.
+_FATAL = {
+    401: "the key is not accepted",
+    402: "the account has no credit",
+    403: "the key is not allowed to do this",
+    404: "there is no such model or address",
+}
+# 408 and 409 are what gateways answer while a backend restarts.
+_PASSING = (408, 409, 425, 429)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What is known of a provider.
+
+    The models named are those of November 2026; providers retire models, --model takes any other one.
+    """
+
+    base_url: str
+    model: str | None
+    key_variable: str | None
+    # The name of the field that limits an answer: newer models of OpenAI refuse the older name, others know no newer.
+    limit_name: str = "max_tokens"
+
+
+PRESETS = {
+    "gpt-4o": Preset("https://api.openai.com/v1", "gpt-4o", "OPENAI_API_KEY", "max_completion_tokens"),
+    "gemini": Preset("https://generativelanguage.googleapis.com/v1beta/openai/", "gemini-3.8-flash", "GEMINI_API_KEY"),
+    "claude": Preset("https://api.anthropic.com/v1/", "claude-sonnet-5", "ANTHROPIC_API_KEY"),
+    "yi-vision": Preset("https://api.lingyiwanwu.com/v1", "yi-vision", "YI_API_KEY"),
+    "glm": Preset("https://open.bigmodel.cn/api/paas/v4", "glm-4.6v", "ZHIPUAI_API_KEY"),
+    "local": Preset("http://127.0.0.1:8000/v1", None, None),
+}
+
+
+class StopAsking(Exception):
+    """No picture can be answered: the key, the model or the address is wrong."""
+
+
+class PictureRejected(Exception):
+    """The server does not take this picture; asking again gives the same."""
+
+
+class PassingFault(Exception):
+    """Asking again can help. `wait` is how many seconds the server asked to wait, or None."""
+
+    def __init__(self, message: str, wait: float | None = None):
+        super().__init__(message)
+        self.wait = wait
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where to ask which model. `key` is not shown when an Endpoint is printed."""
+
+    base_url: str
+    model: str
+    limit_name: str
+    key_variable: str | None
+    key: str
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.base_url!r}, {self.model!r})"
+
+    @property
+    def host(self) -> str:
+        """Host name, with the port where there is one."""
+        return urlsplit(self.base_url).netloc
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model answered, paid for whether it is of use or not. Token counts are None where none are reported."""
+
+    text: str
+    refusal: str | None
+    finish_reason: str | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
+def find_endpoint(
+    preset: str | None,
+    base_url: str | None,
+    model: str | None,
+    key_variable: str | None,
+    environment: Mapping[str, str],
+) -> Endpoint:
+    """Put preset and overrides together and take the key from the environment.
+
+    Raises:
+        UserError: no address, no model, or no key where one is needed. No message holds a key.
+    """
+    if preset is None and base_url is None:
+        raise UserError(f"give --preset ({', '.join(PRESETS)}) or --base_url")
+    known = PRESETS[preset] if preset is not None else Preset(base_url, None, None)
+    base_url = base_url or known.base_url
+    host = _check_base_url(base_url)
+    model = model or known.model
+    if not model:
+        raise UserError(f"give --model: which model of {host} to ask is not known")
+    key_variable = key_variable or known.key_variable
+    if key_variable is None and host not in LOOPBACK:
+        raise UserError(f"give --key_variable: the name of the environment variable that holds the key for {host}")
+    # The client wants some key; a local server does not look at it.
+    key = environment.get(key_variable, "").strip() if key_variable else "none"
+    if not key:
+        raise UserError(f"the environment variable {key_variable} is not set; export {key_variable} with your key")
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise UserError(f"the environment variable {key_variable} holds characters that no key has; export it again")
+    return Endpoint(base_url, model, known.limit_name, key_variable, key)
+
+
+def _check_base_url(base_url: str) -> str:
+    try:
+        parts = urlsplit(base_url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+    except ValueError:
+        usable = False
+    # The value is not repeated: a key may stand in it.
+    if not usable:
+        raise UserError("--base_url is no address such as http://127.0.0.1:8000/v1")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise UserError("--base_url holds more than host and path; keys come from the environment only")
+    return parts.hostname
+
+
+class CaptionClient:
+    """Asks one endpoint about one picture at a time; use it with `async with`."""
+
+    def __init__(self, endpoint: Endpoint, max_new_tokens: int, timeout: float):
+        self.endpoint = endpoint
+        self.timeout = timeout
+        self._limit = {endpoint.limit_name: max_new_tokens}
+        # A proxy of the machine cannot reach the machine's own server.
+        is_local = urlsplit(endpoint.base_url).hostname in LOOPBACK
+        self._client = openai.AsyncOpenAI(
+            api_key=endpoint.key,
+            base_url=endpoint.base_url,
+            timeout=timeout,
+            max_retries=0,
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=False) if is_local else None,
+        )
+
+    async def __aenter__(self) -> "CaptionClient":
+        return self
+
+    async def __aexit__(self, *exception) -> None:
+        await self._client.close()
+
+    async def ask(self, data_url: str, prompt: str) -> Reply:
+        """One request: the picture, then the prompt.
+
+        Raises:
+            PassingFault: no usable answer came (429, 5xx, timeout, cut connection, not a completion).
+            PictureRejected: the server does not take this request.
+            StopAsking: it takes none.
+        """
+        content = [{"type": "image_url", "image_url": {"url": data_url}}, {"type": "text", "text": prompt}]
+        create = self._client.chat.completions.with_raw_response.create
+        try:
+            # The client's own timeout starts anew with every byte that arrives.
+            async with asyncio.timeout(self.timeout):
+                response = await create(
+                    model=self.endpoint.model, messages=[{"role": "user", "content": content}], **self._limit
+                )
+                body = response.content
+        except (TimeoutError, openai.APITimeoutError):
+            raise PassingFault(f"no answer within {self.timeout:g} s") from None
+        except openai.APIStatusError as error:
+            raise self._sort(error) from None
+        except openai.APIError as error:
+            cause = error.__cause__ or error
+            raise PassingFault(self.clean(f"the connection failed ({type(cause).__name__}: {cause})")) from None
+        return self._read(body)
+
+    def clean(self, text: str) -> str:
+        """A server's text without the key."""
+        # Local servers take any word as key; such a word is no secret and may stand in a caption.
+        is_secret = len(self.endpoint.key) >= SHORTEST_SECRET
+        return text.replace(self.endpoint.key, BLOTTED_KEY) if is_secret else text
+
+    def _shorten(self, text: str) -> str:
+        words = " ".join(self.clean(text).split())
+        printable = "".join(character for character in words if character.isprintable())
+        return printable if len(printable) <= LONGEST_DETAIL else printable[:LONGEST_DETAIL] + "…"
+
+    def _sort(self, error: openai.APIStatusError) -> Exception:
+        """What an HTTP status means for this picture and for the others."""
+        status = error.status_code
+        said = self._shorten(_find_message(error))
+        detail = f"HTTP {status}" + (f": {said}" if said else "")
+        # OpenAI says 429 both for "slower" and for "your credit is used up".
+        if status in _FATAL or error.code == "insufficient_quota":
+            return StopAsking(
+                f"{self.endpoint.host} answered {detail}; {_FATAL.get(status, _FATAL[402])} "
+                f"(model {self.endpoint.model}, key from {self.endpoint.key_variable or 'nowhere'})"
+            )
+        if status in _PASSING or status >= 500:
+            return PassingFault(detail, parse_retry_after(error.response.headers.get("retry-after"), time.time()))
+        return PictureRejected(detail)
+
+    def _read(self, body: bytes) -> Reply:
+        """The answer in a response that came with status 200, whatever it holds."""
+        try:
+            completion = json.loads(body)
+            choice = completion["choices"][0]
+            message = choice["message"]
+            text, refusal = message.get("content") or "", message.get("refusal") or None
+            text.encode(), (refusal or "").encode()  # half a surrogate pair can be written nowhere
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            start = self._shorten(body[:80].decode(errors="replace"))
+            raise PassingFault(f"status 200, but no completion ({type(error).__name__}); it begins {start!r}") from None
+        usage = completion.get("usage")
+        counts = [_read_count(usage, name) for name in ("prompt_tokens", "completion_tokens")]
+        reason = choice.get("finish_reason")
+        return Reply(self.clean(text).strip(), refusal and self.clean(refusal), reason, *counts)
+
+
+def _read_count(usage, name: str) -> int | None:
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and not isinstance(count, bool) and count >= 0 else None
+
+
+def _find_message(error: openai.APIStatusError) -> str:
+    """The server's own words, without the wrapping of JSON where it is known."""
+    body = error.body
+    if isinstance(body, dict):
+        for key in ("message", "detail", "error"):
+            if isinstance(body.get(key), str):
+                return body[key]
+        return json.dumps(body, ensure_ascii=False)
+    return str(body or "")
+
+
+def parse_retry_after(value: str | None, now: float) -> float | None:
+    """Seconds to wait by a Retry-After header, which holds seconds or an HTTP date; None if it says neither.
+
+    Args:
+        now: seconds since 1970, UTC.
+    """
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            date = parsedate_to_datetime(value)
+        except ValueError:
+            return None
+        seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now
+    return max(seconds, 0.0) if seconds < float("inf") else None
+
+
+def choose_wait(faults: int, asked_wait: float | None, generator: random.Random) -> float:
+    """Seconds to wait after so many faults of a picture: twice as long each time, shortened by chance by up to half.
+
+    Never less than the server asked for. Chance keeps requests that failed together from coming back together.
+    """
+    longest = min(FIRST_WAIT_SECONDS * 2 ** (faults - 1), LONGEST_WAIT_SECONDS)
+    return max(longest * generator.uniform(0.5, 1.0), asked_wait or 0.0)
