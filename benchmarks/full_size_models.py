@@ -36,8 +36,8 @@ from meme_llava.checkpoint import write_directory, write_json  # noqa: E402
 from meme_llava.dataset import load_dataset  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model import load_processing, quiet_transformers  # noqa: E402
-from meme_llava.run import TrainingRun  # noqa: E402
 from meme_llava.records import read_records  # noqa: E402
+from meme_llava.run import TrainingRun  # noqa: E402
 from meme_llava.tiny_towers import make_vision_tower, train_tokenizer  # noqa: E402
 from meme_llava.trainable import plan_parameter_groups, prepare_trainable, save_trained_weights  # noqa: E402
 from meme_llava.trainer import derive_accumulation  # noqa: E402

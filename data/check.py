@@ -18,7 +18,7 @@ from meme_llava.checkpoint import RUN_RECORD, describe_environment, write_direct
 from meme_llava.data_check import (  # noqa: E402
     QUARANTINE,
     check_data,
-    write_quarantine,  # noqa: E402
+    write_quarantine,
 )
 from meme_llava.data_summary import (  # noqa: E402
     FINDINGS,
@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> None:
             },
         )
     print(f"report: {arguments.output_dir / REPORT}; all findings: {arguments.output_dir / FINDINGS}")
+    if not checked.usable:
+        raise UserError(f"{arguments.annotations}: holds no record that can be trained on")
     if not checked.bad:
         print(f"{len(checked.usable):,} records can be trained on, none is bad")
         return

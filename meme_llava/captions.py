@@ -37,6 +37,9 @@ _REFUSALS = re.compile(
 LOOP_REPEATS = 6
 LOOP_CHARACTERS = 60
 _LONGEST_PIECE = 120
+# The shortest loop, of 6 times 10 characters, repeats so many of its 4-character pieces; most texts repeat fewer.
+_SHORT_PIECE = 4
+_LEAST_REPEATED = LOOP_CHARACTERS - LOOP_CHARACTERS // LOOP_REPEATS - _SHORT_PIECE + 1
 # Loops that change a word each time leave few different pieces: (length of the text, share of different 8-grams).
 _VARIED_LENGTH = 400
 _VARIED_SHARE = 0.45
@@ -72,6 +75,9 @@ def find_loop(text: str) -> str | None:
     characters and more of whose 8-character pieces less than 45 % differ (a loop that counts up or swaps a word); or
     more white space than all else.
     """
+    pieces = Counter(text[start : start + _SHORT_PIECE] for start in range(len(text) - _SHORT_PIECE + 1))
+    if pieces.total() - len(pieces) < _LEAST_REPEATED:
+        return None
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)  # (characters,)
     for period in range(1, min(_LONGEST_PIECE, len(text) // LOOP_REPEATS) + 1):
         # Within a loop of this period every character equals the one a period behind it.

@@ -144,11 +144,7 @@ def print_summary(checked: CheckedData, facts: list[tuple[str, str]], histograms
     for histogram in histograms[:1]:
         largest = max(histogram.counts)
         rows = [
-            (
-                f"{low:,}" if high == low + 1 else f"{low:,} to {high - 1:,}",
-                count,
-                "█" * math.ceil(BAR_WIDTH * count / largest),
-            )
+            (_describe_range(low, high), count, "█" * math.ceil(BAR_WIDTH * count / largest))
             for low, high, count in zip(histogram.edges, histogram.edges[1:], histogram.counts, strict=False)
         ]
         print_table(histogram.title, (histogram.unit, "records", ""), rows)

@@ -7,6 +7,7 @@ Knows nothing about prompts or batches.
 import math
 import os
 import stat
+import struct
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from meme_llava.errors import UserError
 from meme_llava.findings import RecordFault
@@ -28,7 +29,19 @@ MAX_PIXELS = 50_000_000
 Image.MAX_IMAGE_PIXELS = None
 WHITE = (255, 255, 255)
 ORIENTATION_TAG = 0x0112
-UPRIGHT = (None, 0, 1)  # 0 is no value of the standard, and common
+# How a picture is turned upright, by its orientation tag; 0 is no value of the standard, and common.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What Pillow's parsers were seen to raise, or may, on damaged files.
+PARSER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, AssertionError)
+PARSER_ERRORS += (ArithmeticError, RuntimeError, struct.error)
 # What a file that is no picture starts with, and what it then is.
 SIGNATURES = (
     (b"<!doctype html", "a web page: a failed download"),
@@ -42,6 +55,8 @@ SIGNATURES = (
     (b"pk\x03\x04", "a zip archive"),
     (b"\x1f\x8b", "a gzip archive"),
 )
+# What the accepted formats start with: if Pillow does not know such a file, its header is damaged.
+ACCEPTED_MARKS = ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n", "PNG"), (b"GIF8", "GIF"), (b"RIFF", "WEBP"))
 # Pictures of formats whose parsers stay closed: (place of the mark, mark, name).
 CLOSED_FORMATS = (
     (0, b"8bps", "PSD"),
@@ -153,9 +168,8 @@ def open_image(path: Path, policy: ImagePolicy | None = None, max_pixels: int = 
             if policy is not None and image.format == "JPEG":
                 _draft(image, policy)
             image.load()
-            upright = ImageOps.exif_transpose(image) if image.getexif() else image
-            return _to_rgb(upright)
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+            return _to_rgb(_turn_upright(image))
+    except PARSER_ERRORS as error:
         raise RecordFault("damaged_picture", f"{path}: the picture is damaged ({error})") from error
 
 
@@ -200,8 +214,11 @@ def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         # Pillow's own errors about a header have no errno; those of the file system do.
         kind = "unreadable_file" if error.errno else "damaged_picture"
         raise RecordFault(kind, f"{path}: cannot be read ({error.strerror or error})") from error
-    except (SyntaxError, ValueError, EOFError) as error:
+    except PARSER_ERRORS as error:
         raise RecordFault("damaged_picture", f"{path}: cannot be read ({error})") from error
+    if image.format == "MPO":
+        # Phones append previews and depth maps to a JPEG; its beginning is the picture.
+        image.format = "JPEG"
     if math.prod(image.size) > max_pixels:
         width, height = image.size
         image.close()
@@ -223,9 +240,6 @@ def _check_file(path: Path) -> None:
 
 def list_header_notes(image: Image.Image) -> Iterator[tuple[str, str]]:
     """What is unusual about an opened picture and how it is taken, as (kind of finding, detail)."""
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1:
-        yield "animated", f"{frames} frames"
     if image.mode == "CMYK":
         yield "cmyk", "CMYK"
     elif image.mode.startswith("I") or any(";16" in str(tile.args) for tile in image.tile):
@@ -235,8 +249,17 @@ def list_header_notes(image: Image.Image) -> Iterator[tuple[str, str]]:
     if image.has_transparency_data:
         yield "transparent", image.mode
     orientation = image.getexif().get(ORIENTATION_TAG)
-    if orientation in range(2, 9):
+    if orientation in TURNS:
         yield "exif_rotation", f"orientation {orientation}"
+    # Last, since counting goes through all frames, and a damaged one leaves the picture in its middle.
+    try:
+        frames = getattr(image, "n_frames", 1)
+    except PARSER_ERRORS as error:
+        yield "damaged_animation", f"its frames cannot be counted ({error})"
+        return
+    # A photo that carries its preview or its depth (MPO) does not move.
+    if frames > 1 and image.format != "JPEG":
+        yield "animated", f"{frames} frames"
 
 
 def _draft(image: Image.Image, policy: ImagePolicy) -> None:
@@ -255,12 +278,21 @@ def _describe_stranger(path: Path) -> RecordFault:
     for mark, what in SIGNATURES:
         if lower.startswith(mark):
             return RecordFault("not_a_picture", f"{path}: not a {accepted} picture but {what}")
+    for mark, name in ACCEPTED_MARKS:
+        if start.startswith(mark):
+            return RecordFault("damaged_picture", f"{path}: a {name} picture whose header is truncated or damaged")
     for place, mark, name in CLOSED_FORMATS:
         if start.lower()[place:].startswith(mark):
             return RecordFault(
                 "unaccepted_format", f"{path}: a {name} picture; convert it to one of {', '.join(ACCEPTED_FORMATS)}"
             )
     return RecordFault("not_a_picture", f"{path}: not a {accepted} picture (starts with {start[:16]!r})")
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    # ImageOps.exif_transpose also writes the tags anew, which fails where another one of them is damaged.
+    turn = TURNS.get(image.getexif().get(ORIENTATION_TAG))
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

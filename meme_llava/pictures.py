@@ -22,7 +22,7 @@ from pathlib import Path
 from PIL import Image
 
 from meme_llava.findings import RecordFault
-from meme_llava.images import list_header_notes, open_header, open_image
+from meme_llava.images import PARSER_ERRORS, list_header_notes, open_header, open_image
 
 SMALLEST_SIDE = 4  # pixels; less is a tracking dot, no picture
 LOW_RESOLUTION = 64  # pixels; a line of words needs more
@@ -39,6 +39,7 @@ PICTURE_SUFFIXES = frozenset().union(*EXTENSIONS.values())
 # Raise it when inspection finds more or other things than before: results of older code are then looked up anew.
 CACHE_VERSION = 1
 FILES_PER_TASK = 16
+FILES_PER_COMMIT = 500  # so that a check that is stopped goes on from there
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def inspect_picture(path: Path, max_pixels: int, decode: bool = True) -> Picture
 def _list_notes(image: Image.Image) -> list[tuple[str, str]]:
     try:
         return list(list_header_notes(image))
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except PARSER_ERRORS as error:
         raise RecordFault("damaged_picture", f"the picture is damaged ({error})") from error
 
 
@@ -137,6 +138,7 @@ def inspect_pictures(
     # Forked workers start at once; a picture that kills its decoder then kills no more than the worker.
     fork = multiprocessing.get_context("fork")
     with contextlib.ExitStack() as stack:
+        stack.callback(cache.commit)
         run = map
         if workers > 1:
             run = stack.enter_context(ProcessPoolExecutor(workers, fork)).map
@@ -145,7 +147,6 @@ def inspect_pictures(
             found[path] = facts
             cache.remember(path, facts)
             advance(1)
-    cache.commit()
     return found
 
 
@@ -160,6 +161,9 @@ class PictureCache:
     def __init__(self, file: Path | None, read_only: bool = False):
         self._read_only = read_only
         self._database = None
+        self._file = file
+        # Written together, since a check that held the database for its whole length would keep others from it.
+        self._unwritten: list[tuple[bytes, str, str, str]] = []
         if file is None or (read_only and not file.is_file()):
             return
         try:
@@ -169,9 +173,12 @@ class PictureCache:
             self._database = sqlite3.connect(f"{file.absolute().as_uri()}?mode={mode}", uri=True, timeout=30)
             self._prepare()
         except (sqlite3.Error, OSError) as error:
-            # A read-only home must not keep anybody from training; the check only takes longer.
-            print(f"{file}: checked pictures cannot be remembered there ({error})", file=sys.stderr, flush=True)
-            self._database = None
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        # A read-only home must not keep anybody from training; the check only takes longer.
+        print(f"{self._file}: checked pictures cannot be remembered there ({error})", file=sys.stderr, flush=True)
+        self._database = None
 
     def _prepare(self) -> None:
         # Another Pillow may find other faults.
@@ -196,10 +203,14 @@ class PictureCache:
         state = _describe_state(path)
         if self._database is None or state is None:
             return None
-        row = self._database.execute(
-            "SELECT facts FROM files JOIN contents USING (sha256) WHERE path = ? AND state = ?",
-            (os.fsencode(path), state),
-        ).fetchone()
+        try:
+            row = self._database.execute(
+                "SELECT facts FROM files JOIN contents USING (sha256) WHERE path = ? AND state = ?",
+                (os.fsencode(path), state),
+            ).fetchone()
+        except sqlite3.Error as error:
+            self._give_up(error)
+            return None
         if row is None:
             return None
         values = json.loads(row[0])
@@ -209,21 +220,26 @@ class PictureCache:
         )
 
     def remember(self, path: Path, facts: PictureFacts) -> None:
-        """Keep what was found in a file; written with `commit`."""
+        """Keep what was found in a file; written with `commit`, or when there is much of it."""
         state = _describe_state(path)
-        if self._database is None or facts.sha256 is None or state is None:
+        if self._database is None or self._read_only or facts.sha256 is None or state is None:
             return
-        self._database.execute(
-            "INSERT OR REPLACE INTO files VALUES (?, ?, ?)", (os.fsencode(path), state, facts.sha256)
-        )
-        self._database.execute(
-            "INSERT OR REPLACE INTO contents VALUES (?, ?)", (facts.sha256, json.dumps(asdict(facts)))
-        )
+        self._unwritten.append((os.fsencode(path), state, facts.sha256, json.dumps(asdict(facts))))
+        if len(self._unwritten) >= FILES_PER_COMMIT:
+            self.commit()
 
     def commit(self) -> None:
         """Write what was remembered."""
-        if self._database is not None and not self._read_only:
-            self._database.commit()
+        if self._database is None:
+            return
+        try:
+            with self._database:
+                for path, state, sha256, facts in self._unwritten:
+                    self._database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", (path, state, sha256))
+                    self._database.execute("INSERT OR REPLACE INTO contents VALUES (?, ?)", (sha256, facts))
+        except sqlite3.Error as error:
+            self._give_up(error)
+        self._unwritten = []
 
 
 def find_default_cache() -> Path:

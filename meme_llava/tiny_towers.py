@@ -18,9 +18,9 @@ from transformers.models.chinese_clip.image_processing_pil_chinese_clip import C
 from meme_llava.arguments import parse_arguments, to_plain
 from meme_llava.checkpoint import RUN_RECORD, describe_environment, write_directory, write_json
 from meme_llava.conversation import DEFAULT_SYSTEM
-from meme_llava.records import read_records
 from meme_llava.errors import stop_on_user_error
 from meme_llava.model import quiet_transformers
+from meme_llava.records import read_records
 
 PROMPT_WORDS_WEIGHT = 100  # the words of every prompt count like those of a hundred records
 # Qwen2's own split of text into words, single digits, punctuation and white space.

@@ -22,6 +22,8 @@ from meme_llava.arguments import (
     parse_train_arguments,
 )
 from meme_llava.checkpoint import RUN_RECORD
+from meme_llava.data_summary import CheckArguments
+from meme_llava.describing import DescribeArguments
 from meme_llava.records import parse_record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,8 +34,11 @@ PLAIN_SCRIPTS = {
     "build_base_model.py": BuildArguments,
     "merge_lora.py": MergeArguments,
     "infer.py": InferArguments,
+    "data/check.py": CheckArguments,
+    "data/describe.py": DescribeArguments,
 }
-BENCHMARKS = ("benchmarks/full_size.py", "benchmarks/older_reader.py")
+PREPARE = "data/prepare.py"
+BENCHMARKS = ("benchmarks/full_size.py", "benchmarks/older_reader.py", "benchmarks/check_data.py")
 # Flags of tensorboard, transformers serve and vllm serve.
 FOREIGN_FLAGS = {
     "--help",
@@ -77,7 +82,8 @@ def list_flags(document: str) -> set[str]:
 
 
 def list_known_flags() -> set[str]:
-    classes = [TrainArguments, *PLAIN_SCRIPTS.values()]
+    sources = [settings_class for settings_class, _ in load_script(PREPARE).COMMANDS.values()]
+    classes = [TrainArguments, *PLAIN_SCRIPTS.values(), *sources]
     fields = [field for arguments in classes for field in dataclasses.fields(arguments)]
     flags = {f"--{field.name}" for field in fields}
     flags |= {f"--no_{field.name}" for field in fields if field.default is True}
@@ -107,6 +113,8 @@ def parse_command(words: list[str]) -> None:
         return
     if script == "train.py":
         parse_train_arguments(flags, "")
+    elif script == PREPARE:
+        parse_arguments(load_script(PREPARE).COMMANDS[flags[0]][0], flags[1:], "")
     elif script == DRAW_MEMES:
         load_script(DRAW_MEMES).parse_arguments(flags)
     elif script in BENCHMARKS:
@@ -210,6 +218,7 @@ def test_other_commands_are_known():
     assert others == {
         "bash tests/run.sh",
         "source .venv/bin/activate",
+        "pip install -r data/requirements.txt",
         "tensorboard --logdir output/train/tensorboard",
         # tests/test_serve.py starts the same server with the same flags.
         "pip install 'openai>=3.54,<4' 'fastapi>=0.165,<1' 'uvicorn>=0.54,<1'",

@@ -1,0 +1,128 @@
+"""Knows which picture files lie in the folders of a data set, and finds them by the names that captions call them.
+
+Names match in any Unicode normalisation: macOS writes é and が in two characters, everyone else in one.
+"""
+
+import difflib
+import os
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from meme_llava.data_check import check_image_folder
+from meme_llava.dataset import hash_file
+from meme_llava.errors import UserError
+from meme_llava.images import resolve_image_path
+from meme_llava.pictures import PICTURE_SUFFIXES
+
+# Looking for the nearest of 10,000 names takes half a second.
+_SUGGESTIONS = 50
+
+
+@dataclass(frozen=True)
+class FoundPicture:
+    """A picture: its path from the image folder, the data set (subfolder) it lies in, and equal files elsewhere."""
+
+    image: str
+    data_set: str
+    copies: int = 0
+
+
+class PictureIndex:
+    """The pictures in subfolders of the image folder, by name."""
+
+    def __init__(self, image_folder: Path, subfolders: Sequence[str]):
+        """Walk the subfolders; hidden files and folders, and files that are no pictures by name, are passed over.
+
+        Raises:
+            UserError: a folder is missing, lies outside the image folder, or no picture is in them.
+        """
+        check_image_folder(image_folder)
+        self.image_folder, self.subfolders = image_folder, list(subfolders)
+        self._by_name = defaultdict(list)  # NFC name: [FoundPicture]
+        self._found, self._suggested = {}, 0
+        self.count = 0
+        for subfolder in subfolders:
+            data_set = Path(subfolder).as_posix()
+            for image in _walk_pictures(image_folder, subfolder):
+                self._by_name[_normalise(image.rpartition("/")[2])].append(FoundPicture(image, data_set))
+                self.count += 1
+        if not self.count:
+            places = ", ".join(str(image_folder / subfolder) for subfolder in subfolders)
+            raise UserError(f"no picture ({', '.join(sorted(PICTURE_SUFFIXES))}) in {places}")
+
+    def __iter__(self) -> Iterator[tuple[str, list[FoundPicture]]]:
+        """Every name with its pictures, in the order of names."""
+        yield from sorted(self._by_name.items())
+
+    def find(self, name: str) -> FoundPicture:
+        """The picture that a caption calls `name`: a file name, or the end of a path.
+
+        Raises:
+            ValueError: there is none (with the nearest name), or several with different bytes.
+        """
+        if name not in self._found:
+            try:
+                self._found[name] = self._find(_normalise(name))
+            except ValueError as error:
+                self._found[name] = error
+        if isinstance(self._found[name], ValueError):
+            raise self._found[name]
+        return self._found[name]
+
+    def _find(self, name: str) -> FoundPicture:
+        folder, _, file_name = name.rpartition("/")
+        pictures = self._by_name.get(file_name, [])
+        if folder:
+            pictures = [picture for picture in pictures if _normalise(f"/{picture.image}").endswith(f"/{name}")]
+        if not pictures:
+            raise ValueError(f"no picture {name!r}{self._suggest(file_name)}")
+        return self.choose(pictures)
+
+    def choose(self, pictures: list[FoundPicture]) -> FoundPicture:
+        """The first of pictures with one name, if their bytes are equal.
+
+        Raises:
+            ValueError: they differ, or one cannot be read.
+        """
+        paths = [self._resolve(picture) for picture in pictures]
+        if len(pictures) > 1 and len({hash_file(path) for path in set(paths)}) > 1:
+            places = ", ".join(picture.image for picture in pictures)
+            raise ValueError(f"several different pictures have that name: {places}")
+        return FoundPicture(pictures[0].image, pictures[0].data_set, len(pictures) - 1)
+
+    def _resolve(self, picture: FoundPicture) -> Path:
+        path = resolve_image_path(picture.image, self.image_folder)
+        if not path.is_file():
+            raise ValueError(f"{picture.image} is no file")
+        return path
+
+    def _suggest(self, name: str) -> str:
+        self._suggested += 1
+        if self._suggested > _SUGGESTIONS:
+            return ""
+        near = difflib.get_close_matches(name, self._by_name, n=1, cutoff=0.75)
+        return f"; the nearest name is {near[0]!r}" if near else ""
+
+
+def _walk_pictures(image_folder: Path, subfolder: str) -> Iterator[str]:
+    try:
+        top = resolve_image_path(subfolder, image_folder)
+    except ValueError as error:
+        raise UserError(f"--pictures {subfolder}: must be a folder inside --image_folder ({error})") from error
+    if not top.is_dir():
+        raise UserError(f"--pictures {subfolder}: no such folder in {image_folder}")
+    root = image_folder.resolve()
+    found = []
+    for folder, folders, files in os.walk(top):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if not name.startswith(".") and Path(name).suffix.lower() in PICTURE_SUFFIXES:
+                found.append(Path(folder, name).relative_to(root).as_posix())
+    yield from sorted(found)
+
+
+def _normalise(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
