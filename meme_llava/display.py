@@ -19,6 +19,7 @@ from meme_llava.model import Processing
 
 SUPERVISED_STYLE = "bold green"
 IMAGE_STYLE = "magenta"
+LONGEST_NAME = 40  # characters of a first column that is never broken
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where the output is no terminal
 # Real control tokens; text that merely looks like one keeps the colour of text.
 CONTROL_STYLE = "cyan"
@@ -30,7 +31,10 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence]) ->
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         is_number = all(row[index].replace(",", "").isdigit() for row in rows)
-        table.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=index == 0)
+        is_name = index == 0 and max((len(row[0]) for row in rows), default=0) <= LONGEST_NAME
+        table.add_column(
+            column, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number or is_name
+        )
     for row in rows:
         # Cells are plain text: a square bracket in a file name is no markup.
         table.add_row(*[Text(cell) for cell in row])

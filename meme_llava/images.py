@@ -71,7 +71,7 @@ CLOSED_FORMATS = (
     (0, b"\x00\x00\x01\x00", "ICO"),
 )
 # Pillow reads the picture all the same, and a broken tag is treated as none.
-warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)
+warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin", category=UserWarning)
 
 Resize = Literal["squash", "pad", "crop"]
 

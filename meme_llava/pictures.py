@@ -72,8 +72,10 @@ def inspect_picture(path: Path, max_pixels: int, decode: bool = True) -> Picture
             if width * height > max_pixels:
                 return PictureFacts(sha256, image.format, width, height)
             notes = _list_notes(image)
-            if any("EXIF" in str(warning.message) for warning in caught):
-                notes.append(("broken_exif", str(caught[0].message)))
+            # Pillow reads EXIF blocks with its parser for TIFF.
+            broken = [str(warning.message) for warning in caught if "TiffImagePlugin" in warning.filename]
+            if broken:
+                notes.append(("broken_exif", broken[0]))
         open_image(path, max_pixels=max_pixels)
         return PictureFacts(sha256, image.format, width, height, tuple(notes), decoded=True)
     except RecordFault as fault:

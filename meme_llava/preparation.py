@@ -24,7 +24,7 @@ from meme_llava.dataset import hash_file
 from meme_llava.display import print_table
 from meme_llava.errors import UserError
 from meme_llava.questions import DESCRIBE, READ, draw_question
-from meme_llava.records import parse_record
+from meme_llava.records import name_source, parse_record
 
 
 @dataclass(kw_only=True)
@@ -271,13 +271,6 @@ def finish(writer: AnnotationWriter) -> None:
     writer.close()
     writer.publish()
     writer.print_summary()
-
-
-def name_source(source) -> str:
-    """The set and annotator of an entry of `sources`, as tables name it."""
-    if not isinstance(source, dict):
-        return "unnamed"
-    return " / ".join(str(source[key]) for key in ("set", "annotator") if source.get(key)) or "unnamed"
 
 
 def _dump_line(value) -> str:

@@ -77,7 +77,7 @@ def parse_record(value, place: str) -> Record:
             f"has {len(images)} image(s) but {placeholders} {IMAGE_PLACEHOLDER} in its human turns; write one "
             f"{IMAGE_PLACEHOLDER} for every image",
         )
-    text, repeat = value.get("text"), value.get("repeat")
+    text, repeat, sources = value.get("text"), value.get("repeat"), value.get("sources")
     return Record(
         record_id=_read_id(value, place),
         place=place,
@@ -85,7 +85,7 @@ def parse_record(value, place: str) -> Record:
         turns=turns,
         text=text if isinstance(text, str) else None,
         repeat=repeat if isinstance(repeat, int) else 1,
-        source=_describe_source(value.get("sources")),
+        source=name_source(sources[0]) if isinstance(sources, list) and sources else "",
     )
 
 
@@ -93,11 +93,11 @@ def _read_id(value: dict, otherwise: str) -> str:
     return otherwise if value.get("id") is None else str(value["id"])
 
 
-def _describe_source(sources) -> str:
-    """Set and annotator of a record's first source, as data/prepare.py writes them."""
-    if not isinstance(sources, list) or not sources or not isinstance(sources[0], dict):
-        return ""
-    return " ".join(str(sources[0][key]) for key in ("set", "annotator") if sources[0].get(key))
+def name_source(source) -> str:
+    """The set and annotator of an entry of `sources`, as tables name it."""
+    if not isinstance(source, dict):
+        return "unnamed"
+    return " / ".join(str(source[key]) for key in ("set", "annotator") if source.get(key)) or "unnamed"
 
 
 def _parse_turn(turn, index: int) -> Turn:

@@ -60,7 +60,7 @@ class _Divided:
 
 @dataclass(frozen=True)
 class _Grouping:
-    """`records`: the group of each record; `pictures`: that of each picture; `near_pairs`: how many were that near."""
+    """`records`: the group of each record; `near_pairs`: how many pairs of pictures are near-duplicates."""
 
     records: list[int]
     near_pairs: int

@@ -43,7 +43,7 @@ def test_dry_run_prints_the_whole_chain():
     assert dry_run() == [
         "python -m meme_llava.tiny_towers --annotations data/annotations.json --output_dir output/tiny",
         "python build_base_model.py --language_model output/tiny/language_model "
-        "--vision_model output/tiny/vision_tower --output_dir output/base",
+        "--vision_model output/tiny/vision_tower --image_policy squash --output_dir output/base",
         DEFAULT_TRAINING,
         "python merge_lora.py --adapter output/train --output_dir output/merged",
         "python infer.py --model output/merged --annotations data/annotations.json --image_folder data --limit 100",
@@ -54,7 +54,7 @@ def test_dry_run_of_the_published_run():
     build, train, *_ = dry_run(**REAL_RUN)
     assert build == (
         "python build_base_model.py --language_model Qwen/Qwen2-7B-Instruct "
-        "--vision_model OFA-Sys/chinese-clip-vit-large-patch14-336px --output_dir output/base"
+        "--vision_model OFA-Sys/chinese-clip-vit-large-patch14-336px --image_policy squash --output_dir output/base"
     )
     assert train == (
         "torchrun --nproc_per_node 8 --standalone train.py --model output/base --annotations data/annotations.json "
