@@ -16,7 +16,7 @@ from meme_llava.dataset import ShuffledEpochs, load_dataset
 from meme_llava.display import print_batch, print_findings
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.model import load_llava, load_processing
-from meme_llava.pictures import PictureCache, find_default_cache
+from meme_llava.picture_cache import PictureCache, find_default_cache
 from meme_llava.run import (
     TrainingRun,
     choose_checkpoint,

@@ -35,7 +35,7 @@ from meme_llava.dataset import hash_file  # noqa: E402
 from meme_llava.display import show_count  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model import load_processing  # noqa: E402
-from meme_llava.pictures import PictureCache, find_default_cache  # noqa: E402
+from meme_llava.picture_cache import PictureCache, find_default_cache  # noqa: E402
 
 
 @stop_on_user_error

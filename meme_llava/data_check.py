@@ -17,7 +17,8 @@ from meme_llava.conversation import CONTROL_TOKENS, IMAGE_PLACEHOLDER, Conversat
 from meme_llava.errors import UserError
 from meme_llava.findings import KINDS, Finding, RecordFault, Severities
 from meme_llava.images import MAX_PIXELS, resolve_image_path
-from meme_llava.pictures import PictureCache, PictureFacts, inspect_picture, inspect_pictures, judge_picture
+from meme_llava.picture_cache import PictureCache, PictureFacts
+from meme_llava.pictures import inspect_picture, inspect_pictures, judge_picture
 from meme_llava.records import Record, iterate_values, read_records
 
 # A list of a hundred thousand findings helps nobody; the count is always given in full.

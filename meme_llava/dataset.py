@@ -16,7 +16,7 @@ from meme_llava.data_check import CheckedData, CheckedRecord, check_data, stop_o
 from meme_llava.errors import UserError
 from meme_llava.findings import Severities
 from meme_llava.images import MAX_PIXELS, ImagePolicy, read_pixel_values
-from meme_llava.pictures import PictureCache
+from meme_llava.picture_cache import PictureCache
 
 
 def hash_file(path: Path) -> str:

@@ -19,6 +19,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from meme_llava.errors import UserError
+from meme_llava.file_signatures import START_LENGTH, describe_stranger
 from meme_llava.findings import RecordFault
 
 # Only parsers for pictures that memes come in; PostScript, PSD and the like stay closed.
@@ -42,34 +43,6 @@ TURNS = {
 # What Pillow's parsers were seen to raise, or may, on damaged files.
 PARSER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, AssertionError)
 PARSER_ERRORS += (ArithmeticError, RuntimeError, struct.error)
-# What a file that is no picture starts with, and what it then is.
-SIGNATURES = (
-    (b"<!doctype html", "a web page: a failed download"),
-    (b"<html", "a web page: a failed download"),
-    (b"<?xml", "XML or SVG"),
-    (b"<svg", "SVG"),
-    (b"{", "JSON: an error message instead of a download"),
-    (b"version https://git-lfs", "a git-lfs pointer; run git lfs pull"),
-    (b"%!ps", "PostScript"),
-    (b"%pdf", "PDF"),
-    (b"pk\x03\x04", "a zip archive"),
-    (b"\x1f\x8b", "a gzip archive"),
-)
-# What the accepted formats start with: if Pillow does not know such a file, its header is damaged.
-ACCEPTED_MARKS = ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n", "PNG"), (b"GIF8", "GIF"), (b"RIFF", "WEBP"))
-# Pictures of formats whose parsers stay closed: (place of the mark, mark, name).
-CLOSED_FORMATS = (
-    (0, b"8bps", "PSD"),
-    (0, b"ii*\x00", "TIFF"),
-    (0, b"mm\x00*", "TIFF"),
-    (4, b"ftypavif", "AVIF"),
-    (4, b"ftyphei", "HEIF"),
-    (4, b"ftypmif1", "HEIF"),
-    (0, b"\x00\x00\x00\x0cjp  ", "JPEG 2000"),
-    (0, b"\xff\x0a", "JPEG XL"),
-    (0, b"\x00\x00\x00\x0cjxl ", "JPEG XL"),
-    (0, b"\x00\x00\x01\x00", "ICO"),
-)
 # Pillow reads the picture all the same, and a broken tag is treated as none.
 warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin", category=UserWarning)
 
@@ -209,7 +182,9 @@ def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         image = Image.open(path, formats=ACCEPTED_FORMATS)
     except UnidentifiedImageError as error:
-        raise _describe_stranger(path) from error
+        with path.open("rb") as file:
+            kind, what = describe_stranger(file.read(START_LENGTH), ACCEPTED_FORMATS)
+        raise RecordFault(kind, f"{path}: {what}") from error
     except OSError as error:
         # Pillow's own errors about a header have no errno; those of the file system do.
         kind = "unreadable_file" if error.errno else "damaged_picture"
@@ -266,27 +241,6 @@ def _draft(image: Image.Image, policy: ImagePolicy) -> None:
     factor = policy.measure_reduction(*image.size) / 2
     if factor >= 2:
         image.draft(None, (math.ceil(image.width / factor), math.ceil(image.height / factor)))
-
-
-def _describe_stranger(path: Path) -> RecordFault:
-    with path.open("rb") as file:
-        start = file.read(32)
-    if not start:
-        return RecordFault("empty_file", f"{path}: the file is empty")
-    accepted = "/".join(ACCEPTED_FORMATS)
-    lower = start.lower().removeprefix(b"\xef\xbb\xbf").lstrip()
-    for mark, what in SIGNATURES:
-        if lower.startswith(mark):
-            return RecordFault("not_a_picture", f"{path}: not a {accepted} picture but {what}")
-    for mark, name in ACCEPTED_MARKS:
-        if start.startswith(mark):
-            return RecordFault("damaged_picture", f"{path}: a {name} picture whose header is truncated or damaged")
-    for place, mark, name in CLOSED_FORMATS:
-        if start.lower()[place:].startswith(mark):
-            return RecordFault(
-                "unaccepted_format", f"{path}: a {name} picture; convert it to one of {', '.join(ACCEPTED_FORMATS)}"
-            )
-    return RecordFault("not_a_picture", f"{path}: not a {accepted} picture (starts with {start[:16]!r})")
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:

@@ -21,7 +21,8 @@ from PIL import Image
 from meme_llava.arguments import describe
 from meme_llava.dataset import hash_file
 from meme_llava.errors import UserError
-from meme_llava.images import ACCEPTED_FORMATS, resolve_image_path
+from meme_llava.file_signatures import START_LENGTH, describe_stranger
+from meme_llava.images import ACCEPTED_FORMATS, PARSER_ERRORS, resolve_image_path
 from meme_llava.parquet_columns import PRESETS, Columns, Preset, find_columns, read_text
 from meme_llava.preparation import AnnotationWriter, DrawingSettings, finish, make_record
 
@@ -246,8 +247,7 @@ def _first_line(error: Exception) -> str:
 
 def _read_bytes(value) -> bytes:
     if isinstance(value, dict):
-        if value.get("bytes") is None and value.get("path") and Path(value["path"]).is_file():
-            return Path(value["path"]).read_bytes()
+        # A path beside it is not followed: it would be a file of this machine that a stranger's row names.
         value = value.get("bytes")
     if not isinstance(value, bytes) or not value:
         raise ValueError(f"has no picture ({type(value).__name__} in place of bytes)")
@@ -257,6 +257,7 @@ def _read_bytes(value) -> bytes:
 def _find_ending(data: bytes) -> str:
     try:
         with Image.open(io.BytesIO(data), formats=ACCEPTED_FORMATS) as image:
-            return ENDINGS[image.format]
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the picture is not {'/'.join(ACCEPTED_FORMATS)} (starts with {data[:16]!r})") from error
+            return ENDINGS[image.format.replace("MPO", "JPEG")]  # a phone's JPEG with a preview behind it
+    except PARSER_ERRORS as error:
+        _, what = describe_stranger(data[:START_LENGTH], ACCEPTED_FORMATS)
+        raise ValueError(f"the picture is {what}") from error

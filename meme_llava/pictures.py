@@ -6,23 +6,23 @@ records.
 
 import contextlib
 import hashlib
-import json
 import multiprocessing
 import os
-import sqlite3
+import stat
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
 from meme_llava.findings import RecordFault
 from meme_llava.images import PARSER_ERRORS, list_header_notes, open_header, open_image
+from meme_llava.picture_cache import PictureCache, PictureFacts
 
 SMALLEST_SIDE = 4  # pixels; less is a tracking dot, no picture
 LOW_RESOLUTION = 64  # pixels; a line of words needs more
@@ -36,26 +36,8 @@ EXTENSIONS = {
     "BMP": {".bmp", ".dib"},
 }
 PICTURE_SUFFIXES = frozenset().union(*EXTENSIONS.values())
-# Raise it when inspection finds more or other things than before: results of older code are then looked up anew.
-CACHE_VERSION = 1
 FILES_PER_TASK = 16
-FILES_PER_COMMIT = 500  # so that a check that is stopped goes on from there
-
-
-@dataclass(frozen=True)
-class PictureFacts:
-    """What the contents of one file are, whatever its name and whatever limits a run has.
-
-    `fault` is (kind of finding, detail) if it cannot be used. `decoded` is False if only the header was read.
-    """
-
-    sha256: str | None
-    format: str | None = None
-    width: int = 0
-    height: int = 0
-    notes: tuple[tuple[str, str], ...] = ()
-    fault: tuple[str, str] | None = None
-    decoded: bool = False
+Result = TypeVar("Result")
 
 
 def inspect_picture(path: Path, max_pixels: int, decode: bool = True) -> PictureFacts:
@@ -117,7 +99,7 @@ def judge_picture(path: Path, facts: PictureFacts, max_pixels: int) -> list[tupl
 def inspect_pictures(
     paths: Iterable[Path],
     max_pixels: int,
-    cache: "PictureCache",
+    cache: PictureCache,
     workers: int | None = None,
     advance: Callable[[int], object] = lambda count: None,
 ) -> dict[Path, PictureFacts]:
@@ -127,135 +109,75 @@ def inspect_pictures(
         workers: processes; None takes the CPUs this process may use.
         advance: takes how many files were done.
     """
-    found, unknown = {}, []
-    for path in dict.fromkeys(paths):
-        facts = cache.look_up(path)
-        if facts is not None and (facts.decoded or facts.width * facts.height > max_pixels):
-            found[path] = facts
-        else:
-            unknown.append(path)
-    advance(len(found))
-    workers = min(workers or len(os.sched_getaffinity(0)), -(-len(unknown) // FILES_PER_TASK))
-    inspect = partial(inspect_picture, max_pixels=max_pixels)
-    # Forked workers start at once; a picture that kills its decoder then kills no more than the worker.
-    fork = multiprocessing.get_context("fork")
+    found: dict[Path, PictureFacts] = {}
+    workers = workers or len(os.sched_getaffinity(0))
+
+    def is_settled(path: Path, facts: PictureFacts | None) -> bool:
+        if facts is None or not (facts.decoded or facts.width * facts.height > max_pixels):
+            return False
+        found[path] = facts
+        advance(1)
+        return True
+
+    unknown = [path for path in dict.fromkeys(paths) if not is_settled(path, cache.look_up(path))]
     with contextlib.ExitStack() as stack:
         stack.callback(cache.commit)
-        run = map
-        if workers > 1:
-            run = stack.enter_context(ProcessPoolExecutor(workers, fork)).map
-            run = partial(run, chunksize=FILES_PER_TASK)
-        for path, facts in zip(unknown, run(inspect, unknown), strict=True):
+        if cache.holds_contents:
+            # Files that were copied, renamed or touched need no decoding; hashing takes a fraction of the time.
+            hashed = list(_map_in_processes(_try_hash, unknown, workers, lambda path: None))
+            for path, sha256 in hashed:
+                if is_settled(path, facts := cache.look_up_contents(sha256)):
+                    cache.remember(path, facts)
+            unknown = [path for path in unknown if path not in found]
+        inspect = partial(inspect_picture, max_pixels=max_pixels)
+        for path, facts in _map_in_processes(inspect, unknown, workers, _blame):
             found[path] = facts
             cache.remember(path, facts)
             advance(1)
     return found
 
 
-class PictureCache:
-    """What was found in files before, by the hash of their contents; a file's hash is kept by its size and times.
-
-    Args:
-        file: an SQLite database, made when missing; None keeps nothing.
-        read_only: for training, where many processes read and none writes.
-    """
-
-    def __init__(self, file: Path | None, read_only: bool = False):
-        self._read_only = read_only
-        self._database = None
-        self._file = file
-        # Written together, since a check that held the database for its whole length would keep others from it.
-        self._unwritten: list[tuple[bytes, str, str, str]] = []
-        if file is None or (read_only and not file.is_file()):
-            return
+def _map_in_processes(
+    function: Callable[[Path], Result], paths: list[Path], workers: int, blame: Callable[[Path], Result]
+) -> Iterator[tuple[Path, Result]]:
+    """Every path with its result, in order; `blame` gives that of a file that kills its process."""
+    while len(paths) > FILES_PER_TASK and workers > 1:
+        processes = min(workers, -(-len(paths) // FILES_PER_TASK))
+        done = 0
         try:
-            if not read_only:
-                file.parent.mkdir(parents=True, exist_ok=True)
-            mode = "ro" if read_only else "rwc"
-            self._database = sqlite3.connect(f"{file.absolute().as_uri()}?mode={mode}", uri=True, timeout=30)
-            self._prepare()
-        except (sqlite3.Error, OSError) as error:
-            self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        # A read-only home must not keep anybody from training; the check only takes longer.
-        print(f"{self._file}: checked pictures cannot be remembered there ({error})", file=sys.stderr, flush=True)
-        self._database = None
-
-    def _prepare(self) -> None:
-        # Another Pillow may find other faults.
-        wanted = f"{CACHE_VERSION} pillow {version('pillow')}"
-        tables = {name for (name,) in self._database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if "maker" in tables and self._database.execute("SELECT version FROM maker").fetchone() == (wanted,):
+            with _start_processes(processes) as pool:
+                for path, result in zip(paths, pool.map(function, paths, chunksize=FILES_PER_TASK), strict=True):
+                    yield path, result
+                    done += 1
             return
-        if self._read_only:
-            self._database.close()
-            self._database = None
-            return
-        with self._database:
-            for table in ("maker", "files", "contents"):
-                self._database.execute(f"DROP TABLE IF EXISTS {table}")
-            self._database.execute("CREATE TABLE maker (version TEXT)")
-            self._database.execute("CREATE TABLE files (path BLOB PRIMARY KEY, state TEXT, sha256 TEXT)")
-            self._database.execute("CREATE TABLE contents (sha256 TEXT PRIMARY KEY, facts TEXT)")
-            self._database.execute("INSERT INTO maker VALUES (?)", (wanted,))
-
-    def look_up(self, path: Path) -> PictureFacts | None:
-        """What is known about a file, or None if it is unknown or changed since."""
-        state = _describe_state(path)
-        if self._database is None or state is None:
-            return None
-        try:
-            row = self._database.execute(
-                "SELECT facts FROM files JOIN contents USING (sha256) WHERE path = ? AND state = ?",
-                (os.fsencode(path), state),
-            ).fetchone()
-        except sqlite3.Error as error:
-            self._give_up(error)
-            return None
-        if row is None:
-            return None
-        values = json.loads(row[0])
-        fault = values["fault"]
-        return PictureFacts(
-            **values | {"notes": tuple(map(tuple, values["notes"])), "fault": tuple(fault) if fault else None}
-        )
-
-    def remember(self, path: Path, facts: PictureFacts) -> None:
-        """Keep what was found in a file; written with `commit`, or when there is much of it."""
-        state = _describe_state(path)
-        if self._database is None or self._read_only or facts.sha256 is None or state is None:
-            return
-        self._unwritten.append((os.fsencode(path), state, facts.sha256, json.dumps(asdict(facts))))
-        if len(self._unwritten) >= FILES_PER_COMMIT:
-            self.commit()
-
-    def commit(self) -> None:
-        """Write what was remembered."""
-        if self._database is None:
-            return
-        try:
-            with self._database:
-                for path, state, sha256, facts in self._unwritten:
-                    self._database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", (path, state, sha256))
-                    self._database.execute("INSERT OR REPLACE INTO contents VALUES (?, ?)", (sha256, facts))
-        except sqlite3.Error as error:
-            self._give_up(error)
-        self._unwritten = []
+        except BrokenProcessPool:
+            # One of the files in work did it, so each of them gets a process of its own; then the rest goes on.
+            suspects, paths = paths[done:][: processes * FILES_PER_TASK], paths[done + processes * FILES_PER_TASK :]
+        for path in suspects:
+            with _start_processes(1) as pool:
+                try:
+                    result = pool.submit(function, path).result()
+                except BrokenProcessPool:
+                    result = blame(path)
+            yield path, result
+    yield from zip(paths, map(function, paths), strict=True)
 
 
-def find_default_cache() -> Path:
-    """Where checked pictures are remembered unless the user says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meme_llava" / "pictures.sqlite"
+def _start_processes(count: int) -> ProcessPoolExecutor:
+    # Forked ones start at once, with what is loaded already.
+    return ProcessPoolExecutor(count, multiprocessing.get_context("fork"))
 
 
-def _describe_state(path: Path) -> str | None:
-    # As git does: contents cannot change without one of these changing.
+def _blame(path: Path) -> PictureFacts:
+    return PictureFacts(None, fault=("damaged_picture", "decoding it kills the program that does it"), decoded=True)
+
+
+def _try_hash(path: Path) -> str | None:
+    # Of a file that is missing, a pipe or unreadable there are no contents to compare; opening it says why.
     try:
-        state = path.stat()
+        return _hash(path) if stat.S_ISREG(path.stat().st_mode) else None
     except OSError:
         return None
-    return f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
 
 
 def _hash(path: Path) -> str:

@@ -9,7 +9,7 @@ from meme_llava.arguments import parse_train_arguments
 from meme_llava.data_check import check_data, stop_on_bad_records
 from meme_llava.display import print_findings, show_count
 from meme_llava.errors import stop_on_user_error
-from meme_llava.pictures import PictureCache, find_default_cache
+from meme_llava.picture_cache import PictureCache, find_default_cache
 
 
 @stop_on_user_error

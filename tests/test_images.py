@@ -11,11 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import World
+from PIL import Image, ImageDraw
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+import build_base_model
+from meme_llava.dataset import load_dataset
 from meme_llava.errors import UserError
+from meme_llava.generation import load_answerer
 from meme_llava.images import ImagePolicy, open_header, open_image, resolve_image_path, to_pixel_values
+from meme_llava.model import load_processing
 
 ODD_IMAGES = Path(__file__).resolve().parents[2] / "shared" / "data" / "odd_images"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -164,6 +170,24 @@ def test_exif_rotation_is_applied(tmp_path, orientation, upright):
     make_image("L", [ord(letter) for letter in "abcdef"], width=3).save(tmp_path / "a.png", exif=exif)
     found = ["".join(chr(red) for red, _, _ in row) for row in read_rows(tmp_path / "a.png")]
     assert found == upright
+
+
+def test_a_broken_tag_does_not_keep_a_picture_from_being_turned(tmp_path):
+    # Orientation 6, and a description that is a fraction in place of text: writing the tags anew would fail.
+    entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHII", 0x010E, 5, 1, 38)
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + entries + bytes(12)
+    Image.new("RGB", (12, 8)).save(tmp_path / "a.jpg", exif=exif)
+    assert open_image(tmp_path / "a.jpg").size == (8, 12)
+
+
+def test_a_phones_jpeg_with_a_preview_behind_it_is_its_first_picture(tmp_path):
+    preview = Image.new("RGB", (8, 8), "blue")
+    Image.new("RGB", (16, 8), "red").save(
+        tmp_path / "a.jpg", "MPO", save_all=True, append_images=[preview], quality=100
+    )
+    with open_header(tmp_path / "a.jpg") as image:
+        assert (image.format, image.size) == ("JPEG", (16, 8))
+    assert np.abs(np.asarray(open_image(tmp_path / "a.jpg"), int) - (255, 0, 0)).max() <= 3
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -462,3 +486,206 @@ def test_an_image_processor_without_a_square_is_refused():
     for size, crop_size in ((square, square), ({"shortest_edge": 32}, square)):
         with pytest.raises(UserError, match="folder: the image processor resizes to .* and crops"):
             ImagePolicy.from_image_processor(CLIPImageProcessorPil(size=size, crop_size=crop_size), "folder")
+
+
+# ---- Size policies ----
+
+SHAPES = [(100, 60), (60, 100), (57, 56), (300, 31), (31, 300), (480, 59), (56, 56), (1, 1), (700, 701), (1713, 1901)]
+
+
+def make_policy_processor(resize: str, size: int):
+    """The image processor of transformers that does what our policy of this name does."""
+    square = {"height": size, "width": size}
+    if resize == "pad":
+        return LlavaImageProcessorPil(size=square, crop_size=square, do_center_crop=False, do_pad=True)
+    if resize == "crop":
+        return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square, do_center_crop=True)
+    return CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("resize", ["squash", "pad", "crop"])
+def test_every_policy_equals_its_image_processor_bit_for_bit(resize, shape):
+    image, processor = make_noise(*shape), make_policy_processor(resize, 56)
+    policy = ImagePolicy.from_image_processor(processor, "test")
+    assert (policy.resize, policy.size) == (resize, 56)
+    theirs = torch.as_tensor(np.array(processor(image)["pixel_values"][0]))
+    assert torch.equal(to_pixel_values(image, policy), theirs)
+
+
+def make_policy(resize: str, size: int, mean: float = 0.0) -> ImagePolicy:
+    return ImagePolicy(size, (mean,) * 3, (1.0,) * 3, Image.Resampling.NEAREST, resize)
+
+
+@pytest.mark.parametrize(
+    "resize, expected",
+    [
+        ("squash", [[1, 3], [5, 7]]),  # every second pixel
+        ("pad", [[127, 127, 127, 127], [0, 1, 2, 3], [4, 5, 6, 7], [127, 127, 127, 127]]),
+        ("crop", [[1, 2], [5, 6]]),
+    ],
+)
+def test_policies_written_out(resize, expected):
+    image = make_image("RGB", [(value,) * 3 for value in range(8)], width=4)
+    policy = make_policy(resize, len(expected), mean=0.5 if resize == "pad" else 0.0)
+    pixels = (to_pixel_values(image, policy) + policy.mean[0]) * 255
+    assert pixels.round().int().tolist() == [expected] * 3
+
+
+def test_padding_stands_on_both_sides_and_takes_the_mean_colour():
+    policy = ImagePolicy(4, (0.5, 0.25, 0.999), (1.0, 1.0, 1.0), Image.Resampling.NEAREST, "pad")
+    assert policy.background == (127, 63, 254)
+    tall = to_pixel_values(Image.new("RGB", (2, 4), "white"), policy) + torch.tensor(policy.mean).view(3, 1, 1)
+    assert (tall * 255).round().int()[:, 1].tolist() == [[127, 255, 255, 127], [63, 255, 255, 63], [254, 255, 255, 254]]
+
+
+def test_a_processor_that_pads_and_crops_is_refused():
+    processor = make_policy_processor("pad", 56)
+    processor.do_center_crop = True
+    with pytest.raises(UserError, match="folder: the image processor pads and crops, expected one of them"):
+        ImagePolicy.from_image_processor(processor, "folder")
+
+
+# ---- Fast decoding ----
+
+
+def make_drawing(width: int, height: int) -> Image.Image:
+    """A picture with soft colours, shapes and lines as thin as letters."""
+    red = np.linspace(0, 255, width, dtype=np.uint8)[None].repeat(height, 0)
+    green = np.linspace(255, 0, height, dtype=np.uint8)[:, None].repeat(width, 1)
+    image = Image.fromarray(np.stack([red, green, np.full_like(red, 128)], axis=2))
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((width // 4, height // 4, width // 2, height // 2), fill="white", outline="black")
+    for step in range(12):
+        draw.line((step * width // 12, height, (step + 1) * width // 12, height * 3 // 4), fill="black", width=5)
+    return image
+
+
+@pytest.mark.parametrize(
+    "resize, size, decoded",
+    [
+        ("squash", (1000, 900), (125, 113)),  # 1/8
+        ("squash", (500, 480), (125, 120)),  # 1/4
+        ("squash", (300, 230), (150, 115)),  # 1/2
+        ("squash", (224, 400), (112, 200)),  # exactly four times too large
+        ("squash", (223, 400), (223, 400)),
+        ("crop", (400, 224), (200, 112)),
+        # Its short side, the one that counts, is just what is needed; on a padded square the long one counts.
+        ("squash", (4000, 120), (4000, 120)),
+        ("crop", (4000, 120), (4000, 120)),
+        ("pad", (4000, 120), (500, 15)),
+        ("pad", (223, 100), (223, 100)),
+    ],
+)
+def test_a_large_jpeg_is_decoded_small_but_never_below_twice_what_is_needed(tmp_path, resize, size, decoded):
+    path = tmp_path / "a.jpg"
+    make_drawing(*size).save(path)
+    policy = make_policy(resize, 56)
+    image = open_image(path, policy)
+    assert image.size == decoded
+    assert policy.measure_reduction(*decoded) >= min(2, policy.measure_reduction(*size))
+    assert open_image(path).size == size
+    make_drawing(*size).save(tmp_path / "a.png")
+    assert open_image(tmp_path / "a.png", policy).size == size
+
+
+@pytest.mark.parametrize("resize", ["squash", "pad", "crop"])
+@pytest.mark.parametrize("size", [(1000, 900), (500, 480), (300, 230), (700, 1600)])
+def test_fast_decoding_shows_the_same_picture(tmp_path, resize, size):
+    make_drawing(*size).save(tmp_path / "a.jpg", quality=90)
+    policy = ImagePolicy(56, (0.0,) * 3, (1.0,) * 3, resize=resize)
+    fast = to_pixel_values(open_image(tmp_path / "a.jpg", policy), policy)
+    whole = to_pixel_values(open_image(tmp_path / "a.jpg"), policy)
+    difference = (fast - whole).abs() * 255
+    assert float(difference.mean()) < 4  # of 255
+    assert not torch.equal(fast, whole)
+
+
+def test_a_large_jpeg_on_its_side_is_decoded_small_and_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("RGB", (800, 400), "white")
+    image.paste((255, 0, 0), (0, 0, 100, 100))  # its left upper corner comes to the right upper one
+    image.save(tmp_path / "a.jpg", exif=exif)
+    turned = open_image(tmp_path / "a.jpg", make_policy("squash", 50))
+    assert turned.size == (100, 200)
+    assert turned.getpixel((95, 5))[1] < 30 < 230 < turned.getpixel((5, 5))[1]
+
+
+# ---- From the file to the model, in training and in use ----
+
+
+@pytest.fixture(scope="module", params=["squash", "pad", "crop"])
+def base_with_policy(request, world, tmp_path_factory) -> tuple[str, Path]:
+    base = tmp_path_factory.mktemp(request.param) / "base"
+    build_base_model.main(
+        [
+            *("--language_model", str(world.language_model), "--vision_model", str(world.vision_tower)),
+            *("--output_dir", str(base), "--image_policy", request.param, "--no_verify"),
+        ]
+    )
+    return request.param, base
+
+
+def test_the_policy_is_stored_with_the_model_and_transformers_follows_it(base_with_policy):
+    resize, base = base_with_policy
+    processing = load_processing(base)
+    assert (processing.image_policy.resize, processing.image_policy.size) == (resize, 28)
+    for shape in ((100, 60), (31, 300), (28, 28)):
+        image = make_noise(*shape)
+        theirs = processing.processor(text="<image>", images=image, return_tensors="pt")
+        assert torch.equal(theirs["pixel_values"][0], to_pixel_values(image, processing.image_policy))
+        assert int((theirs["input_ids"] == processing.encoder.image_token_id).sum()) == 4
+
+
+def save_real_life_pictures(folder: Path) -> list[str]:
+    """Pictures that are not taken as they lie in their files."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    make_drawing(900, 700).save(folder / "large.jpg")
+    make_drawing(900, 500).save(folder / "large on its side.jpg", exif=exif)
+    make_drawing(60, 40).save(folder / "small.jpg", exif=exif)
+    make_drawing(640, 100).convert("CMYK").save(folder / "printed.jpg")
+    drawing = make_drawing(120, 300).convert("RGBA")
+    drawing.putalpha(Image.linear_gradient("L").resize(drawing.size))
+    drawing.save(folder / "sticker.png")
+    frames = [make_drawing(200, 150).quantize(32), Image.new("P", (200, 150))]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_tokens_and_pixels_are_the_same_in_training_and_in_use(world: World, base_with_policy, tmp_path):
+    (tmp_path / "images").mkdir()
+    names = save_real_life_pictures(tmp_path / "images")
+    records = [
+        {
+            "id": name,
+            "image": name,
+            "conversations": [
+                {"from": "human", "value": "<image>\n图里写了什么？"},
+                {"from": "gpt", "value": f"第{number}张图里写着“好耶”。"},
+            ],
+        }
+        for number, name in enumerate(names)
+    ]
+    (tmp_path / "memes.json").write_text(json.dumps(records), encoding="utf-8")
+    processing = load_processing(base_with_policy[1])
+    arguments = (
+        tmp_path / "memes.json",
+        tmp_path / "images",
+        processing.encoder,
+        processing.image_policy,
+        200,
+        "error",
+    )
+    dataset = load_dataset(*arguments).dataset
+    answerer = load_answerer(base_with_policy[1], device="cpu", dtype="float32")
+    for index, name in enumerate(names):
+        item = dataset[index]
+        # As infer.py does.
+        image = open_image(tmp_path / "images" / name, answerer.processing.image_policy)
+        inputs = answerer.build_inputs(image, "图里写了什么？")
+        prompt = inputs["input_ids"][0]
+        assert torch.equal(item["input_ids"][: len(prompt)], prompt), name
+        assert item["labels"][: len(prompt)].eq(-100).all() and item["labels"][len(prompt)] != -100
+        assert torch.equal(item["pixel_values"], inputs["pixel_values"]), name

@@ -36,7 +36,7 @@ def write_parquet(path, rows, columns, image_feature=True, row_group_size=2):
     features = {name: datasets.Value("string") for name in columns}
     image = datasets.Image() if image_feature else {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     schema = datasets.Features({"image": image, **features}).arrow_schema
-    rows = [{**row, "image": {"bytes": row["image"], "path": None}} for row in rows]
+    rows = [{**row, "image": {"bytes": row["image"], "path": row.get("path")}} for row in rows]
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=row_group_size)
     return path
 
@@ -157,7 +157,10 @@ BAD_ROWS = {
     "no picture": ({"image": None, "text": "x"}, "has no picture"),
     "no text": ({"image": RED, "text": " "}, "text is empty"),
     "null text": ({"image": RED, "text": None}, "text is empty"),
-    "HTML in place of a picture": ({"image": b"<html>", "text": "x"}, "is not JPEG/PNG/GIF/WEBP/BMP"),
+    "HTML in place of a picture": (
+        {"image": b"<html>", "text": "x"},
+        "is not a JPEG/PNG/GIF/WEBP/BMP picture but a web page",
+    ),
     "an empty picture": ({"image": b"", "text": "x"}, "has no picture"),
 }
 
@@ -223,3 +226,13 @@ def test_without_datasets_the_package_is_named(tmp_path, capsys, monkeypatch, te
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     assert "pip install -r data/requirements.txt" in fail(capsys, tmp_path, "--dataset", text_file)
+
+
+def test_a_row_cannot_name_a_file_of_this_machine(tmp_path, capsys):
+    (tmp_path / "private.png").write_bytes(RED)
+    rows = [{"image": None, "path": str(tmp_path / "private.png"), "text": "x"}]
+    path = write_parquet(tmp_path / "r.parquet", rows, ["text"])
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--dataset", path)
+    assert "r row 0: has no picture" in capsys.readouterr().err
+    assert list((tmp_path / "root").rglob("*.png")) == []

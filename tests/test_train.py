@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 import train
-from meme_llava import trainable
+from meme_llava import precheck, trainable
 from meme_llava.arguments import parse_train_arguments
 from meme_llava.conversation import Turn
 from meme_llava.images import open_image, to_pixel_values
@@ -394,6 +394,78 @@ def test_bad_records_are_all_named_or_quarantined(world, tmp_path, capsys):
     assert sorted(json.loads(line)["record_id"] for line in lines) == ["r0", "r5"]
     record = json.loads((tmp_path / "out" / "run_record.json").read_text())
     assert (record["data"]["records"], record["data"]["bad_records"]) == (6, 2)
+
+
+def test_left_out_records_are_counted_in_every_line_and_log(world, tmp_path, capsys):
+    records = json.loads(json.dumps(world.records))
+    records[0]["conversations"][1]["value"] = "抱歉，我无法回答。"
+    records[4]["id"] = "r1"
+    annotations = tmp_path / "annotations.json"
+    annotations.write_text(json.dumps(records, ensure_ascii=False))
+    flags = train_flags(world, tmp_path / "out", annotations=annotations, bad_records="quarantine", max_steps=2)
+    train.main(flags)
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.startswith("step ")]
+    assert lines and all(line.endswith(", 2 records quarantined") for line in lines)
+    assert f"2 bad records are left out; they are listed in {tmp_path / 'out' / 'quarantine.jsonl'}" in printed
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert [entry["quarantined_records"] for entry in state["log_history"]] == [2] * len(state["log_history"])
+    data = json.loads((tmp_path / "out" / "run_record.json").read_text())["data"]
+    assert (data["records"], data["bad_records"]) == (6, 2)
+    assert data["findings"] == {"duplicate_id": 1, "refusal": 1, "low_resolution": 8}  # all 8 pictures are tiny
+
+
+def test_without_bad_records_no_line_speaks_of_them(world, trained, tmp_path, capsys):
+    assert not any("quarantined_records" in entry for entry in read_log(trained))
+    train.main(train_flags(world, tmp_path / "out", max_steps=1))
+    assert "quarantine" not in capsys.readouterr().out
+
+
+def read_log(output_dir) -> list[dict]:
+    return json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+
+
+def test_kinds_are_allowed_and_refused_by_flags(world, tmp_path, capsys):
+    records = json.loads(json.dumps(world.records))
+    records[0]["conversations"][1]["value"] = "抱歉，我无法回答。"
+    annotations = tmp_path / "annotations.json"
+    annotations.write_text(json.dumps(records, ensure_ascii=False))
+    error = fail(capsys, train_flags(world, tmp_path / "out", annotations=annotations))
+    assert "1 of 8 records cannot be trained on" in error and "[refusal]" in error
+    train.main(train_flags(world, tmp_path / "out", annotations=annotations, allow="refusal", max_steps=1))
+    assert not (tmp_path / "out" / "quarantine.jsonl").exists()
+    refuse = train_flags(world, tmp_path / "other", refuse="cut_answer", model_max_length=63)
+    assert "1 of 8 records cannot be trained on" in fail(capsys, refuse)
+    assert "--allow refusals: no such kind" in fail(capsys, train_flags(world, tmp_path / "other", allow="refusals"))
+
+
+def test_after_the_precheck_a_damaged_picture_stops_the_run_before_the_model_is_loaded(
+    world, tmp_path, monkeypatch, capsys
+):
+    """Behind its header the picture is damaged: the precheck decodes it, and training knows of it from there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    images = tmp_path / "images"
+    shutil.copytree(world.image_folder, images)
+    Image.effect_noise((200, 200), 90).save(images / "p5.png")
+    (images / "p5.png").write_bytes((images / "p5.png").read_bytes()[:-5000])
+    flags = train_flags(world, tmp_path / "out", image_folder=images)
+    with pytest.raises(SystemExit) as stop:
+        precheck.main(flags)
+    assert stop.value.code == 2
+    found = capsys.readouterr().err
+    assert "1 of 8 records cannot be trained on" in found
+    assert "annotations.json record 5 (id 'r5'): " in found and "[damaged_picture]" in found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "load_llava", lambda *_: pytest.fail("the model was loaded"))
+        assert "annotations.json record 5 (id 'r5'): " in fail(capsys, flags)
+    train.main([*flags, "--bad_records", "quarantine", "--max_steps", "1"])
+    printed = capsys.readouterr().out
+    assert "1 bad records are left out" in printed and "never decoded" not in printed
+    # The file is mended: nothing that was found before holds it back.
+    Image.new("RGB", (40, 30)).save(images / "p5.png")
+    precheck.main(flags)
+    assert "settings are sound, 8 records can be trained on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("workers", [0, 1])
