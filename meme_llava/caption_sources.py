@@ -76,7 +76,9 @@ def prepare_captions(settings: CaptionsSettings) -> None:
     annotators = settings.annotators or [path.stem for path in settings.captions]
     with _open(settings, settings.captions) as (writer, joiner):
         for path, annotator in zip(settings.captions, annotators, strict=True):
-            joiner.join(path, (_parse_caption(row, annotator) for row in read_json_rows(path)))
+            rows = list(read_json_rows(path))
+            last = _find_last_lines(rows)
+            joiner.join(path, (_parse_caption(row, annotator, last) for row in rows))
         joiner.write()
         finish(writer)
 
@@ -183,10 +185,22 @@ class _Refused:
     is_problem: bool = True
 
 
-def _parse_caption(row: Row, annotator: str) -> Caption | _Refused:
+def _find_last_lines(rows: list[Row]) -> dict[str, dict]:
+    """Where data/describe.py wrote last about each picture; its lines hold the picture's sha256."""
+    return {
+        str(row.value.get("picName")): row.position
+        for row in rows
+        if isinstance(row.value, dict) and "sha256" in row.value
+    }
+
+
+def _parse_caption(row: Row, annotator: str, last_lines: dict[str, dict]) -> Caption | _Refused:
     if refused := _refuse_broken(row, ("picName",)):
         return refused
     name = row.value["picName"]
+    if "sha256" in row.value and row.position != last_lines[str(name)]:
+        # The picture changed, or was asked about again after it had been set aside.
+        return _Refused(row, "described again later", f"{name}: a later line counts", is_problem=False)
     if "set_aside" in row.value:
         # data/describe.py writes such lines for pictures that no model described.
         return _Refused(row, "set aside by describe.py", f"{name}: {row.value['set_aside']}", is_problem=False)

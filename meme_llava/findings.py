@@ -57,7 +57,7 @@ _NOTED = {
     "control_text": "a text spells a control token; it is trained on as plain text",
     "text_disagrees": "an answer holds less than half of the characters known to stand in the picture",
     "duplicate_picture": "another file has the same bytes",
-    "wrong_extension": "the file's name ends in another format's extension; the contents decide",
+    "wrong_extension": "the file's name does not end as its format's names do; the contents decide",
     "animated": "an animation, of which the first frame is used",
     "damaged_animation": "an animation whose later frames are damaged; the first frame is sound",
     "transparent": "transparent parts, which become white",

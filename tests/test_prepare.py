@@ -259,6 +259,19 @@ def test_set_aside_lines_are_counted_and_no_problem(world, capsys):
     assert read(world / "out.left_out.jsonl")[0]["reason"] == "a: refused 3 times"
 
 
+def test_of_the_lines_that_describe_py_wrote_about_a_picture_the_last_counts(world):
+    lines = [
+        {"picName": "b.png", "description": "旧图", "sha256": "1"},
+        {"picName": "滑稽大佬00001-文字.jpg", "set_aside": "refusal", "sha256": "2"},
+        {"picName": "b.png", "description": "新图", "sha256": "3"},
+        {"picName": "滑稽大佬00001-文字.jpg", "description": "狗", "sha256": "2"},
+    ]
+    write_lines(world / "d.jsonl", lines)
+    records = run("captions", world, *captions_flags(world, "d.jsonl"))
+    assert [record["conversations"][1]["value"] for record in records] == ["新图", "狗"]
+    assert read_manifest(world)["counts"]["left_out"] == {"described again later": 2}
+
+
 def test_at_most_fifty_problems_are_listed_with_the_count_and_a_hint(world, capsys):
     write_lines(world / "many.jsonl", [{"picName": f"{n}.png", "description": "x"} for n in range(70)])
     message = fail(capsys, "captions", world, *captions_flags(world, "many.jsonl"))

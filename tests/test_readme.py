@@ -21,9 +21,12 @@ from meme_llava.arguments import (
     parse_arguments,
     parse_train_arguments,
 )
+from meme_llava.caption_client import PRESETS
 from meme_llava.checkpoint import RUN_RECORD
 from meme_llava.data_summary import CheckArguments
-from meme_llava.describing import DescribeArguments
+from meme_llava.describing import REASONS, DescribeArguments
+from meme_llava.findings import ALLOWABLE, KINDS
+from meme_llava.questions import DESCRIBE, READ
 from meme_llava.records import parse_record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +42,7 @@ PLAIN_SCRIPTS = {
 }
 PREPARE = "data/prepare.py"
 BENCHMARKS = ("benchmarks/full_size.py", "benchmarks/older_reader.py", "benchmarks/check_data.py")
-# Flags of tensorboard, transformers serve and vllm serve.
+# Flags of tensorboard, transformers serve, vllm serve, hf download and git clone.
 FOREIGN_FLAGS = {
     "--help",
     "--logdir",
@@ -48,6 +51,10 @@ FOREIGN_FLAGS = {
     "--chat-template-kwargs",
     "--chat-template-content-format",
     "--max-model-len",
+    "--repo-type",
+    "--local-dir",
+    "--exclude",
+    "--depth",
 }
 HUB_IDS = {"Qwen/Qwen2-7B-Instruct", "OFA-Sys/chinese-clip-vit-large-patch14-336px"}
 # Headings of the tables of messages, and messages in them that other programs print.
@@ -104,6 +111,15 @@ def read_run_sh_variables() -> dict[str, tuple[str, str | None]]:
 def read_variable_table(document: str) -> dict[str, tuple[str, str | None]]:
     rows = re.findall(r"^\| `([A-Z_]+)` \| `([^`]*)` \| (?:`([^`]+)`|–) \|", read(document), re.MULTILINE)
     return {name: (default, real or None) for name, default, real in rows}
+
+
+def read_table(document: str, first_cell: str) -> list[list[str]]:
+    """The rows of the table whose first row begins with a cell, written as there; they come without code marks."""
+    for table in re.findall(r"(?:^\|.*\n)+", read(document), re.MULTILINE):
+        _, _, *rows = table.splitlines()
+        if rows[0].startswith(f"| {first_cell} |"):
+            return [[cell.strip() for cell in row.replace("`", "").strip("|").split("|")] for row in rows]
+    raise AssertionError(f"{document}: no table begins with {first_cell}")
 
 
 def parse_command(words: list[str]) -> None:
@@ -219,6 +235,14 @@ def test_other_commands_are_known():
         "bash tests/run.sh",
         "source .venv/bin/activate",
         "pip install -r data/requirements.txt",
+        # Downloads; nobody ran them where this was built.
+        "export HF_ENDPOINT=https://hf-mirror.com",
+        "hf download REILX/chinese-meme-description-dataset --repo-type dataset --local-dir /data/memes/captions "
+        '--exclude "*gemini-1_0*"',
+        "hf download SWHL/ChineseOCRBench --repo-type dataset --local-dir /data/parquet/ChineseOCRBench",
+        "git clone --depth 1 https://github.com/LLM-Red-Team/emo-visual-data /data/memes/emo-visual-data",
+        "git clone --depth 1 https://github.com/zhaoolee/ChineseBQB /data/memes/ChineseBQB",
+        "export GEMINI_API_KEY=your-key",
         "tensorboard --logdir output/train/tensorboard",
         # tests/test_serve.py starts the same server with the same flags.
         "pip install 'openai>=3.54,<4' 'fastapi>=0.165,<1' 'uvicorn>=0.54,<1'",
@@ -244,7 +268,7 @@ def test_variables_named_in_commands_exist():
         for command in list_commands(document):
             assignments |= set(re.findall(r"(?:^|\s)([A-Z_]+)=", command))
     assert len(assignments) >= 18
-    foreign = {"DRY_RUN", "PIP_EXTRA_INDEX_URL", "UV_TORCH_BACKEND"}
+    foreign = {"DRY_RUN", "PIP_EXTRA_INDEX_URL", "UV_TORCH_BACKEND", "HF_ENDPOINT", "GEMINI_API_KEY"}
     assert sorted(assignments - set(read_run_sh_variables()) - foreign) == []
 
 
@@ -273,6 +297,44 @@ def test_example_records_are_accepted(document):
     for record in records:
         for image in parse_record(record, document).images:
             assert (ROOT / "data" / image).is_file()
+
+
+@pytest.mark.parametrize(
+    ("document", "severities"),
+    list(zip(PAIRS["data"], ({"bad": "bad", "noted": "noted"}, {"bad": "不可用", "noted": "提示"}), strict=True)),
+)
+def test_table_of_kinds_is_that_of_the_check(document, severities):
+    rows = read_table(document, "`not_json`")
+    assert len(rows) >= 36
+    assert [row[:2] for row in rows] == [[kind.name, severities[kind.severity]] for kind in KINDS.values()]
+    if document == "data/README.md":
+        assert [row[2] for row in rows] == [kind.meaning for kind in KINDS.values()]
+    # Each kind has a meaning of its own, in Chinese too.
+    assert len({row[2] for row in rows}) == len(KINDS)
+    (sentence,) = [line for line in read(document).splitlines() if line.startswith("- `--allow`")]
+    assert {name for name in re.findall(r"`(\w+)`", sentence) if name in KINDS} == ALLOWABLE
+
+
+@pytest.mark.parametrize("document", PAIRS["data"])
+def test_table_of_questions_is_that_of_prepare(document):
+    rows = read_table(document, DESCRIBE[0])
+    assert [row[0] for row in rows] == [*DESCRIBE, *READ]
+    described, read_out = rows[: len(DESCRIBE)], rows[len(DESCRIBE) :]
+    assert len({row[1] for row in described}) == len({row[1] for row in read_out}) == 1
+    assert described[0][1] != read_out[0][1]
+
+
+@pytest.mark.parametrize("document", PAIRS["data"])
+def test_tables_of_describe_and_prepare_are_theirs(document):
+    assert [row[0] for row in read_table(document, "`captions`")] == list(load_script(PREPARE).COMMANDS)
+    assert [row[0] for row in read_table(document, "`refusal`")] == list(REASONS)
+    rows = read_table(document, "`gpt-4o`")
+    assert [row[0] for row in rows] == list(PRESETS)
+    for name, model, variable in rows:
+        preset = PRESETS[name]
+        # The local server's model is the user's, and it needs no key.
+        assert (model, variable) == (preset.model, preset.key_variable) or name == "local"
+    assert PRESETS["local"].model is PRESETS["local"].key_variable is None
 
 
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
