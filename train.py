@@ -17,6 +17,7 @@ from meme_llava.display import print_batch, print_findings
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.model import load_llava, load_processing
 from meme_llava.picture_cache import PictureCache, find_default_cache
+from meme_llava.progress import ProgressBar, show_progress_with
 from meme_llava.run import (
     TrainingRun,
     choose_checkpoint,
@@ -29,12 +30,11 @@ from meme_llava.run import (
 from meme_llava.trainable import plan_parameter_groups, prepare_trainable
 from meme_llava.trainer import (
     MemeTrainer,
-    ProgressBar,
+    check_processes_agree,
     count_processes,
     derive_accumulation,
     leave_process_group,
     make_training_arguments,
-    show_progress_with,
 )
 
 
@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         if finished:
             return
     training_arguments = make_training_arguments(arguments, run.steps, run.warmup_steps, run.accumulation)
+    check_processes_agree([checked.record.place for checked in data.checked.usable])
     model = prepare_trainable(load_llava(arguments.model, choose_load_dtype(training_arguments)), arguments)
     groups = plan_parameter_groups(model, arguments.high_lr, arguments.low_lr, arguments.weight_decay)
     run.parameter_groups = [group.describe() for group in groups]

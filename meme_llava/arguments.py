@@ -58,8 +58,34 @@ class BuildArguments:
         _check_shard_size(self)
 
 
+@dataclass(kw_only=True)
+class RecordPolicy:
+    """What becomes of records with findings; the data check and training take the same settings."""
+
+    bad_records: Literal["error", "quarantine"] = field(
+        default="error", metadata=describe("bad records stop the run, or go to quarantine.jsonl and are counted")
+    )
+    allow: list[str] = field(
+        default_factory=list, metadata=describe("kinds of findings that make no record bad, such as duplicate_id")
+    )
+    refuse: list[str] = field(
+        default_factory=list, metadata=describe("kinds that make a record bad though they need not, such as cut_answer")
+    )
+    max_pixels: int = field(default=MAX_PIXELS, metadata=describe("pictures with more pixels are not decoded"))
+
+    def __post_init__(self) -> None:
+        """Stop at values that cannot be meant."""
+        _check(self, "max_pixels", self.max_pixels > 0, "at least 1")
+        Severities(tuple(self.allow), tuple(self.refuse))  # stops at a kind that does not exist
+
+    @property
+    def severities(self) -> Severities:
+        """Which findings keep a record from training."""
+        return Severities(tuple(self.allow), tuple(self.refuse))
+
+
 @dataclass
-class TrainArguments:
+class TrainArguments(RecordPolicy):
     # What to train, on what: run.sh's variables.
     model: Path = field(metadata=describe("LLaVA folder that build_base_model.py or merge_lora.py wrote"))
     annotations: Path = field(metadata=describe("annotation file, .json or .jsonl"))
@@ -89,16 +115,6 @@ class TrainArguments:
     weight_decay: float = field(default=0.0, metadata=describe("decay of matrices; never of biases and norms"))
     max_grad_norm: float = field(default=1.0, metadata=describe("gradients are clipped to this norm"))
     max_steps: int | None = field(default=None, metadata=describe("optimizer steps, in place of num_train_epochs"))
-    bad_records: Literal["error", "quarantine"] = field(
-        default="error", metadata=describe("bad records stop the run, or go to quarantine.jsonl and are counted")
-    )
-    allow: list[str] = field(
-        default_factory=list, metadata=describe("kinds of findings that make no record bad, such as duplicate_id")
-    )
-    refuse: list[str] = field(
-        default_factory=list, metadata=describe("kinds that make a record bad though they need not, such as cut_answer")
-    )
-    max_pixels: int = field(default=MAX_PIXELS, metadata=describe("pictures with more pixels are not decoded"))
     seed: int = field(default=42, metadata=describe("order of the records, LoRA start values, dropout"))
     precision: Literal["auto", "bf16", "fp32"] = field(
         default="auto", metadata=describe("auto: bf16 on a GPU that has it, fp32 on a CPU")
@@ -118,6 +134,7 @@ class TrainArguments:
 
     def __post_init__(self) -> None:
         """Stop at values that contradict each other or cannot be meant."""
+        super().__post_init__()
         trainings = {self.vision_tower_training, self.language_model_training}
         if trainings >= {"lora", "full"}:
             raise UserError("vision_tower_training and language_model_training mix lora and full; choose one of them")
@@ -133,16 +150,8 @@ class TrainArguments:
             _check(self, name, getattr(self, name) >= 0, "0 or more")
         _check(self, "warmup_ratio", 0 <= self.warmup_ratio < 1, "between 0 and 1")
         _check(self, "lora_dropout", 0 <= self.lora_dropout < 1, "between 0 and 1")
-        _check(self, "max_pixels", self.max_pixels > 0, "at least 1")
         _check(self, "max_steps", self.max_steps is None or self.max_steps > 0, "at least 1")
         _check(self, "warmup_steps", self.warmup_steps is None or self.warmup_steps >= 0, "0 or more")
-
-        Severities(tuple(self.allow), tuple(self.refuse))  # stops at a kind that does not exist
-
-    @property
-    def severities(self) -> Severities:
-        """Which findings keep a record from training."""
-        return Severities(tuple(self.allow), tuple(self.refuse))
 
     @property
     def uses_lora(self) -> bool:

@@ -4,17 +4,15 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from meme_llava.arguments import describe
+from meme_llava.arguments import RecordPolicy, describe
 from meme_llava.check_report import GalleryEntry, Histogram, KindCount, ReportContents
 from meme_llava.data_check import CheckedData, CheckedRecord
 from meme_llava.display import print_findings, print_table
 from meme_llava.errors import UserError
 from meme_llava.findings import KINDS, Finding, Severities
-from meme_llava.images import MAX_PIXELS
 
 FINDINGS = "findings.jsonl"
 REPORT = "report.html"
@@ -24,7 +22,7 @@ MAX_EXAMPLES = 5  # ids of a kind in the report's table
 
 
 @dataclass
-class CheckArguments:
+class CheckArguments(RecordPolicy):
     annotations: Path = field(metadata=describe("annotation file, .json or .jsonl"))
     image_folder: Path = field(metadata=describe("folder that the records' image paths start from"))
     model: Path | None = field(
@@ -33,16 +31,6 @@ class CheckArguments:
     output_dir: Path = field(
         default=Path("output/check"), metadata=describe(f"gets {REPORT}, {FINDINGS} and, if needed, quarantine.jsonl")
     )
-    bad_records: Literal["error", "quarantine"] = field(
-        default="error", metadata=describe("bad records end the check with exit code 2, or go to quarantine.jsonl")
-    )
-    allow: list[str] = field(
-        default_factory=list, metadata=describe("kinds of findings that make no record bad, such as duplicate_id")
-    )
-    refuse: list[str] = field(
-        default_factory=list, metadata=describe("kinds that make a record bad though they need not, such as cut_answer")
-    )
-    max_pixels: int = field(default=MAX_PIXELS, metadata=describe("pictures with more pixels are not decoded"))
     model_max_length: int = field(default=2048, metadata=describe("positions a record may take, image tokens counted"))
     global_batch_size: int = field(default=64, metadata=describe("records per optimizer step, to predict the steps"))
     num_train_epochs: float = field(default=5, metadata=describe("passes over the records, to predict the steps"))
@@ -55,18 +43,13 @@ class CheckArguments:
 
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""
-        Severities(tuple(self.allow), tuple(self.refuse))
-        for name in ("max_pixels", "model_max_length", "global_batch_size", "num_train_epochs", "workers"):
+        super().__post_init__()
+        for name in ("model_max_length", "global_batch_size", "num_train_epochs", "workers"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"--{name} is {value!r}, expected more than 0")
         if self.report_records < 0:
             raise UserError(f"--report_records is {self.report_records}, expected 0 or more")
-
-    @property
-    def severities(self) -> Severities:
-        """Which findings keep a record from training."""
-        return Severities(tuple(self.allow), tuple(self.refuse))
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,15 @@
 """Knows how a step is computed: loss, parameter groups, what is logged and saved. A transformers Trainer underneath."""
 
+import hashlib
 import json
 import math
 import os
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch.nn import functional
-from tqdm import tqdm
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from meme_llava.arguments import TrainArguments
 from meme_llava.conversation import IGNORED_LABEL
@@ -19,7 +17,6 @@ from meme_llava.errors import UserError
 from meme_llava.trainable import ParameterGroup, load_trained_weights, save_trained_weights
 
 TENSORBOARD_FOLDER = "tensorboard"
-SECONDS_BETWEEN_LINES = 5  # of progress, where the output is a file
 
 
 def supervised_cross_entropy(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
@@ -42,6 +39,25 @@ def supervised_cross_entropy(outputs, labels: torch.Tensor, num_items_in_batch: 
 def count_processes() -> int:
     """Processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_processes_agree(records: Sequence[str]) -> None:
+    """Raise UserError unless all processes train on the same records, given by their places.
+
+    A picture that changes or is checked while the processes start can be bad for one and good for another.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    digest = hashlib.sha256("\n".join(records).encode()).hexdigest()
+    found: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, (len(records), digest))
+    if len(set(found)) > 1:
+        counts = ", ".join(str(count) for count, _ in found)
+        raise UserError(
+            f"the processes found different records to train on ({counts} of them); pictures changed while they "
+            "started, or this machine's cache of checked pictures differs from another's. Run data/check.py, then "
+            "start again."
+        )
 
 
 def derive_accumulation(arguments: TrainArguments, processes: int) -> int:
@@ -242,67 +258,8 @@ class _FirstGradientCheck(TrainerCallback):
             )
 
 
-class ProgressBar(TrainerCallback):
-    """A bar with loss, tokens per second and time left; plain lines where the output is no terminal.
-
-    Args:
-        tokens_after_step: useful positions trained on after each optimizer step, int64 (steps + 1,).
-    """
-
-    def __init__(self, tokens_after_step):
-        self._tokens = tokens_after_step
-        self._bar = None
-        self._start = (0.0, 0)
-        self._last_line = -SECONDS_BETWEEN_LINES
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._start = (time.perf_counter(), state.global_step)
-        if state.is_world_process_zero:
-            self._bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                unit="step",
-                dynamic_ncols=True,
-                disable=not sys.stderr.isatty(),
-            )
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n if not self._bar.disable else 0)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self._bar is None or "loss" not in logs:
-            return
-        start_time, start_step = self._start
-        seconds = time.perf_counter() - start_time
-        speed = (self._tokens[state.global_step] - self._tokens[start_step]) / seconds
-        left_out = f", {logs['quarantined_records']:,} records quarantined" if "quarantined_records" in logs else ""
-        if not self._bar.disable:
-            self._bar.set_postfix_str(f"loss {logs['loss']:.4f}, {speed:,.0f} tokens/s{left_out}")
-            return
-        if seconds - self._last_line < SECONDS_BETWEEN_LINES and state.global_step < state.max_steps:
-            return
-        self._last_line = seconds
-        left = seconds / (state.global_step - start_step) * (state.max_steps - state.global_step)
-        print(
-            f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  {speed:,.0f} tokens/s  "
-            f"{tqdm.format_interval(left)} left{left_out}",
-            flush=True,
-        )
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self._bar is not None:
-            self._bar.close()
-
-
 def leave_process_group() -> None:
     """Wait for all processes and part. Leaving without it can abort one at exit, and torchrun then kills the others."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-def show_progress_with(trainer: Trainer, bar: ProgressBar) -> None:
-    """Put our bar in the place of the Trainer's."""
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(bar)

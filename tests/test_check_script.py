@@ -269,7 +269,7 @@ def test_records_beyond_the_length_are_found_with_a_model(world: World, tmp_path
         (("--allow", "refusals"), "--allow refusals: no such kind of finding (did you mean refusal?)"),
         (("--allow", "malformed"), "--allow malformed: such a record cannot be trained on"),
         (("--refuse", "loop", "--allow", "loop"), "loop: both in --allow and in --refuse"),
-        (("--max_pixels", "0"), "--max_pixels is 0, expected more than 0"),
+        (("--max_pixels", "0"), "--max_pixels is 0, expected at least 1"),
         (("--workers", "0"), "--workers is 0, expected more than 0"),
         (("--num_train_epochs", "nan"), "--num_train_epochs is nan, expected more than 0"),
         (("--num_train_epochs", "inf"), "--num_train_epochs is inf, expected more than 0"),

@@ -22,6 +22,8 @@ from meme_llava.arguments import parse_train_arguments
 from meme_llava.conversation import Turn
 from meme_llava.images import open_image, to_pixel_values
 from meme_llava.model import load_llava, load_processing
+from meme_llava.picture_cache import PictureCache, find_default_cache
+from meme_llava.pictures import inspect_pictures
 from meme_llava.trainer import MemeTrainer
 
 ADAPTER_FILES = {
@@ -231,6 +233,32 @@ def test_two_processes_give_the_losses_of_one(world, tmp_path):
     ours = load_file(tmp_path / "one" / "adapter_model.safetensors")
     theirs = load_file(tmp_path / "two" / "adapter_model.safetensors")
     assert all(torch.allclose(ours[name], theirs[name], atol=2e-4) for name in ours)
+
+
+# Each process has a cache of its own, as on two machines; only one knows that a picture is damaged.
+WITH_OWN_CACHE = """
+import os, runpy, sys
+os.environ["XDG_CACHE_HOME"] = os.path.join(sys.argv[1], os.environ["RANK"])
+sys.argv = sys.argv[2:]
+sys.path.insert(0, ".")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_processes_that_know_of_different_damage_stop_before_they_train(world, tmp_path, monkeypatch):
+    images = tmp_path / "images"
+    shutil.copytree(world.image_folder, images)
+    Image.effect_noise((200, 200), 90).save(images / "p5.png")
+    (images / "p5.png").write_bytes((images / "p5.png").read_bytes()[:-5000])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "1"))
+    inspect_pictures([images / "p5.png"], 50_000_000, PictureCache(find_default_cache()))
+    launcher = tmp_path / "with_own_cache.py"
+    launcher.write_text(WITH_OWN_CACHE)
+    flags = train_flags(world, tmp_path / "out", image_folder=images, bad_records="quarantine", device_batch_size=1)
+    result = run_with_torchrun([str(launcher), str(tmp_path), "train.py", *flags])
+    assert result.returncode != 0
+    assert "the processes found different records to train on (8, 7 of them)" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 # DeepSpeed compiles a helper for inference on CPUs when its communication starts; training never calls it.
