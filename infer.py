@@ -20,7 +20,9 @@ MAX_LISTED_WRONG = 10
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(InferArguments, argv, description=__doc__)
     if arguments.annotations is not None:
-        questions = list_record_questions(arguments.annotations, arguments.image_folder, arguments.limit)
+        questions = list_record_questions(
+            arguments.annotations, arguments.image_folder, arguments.limit, arguments.quarantine
+        )
     else:
         questions = list_file_questions(arguments.image, arguments.question)
     answerer = load_answerer(arguments.model, arguments.base_model, arguments.device, arguments.dtype)
@@ -67,7 +69,8 @@ def report(question: Question, answer: Answer, arguments: InferArguments) -> Non
         print(json.dumps(result, ensure_ascii=False), flush=True)
     elif question.truth is not None:
         mark = "right" if answer.text == question.truth else "wrong"
-        print(f"{question.image}  [{mark}]\n  answer: {answer.text}\n  truth:  {question.truth}", flush=True)
+        print(f"{question.image}  [{mark}]\n  question: {question.text}", flush=True)
+        print(f"  answer:   {answer.text}\n  truth:    {question.truth}", flush=True)
     elif not answer.stopped:
         print(f"(cut off after --max_new_tokens {arguments.max_new_tokens})", file=sys.stderr, flush=True)
 

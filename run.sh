@@ -68,6 +68,9 @@ for word in "${train_flags[@]}"; do
     [[ ! $word =~ ^(build|train|merge|infer)$ || $word_before == --* ]] || fail "$word stands behind the flags of train.py; put stages first"
     word_before=$word
 done
+[[ $IMAGE_POLICY =~ ^(squash|pad|crop)$ ]] || fail "IMAGE_POLICY is '$IMAGE_POLICY', expected squash, pad or crop"
+zero_config=configs/deepspeed/zero$ZERO_STAGE.json
+[[ $ZERO_STAGE == none || -f $zero_config ]] || fail "ZERO_STAGE is '$ZERO_STAGE', but there is no $zero_config"
 [[ ! -e $OUTPUT_DIR || -d $OUTPUT_DIR ]] || fail "OUTPUT_DIR=$OUTPUT_DIR is a file, expected a folder"
 
 source meme_llava/environment.sh
@@ -173,8 +176,6 @@ if ((all_processes > 1)); then
         train_launcher+=(--standalone)
     fi
     if ((on_gpu)) && [[ $ZERO_STAGE != none ]]; then
-        zero_config=configs/deepspeed/zero$ZERO_STAGE.json
-        [[ -f $zero_config ]] || fail "ZERO_STAGE is '$ZERO_STAGE', but there is no $zero_config"
         train_flags+=(--deepspeed "$zero_config")
     fi
 fi
@@ -227,7 +228,10 @@ run_stage merge "$merged_dir" "$train_dir/run_record.json" \
 # --- infer ---
 if [[ " ${stages[*]} " == *" infer "* ]]; then
     require infer "$merged_dir" merge
-    execute python infer.py --model "$merged_dir" --annotations "$ANNOTATIONS" --image_folder "$IMAGE_FOLDER" --limit 100
+    # What was left out of training is no true answer to ask for.
+    left_out=()
+    [[ ! -f $train_dir/quarantine.jsonl ]] || left_out=(--quarantine "$train_dir/quarantine.jsonl")
+    execute python infer.py --model "$merged_dir" --annotations "$ANNOTATIONS" --image_folder "$IMAGE_FOLDER" --limit 100 "${left_out[@]}"
 fi
 
 if [[ $DRY_RUN == 0 && -d $merged_dir ]]; then

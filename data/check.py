@@ -15,11 +15,7 @@ sys.path.insert(0, str(ROOT))
 from meme_llava.arguments import parse_arguments, to_plain  # noqa: E402
 from meme_llava.check_report import write_check_report  # noqa: E402
 from meme_llava.checkpoint import RUN_RECORD, describe_environment, write_directory, write_json  # noqa: E402
-from meme_llava.data_check import (  # noqa: E402
-    QUARANTINE,
-    check_data,
-    write_quarantine,
-)
+from meme_llava.data_check import QUARANTINE, check_data, suggest_folder, write_quarantine  # noqa: E402
 from meme_llava.data_summary import (  # noqa: E402
     FINDINGS,
     REPORT,
@@ -73,14 +69,19 @@ def main(argv: list[str] | None = None) -> None:
         )
     print(f"report: {arguments.output_dir / REPORT}; all findings: {arguments.output_dir / FINDINGS}")
     if not checked.usable:
-        raise UserError(f"{arguments.annotations}: holds no record that can be trained on")
+        first = f", e.g. {checked.findings[0]}" if checked.findings else ""
+        raise UserError(
+            f"{arguments.annotations}: holds no record that can be trained on{first}{suggest_folder(checked)}"
+        )
     if not checked.bad:
         print(f"{len(checked.usable):,} records can be trained on, none is bad")
         return
     listed = f"{len(checked.bad):,} of {len(checked.records) + len(checked.malformed):,} records are bad"
     listed += f"; {arguments.output_dir / QUARANTINE} holds them with the reasons"
     if arguments.bad_records == "error":
-        raise UserError(f"{listed}. Mend them, or train without them: --bad_records quarantine")
+        raise UserError(
+            f"{listed}. Mend them, or train without them: --bad_records quarantine{suggest_folder(checked)}"
+        )
     print(f"{listed}. train.py --bad_records quarantine leaves them out")
 
 

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         print(__doc__.strip())
         return
     settings_class, prepare = _find_command(words)
-    prepare(parse_arguments(settings_class, words[1:], description=prepare.__doc__))
+    prepare(parse_arguments(settings_class, words[1:], description=prepare.__doc__, prog=f"prepare.py {words[0]}"))
 
 
 def _find_command(words: list[str]) -> tuple:

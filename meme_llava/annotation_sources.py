@@ -72,7 +72,7 @@ def prepare_llava(settings: LlavaSettings) -> None:
                 _check_files(record, settings.image_folder)
             except ValueError as error:
                 missing += 1
-                writer.report_problem("picture", row.place, str(error), row.original)
+                writer.report_problem("missing picture", row.place, str(error), row.original)
                 continue
             writer.add(record, row.place)
         writer.note_input(settings.annotations, rows)
@@ -88,6 +88,10 @@ def _prepare_names(settings: FileNameSettings, read_name: Callable[[str], str | 
         for _, pictures in index:
             for picture in _choose(index, pictures, writer):
                 _write_reading(picture, read_name, ids, writer, settings.seed)
+        if read_name is read_bqb_name and not writer.records:
+            writer.hint = (
+                "ChineseBQB's names look like 00016鸽子-别骗我.jpg; for names that are the text take file_names."
+            )
         writer.inputs += [{"folder": str(settings.image_folder / folder)} for folder in settings.pictures]
         finish(writer)
 

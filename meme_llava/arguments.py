@@ -203,6 +203,9 @@ class InferArguments:
     )
     image_folder: Path | None = field(default=None, metadata=describe("with --annotations: where its pictures are"))
     limit: int | None = field(default=None, metadata=describe("with --annotations: only the first so many records"))
+    quarantine: Path | None = field(
+        default=None, metadata=describe("with --annotations: quarantine.jsonl of training; its records are not asked")
+    )
     question: str | None = field(
         default=None, metadata=describe(f"what to ask about each --image ({DEFAULT_QUESTION})")
     )
@@ -223,8 +226,9 @@ class InferArguments:
             raise UserError("give either --image or --annotations")
         if (self.annotations is None) != (self.image_folder is None):
             raise UserError("--annotations and --image_folder go together")
-        if self.annotations is None and self.limit is not None:
-            raise UserError("--limit goes with --annotations")
+        for name in ("limit", "quarantine"):
+            if self.annotations is None and getattr(self, name) is not None:
+                raise UserError(f"--{name} goes with --annotations")
         if self.annotations is not None and self.question is not None:
             raise UserError("--question goes with --image; the records of --annotations bring their own")
         if self.question is None:
@@ -251,18 +255,23 @@ class _Parser(HfArgumentParser):
         raise UserError(f"{self.prog}: {message}. --help lists all settings.")
 
 
-def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None, description: str) -> Arguments:
+def parse_arguments(
+    arguments_class: type[Arguments], argv: list[str] | None, description: str, prog: str | None = None
+) -> Arguments:
     """Parse a script's command line into its dataclass.
+
+    Args:
+        prog: what the user typed in front of the flags, if it is not the script alone.
 
     Raises:
         UserError: an unknown, missing, malformed or contradictory setting.
     """
-    return arguments_class(**vars(_make_parser(arguments_class, description).parse_args(argv)))
+    return arguments_class(**vars(_make_parser(arguments_class, description, prog).parse_args(argv)))
 
 
-def parse_train_arguments(argv: list[str] | None, description: str) -> TrainArguments:
+def parse_train_arguments(argv: list[str] | None, description: str, prog: str | None = None) -> TrainArguments:
     """Like `parse_arguments`, with the recipe of `--train_type` between command line and defaults."""
-    parser = _make_parser(TrainArguments, description)
+    parser = _make_parser(TrainArguments, description, prog)
     # The train type decides which recipe is read, so it is looked up before everything else.
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.error = parser.error
@@ -318,8 +327,17 @@ def _parse_one(action: argparse.Action, words: list[str]) -> argparse.Namespace:
     return parser.parse_args([action.option_strings[0], *words])
 
 
-def _make_parser(arguments_class: type, description: str) -> _Parser:
-    parser = _Parser(arguments_class, description=description, allow_abbrev=False)
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of a description, and shows only defaults that are one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
+def _make_parser(arguments_class: type, description: str, prog: str | None = None) -> _Parser:
+    parser = _Parser(
+        arguments_class, description=description, prog=prog, allow_abbrev=False, formatter_class=_HelpFormatter
+    )
     for action in parser._actions:
         if action.option_strings and action.option_strings[0].startswith("--no_"):
             # Its twin's help would say the opposite of what it does.

@@ -172,7 +172,7 @@ def _check_chat(processing: Processing) -> tuple[str, bool, str]:
 
 def _describe_pictures(policy: ImagePolicy) -> str:
     mean, std = (" ".join(f"{value:.2f}" for value in values) for values in (policy.mean, policy.std))
-    return f"whole, {policy.size} x {policy.size}\nmean {mean}\nstd {std}"
+    return f"{policy.resize} to {policy.size} x {policy.size}\nmean {mean}\nstd {std}"
 
 
 def _vision_features(tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:

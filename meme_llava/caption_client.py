@@ -124,7 +124,7 @@ def find_endpoint(
     host = _check_base_url(base_url)
     model = model or known.model
     if not model:
-        raise UserError(f"give --model: which model of {host} to ask is not known")
+        raise UserError(f"give --model: the name by which the server at {host} knows its model")
     key_variable = key_variable or known.key_variable
     if key_variable is None and host not in LOOPBACK:
         raise UserError(f"give --key_variable: the name of the environment variable that holds the key for {host}")
@@ -159,13 +159,13 @@ class CaptionClient:
         self.timeout = timeout
         self._limit = {endpoint.limit_name: max_new_tokens}
         # A proxy of the machine cannot reach the machine's own server.
-        is_local = urlsplit(endpoint.base_url).hostname in LOOPBACK
+        self._is_local = urlsplit(endpoint.base_url).hostname in LOOPBACK
         self._client = openai.AsyncOpenAI(
             api_key=endpoint.key,
             base_url=endpoint.base_url,
             timeout=timeout,
             max_retries=0,
-            http_client=openai.DefaultAsyncHttpxClient(trust_env=False) if is_local else None,
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=False) if self._is_local else None,
         )
 
     async def __aenter__(self) -> "CaptionClient":
@@ -197,7 +197,9 @@ class CaptionClient:
             raise self._sort(error) from None
         except openai.APIError as error:
             cause = error.__cause__ or error
-            raise PassingFault(self.clean(f"the connection failed ({type(cause).__name__}: {cause})")) from None
+            hint = f"; is the server at {self.endpoint.host} running?" if self._is_local else ""
+            message = f"the connection failed ({type(cause).__name__}: {cause}){hint}"
+            raise PassingFault(self.clean(message)) from None
         return self._read(body)
 
     def clean(self, text: str) -> str:

@@ -186,7 +186,7 @@ class CaptionRun:
             again = "" if reason == UNANSWERED else " with --retry_set_aside"
             self.stop(
                 f"{LONGEST_BAD_RUN} pictures in a row were set aside, the last as {reason}: {entry['detail']}; "
-                f"mend the cause, then start the same command again{again}"
+                f"mend the cause, then start the same command again{again}, or one with another --model and --output"
             )
         counts = (entry["prompt_tokens"], entry["completion_tokens"])
         if self.arguments.max_tokens_total is not None and "description" in entry and None in counts:

@@ -139,7 +139,9 @@ class _Joiner:
                 picture = self._index.find(caption.picture)
             except ValueError as error:
                 self._missing += 1
-                self._writer.report_problem("picture", caption.row.place, str(error), caption.row.original)
+                self._writer.report_problem(
+                    "missing or ambiguous picture", caption.row.place, str(error), caption.row.original
+                )
                 continue
             self._take(caption, picture)
         self._writer.note_input(path, rows)

@@ -149,10 +149,10 @@ def stop_on_bad_records(checked: CheckedData, bad_records: str) -> None:
     if bad and bad_records == "error":
         raise UserError(
             f"{checked.annotations}: {len(bad)} of {total} records cannot be trained on:\n{listed}{more}"
-            f"{_suggest_folder(checked)}\nMend them, or pass --bad_records quarantine to train without them."
+            f"{suggest_folder(checked)}\nMend them, or pass --bad_records quarantine to train without them."
         )
     if not checked.usable:
-        why = f"; all {total} are unusable:\n{listed}{more}{_suggest_folder(checked)}" if total else ""
+        why = f"; all {total} are unusable:\n{listed}{more}{suggest_folder(checked)}" if total else ""
         raise UserError(f"{checked.annotations}: no record to train on{why}")
 
 
@@ -180,12 +180,25 @@ def write_quarantine(output_dir: Path, checked: CheckedData) -> Path | None:
     return path
 
 
+def read_quarantined_places(path: Path) -> set[str]:
+    """The places of the records in a file that `write_quarantine` wrote."""
+    places = set()
+    for where, line in iterate_values(path):
+        if not isinstance(line, dict) or not isinstance(line.get("place"), str):
+            raise UserError(
+                f"{path}: {where.removeprefix(path.name).strip()} names no place; expected quarantine.jsonl"
+            )
+        places.add(line["place"])
+    return places
+
+
 def _describe_record(findings: list[Finding]) -> str:
     first, *others = findings
     return "; ".join([str(first), *(f"{finding.detail} [{finding.kind}]" for finding in others)])
 
 
-def _suggest_folder(checked: CheckedData) -> str:
+def suggest_folder(checked: CheckedData) -> str:
+    """A line that asks about the image folder if most pictures are missing, else nothing."""
     missing = sum(finding.kind == "missing_picture" for finding in checked.findings)
     if missing * 2 > len(checked.records):
         return f"\n{missing} pictures are missing; is --image_folder the folder that the records' paths start from?"

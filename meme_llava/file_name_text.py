@@ -37,7 +37,8 @@ def read_bqb_name(stem: str) -> str | None:
     if not match:
         return None
     text = " ".join(part.strip() for part in match["text"].split("-") if part.strip())
-    return text if normalise_text(text) else None
+    # A picture that somebody saved from a chat and numbered.
+    return text if normalise_text(text) and not is_machine_name(text) else None
 
 
 def read_plain_name(stem: str) -> str | None:

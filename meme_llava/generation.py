@@ -11,6 +11,7 @@ from transformers import GenerationConfig, TextStreamer
 
 from meme_llava.checkpoint import find_base, holds_trained_weights
 from meme_llava.conversation import IMAGE_PLACEHOLDER, Turn
+from meme_llava.data_check import read_quarantined_places
 from meme_llava.errors import UserError
 from meme_llava.images import resolve_image_path, to_pixel_values
 from meme_llava.model import Processing, load_llava, load_processing
@@ -151,10 +152,12 @@ def list_file_questions(paths: list[Path], text: str) -> list[Question]:
     return [Question(image, text) for image in images]
 
 
-def list_record_questions(annotations: Path, image_folder: Path, limit: int | None) -> list[Question]:
+def list_record_questions(
+    annotations: Path, image_folder: Path, limit: int | None, quarantine: Path | None = None
+) -> list[Question]:
     """The first question of every record that begins with one picture, with its true answer.
 
-    Malformed records are not asked; they are counted on standard error.
+    Malformed records and those of `quarantine` are not asked; they are counted on standard error.
 
     Raises:
         UserError: no record begins with one picture, or a path leaves the image folder.
@@ -162,6 +165,11 @@ def list_record_questions(annotations: Path, image_folder: Path, limit: int | No
     records, malformed = read_records(annotations)
     if malformed:
         print(f"{len(malformed)} malformed records are not asked, e.g. {malformed[0]}", file=sys.stderr)
+    if quarantine is not None:
+        places = read_quarantined_places(quarantine)
+        asked = [record for record in records if record.place not in places]
+        print(f"{len(records) - len(asked)} quarantined records are not asked", file=sys.stderr)
+        records = asked
     questions = []
     for record in records[:limit]:
         system = record.turns[0].text if record.turns[0].role == "system" else None

@@ -25,7 +25,7 @@ class MixSettings(OutputSettings):
         default_factory=list,
         metadata=describe("one for each file, 1 for all without it; 2: twice, 0.3: a sample, 0: none"),
     )
-    seed: int = field(default=0, metadata=describe("draws the samples of broken weights"))
+    seed: int = field(default=0, metadata=describe("draws the samples of weights with a fraction"))
 
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""

@@ -81,7 +81,7 @@ def judge_picture(path: Path, facts: PictureFacts, max_pixels: int) -> list[tupl
     width, height = facts.width, facts.height
     shape = f"{path}: {width}x{height} pixels"
     if width * height > max_pixels:
-        return [("too_many_pixels", f"{shape}, more than the limit of {max_pixels:,}")]
+        return [("too_many_pixels", f"{shape}, more than the limit of {max_pixels:,} (--max_pixels)")]
     found = [(kind, f"{path}: {detail}") for kind, detail in facts.notes]
     if path.suffix.lower() not in EXTENSIONS[facts.format]:
         found.append(("wrong_extension", f"{path}: holds a {facts.format}"))

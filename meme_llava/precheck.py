@@ -15,7 +15,7 @@ from meme_llava.picture_cache import PictureCache, find_default_cache
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Check settings, annotations and all pictures."""
-    arguments = parse_train_arguments(argv, description=__doc__)
+    arguments = parse_train_arguments(argv, description=__doc__, prog="train.py")
     checked = check_data(
         arguments.annotations,
         arguments.image_folder,

@@ -14,6 +14,7 @@ from meme_llava.findings import Finding, RecordFault
 
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 FORMAT_HELP = "See data/README.md for the record format."
+CAPTIONS_HELP = "A line of a caption file: python data/prepare.py captions turns those into records."
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ def parse_record(value, place: str) -> Record:
         )
     conversations = value.get("conversations")
     if not isinstance(conversations, list) or not conversations:
-        raise RecordFault(
-            "malformed", f"has no list 'conversations' (keys: {', '.join(map(str, value))}). {FORMAT_HELP}"
-        )
+        # The recipe's caption files are the first thing that users have at hand.
+        advice = CAPTIONS_HELP if "picName" in value else FORMAT_HELP
+        raise RecordFault("malformed", f"has no list 'conversations' (keys: {', '.join(map(str, value))}). {advice}")
     turns = tuple(_parse_turn(turn, index) for index, turn in enumerate(conversations))
     _check_turn_order(turns)
     placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")

@@ -81,7 +81,8 @@ def prepare_split(settings: SplitSettings) -> None:
         validation.inputs = training.inputs
         training.close()
         validation.close()
-        facts = {"groups": _describe_groups(grouping), "between_the_sides": leakage}
+        division = {name: getattr(settings, name) for name in ("validation", "near_distance", "seed")}
+        facts = {"division": division, "groups": _describe_groups(grouping), "between_the_sides": leakage}
         # A run that is killed between the two leaves a new validation side without its training side, never a leak
         # that goes unseen: the manifests name both.
         validation.publish(**facts, training_output=str(settings.output))
@@ -113,12 +114,14 @@ def _read(settings: SplitSettings, writer: AnnotationWriter) -> _Divided:
             continue
         parsed.append((row.value, row.place, [numbers.setdefault(path, len(numbers)) for path in paths]))
     writer.note_input(settings.annotations, rows)
+    if copies := sum(value.get("repeat", 1) != 1 for value, _, _ in parsed):
+        writer.notes["copies made by mixing, which count in validation too (split before you mix)"] = copies
     hashes = hash_pictures(list(numbers))
     records = []
     for value, place, pictures in parsed:
         errors = [hashes[picture] for picture in pictures if isinstance(hashes[picture], ValueError)]
         if errors:
-            writer.report_problem("picture", place, str(errors[0]), value)
+            writer.report_problem("picture that cannot be used", place, str(errors[0]), value)
         else:
             records.append((value, place, pictures))
     return _Divided(records, hashes)

@@ -95,8 +95,20 @@ def test_records_are_asked_their_own_question_beside_the_truth(world, merged, ca
     assert result.out.count("[right]") == 6 and result.out.count("truth:") == 6
     assert "2 records do not begin with one picture and are not asked" in result.err
     assert "6 of 6 answers are right to the letter" in result.err
+    assert "\n  question: 图里写了什么？\n  answer:   写着“我太难了”。\n  truth:    写着“我太难了”。\n" in result.out
     result = ask(capsys, "--model", merged, *flags, "--limit", 1, "--json")
     assert json.loads(result.out)["truth"] == "写着“我太难了”。"
+
+
+def test_records_that_training_left_out_are_not_asked(world, merged, tmp_path, capsys):
+    quarantine = tmp_path / "quarantine.jsonl"
+    lines = [{"place": f"annotations.json record {number}", "reasons": []} for number in (0, 4)]
+    quarantine.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ("--annotations", world.annotations, "--image_folder", world.image_folder, "--quarantine", quarantine)
+    result = ask(capsys, "--model", merged, *flags)
+    assert result.out.count("[right]") == 4
+    assert "p0.png" not in result.out and "p4.png" not in result.out
+    assert "2 quarantined records are not asked" in result.err
 
 
 def test_system_turn_reaches_the_prompt(world, merged):

@@ -198,10 +198,20 @@ def test_split_reports_groups_and_that_nothing_leaks(pictures, capsys):
     assert "22 groups stay together, the largest has 5 records" in capsys.readouterr().out
     for name, other in (("train", "validation_output"), ("val", "training_output")):
         manifest = read(pictures / f"{name}.manifest.json")
+        assert manifest["division"] == {"validation": 0.3, "near_distance": 6, "seed": 0}
         assert manifest["groups"] == {"count": 22, "largest": 5, "near_duplicate_pairs": 2}
         assert manifest["between_the_sides"]["shared_pictures"] == 0
         assert manifest["between_the_sides"]["nearest_distance"] > 6
         assert other in manifest
+
+
+def test_split_counts_copies_that_mixing_made(pictures, capsys):
+    records = read(pictures / "all.json")
+    copies = [{**record, "id": f"{record['id']}#2", "repeat": 2} for record in records[:3]]
+    (pictures / "all.json").write_text(json.dumps([*records, *copies]))
+    split(pictures, "--validation", 0.3)
+    notes = read(pictures / "train.manifest.json")["counts"]["noted"]
+    assert notes == {"copies made by mixing, which count in validation too (split before you mix)": 3}
 
 
 def test_split_is_the_same_for_a_seed_and_another_for_another(pictures):
@@ -220,7 +230,7 @@ def test_unreadable_pictures_are_problems(pictures, capsys):
     assert not (pictures / "train.json").exists() and not (pictures / "val.json").exists()
     training, validation = split(pictures, "--bad_records", "quarantine")
     assert len(training) + len(validation) == 42
-    assert read(pictures / "train.manifest.json")["counts"]["left_out"] == {"picture": 4}
+    assert read(pictures / "train.manifest.json")["counts"]["left_out"] == {"picture that cannot be used": 4}
 
 
 def test_a_share_that_no_group_fits_is_an_error(pictures, capsys):

@@ -119,6 +119,8 @@ def test_gpus_by_count_or_list(gpus, launcher):
         ([], {"GLOBAL_BATCH": "ten"}, "GLOBAL_BATCH is 'ten', expected a whole number above 0"),
         ([], {"DEVICE_BATCH": "0"}, "DEVICE_BATCH is '0', expected a whole number above 0"),
         ([], {"GPUS": "2", "ZERO_STAGE": "7"}, "there is no configs/deepspeed/zero7.json"),
+        ([], {"GPUS": "cpu", "ZERO_STAGE": "7"}, "there is no configs/deepspeed/zero7.json"),
+        ([], {"IMAGE_POLICY": "padd"}, "IMAGE_POLICY is 'padd', expected squash, pad or crop"),
     ],
 )
 def test_wrong_values_stop_before_anything_runs(arguments, variables, message):
@@ -150,7 +152,7 @@ def test_a_stage_names_the_one_it_needs(tmp_path, stage, earlier):
 @pytest.mark.parametrize(
     ("variables", "flags", "message"),
     [
-        ({"EPOCHS": "five"}, [], "invalid float value: 'five'"),
+        ({"EPOCHS": "five"}, [], "error: train.py: argument --num_train_epochs: invalid float value: 'five'"),
         ({"TRAIN_TYPE": "loar"}, [], "no such recipe"),
         ({"ANNOTATIONS": "nowhere.json"}, [], "nowhere.json: No such file"),
         ({"IMAGE_FOLDER": "tests"}, [], "100 of 100 records cannot be trained on"),
