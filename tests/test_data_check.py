@@ -778,7 +778,7 @@ def test_only_what_can_be_trained_on_may_be_allowed():
 def test_other_limits_of_pixels_are_kept(tmp_path, image_folder):
     checked = check(tmp_path, [make_record()], max_pixels=7999)
     assert [finding.detail for finding in checked.findings] == [
-        f"{image_folder / 'blue.png'}: 100x80 pixels, more than the limit of 7,999"
+        f"{image_folder / 'blue.png'}: 100x80 pixels, more than the limit of 7,999 (--max_pixels)"
     ]
     assert check(tmp_path, [make_record()], max_pixels=8000).findings == []
 

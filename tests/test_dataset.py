@@ -101,7 +101,7 @@ UNUSABLE_RECORDS = {
     "empty": ({"id": "bad"}, "has no list 'conversations' (keys: id)"),
     "a caption file's record": (
         {"id": "bad", "picName": "a.jpg", "description": "一只猫"},
-        "has no list 'conversations' (keys: id, picName, description). See data/README.md",
+        "has no list 'conversations' (keys: id, picName, description). A line of a caption file: python data",
     ),
     "conversations null": (bad(conversations=None), "has no list 'conversations' (keys: id, image, conversations)"),
     "conversations a string": (bad(conversations="hi"), "has no list 'conversations'"),
@@ -598,6 +598,6 @@ def test_caption_files_of_another_format_are_refused_line_by_line(encoder):
     assert lines[0] == f"{annotations}: 4231 of 4231 records cannot be trained on:"
     assert lines[1] == (
         "  ChineseBQB_picked_yivision.jsonl line 1 (id '?'): has no list 'conversations' (keys: picName, description). "
-        "See data/README.md for the record format. [malformed]"
+        "A line of a caption file: python data/prepare.py captions turns those into records. [malformed]"
     )
     assert lines[51] == "  … and 4181 more"
