@@ -11,13 +11,13 @@ from torch.utils.data import DataLoader
 from meme_llava.arguments import parse_train_arguments
 from meme_llava.collator import PaddingCollator
 from meme_llava.curves import draw_training_curves
-from meme_llava.data_check import write_quarantine
 from meme_llava.dataset import ShuffledEpochs, load_dataset
 from meme_llava.display import print_batch, print_findings
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.model import load_llava, load_processing
 from meme_llava.picture_cache import PictureCache, find_default_cache
 from meme_llava.progress import ProgressBar, show_progress_with
+from meme_llava.quarantine import write_quarantine
 from meme_llava.run import (
     TrainingRun,
     choose_checkpoint,

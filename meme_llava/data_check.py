@@ -4,7 +4,6 @@ data/check.py, run.sh before it builds, and train.py before it loads a model all
 replaced silently: every bad record is listed with its place, kind and reason. Knows nothing about models.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,11 +18,10 @@ from meme_llava.findings import KINDS, Finding, RecordFault, Severities
 from meme_llava.images import MAX_PIXELS, resolve_image_path
 from meme_llava.picture_cache import PictureCache, PictureFacts
 from meme_llava.pictures import inspect_picture, inspect_pictures, judge_picture
-from meme_llava.records import Record, iterate_values, read_records
+from meme_llava.records import Record, read_records
 
 # A list of a hundred thousand findings helps nobody; the count is always given in full.
 MAX_LISTED = 50
-QUARANTINE = "quarantine.jsonl"
 SMALLEST_RECALL = 0.5  # of the characters known to stand in a picture; a caption may quote them in part
 # Short answers ("有", "图片里没有文字。") may well answer two questions about one picture.
 SHORT_ANSWER = 10  # characters that are letters or digits
@@ -156,40 +154,16 @@ def stop_on_bad_records(checked: CheckedData, bad_records: str) -> None:
         raise UserError(f"{checked.annotations}: no record to train on{why}")
 
 
-def write_quarantine(output_dir: Path, checked: CheckedData) -> Path | None:
-    """List bad records in quarantine.jsonl: place, id, reasons and the record itself, so that nothing is lost.
-
-    Returns its path, or None if there is no bad record.
-    """
-    reasons = checked.bad
-    path = output_dir / QUARANTINE
-    path.unlink(missing_ok=True)
-    if not reasons:
-        return None
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for place, value in iterate_values(checked.annotations):
-            if place in reasons:
-                line = {
-                    "place": place,
-                    "record_id": reasons[place][0].record_id,
-                    "reasons": [{"kind": finding.kind, "detail": finding.detail} for finding in reasons[place]],
-                    "record": value.content if isinstance(value, RecordFault) else value,
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return path
-
-
-def read_quarantined_places(path: Path) -> set[str]:
-    """The places of the records in a file that `write_quarantine` wrote."""
-    places = set()
-    for where, line in iterate_values(path):
-        if not isinstance(line, dict) or not isinstance(line.get("place"), str):
-            raise UserError(
-                f"{path}: {where.removeprefix(path.name).strip()} names no place; expected quarantine.jsonl"
-            )
-        places.add(line["place"])
-    return places
+def doubt_pairing(checked: CheckedData) -> str:
+    """A question to the user if most answers lack the words known to stand in their pictures, else nothing."""
+    with_text = [record for record in checked.records if record.record.text]
+    disagreeing = sum(any(f.kind == "text_disagrees" for f in record.findings) for record in with_text)
+    if disagreeing * 2 <= len(with_text):
+        return ""
+    return (
+        f"{disagreeing:,} of {len(with_text):,} answers lack most of the words known to stand in their pictures; do "
+        "the captions belong to these pictures?"
+    )
 
 
 def _describe_record(findings: list[Finding]) -> str:

@@ -13,7 +13,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from meme_llava.conversation import IGNORED_LABEL
-from meme_llava.data_check import CheckedData
+from meme_llava.data_check import CheckedData, doubt_pairing
 from meme_llava.findings import KINDS
 from meme_llava.model import Processing
 
@@ -49,6 +49,8 @@ def print_findings(checked: CheckedData) -> None:
     ]
     if rows:
         print_table("Findings", ("kind", "severity", "records", "meaning"), rows)
+    if doubt := doubt_pairing(checked):
+        print(doubt)
 
 
 @contextlib.contextmanager

@@ -116,6 +116,11 @@ class Severities:
                     raise UserError(f"{flag} {name}: no such kind of finding{hint}; there are {', '.join(KINDS)}")
         if both := set(self.allowed) & set(self.refused):
             raise UserError(f"{', '.join(sorted(both))}: both in --allow and in --refuse; choose one")
+        # A flag without effect would leave its user believing that it had one.
+        if idle := [name for name in self.allowed if KINDS[name].severity is Severity.NOTED]:
+            raise UserError(f"--allow {idle[0]}: such records are trained on anyway; leave it out")
+        if idle := [name for name in self.refused if KINDS[name].severity is Severity.BAD]:
+            raise UserError(f"--refuse {idle[0]}: such records are bad anyway; leave it out")
         if impossible := [name for name in self.allowed if name in UNTRAINABLE]:
             raise UserError(
                 f"--allow {impossible[0]}: such a record cannot be trained on; mend it, or leave it out with "

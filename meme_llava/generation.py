@@ -11,11 +11,11 @@ from transformers import GenerationConfig, TextStreamer
 
 from meme_llava.checkpoint import find_base, holds_trained_weights
 from meme_llava.conversation import IMAGE_PLACEHOLDER, Turn
-from meme_llava.data_check import read_quarantined_places
 from meme_llava.errors import UserError
 from meme_llava.images import resolve_image_path, to_pixel_values
 from meme_llava.model import Processing, load_llava, load_processing
 from meme_llava.pictures import PICTURE_SUFFIXES
+from meme_llava.quarantine import read_quarantined_places
 from meme_llava.records import read_records
 from meme_llava.trainable import apply_trained_weights
 

@@ -96,6 +96,27 @@ def test_clean_data_end_well_and_write_a_report(folder, capsys):
     assert "r1" in (output_dir / "report.html").read_text(encoding="utf-8")
 
 
+def test_captions_of_other_pictures_are_doubted(folder, capsys):
+    records = make_records()
+    for record in records[:2]:
+        record["text"] = "别的图上的字"
+    run(folder, records)
+    doubt = "2 of 2 answers lack most of the words known to stand in their pictures; do the captions belong to these"
+    assert doubt in capsys.readouterr().out
+    records[0]["text"] = "图里写着"
+    run(folder, records)
+    assert "do the captions belong" not in capsys.readouterr().out
+
+
+def test_a_wrong_image_folder_is_asked_about(folder, capsys):
+    records = make_records()
+    for record in records:
+        record["image"] = f"elsewhere/{record['image']}"
+    error = fail(capsys, folder, records)
+    assert "holds no record that can be trained on, e.g. memes.json record 0 (id 'r0'): " in error
+    assert "3 pictures are missing; is --image_folder the folder that the records' paths start from?" in error
+
+
 def test_bad_records_end_in_an_error_after_the_report_is_written(folder, capsys):
     error = fail(capsys, folder, spoil(make_records()))
     output_dir = folder.parent / "out"

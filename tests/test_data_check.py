@@ -15,10 +15,11 @@ from conftest import SHARED_DATA
 from PIL import Image
 
 from meme_llava.conversation import ConversationEncoder
-from meme_llava.data_check import CheckedData, check_data, stop_on_bad_records, write_quarantine
+from meme_llava.data_check import CheckedData, check_data, stop_on_bad_records
 from meme_llava.errors import UserError
 from meme_llava.findings import KINDS, UNTRAINABLE, Severities, Severity
 from meme_llava.pictures import inspect_picture, judge_picture
+from meme_llava.quarantine import write_quarantine
 from meme_llava.tiny_towers import train_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -762,6 +763,8 @@ def test_kinds_are_allowed_and_refused(tmp_path, image_folder):
         ),
         ((), ("xyz",), "--refuse xyz: no such kind of finding; there are not_json, malformed, "),
         (("refusal",), ("refusal", "loop"), "refusal: both in --allow and in --refuse; choose one"),
+        (("text_disagrees",), (), "--allow text_disagrees: such records are trained on anyway; leave it out"),
+        ((), ("refusal",), "--refuse refusal: such records are bad anyway; leave it out"),
         (("damaged_picture",), (), "--allow damaged_picture: such a record cannot be trained on; mend it, or leave it"),
     ],
 )

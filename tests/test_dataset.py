@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from meme_llava.conversation import ConversationEncoder
-from meme_llava.data_check import write_quarantine
 from meme_llava.dataset import MemeDataset, ShuffledEpochs, load_dataset
 from meme_llava.errors import UserError
 from meme_llava.findings import Severities
 from meme_llava.images import ImagePolicy
+from meme_llava.quarantine import write_quarantine
 from meme_llava.records import read_records
 from meme_llava.tiny_towers import train_tokenizer
 
