@@ -27,9 +27,9 @@ from meme_llava.data_summary import (  # noqa: E402
     print_summary,
     write_findings,
 )
-from meme_llava.dataset import hash_file  # noqa: E402
 from meme_llava.display import show_count  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
+from meme_llava.hashing import hash_file  # noqa: E402
 from meme_llava.model import load_processing  # noqa: E402
 from meme_llava.picture_cache import PictureCache, find_default_cache  # noqa: E402
 from meme_llava.quarantine import QUARANTINE, write_quarantine  # noqa: E402

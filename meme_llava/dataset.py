@@ -3,7 +3,6 @@
 Knows nothing about batches or models.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,15 +16,6 @@ from meme_llava.errors import UserError
 from meme_llava.findings import Severities
 from meme_llava.images import MAX_PIXELS, ImagePolicy, read_pixel_values
 from meme_llava.picture_cache import PictureCache
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 class MemeDataset(Dataset):

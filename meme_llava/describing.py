@@ -20,6 +20,7 @@ from meme_llava.caption_client import PRESETS
 from meme_llava.caption_ledger import CaptionLedger
 from meme_llava.display import SECONDS_BETWEEN_LINES, print_table
 from meme_llava.errors import UserError
+from meme_llava.hashing import hash_file
 from meme_llava.pictures import PICTURE_SUFFIXES
 
 # The words first: they are what a reader of memes must learn. A model that may say "unreadable" invents less.
@@ -151,7 +152,7 @@ def hash_picture(path: Path) -> str | None:
     """sha256 of a file's bytes, or None where there is no file to read."""
     try:
         # A pipe would block for ever.
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        return hash_file(path) if path.is_file() else None
     except OSError:
         return None
 

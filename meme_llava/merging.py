@@ -1,6 +1,5 @@
 """Knows how base and trained weights become one standalone model, tensor by tensor."""
 
-import hashlib
 import json
 import math
 import shutil
@@ -15,6 +14,7 @@ from peft.utils.other import get_pattern_key
 
 from meme_llava.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS, read_run_record, write_json
 from meme_llava.errors import UserError
+from meme_llava.hashing import hash_file
 from meme_llava.model import PROJECTOR
 from meme_llava.tensor_reader import WEIGHTS, WEIGHTS_INDEX, TensorReader, open_model_tensors
 from meme_llava.tensor_writer import PlannedTensor, count_bytes, write_tensors
@@ -219,13 +219,8 @@ def write_merged(
         "largest_relative_lora_change": round(tally.relative_change.get(most_changed, 0.0), 4),
         "most_changed": most_changed,
         "overflow_count": sum(rounding.overflow.values()),
-        f"sha256 of {identity.name}": _hash_file(identity),
+        f"sha256 of {identity.name}": hash_file(identity),
     }
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_lora_kind(config: PeftConfig, folder: Path) -> None:

@@ -1,9 +1,8 @@
 """Knows how data sets with an image column, on the Hugging Face hub or in parquet files, become files and annotations.
 
 Rows are streamed: neither the pictures nor the annotations are held in memory, only one row group of the parquet file
-(100 or 1,000 rows in sets of the hub). The bytes of a picture are written
-unchanged, under a name made of their sha256, so equal pictures are stored once and a second run writes none again.
-Knows nothing about other sources.
+(100 or 1,000 rows in sets of the hub). The bytes of a picture are written unchanged, under a name made of their sha256,
+so equal pictures are stored once and a second run writes none again. Knows nothing about other sources.
 """
 
 import contextlib
@@ -19,9 +18,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from PIL import Image
 
 from meme_llava.arguments import describe
-from meme_llava.dataset import hash_file
 from meme_llava.errors import UserError
 from meme_llava.file_signatures import START_LENGTH, describe_stranger
+from meme_llava.hashing import hash_file
 from meme_llava.images import ACCEPTED_FORMATS, PARSER_ERRORS, resolve_image_path
 from meme_llava.parquet_columns import PRESETS, Columns, Preset, find_columns, read_text
 from meme_llava.preparation import AnnotationWriter, DrawingSettings, finish, make_record

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meme_llava.data_check import check_image_folder
-from meme_llava.dataset import hash_file
 from meme_llava.errors import UserError
+from meme_llava.hashing import hash_file
 from meme_llava.images import resolve_image_path
 from meme_llava.pictures import PICTURE_SUFFIXES
 

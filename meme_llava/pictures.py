@@ -5,7 +5,6 @@ records.
 """
 
 import contextlib
-import hashlib
 import multiprocessing
 import os
 import stat
@@ -21,6 +20,7 @@ from typing import TypeVar
 from PIL import Image
 
 from meme_llava.findings import RecordFault
+from meme_llava.hashing import hash_file
 from meme_llava.images import PARSER_ERRORS, list_header_notes, open_header, open_image
 from meme_llava.picture_cache import PictureCache, PictureFacts
 
@@ -50,7 +50,7 @@ def inspect_picture(path: Path, max_pixels: int, decode: bool = True) -> Picture
             width, height = image.size
             if not decode:
                 return PictureFacts(None, image.format, width, height)
-            sha256 = _hash(path)
+            sha256 = hash_file(path)
             if width * height > max_pixels:
                 return PictureFacts(sha256, image.format, width, height)
             notes = _list_notes(image)
@@ -64,7 +64,7 @@ def inspect_picture(path: Path, max_pixels: int, decode: bool = True) -> Picture
         has_contents = decode and fault.kind not in ("missing_picture", "unreadable_file")
         # The same contents may stand under another name.
         detail = str(fault).removeprefix(f"{path}: ")
-        return PictureFacts(_hash(path) if has_contents else None, fault=(fault.kind, detail), decoded=decode)
+        return PictureFacts(hash_file(path) if has_contents else None, fault=(fault.kind, detail), decoded=decode)
 
 
 def _list_notes(image: Image.Image) -> list[tuple[str, str]]:
@@ -175,11 +175,6 @@ def _blame(path: Path) -> PictureFacts:
 def _try_hash(path: Path) -> str | None:
     # Of a file that is missing, a pipe or unreadable there are no contents to compare; opening it says why.
     try:
-        return _hash(path) if stat.S_ISREG(path.stat().st_mode) else None
+        return hash_file(path) if stat.S_ISREG(path.stat().st_mode) else None
     except OSError:
         return None
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

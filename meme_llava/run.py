@@ -11,9 +11,10 @@ from transformers import TrainingArguments
 
 from meme_llava.arguments import TrainArguments, to_plain
 from meme_llava.checkpoint import RUN_RECORD, describe_environment, read_run_record, write_json
-from meme_llava.dataset import LoadedData, ShuffledEpochs, hash_file
+from meme_llava.dataset import LoadedData, ShuffledEpochs
 from meme_llava.display import print_table
 from meme_llava.errors import UserError
+from meme_llava.hashing import hash_file
 from meme_llava.model import Processing, quiet_transformers
 from meme_llava.quarantine import QUARANTINE
 from meme_llava.trainer import TENSORBOARD_FOLDER, count_processes, count_steps

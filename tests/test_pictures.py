@@ -153,7 +153,7 @@ def test_too_many_pixels_are_not_decoded(tmp_path, monkeypatch):
 
 def test_a_glance_reads_the_header_alone(folder, monkeypatch):
     monkeypatch.setattr(pictures, "open_image", lambda *_, **__: pytest.fail("was decoded"))
-    monkeypatch.setattr(pictures, "_hash", lambda path: pytest.fail("was read whole"))
+    monkeypatch.setattr(pictures, "hash_file", lambda path: pytest.fail("was read whole"))
     assert inspect_picture(folder / "cut.jpg", LIMIT, decode=False) == PictureFacts(None, "JPEG", 100, 80)
     assert inspect_picture(folder / "palette.png", LIMIT, decode=False) == PictureFacts(None, "PNG", 70, 90)
     assert inspect_picture(folder / "empty.png", LIMIT, decode=False).fault[0] == "empty_file"
