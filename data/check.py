@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     if not checked.bad:
         print(f"{len(checked.usable):,} records can be trained on, none is bad")
         return
-    listed = f"{len(checked.bad):,} of {len(checked.records) + len(checked.malformed):,} records are bad"
+    listed = f"{len(checked.bad):,} of {checked.total:,} records are bad"
     listed += f"; {arguments.output_dir / QUARANTINE} holds them with the reasons"
     if arguments.bad_records == "error":
         raise UserError(

@@ -75,7 +75,7 @@ class RecordPolicy:
 
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""
-        _check(self, "max_pixels", self.max_pixels > 0, "at least 1")
+        check_setting(self, "max_pixels", self.max_pixels > 0, "at least 1")
         Severities(tuple(self.allow), tuple(self.refuse))  # stops at a kind that does not exist
 
     @property
@@ -143,15 +143,15 @@ class TrainArguments(RecordPolicy):
             if getattr(self, training) == "lora" and not getattr(self, f"lora_{role}_modules"):
                 raise UserError(f"--{training} is lora, but --lora_{role}_modules names no module")
         for name in ("num_train_epochs", "high_lr", "low_lr", "lora_r", "lora_alpha", "model_max_length"):
-            _check(self, name, getattr(self, name) > 0, "greater than 0")
+            check_setting(self, name, getattr(self, name) > 0, "greater than 0")
         for name in ("global_batch_size", "device_batch_size", "logging_steps", "save_steps", "save_total_limit"):
-            _check(self, name, getattr(self, name) > 0, "at least 1")
+            check_setting(self, name, getattr(self, name) > 0, "at least 1")
         for name in ("weight_decay", "max_grad_norm", "dataloader_workers", "seed"):
-            _check(self, name, getattr(self, name) >= 0, "0 or more")
-        _check(self, "warmup_ratio", 0 <= self.warmup_ratio < 1, "between 0 and 1")
-        _check(self, "lora_dropout", 0 <= self.lora_dropout < 1, "between 0 and 1")
-        _check(self, "max_steps", self.max_steps is None or self.max_steps > 0, "at least 1")
-        _check(self, "warmup_steps", self.warmup_steps is None or self.warmup_steps >= 0, "0 or more")
+            check_setting(self, name, getattr(self, name) >= 0, "0 or more")
+        check_setting(self, "warmup_ratio", 0 <= self.warmup_ratio < 1, "between 0 and 1")
+        check_setting(self, "lora_dropout", 0 <= self.lora_dropout < 1, "between 0 and 1")
+        check_setting(self, "max_steps", self.max_steps is None or self.max_steps > 0, "at least 1")
+        check_setting(self, "warmup_steps", self.warmup_steps is None or self.warmup_steps >= 0, "0 or more")
 
     @property
     def uses_lora(self) -> bool:
@@ -220,8 +220,8 @@ class InferArguments:
 
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""
-        _check(self, "max_new_tokens", self.max_new_tokens > 0, "at least 1")
-        _check(self, "limit", self.limit is None or self.limit > 0, "at least 1")
+        check_setting(self, "max_new_tokens", self.max_new_tokens > 0, "at least 1")
+        check_setting(self, "limit", self.limit is None or self.limit > 0, "at least 1")
         if bool(self.image) == (self.annotations is not None):
             raise UserError("give either --image or --annotations")
         if (self.annotations is None) != (self.image_folder is None):
@@ -233,7 +233,7 @@ class InferArguments:
             raise UserError("--question goes with --image; the records of --annotations bring their own")
         if self.question is None:
             self.question = DEFAULT_QUESTION
-        _check(self, "question", bool(self.question.strip()), "not empty")
+        check_setting(self, "question", bool(self.question.strip()), "not empty")
 
 
 class _Parser(HfArgumentParser):
@@ -345,7 +345,8 @@ def _make_parser(arguments_class: type, description: str, prog: str | None = Non
     return parser
 
 
-def _check(arguments, name: str, passed: bool, expected: str) -> None:
+def check_setting(arguments, name: str, passed: bool, expected: str) -> None:
+    """Raise UserError with flag, value and what is `expected`, unless it passed; only max_grad_norm may be infinite."""
     value = getattr(arguments, name)
     if not passed or (isinstance(value, float) and name != "max_grad_norm" and math.isinf(value)):
         raise UserError(f"--{name} is {getattr(arguments, name)!r}, expected {expected}")
@@ -353,7 +354,7 @@ def _check(arguments, name: str, passed: bool, expected: str) -> None:
 
 def _check_shard_size(arguments) -> None:
     is_size = re.fullmatch(r"[1-9][0-9]*(KB|MB|GB|TB)", arguments.max_shard_size) is not None
-    _check(arguments, "max_shard_size", is_size, "a whole number and KB, MB, GB or TB, such as 5GB")
+    check_setting(arguments, "max_shard_size", is_size, "a whole number and KB, MB, GB or TB, such as 5GB")
 
 
 def to_plain(arguments) -> dict:

@@ -19,7 +19,8 @@ from PIL import Image
 from meme_llava.caption_client import CaptionClient, PassingFault, PictureRejected, Reply, StopAsking, choose_wait
 from meme_llava.caption_ledger import CaptionLedger
 from meme_llava.captions import find_loop, find_refusal
-from meme_llava.describing import UNANSWERED, DescribeArguments, Progress, Prompt, hash_picture
+from meme_llava.describing import UNANSWERED, DescribeArguments, Progress, Prompt
+from meme_llava.hashing import try_hash_file
 from meme_llava.images import open_image, resolve_image_path
 
 JPEG_QUALITY = 90
@@ -202,7 +203,7 @@ class CaptionRun:
         """The line of a picture, or None if the run stops before anything was paid for it."""
         purchase = Purchase()
         path = self.arguments.pictures / name
-        digest = await asyncio.to_thread(hash_picture, path)
+        digest = await asyncio.to_thread(try_hash_file, path)
         try:
             path = resolve_image_path(name, self.arguments.pictures)
             jpeg = await asyncio.to_thread(encode_picture, path, self.arguments.max_side)

@@ -37,6 +37,11 @@ class CheckedRecord:
     input_ids: np.ndarray | None = None  # int32 (length,)
     labels: np.ndarray | None = None  # int32 (length,)
 
+    @property
+    def supervised_length(self) -> int:
+        """Positions that carry loss; the record must have been encoded."""
+        return int((self.labels >= 0).sum())
+
 
 @dataclass
 class CheckedData:
@@ -47,6 +52,11 @@ class CheckedData:
     records: list[CheckedRecord]
     malformed: list[Finding]
     facts: dict[Path, PictureFacts]
+
+    @property
+    def total(self) -> int:
+        """Records of the file, sound or not."""
+        return len(self.records) + len(self.malformed)
 
     @property
     def findings(self) -> list[Finding]:
@@ -143,14 +153,13 @@ def stop_on_bad_records(checked: CheckedData, bad_records: str) -> None:
     bad = list(checked.bad.values())
     listed = "\n".join(f"  {_describe_record(findings)}" for findings in bad[:MAX_LISTED])
     more = f"\n  … and {len(bad) - MAX_LISTED} more" if len(bad) > MAX_LISTED else ""
-    total = len(checked.records) + len(checked.malformed)
     if bad and bad_records == "error":
         raise UserError(
-            f"{checked.annotations}: {len(bad)} of {total} records cannot be trained on:\n{listed}{more}"
+            f"{checked.annotations}: {len(bad)} of {checked.total} records cannot be trained on:\n{listed}{more}"
             f"{suggest_folder(checked)}\nMend them, or pass --bad_records quarantine to train without them."
         )
     if not checked.usable:
-        why = f"; all {total} are unusable:\n{listed}{more}{suggest_folder(checked)}" if total else ""
+        why = f"; all {checked.total} are unusable:\n{listed}{more}{suggest_folder(checked)}" if checked.total else ""
         raise UserError(f"{checked.annotations}: no record to train on{why}")
 
 

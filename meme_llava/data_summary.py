@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from meme_llava.arguments import RecordPolicy, describe
+from meme_llava.arguments import RecordPolicy, check_setting, describe
 from meme_llava.check_report import GalleryEntry, Histogram, KindCount, ReportContents
 from meme_llava.data_check import CheckedData, CheckedRecord
 from meme_llava.display import print_findings, print_table
-from meme_llava.errors import UserError
 from meme_llava.findings import KINDS, Finding, Severities
 
 FINDINGS = "findings.jsonl"
@@ -46,10 +45,8 @@ class CheckArguments(RecordPolicy):
         super().__post_init__()
         for name in ("model_max_length", "global_batch_size", "num_train_epochs", "workers"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"--{name} is {value!r}, expected more than 0")
-        if self.report_records < 0:
-            raise UserError(f"--report_records is {self.report_records}, expected 0 or more")
+            check_setting(self, name, value is None or value > 0, "more than 0")
+        check_setting(self, "report_records", self.report_records >= 0, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def measure_lengths(checked: CheckedData, tokens_per_image: int) -> Lengths:
     usable = checked.usable
     return Lengths(
         total=np.array([len(record.input_ids) for record in usable], np.int64),
-        supervised=np.array([int((record.labels >= 0).sum()) for record in usable], np.int64),
+        supervised=np.array([record.supervised_length for record in usable], np.int64),
         images=np.array([len(record.image_paths) * tokens_per_image for record in usable], np.int64),
     )
 
@@ -79,7 +76,7 @@ def list_facts(checked: CheckedData, lengths: Lengths | None, arguments: CheckAr
     facts = [
         ("annotations", str(arguments.annotations)),
         ("image folder", str(arguments.image_folder)),
-        ("records", f"{len(checked.records) + len(checked.malformed):,}"),
+        ("records", f"{checked.total:,}"),
         ("usable records", f"{usable:,}"),
         ("bad records", f"{len(checked.bad):,}"),
         ("pictures", f"{len(checked.facts):,}"),
@@ -143,7 +140,7 @@ def make_report_contents(
     kinds = [
         KindCount(
             name=kind,
-            severity="bad" if checked.severities.is_bad(kind) else "noted",
+            severity=checked.severities.judge(kind),
             count=len(found),
             meaning=KINDS[kind].meaning,
             examples=tuple(finding.record_id for finding in found[:MAX_EXAMPLES]),
@@ -167,8 +164,8 @@ def write_findings(path: Path, checked: CheckedData) -> None:
     """List every finding in a JSONL file, in the order of the annotation file."""
     with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for finding in checked.findings:
-            severity = "bad" if checked.severities.is_bad(finding.kind) else "noted"
-            file.write(json.dumps({**finding.__dict__, "severity": severity}, ensure_ascii=False) + "\n")
+            line = {**finding.__dict__, "severity": checked.severities.judge(finding.kind)}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _count(title: str, unit: str, values: np.ndarray) -> Histogram:
@@ -199,7 +196,7 @@ def _make_entry(checked: CheckedRecord) -> GalleryEntry:
         findings=tuple(checked.findings),
         source=record.source,
         positions=None if checked.input_ids is None else len(checked.input_ids),
-        supervised=None if checked.labels is None else int((checked.labels >= 0).sum()),
+        supervised=None if checked.labels is None else checked.supervised_length,
     )
 
 

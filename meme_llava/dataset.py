@@ -56,7 +56,7 @@ class MemeDataset(Dataset):
     @property
     def supervised_lengths(self) -> np.ndarray:
         """Positions that carry loss in every record: int64 (records,)."""
-        return np.array([int((item.labels >= 0).sum()) for item in self._records])
+        return np.array([item.supervised_length for item in self._records])
 
     @property
     def image_counts(self) -> np.ndarray:

@@ -15,12 +15,12 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from meme_llava.arguments import describe
+from meme_llava.arguments import check_setting, describe
 from meme_llava.caption_client import PRESETS
 from meme_llava.caption_ledger import CaptionLedger
 from meme_llava.display import SECONDS_BETWEEN_LINES, print_table
 from meme_llava.errors import UserError
-from meme_llava.hashing import hash_file
+from meme_llava.hashing import try_hash_file
 from meme_llava.pictures import PICTURE_SUFFIXES
 
 # The words first: they are what a reader of memes must learn. A model that may say "unreadable" invents less.
@@ -80,10 +80,8 @@ class DescribeArguments:
         counts = ("max_new_tokens", "max_side", "concurrency", "attempts", "attempts_on_refusal")
         for name in (*counts, "max_images", "max_tokens_total"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} is {value}, expected at least 1")
-        if not 0 < self.timeout < float("inf"):
-            raise UserError(f"--timeout is {self.timeout}, expected seconds above 0")
+            check_setting(self, name, value is None or value >= 1, "at least 1")
+        check_setting(self, "timeout", self.timeout > 0, "seconds above 0")
 
 
 @dataclass(frozen=True)
@@ -148,15 +146,6 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
-def hash_picture(path: Path) -> str | None:
-    """sha256 of a file's bytes, or None where there is no file to read."""
-    try:
-        # A pipe would block for ever.
-        return hash_file(path) if path.is_file() else None
-    except OSError:
-        return None
-
-
 def choose_open_pictures(names: list[str], arguments: DescribeArguments, ledger: CaptionLedger) -> list[str]:
     """The pictures to ask about: without a line, changed since theirs, unanswered, or set aside and asked for again."""
     chosen = []
@@ -166,7 +155,7 @@ def choose_open_pictures(names: list[str], arguments: DescribeArguments, ledger:
             entry is None
             or entry.get("set_aside") == UNANSWERED
             or ("set_aside" in entry and arguments.retry_set_aside)
-            or entry.get("sha256") != hash_picture(arguments.pictures / name)
+            or entry.get("sha256") != try_hash_file(arguments.pictures / name)
         )
         if is_open:
             chosen.append(name)

@@ -44,8 +44,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence]) ->
 def print_findings(checked: CheckedData) -> None:
     """Print how many findings of every kind there are, and whether they keep their records from training."""
     rows = [
-        (kind, "bad" if checked.severities.is_bad(kind) else "noted", count, KINDS[kind].meaning)
-        for kind, count in checked.counts.items()
+        (kind, checked.severities.judge(kind), count, KINDS[kind].meaning) for kind, count in checked.counts.items()
     ]
     if rows:
         print_table("Findings", ("kind", "severity", "records", "meaning"), rows)

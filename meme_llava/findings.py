@@ -127,9 +127,15 @@ class Severities:
                 "--bad_records quarantine"
             )
 
+    def judge(self, kind: str) -> Severity:
+        """The severity of a kind in this run."""
+        if kind in self.refused:
+            return Severity.BAD
+        return Severity.NOTED if kind in self.allowed else KINDS[kind].severity
+
     def is_bad(self, kind: str) -> bool:
         """Whether a finding of this kind keeps its record from training."""
-        return kind in self.refused or (KINDS[kind].severity is Severity.BAD and kind not in self.allowed)
+        return self.judge(kind) is Severity.BAD
 
 
 # Bad kinds that one may train on nevertheless; without any of the others there is something to train on.

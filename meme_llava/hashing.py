@@ -1,6 +1,7 @@
 """Knows how the contents of a file get a name of their own."""
 
 import hashlib
+import stat
 from pathlib import Path
 
 
@@ -8,3 +9,12 @@ def hash_file(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def try_hash_file(path: Path) -> str | None:
+    """Like `hash_file`, or None for what has no contents to compare: missing, unreadable, a pipe or a folder."""
+    try:
+        # A pipe would block for ever.
+        return hash_file(path) if stat.S_ISREG(path.stat().st_mode) else None
+    except OSError:
+        return None

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from PIL import Image
 
-from meme_llava.arguments import describe
+from meme_llava.arguments import check_setting, describe
 from meme_llava.errors import UserError
 from meme_llava.file_signatures import START_LENGTH, describe_stranger
 from meme_llava.hashing import hash_file
@@ -48,8 +48,7 @@ class ParquetSettings(DrawingSettings):
 
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"--limit is {self.limit}, expected at least 1")
+        check_setting(self, "limit", self.limit is None or self.limit >= 1, "at least 1")
 
 
 def prepare_parquet(settings: ParquetSettings) -> None:

@@ -7,7 +7,6 @@ records.
 import contextlib
 import multiprocessing
 import os
-import stat
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +19,7 @@ from typing import TypeVar
 from PIL import Image
 
 from meme_llava.findings import RecordFault
-from meme_llava.hashing import hash_file
+from meme_llava.hashing import hash_file, try_hash_file
 from meme_llava.images import PARSER_ERRORS, list_header_notes, open_header, open_image
 from meme_llava.picture_cache import PictureCache, PictureFacts
 
@@ -124,7 +123,7 @@ def inspect_pictures(
         stack.callback(cache.commit)
         if cache.holds_contents:
             # Files that were copied, renamed or touched need no decoding; hashing takes a fraction of the time.
-            hashed = list(_map_in_processes(_try_hash, unknown, workers, lambda path: None))
+            hashed = list(_map_in_processes(try_hash_file, unknown, workers, lambda path: None))
             for path, sha256 in hashed:
                 if is_settled(path, facts := cache.look_up_contents(sha256)):
                     cache.remember(path, facts)
@@ -170,11 +169,3 @@ def _start_processes(count: int) -> ProcessPoolExecutor:
 
 def _blame(path: Path) -> PictureFacts:
     return PictureFacts(None, fault=("damaged_picture", "decoding it kills the program that does it"), decoded=True)
-
-
-def _try_hash(path: Path) -> str | None:
-    # Of a file that is missing, a pipe or unreadable there are no contents to compare; opening it says why.
-    try:
-        return hash_file(path) if stat.S_ISREG(path.stat().st_mode) else None
-    except OSError:
-        return None
