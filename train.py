@@ -6,15 +6,15 @@
 run.sh gives all settings; `python train.py --help` lists them.
 """
 
-from torch.utils.data import DataLoader
-
 from meme_llava.arguments import parse_train_arguments
-from meme_llava.collator import PaddingCollator
+from meme_llava.collator import PackingCollator
 from meme_llava.curves import draw_training_curves
-from meme_llava.dataset import ShuffledEpochs, load_dataset
+from meme_llava.dataset import TrainingOrder, load_dataset
 from meme_llava.display import print_batch, print_findings
 from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.model import load_llava, load_processing
+from meme_llava.model import load_processing
+from meme_llava.packed_attention import choose_attention
+from meme_llava.packed_model import load_packed_llava
 from meme_llava.picture_cache import PictureCache, find_default_cache
 from meme_llava.progress import ProgressBar, show_progress_with
 from meme_llava.quarantine import write_quarantine
@@ -27,6 +27,8 @@ from meme_llava.run import (
     is_main_process,
     print_run,
 )
+from meme_llava.throughput import CountingCollator
+from meme_llava.token_lengths import find_default_folder
 from meme_llava.trainable import plan_parameter_groups, prepare_trainable
 from meme_llava.trainer import (
     MemeTrainer,
@@ -36,6 +38,7 @@ from meme_llava.trainer import (
     leave_process_group,
     make_training_arguments,
 )
+from meme_llava.vision_features import encode_pictures, remove_features
 
 
 @stop_on_user_error
@@ -54,18 +57,27 @@ def main(argv: list[str] | None = None) -> None:
         arguments.severities,
         arguments.max_pixels,
         PictureCache(find_default_cache(), read_only=True),
+        find_default_folder(),
     )
-    collator = PaddingCollator(
-        processing.tokenizer.pad_token_id,
+    collator = PackingCollator(
         processing.encoder.image_token_id,
         processing.tokens_per_image,
         processing.image_policy.size,
+        arguments.loss_average,
+        arguments.shared_pictures,
     )
     run = TrainingRun.plan(arguments, data, accumulation)
-    examples = ShuffledEpochs(data.dataset, run.steps * arguments.global_batch_size, arguments.seed)
+    examples = TrainingOrder(
+        data.dataset,
+        run.steps,
+        arguments.global_batch_size,
+        arguments.device_batch_size,
+        count_processes(),
+        arguments.seed,
+        arguments.shared_pictures,
+    )
     if arguments.show_batch:
-        batch = next(iter(DataLoader(examples, batch_size=arguments.device_batch_size, collate_fn=collator)))
-        print_batch(batch, processing)
+        print_batch(collator(examples.__getitems__(range(arguments.device_batch_size))), processing)
         return
 
     if checkpoint is not None:
@@ -78,7 +90,20 @@ def main(argv: list[str] | None = None) -> None:
             return
     training_arguments = make_training_arguments(arguments, run.steps, run.warmup_steps, run.accumulation)
     check_processes_agree([checked.record.place for checked in data.checked.usable])
-    model = prepare_trainable(load_llava(arguments.model, choose_load_dtype(training_arguments)), arguments)
+    attention = choose_attention(arguments.attention, training_arguments.device, training_arguments.bf16)
+    model = load_packed_llava(
+        arguments.model, choose_load_dtype(training_arguments), processing.image_policy, attention
+    )
+    model = prepare_trainable(model, arguments)
+    if arguments.cache_vision_features:
+        data.dataset.vision_features = encode_pictures(
+            model.to(training_arguments.device),
+            data.dataset.image_paths,
+            arguments.output_dir,
+            arguments.max_pixels,
+            arguments.dataloader_workers,
+            training_arguments.bf16,
+        )
     groups = plan_parameter_groups(model, arguments.high_lr, arguments.low_lr, arguments.weight_decay)
     run.parameter_groups = [group.describe() for group in groups]
     if is_main_process():
@@ -92,20 +117,23 @@ def main(argv: list[str] | None = None) -> None:
     trainer = MemeTrainer(
         groups=groups,
         epochs_per_step=arguments.global_batch_size / len(data.dataset),
+        records_per_step=arguments.global_batch_size,
         save_companions=run.make_companion_writer(processing),
         quarantined_records=len(data.checked.bad),
         model=model,
         args=training_arguments,
         train_dataset=examples,
-        data_collator=collator,
+        data_collator=CountingCollator(collator),
         processing_class=processing.processor,
     )
-    show_progress_with(trainer, ProgressBar(run.count_tokens_after_step(examples, data.dataset.lengths)))
+    show_progress_with(trainer, ProgressBar())
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
         raise UserError(f"stopped by Ctrl-C. {describe_restart(arguments.output_dir)}") from None
 
+    if arguments.cache_vision_features:
+        remove_features(arguments.output_dir)
     trainer.save_state()
     trainer.save_model()
     if is_main_process():

@@ -33,6 +33,7 @@ from meme_llava.hashing import hash_file  # noqa: E402
 from meme_llava.model import load_processing  # noqa: E402
 from meme_llava.picture_cache import PictureCache, find_default_cache  # noqa: E402
 from meme_llava.quarantine import QUARANTINE, write_quarantine  # noqa: E402
+from meme_llava.token_lengths import find_default_folder  # noqa: E402
 
 
 @stop_on_user_error
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         PictureCache(find_default_cache()),
         workers=arguments.workers,
         show_progress=show_count,
+        length_folder=find_default_folder(),
     )
     lengths = measure_lengths(checked, processing.tokens_per_image) if processing else None
     facts, histograms = list_facts(checked, lengths, arguments), make_histograms(checked, lengths)

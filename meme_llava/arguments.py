@@ -18,6 +18,7 @@ from typing import Literal, TypeVar
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
+from meme_llava.collator import LossAverage
 from meme_llava.errors import UserError
 from meme_llava.findings import Severities
 from meme_llava.images import MAX_PIXELS, Resize
@@ -116,10 +117,32 @@ class TrainArguments(RecordPolicy):
     max_grad_norm: float = field(default=1.0, metadata=describe("gradients are clipped to this norm"))
     max_steps: int | None = field(default=None, metadata=describe("optimizer steps, in place of num_train_epochs"))
     seed: int = field(default=42, metadata=describe("order of the records, LoRA start values, dropout"))
-    precision: Literal["auto", "bf16", "fp32"] = field(
-        default="auto", metadata=describe("auto: bf16 on a GPU that has it, fp32 on a CPU")
+    precision: Literal["auto", "bf16", "tf32", "fp32"] = field(
+        default="auto",
+        metadata=describe("auto: bf16 on a GPU, fp32 on a CPU; tf32: fp32 with a GPU's shorter multiplications"),
     )
-    gradient_checkpointing: bool = field(default=False, metadata=describe("less memory, about a third more time"))
+    loss_average: LossAverage = field(
+        default="token", metadata=describe("what weighs the same in an optimizer step: every token, or every caption")
+    )
+    shared_pictures: bool = field(
+        default=True,
+        metadata=describe("draw pictures instead of records; all captions of one share its encoding and prompt"),
+    )
+    attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = field(
+        default="auto", metadata=describe("kernel of the language model; auto: the first of these that runs here")
+    )
+    gradient_checkpointing: Literal["auto", "off", "full"] = field(
+        default="auto",
+        metadata=describe("recompute layers to save memory; auto: as few as the device's memory asks for"),
+    )
+    cache_vision_features: bool = field(
+        default=False,
+        metadata=describe("with a frozen vision tower: encode every picture once, before training, to output_dir"),
+    )
+    torch_compile: bool = field(
+        default=False,
+        metadata=describe("compile the layers that repeat; needs a C++ compiler or Triton"),
+    )
     deepspeed: Path | None = field(default=None, metadata=describe("a file of configs/deepspeed; none on one device"))
     dataloader_workers: int = field(default=2, metadata=describe("processes a device that decode pictures"))
     logging_steps: int = field(default=1, metadata=describe("steps between two log lines"))
@@ -131,6 +154,13 @@ class TrainArguments(RecordPolicy):
         default=None, metadata=describe("a checkpoint folder, or latest for the newest in output_dir")
     )
     show_batch: bool = field(default=False, metadata=describe("print the first batch as a person reads it, and stop"))
+    plan: bool = field(default=False, metadata=describe("print what the run would take, in memory and time, and stop"))
+    machine: str | None = field(
+        default=None, metadata=describe("with --plan: the GPU to plan for, such as a800-80gb; else this one's device")
+    )
+    gpus: int | None = field(
+        default=None, metadata=describe("with --plan: how many of them; else as many as the launcher started")
+    )
 
     def __post_init__(self) -> None:
         """Stop at values that contradict each other or cannot be meant."""
@@ -152,6 +182,14 @@ class TrainArguments(RecordPolicy):
         check_setting(self, "lora_dropout", 0 <= self.lora_dropout < 1, "between 0 and 1")
         check_setting(self, "max_steps", self.max_steps is None or self.max_steps > 0, "at least 1")
         check_setting(self, "warmup_steps", self.warmup_steps is None or self.warmup_steps >= 0, "0 or more")
+        check_setting(self, "gpus", self.gpus is None or self.gpus > 0, "at least 1")
+        if self.cache_vision_features and self.vision_tower_training != "frozen":
+            raise UserError(
+                f"--cache_vision_features needs a frozen vision tower; --train_type {self.train_type} trains it "
+                f"({self.vision_tower_training}), so its features change"
+            )
+        if not self.plan and (self.machine is not None or self.gpus is not None):
+            raise UserError("--machine and --gpus say what --plan is made for; pass --plan too, or leave them out")
 
     @property
     def uses_lora(self) -> bool:

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from meme_llava.captions import find_loop, find_refusal, measure_recall, normalise_text
-from meme_llava.conversation import CONTROL_TOKENS, IMAGE_PLACEHOLDER, ConversationEncoder, DoesNotFit
+from meme_llava.conversation import CONTROL_TOKENS, IMAGE_PLACEHOLDER, ConversationEncoder
 from meme_llava.errors import UserError
 from meme_llava.findings import KINDS, Finding, RecordFault, Severities
 from meme_llava.images import MAX_PIXELS, resolve_image_path
 from meme_llava.picture_cache import PictureCache, PictureFacts
 from meme_llava.pictures import inspect_picture, inspect_pictures, judge_picture
 from meme_llava.records import Record, read_records
+from meme_llava.token_lengths import Conversation, RecordLengths, Sharing, measure_tokens
 
 # A list of a hundred thousand findings helps nobody; the count is always given in full.
 MAX_LISTED = 50
@@ -29,29 +30,27 @@ SHORT_ANSWER = 10  # characters that are letters or digits
 
 @dataclass
 class CheckedRecord:
-    """A record of sound form with all that was found about it, and its tokens if an encoder was given."""
+    """A record of sound form with all that was found about it, and its lengths if an encoder was given."""
 
     record: Record
     image_paths: tuple[Path, ...]
     findings: list[Finding] = field(default_factory=list)
-    input_ids: np.ndarray | None = None  # int32 (length,)
-    labels: np.ndarray | None = None  # int32 (length,)
-
-    @property
-    def supervised_length(self) -> int:
-        """Positions that carry loss; the record must have been encoded."""
-        return int((self.labels >= 0).sum())
+    lengths: RecordLengths | None = None
 
 
 @dataclass
 class CheckedData:
-    """Every record of an annotation file. `malformed` holds the findings about those without a sound form."""
+    """Every record of an annotation file. `malformed` holds the findings about those without a sound form.
+
+    `sharing` says how `records` share positions, if an encoder was given.
+    """
 
     annotations: Path
     severities: Severities
     records: list[CheckedRecord]
     malformed: list[Finding]
     facts: dict[Path, PictureFacts]
+    sharing: Sharing | None = None
 
     @property
     def total(self) -> int:
@@ -71,6 +70,12 @@ class CheckedData:
     @property
     def usable(self) -> list[CheckedRecord]:
         return [checked for checked in self.records if self.is_usable(checked)]
+
+    @property
+    def usable_sharing(self) -> Sharing:
+        """How the `usable` records share positions; an encoder must have been given."""
+        usable = [number for number, checked in enumerate(self.records) if self.is_usable(checked)]
+        return self.sharing.select(np.array(usable, np.int64))
 
     @property
     def bad(self) -> dict[str, list[Finding]]:
@@ -104,15 +109,17 @@ def check_data(
     decode: bool = True,
     workers: int | None = None,
     show_progress: Callable | None = None,
+    length_folder: Path | None = None,
 ) -> CheckedData:
-    """Read, check and encode every record.
+    """Read and check every record, and count its tokens.
 
     Args:
-        encoder: with it, records are encoded to at most `max_length` positions (image tokens counted); without it,
-            nothing is known about lengths.
+        encoder: with it, it is known how records are encoded to at most `max_length` positions (image tokens counted);
+            without it, nothing is known about lengths.
         decode: open every picture whole, in parallel, unless the cache knows it; if False, look at the header of those
             that the cache does not know.
         show_progress: `display.show_count`.
+        length_folder: where counted lengths are kept; None counts anew.
 
     Raises:
         UserError: the annotation file or the image folder cannot be read at all.
@@ -124,6 +131,9 @@ def check_data(
     facts = _look_at_pictures(paths, max_pixels, cache or PictureCache(None), decode, workers, show_progress)
     judged = {path: judge_picture(path, facts[path], max_pixels) for path in paths}
     originals = _find_first_copies(facts)
+    sharing = None
+    if encoder is not None:
+        sharing = _measure_tokens(checked_records, encoder, max_length, length_folder, workers)
     for checked in checked_records:
         for path in checked.image_paths:
             for kind, detail in judged[path]:
@@ -131,9 +141,8 @@ def check_data(
             if originals.get(path, path) != path:
                 _add(checked, "duplicate_picture", f"{path}: has the bytes of {originals[path]}")
         _check_text(checked, encoder)
-        if encoder is not None:
-            _encode(checked, encoder, max_length)
-    checked_data = CheckedData(annotations, severities, checked_records, malformed, facts)
+        _check_length(checked)
+    checked_data = CheckedData(annotations, severities, checked_records, malformed, facts, sharing)
     _find_duplicates(checked_data)
     return checked_data
 
@@ -243,16 +252,22 @@ def _check_text(checked: CheckedRecord, encoder: ConversationEncoder | None) -> 
             _add(checked, "text_disagrees", f"{recall:.0%} of the characters of {text!r} are in the answer")
 
 
-def _encode(checked: CheckedRecord, encoder: ConversationEncoder, max_length: int | None) -> None:
-    try:
-        example = encoder.encode_example(list(checked.record.turns), max_length)
-    except DoesNotFit as error:
-        _add(checked, "too_long", str(error))
+def _measure_tokens(checked_records, encoder, max_length, length_folder, workers) -> Sharing:
+    conversations = [Conversation(checked.record.turns, checked.image_paths) for checked in checked_records]
+    measured = measure_tokens(conversations, encoder, max_length, length_folder, workers)
+    for checked, lengths in zip(checked_records, measured.records, strict=True):
+        checked.lengths = lengths
+    return measured.sharing
+
+
+def _check_length(checked: CheckedRecord) -> None:
+    lengths = checked.lengths
+    if lengths is None:
         return
-    if example.cut_tokens:
-        _add(checked, "cut_answer", f"{example.cut_tokens} positions cut")
-    checked.input_ids = np.array(example.input_ids, np.int32)
-    checked.labels = np.array(example.labels, np.int32)
+    if lengths.misfit is not None:
+        _add(checked, "too_long", lengths.misfit)
+    elif lengths.cut_tokens:
+        _add(checked, "cut_answer", f"{lengths.cut_tokens} positions cut")
 
 
 def _find_duplicates(data: CheckedData) -> None:

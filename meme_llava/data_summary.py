@@ -59,11 +59,11 @@ class Lengths:
 
 
 def measure_lengths(checked: CheckedData, tokens_per_image: int) -> Lengths:
-    """The lengths of all records that train; they must have been encoded."""
+    """The lengths of all records that train; an encoder must have counted them."""
     usable = checked.usable
     return Lengths(
-        total=np.array([len(record.input_ids) for record in usable], np.int64),
-        supervised=np.array([record.supervised_length for record in usable], np.int64),
+        total=np.array([record.lengths.positions for record in usable], np.int64),
+        supervised=np.array([record.lengths.supervised for record in usable], np.int64),
         images=np.array([len(record.image_paths) * tokens_per_image for record in usable], np.int64),
     )
 
@@ -187,7 +187,8 @@ def _describe_range(low: int, high: int) -> str:
 
 
 def _make_entry(checked: CheckedRecord) -> GalleryEntry:
-    record = checked.record
+    record, lengths = checked.record, checked.lengths
+    fits = lengths is not None and lengths.misfit is None
     return GalleryEntry(
         place=record.place,
         record_id=record.record_id,
@@ -195,8 +196,8 @@ def _make_entry(checked: CheckedRecord) -> GalleryEntry:
         turns=record.turns,
         findings=tuple(checked.findings),
         source=record.source,
-        positions=None if checked.input_ids is None else len(checked.input_ids),
-        supervised=None if checked.labels is None else checked.supervised_length,
+        positions=lengths.positions if fits else None,
+        supervised=lengths.supervised if fits else None,
     )
 
 

@@ -14,54 +14,101 @@ from meme_llava.conversation import ConversationEncoder
 from meme_llava.data_check import CheckedData, CheckedRecord, check_data, stop_on_bad_records
 from meme_llava.errors import UserError
 from meme_llava.findings import Severities
-from meme_llava.images import MAX_PIXELS, ImagePolicy, read_pixel_values
+from meme_llava.images import MAX_PIXELS, ImagePolicy, read_pixels
 from meme_llava.picture_cache import PictureCache
+from meme_llava.sampling import BatchShape, PackedLengths, plan_shared_order, shuffle_records
+from meme_llava.token_lengths import Sharing, find_default_folder
+from meme_llava.vision_features import VisionFeatures
 
 
 class MemeDataset(Dataset):
-    """Records as token ids, pictures decoded when asked for.
+    """Records as token ids and pixels; tokenised and decoded when asked for, in the process that asks.
 
-    An item is {"record_id", "input_ids" int64 (length,), "labels" int64 (length,), "pixel_values" float32
-    (images, 3, size, size)}.
+    An item is {"record_id", "input_ids" int64 (length,), "labels" int64 (length,), "image_paths" one file for every run
+    of image tokens, "pictures" their pixels, uint8 (3, size, size) each, or features, (tokens, vision width)}.
+
+    Args:
+        records: with known lengths.
+        sharing: how they share positions.
+        max_length: positions a record may take, as its lengths were counted for.
     """
 
-    def __init__(self, records: list[CheckedRecord], image_policy: ImagePolicy, max_pixels: int = MAX_PIXELS):
+    def __init__(
+        self,
+        records: list[CheckedRecord],
+        sharing: Sharing,
+        encoder: ConversationEncoder,
+        max_length: int,
+        image_policy: ImagePolicy,
+        max_pixels: int = MAX_PIXELS,
+    ):
+        self.sharing = sharing
         self._records = records
+        self._encoder = encoder
+        self._max_length = max_length
         self._image_policy = image_policy
         self._max_pixels = max_pixels
+        # Where every picture was encoded once, before training, items hold its features in place of pixels.
+        self.vision_features: VisionFeatures | None = None
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict:
-        item = self._records[index]
-        size = self._image_policy.size
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        """The items of a batch; a picture that several of them show is decoded once."""
+        pictures: dict[Path, torch.Tensor] = {}
+        return [self._make_item(self._records[index], pictures) for index in indices]
+
+    def _make_item(self, checked: CheckedRecord, pictures: dict[Path, torch.Tensor]) -> dict:
         try:
-            pictures = [read_pixel_values(path, self._image_policy, self._max_pixels) for path in item.image_paths]
+            for path in checked.image_paths:
+                if path not in pictures:
+                    pictures[path] = self._read_picture(path)
         except ValueError as error:
             # Replacing the record would change the data order without a word, so the run stops and names it.
-            raise UserError(f"{item.record.place} (id {item.record.record_id!r}): {error}") from error
+            raise UserError(f"{checked.record.place} (id {checked.record.record_id!r}): {error}") from error
+        example = self._encoder.encode_example(list(checked.record.turns), self._max_length)
+        if len(example.input_ids) != checked.lengths.positions:
+            raise UserError(
+                f"{checked.record.place} (id {checked.record.record_id!r}): has {len(example.input_ids)} positions, "
+                f"but {checked.lengths.positions} were counted at the start. Remove {find_default_folder()}, where "
+                "counted lengths are kept, and start again."
+            )
         return {
-            "record_id": item.record.record_id,
-            "input_ids": torch.from_numpy(item.input_ids).long(),
-            "labels": torch.from_numpy(item.labels).long(),
-            "pixel_values": torch.stack(pictures) if pictures else torch.empty(0, 3, size, size),
+            "record_id": checked.record.record_id,
+            "input_ids": torch.tensor(example.input_ids),
+            "labels": torch.tensor(example.labels),
+            "image_paths": checked.image_paths,
+            "pictures": [pictures[path] for path in checked.image_paths],
         }
+
+    def _read_picture(self, path: Path) -> torch.Tensor:
+        if self.vision_features is not None:
+            return self.vision_features[path]
+        return read_pixels(path, self._image_policy, self._max_pixels)
+
+    @property
+    def image_paths(self) -> list[Path]:
+        """Every different picture, in the order of the records."""
+        return list(dict.fromkeys(path for checked in self._records for path in checked.image_paths))
 
     @property
     def lengths(self) -> np.ndarray:
         """Positions of every record, image tokens counted: int64 (records,)."""
-        return np.array([len(item.input_ids) for item in self._records])
+        return np.array([checked.lengths.positions for checked in self._records], np.int64)
 
     @property
     def supervised_lengths(self) -> np.ndarray:
         """Positions that carry loss in every record: int64 (records,)."""
-        return np.array([item.supervised_length for item in self._records])
+        return np.array([checked.lengths.supervised for checked in self._records], np.int64)
 
     @property
     def image_counts(self) -> np.ndarray:
         """Pictures of every record: int64 (records,)."""
-        return np.array([len(item.image_paths) for item in self._records])
+        return np.array([len(checked.image_paths) for checked in self._records], np.int64)
 
 
 @dataclass(frozen=True)
@@ -87,8 +134,9 @@ def load_dataset(
     severities: Severities | None = None,
     max_pixels: int = MAX_PIXELS,
     cache: PictureCache | None = None,
+    length_folder: Path | None = None,
 ) -> LoadedData:
-    """Read, check and encode every record before anything is trained.
+    """Read and check every record, and count its tokens, before anything is trained.
 
     Pictures that an earlier check decoded are known from the cache; of the others the header is read, and one that is
     damaged behind it stops the run when it is reached.
@@ -96,6 +144,7 @@ def load_dataset(
     Args:
         max_length: positions a record may take, image tokens counted.
         bad_records: "error" stops on any bad record; "quarantine" leaves them out.
+        length_folder: where counted lengths are kept; None counts anew.
 
     Raises:
         UserError: a record is bad under "error" (they are listed), or nothing is left.
@@ -109,26 +158,57 @@ def load_dataset(
         max_length,
         cache,
         decode=False,
+        length_folder=length_folder,
     )
     stop_on_bad_records(checked, bad_records)
-    return LoadedData(MemeDataset(checked.usable, image_policy, max_pixels), checked)
+    sharing = checked.usable_sharing
+    dataset = MemeDataset(checked.usable, sharing, encoder, max_length, image_policy, max_pixels)
+    return LoadedData(dataset, checked)
 
 
-class ShuffledEpochs(Dataset):
-    """The records in the order of training: one shuffled pass after another, cut at `length` examples.
+class TrainingOrder(Dataset):
+    """The records in the order of training: one shuffled pass after another, until all steps are full.
 
-    The order depends on seed and position alone, so it is the same for every number of processes and after a resume,
-    and no record is dropped at the end of a pass: the last optimizer step is filled from the next pass.
+    No record is dropped at the end of a pass: the last optimizer step is filled from the next pass. Which records meet
+    in a step depends on the seed and the global batch alone, so a resumed run goes on where it was.
+
+    Args:
+        steps: optimizer steps of the whole run.
+        shared_pictures: draw pictures with all their records, and keep those in one device batch, where they share
+            what they have in common; else every record is drawn, and takes positions, for itself.
     """
 
-    def __init__(self, dataset: MemeDataset, length: int, seed: int):
+    def __init__(
+        self,
+        dataset: MemeDataset,
+        steps: int,
+        global_batch_size: int,
+        device_batch_size: int,
+        processes: int,
+        seed: int,
+        shared_pictures: bool,
+    ):
         self._dataset = dataset
-        passes = -(-length // len(dataset))
-        orders = [np.random.default_rng([seed, number]).permutation(len(dataset)) for number in range(passes)]
-        self.order = np.concatenate(orders)[:length]  # int64 (length,)
+        self._shape = BatchShape(global_batch_size, device_batch_size, processes)
+        self._sharing = dataset.sharing if shared_pictures else None
+        if shared_pictures:
+            self.order = plan_shared_order(dataset.lengths, dataset.sharing, steps, self._shape, seed)
+        else:
+            self.order = shuffle_records(len(dataset), steps * global_batch_size, seed)
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, index: int) -> dict:
         return self._dataset[int(self.order[index])]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        """The items of a batch; a picture that several of them show is decoded once."""
+        return self._dataset.__getitems__(self.order[indices].tolist())
+
+    def count_batch_positions(self) -> np.ndarray:
+        """Positions of every device batch: int64 (steps, rounds, processes)."""
+        packed = PackedLengths(self._dataset.lengths, self._sharing)
+        batches = self.order.reshape(-1, self._shape.device_batch_size).tolist()
+        counts = np.array([packed.count(batch) for batch in batches], np.int64)
+        return counts.reshape(-1, self._shape.rounds, self._shape.processes)

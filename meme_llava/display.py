@@ -4,6 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from rich import box
@@ -104,27 +105,34 @@ def _format_bytes(count: float) -> str:
 
 
 def print_batch(batch: dict[str, torch.Tensor], processing: Processing, console: Console | None = None) -> None:
-    """Print a batch as a person reads it: supervised tokens in green and brackets, real control tokens in
-    cyan, a picture as one word.
+    """Print a packed batch as a person reads it: supervised tokens in green and brackets, real control tokens in
+    cyan, a picture as one word; of a record that shares its beginning with one above, only what it adds.
 
     Args:
-        batch: int64 (rows, width) tensors as the collator makes them.
+        batch: what `PackingCollator` returns.
     """
     console = console or Console(highlight=False, soft_wrap=True)
-    rows, width = batch["input_ids"].shape
-    console.print(f"batch of {rows} rows x {width} positions, {len(batch['pixel_values'])} pictures")
-    for row in range(rows):
-        mask = batch["attention_mask"][row].bool()
-        ids, labels = batch["input_ids"][row][mask].tolist(), batch["labels"][row][mask].tolist()
-        supervised = sum(label != IGNORED_LABEL for label in labels)
-        console.print(
-            f"\n[bold]row {row}[/bold]: positions 0 to {len(ids) - 1}, "
-            f"{supervised} supervised, {width - len(ids)} padding"
-        )
-        console.print(_describe_row(ids, labels, processing))
+    ids, segments, paths = (batch[name].tolist() for name in ("input_ids", "segment_starts", "path_starts"))
+    ids, path_index = ids[0], batch["path_index"].tolist()
+    pictures, supervised = len(set(batch["image_runs"].tolist())), len(batch["loss_targets"])
+    console.print(f"one packed row of {len(ids)} positions, {pictures} pictures, {supervised} supervised positions")
+    learnt = set(zip(batch["loss_positions"].tolist(), batch["loss_targets"].tolist(), strict=True))
+    for (start, end), (path_start, path_end) in zip(pairwise(segments), pairwise(paths), strict=True):
+        path = path_index[path_start:path_end]
+        shared = len(path) - (end - start)
+        # What comes before a position on its path predicts it.
+        before = {after: position for position, after in pairwise(path)}
+        labels = [
+            ids[position] if (before.get(position), ids[position]) in learnt else IGNORED_LABEL
+            for position in range(start, end)
+        ]
+        count = sum(label != IGNORED_LABEL for label in labels)
+        where = f", goes on behind position {path[shared - 1]}, sharing {shared} positions" if shared else ""
+        console.print(f"\n[bold]positions {start} to {end - 1}[/bold]: {count} supervised{where}")
+        console.print(_describe_tokens(ids[start:end], labels, processing, start))
 
 
-def _describe_row(ids: list[int], labels: list[int], processing: Processing) -> Text:
+def _describe_tokens(ids: list[int], labels: list[int], processing: Processing, first_position: int) -> Text:
     controls = {processing.encoder.turn_start_id, processing.encoder.turn_end_id}
     kinds = [(_kind(token, label, processing), token in controls) for token, label in zip(ids, labels, strict=True)]
     text, start = Text(), 0
@@ -136,7 +144,7 @@ def _describe_row(ids: list[int], labels: list[int], processing: Processing) -> 
             # Pictures that stand side by side are one run of tokens.
             count = (end - start) // processing.tokens_per_image
             name = "image" if count == 1 else f"{count} images"
-            text.append(f"<{name}: {end - start} tokens at {start}>", style=IMAGE_STYLE)
+            text.append(f"<{name}: {end - start} tokens at {first_position + start}>", style=IMAGE_STYLE)
         else:
             is_supervised = kind == "supervised"
             words = processing.tokenizer.decode(ids[start:end], skip_special_tokens=False)

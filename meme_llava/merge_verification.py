@@ -12,6 +12,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from meme_llava.checkpoint import ADAPTER_CONFIG
 from meme_llava.dataset import load_dataset
 from meme_llava.errors import UserError
+from meme_llava.images import normalise
 from meme_llava.merging import PEFT_PREFIX, TrainedWeights
 from meme_llava.model import LANGUAGE_MODEL, Processing, load_llava, load_processing, load_strictly, make_empty_model
 from meme_llava.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights
@@ -213,7 +214,7 @@ def _load_prompts(training: dict, processing: Processing) -> tuple[list[dict], P
         input_ids = example["input_ids"][None, : int((example["labels"] >= 0).nonzero()[0])]  # (1, prompt)
         images = int((input_ids == encoder.image_token_id).sum()) // processing.tokens_per_image
         # (images, 3, size, size); a later turn's pictures are not part of the first question.
-        pixel_values = example["pixel_values"][:images] if images else None
+        pixel_values = normalise(torch.stack(example["pictures"][:images]), policy) if images else None
         prompts.append({"input_ids": input_ids, "pixel_values": pixel_values})
     return prompts, annotations
 

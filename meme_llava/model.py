@@ -148,10 +148,15 @@ def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None
     setattr(module.get_submodule(".".join(path)), leaf, parameter)
 
 
-def load_llava(folder: Path, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+def load_llava(
+    folder: Path, dtype: torch.dtype, model_class: type[LlavaForConditionalGeneration] = LlavaForConditionalGeneration
+) -> LlavaForConditionalGeneration:
     """Load a LLaVA that build_base_model.py or merge_lora.py wrote, in `dtype`, on the CPU.
 
     Every tensor is read and converted on its own, so that loading takes no more memory than the model.
+
+    Args:
+        model_class: LlavaForConditionalGeneration, or a class with the same parameters.
 
     Raises:
         UserError: a tensor is missing, unexpected, or of another shape.
@@ -160,7 +165,7 @@ def load_llava(folder: Path, dtype: torch.dtype) -> LlavaForConditionalGeneratio
     try:
         config = LlavaConfig.from_pretrained(folder, local_files_only=True)
         config._name_or_path = str(folder)  # peft notes it in an adapter's configuration
-        model = make_empty_model(LlavaForConditionalGeneration, config, dtype)
+        model = make_empty_model(model_class, config, dtype)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -10,14 +10,9 @@ SECONDS_BETWEEN_LINES = 5  # of progress, where the output is a file
 
 
 class ProgressBar(TrainerCallback):
-    """A bar with loss, tokens per second and time left; plain lines where the output is no terminal.
+    """A bar with loss, speed and time left; plain lines where the output is no terminal."""
 
-    Args:
-        tokens_after_step: useful positions trained on after each optimizer step, int64 (steps + 1,).
-    """
-
-    def __init__(self, tokens_after_step):
-        self._tokens = tokens_after_step
+    def __init__(self):
         self._bar = None
         self._start = (0.0, 0)
         self._last_line = -SECONDS_BETWEEN_LINES
@@ -42,17 +37,17 @@ class ProgressBar(TrainerCallback):
             return
         start_time, start_step = self._start
         seconds = time.perf_counter() - start_time
-        speed = (self._tokens[state.global_step] - self._tokens[start_step]) / seconds
+        speed = _describe_speed(logs)
         left_out = f", {logs['quarantined_records']:,} records quarantined" if "quarantined_records" in logs else ""
         if not self._bar.disable:
-            self._bar.set_postfix_str(f"loss {logs['loss']:.4f}, {speed:,.0f} tokens/s{left_out}")
+            self._bar.set_postfix_str(f"loss {logs['loss']:.4f}, {speed}{left_out}")
             return
         if seconds - self._last_line < SECONDS_BETWEEN_LINES and state.global_step < state.max_steps:
             return
         self._last_line = seconds
         left = seconds / (state.global_step - start_step) * (state.max_steps - state.global_step)
         print(
-            f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  {speed:,.0f} tokens/s  "
+            f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  {speed}  "
             f"{tqdm.format_interval(left)} left{left_out}",
             flush=True,
         )
@@ -60,6 +55,14 @@ class ProgressBar(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self._bar is not None:
             self._bar.close()
+
+
+def _describe_speed(logs: dict) -> str:
+    """Speed over the steps since the last log line, and what held it back."""
+    speed = f"{logs['captions_per_second']:.1f} captions/s, {logs['tokens_per_second']:,.0f} tokens/s"
+    if "mfu" in logs:
+        speed += f", MFU {logs['mfu']:.0%}"
+    return f"{speed}, waiting for data {logs['data_wait_share']:.0%}"
 
 
 def show_progress_with(trainer: Trainer, bar: ProgressBar) -> None:

@@ -5,24 +5,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import TrainingArguments
 
 from meme_llava.arguments import TrainArguments, to_plain
 from meme_llava.checkpoint import RUN_RECORD, describe_environment, read_run_record, write_json
-from meme_llava.dataset import LoadedData, ShuffledEpochs
+from meme_llava.dataset import LoadedData
 from meme_llava.display import print_table
 from meme_llava.errors import UserError
 from meme_llava.hashing import hash_file
 from meme_llava.model import Processing, quiet_transformers
 from meme_llava.quarantine import QUARANTINE
 from meme_llava.trainer import TENSORBOARD_FOLDER, count_processes, count_steps
+from meme_llava.vision_features import VISION_FEATURES
 from meme_llava.weights import fingerprint_folder
 
 LATEST = "latest"
 MAX_LISTED_CUTS = 20
-LEFTOVERS = {QUARANTINE, TENSORBOARD_FOLDER}
+LEFTOVERS = {QUARANTINE, TENSORBOARD_FOLDER, VISION_FEATURES}
 # Settings that may differ when a run continues: they change neither the data order nor an update.
 FREE_SETTINGS = {
     "model",
@@ -37,6 +37,10 @@ FREE_SETTINGS = {
     "report_to",
     "run_name",
     "dataloader_workers",
+    "attention",
+    "gradient_checkpointing",
+    "torch_compile",
+    "cache_vision_features",
 }
 
 
@@ -137,11 +141,6 @@ class TrainingRun:
                 f"{checkpoint} cannot be continued: {'; '.join(differences)}. Start again in another --output_dir, "
                 "or restore what changed."
             )
-
-    def count_tokens_after_step(self, examples: ShuffledEpochs, lengths: np.ndarray) -> np.ndarray:
-        """Positions trained on, padding apart, after each optimizer step: int64 (steps + 1,)."""
-        per_step = lengths[examples.order].reshape(self.steps, self.arguments.global_batch_size).sum(axis=1)
-        return np.concatenate([[0], per_step.cumsum()])
 
 
 def is_main_process() -> bool:

@@ -8,32 +8,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch.nn import functional
+from accelerate.utils import send_to_device
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from meme_llava.arguments import TrainArguments
-from meme_llava.conversation import IGNORED_LABEL
+from meme_llava.costs import TrainingCosts
 from meme_llava.errors import UserError
+from meme_llava.throughput import ThroughputMeter, find_own_machine
 from meme_llava.trainable import ParameterGroup, load_trained_weights, save_trained_weights
 
 TENSORBOARD_FOLDER = "tensorboard"
-
-
-def supervised_cross_entropy(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy over the supervised tokens of the whole global batch.
-
-    Every token of an optimizer step weighs the same, whatever the split into devices and accumulation steps.
-
-    Args:
-        outputs: with logits (rows, positions, vocabulary).
-        labels: int64 (rows, positions), -100 where no loss is.
-        num_items_in_batch: supervised tokens of the optimizer step over all processes.
-    """
-    targets = labels[:, 1:]  # (rows, positions - 1): position t predicts t + 1
-    carries_loss = targets != IGNORED_LABEL
-    # Only the supervised positions become float32; they are a small part of rows x positions x vocabulary.
-    logits = outputs.logits[:, :-1][carries_loss].float()  # (supervised, vocabulary)
-    return functional.cross_entropy(logits, targets[carries_loss], reduction="sum") / num_items_in_batch
+PREFETCHED_BATCHES = 4  # device batches that each worker process holds ready
 
 
 def count_processes() -> int:
@@ -87,8 +72,9 @@ def make_training_arguments(arguments: TrainArguments, steps: int, warmup: int, 
     if use_cpu:
         # DeepSpeed would find the same, with a warning.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if arguments.precision == "bf16" and use_cpu:
-        raise UserError("--precision bf16 needs a GPU here: on a CPU it is several times slower than fp32")
+    if arguments.precision in ("bf16", "tf32") and use_cpu:
+        why = "on a CPU it is several times slower than fp32" if arguments.precision == "bf16" else "no CPU has it"
+        raise UserError(f"--precision {arguments.precision} needs a GPU here: {why}")
     supports_bf16 = not use_cpu and torch.cuda.is_bf16_supported()
     if arguments.precision == "auto" and not use_cpu and not supports_bf16:
         raise UserError("this GPU has no bf16; pass --precision fp32 (fp16 overflows with Qwen2)")
@@ -109,18 +95,19 @@ def make_training_arguments(arguments: TrainArguments, steps: int, warmup: int, 
         save_steps=arguments.save_steps,
         save_total_limit=arguments.save_total_limit,
         seed=arguments.seed,
-        bf16=arguments.precision != "fp32" and supports_bf16,
+        bf16=arguments.precision in ("auto", "bf16") and supports_bf16,
+        tf32=None if use_cpu else arguments.precision == "tf32",
         # Without it several CPU processes would each train alone, into the same directory.
         use_cpu=use_cpu,
-        activation_checkpointing=arguments.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if arguments.gradient_checkpointing else None,
         dataloader_num_workers=arguments.dataloader_workers,
+        dataloader_prefetch_factor=PREFETCHED_BATCHES if arguments.dataloader_workers else None,
+        dataloader_pin_memory=not use_cpu,
         report_to=arguments.report_to,
         run_name=arguments.run_name,
         deepspeed=str(arguments.deepspeed) if arguments.deepspeed else None,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         remove_unused_columns=False,
-        # ShuffledEpochs holds the order; the same records meet in a step however many processes share it.
+        # TrainingOrder holds the order; the same records meet in a step however many processes share it.
         train_sampling_strategy="sequential",
         # The filter would hide a NaN loss as 0.
         logging_nan_inf_filter=False,
@@ -160,6 +147,7 @@ class MemeTrainer(Trainer):
     Args:
         groups: what learns and how fast, from `plan_parameter_groups`.
         epochs_per_step: share of the records that one optimizer step trains on.
+        records_per_step: the global batch.
         save_companions: writes processor and run record into a directory that got trained weights.
     """
 
@@ -168,11 +156,21 @@ class MemeTrainer(Trainer):
         *,
         groups: list[ParameterGroup],
         epochs_per_step: float,
+        records_per_step: int,
         save_companions: Callable[[Path, int], None],
         quarantined_records: int,
         **options,
     ):
-        super().__init__(compute_loss_func=supervised_cross_entropy, **options)
+        super().__init__(**options)
+        # compute_loss divides by the weight of the whole optimizer step.
+        self.loss_is_scaled_for_ga = True
+        self._meter = ThroughputMeter(
+            TrainingCosts.of_model(self.model),
+            records_per_step,
+            find_own_machine(self.args.device),
+            self.args.world_size,
+            lambda counts: self.accelerator.reduce(counts.to(self.args.device), "sum").cpu(),
+        )
         self._groups = groups
         self._epochs_per_step = epochs_per_step
         self._save_companions = save_companions
@@ -193,6 +191,26 @@ class MemeTrainer(Trainer):
                 **options,
             )
         return self.optimizer
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches = self._meter.fetch(epoch_iterator, num_batches)
+        weight = sum(batch["loss_weights"].sum(dtype=torch.float64) for batch in batches)
+        return batches, self.accelerator.reduce(weight.to(device), "sum")
+
+    def _prepare_inputs(self, inputs):
+        # The Trainer's own would round the loss weights to bf16 under DeepSpeed.
+        return send_to_device(inputs, self.args.device, non_blocking=True)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """This device batch's share of the mean loss over the optimizer step.
+
+        Every token, or every caption, of an optimizer step weighs the same, whatever its split into devices and
+        accumulation: `num_items_in_batch` is the weight of all of it, over all processes.
+        """
+        outputs = model(**inputs)
+        # The engines average gradients over processes; what is wanted is their sum.
+        loss = outputs["loss"] * (self.args.world_size / num_items_in_batch).float()
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._names_without_gradient is None:
@@ -218,9 +236,11 @@ class MemeTrainer(Trainer):
         if logs.pop("learning_rate", None) is not None:
             for group, rate in zip(self._groups, self._group_learning_rates, strict=True):
                 logs[f"learning_rate/{group.role}"] = rate
+        if "loss" in logs:
+            logs.update(self._meter.read())
         if self._quarantined_records:
             logs["quarantined_records"] = self._quarantined_records
-        # ShuffledEpochs is one long pass for the Trainer; a user counts passes over the records.
+        # TrainingOrder is one long pass for the Trainer; a user counts passes over the records.
         self.state.epoch = self.state.global_step * self._epochs_per_step
         super().log(logs, start_time)
 

@@ -3,14 +3,16 @@
 import copy
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from meme_llava.conversation import ConversationEncoder
-from meme_llava.dataset import MemeDataset, ShuffledEpochs, load_dataset
+from meme_llava import dataset as dataset_module
+from meme_llava.conversation import ConversationEncoder, Turn
+from meme_llava.dataset import MemeDataset, TrainingOrder, load_dataset
 from meme_llava.errors import UserError
 from meme_llava.findings import Severities
 from meme_llava.images import ImagePolicy
@@ -504,17 +506,17 @@ def test_an_item_is_its_tokens_and_its_pictures_in_order(tmp_path, image_folder,
     ]
     data = load(write_json(tmp_path / "memes.json", values), image_folder, encoder).dataset
     two, none = data[0], data[1]
-    assert set(two) == {"record_id", "input_ids", "labels", "pixel_values"}
+    assert set(two) == {"record_id", "input_ids", "labels", "image_paths", "pictures"}
     assert [two["record_id"], none["record_id"]] == ["two", "bad"]
     for item in (two, none):
         assert item["input_ids"].dtype == item["labels"].dtype == torch.int64
         assert item["input_ids"].shape == item["labels"].shape
-        assert item["pixel_values"].dtype == torch.float32
         supervised = item["labels"] != -100
         assert torch.equal(item["labels"][supervised], item["input_ids"][supervised])
-    assert two["pixel_values"].shape == (2, 3, 2, 2)
-    assert two["pixel_values"][:, :, 0, 0].tolist() == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
-    assert none["pixel_values"].shape == (0, 3, 2, 2)
+    assert two["image_paths"] == (image_folder / "blue.png", image_folder / "red.png")
+    assert [(picture.dtype, picture.shape) for picture in two["pictures"]] == [(torch.uint8, (3, 2, 2))] * 2
+    assert [picture[:, 0, 0].tolist() for picture in two["pictures"]] == [[0, 0, 255], [255, 0, 0]]
+    assert none["image_paths"] == () and none["pictures"] == []
     assert int((two["input_ids"] == encoder.image_token_id).sum()) == 2 * TOKENS_PER_IMAGE
 
     answer = encoder.encode_text("好耶") + [encoder.turn_end_id]
@@ -534,6 +536,38 @@ def test_a_picture_that_goes_bad_after_the_check_stops_the_run_by_name(tmp_path,
         data[0]
 
 
+def test_a_batch_decodes_a_picture_once_however_many_records_show_it(tmp_path, image_folder, encoder, monkeypatch):
+    values = [
+        make_record("a"),
+        make_record("b", image=["blue.png", "red.png"], conversations=[human("<image><image>"), gpt()]),
+        make_record("c"),
+    ]
+    data = load(write_json(tmp_path / "memes.json", values), image_folder, encoder).dataset
+    alone = [data[index] for index in (2, 1, 0)]
+    decoded = []
+    read = dataset_module.read_pixels
+    monkeypatch.setattr(
+        dataset_module, "read_pixels", lambda path, *rest: decoded.append(path.name) or read(path, *rest)
+    )
+    batch = data.__getitems__([2, 1, 0])
+    assert sorted(decoded) == ["blue.png", "red.png"]
+    assert [item["record_id"] for item in batch] == ["c", "b", "a"]
+    for item, expected in zip(batch, alone, strict=True):
+        assert item["input_ids"].tolist() == expected["input_ids"].tolist()
+        assert torch.stack(item["pictures"]).tolist() == torch.stack(expected["pictures"]).tolist()
+
+
+def test_a_record_that_is_not_as_long_as_was_counted_stops_the_run(tmp_path, image_folder, encoder):
+    # Steps and progress were planned with the counted lengths.
+    loaded = load(write_json(tmp_path / "memes.json", [make_record("a")]), image_folder, encoder)
+    (checked,) = loaded.checked.usable
+    length = checked.lengths.positions
+    checked.lengths = replace(checked.lengths, positions=length + 1)
+    expected = rf"memes\.json record 0 \(id 'a'\): has {length} positions, but {length + 1} were counted at the start"
+    with pytest.raises(UserError, match=expected):
+        loaded.dataset[0]
+
+
 # ---- The order of training ----
 
 
@@ -543,15 +577,20 @@ def five(tmp_path, image_folder, encoder) -> MemeDataset:
     return load(write_json(tmp_path / "memes.json", values), image_folder, encoder).dataset
 
 
+def order_training(dataset: MemeDataset, steps: int, global_batch_size: int, seed: int, **changes) -> TrainingOrder:
+    settings = {"device_batch_size": global_batch_size, "processes": 1, "shared_pictures": False, **changes}
+    return TrainingOrder(dataset, steps, global_batch_size, seed=seed, **settings)
+
+
 def test_the_order_of_training_is_the_one_runs_were_trained_in(five):
     # Written down from a run: a NumPy or a code that shuffles otherwise would silently change what a resumed run sees.
-    assert ShuffledEpochs(five, 12, seed=42).order.tolist() == [4, 2, 3, 1, 0, 4, 0, 1, 2, 3, 0, 3]
-    assert ShuffledEpochs(five, 5, seed=7).order.tolist() == [2, 0, 4, 1, 3]
+    assert order_training(five, 3, 4, seed=42).order.tolist() == [4, 2, 3, 1, 0, 4, 0, 1, 2, 3, 0, 3]
+    assert order_training(five, 1, 5, seed=7).order.tolist() == [2, 0, 4, 1, 3]
 
 
 def test_every_pass_shows_every_record_once_and_the_last_step_is_filled_from_the_next_pass(five):
     # 2 passes of 5 records in steps of 4 make 3 steps: 12 examples, 2 of them from a third pass.
-    examples = ShuffledEpochs(five, 12, seed=0)
+    examples = order_training(five, 3, 4, seed=0)
     assert len(examples) == 12
     passes = [examples.order[start : start + 5].tolist() for start in (0, 5, 10)]
     assert sorted(passes[0]) == sorted(passes[1]) == [0, 1, 2, 3, 4]
@@ -561,15 +600,44 @@ def test_every_pass_shows_every_record_once_and_the_last_step_is_filled_from_the
 
 
 def test_the_order_depends_on_seed_and_position_alone(five):
-    longest = ShuffledEpochs(five, 53, seed=3).order.tolist()
+    longest = order_training(five, 53, 1, seed=3).order.tolist()
     # However long the run is: one that is prolonged, or cut short, goes through the same records.
     for length in (1, 4, 5, 6, 10, 52):
-        assert ShuffledEpochs(five, length, seed=3).order.tolist() == longest[:length]
+        assert order_training(five, 1, length, seed=3).order.tolist() == longest[:length]
     # However it is read: a position keeps its record, whichever positions were asked for before.
-    examples = ShuffledEpochs(five, 53, seed=3)
+    examples = order_training(five, 53, 1, seed=3)
     backwards = [examples[position]["record_id"] for position in range(52, -1, -1)]
     assert backwards[::-1] == [f"r{index}" for index in longest]
-    assert ShuffledEpochs(five, 53, seed=4).order.tolist() != longest
+    assert [item["record_id"] for item in examples.__getitems__([52, 7])] == [f"r{longest[52]}", f"r{longest[7]}"]
+    assert order_training(five, 53, 1, seed=4).order.tolist() != longest
+
+
+def test_a_batch_counts_what_its_records_share_once(tmp_path, image_folder, encoder):
+    # Two pictures with two records each; 'c' and 'd' differ in their question already, 'a' and 'b' in the answer.
+    values = [
+        make_record("a", conversations=[human("<image>\n好？"), gpt("好好好")]),
+        make_record("c", image="blue.png", conversations=[human("<image>\n好？"), gpt("好")]),
+        make_record("b", conversations=[human("<image>\n好？"), gpt("耶")]),
+        make_record("d", image="blue.png", conversations=[human("<image>\n耶？"), gpt("好")]),
+    ]
+    data = load(write_json(tmp_path / "memes.json", values), image_folder, encoder).dataset
+    a, c, b, d = data.lengths.tolist()
+    prompt = len(encoder.encode_prompt([Turn("user", "<image>\n好？")]))
+    question = len(encoder.encode_prompt([Turn("user", "<image>\n")])) - len(encoder.encode_prompt([Turn("user", "")]))
+    start = len(encoder.encode_prompt([])) - len(encoder.encode_text("assistant")) + len(encoder.encode_text("user"))
+    whole = order_training(data, 1, 4, seed=0, shared_pictures=True)
+    assert whole.count_batch_positions().tolist() == [[[a + b - prompt + c + d - (start + question)]]]
+    halves = order_training(data, 1, 4, seed=0, shared_pictures=True, device_batch_size=2)
+    assert [sorted(halves.order[:2].tolist()), sorted(halves.order[2:].tolist())] in (
+        [[0, 2], [1, 3]],
+        [[1, 3], [0, 2]],
+    )
+    assert sorted(halves.count_batch_positions().ravel().tolist()) == sorted(
+        [a + b - prompt, c + d - (start + question)]
+    )
+    apart = order_training(data, 1, 4, seed=0, device_batch_size=2, processes=2)
+    assert apart.count_batch_positions().shape == (1, 1, 2)
+    assert apart.count_batch_positions().sum() == a + b + c + d
 
 
 # ---- Real data ----

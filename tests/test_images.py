@@ -20,7 +20,15 @@ import build_base_model
 from meme_llava.dataset import load_dataset
 from meme_llava.errors import UserError
 from meme_llava.generation import load_answerer
-from meme_llava.images import ImagePolicy, open_header, open_image, resolve_image_path, to_pixel_values
+from meme_llava.images import (
+    ImagePolicy,
+    normalise,
+    open_header,
+    open_image,
+    read_pixels,
+    resolve_image_path,
+    to_pixel_values,
+)
 from meme_llava.model import load_processing
 
 ODD_IMAGES = Path(__file__).resolve().parents[2] / "shared" / "data" / "odd_images"
@@ -461,6 +469,24 @@ def test_pixel_values_follow_the_processors_own_mean_std_and_resampling(resample
     assert torch.equal(ours, processor(image, return_tensors="pt")["pixel_values"][0])
 
 
+@pytest.mark.parametrize("resize", ["squash", "pad", "crop"])
+def test_pixels_that_travel_as_bytes_become_the_same_floats_on_the_device(tmp_path, resize):
+    policy = ImagePolicy(16, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), resize=resize)
+    # All byte values in every channel, at the size of the square, so that none is lost in resizing.
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image = Image.fromarray(np.stack([values, values[::-1], values.T], axis=-1))
+    image.save(tmp_path / "a.png")
+    pixels = read_pixels(tmp_path / "a.png", policy)
+    assert (pixels.dtype, pixels.shape, pixels.is_contiguous()) == (torch.uint8, (3, 16, 16), True)
+    # The formula that models were trained with until pixels travelled as bytes, in NumPy on the CPU.
+    values = np.asarray(image, dtype=np.float32) / 255.0
+    floats = torch.from_numpy((values - np.float32(policy.mean)) / np.float32(policy.std)).permute(2, 0, 1)
+    assert torch.equal(to_pixel_values(image, policy), floats)
+    batch = normalise(torch.stack([pixels, pixels.flip(1)]), policy)
+    assert batch.dtype == torch.float32
+    assert torch.equal(batch, torch.stack([floats, floats.flip(1)]))
+
+
 def test_pixel_values_written_out():
     # Left half black, right half white, no resizing: (0 - 0.5) / 0.25 and (1 - 0.5) / 0.25.
     image = make_image("RGB", [(0, 0, 0), (255, 255, 255)] * 2, width=2)
@@ -688,4 +714,5 @@ def test_tokens_and_pixels_are_the_same_in_training_and_in_use(world: World, bas
         prompt = inputs["input_ids"][0]
         assert torch.equal(item["input_ids"][: len(prompt)], prompt), name
         assert item["labels"][: len(prompt)].eq(-100).all() and item["labels"][len(prompt)] != -100
-        assert torch.equal(item["pixel_values"], inputs["pixel_values"]), name
+        pixel_values = normalise(torch.stack(item["pictures"]), processing.image_policy)
+        assert torch.equal(pixel_values, inputs["pixel_values"]), name

@@ -22,6 +22,7 @@ from meme_llava.arguments import parse_train_arguments
 from meme_llava.conversation import Turn
 from meme_llava.images import open_image, to_pixel_values
 from meme_llava.model import load_llava, load_processing
+from meme_llava.packed_model import load_packed_llava
 from meme_llava.picture_cache import PictureCache, find_default_cache
 from meme_llava.pictures import inspect_pictures
 from meme_llava.trainer import MemeTrainer
@@ -121,7 +122,7 @@ USED_VISION = (
 def test_exactly_the_promised_tensors_change(world, tmp_path, monkeypatch, train_type, learning_prefixes):
     """Two real steps; every parameter that should move moves, every other is bit-identical."""
     models = []
-    monkeypatch.setattr(train, "load_llava", lambda *args: models.append(load_llava(*args)) or models[-1])
+    monkeypatch.setattr(train, "load_packed_llava", lambda *a: models.append(load_packed_llava(*a)) or models[-1])
     train.main(train_flags(world, tmp_path / "out", train_type=train_type, max_steps=2))
     before = dict(load_llava(world.base, torch.float32).named_parameters())
     changed = {name for name, parameter in models[0].named_parameters() if not torch.equal(parameter, before[name])}
@@ -138,7 +139,7 @@ def test_exactly_the_promised_tensors_change(world, tmp_path, monkeypatch, train
 
 def test_lora_leaves_every_base_tensor_alone(world, tmp_path, monkeypatch):
     models = []
-    monkeypatch.setattr(train, "load_llava", lambda *args: models.append(load_llava(*args)) or models[-1])
+    monkeypatch.setattr(train, "load_packed_llava", lambda *a: models.append(load_packed_llava(*a)) or models[-1])
     train.main(train_flags(world, tmp_path / "out"))
     before = dict(load_llava(world.base, torch.float32).named_parameters())
     seen = 0
@@ -210,6 +211,91 @@ def test_accumulation_gives_the_losses_of_one_big_batch(world, tmp_path):
     big, small = read_losses(tmp_path / "big"), read_losses(tmp_path / "small")
     assert len(big) == 4
     assert small == pytest.approx(big, abs=2e-6)
+
+
+@pytest.mark.parametrize("average", ["token", "caption"])
+def test_what_weighs_the_same_does_not_depend_on_the_split(world, tmp_path, average):
+    """8 x 1, 1 x 8 and 2 processes x 2 x 2; with and without sharing: the losses are the same."""
+    changes = {"global_batch_size": 8, "max_steps": 3, "lora_dropout": 0, "loss_average": average}
+    train.main(train_flags(world, tmp_path / "big", device_batch_size=8, **changes))
+    train.main([*train_flags(world, tmp_path / "small", device_batch_size=1, **changes), "--no_shared_pictures"])
+    flags = train_flags(world, tmp_path / "two", device_batch_size=2, **changes)
+    result = run_with_torchrun(["train.py", *flags])
+    assert result.returncode == 0, result.stderr
+    expected = read_losses(tmp_path / "big")
+    assert read_losses(tmp_path / "small") == pytest.approx(expected, abs=5e-6)
+    assert read_losses(tmp_path / "two") == pytest.approx(expected, abs=5e-6)
+
+
+def test_a_short_answer_weighs_as_much_as_a_long_one_when_captions_are_averaged(world, tmp_path):
+    """All eight records in one step: the first loss, recomputed from each record's own mean."""
+    changes = {"global_batch_size": 8, "device_batch_size": 8, "max_steps": 1}
+    losses = {}
+    for average in ("token", "caption"):
+        train.main(train_flags(world, tmp_path / average, loss_average=average, **changes))
+        losses[average] = read_losses(tmp_path / average)[0]
+    sums_and_counts = measure_records(world)
+    assert losses["caption"] == pytest.approx(sum(total / count for total, count in sums_and_counts) / 8, abs=1e-5)
+    by_token = sum(total for total, _ in sums_and_counts) / sum(count for _, count in sums_and_counts)
+    assert losses["token"] == pytest.approx(by_token, abs=1e-5)
+    assert abs(losses["token"] - losses["caption"]) > 1e-3
+
+
+def make_turns(record: dict) -> list[Turn]:
+    roles = {"human": "user", "gpt": "assistant"}
+    return [Turn(roles[turn["from"]], turn["value"]) for turn in record["conversations"]]
+
+
+def measure_records(world) -> list[tuple[float, int]]:
+    """Every record's sum of losses and number of supervised tokens, from the base model and the labels alone."""
+    processing, model = load_processing(world.base), load_llava(world.base, torch.float32).eval()
+    measured = []
+    for record in world.records:
+        example = processing.encoder.encode_example(make_turns(record))
+        images = record.get("image", [])
+        paths = [world.image_folder / name for name in ([images] if isinstance(images, str) else images)]
+        pixels = [to_pixel_values(open_image(path), processing.image_policy) for path in paths]
+        with torch.no_grad():
+            ids = torch.tensor([example.input_ids])
+            logits = model(input_ids=ids, pixel_values=torch.stack(pixels) if pixels else None).logits[0]
+        losses = [
+            -float(torch.log_softmax(logits[position - 1].double(), dim=-1)[label])
+            for position, label in enumerate(example.labels)
+            if label != -100
+        ]
+        measured.append((sum(losses), len(losses)))
+    return measured
+
+
+def test_the_log_says_how_fast_it_went_and_what_it_waited_for(world, tmp_path):
+    """Two captions of each picture: 8 pictures for 16 captions, whose shared beginnings are computed once."""
+    records = json.loads(json.dumps(world.records[4:]))
+    for record in world.records[4:]:
+        other = json.loads(json.dumps(record, ensure_ascii=False))
+        other["id"] += "b"
+        other["conversations"][1]["value"] = "困了，" + other["conversations"][1]["value"]
+        records.append(other)
+    annotations = tmp_path / "annotations.json"
+    annotations.write_text(json.dumps(records, ensure_ascii=False))
+    changes = {"annotations": annotations, "global_batch_size": 8, "device_batch_size": 8, "max_steps": 2}
+    figures = {}
+    for name, flags in (("shared", []), ("alone", ["--no_shared_pictures"])):
+        train.main([*train_flags(world, tmp_path / name, **changes), *flags])
+        log = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        figures[name] = [entry for entry in log if "loss" in entry][1]
+    encoder = load_processing(world.base).encoder
+    lengths = [len(encoder.encode_example(make_turns(record)).input_ids) for record in records]
+    shared, alone = figures["shared"], figures["alone"]
+    assert alone["positions_per_caption"] == pytest.approx(sum(lengths) / 8)
+    assert shared["positions_per_caption"] < 0.7 * alone["positions_per_caption"]
+    assert (shared["pictures_per_caption"], alone["pictures_per_caption"]) == (0.5, 1)
+    for entry in (shared, alone):
+        assert entry["useful_token_share"] == 1 and 0 < entry["data_wait_share"] < 1
+        assert entry["captions_per_second"] > 0 and entry["model_tflops_per_second"] > 0
+        assert entry["tokens_per_second"] == pytest.approx(
+            entry["captions_per_second"] * entry["positions_per_caption"]
+        )
+        assert "mfu" not in entry  # a CPU has no datasheet
 
 
 def run_with_torchrun(flags, processes=2, environment=None):
@@ -373,7 +459,7 @@ def test_resuming_on_other_data_is_refused(world, trained, tmp_path, capsys):
 
 
 def test_wrong_settings_stop_before_the_model_loads(world, trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "load_llava", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(train, "load_packed_llava", lambda *args: pytest.fail("the model was loaded"))
     out = tmp_path / "out"
 
     def message(**changes):
@@ -485,7 +571,7 @@ def test_after_the_precheck_a_damaged_picture_stops_the_run_before_the_model_is_
     assert "annotations.json record 5 (id 'r5'): " in found and "[damaged_picture]" in found
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "load_llava", lambda *_: pytest.fail("the model was loaded"))
+        patch.setattr(train, "load_packed_llava", lambda *_: pytest.fail("the model was loaded"))
         assert "annotations.json record 5 (id 'r5'): " in fail(capsys, flags)
     train.main([*flags, "--bad_records", "quarantine", "--max_steps", "1"])
     printed = capsys.readouterr().out
@@ -543,7 +629,7 @@ def test_text_only_records_train(world, tmp_path):
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(world, tmp_path):
-    for name, value in (("off", False), ("on", True)):
+    for name, value in (("off", "off"), ("on", "full")):
         train.main(train_flags(world, tmp_path / name, gradient_checkpointing=value, max_steps=3, lora_dropout=0))
     assert read_losses(tmp_path / "on") == pytest.approx(read_losses(tmp_path / "off"), abs=1e-6)
 
@@ -572,26 +658,3 @@ def test_nothing_secret_and_no_pickled_arguments_are_written(world, tmp_path, mo
     assert any("tensorboard" in str(path) for path in files)
     assert not any(path.name == "training_args.bin" for path in files)
     assert not any(b"CANARY" in path.read_bytes() for path in files)
-
-
-def test_loss_is_the_mean_over_supervised_tokens(world, tmp_path):
-    """The first logged loss, recomputed from the base model and the labels alone."""
-    changes = {"global_batch_size": 8, "device_batch_size": 8, "max_steps": 1}
-    train.main(train_flags(world, tmp_path / "out", **changes))
-    processing, model = load_processing(world.base), load_llava(world.base, torch.float32).eval()
-    roles = {"human": "user", "gpt": "assistant"}
-    total, count = 0.0, 0
-    for record in world.records:
-        turns = [Turn(roles[turn["from"]], turn["value"]) for turn in record["conversations"]]
-        example = processing.encoder.encode_example(turns)
-        images = record.get("image", [])
-        paths = [world.image_folder / name for name in ([images] if isinstance(images, str) else images)]
-        pixels = [to_pixel_values(open_image(path), processing.image_policy) for path in paths]
-        with torch.no_grad():
-            ids = torch.tensor([example.input_ids])
-            logits = model(input_ids=ids, pixel_values=torch.stack(pixels) if pixels else None).logits[0]
-        for position, label in enumerate(example.labels):
-            if label != -100:
-                total -= float(torch.log_softmax(logits[position - 1].double(), dim=-1)[label])
-                count += 1
-    assert read_losses(tmp_path / "out")[0] == pytest.approx(total / count, abs=1e-5)

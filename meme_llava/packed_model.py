@@ -1,0 +1,121 @@
+"""Knows how a packed batch goes through a LLaVA: each picture encoded once, each record attending to its own path, the
+loss at supervised positions only.
+
+The parameters and their names are those of transformers' LlavaForConditionalGeneration; so is the loss, as if each
+record had gone through it alone. Knows nothing about files, prompts or optimizers.
+"""
+
+import contextlib
+import re
+from pathlib import Path
+
+import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from meme_llava.errors import UserError
+from meme_llava.images import ImagePolicy, normalise
+from meme_llava.loss import CrossEntropyHead
+from meme_llava.model import count_used_vision_layers, load_llava
+from meme_llava.packed_attention import Packing
+
+
+class PackedLlava(LlavaForConditionalGeneration):
+    """A LLaVA whose forward pass takes what `PackingCollator` returns. Made by `load_packed_llava`."""
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__(config)
+        self.lm_head = CrossEntropyHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.image_policy: ImagePolicy | None = None
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        segment_starts: torch.Tensor,
+        path_index: torch.Tensor,
+        path_starts: torch.Tensor,
+        longest_segment: int,
+        longest_path: int,
+        image_runs: torch.Tensor,
+        loss_positions: torch.Tensor,
+        loss_targets: torch.Tensor,
+        loss_weights: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The sum of weight times cross entropy over all supervised positions, a float32 scalar, as {"loss": …}.
+
+        The arguments are those that `PackingCollator` describes; pictures come as pixels or as vision features.
+        """
+        if vision_features is None:
+            vision_features = self.encode_pictures(pixel_values)  # (pictures, tokens, vision width)
+        features = self.model.multi_modal_projector(vision_features)  # (pictures, tokens, width)
+        embeddings = self.get_input_embeddings()(input_ids)  # (1, positions, width)
+        is_image = (input_ids == self.config.image_token_id).unsqueeze(-1)  # (1, positions, 1)
+        embeddings = embeddings.masked_scatter(is_image, features[image_runs].to(embeddings.dtype))
+        outputs = self.model.language_model(
+            inputs_embeds=embeddings,
+            position_ids=position_ids,
+            use_cache=False,
+            packing=Packing(segment_starts, path_index, path_starts, longest_segment, longest_path),
+        )
+        hidden = outputs.last_hidden_state[0, loss_positions]  # (supervised, width)
+        loss = self.lm_head(hidden, loss_targets, loss_weights)
+        if len(image_runs) == 0:
+            # The blank picture of a batch of text: the parts that see pictures get a gradient of zero, not none.
+            loss = loss + 0.0 * features.float().sum()
+        return {"loss": loss}
+
+    def encode_pictures(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The vision tower's features as the projector takes them: uint8 (pictures, 3, size, size) to
+        (pictures, tokens, vision width).
+
+        Layers behind the features that are used are not computed. A frozen tower keeps nothing for a backward pass.
+        """
+        tower = self.model.vision_tower
+        learns = any(parameter.requires_grad for parameter in tower.parameters())
+        with contextlib.nullcontext() if learns else torch.no_grad():
+            pixels = normalise(pixel_values, self.image_policy)  # float32 (pictures, 3, size, size)
+            hidden = tower.embeddings(pixels.to(tower.dtype))  # (pictures, patches and class token, vision width)
+            if hasattr(tower, "pre_layrnorm"):
+                hidden = tower.pre_layrnorm(hidden)
+            for layer in tower.encoder.layers[: count_used_vision_layers(self.config)]:
+                hidden = layer(hidden, None)
+        drops_class_token = self.config.vision_feature_select_strategy == "default"
+        return hidden[:, 1:] if drops_class_token else hidden
+
+
+def load_packed_llava(folder: Path, dtype: torch.dtype, image_policy: ImagePolicy, attention: str) -> PackedLlava:
+    """Load a LLaVA folder for training on packed rows.
+
+    Args:
+        attention: what `packed_attention.choose_attention` returned.
+
+    Raises:
+        UserError: a tensor is missing, unexpected or of another shape, or the model cannot be packed.
+    """
+    model = load_llava(folder, dtype, PackedLlava)
+    prepare_packed_llava(model, image_policy, attention, str(folder))
+    return model
+
+
+def prepare_packed_llava(model: PackedLlava, image_policy: ImagePolicy, attention: str, source: str) -> None:
+    """Give a model its image policy and attention. Raises UserError, naming `source`, if it cannot be packed."""
+    if not isinstance(model.config.vision_feature_layer, int):
+        raise UserError(
+            f"{source}: uses the vision layers {model.config.vision_feature_layer}, expected a single one. Build the "
+            "model with build_base_model.py."
+        )
+    if "sliding_attention" in (getattr(model.config.text_config, "layer_types", None) or ()):
+        raise UserError(f"{source}: its language model attends in a sliding window, which packed rows do not do yet")
+    model.image_policy = image_policy
+    model.model.language_model.config._attn_implementation = attention
+    # A cache would be filled for nothing.
+    model.config.text_config.use_cache = False
+
+
+def compile_layers(model: torch.nn.Module, backend: str = "inductor") -> None:
+    """Compile the layers that repeat, each kind once, for rows of any length."""
+    for name, module in model.named_modules():
+        if re.search(r"\.layers\.\d+$", name):
+            module.compile(backend=backend, dynamic=True)

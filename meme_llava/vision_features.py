@@ -1,0 +1,137 @@
+"""Knows how the features of a frozen vision tower are computed once and kept in a file while a run trains.
+
+Knows nothing about records or prompts.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from meme_llava.display import show_count
+from meme_llava.errors import UserError
+from meme_llava.images import ImagePolicy, read_pixels
+from meme_llava.model import count_image_tokens
+from meme_llava.packed_model import PackedLlava
+
+VISION_FEATURES = "vision_features"
+PICTURES_AT_ONCE = 16
+
+
+class VisionFeatures:
+    """Features of pictures in one file, each (tokens, vision width), read where they are needed.
+
+    Args:
+        path: a file of (pictures, tokens, width) numbers of `dtype`, one behind the other.
+        picture_paths: the pictures in the order of the file.
+    """
+
+    def __init__(self, path: Path, picture_paths: Sequence[Path], tokens: int, width: int, dtype: torch.dtype):
+        self.path = path
+        self._rows = {picture: row for row, picture in enumerate(picture_paths)}
+        self._shape = (len(picture_paths), tokens, width)
+        self._dtype = dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return int(np.prod(self._shape)) * self._dtype.itemsize
+
+    def __getitem__(self, picture: Path) -> torch.Tensor:
+        return self._open("c")[self._rows[picture]].clone()
+
+    def write(self, rows: Sequence[int], features: torch.Tensor) -> None:
+        """Keep the features of some pictures, (rows, tokens, width)."""
+        self._open("r+")[torch.tensor(rows)] = features.to("cpu", self._dtype)
+
+    def _open(self, mode: str) -> torch.Tensor:
+        # NumPy has no bfloat16: the file is bytes, and torch says what they mean. "c", copy on write, is for reading:
+        # of memory that cannot be written at all torch would warn.
+        data = np.memmap(self.path, np.uint8, mode, shape=(self.size,))
+        return torch.from_numpy(data).view(self._dtype).view(self._shape)
+
+
+class _Pictures(Dataset):
+    def __init__(self, paths: Sequence[Path], rows: Sequence[int], policy: ImagePolicy, max_pixels: int):
+        self._paths, self._rows, self._policy, self._max_pixels = paths, rows, policy, max_pixels
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:
+        row = self._rows[index]
+        try:
+            return row, read_pixels(self._paths[row], self._policy, self._max_pixels)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+def encode_pictures(
+    model: PackedLlava,
+    paths: Sequence[Path],
+    output_dir: Path,
+    max_pixels: int,
+    workers: int,
+    uses_bf16: bool,
+) -> VisionFeatures:
+    """Encode every picture once. The processes of a machine share the work and the file.
+
+    Args:
+        model: with a frozen vision tower, on the device that trains.
+        paths: pictures, each once.
+
+    Raises:
+        UserError: there is no picture, one cannot be decoded, or the disk has no room; with the size that is needed.
+    """
+    if not paths:
+        raise UserError("--cache_vision_features: no record has a picture; leave it out")
+    folder = output_dir / VISION_FEATURES / os.environ.get("GROUP_RANK", "0")  # machines may see the same disk
+    process, processes = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    config = model.config
+    dtype = torch.bfloat16 if uses_bf16 else torch.float32
+    features = VisionFeatures(
+        folder / "features.bin", paths, count_image_tokens(config), config.vision_config.hidden_size, dtype
+    )
+    if process == 0:
+        _make_room(features)
+    _wait_for_all()
+    rows = range(len(paths))[process::processes]
+    loader = DataLoader(_Pictures(paths, rows, model.image_policy, max_pixels), PICTURES_AT_ONCE, num_workers=workers)
+    with show_count("pictures encoded", len(rows)) as advance, torch.no_grad():
+        for numbers, pixels in loader:
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=uses_bf16):
+                features.write(numbers.tolist(), model.encode_pictures(pixels.to(model.device)))
+            advance(len(numbers))
+    _wait_for_all()
+    return features
+
+
+def remove_features(output_dir: Path) -> None:
+    """Delete what `encode_pictures` wrote."""
+    shutil.rmtree(output_dir / VISION_FEATURES, ignore_errors=True)
+
+
+def _make_room(features: VisionFeatures) -> None:
+    folder = features.path.parent
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        with features.path.open("wb") as file:
+            # Reserved now: a disk that fills up under a mapped file kills the process without a word.
+            os.posix_fallocate(file.fileno(), 0, features.size)
+    except OSError as error:
+        free = shutil.disk_usage(folder).free / 1e9
+        features.path.unlink(missing_ok=True)
+        raise UserError(
+            f"{folder}: the vision features take {features.size / 1e9:.1f} GB, {free:.1f} GB are free "
+            f"({error.strerror}). Choose an --output_dir with more room, or leave out --cache_vision_features."
+        ) from error
+
+
+def _wait_for_all() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
