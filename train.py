@@ -14,7 +14,7 @@ from meme_llava.display import print_batch, print_findings
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.model import load_processing
 from meme_llava.packed_attention import choose_attention
-from meme_llava.packed_model import load_packed_llava
+from meme_llava.packed_model import check_compiler, compile_layers, load_packed_llava
 from meme_llava.picture_cache import PictureCache, find_default_cache
 from meme_llava.progress import ProgressBar, show_progress_with
 from meme_llava.quarantine import write_quarantine
@@ -91,10 +91,14 @@ def main(argv: list[str] | None = None) -> None:
     training_arguments = make_training_arguments(arguments, run.steps, run.warmup_steps, run.accumulation)
     check_processes_agree([checked.record.place for checked in data.checked.usable])
     attention = choose_attention(arguments.attention, training_arguments.device, training_arguments.bf16)
+    if arguments.torch_compile:
+        check_compiler(training_arguments.device)
     model = load_packed_llava(
         arguments.model, choose_load_dtype(training_arguments), processing.image_policy, attention
     )
     model = prepare_trainable(model, arguments)
+    if arguments.torch_compile:
+        compile_layers(model)
     if arguments.cache_vision_features:
         data.dataset.vision_features = encode_pictures(
             model.to(training_arguments.device),

