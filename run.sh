@@ -4,6 +4,7 @@
 #   bash run.sh                      every stage: build, train, merge, infer
 #   bash run.sh train merge          only these; a finished stage is not done again
 #   bash run.sh train --save_steps 100    flags behind the stages go to train.py
+#   bash run.sh train --plan --machine a800-80gb    what the run would take, in memory and time; needs no GPU
 #   DRY_RUN=1 bash run.sh            print the commands, run nothing
 #
 # Edit the values below, or set them for one run: LOW_LR=1e-5 OUTPUT_DIR=output_b bash run.sh
@@ -31,7 +32,7 @@ LORA_R=${LORA_R:-32}                      # rank. real run: 32
 LORA_ALPHA=${LORA_ALPHA:-64}              # updates are scaled by LORA_ALPHA / LORA_R. real run: 64
 MODEL_MAX_LENGTH=${MODEL_MAX_LENGTH:-512} # positions a record may take, image tokens counted. real run: 2048
 GLOBAL_BATCH=${GLOBAL_BATCH:-8}           # records per optimizer step, over all GPUs and machines. real run: 64
-DEVICE_BATCH=${DEVICE_BATCH:-8}           # records a GPU computes at once, at most; accumulation follows. real run: 1
+DEVICE_BATCH=${DEVICE_BATCH:-8}           # records a GPU computes at once, at most; accumulation follows. real run: 8 (published: 1)
 
 # --- machine ---
 GPUS=${GPUS:-auto}                        # auto = all there are | 8 = so many | 0,3 or 2, = these | cpu. real run: 8
@@ -69,6 +70,9 @@ for word in "${train_flags[@]}"; do
     word_before=$word
 done
 [[ $IMAGE_POLICY =~ ^(squash|pad|crop)$ ]] || fail "IMAGE_POLICY is '$IMAGE_POLICY', expected squash, pad or crop"
+# These look at the run and train nothing, so no GPU is needed and a finished run is no obstacle.
+looks_only=0
+[[ ! " ${train_flags[*]} " =~ " --"(plan|show[_-]batch|help)" " ]] || looks_only=1
 zero_config=configs/deepspeed/zero$ZERO_STAGE.json
 [[ $ZERO_STAGE == none || -f $zero_config ]] || fail "ZERO_STAGE is '$ZERO_STAGE', but there is no $zero_config"
 [[ ! -e $OUTPUT_DIR || -d $OUTPUT_DIR ]] || fail "OUTPUT_DIR=$OUTPUT_DIR is a file, expected a folder"
@@ -99,7 +103,7 @@ for name in GLOBAL_BATCH DEVICE_BATCH NNODES; do
 done
 on_gpu=$((processes > 0))
 if ((on_gpu)); then
-    if [[ $DRY_RUN == 0 ]]; then
+    if [[ $DRY_RUN == 0 && $looks_only == 0 ]]; then
         found=$(python -c 'import torch; print(torch.cuda.device_count())')
         ((processes <= found)) || fail "GPUS=$GPUS asks for $processes GPUs, torch sees $found (CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-unset})"
     fi
@@ -184,8 +188,11 @@ train_command=(train.py --model "$base_dir" --annotations "$ANNOTATIONS" --image
     --high_lr "$HIGH_LR" --low_lr "$LOW_LR" --warmup_ratio "$WARMUP_RATIO" --lora_r "$LORA_R" --lora_alpha "$LORA_ALPHA"
     --model_max_length "$MODEL_MAX_LENGTH" --global_batch_size "$GLOBAL_BATCH" --device_batch_size "$device_batch"
     "${train_flags[@]}")
-if [[ " ${train_flags[*]} " =~ " --"(show[_-]batch|help)" " ]]; then
-    # Nothing is trained, so a finished run is no obstacle.
+if ((looks_only)); then
+    # What is planned is the run on all GPUs, though one process looks at it.
+    [[ ! " ${train_flags[*]} " =~ " --plan " || " ${train_flags[*]} " =~ " --gpus" ]] || train_command+=(--gpus "$all_processes")
+    [[ " ${train_flags[*]} " =~ " --help " || -f $base_dir/run_record.json || $DRY_RUN != 0 ]] ||
+        fail "this needs the base model $base_dir; run first: bash run.sh build"
     execute python "${train_command[@]}"
     exit
 fi

@@ -207,6 +207,15 @@ class TrainingOrder(Dataset):
         """The items of a batch; a picture that several of them show is decoded once."""
         return self._dataset.__getitems__(self.order[indices].tolist())
 
+    def fetch_batch(self, number: int) -> list[dict]:
+        """The items of a device batch, counted through the whole run, over all processes."""
+        size = self._shape.device_batch_size
+        return self.__getitems__(list(range(number * size, (number + 1) * size)))
+
+    def fetch_largest_batch(self) -> list[dict]:
+        """The items of the device batch with the most positions; it needs the most memory."""
+        return self.fetch_batch(int(self.count_batch_positions().argmax()))
+
     def count_batch_positions(self) -> np.ndarray:
         """Positions of every device batch: int64 (steps, rounds, processes)."""
         packed = PackedLengths(self._dataset.lengths, self._sharing)

@@ -81,6 +81,11 @@ def find_machine(name: str) -> Machine:
     return machine
 
 
+def find_own_device() -> str:
+    """The name of the device that a process computes on here, for `find_machine`."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else CPU
+
+
 def describe_cpu() -> Machine:
     """This machine's CPU: all of its memory, and its fp32 ceiling as measured now with the threads torch uses."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from meme_llava.arguments import TrainArguments, to_plain
 from meme_llava.checkpoint import RUN_RECORD, describe_environment, read_run_record, write_json
+from meme_llava.computation import Computation
 from meme_llava.dataset import LoadedData
 from meme_llava.display import print_table
 from meme_llava.errors import UserError
@@ -31,6 +32,9 @@ FREE_SETTINGS = {
     "output_dir",
     "resume_from_checkpoint",
     "show_batch",
+    "plan",
+    "machine",
+    "gpus",
     "logging_steps",
     "save_steps",
     "save_total_limit",
@@ -55,6 +59,7 @@ class TrainingRun:
     data: dict
     base: dict
     parameter_groups: list[dict] = field(default_factory=list)
+    computation: Computation | None = None
 
     @classmethod
     def plan(cls, arguments: TrainArguments, data: LoadedData, accumulation: int) -> "TrainingRun":
@@ -104,6 +109,7 @@ class TrainingRun:
             },
             "data": self.data,
             "parameter_groups": self.parameter_groups,
+            "computation": self.computation.to_record(),
             "base": self.base,
             "environment": describe_environment(),
         }
@@ -151,6 +157,11 @@ def is_main_process() -> bool:
 def is_finished(output_dir: Path) -> bool:
     """Whether `output_dir` holds the final output of a run."""
     return (output_dir / RUN_RECORD).is_file() and read_run_record(output_dir).get("finished") is True
+
+
+def describe_continuation(output_dir: Path, checkpoint: Path) -> str:
+    """Where a run goes on, or that there is nothing to go on with."""
+    return f"nothing left to train: {output_dir}" if is_finished(output_dir) else f"continuing from {checkpoint}"
 
 
 def describe_restart(output_dir: Path) -> str:
@@ -228,6 +239,6 @@ def print_run(run: TrainingRun) -> None:
     print_table("What learns", columns, groups)
     print(
         f"{run.steps} steps of {run.arguments.global_batch_size} records ({run.arguments.device_batch_size} a device x "
-        f"{count_processes()} process(es) x {run.accumulation} accumulated), {run.warmup_steps} of them warmup",
-        flush=True,
+        f"{count_processes()} process(es) x {run.accumulation} accumulated), {run.warmup_steps} of them warmup"
     )
+    print(run.computation.describe(), flush=True)

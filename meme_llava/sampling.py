@@ -4,6 +4,7 @@ Every process plans the whole run alike, from the seed and what records share. K
 """
 
 import heapq
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -146,33 +147,31 @@ def _split_families(records: list[int], packed: PackedLengths, largest: int) -> 
 
 
 def _fill_batches(pieces: list[_Piece], packed: PackedLengths, shape: BatchShape) -> list[_DeviceBatch]:
-    """Put the longest piece first where the fewest positions are; divide one that fits nowhere whole."""
+    """Put the piece of most records first, where it leaves least room; divide one that fits nowhere whole."""
     size = shape.device_batch_size
     batches = [_DeviceBatch(0, 0, []) for _ in range(shape.rounds * shape.processes)]
-    # The number settles ties.
-    waiting = [(-piece.length, number, piece) for number, piece in enumerate(pieces)]
+    numbers = itertools.count()  # settle ties
+    waiting = [(-len(piece.records), -piece.length, next(numbers), piece) for piece in pieces]
     heapq.heapify(waiting)
-    pushed = len(waiting)
     while waiting:
-        piece = heapq.heappop(waiting)[2]
+        piece = heapq.heappop(waiting)[-1]
         with_room = [batch for batch in batches if batch.records + len(piece.records) <= size]
         if with_room:
-            min(with_room, key=lambda batch: batch.length).add(piece)
+            min(with_room, key=lambda batch: (-batch.records, batch.length)).add(piece)
             continue
         chosen = min(batches, key=lambda batch: (batch.records, batch.length))
         room = size - chosen.records
         begin, rest = piece.records[:room], piece.records[room:]
         chosen.add(_Piece(packed.count(begin), begin))
         remaining = _Piece(packed.count(rest), rest)
-        heapq.heappush(waiting, (-remaining.length, pushed, remaining))
-        pushed += 1
+        heapq.heappush(waiting, (-len(rest), -remaining.length, next(numbers), remaining))
     return batches
 
 
 def _balance(batches: list[_DeviceBatch], size: int) -> None:
     """Exchange pieces between the longest device batch and others, as many records for as many, while that helps.
 
-    Filling alone leaves families together in some batches and single records, which share nothing, in others.
+    Filling leaves large families together in some batches and single records, which share nothing, in others.
     """
     if size == 1 or len(batches) == 1:
         return

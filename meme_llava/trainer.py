@@ -79,6 +79,8 @@ def make_training_arguments(arguments: TrainArguments, steps: int, warmup: int, 
     if arguments.precision == "auto" and not use_cpu and not supports_bf16:
         raise UserError("this GPU has no bf16; pass --precision fp32 (fp16 overflows with Qwen2)")
     if arguments.deepspeed is not None:
+        if "RANK" not in os.environ:
+            raise UserError("--deepspeed needs a launcher: torchrun --nproc_per_node GPUS train.py …, as run.sh does")
         check_deepspeed_config(arguments.deepspeed)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(arguments.output_dir / TENSORBOARD_FOLDER)
     training_arguments = TrainingArguments(
@@ -127,9 +129,7 @@ def make_training_arguments(arguments: TrainArguments, steps: int, warmup: int, 
 
 
 def check_deepspeed_config(path: Path) -> None:
-    """Raise UserError for a file that is missing or would overrule the two learning rates, or without a launcher."""
-    if "RANK" not in os.environ:
-        raise UserError("--deepspeed needs a launcher: torchrun --nproc_per_node GPUS train.py …, as run.sh does")
+    """Raise UserError for a file that is missing or would overrule the two learning rates."""
     if not path.is_file():
         raise UserError(f"--deepspeed {path}: no such file; configs/deepspeed has the ones that come with us")
     try:

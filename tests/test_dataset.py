@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from meme_llava import dataset as dataset_module
+from meme_llava.collator import PackingCollator
 from meme_llava.conversation import ConversationEncoder, Turn
 from meme_llava.dataset import MemeDataset, TrainingOrder, load_dataset
 from meme_llava.errors import UserError
@@ -638,6 +639,28 @@ def test_a_batch_counts_what_its_records_share_once(tmp_path, image_folder, enco
     apart = order_training(data, 1, 4, seed=0, device_batch_size=2, processes=2)
     assert apart.count_batch_positions().shape == (1, 1, 2)
     assert apart.count_batch_positions().sum() == a + b + c + d
+
+
+@pytest.mark.parametrize("shared_pictures", [True, False])
+@pytest.mark.parametrize("has_text_record, global_batch_size", [(True, 9), (False, 12)])
+def test_a_batch_takes_the_positions_that_were_planned(
+    tmp_path, image_folder, encoder, has_text_record, global_batch_size, shared_pictures
+):
+    # Plan and packed row are made by different code. In steps of 12, some of the 8 records come twice.
+    values = [
+        make_record(f"{q}{a}", conversations=[human(f"<image>{q}"), gpt(a)]) for q in "好耶" for a in ("好", "好耶")
+    ]
+    values += [make_record(a, "blue.png", [human("<image>好"), gpt(a)]) for a in ("好", "写", "写着")]
+    values += [make_record("two", ["red.png", "blue.png"], [human("<image><image>"), gpt("写")])]
+    values += [without_image([human("你好"), gpt("好耶")])] * has_text_record
+    data = load(write_json(tmp_path / "memes.json", values), image_folder, encoder).dataset
+    size = global_batch_size // 3
+    examples = order_training(
+        data, 4, global_batch_size, seed=0, device_batch_size=size, shared_pictures=shared_pictures
+    )
+    collator = PackingCollator(encoder.image_token_id, TOKENS_PER_IMAGE, POLICY.size, shared_pictures=shared_pictures)
+    rows = [collator(examples.__getitems__(range(start, start + size))) for start in range(0, len(examples), size)]
+    assert examples.count_batch_positions().ravel().tolist() == [row["input_ids"].shape[1] for row in rows]
 
 
 # ---- Real data ----

@@ -57,7 +57,7 @@ def test_the_hundred_committed_records_train_without_a_problem_or_a_cut():
     assert loaded.checked.bad == {} and loaded.cut_records == []
     assert loaded.dataset.image_counts.tolist() == [1] * 100
     # Every picture decodes, and not only its header.
-    assert all(loaded.dataset[index]["pixel_values"].shape == (1, 3, 112, 112) for index in range(100))
+    assert all(loaded.dataset[index]["pictures"][0].shape == (3, 112, 112) for index in range(100))
 
 
 def test_the_committed_pictures_are_those_of_the_records_and_stay_small(records):

@@ -127,6 +127,8 @@ def test_passes_differ_in_the_order_of_pictures_and_of_a_pictures_records():
         ([4, 2], 3, [[1, 2], [3]]),  # more records than a batch takes: divided, the rest stays together
         ([7], 3, [[1], [3], [3]]),
         ([1] * 4, 2, [[1, 1], [1, 1]]),
+        # Two pictures of three and one of two fill a batch; spread over the batches, they would leave room for one.
+        ([3, 3, 3, 3, 2, 2], 8, [[2, 3, 3], [2, 3, 3]]),
     ],
 )
 def test_records_of_a_picture_stay_together_where_they_fit(sizes, device_batch_size, expected):
@@ -150,7 +152,7 @@ def test_the_longest_round_comes_first_and_processes_take_turns():
 
 
 def test_pictures_with_many_records_and_with_few_are_mixed_so_that_batches_are_alike():
-    # Longest first, 4 and 2 records would fill one batch with 1,000 + 800 positions, 2, 2, 1 and 1 the other with
+    # Largest first, 4 and 2 records would fill one batch with 1,000 + 800 positions, 2, 2, 1 and 1 the other with
     # 800 + 800 + 700 + 700. As many records of either can be exchanged: 4, 1 and 1 against 2, 2 and 2.
     positions, sharing = make_records([4, 2, 2, 2, 1, 1])
     shape = BatchShape(12, 6, 2)

@@ -1,0 +1,120 @@
+"""Knows what to change when a run does not fit in memory, by trying: less at once, state divided, other devices."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from transformers import LlavaConfig
+
+from meme_llava.activation_checkpointing import RecomputedLayers
+from meme_llava.machines import GIB, MACHINES, Machine
+from meme_llava.model import count_image_tokens
+from meme_llava.step_memory import Engine, StepEstimator, StepMemory, find_usable
+
+MUCH_LARGER = 1.2  # memory of a device that is worth trying, as a multiple
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Memory of a step on one device under one choice of recomputed layers, in bytes."""
+
+    recomputed: RecomputedLayers
+    memory: StepMemory
+    usable: int
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.usable
+
+
+def plan_memory(estimator: StepEstimator, setting: str, machine: Machine) -> MemoryPlan:
+    """The memory of a step under --gradient_checkpointing `setting`."""
+    # The processes of a CPU run share one memory.
+    memory = int(machine.memory_gib * GIB) // (estimator.engine.processes if machine.is_cpu else 1)
+    recomputed = estimator.choose_recomputed(setting, memory)
+    return MemoryPlan(recomputed, estimator.estimate(recomputed), find_usable(memory))
+
+
+def try_changes(estimator: StepEstimator, machine: Machine) -> list[tuple[str, MemoryPlan]]:
+    """Changes that keep the global batch, tried until one lets the run fit, each with the memory that it would take.
+
+    In the order of what they ask for: settings, engines that divide more, more devices, larger ones.
+    """
+    tried: list[tuple[str, MemoryPlan]] = []
+    for change, planned in _list_changes(estimator, machine):
+        tried.append((change, planned))
+        if planned.fits:
+            break
+    return tried
+
+
+def _list_changes(estimator: StepEstimator, machine: Machine) -> Iterator[tuple[str, MemoryPlan]]:
+    arguments, engine = estimator.arguments, estimator.engine
+    setting, size = arguments.gradient_checkpointing, arguments.device_batch_size
+    smallest, fewest = estimator, size
+    if not holds_too_much(plan_memory(estimator, "full", machine)):
+        while fewest % 2 == 0:
+            fewest //= 2
+            smallest = copy_with_batch(estimator, shrink_batch(estimator.batch, fewest / size, estimator.config))
+            yield f"--device_batch_size {fewest}", plan_memory(smallest, setting, machine)
+        if setting == "off":
+            yield "--gradient_checkpointing full", plan_memory(estimator, "full", machine)
+            if fewest < size:
+                both = f"--gradient_checkpointing full --device_batch_size {fewest}"
+                yield both, plan_memory(smallest, "full", machine)
+    if machine.is_cpu:
+        return
+    flags = "--gradient_checkpointing full" + (f" --device_batch_size {fewest}" if fewest < size else "")
+    for description, divided in list_engines(engine, arguments.global_batch_size, fewest):
+        smallest = smallest.with_engine(divided)
+        yield f"{description}, {flags}", plan_memory(smallest, "full", machine)
+    larger = {other.memory_gib: other for other in MACHINES if other.peak_tflops}
+    for memory, other in sorted(larger.items(), key=lambda item: item[0]):
+        if memory > machine.memory_gib * MUCH_LARGER:
+            yield f"a device with the memory of {other.name}", plan_memory(estimator, setting, other)
+
+
+def holds_too_much(planned: MemoryPlan) -> bool:
+    """Whether a step would not fit even if it computed on nothing."""
+    memory = planned.memory
+    state = memory.weights + memory.gradients + memory.optimizer + memory.communication
+    return state > planned.usable
+
+
+def list_engines(engine: Engine, global_batch_size: int, device_batch_size: int) -> list[tuple[str, Engine]]:
+    """Engines that divide more of the state, or among more devices."""
+    processes = engine.processes
+    stages = range((engine.zero_stage or 0) + 1, 4) if processes > 1 else ()
+    engines = [(f"ZeRO-{stage}", engine.with_zero(stage, processes)) for stage in stages]
+    for more in (2 * processes, 4 * processes):
+        if global_batch_size % (more * device_batch_size) == 0:
+            engines.append((f"{more} GPUs with ZeRO-3", engine.with_zero(3, more)))
+    return engines
+
+
+def copy_with_batch(estimator: StepEstimator, batch: Mapping) -> StepEstimator:
+    """The same run with another largest batch."""
+    return StepEstimator(estimator.config, estimator.image_policy, estimator.arguments, estimator.engine, batch)
+
+
+def shrink_batch(batch: Mapping, share: float, config: LlavaConfig) -> dict:
+    """A `share` of a packed batch's segments, the first ones: paths lead back only, so they are a batch themselves."""
+    segments = max(1, round((len(batch["segment_starts"]) - 1) * share))
+    starts, path_starts = batch["segment_starts"][: segments + 1], batch["path_starts"][: segments + 1]
+    positions, keys = int(starts[-1]), int(path_starts[-1])
+    input_ids = batch["input_ids"][:, :positions]
+    runs = int((input_ids == config.image_token_id).sum()) // count_image_tokens(config)
+    shown, image_runs = batch["image_runs"][:runs].unique(return_inverse=True)
+    pictures = "pixel_values" if "pixel_values" in batch else "vision_features"
+    carries_loss = batch["loss_positions"] < positions
+    return {
+        "input_ids": input_ids,
+        "position_ids": batch["position_ids"][:, :positions],
+        "segment_starts": starts,
+        "path_index": batch["path_index"][:keys],
+        "path_starts": path_starts,
+        "longest_segment": int(starts.diff().max()),
+        "longest_path": int(path_starts.diff().max()),
+        pictures: batch[pictures][shown] if runs else batch[pictures][:1],
+        "image_runs": image_runs,
+        **{name: batch[name][carries_loss] for name in ("loss_positions", "loss_targets", "loss_weights")},
+    }

@@ -1,0 +1,297 @@
+"""Knows what a training run will take, before a GPU or any weight is touched: positions, memory, time; and what to
+change when it does not fit.
+
+Memory comes from step_memory.py, FLOPs from costs.py. Time is FLOPs over an assumed speed; waiting for data, for other
+devices and for checkpoints is not in it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import LlavaConfig
+
+from meme_llava.activation_checkpointing import RecomputedLayers
+from meme_llava.arguments import TrainArguments
+from meme_llava.costs import StepCounts, TrainingCosts, count_batch
+from meme_llava.dataset import TrainingOrder
+from meme_llava.display import print_table
+from meme_llava.errors import UserError
+from meme_llava.images import ImagePolicy
+from meme_llava.machines import GIB, Machine, find_machine, find_own_device
+from meme_llava.plan_advice import MemoryPlan, plan_memory, try_changes
+from meme_llava.run import TrainingRun
+from meme_llava.step_memory import Engine, StepEstimator
+from meme_llava.trainer import check_deepspeed_config
+
+# Shares of a device's peak that training is assumed to reach: a GPU's of its datasheet, a CPU's of what was measured.
+GPU_UTILISATION, CPU_UTILISATION = 0.40, 0.60
+# Device batches whose pictures are looked at to know the average one.
+SAMPLED_BATCHES = 32
+NOTE = """\
+Model FLOPs are those of matrix multiplications and attention, forward and backward, without what is computed again to
+save memory. MFU is model FLOP/s over the device's peak. Waiting for data, for other devices and for checkpoints is not
+in the time."""
+MEMORY_PARTS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer (AdamW)",
+    "activations": "activations",
+    "logits": "logits, loss and casts",
+    "temporaries": "temporaries at the peak",
+    "communication": "communication",
+}
+
+
+@dataclass(frozen=True)
+class RunOutline:
+    """What a plan has to know of a run's data and schedule.
+
+    Args:
+        records: captions of one pass.
+        steps, warmup_steps: optimizer steps.
+        counts: of the device batches of the run, of all or of a fair sample.
+        largest: the batch with the most positions, as `PackingCollator` returned it.
+    """
+
+    records: int
+    steps: int
+    warmup_steps: int
+    counts: Sequence[StepCounts]
+    largest: Mapping
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The plan of a run. Counts are means over the device batches of the run.
+
+    Args:
+        accumulation: device batches per optimizer step and device.
+        mean: counts of one device batch.
+        flops: of one optimizer step over all devices, forward and backward, nothing counted twice.
+        recomputed_flops: what recomputing adds to them.
+        step_seconds: None where the device's speed is not known.
+        memories: by --gradient_checkpointing; that of the run first.
+        advice: changes that were tried, each with its memory; empty where the run fits.
+    """
+
+    arguments: TrainArguments
+    outline: RunOutline
+    machine: Machine
+    engine: Engine
+    accumulation: int
+    mean: dict[str, float]
+    flops: float
+    recomputed_flops: float
+    utilisation: float
+    step_seconds: float | None
+    memories: dict[str, MemoryPlan]
+    advice: list[tuple[str, MemoryPlan]]
+
+    @property
+    def chosen(self) -> MemoryPlan:
+        return self.memories[self.arguments.gradient_checkpointing]
+
+
+def plan_training(
+    config: LlavaConfig,
+    image_policy: ImagePolicy,
+    arguments: TrainArguments,
+    outline: RunOutline,
+    machine: Machine,
+    processes: int,
+) -> TrainingPlan:
+    """Plan a run on `processes` devices of one kind. Takes seconds and less than 1 GiB, whatever the model's size.
+
+    Raises:
+        UserError: the device cannot compute in the precision of the settings.
+    """
+    if machine.peak_tflops is None and arguments.precision in ("auto", "bf16"):
+        raise UserError(f"--machine {machine.name} has no bf16; pass --precision fp32 (fp16 overflows with Qwen2)")
+    engine = Engine.of_run(arguments, processes, on_gpu=not machine.is_cpu)
+    estimator = StepEstimator(config, image_policy, arguments, engine, outline.largest)
+    memories = {
+        setting: plan_memory(estimator, setting, machine)
+        for setting in dict.fromkeys((arguments.gradient_checkpointing, "off", "auto", "full"))
+    }
+    chosen = memories[arguments.gradient_checkpointing]
+    accumulation = arguments.global_batch_size // (arguments.device_batch_size * processes)
+    costs, mean = TrainingCosts.of_model(estimator.model), average_counts(outline.counts)
+    batches = accumulation * processes
+    total = sum(outline.counts, StepCounts())
+    flops = costs.flops(total) / len(outline.counts) * batches
+    recomputed_flops = count_recomputed(costs, total, chosen.recomputed, estimator) / len(outline.counts) * batches
+    utilisation = CPU_UTILISATION if machine.is_cpu else GPU_UTILISATION
+    speed = find_speed(machine, arguments.precision)
+    return TrainingPlan(
+        arguments=arguments,
+        outline=outline,
+        machine=machine,
+        engine=engine,
+        accumulation=accumulation,
+        mean=mean,
+        flops=flops,
+        recomputed_flops=recomputed_flops,
+        utilisation=utilisation,
+        step_seconds=speed and (flops + recomputed_flops) / (processes * speed * utilisation),
+        memories=memories,
+        advice=[] if chosen.fits else try_changes(estimator, machine),
+    )
+
+
+def plan_run(
+    run: TrainingRun, image_policy: ImagePolicy, examples: TrainingOrder, collate: Callable, processes: int
+) -> TrainingPlan:
+    """Plan the run that train.py would start with these settings.
+
+    Raises:
+        UserError: the machine is not known or cannot compute in the precision of the settings.
+    """
+    arguments = run.arguments
+    if arguments.deepspeed is not None:
+        check_deepspeed_config(arguments.deepspeed)
+    batches = examples.count_batch_positions().size
+    sample = np.linspace(0, batches - 1, min(batches, SAMPLED_BATCHES), dtype=np.int64)
+    outline = RunOutline(
+        records=run.data["records"],
+        steps=run.steps,
+        warmup_steps=run.warmup_steps,
+        counts=[count_batch(collate(examples.fetch_batch(int(number)))) for number in sample],
+        largest=collate(examples.fetch_largest_batch()),
+    )
+    machine = find_machine(arguments.machine or find_own_device())
+    config = LlavaConfig.from_pretrained(arguments.model, local_files_only=True)
+    return plan_training(config, image_policy, arguments, outline, machine, processes)
+
+
+def average_counts(counts: Sequence[StepCounts]) -> dict[str, float]:
+    """The mean of every count."""
+    total = dataclasses.asdict(sum(counts, StepCounts()))
+    return {name: value / len(counts) for name, value in total.items()}
+
+
+def count_recomputed(
+    costs: TrainingCosts, counts: StepCounts, recomputed: RecomputedLayers, estimator: StepEstimator
+) -> float:
+    """FLOPs that computing activations again adds: another forward pass of these layers."""
+    layers = estimator.most
+    language = costs.per_position * counts.positions + costs.per_attention_pair * counts.attention_pairs
+    vision = costs.per_encoded_picture * counts.encoded_pictures
+    share = recomputed.vision / layers.vision if layers.vision else 0
+    return language.forward * recomputed.language / layers.language + vision.forward * share
+
+
+def find_speed(machine: Machine, precision: str) -> float | None:
+    """FLOP/s of the device's matrix multiplications in the run's precision, None where it is not known."""
+    if machine.is_cpu or precision in ("auto", "bf16"):
+        return machine.peak_tflops * 1e12
+    # Tensor cores multiply tf32 half as fast as bf16; without them datasheets differ.
+    return machine.peak_tflops * 1e12 / 2 if precision == "tf32" and machine.peak_tflops else None
+
+
+def print_plan(plan: TrainingPlan) -> None:
+    """Print what a run will take: data, memory, time, and what to change when it does not fit."""
+    print_table("Plan: data and schedule", ("what", "value"), list_data_rows(plan))
+    settings = list(plan.memories)
+    columns = [f"{setting} (this run)" if setting == settings[0] else setting for setting in settings]
+    title = f"Plan: GiB per device at the largest batch ({plan.machine.name}, {plan.engine.name}"
+    title += f" on {plan.engine.processes})" if plan.engine.processes > 1 else ")"
+    print_table(title, ("--gradient_checkpointing", *columns), list_memory_rows(plan))
+    print_table("Plan: time", ("what", "value"), list_time_rows(plan))
+    print(NOTE)
+    if not plan.chosen.fits:
+        print_advice(plan)
+
+
+def list_data_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
+    """What a step computes on."""
+    arguments, outline, mean = plan.arguments, plan.outline, plan.mean
+    devices, captions = plan.engine.processes, arguments.global_batch_size
+    positions, supervised, pictures = (
+        mean[name] * plan.accumulation * devices for name in ("positions", "supervised", "encoded_pictures")
+    )
+    padded = captions * arguments.model_max_length
+    split = f"{devices} device(s) x {arguments.device_batch_size} x {plan.accumulation} in turn"
+    largest = outline.largest["input_ids"].numel()
+    return [
+        ("captions", f"{outline.records:,}"),
+        ("optimizer steps", f"{outline.steps:,}, {outline.warmup_steps:,} of them warmup"),
+        ("captions per step", f"{captions:,} = {split}"),
+        ("positions per step", f"{positions:,.0f}, {positions / captions:,.0f} per caption"),
+        ("the same padded to model_max_length", f"{padded:,}, {padded / positions:.1f} times as many"),
+        ("positions that carry loss", f"{supervised:,.0f} per step, {supervised / positions:.0%}"),
+        ("pictures encoded per step", f"{pictures:,.0f}, {pictures / captions:.2f} per caption"),
+        ("positions of a device batch", f"{mean['positions']:,.0f} on average, {largest:,} in the largest"),
+    ]
+
+
+def list_memory_rows(plan: TrainingPlan) -> list[tuple[str, ...]]:
+    """The memory of a step by part, a column for each --gradient_checkpointing."""
+    memories = list(plan.memories.values())
+    rows = [
+        (label, *(f"{getattr(planned.memory, part) / GIB:.2f}" for planned in memories))
+        for part, label in MEMORY_PARTS.items()
+    ]
+    return [
+        *rows,
+        ("total", *(f"{planned.memory.total / GIB:.2f}" for planned in memories)),
+        (f"usable of {plan.machine.memory_gib:.1f}", *(f"{planned.usable / GIB:.2f}" for planned in memories)),
+        ("fits", *("yes" if planned.fits else "no" for planned in memories)),
+        ("recomputed layers: language", *(f"{planned.recomputed.language}" for planned in memories)),
+        ("recomputed layers: vision", *(f"{planned.recomputed.vision}" for planned in memories)),
+    ]
+
+
+def list_time_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
+    """Work and time of the run."""
+    rows = [
+        (
+            "model FLOPs per step",
+            f"{format_number(plan.flops / 1e12)} TFLOP, {plan.recomputed_flops / plan.flops:.0%} more recomputed",
+        )
+    ]
+    if plan.step_seconds is None:
+        precision = plan.arguments.precision
+        return [*rows, ("step", f"not estimated: the speed of {plan.machine.name} in {precision} is not known")]
+    total = plan.step_seconds * plan.outline.steps
+    captions = plan.arguments.global_batch_size / plan.step_seconds
+    source = "measured just now" if plan.machine.is_cpu else "by its datasheet"
+    speed = find_speed(plan.machine, plan.arguments.precision) / 1e12
+    mfu = plan.utilisation * plan.flops / (plan.flops + plan.recomputed_flops)
+    return [
+        *rows,
+        (
+            "assumed speed",
+            f"{plan.utilisation:.0%} of {format_number(speed)} TFLOP/s per device, {source}; MFU {mfu:.0%}",
+        ),
+        ("step", format_seconds(plan.step_seconds)),
+        ("run", format_seconds(total)),
+        ("captions per second", f"{captions:,.2f}, {captions / plan.engine.processes:,.2f} per device"),
+    ]
+
+
+def print_advice(plan: TrainingPlan) -> None:
+    """Say that the run does not fit, and what was tried in its place."""
+    over = (plan.chosen.memory.total - plan.chosen.usable) / GIB
+    print(f"\nThis run does not fit: a step takes {over:.1f} GiB more than {plan.machine.name} has to give.")
+    rows = [
+        (change, f"{planned.memory.total / GIB:.1f} of {planned.usable / GIB:.1f}", "yes" if planned.fits else "no")
+        for change, planned in plan.advice
+    ]
+    print_table("Changes that keep the global batch", ("change", "GiB", "fits"), rows)
+    if not any(planned.fits for _, planned in plan.advice):
+        print("None of them fits. Train less of the model (train_type lora), or a smaller one.")
+
+
+def format_number(value: float) -> str:
+    """Three significant digits, without exponents."""
+    return f"{float(f'{value:.3g}'):,}".removesuffix(".0")
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration as a person says it: 0.42 s, 3 min 20 s, 5 h 12 min."""
+    if seconds < 60:
+        return f"{format_number(seconds)} s"
+    minutes = round(seconds / 60)
+    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

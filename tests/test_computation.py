@@ -1,0 +1,124 @@
+"""A run computes as few layers twice as memory asks for, and says so."""
+
+import json
+
+import pytest
+from conftest import train_flags
+from transformers import LlavaConfig
+
+import train
+from meme_llava import computation
+from meme_llava.activation_checkpointing import RecomputedLayers
+from meme_llava.arguments import parse_train_arguments
+from meme_llava.collator import PackingCollator
+from meme_llava.computation import bound_memory, plan_computation
+from meme_llava.dataset import TrainingOrder, load_dataset
+from meme_llava.model import load_processing
+from meme_llava.step_memory import Engine, StepEstimator
+from meme_llava.trainer import make_training_arguments
+
+
+@pytest.fixture(scope="module")
+def processing(world):
+    return load_processing(world.base)
+
+
+@pytest.fixture(scope="module")
+def largest_batch(world, processing):
+    data = load_dataset(
+        world.annotations, world.image_folder, processing.encoder, processing.image_policy, 200, "error"
+    )
+    collate = PackingCollator(
+        processing.encoder.image_token_id, processing.tokens_per_image, processing.image_policy.size
+    )
+    order = TrainingOrder(data.dataset, 2, 4, 4, 1, seed=0, shared_pictures=True)
+    return collate(order.fetch_largest_batch())
+
+
+def plan(world, processing, largest_batch, folder, **changes):
+    arguments = parse_train_arguments(train_flags(world, folder, **changes), "")
+    return plan_computation(
+        arguments, processing.image_policy, largest_batch, make_training_arguments(arguments, 1, 0, 1)
+    )
+
+
+@pytest.mark.parametrize("train_type", ["lora", "projector", "freeze_vision", "full"])
+def test_the_rough_bound_is_never_below_the_estimate(world, processing, largest_batch, tmp_path, train_type):
+    arguments = parse_train_arguments(train_flags(world, tmp_path, train_type=train_type), "")
+    config = LlavaConfig.from_pretrained(world.base)
+    engine = Engine.of_run(arguments, 1, on_gpu=False)
+    estimator = StepEstimator(config, processing.image_policy, arguments, engine, largest_batch)
+    estimate = estimator.estimate(RecomputedLayers()).total
+    assert estimate < bound_memory(arguments, config, largest_batch)
+
+
+def test_a_small_run_on_a_cpu_needs_no_estimate(world, processing, largest_batch, tmp_path, monkeypatch):
+    monkeypatch.setattr(StepEstimator, "choose_recomputed", lambda *_: pytest.fail("the step was traced"))
+    chosen = plan(world, processing, largest_batch, tmp_path)
+    assert chosen.recomputed == RecomputedLayers(0, 0) and chosen.memory is None
+    assert chosen.describe() == "attention packed_sdpa; no layer computed twice"
+
+
+@pytest.mark.parametrize(("setting", "language", "vision"), [("off", 0, 0), ("full", 2, 2)])
+def test_off_and_full_mean_what_they_say(world, processing, largest_batch, tmp_path, setting, language, vision):
+    chosen = plan(world, processing, largest_batch, tmp_path, gradient_checkpointing=setting)
+    assert chosen.recomputed == RecomputedLayers(language, vision)
+
+
+def test_auto_on_a_small_machine_computes_layers_twice(world, processing, largest_batch, tmp_path, monkeypatch):
+    """The machine's memory is set below what the step takes, and then far below."""
+    arguments = parse_train_arguments(train_flags(world, tmp_path), "")
+    config = LlavaConfig.from_pretrained(world.base)
+    engine = Engine.of_run(arguments, 1, on_gpu=False)
+    estimator = StepEstimator(config, processing.image_policy, arguments, engine, largest_batch)
+    kept = estimator.estimate(RecomputedLayers()).total
+    monkeypatch.setattr("meme_llava.step_memory.find_usable", lambda memory: memory)
+    monkeypatch.setattr(computation, "find_usable", lambda memory: memory)
+    monkeypatch.setattr(computation, "measure_memory", lambda *_: kept - 1)
+    chosen = plan(world, processing, largest_batch, tmp_path)
+    assert chosen.recomputed == RecomputedLayers(1, 0) and chosen.memory.total <= kept - 1
+    assert "1 language and 0 vision layers computed twice; the largest batch, " in chosen.describe()
+    assert chosen.to_record()["recomputed_layers"] == {"language": 1, "vision": 0}
+
+    monkeypatch.setattr(computation, "measure_memory", lambda *_: 1)
+    chosen = plan(world, processing, largest_batch, tmp_path)
+    assert chosen.recomputed == RecomputedLayers(2, 2)
+    assert "warning: only 0.0 GiB can be used, so the run may stop for lack of memory" in chosen.describe()
+
+
+@pytest.mark.parametrize(("setting", "times"), [("off", 1), ("full", 2)])
+def test_layers_run_as_often_as_was_asked(world, tmp_path, monkeypatch, setting, times):
+    calls = []
+    load = train.load_packed_llava
+
+    def watch(*arguments):
+        model = load(*arguments)
+        for layer in (model.model.language_model.layers[1], model.model.vision_tower.encoder.layers[0]):
+            # Inside the layer: its own hooks are outside of what runs again.
+            layer.mlp.register_forward_pre_hook(lambda module, _: calls.append(type(module).__name__))
+        return model
+
+    monkeypatch.setattr(train, "load_packed_llava", watch)
+    train.main(train_flags(world, tmp_path / "out", max_steps=1, gradient_checkpointing=setting))
+    assert sorted(calls) == ["ChineseCLIPVisionMLP"] * times + ["Qwen2MLP"] * times
+    record = json.loads((tmp_path / "out" / "run_record.json").read_text())["computation"]
+    layers = {"language": 2, "vision": 2} if times == 2 else {"language": 0, "vision": 0}
+    assert record == {"attention": "packed_sdpa", "recomputed_layers": layers}
+
+
+def test_a_plan_is_printed_and_nothing_is_trained(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "load_packed_llava", lambda *_: pytest.fail("the model was loaded"))
+    flags = train_flags(world, tmp_path / "out", global_batch_size=8, device_batch_size=1)
+    train.main([*flags, "--plan", "--machine", "a800-80gb", "--gpus", "4"])
+    printed = capsys.readouterr().out
+    assert "8 = 4 device(s) x 1 x 2 in turn" in printed and "a800-80gb" in printed
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--plan", "--deepspeed", "nowhere.json"])
+    assert "--deepspeed nowhere.json: no such file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--plan", "--gpus", "3"])
+    assert "--global_batch_size 8 is no multiple of --device_batch_size 1 x 3" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--plan", "--machine", "a900"])
+    assert "--machine a900: no known machine; there are a800-80gb" in capsys.readouterr().err
