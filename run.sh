@@ -32,7 +32,7 @@ LORA_R=${LORA_R:-32}                      # rank. real run: 32
 LORA_ALPHA=${LORA_ALPHA:-64}              # updates are scaled by LORA_ALPHA / LORA_R. real run: 64
 MODEL_MAX_LENGTH=${MODEL_MAX_LENGTH:-512} # positions a record may take, image tokens counted. real run: 2048
 GLOBAL_BATCH=${GLOBAL_BATCH:-8}           # records per optimizer step, over all GPUs and machines. real run: 64
-DEVICE_BATCH=${DEVICE_BATCH:-8}           # records a GPU computes at once, at most; accumulation follows. real run: 8 (published: 1)
+DEVICE_BATCH=${DEVICE_BATCH:-8}           # records a GPU computes at once, at most; accumulation follows. real run: 8
 
 # --- machine ---
 GPUS=${GPUS:-auto}                        # auto = all there are | 8 = so many | 0,3 or 2, = these | cpu. real run: 8

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from meme_llava.conversation import IGNORED_LABEL
+from meme_llava.token_lengths import count_common_prefix
 
 LossAverage = Literal["token", "caption"]
 
@@ -181,13 +182,6 @@ class _Row:
             "loss_targets": torch.from_numpy(np.concatenate([targets for _, targets in self._losses])),
             "loss_weights": torch.from_numpy(np.concatenate(weights)),
         }
-
-
-def count_common_prefix(first: np.ndarray, second: np.ndarray) -> int:
-    """How many elements two arrays have in common from their beginning."""
-    length = min(len(first), len(second))
-    differing = np.flatnonzero(first[:length] != second[:length])
-    return int(differing[0]) if len(differing) else length
 
 
 def _to_starts(lengths: list[int]) -> torch.Tensor:

@@ -76,6 +76,11 @@ class ConversationEncoder:
         self._newline_ids = self.encode_text("\n")
         self._prefix_ids = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
 
+    @property
+    def tokenizer_description(self) -> str:
+        """All that decides how text is tokenised, as JSON."""
+        return self._text_tokenizer.to_str()
+
     def encode_text(self, text: str) -> list[int]:
         """Ids of a user's string. Whatever it spells, it never becomes a control token."""
         return self._text_tokenizer.encode(text, add_special_tokens=False).ids

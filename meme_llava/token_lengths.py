@@ -123,7 +123,7 @@ def make_key(conversations: Sequence[Conversation], encoder: ConversationEncoder
     template = encoder.encode_prompt([Turn("user", "")])
     described = [CACHE_VERSION, version("tokenizers"), encoder.tokens_per_image, max_length, template]
     digest = hashlib.sha256(json.dumps(described).encode())
-    digest.update(encoder._text_tokenizer.to_str().encode())
+    digest.update(encoder.tokenizer_description.encode())
     for conversation in conversations:
         turns = [(turn.role, turn.text) for turn in conversation.turns]
         paths = [os.fsencode(path).hex() for path in conversation.image_paths]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from meme_llava.collator import PackingCollator, count_common_prefix
+from meme_llava.collator import PackingCollator
 
 A, B, C, D, E, Q = 11, 12, 13, 14, 15, 16
 IMAGE, NONE = 90, -100
@@ -184,10 +184,3 @@ def test_image_tokens_without_their_picture_are_refused(collator, example, messa
     good = make_example([IMAGE, IMAGE, A], [NONE, NONE, A], 1)
     with pytest.raises(ValueError, match=message):
         collator([good, example])
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "common"), [([], [1], 0), ([1, 2], [1, 2], 2), ([1, 2], [1, 2, 3], 2), ([1, 2], [2, 2], 0)]
-)
-def test_common_prefix(first, second, common):
-    assert count_common_prefix(torch.tensor(first).numpy(), torch.tensor(second).numpy()) == common

@@ -641,6 +641,17 @@ def test_a_batch_counts_what_its_records_share_once(tmp_path, image_folder, enco
     assert apart.count_batch_positions().sum() == a + b + c + d
 
 
+def test_records_share_the_same_without_a_record_that_is_left_out(tmp_path, image_folder, encoder):
+    answers = ["写着“好耶”。", "写着“好”。", "图里写了什么？"]
+    good = [make_record(answer, conversations=[human(), gpt(answer)]) for answer in answers]
+    values = [make_record("bad", "gone.png"), *good]
+    whole = load(write_json(tmp_path / "memes.json", values), image_folder, encoder, "quarantine").dataset
+    alone = load(write_json(tmp_path / "usable.json", good), image_folder, encoder).dataset
+    assert len(whole) == len(alone) == 3
+    assert whole.sharing.ranks.tolist() == alone.sharing.ranks.tolist()
+    assert whole.sharing.shared.tolist() == alone.sharing.shared.tolist()
+
+
 @pytest.mark.parametrize("shared_pictures", [True, False])
 @pytest.mark.parametrize("has_text_record, global_batch_size", [(True, 9), (False, 12)])
 def test_a_batch_takes_the_positions_that_were_planned(

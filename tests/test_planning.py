@@ -181,26 +181,30 @@ def test_auto_recomputes_what_does_not_fit_and_nothing_else(world, projector_est
     assert choose(full - 100) == projector_estimator.most == RecomputedLayers(2, 0)
 
 
-def test_time_is_work_over_speed(world):
-    plan = make_plan(world, find_machine("a800-80gb"), processes=2, global_batch_size=16)
+@pytest.fixture(scope="module")
+def a800_plan(world):
+    return make_plan(world, find_machine("a800-80gb"), processes=2, global_batch_size=16)
+
+
+def test_time_is_work_over_speed(world, a800_plan):
     batch = make_outline(world).largest
     flops = TrainingCosts.of_model(load_prepared(world, train_type="projector")).flops(count_batch(batch))
 
     # 16 captions on 2 devices of 4: 4 device batches.
-    assert (plan.accumulation, plan.flops) == (2, 4 * flops)
-    assert plan.step_seconds == pytest.approx(4 * flops / (2 * 312e12 * 0.4))
+    assert (a800_plan.accumulation, a800_plan.flops) == (2, 4 * flops)
+    assert a800_plan.step_seconds == pytest.approx(4 * flops / (2 * 312e12 * 0.4))
 
 
-def test_a_printed_plan_says_what_a_run_takes(world, capsys):
-    print_plan(make_plan(world, find_machine("a800-80gb"), processes=2, global_batch_size=8))
+def test_a_printed_plan_says_what_a_run_takes(a800_plan, capsys):
+    print_plan(a800_plan)
 
     printed = capsys.readouterr().out
     for expected in (
-        "8 = 2 device(s) x 4 x 1 in turn",
+        "16 = 2 device(s) x 4 x 2 in turn",
         "100, 10 of them warmup",
-        "56, 7 per caption",  # two batches of 28
-        "1,600, 28.6 times as many",  # 8 captions of 200
-        "22 per step, 39%",
+        "112, 7 per caption",  # four batches of 28
+        "3,200, 28.6 times as many",  # 16 captions of 200
+        "44 per step, 39%",
         "a800-80gb, DDP on 2",
         "auto (this run)",
         "40% of 312 TFLOP/s per device",

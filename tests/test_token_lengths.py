@@ -281,3 +281,10 @@ def test_processes_that_start_together_do_not_disturb_each_other(encoder, tmp_pa
 def test_lengths_lie_beside_the_checked_pictures(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert find_default_folder() == tmp_path / "meme_llava" / "token_lengths"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "common"), [([], [1], 0), ([1, 2], [1, 2], 2), ([1, 2], [1, 2, 3], 2), ([1, 2], [2, 2], 0)]
+)
+def test_common_prefix(first, second, common):
+    assert token_lengths.count_common_prefix(np.array(first), np.array(second)) == common
