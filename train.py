@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
             data.dataset.image_paths,
             arguments.output_dir,
             arguments.max_pixels,
-            arguments.dataloader_workers,
+            training_arguments.dataloader_num_workers,
             training_arguments.bf16,
         )
     groups = plan_parameter_groups(model, arguments.high_lr, arguments.low_lr, arguments.weight_decay)

@@ -36,7 +36,7 @@ def count_layers(config: LlavaConfig, vision_learns: bool) -> RecomputedLayers:
 def choose_recomputed_layers(
     setting: str, most: RecomputedLayers, fits: Callable[[RecomputedLayers], bool]
 ) -> RecomputedLayers:
-    """The layers that --gradient_checkpointing auto, off or full stands for.
+    """The layers that --gradient_checkpointing auto, none or full stands for.
 
     auto: the fewest that fit, language layers before vision layers; all of them where nothing fits.
 
@@ -44,7 +44,7 @@ def choose_recomputed_layers(
         most: all layers, from `count_layers`.
         fits: whether a step fits in memory when these are computed again.
     """
-    if setting == "off":
+    if setting == "none":
         return RecomputedLayers()
     if setting == "auto":
         more_and_more = [RecomputedLayers(count, 0) for count in range(most.language + 1)]

@@ -131,7 +131,7 @@ class TrainArguments(RecordPolicy):
     attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = field(
         default="auto", metadata=describe("kernel of the language model; auto: the first of these that runs here")
     )
-    gradient_checkpointing: Literal["auto", "off", "full"] = field(
+    gradient_checkpointing: Literal["auto", "none", "full"] = field(
         default="auto",
         metadata=describe("recompute layers to save memory; auto: as few as the device's memory asks for"),
     )
@@ -144,7 +144,10 @@ class TrainArguments(RecordPolicy):
         metadata=describe("compile the layers that repeat; needs a C++ compiler or Triton"),
     )
     deepspeed: Path | None = field(default=None, metadata=describe("a file of configs/deepspeed; none on one device"))
-    dataloader_workers: int = field(default=2, metadata=describe("processes a device that decode pictures"))
+    dataloader_workers: int | None = field(
+        default=None,
+        metadata=describe("processes a device that decode pictures and tokenise; else 2 a GPU, none on a CPU"),
+    )
     logging_steps: int = field(default=1, metadata=describe("steps between two log lines"))
     save_steps: int = field(default=500, metadata=describe("steps between two checkpoints"))
     save_total_limit: int = field(default=2, metadata=describe("checkpoints kept; older ones are deleted"))
@@ -176,12 +179,13 @@ class TrainArguments(RecordPolicy):
             check_setting(self, name, getattr(self, name) > 0, "greater than 0")
         for name in ("global_batch_size", "device_batch_size", "logging_steps", "save_steps", "save_total_limit"):
             check_setting(self, name, getattr(self, name) > 0, "at least 1")
-        for name in ("weight_decay", "max_grad_norm", "dataloader_workers", "seed"):
+        for name in ("weight_decay", "max_grad_norm", "seed"):
             check_setting(self, name, getattr(self, name) >= 0, "0 or more")
         check_setting(self, "warmup_ratio", 0 <= self.warmup_ratio < 1, "between 0 and 1")
         check_setting(self, "lora_dropout", 0 <= self.lora_dropout < 1, "between 0 and 1")
         check_setting(self, "max_steps", self.max_steps is None or self.max_steps > 0, "at least 1")
-        check_setting(self, "warmup_steps", self.warmup_steps is None or self.warmup_steps >= 0, "0 or more")
+        for name in ("warmup_steps", "dataloader_workers"):
+            check_setting(self, name, getattr(self, name) is None or getattr(self, name) >= 0, "0 or more")
         check_setting(self, "gpus", self.gpus is None or self.gpus > 0, "at least 1")
         if self.cache_vision_features and self.vision_tower_training != "frozen":
             raise UserError(

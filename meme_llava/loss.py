@@ -52,19 +52,22 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 chunk = slice(start, start + CHUNK)
                 states, chosen = hidden[chunk].to(dtype), targets[chunk, None]
                 logits = functional.linear(states, matrix).float()  # (chunk, vocabulary)
-                normaliser = logits.logsumexp(dim=-1, keepdim=True)
-                losses = (normaliser - logits.gather(1, chosen))[:, 0]  # (chunk,)
-                loss += (weights[chunk] * losses).sum()
+                chosen_logits, largest = logits.gather(1, chosen), logits.amax(dim=-1, keepdim=True)
+                exponentials = logits.sub_(largest).exp_()
+                totals = exponentials.sum(dim=-1, keepdim=True)  # (chunk, 1)
+                losses = totals.log() + largest - chosen_logits  # (chunk, 1)
+                loss += (weights[chunk, None] * losses).sum()
                 if not (needs_hidden or needs_weight):
                     continue
                 # The gradient of the logits: softmax minus one at the target.
-                slope = logits.sub_(normaliser).exp_()
-                slope.scatter_add_(1, chosen, slope.new_full(chosen.shape, -1.0))
-                slope = slope.mul_(weights[chunk, None]).to(dtype)
+                slope = exponentials.mul_(weights[chunk, None] / totals)
+                slope = slope.scatter_add_(1, chosen, -weights[chunk, None]).to(dtype)
                 if needs_hidden:
                     grad_hidden[chunk] = slope @ matrix
                 if needs_weight:
                     grad_weight += slope.T @ states
+                # The next chunk's logits take the place of these, not another one beside them.
+                del logits, exponentials, slope
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss

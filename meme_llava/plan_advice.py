@@ -56,7 +56,7 @@ def _list_changes(estimator: StepEstimator, machine: Machine) -> Iterator[tuple[
             fewest //= 2
             smallest = copy_with_batch(estimator, shrink_batch(estimator.batch, fewest / size, estimator.config))
             yield f"--device_batch_size {fewest}", plan_memory(smallest, setting, machine)
-        if setting == "off":
+        if setting == "none":
             yield "--gradient_checkpointing full", plan_memory(estimator, "full", machine)
             if fewest < size:
                 both = f"--gradient_checkpointing full --device_batch_size {fewest}"

@@ -113,7 +113,7 @@ def plan_training(
     estimator = StepEstimator(config, image_policy, arguments, engine, outline.largest)
     memories = {
         setting: plan_memory(estimator, setting, machine)
-        for setting in dict.fromkeys((arguments.gradient_checkpointing, "off", "auto", "full"))
+        for setting in dict.fromkeys((arguments.gradient_checkpointing, "none", "auto", "full"))
     }
     chosen = memories[arguments.gradient_checkpointing]
     accumulation = arguments.global_batch_size // (arguments.device_batch_size * processes)

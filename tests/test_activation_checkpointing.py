@@ -80,7 +80,7 @@ def test_auto_recomputes_the_fewest_layers_language_first(needed, chosen):
 def test_off_and_full_ask_nobody():
     most = RecomputedLayers(3, 4)
 
-    assert choose_recomputed_layers("off", most, fits=None) == RecomputedLayers()
+    assert choose_recomputed_layers("none", most, fits=None) == RecomputedLayers()
     assert choose_recomputed_layers("full", most, fits=None) == most
 
 

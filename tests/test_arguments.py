@@ -104,9 +104,17 @@ def test_a_complete_command_line_written_out():
         "max_pixels": 50_000_000,
         "seed": 42,
         "precision": "auto",
-        "gradient_checkpointing": False,
+        "loss_average": "token",
+        "shared_pictures": True,
+        "attention": "auto",
+        "gradient_checkpointing": "auto",
+        "cache_vision_features": False,
+        "torch_compile": False,
+        "plan": False,
+        "machine": None,
+        "gpus": None,
         "deepspeed": None,
-        "dataloader_workers": 2,
+        "dataloader_workers": None,
         "logging_steps": 1,
         "save_steps": 500,
         "save_total_limit": 2,
@@ -119,8 +127,8 @@ def test_a_complete_command_line_written_out():
 
 
 def test_every_form_of_a_flag_is_understood():
-    arguments = parse("--save-steps=7", "--show_batch", "--gradient_checkpointing", "true", "--report_to", "none")
-    assert (arguments.save_steps, arguments.show_batch, arguments.gradient_checkpointing) == (7, True, True)
+    arguments = parse("--save-steps=7", "--show_batch", "--torch_compile", "true", "--report_to", "none")
+    assert (arguments.save_steps, arguments.show_batch, arguments.torch_compile) == (7, True, True)
     assert arguments.report_to == ["none"]
     assert parse("--lora_vision_modules", "fc1", "fc2").lora_vision_modules == ["fc1", "fc2"]
     assert parse("--seed", "1", "--seed", "2").seed == 2
@@ -279,12 +287,12 @@ def test_the_command_line_overrides_the_recipe_and_the_recipe_the_default(recipe
 def test_a_recipe_takes_every_type_of_value(recipe_folder):
     write_recipe(
         recipe_folder,
-        "lora_dropout: 1e-2\nweight_decay: 0.5\nmax_steps: 3\ngradient_checkpointing: true\nreport_to: [a, b]\n"
+        "lora_dropout: 1e-2\nweight_decay: 0.5\nmax_steps: 3\ntorch_compile: true\nreport_to: [a, b]\n"
         "precision: fp32\ndeepspeed: configs/zero2.json\nrun_name: 表情包",
     )
     arguments = parse(train_type="mine")
     assert (arguments.lora_dropout, arguments.weight_decay, arguments.max_steps) == (0.01, 0.5, 3)
-    assert (arguments.gradient_checkpointing, arguments.report_to) == (True, ["a", "b"])
+    assert (arguments.torch_compile, arguments.report_to) == (True, ["a", "b"])
     assert (arguments.precision, arguments.deepspeed) == ("fp32", Path("configs/zero2.json"))
     assert arguments.run_name == "表情包"
 
@@ -315,7 +323,7 @@ def test_a_recipe_may_have_an_empty_list(recipe_folder):
         ("lora_r: 1.5", "invalid int value: '1.5'"),
         ("seed:", "invalid int value: "),
         ("seed: [1, 2]", "2"),
-        ("gradient_checkpointing: maybe", "Truthy value expected"),
+        ("torch_compile: maybe", "Truthy value expected"),
         ("vision_tower_training: froze", "invalid choice: 'froze'"),
         ("lora_r: []", "expected one argument"),
         ("lora_r: [", "not YAML"),

@@ -59,8 +59,8 @@ def test_a_small_run_on_a_cpu_needs_no_estimate(world, processing, largest_batch
     assert chosen.describe() == "attention packed_sdpa; no layer computed twice"
 
 
-@pytest.mark.parametrize(("setting", "language", "vision"), [("off", 0, 0), ("full", 2, 2)])
-def test_off_and_full_mean_what_they_say(world, processing, largest_batch, tmp_path, setting, language, vision):
+@pytest.mark.parametrize(("setting", "language", "vision"), [("none", 0, 0), ("full", 2, 2)])
+def test_none_and_full_mean_what_they_say(world, processing, largest_batch, tmp_path, setting, language, vision):
     chosen = plan(world, processing, largest_batch, tmp_path, gradient_checkpointing=setting)
     assert chosen.recomputed == RecomputedLayers(language, vision)
 
@@ -86,7 +86,7 @@ def test_auto_on_a_small_machine_computes_layers_twice(world, processing, larges
     assert "warning: only 0.0 GiB can be used, so the run may stop for lack of memory" in chosen.describe()
 
 
-@pytest.mark.parametrize(("setting", "times"), [("off", 1), ("full", 2)])
+@pytest.mark.parametrize(("setting", "times"), [("none", 1), ("full", 2)])
 def test_layers_run_as_often_as_was_asked(world, tmp_path, monkeypatch, setting, times):
     calls = []
     load = train.load_packed_llava

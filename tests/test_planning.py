@@ -215,7 +215,7 @@ def test_a_printed_plan_says_what_a_run_takes(a800_plan, capsys):
 
 def test_a_run_that_does_not_fit_gets_advice_that_was_tried(world, projector_estimator, capsys):
     machine = make_machine(projector_estimator.estimate(RecomputedLayers()).total - 100)
-    plan = make_plan(world, machine, gradient_checkpointing="off")
+    plan = make_plan(world, machine, gradient_checkpointing="none")
     print_plan(plan)
 
     assert [planned.fits for _, planned in plan.advice] == [True]
@@ -224,7 +224,7 @@ def test_a_run_that_does_not_fit_gets_advice_that_was_tried(world, projector_est
 
 
 def test_when_the_state_alone_is_too_much_more_devices_are_tried(world):
-    plan = make_plan(world, make_machine(1000), processes=2, global_batch_size=16, gradient_checkpointing="off")
+    plan = make_plan(world, make_machine(1000), processes=2, global_batch_size=16, gradient_checkpointing="none")
 
     changes = [change for change, _ in plan.advice]
     assert changes[:4] == [

@@ -295,6 +295,22 @@ def test_show_batch_leaves_the_stage_unfinished(chain):
     assert "<image: 64 tokens at" in result.stdout
 
 
+def test_a_run_on_gpus_is_planned_without_them(chain):
+    """GPUs, ZeRO stage and batch are run.sh's, although one process on a CPU looks at them."""
+    output, variables, _ = chain
+    variables = {**variables, "GPUS": "4", "GLOBAL_BATCH": "16", "DEVICE_BATCH": "2"}
+    result = run("train", "--plan", "--machine", "a800-80gb", **variables)
+    assert result.returncode == 0, result.stderr
+    assert "16 = 4 device(s) x 2 x 2 in turn" in result.stdout
+    assert "a800-80gb, ZeRO-2" in result.stdout
+
+
+def test_a_plan_without_a_base_says_what_to_run_first(tmp_path):
+    result = run("train", "--plan", OUTPUT_DIR=str(tmp_path))
+    assert result.returncode == 2
+    assert f"error: this needs the base model {tmp_path}/base; run first: bash run.sh build" in result.stderr
+
+
 def test_a_failing_stage_stops_the_chain(tmp_path):
     result = run(OUTPUT_DIR=str(tmp_path / "out"), LANGUAGE_MODEL="./nowhere")
     assert result.returncode == 2
