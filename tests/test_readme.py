@@ -41,7 +41,15 @@ PLAIN_SCRIPTS = {
     "data/describe.py": DescribeArguments,
 }
 PREPARE = "data/prepare.py"
-BENCHMARKS = ("benchmarks/full_size.py", "benchmarks/older_reader.py", "benchmarks/check_data.py")
+BENCHMARKS = (
+    "benchmarks/full_size.py",
+    "benchmarks/older_reader.py",
+    "benchmarks/check_data.py",
+    "benchmarks/input_pipeline.py",
+    "benchmarks/loss.py",
+    "benchmarks/plan_memory.py",
+    "benchmarks/throughput.py",
+)
 # Flags of tensorboard, transformers serve, vllm serve, hf download and git clone.
 FOREIGN_FLAGS = {
     "--help",
