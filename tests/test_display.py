@@ -5,7 +5,7 @@ import io
 import torch
 from rich.console import Console
 
-from meme_llava.collator import PaddingCollator
+from meme_llava.collator import PackingCollator
 from meme_llava.conversation import ConversationEncoder
 from meme_llava.display import print_batch, print_table
 from meme_llava.images import ImagePolicy
@@ -29,27 +29,28 @@ def make_processing() -> Processing:
 
 
 def make_example(processing: Processing, *pieces: tuple[str, bool]) -> dict:
-    """A dataset item from (text, whether it is supervised); IMAGE stands for a picture, END for the end token."""
+    """A dataset item from (text, whether it is supervised); IMAGE stands for a file, always the same, END for the end
+    token.
+    """
     special = {"IMAGE": [processing.encoder.image_token_id] * 3, "END": [processing.encoder.turn_end_id]}
     input_ids, labels = [], []
     for text, supervised in pieces:
         ids = special.get(text) or processing.tokenizer.convert_tokens_to_ids(list(text))
         input_ids += ids
         labels += ids if supervised else [-100] * len(ids)
-    pictures = [text for text, _ in pieces if text == "IMAGE"]
+    pictures = sum(text == "IMAGE" for text, _ in pieces)
     return {
         "record_id": "r",
         "input_ids": torch.tensor(input_ids),
         "labels": torch.tensor(labels),
-        "pixel_values": torch.zeros(len(pictures), 3, 2, 2),
+        "image_paths": ("p.png",) * pictures,
+        "pictures": [torch.zeros(3, 2, 2, dtype=torch.uint8)] * pictures,
     }
 
 
 def show(*rows: list) -> str:
     processing = make_processing()
-    collator = PaddingCollator(
-        processing.tokenizer.convert_tokens_to_ids("<|endoftext|>"), processing.encoder.image_token_id, 3, 2
-    )
+    collator = PackingCollator(processing.encoder.image_token_id, tokens_per_image=3, image_size=2)
     file = io.StringIO()
     batch = collator([make_example(processing, *row) for row in rows])
     print_batch(batch, processing, Console(file=file, width=200, highlight=False))
@@ -61,19 +62,34 @@ def test_a_batch_shows_pictures_as_one_word_and_what_is_learnt_in_brackets():
     # Two answers in one row; a square bracket in a text is no command to the terminal.
     second = [("[b]", False), ("x", True), ("END", True), ("y", False), ("z", True)]
     assert show(first, second) == (
-        "batch of 2 rows x 10 positions, 1 pictures\n"
+        "one packed row of 17 positions, 1 pictures, 6 supervised positions\n"
         "\n"
-        "row 0: positions 0 to 9, 3 supervised, 0 padding\n"
+        "positions 0 to 9: 3 supervised\n"
         "ab<image: 3 tokens at 2>cd【ef<|im_end|>】\n"
         "\n"
-        "row 1: positions 0 to 6, 3 supervised, 3 padding\n"
+        "positions 10 to 16: 3 supervised\n"
         "[b]【x<|im_end|>】y【z】\n"
     )
 
 
 def test_a_batch_without_pictures_does_not_show_the_blank_one():
     assert show([("a", False), ("b", True)]) == (
-        "batch of 1 rows x 5 positions, 1 pictures\n\nrow 0: positions 0 to 1, 1 supervised, 3 padding\na【b】\n"
+        "one packed row of 2 positions, 0 pictures, 1 supervised positions\n\npositions 0 to 1: 1 supervised\na【b】\n"
+    )
+
+
+def test_of_a_second_caption_only_what_it_adds_is_shown():
+    """Both begin with the picture, a question and an x, which the first teaches and the second too."""
+    first = [("IMAGE", False), ("q", False), ("xa", True), ("END", True)]
+    second = [("IMAGE", False), ("q", False), ("xbb", True), ("END", True)]
+    assert show(first, second) == (
+        "one packed row of 10 positions, 1 pictures, 7 supervised positions\n"
+        "\n"
+        "positions 0 to 6: 3 supervised\n"
+        "<image: 3 tokens at 0>q【xa<|im_end|>】\n"
+        "\n"
+        "positions 7 to 9: 3 supervised, goes on behind position 4, sharing 5 positions\n"
+        "【bb<|im_end|>】\n"
     )
 
 
@@ -85,7 +101,7 @@ def test_two_pictures_of_a_row_are_shown_where_they_stand():
 def test_a_batch_is_printed_to_the_terminal_without_breaking_its_lines(capsys):
     # A line broken by us would look like a line break in the prompt.
     processing = make_processing()
-    collator = PaddingCollator(0, processing.encoder.image_token_id, 3, 2)
+    collator = PackingCollator(processing.encoder.image_token_id, 3, 2)
     print_batch(collator([make_example(processing, ("a" * 300, False), ("b", True))]), processing)
     assert "a" * 300 + "【b】\n" in capsys.readouterr().out
 
