@@ -145,9 +145,9 @@ run_stage() {
         execute "${launcher[@]}" "$@"
         return
     fi
-    # How many GPUs made a result does not matter to it, so launcher, device batch and engine stay out of the note.
+    # How a step was computed does not matter to the result, so launcher, device batch and the like stay out of the note.
     # A missing input is reported by the stage itself.
-    wanted=$(printf '%q ' "$@" | sed -E 's/ --(device_batch_size|deepspeed) [^ ]*//g; s/ $//' && echo && { xargs -r -d '\n' cksum <<<"$inputs" 2>/dev/null || true; })
+    wanted=$(printf '%q ' "$@" | sed -E "$how_computed; s/ $//" && echo && { xargs -r -d '\n' cksum <<<"$inputs" 2>/dev/null || true; })
     if [[ ! -f "$note" || ! -f $directory/run_record.json ]]; then
         mkdir -p "$(dirname "$directory")"
         "${launcher[@]}" "$@" "${resume[@]}"
@@ -163,6 +163,8 @@ run_stage() {
 }
 launcher=()
 resume=()
+how_computed='s/ --(device_batch_size|deepspeed|attention|gradient_checkpointing|dataloader_workers) [^ ]*//g'
+how_computed+='; s/ --(no_)?(torch_compile|cache_vision_features)( |$)/\3/g'
 
 # require STAGE DIRECTORY EARLIER: stop unless EARLIER has made the directory that STAGE needs.
 require() {

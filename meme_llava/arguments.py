@@ -193,7 +193,9 @@ class TrainArguments(RecordPolicy):
                 f"({self.vision_tower_training}), so its features change"
             )
         if not self.plan and (self.machine is not None or self.gpus is not None):
-            raise UserError("--machine and --gpus say what --plan is made for; pass --plan too, or leave them out")
+            raise UserError("--machine and --gpus belong to --plan, which is not there; add it, or leave them out")
+        if self.plan and self.show_batch:
+            raise UserError("--plan and --show_batch print different things and stop; pass one of them")
 
     @property
     def uses_lora(self) -> bool:

@@ -11,7 +11,7 @@ from meme_llava.activation_checkpointing import RecomputedLayers
 from meme_llava.arguments import TrainArguments
 from meme_llava.images import ImagePolicy
 from meme_llava.machines import GIB
-from meme_llava.packed_attention import choose_attention
+from meme_llava.packed_attention import NAMES, choose_attention
 from meme_llava.step_memory import Engine, StepEstimator, StepMemory, find_usable
 
 # Float32 numbers that a layer keeps for each position, at most, as multiples of its width and of its MLP's.
@@ -39,17 +39,22 @@ class Computation:
     memory: StepMemory | None
     usable: int
 
+    @property
+    def attention_setting(self) -> str:
+        """The attention by the name that --attention has for it."""
+        return next(setting for setting, name in NAMES.items() if name == self.attention)
+
     def to_record(self) -> dict:
         """What the run record keeps."""
         estimate = {} if self.memory is None else {"estimated_step_bytes": self.memory.total}
-        return {"attention": self.attention, "recomputed_layers": asdict(self.recomputed), **estimate}
+        return {"attention": self.attention_setting, "recomputed_layers": asdict(self.recomputed), **estimate}
 
     def describe(self) -> str:
         """One line for a person, and a second one if the step may not fit."""
         layers = "no layer computed twice"
         if self.recomputed != RecomputedLayers():
             layers = f"{self.recomputed.language} language and {self.recomputed.vision} vision layers computed twice"
-        line = f"attention {self.attention}; {layers}"
+        line = f"attention {self.attention_setting}; {layers}"
         if self.memory is None:
             return line
         line += f"; the largest batch, {self.largest:,} positions, takes about {self.memory.total / GIB:.1f} GiB"

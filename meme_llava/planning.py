@@ -19,7 +19,7 @@ from meme_llava.dataset import TrainingOrder
 from meme_llava.display import print_table
 from meme_llava.errors import UserError
 from meme_llava.images import ImagePolicy
-from meme_llava.machines import GIB, Machine, find_machine, find_own_device
+from meme_llava.machines import CPU, GIB, Machine, find_machine, find_own_device
 from meme_llava.plan_advice import MemoryPlan, plan_memory, try_changes
 from meme_llava.run import TrainingRun
 from meme_llava.step_memory import Engine, StepEstimator
@@ -27,8 +27,10 @@ from meme_llava.trainer import check_deepspeed_config
 
 # Shares of a device's peak that training is assumed to reach: a GPU's of its datasheet, a CPU's of what was measured.
 GPU_UTILISATION, CPU_UTILISATION = 0.40, 0.60
-# Device batches whose pictures are looked at to know the average one.
-SAMPLED_BATCHES = 32
+# Records whose batches are made to know the average one.
+SAMPLED_RECORDS = 256
+# A step of less than this is over before its kernels are launched: arithmetic says nothing about it.
+SHORTEST_STEP = 0.02
 NOTE = """\
 Model FLOPs are those of matrix multiplications and attention, forward and backward, without what is computed again to
 save memory. MFU is model FLOP/s over the device's peak. Waiting for data, for other devices and for checkpoints is not
@@ -151,8 +153,13 @@ def plan_run(
     arguments = run.arguments
     if arguments.deepspeed is not None:
         check_deepspeed_config(arguments.deepspeed)
+    if processes > 1 and arguments.machine is None and find_own_device() == CPU:
+        raise UserError(f"this plan is for {processes} GPUs, and there is none here; name one with --machine")
     batches = examples.count_batch_positions().size
-    sample = np.linspace(0, batches - 1, min(batches, SAMPLED_BATCHES), dtype=np.int64)
+    count = min(batches, max(1, SAMPLED_RECORDS // arguments.device_batch_size))
+    sample = np.linspace(0, batches - 1, count, dtype=np.int64)
+    read = (count + 1) * arguments.device_batch_size
+    print(f"planning: reads {read:,} records, then follows the largest batch through the model", flush=True)
     outline = RunOutline(
         records=run.data["records"],
         steps=run.steps,
@@ -195,9 +202,12 @@ def print_plan(plan: TrainingPlan) -> None:
     print_table("Plan: data and schedule", ("what", "value"), list_data_rows(plan))
     settings = list(plan.memories)
     columns = [f"{setting} (this run)" if setting == settings[0] else setting for setting in settings]
-    title = f"Plan: GiB per device at the largest batch ({plan.machine.name}, {plan.engine.name}"
-    title += f" on {plan.engine.processes})" if plan.engine.processes > 1 else ")"
-    print_table(title, ("--gradient_checkpointing", *columns), list_memory_rows(plan))
+    devices = f"{plan.engine.processes} x {plan.machine.name}, {plan.engine.name}"
+    print_table(
+        f"Plan: memory of each device at the largest batch\n{devices}, in {choose_unit(plan)[0]}",
+        ("--gradient_checkpointing", *columns),
+        list_memory_rows(plan),
+    )
     print_table("Plan: time", ("what", "value"), list_time_rows(plan))
     print(NOTE)
     if not plan.chosen.fits:
@@ -228,19 +238,28 @@ def list_data_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
 
 def list_memory_rows(plan: TrainingPlan) -> list[tuple[str, ...]]:
     """The memory of a step by part, a column for each --gradient_checkpointing."""
-    memories = list(plan.memories.values())
+    memories, unit = list(plan.memories.values()), choose_unit(plan)[1]
     rows = [
-        (label, *(f"{getattr(planned.memory, part) / GIB:.2f}" for planned in memories))
+        (label, *(f"{getattr(planned.memory, part) / unit:.2f}" for planned in memories))
         for part, label in MEMORY_PARTS.items()
     ]
     return [
         *rows,
-        ("total", *(f"{planned.memory.total / GIB:.2f}" for planned in memories)),
-        (f"usable of {plan.machine.memory_gib:.1f}", *(f"{planned.usable / GIB:.2f}" for planned in memories)),
+        ("total", *(f"{planned.memory.total / unit:.2f}" for planned in memories)),
+        (
+            f"usable of {plan.machine.memory_gib * GIB / unit:,.1f}",
+            *(f"{planned.usable / unit:.2f}" for planned in memories),
+        ),
         ("fits", *("yes" if planned.fits else "no" for planned in memories)),
         ("recomputed layers: language", *(f"{planned.recomputed.language}" for planned in memories)),
         ("recomputed layers: vision", *(f"{planned.recomputed.vision}" for planned in memories)),
     ]
+
+
+def choose_unit(plan: TrainingPlan) -> tuple[str, int]:
+    """What the memory of a step is best read in."""
+    largest = max(planned.memory.total for planned in plan.memories.values())
+    return ("GiB", GIB) if largest >= GIB else ("MiB", 2**20)
 
 
 def list_time_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
@@ -254,6 +273,8 @@ def list_time_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
     if plan.step_seconds is None:
         precision = plan.arguments.precision
         return [*rows, ("step", f"not estimated: the speed of {plan.machine.name} in {precision} is not known")]
+    if plan.step_seconds < SHORTEST_STEP:
+        return [*rows, ("step", f"not estimated: too little work for the speed of {plan.machine.name} to matter")]
     total = plan.step_seconds * plan.outline.steps
     captions = plan.arguments.global_batch_size / plan.step_seconds
     source = "measured just now" if plan.machine.is_cpu else "by its datasheet"

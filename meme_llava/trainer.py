@@ -67,18 +67,24 @@ def count_steps(arguments: TrainArguments, records: int) -> tuple[int, int]:
     return steps, arguments.warmup_steps
 
 
+def choose_bf16(arguments: TrainArguments) -> bool:
+    """Whether steps compute in bf16 here. Raises UserError for a precision that this machine does not have."""
+    precision, has_gpu = arguments.precision, torch.cuda.is_available()
+    if precision in ("bf16", "tf32") and not has_gpu:
+        why = "on a CPU it is several times slower than fp32" if precision == "bf16" else "no CPU has it"
+        raise UserError(f"--precision {precision} needs a GPU here: {why}")
+    if precision in ("auto", "bf16") and has_gpu and not torch.cuda.is_bf16_supported():
+        raise UserError("this GPU has no bf16; pass --precision fp32 (fp16 overflows with Qwen2)")
+    return precision in ("auto", "bf16") and has_gpu
+
+
 def make_training_arguments(arguments: TrainArguments, steps: int, warmup: int, accumulation: int) -> TrainingArguments:
     """Our settings as the Trainer's. Starts the process group when there are several processes."""
     use_cpu = not torch.cuda.is_available()
     if use_cpu:
         # DeepSpeed would find the same, with a warning.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if arguments.precision in ("bf16", "tf32") and use_cpu:
-        why = "on a CPU it is several times slower than fp32" if arguments.precision == "bf16" else "no CPU has it"
-        raise UserError(f"--precision {arguments.precision} needs a GPU here: {why}")
-    supports_bf16 = not use_cpu and torch.cuda.is_bf16_supported()
-    if arguments.precision == "auto" and not use_cpu and not supports_bf16:
-        raise UserError("this GPU has no bf16; pass --precision fp32 (fp16 overflows with Qwen2)")
+    uses_bf16 = choose_bf16(arguments)
     if arguments.deepspeed is not None:
         if "RANK" not in os.environ:
             raise UserError("--deepspeed needs a launcher: torchrun --nproc_per_node GPUS train.py …, as run.sh does")
@@ -102,7 +108,7 @@ def make_training_arguments(arguments: TrainArguments, steps: int, warmup: int, 
         save_steps=arguments.save_steps,
         save_total_limit=arguments.save_total_limit,
         seed=arguments.seed,
-        bf16=arguments.precision in ("auto", "bf16") and supports_bf16,
+        bf16=uses_bf16,
         tf32=None if use_cpu else arguments.precision == "tf32",
         # Without it several CPU processes would each train alone, into the same directory.
         use_cpu=use_cpu,

@@ -1,6 +1,7 @@
 """Tests of planning.py, step_memory.py and step_trace.py: what a plan promises, against what the real model keeps."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from meme_llava.errors import UserError
 from meme_llava.machines import GIB, Machine, find_machine
 from meme_llava.model import load_processing
 from meme_llava.plan_advice import shrink_batch
-from meme_llava.planning import RunOutline, plan_training, print_plan
+from meme_llava.planning import RunOutline, format_seconds, plan_training, print_plan
 from meme_llava.step_memory import Engine, StepEstimator, find_usable
 from meme_llava.step_trace import Arithmetic, outline_model, set_depths, trace_step
 
@@ -205,12 +206,21 @@ def test_a_printed_plan_says_what_a_run_takes(a800_plan, capsys):
         "112, 7 per caption",  # four batches of 28
         "3,200, 28.6 times as many",  # 16 captions of 200
         "44 per step, 39%",
-        "a800-80gb, DDP on 2",
+        "2 x a800-80gb, DDP, in MiB",
         "auto (this run)",
-        "40% of 312 TFLOP/s per device",
+        "not estimated: too little work for the speed of",
     ):
         assert expected in printed
     assert "does not fit" not in printed
+
+
+def test_a_printed_plan_gives_times_of_a_run_with_work_to_do(a800_plan, capsys):
+    """16 captions in 2.5 s on 2 devices."""
+    print_plan(replace(a800_plan, step_seconds=2.5))
+
+    printed = capsys.readouterr().out
+    for expected in ("40% of 312 TFLOP/s per device", format_seconds(2.5), "6.40, 3.20 per device"):
+        assert expected in printed
 
 
 def test_a_run_that_does_not_fit_gets_advice_that_was_tried(world, projector_estimator, capsys):

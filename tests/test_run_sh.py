@@ -236,9 +236,10 @@ def test_a_result_that_is_gone_is_made_again(chain, tmp_path):
 
 
 def test_another_number_of_gpus_asks_for_no_new_result(chain):
-    """GPUS and DEVICE_BATCH change how a step is computed, not what it computes."""
+    """GPUS, DEVICE_BATCH and some flags change how a step is computed, not what it computes."""
     _, variables, _ = chain
-    result = run("train", **variables | {"DEVICE_BATCH": "4"})
+    flags = ["--gradient_checkpointing", "full", "--dataloader_workers", "2", "--torch_compile"]
+    result = run("train", *flags, **variables | {"DEVICE_BATCH": "4"})
     assert result.returncode == 0, result.stderr
     assert "finished already: " in result.stdout
 
@@ -302,7 +303,10 @@ def test_a_run_on_gpus_is_planned_without_them(chain):
     result = run("train", "--plan", "--machine", "a800-80gb", **variables)
     assert result.returncode == 0, result.stderr
     assert "16 = 4 device(s) x 2 x 2 in turn" in result.stdout
-    assert "a800-80gb, ZeRO-2" in result.stdout
+    assert "4 x a800-80gb, ZeRO-2" in result.stdout
+    result = run("train", "--plan", **variables)
+    assert result.returncode == 2
+    assert "this plan is for 4 GPUs, and there is none here; name one with --machine" in result.stderr
 
 
 def test_a_plan_without_a_base_says_what_to_run_first(tmp_path):

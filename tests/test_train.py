@@ -431,9 +431,9 @@ def test_projector_run_resumes_too(world, tmp_path):
     assert read_losses(tmp_path / "cut") == read_losses(tmp_path / "whole")
 
 
-def fail(capsys, flags):
+def fail(capsys, flags, main=train.main):
     with pytest.raises(SystemExit) as stop:
-        train.main(flags)
+        main(flags)
     assert stop.value.code == 2
     return capsys.readouterr().err
 
@@ -482,7 +482,8 @@ def test_wrong_settings_stop_before_the_model_loads(world, trained, tmp_path, mo
     assert "--precision bf16 needs a GPU here" in message(precision="bf16")
     assert "--precision tf32 needs a GPU here: no CPU has it" in message(precision="tf32")
     assert "--attention varlen needs a GPU" in message(attention="varlen")
-    assert "say what --plan is made for" in message(machine="a800-80gb")
+    assert "--machine and --gpus belong to --plan" in message(machine="a800-80gb")
+    assert "pass one of them" in fail(capsys, [*train_flags(world, out), "--plan", "--show_batch"])
     overruling = tmp_path / "overruling.json"
     overruling.write_text(json.dumps({"optimizer": {"type": "AdamW"}}))
     assert "'optimizer'" in message(deepspeed=overruling)
@@ -597,6 +598,18 @@ def test_a_picture_that_breaks_during_training_names_its_record(world, tmp_path,
     line = next(line for line in error.splitlines() if line.startswith("error: "))
     assert line.startswith("error: annotations.json record 5 (id 'r5'): ") and "the picture is damaged" in line
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention": "varlen"}, "--attention varlen needs a GPU"),
+        ({"precision": "tf32"}, "--precision tf32 needs a GPU here"),
+    ],
+)
+def test_what_a_machine_cannot_do_stops_before_data_is_read(world, tmp_path, capsys, monkeypatch, changes, message):
+    monkeypatch.setattr(precheck, "check_data", lambda *_, **__: pytest.fail("the data was checked first"))
+    assert message in fail(capsys, train_flags(world, tmp_path / "out", **changes), precheck.main)
 
 
 def test_one_process_with_several_gpus_is_refused(world, tmp_path, monkeypatch, capsys):
