@@ -8,10 +8,13 @@ run.sh gives all settings; `python train.py --help` lists them.
 
 from pathlib import Path
 
+from torch import nn
+from transformers import TrainingArguments
+
 from meme_llava.activation_checkpointing import recompute_layers
 from meme_llava.arguments import TrainArguments, parse_train_arguments
 from meme_llava.collator import PackingCollator
-from meme_llava.computation import plan_computation
+from meme_llava.computation import Computation, plan_computation
 from meme_llava.curves import draw_training_curves
 from meme_llava.dataset import LoadedData, TrainingOrder, load_dataset
 from meme_llava.display import print_batch, print_findings
@@ -85,13 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     run.computation = plan_computation(
         arguments, processing.image_policy, collator(examples.fetch_largest_batch()), training_arguments
     )
-    model = load_packed_llava(
-        arguments.model, choose_load_dtype(training_arguments), processing.image_policy, run.computation.attention
-    )
-    model = prepare_trainable(model, arguments)
-    recompute_layers(model, run.computation.recomputed)
-    if arguments.torch_compile:
-        compile_layers(model)
+    model = prepare_model(arguments, training_arguments, processing, run.computation)
     if arguments.cache_vision_features:
         data.dataset.vision_features = encode_pictures(
             model.to(training_arguments.device),
@@ -159,6 +156,19 @@ def make_collator(arguments: TrainArguments, processing: Processing) -> PackingC
         arguments.loss_average,
         arguments.shared_pictures,
     )
+
+
+def prepare_model(
+    arguments: TrainArguments, training_arguments: TrainingArguments, processing: Processing, computation: Computation
+) -> nn.Module:
+    """The base, with what learns and how its layers compute."""
+    dtype = choose_load_dtype(training_arguments)
+    model = load_packed_llava(arguments.model, dtype, processing.image_policy, computation.attention)
+    model = prepare_trainable(model, arguments)
+    recompute_layers(model, computation.recomputed)
+    if arguments.torch_compile:
+        compile_layers(model)
+    return model
 
 
 def print_left_out(output_dir: Path, data: LoadedData) -> None:
