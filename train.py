@@ -29,7 +29,6 @@ from meme_llava.run import (
     TrainingRun,
     choose_checkpoint,
     choose_load_dtype,
-    describe_continuation,
     describe_restart,
     is_finished,
     is_main_process,
@@ -76,9 +75,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     if checkpoint is not None:
         run.check_continues(checkpoint)
+        finished = is_finished(arguments.output_dir)
         if is_main_process():
-            print(describe_continuation(arguments.output_dir, checkpoint), flush=True)
-        if is_finished(arguments.output_dir):
+            print(
+                f"nothing left to train: {arguments.output_dir}" if finished else f"continuing from {checkpoint}",
+                flush=True,
+            )
+        if finished:
             return
 
     training_arguments = make_training_arguments(arguments, run.steps, run.warmup_steps, run.accumulation)

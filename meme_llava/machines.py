@@ -4,11 +4,11 @@ Peaks are the datasheets' dense bf16 figures in TFLOP/s (no sparsity, float32 su
 device's total, in GiB. A CPU has no such datasheet: its ceiling is measured by multiplying matrices.
 """
 
-import os
 import re
 import time
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from meme_llava.errors import UserError
@@ -88,7 +88,7 @@ def find_own_device() -> str:
 
 def describe_cpu() -> Machine:
     """This machine's CPU: all of its memory, and its fp32 ceiling as measured now with the threads torch uses."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = psutil.virtual_memory().total
     return Machine(CPU, CPU, measure_ceiling(torch.device(CPU), torch.float32) / 1e12, memory / GIB)
 
 

@@ -48,6 +48,11 @@ class Packing:
     longest_segment: int
     longest_path: int
 
+    @property
+    def kernel_bounds(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """Where queries and keys of each segment begin, and how many it has at most, as kernels take them."""
+        return self.segment_starts, self.path_starts, self.longest_segment, self.longest_path
+
     @cached_property
     def tree_lengths(self) -> list[int]:
         """Positions of each tree: a record and all that share its beginning."""
@@ -153,10 +158,7 @@ def attend_with_varlen(module, query, key, value, attention_mask, scaling, dropo
         query,
         key,
         value,
-        packing.segment_starts,
-        packing.path_starts,
-        packing.longest_segment,
-        packing.longest_path,
+        *packing.kernel_bounds,
         scale=scaling,
         window_size=(-1, 0),  # causal, aligned at the ends
         **options,
@@ -175,10 +177,7 @@ def attend_with_flash_attention_2(
         query,
         key,
         value,
-        packing.segment_starts,
-        packing.path_starts,
-        packing.longest_segment,
-        packing.longest_path,
+        *packing.kernel_bounds,
         dropout_p=dropout,
         softmax_scale=scaling,
         causal=True,  # aligned at the ends

@@ -113,8 +113,6 @@ def prepare_packed_llava(model: PackedLlava, image_policy: ImagePolicy, attentio
         raise UserError(f"{source}: its language model attends in a sliding window, which packed rows do not do yet")
     model.image_policy = image_policy
     model.model.language_model.config._attn_implementation = attention
-    # A cache would be filled for nothing.
-    model.config.text_config.use_cache = False
 
 
 def check_compiler(device: torch.device) -> None:

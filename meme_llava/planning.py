@@ -155,7 +155,7 @@ def plan_run(
         check_deepspeed_config(arguments.deepspeed)
     if processes > 1 and arguments.machine is None and find_own_device() == CPU:
         raise UserError(f"this plan is for {processes} GPUs, and there is none here; name one with --machine")
-    batches = examples.count_batch_positions().size
+    batches = len(examples) // arguments.device_batch_size
     count = min(batches, max(1, SAMPLED_RECORDS // arguments.device_batch_size))
     sample = np.linspace(0, batches - 1, count, dtype=np.int64)
     read = (count + 1) * arguments.device_batch_size

@@ -81,7 +81,7 @@ class TrainingRun:
                 "findings": data.checked.counts,
                 "undecoded_pictures": data.checked.undecoded,
                 "cut_records": data.cut_records,
-                "pictures": len({path for checked in data.checked.usable for path in checked.image_paths}),
+                "pictures": len(data.dataset.image_paths),
                 "pictures_in_records": int(data.dataset.image_counts.sum()),
                 "mean_positions": round(float(data.dataset.lengths.mean()), 1),
                 "longest": int(data.dataset.lengths.max()),
@@ -157,11 +157,6 @@ def is_main_process() -> bool:
 def is_finished(output_dir: Path) -> bool:
     """Whether `output_dir` holds the final output of a run."""
     return (output_dir / RUN_RECORD).is_file() and read_run_record(output_dir).get("finished") is True
-
-
-def describe_continuation(output_dir: Path, checkpoint: Path) -> str:
-    """Where a run goes on, or that there is nothing to go on with."""
-    return f"nothing left to train: {output_dir}" if is_finished(output_dir) else f"continuing from {checkpoint}"
 
 
 def describe_restart(output_dir: Path) -> str:
