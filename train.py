@@ -1,97 +1,105 @@
 """Train a LLaVA on memes: LoRA on both towers and the whole projector, or another recipe of configs/train.
 
-    torchrun --nproc_per_node 8 train.py --model output/base --annotations data/annotations.json --image_folder data \
-        --output_dir output/train --train_type lora --high_lr 1e-3 --low_lr 2e-5 …
+    python -m meme_llava.launch --processes 8 train.py --model output/base --annotations data/annotations.json \
+        --image_folder data --output_dir output/train --train_type lora --high_lr 1e-3 --low_lr 2e-5 …
 
 run.sh gives all settings; `python train.py --help` lists them.
 """
 
+import json
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from meme_llava.activation_checkpointing import recompute_layers
 from meme_llava.arguments import TrainArguments, parse_train_arguments
+from meme_llava.checkpoint import RUN_RECORD
+from meme_llava.checkpoint_store import (
+    hold_output_dir,
+    list_checkpoints,
+    put_aside_newer,
+    write_final,
+)
 from meme_llava.collator import PackingCollator
-from meme_llava.computation import Computation, plan_computation
+from meme_llava.computation import check_machine, plan_computation
 from meme_llava.curves import draw_training_curves
 from meme_llava.dataset import LoadedData, TrainingOrder, load_dataset
 from meme_llava.display import print_batch, print_findings
-from meme_llava.errors import UserError, stop_on_user_error
+from meme_llava.engines import Engine, choose_engine, load_whole
+from meme_llava.errors import Stopped, stop_on_user_error
+from meme_llava.manifest import read_manifest
 from meme_llava.model import Processing, load_processing
-from meme_llava.packed_model import check_compiler, compile_layers, load_packed_llava
+from meme_llava.out_of_memory import explain_out_of_memory
+from meme_llava.packed_model import compile_layers, load_packed_llava
 from meme_llava.picture_cache import PictureCache, find_default_cache
 from meme_llava.planning import plan_run, print_plan
-from meme_llava.progress import ProgressBar, show_progress_with
-from meme_llava.quarantine import write_quarantine
-from meme_llava.run import (
-    TrainingRun,
-    choose_checkpoint,
-    choose_load_dtype,
-    describe_restart,
-    is_finished,
-    is_main_process,
-    print_run,
-)
-from meme_llava.throughput import CountingCollator
-from meme_llava.token_lengths import find_default_folder
-from meme_llava.trainable import plan_parameter_groups, prepare_trainable
-from meme_llava.trainer import (
-    MemeTrainer,
+from meme_llava.processes import (
+    StopRequest,
     check_processes_agree,
     count_processes,
-    derive_accumulation,
+    hear_signals,
+    is_main_process,
     leave_process_group,
-    make_training_arguments,
+    run_and_leave,
+    share,
+    start_process_group,
 )
+from meme_llava.progress import ProgressBar, show_progress_with
+from meme_llava.progress_marks import ProgressMarks
+from meme_llava.quarantine import write_quarantine
+from meme_llava.resume import StartPoint, check_continues, choose_start, describe_continuation, is_finished
+from meme_llava.run import TrainingRun, choose_load_dtype, print_run
+from meme_llava.throughput import CountingCollator
+from meme_llava.token_lengths import find_default_folder
+from meme_llava.trainable import load_trained_weights, plan_parameter_groups, prepare_trainable
+from meme_llava.trainer import CheckpointContent, MemeTrainer
+from meme_llava.training_arguments import derive_accumulation, make_training_arguments
+from meme_llava.training_state import OPTIMIZER_PREFIX
 from meme_llava.vision_features import encode_pictures, remove_features
 
 
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_train_arguments(argv, description=__doc__)
-    processes = arguments.gpus or count_processes()
-    accumulation = derive_accumulation(arguments, processes)
-    checkpoint = None if arguments.plan or arguments.show_batch else choose_checkpoint(arguments)
-    processing = load_processing(arguments.model)
-    data = load_data(arguments, processing)
-    collator = make_collator(arguments, processing)
-    run = TrainingRun.plan(arguments, data, accumulation)
-    examples = TrainingOrder(
-        data.dataset,
-        run.steps,
-        arguments.global_batch_size,
-        arguments.device_batch_size,
-        processes,
-        arguments.seed,
-        arguments.shared_pictures,
-    )
-    if arguments.show_batch:
-        print_batch(collator(examples.fetch_batch(0)), processing)
+    if arguments.plan or arguments.show_batch:
+        look_at_run(arguments)
         return
-    if arguments.plan:
-        print_plan(plan_run(run, processing.image_policy, examples, collator, processes))
-        return
-    if checkpoint is not None:
-        run.check_continues(checkpoint)
-        finished = is_finished(arguments.output_dir)
-        if is_main_process():
-            print(
-                f"nothing left to train: {arguments.output_dir}" if finished else f"continuing from {checkpoint}",
-                flush=True,
-            )
-        if finished:
+    processes = count_processes()
+    engine = choose_engine(arguments.engine, processes, torch.cuda.is_available())
+    derive_accumulation(arguments, processes)
+    check_machine(arguments)
+    with hear_signals() as request:
+        start_process_group(arguments.hang_timeout, engine.needs_process_group)
+        start = share(lambda: choose_start(arguments))
+        processing = load_processing(arguments.model)
+        data = load_data(arguments, processing)
+        check_processes_agree([checked.record.place for checked in data.checked.usable])
+        run = plan_run_from(arguments, data, engine, start)
+        if start.checkpoint is not None and say_how_it_continues(run):
             return
+        with hold_output_dir(arguments.output_dir), explain_out_of_memory(arguments, engine, processes):
+            checkpoint = start.checkpoint
+            if start.step < run.steps:
+                share(lambda: put_aside_newer(arguments.output_dir, start.checkpoint))
+                train(run, processing, data, request)
+                checkpoint = list_checkpoints(arguments.output_dir)[-1]
+            share(lambda: finish(arguments.output_dir, checkpoint))
+        leave_process_group()
 
-    training_arguments = make_training_arguments(arguments, run.steps, run.warmup_steps, run.accumulation)
-    check_processes_agree([checked.record.place for checked in data.checked.usable])
-    if arguments.torch_compile:
-        check_compiler(training_arguments.device)
+
+def train(run: TrainingRun, processing: Processing, data: LoadedData, request: StopRequest) -> None:
+    """Train from the start point to the last step. Raises Stopped when a signal ends it before that, state saved."""
+    arguments = run.arguments
+    collator = make_collator(arguments, processing)
+    examples = make_order(run, data, count_processes())
+    training_arguments = make_training_arguments(arguments, run.engine, run.steps, run.warmup_steps, run.accumulation)
     run.computation = plan_computation(
         arguments, processing.image_policy, collator(examples.fetch_largest_batch()), training_arguments
     )
-    model = prepare_model(arguments, training_arguments, processing, run.computation)
+    model = prepare_model(run, training_arguments, processing)
     if arguments.cache_vision_features:
         data.dataset.vision_features = encode_pictures(
             model.to(training_arguments.device),
@@ -109,10 +117,13 @@ def main(argv: list[str] | None = None) -> None:
 
     trainer = MemeTrainer(
         groups=groups,
+        engine=run.engine,
         epochs_per_step=arguments.global_batch_size / len(data.dataset),
         records_per_step=arguments.global_batch_size,
-        save_companions=run.make_companion_writer(processing),
+        content=CheckpointContent(run.make_companion_writer(processing), run.make_facts, arguments.save_total_limit),
         quarantined_records=len(data.checked.bad),
+        request=request,
+        marks=ProgressMarks(arguments.hang_timeout),
         model=model,
         args=training_arguments,
         train_dataset=examples,
@@ -120,18 +131,74 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=processing.processor,
     )
     show_progress_with(trainer, ProgressBar())
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyboardInterrupt:
-        raise UserError(f"stopped by Ctrl-C. {describe_restart(arguments.output_dir)}") from None
+    trainer.train(resume_from_checkpoint=str(run.start.checkpoint) if run.start.checkpoint else None)
+    if trainer.stopped_by is not None:
+        step = trainer.state.global_step
+        leave_process_group()
+        raise Stopped(
+            f"by {trainer.stopped_by} behind step {step} of {run.steps}; "
+            f"{list_checkpoints(arguments.output_dir)[-1]} is whole. Start the same command again to go on "
+            "(run.sh by itself, train.py with --resume_from_checkpoint latest)."
+        )
 
-    trainer.save_state()
-    trainer.save_model()
+
+def look_at_run(arguments: TrainArguments) -> None:
+    """Print what the run would be, or its first batch; nothing is trained, and no GPU is needed."""
+    processes = arguments.gpus or count_processes()
+    accumulation = derive_accumulation(arguments, processes)
+    # What is planned for several devices is planned for GPUs.
+    engine = choose_engine(arguments.engine, processes, arguments.plan or torch.cuda.is_available())
+    processing = load_processing(arguments.model)
+    data = load_data(arguments, processing)
+    run = TrainingRun.plan(arguments, data, accumulation, engine, StartPoint())
+    collator = make_collator(arguments, processing)
+    examples = make_order(run, data, processes)
+    if arguments.show_batch:
+        print_batch(collator(examples.fetch_batch(0)), processing)
+    else:
+        print_plan(plan_run(run, processing.image_policy, examples, collator, processes))
+
+
+def plan_run_from(arguments: TrainArguments, data: LoadedData, engine: Engine, start: StartPoint) -> TrainingRun:
+    """The run as this process and its peers will train it."""
+    return TrainingRun.plan(arguments, data, derive_accumulation(arguments, count_processes()), engine, start)
+
+
+def say_how_it_continues(run: TrainingRun) -> bool:
+    """Check that the checkpoint belongs to the run and print what is different; whether nothing is left to do."""
+    ours = run.to_record(run.start.step)
+    changes = check_continues(run.start, ours, run.arguments.allow_changes)
+    finished = is_finished(run.arguments.output_dir)
     if is_main_process():
-        draw_training_curves(trainer.state.log_history, arguments.output_dir / "training_curves.png")
-        print(f"trained weights, run record and curves: {arguments.output_dir}")
-    leave_process_group()
-    remove_features(arguments.output_dir)
+        nothing_left = f"nothing left to train: {run.arguments.output_dir}"
+        print(nothing_left if finished else describe_continuation(run.start, ours, changes), flush=True)
+    return finished
+
+
+def make_order(run: TrainingRun, data: LoadedData, processes: int) -> TrainingOrder:
+    """The records in the order of training."""
+    arguments = run.arguments
+    return TrainingOrder(
+        data.dataset,
+        run.steps,
+        arguments.global_batch_size,
+        arguments.device_batch_size,
+        processes,
+        arguments.seed,
+        arguments.shared_pictures,
+        run.start.step,
+        run.start.records,
+    )
+
+
+def finish(output_dir: Path, checkpoint: Path) -> None:
+    """Make the last checkpoint's weights the run's result, with its curves."""
+    log = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
+    draw_training_curves(log, output_dir / "training_curves.png")
+    names = [name for name in read_manifest(checkpoint)["files"] if not name.startswith(OPTIMIZER_PREFIX)]
+    write_final(output_dir, checkpoint, names, last=RUN_RECORD)
+    remove_features(output_dir)
+    print(f"trained weights, run record and curves: {output_dir}", flush=True)
 
 
 def load_data(arguments: TrainArguments, processing: Processing) -> LoadedData:
@@ -161,13 +228,15 @@ def make_collator(arguments: TrainArguments, processing: Processing) -> PackingC
     )
 
 
-def prepare_model(
-    arguments: TrainArguments, training_arguments: TrainingArguments, processing: Processing, computation: Computation
-) -> nn.Module:
-    """The base, with what learns and how its layers compute."""
+def prepare_model(run: TrainingRun, training_arguments: TrainingArguments, processing: Processing) -> nn.Module:
+    """The base with what learns, as it is at the start point, and how its layers compute."""
+    arguments, computation = run.arguments, run.computation
     dtype = choose_load_dtype(training_arguments)
-    model = load_packed_llava(arguments.model, dtype, processing.image_policy, computation.attention)
+    with load_whole(training_arguments):
+        model = load_packed_llava(arguments.model, dtype, processing.image_policy, computation.attention)
     model = prepare_trainable(model, arguments)
+    if run.start.checkpoint is not None:
+        load_trained_weights(model, run.start.checkpoint)
     recompute_layers(model, computation.recomputed)
     if arguments.torch_compile:
         compile_layers(model)
@@ -184,4 +253,4 @@ def print_left_out(output_dir: Path, data: LoadedData) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -34,13 +34,16 @@ from transformers import (  # noqa: E402
 from meme_llava.arguments import parse_train_arguments  # noqa: E402
 from meme_llava.checkpoint import write_directory, write_json  # noqa: E402
 from meme_llava.dataset import load_dataset  # noqa: E402
+from meme_llava.engines import SINGLE, choose_engine  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
+from meme_llava.manifest import describe_file, write_manifest  # noqa: E402
 from meme_llava.model import load_processing, quiet_transformers  # noqa: E402
 from meme_llava.records import read_records  # noqa: E402
+from meme_llava.resume import StartPoint  # noqa: E402
 from meme_llava.run import TrainingRun  # noqa: E402
 from meme_llava.tiny_towers import make_vision_tower, train_tokenizer  # noqa: E402
 from meme_llava.trainable import plan_parameter_groups, prepare_trainable, save_trained_weights  # noqa: E402
-from meme_llava.trainer import derive_accumulation  # noqa: E402
+from meme_llava.training_arguments import derive_accumulation  # noqa: E402
 
 SCALE_RECORD = "benchmark_scale.json"
 ANNOTATIONS = ROOT / "data" / "annotations.json"
@@ -137,7 +140,8 @@ def make_adapter(folder: Path, base: Path, seed: int) -> None:
     processing = load_processing(base)
     encoder, policy = processing.encoder, processing.image_policy
     data = load_dataset(ANNOTATIONS, ANNOTATIONS.parent, encoder, policy, arguments.model_max_length, "error")
-    run = TrainingRun.plan(arguments, data, derive_accumulation(arguments, 1))
+    engine = choose_engine(SINGLE, 1, on_gpu=False)
+    run = TrainingRun.plan(arguments, data, derive_accumulation(arguments, 1), engine, StartPoint())
     config = LlavaConfig.from_pretrained(base, local_files_only=True)
     config._name_or_path = str(base)
     with torch.device("meta"):
@@ -154,6 +158,8 @@ def make_adapter(folder: Path, base: Path, seed: int) -> None:
     }
     save_trained_weights(model, folder, drawn)
     run.make_companion_writer(processing)(folder, run.steps)
+    files = {path.name: describe_file(path) for path in folder.iterdir()}
+    write_manifest(folder, files, run.make_facts(run.steps))
 
 
 def compute_sizes(scale: Scale) -> dict[str, int]:

@@ -35,7 +35,7 @@ from meme_llava.machines import GIB  # noqa: E402
 from meme_llava.model import count_image_tokens  # noqa: E402
 from meme_llava.packed_attention import SDPA  # noqa: E402
 from meme_llava.packed_model import PackedLlava, prepare_packed_llava  # noqa: E402
-from meme_llava.step_memory import Engine, StepEstimator  # noqa: E402
+from meme_llava.step_memory import StateDivision, StepEstimator  # noqa: E402
 from meme_llava.trainable import prepare_trainable  # noqa: E402
 
 CASES = {
@@ -101,7 +101,7 @@ def make_batch(config: LlavaConfig) -> dict:
 
 def make_estimator(config: LlavaConfig, arguments: TrainArguments, batch: dict) -> StepEstimator:
     policy = ImagePolicy(config.vision_config.image_size, (0.5,) * 3, (0.25,) * 3)
-    return StepEstimator(config, policy, arguments, Engine.of_run(arguments, 1, on_gpu=False), batch)
+    return StepEstimator(config, policy, arguments, StateDivision.of_run(arguments, 1, on_gpu=False), batch)
 
 
 def read_resident(field: str) -> int:

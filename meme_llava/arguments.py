@@ -19,6 +19,7 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser
 
 from meme_llava.collator import LossAverage
+from meme_llava.engines import check_engine_name
 from meme_llava.errors import UserError
 from meme_llava.findings import Severities
 from meme_llava.images import MAX_PIXELS, Resize
@@ -143,18 +144,30 @@ class TrainArguments(RecordPolicy):
         default=False,
         metadata=describe("compile the layers that repeat; needs a C++ compiler or Triton"),
     )
-    deepspeed: Path | None = field(default=None, metadata=describe("a file of configs/deepspeed; none on one device"))
+    engine: str = field(
+        default="auto",
+        metadata=describe(
+            "what divides the work: single, ddp, or a file of configs/deepspeed or configs/fsdp, such as zero2; auto: "
+            "single for one process, zero2 on several GPUs, ddp on several CPU processes"
+        ),
+    )
+    hang_timeout: int = field(
+        default=600, metadata=describe("seconds without progress in any process after which the run is ended")
+    )
     dataloader_workers: int | None = field(
         default=None,
         metadata=describe("processes a device that decode pictures and tokenise; else 2 a GPU, none on a CPU"),
     )
     logging_steps: int = field(default=1, metadata=describe("steps between two log lines"))
     save_steps: int = field(default=500, metadata=describe("steps between two checkpoints"))
-    save_total_limit: int = field(default=2, metadata=describe("checkpoints kept; older ones are deleted"))
+    save_total_limit: int = field(default=2, metadata=describe("checkpoints kept, at least 2; older ones are deleted"))
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"], metadata=describe("trackers, or none"))
     run_name: str | None = field(default=None, metadata=describe("the run's name in trackers"))
     resume_from_checkpoint: str | None = field(
-        default=None, metadata=describe("a checkpoint folder, or latest for the newest in output_dir")
+        default=None, metadata=describe("a checkpoint folder, or latest for the newest whole one in output_dir")
+    )
+    allow_changes: bool = field(
+        default=False, metadata=describe("continue a checkpoint although data, base, batch or recipe changed since")
     )
     show_batch: bool = field(default=False, metadata=describe("print the first batch as a person reads it, and stop"))
     plan: bool = field(default=False, metadata=describe("print what the run would take, in memory and time, and stop"))
@@ -177,8 +190,12 @@ class TrainArguments(RecordPolicy):
                 raise UserError(f"--{training} is lora, but --lora_{role}_modules names no module")
         for name in ("num_train_epochs", "high_lr", "low_lr", "lora_r", "lora_alpha", "model_max_length"):
             check_setting(self, name, getattr(self, name) > 0, "greater than 0")
-        for name in ("global_batch_size", "device_batch_size", "logging_steps", "save_steps", "save_total_limit"):
+        for name in ("global_batch_size", "device_batch_size", "logging_steps", "save_steps", "hang_timeout"):
             check_setting(self, name, getattr(self, name) > 0, "at least 1")
+        # With one alone, damage to it would cost the whole run.
+        check_setting(self, "save_total_limit", self.save_total_limit >= 2, "at least 2")
+        if self.allow_changes and self.resume_from_checkpoint is None:
+            raise UserError("--allow_changes belongs to --resume_from_checkpoint, which is not there; add it")
         for name in ("weight_decay", "max_grad_norm", "seed"):
             check_setting(self, name, getattr(self, name) >= 0, "0 or more")
         check_setting(self, "warmup_ratio", 0 <= self.warmup_ratio < 1, "between 0 and 1")
@@ -186,6 +203,7 @@ class TrainArguments(RecordPolicy):
         check_setting(self, "max_steps", self.max_steps is None or self.max_steps > 0, "at least 1")
         for name in ("warmup_steps", "dataloader_workers"):
             check_setting(self, name, getattr(self, name) is None or getattr(self, name) >= 0, "0 or more")
+        check_engine_name(self.engine)
         check_setting(self, "gpus", self.gpus is None or self.gpus > 0, "at least 1")
         if self.cache_vision_features and self.vision_tower_training != "frozen":
             raise UserError(

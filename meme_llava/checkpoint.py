@@ -11,12 +11,14 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from meme_llava.errors import UserError
+from meme_llava.errors import CheckpointError, DiskFullError, UserError
+from meme_llava.manifest import verify_directory
 from meme_llava.weights import fingerprint_folder
 
 RUN_RECORD = "run_record.json"
@@ -55,42 +57,56 @@ def write_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
         replaced.rename(output_dir)
     check_output_dir(output_dir, overwrite)
     temporary.mkdir(parents=True, exist_ok=True)
-    with _lock(temporary):
+    with lock_directory(temporary):
         _empty(temporary)
         _remove(replaced)
         try:
             yield temporary
             set_file_modes(temporary)
             for path in (*sorted(temporary.rglob("*")), temporary):
-                _bring_to_disk(path)
+                bring_to_disk(path)
             check_output_dir(output_dir, overwrite)  # again: it took a while
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(f"{temporary}: the disk is full. Free some, or choose another --output_dir.") from error
+                raise DiskFullError(
+                    f"{temporary}: the disk is full. Free some, or choose another --output_dir."
+                ) from error
             raise
         if output_dir.exists():
             output_dir.rename(replaced)
         temporary.rename(output_dir)
-        _bring_to_disk(output_dir.parent)
+        bring_to_disk(output_dir.parent)
         _remove(replaced)
 
 
 @contextlib.contextmanager
-def _lock(directory: Path) -> Iterator[None]:
-    """Keep other processes off a directory; the kernel lets go of the lock when this process ends, however it does."""
+def lock_directory(directory: Path, patience: float = 0) -> Iterator[None]:
+    """Keep other processes off a directory; the kernel lets go of the lock when this process ends, however it does.
+
+    Args:
+        patience: seconds to wait for a lock that another process holds.
+    """
     descriptor = os.open(directory, os.O_RDONLY)
+    end = time.monotonic() + patience
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"{directory}: is being written by another process; wait for it or stop it") from None
-    except OSError:
-        pass  # some network file systems know no locks
-    try:
+        while not _try_lock(descriptor):
+            if time.monotonic() > end:
+                raise UserError(f"{directory}: is being written by another process; wait for it or stop it")
+            time.sleep(0.2)
         yield
     finally:
         os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # some network file systems know no locks
+    return True
 
 
 def _empty(directory: Path) -> None:
@@ -110,7 +126,8 @@ def _remove(replaced: Path) -> None:
         shutil.rmtree(removed, ignore_errors=True)
 
 
-def _bring_to_disk(path: Path) -> None:
+def bring_to_disk(path: Path) -> None:
+    """Return when a file's or directory's content would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -206,7 +223,7 @@ def find_base(adapter: Path, base_model: Path | None) -> Path:
         base_model: where the base is now, if it moved since training.
 
     Raises:
-        UserError: `adapter` holds no trained weights, or the base is missing or another one.
+        UserError: `adapter` holds no trained weights, is damaged, or its base is missing or another one.
     """
     record = read_run_record(adapter)
     if not holds_trained_weights(adapter):
@@ -214,11 +231,12 @@ def find_base(adapter: Path, base_model: Path | None) -> Path:
             f"{adapter}: holds neither {ADAPTER_WEIGHTS} nor {TRAINED_WEIGHTS}; expected an output_dir or checkpoint "
             "of train.py"
         )
+    verify_directory(adapter)
     folder = base_model or Path(record["base"]["folder"])
     if not folder.is_dir():
-        raise UserError(f"{folder}: the base model of {adapter} is not there; say where it is with --base_model")
+        raise CheckpointError(f"{folder}: the base model of {adapter} is not there; say where it is with --base_model")
     if fingerprint_folder(folder) != record["base"]["fingerprint"]:
-        raise UserError(
+        raise CheckpointError(
             f"{folder}: is not the base model that {adapter} was trained on (their weights differ); give the right "
             "one with --base_model"
         )

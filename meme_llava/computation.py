@@ -12,7 +12,9 @@ from meme_llava.arguments import TrainArguments
 from meme_llava.images import ImagePolicy
 from meme_llava.machines import GIB
 from meme_llava.packed_attention import NAMES, choose_attention
-from meme_llava.step_memory import Engine, StepEstimator, StepMemory, find_usable
+from meme_llava.packed_model import check_compiler
+from meme_llava.step_memory import StateDivision, StepEstimator, StepMemory, find_usable
+from meme_llava.training_arguments import choose_bf16
 
 # Float32 numbers that a layer keeps for each position, at most, as multiples of its width and of its MLP's.
 KEPT_WIDTHS, KEPT_MLP_WIDTHS = 40, 20
@@ -66,6 +68,14 @@ class Computation:
         return line
 
 
+def check_machine(arguments: TrainArguments) -> None:
+    """Raise UserError if this machine lacks what the settings ask of it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    choose_attention(arguments.attention, device, choose_bf16(arguments))
+    if arguments.torch_compile:
+        check_compiler(device)
+
+
 def plan_computation(
     arguments: TrainArguments, image_policy: ImagePolicy, largest_batch: Mapping, training_arguments: TrainingArguments
 ) -> Computation:
@@ -81,7 +91,7 @@ def plan_computation(
     attention = choose_attention(arguments.attention, device, training_arguments.bf16)
     config = LlavaConfig.from_pretrained(arguments.model, local_files_only=True)
     on_gpu = device.type == "cuda"
-    engine = Engine.of_run(arguments, training_arguments.world_size, on_gpu)
+    engine = StateDivision.of_run(arguments, training_arguments.world_size, on_gpu)
     estimator = StepEstimator(config, image_policy, arguments, engine, largest_batch)
     memory = measure_memory(device, training_arguments.world_size)
     usable, largest = find_usable(memory), largest_batch["input_ids"].numel()

@@ -177,6 +177,8 @@ class TrainingOrder(Dataset):
         steps: optimizer steps of the whole run.
         shared_pictures: draw pictures with all their records, and keep those in one device batch, where they share
             what they have in common; else every record is drawn, and takes positions, for itself.
+        first_step: steps that a checkpoint has behind it; the order leaves their places to record 0, unused.
+        first_record: records that those steps trained on.
     """
 
     def __init__(
@@ -188,14 +190,21 @@ class TrainingOrder(Dataset):
         processes: int,
         seed: int,
         shared_pictures: bool,
+        first_step: int = 0,
+        first_record: int = 0,
     ):
         self._dataset = dataset
         self._shape = BatchShape(global_batch_size, device_batch_size, processes)
         self._sharing = dataset.sharing if shared_pictures else None
         if shared_pictures:
-            self.order = plan_shared_order(dataset.lengths, dataset.sharing, steps, self._shape, seed)
+            to_come = plan_shared_order(
+                dataset.lengths, dataset.sharing, steps - first_step, self._shape, seed, first_record
+            )
         else:
-            self.order = shuffle_records(len(dataset), steps * global_batch_size, seed)
+            end = first_record + (steps - first_step) * global_batch_size
+            to_come = shuffle_records(len(dataset), end, seed)[first_record:]
+        self._first_record_to_come = first_step * global_batch_size
+        self.order = np.concatenate([np.zeros(self._first_record_to_come, np.int64), to_come])
 
     def __len__(self) -> int:
         return len(self.order)
@@ -213,12 +222,13 @@ class TrainingOrder(Dataset):
         return self.__getitems__(list(range(number * size, (number + 1) * size)))
 
     def fetch_largest_batch(self) -> list[dict]:
-        """The items of the device batch with the most positions; it needs the most memory."""
-        return self.fetch_batch(int(self.count_batch_positions().argmax()))
+        """The items of the device batch to come with the most positions; it needs the most memory."""
+        batches_before = self._first_record_to_come // self._shape.device_batch_size
+        return self.fetch_batch(batches_before + int(self.count_batch_positions().argmax()))
 
     def count_batch_positions(self) -> np.ndarray:
-        """Positions of every device batch: int64 (steps, rounds, processes)."""
+        """Positions of every device batch to come: int64 (steps, rounds, processes)."""
         packed = PackedLengths(self._dataset.lengths, self._sharing)
-        batches = self.order.reshape(-1, self._shape.device_batch_size).tolist()
+        batches = self.order[self._first_record_to_come :].reshape(-1, self._shape.device_batch_size).tolist()
         counts = np.array([packed.count(batch) for batch in batches], np.int64)
         return counts.reshape(-1, self._shape.rounds, self._shape.processes)

@@ -112,6 +112,8 @@ def prepare_packed_llava(model: PackedLlava, image_policy: ImagePolicy, attentio
     if "sliding_attention" in (getattr(model.config.text_config, "layer_types", None) or ()):
         raise UserError(f"{source}: its language model attends in a sliding window, which packed rows do not do yet")
     model.image_policy = image_policy
+    # What FSDP gathers at a time; transformers' list names classes that only other parts of these models have.
+    model._no_split_modules = sorted({type(layer).__name__ for layer in list_repeated_layers(model)})
     model.model.language_model.config._attn_implementation = attention
 
 
@@ -126,8 +128,12 @@ def check_compiler(device: torch.device) -> None:
         raise UserError(f"--torch_compile needs {missing}; install it, or leave the flag out")
 
 
+def list_repeated_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers of both towers."""
+    return [module for name, module in model.named_modules() if re.search(r"\.layers\.\d+$", name)]
+
+
 def compile_layers(model: torch.nn.Module, backend: str = "inductor") -> None:
     """Compile the layers that repeat, each kind once, for rows of any length."""
-    for name, module in model.named_modules():
-        if re.search(r"\.layers\.\d+$", name):
-            module.compile(backend=backend, dynamic=True)
+    for layer in list_repeated_layers(model):
+        layer.compile(backend=backend, dynamic=True)

@@ -8,7 +8,7 @@ from transformers import LlavaConfig
 from meme_llava.activation_checkpointing import RecomputedLayers
 from meme_llava.machines import GIB, MACHINES, Machine
 from meme_llava.model import count_image_tokens
-from meme_llava.step_memory import Engine, StepEstimator, StepMemory, find_usable
+from meme_llava.step_memory import StateDivision, StepEstimator, StepMemory, find_usable
 
 MUCH_LARGER = 1.2  # memory of a device that is worth trying, as a multiple
 
@@ -80,14 +80,16 @@ def holds_too_much(planned: MemoryPlan) -> bool:
     return state > planned.usable
 
 
-def list_engines(engine: Engine, global_batch_size: int, device_batch_size: int) -> list[tuple[str, Engine]]:
+def list_engines(
+    engine: StateDivision, global_batch_size: int, device_batch_size: int
+) -> list[tuple[str, StateDivision]]:
     """Engines that divide more of the state, or among more devices."""
     processes = engine.processes
-    stages = range((engine.zero_stage or 0) + 1, 4) if processes > 1 else ()
-    engines = [(f"ZeRO-{stage}", engine.with_zero(stage, processes)) for stage in stages]
+    stages = [stage for stage in (2, 3) if stage > (engine.zero_stage or 0)] if processes > 1 else []
+    engines = [(f"--engine zero{stage}", engine.with_zero(stage, processes)) for stage in stages]
     for more in (2 * processes, 4 * processes):
         if global_batch_size % (more * device_batch_size) == 0:
-            engines.append((f"{more} GPUs with ZeRO-3", engine.with_zero(3, more)))
+            engines.append((f"{more} GPUs with --engine zero3", engine.with_zero(3, more)))
     return engines
 
 

@@ -22,8 +22,7 @@ from meme_llava.images import ImagePolicy
 from meme_llava.machines import CPU, GIB, Machine, find_machine, find_own_device
 from meme_llava.plan_advice import MemoryPlan, plan_memory, try_changes
 from meme_llava.run import TrainingRun
-from meme_llava.step_memory import Engine, StepEstimator
-from meme_llava.trainer import check_deepspeed_config
+from meme_llava.step_memory import StateDivision, StepEstimator
 
 # Shares of a device's peak that training is assumed to reach: a GPU's of its datasheet, a CPU's of what was measured.
 GPU_UTILISATION, CPU_UTILISATION = 0.40, 0.60
@@ -81,7 +80,7 @@ class TrainingPlan:
     arguments: TrainArguments
     outline: RunOutline
     machine: Machine
-    engine: Engine
+    engine: StateDivision
     accumulation: int
     mean: dict[str, float]
     flops: float
@@ -111,7 +110,7 @@ def plan_training(
     """
     if machine.peak_tflops is None and arguments.precision in ("auto", "bf16"):
         raise UserError(f"--machine {machine.name} has no bf16; pass --precision fp32 (fp16 overflows with Qwen2)")
-    engine = Engine.of_run(arguments, processes, on_gpu=not machine.is_cpu)
+    engine = StateDivision.of_run(arguments, processes, on_gpu=not machine.is_cpu)
     estimator = StepEstimator(config, image_policy, arguments, engine, outline.largest)
     memories = {
         setting: plan_memory(estimator, setting, machine)
@@ -151,8 +150,6 @@ def plan_run(
         UserError: the machine is not known or cannot compute in the precision of the settings.
     """
     arguments = run.arguments
-    if arguments.deepspeed is not None:
-        check_deepspeed_config(arguments.deepspeed)
     if processes > 1 and arguments.machine is None and find_own_device() == CPU:
         raise UserError(f"this plan is for {processes} GPUs, and there is none here; name one with --machine")
     batches = len(examples) // arguments.device_batch_size

@@ -5,26 +5,19 @@ Every picture is decoded here, and remembered, so train.py need not.
 python -m meme_llava.precheck <the flags of train.py>
 """
 
-import torch
-
 from meme_llava.arguments import parse_train_arguments
+from meme_llava.computation import check_machine
 from meme_llava.data_check import check_data, stop_on_bad_records
 from meme_llava.display import print_findings, show_count
 from meme_llava.errors import stop_on_user_error
-from meme_llava.packed_attention import choose_attention
-from meme_llava.packed_model import check_compiler
 from meme_llava.picture_cache import PictureCache, find_default_cache
-from meme_llava.trainer import choose_bf16
 
 
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Check settings, annotations and all pictures."""
     arguments = parse_train_arguments(argv, description=__doc__, prog="train.py")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    choose_attention(arguments.attention, device, choose_bf16(arguments))
-    if arguments.torch_compile:
-        check_compiler(device)
+    check_machine(arguments)
     checked = check_data(
         arguments.annotations,
         arguments.image_folder,

@@ -1,6 +1,5 @@
-"""Knows one training run as a whole: how long it is, what is recorded of it, and whether a checkpoint belongs to it."""
+"""Knows one training run as a whole: how long it is and what is recorded of it."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,39 +12,15 @@ from meme_llava.checkpoint import RUN_RECORD, describe_environment, read_run_rec
 from meme_llava.computation import Computation
 from meme_llava.dataset import LoadedData
 from meme_llava.display import print_table
-from meme_llava.errors import UserError
+from meme_llava.engines import Engine
 from meme_llava.hashing import hash_file
 from meme_llava.model import Processing, quiet_transformers
-from meme_llava.quarantine import QUARANTINE
-from meme_llava.trainer import TENSORBOARD_FOLDER, count_processes, count_steps
-from meme_llava.vision_features import VISION_FEATURES
+from meme_llava.processes import count_processes
+from meme_llava.resume import StartPoint
+from meme_llava.training_arguments import count_steps
 from meme_llava.weights import fingerprint_folder
 
-LATEST = "latest"
 MAX_LISTED_CUTS = 20
-LEFTOVERS = {QUARANTINE, TENSORBOARD_FOLDER, VISION_FEATURES}
-# Settings that may differ when a run continues: they change neither the data order nor an update.
-FREE_SETTINGS = {
-    "model",
-    "annotations",
-    "image_folder",
-    "output_dir",
-    "resume_from_checkpoint",
-    "show_batch",
-    "plan",
-    "machine",
-    "gpus",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "report_to",
-    "run_name",
-    "dataloader_workers",
-    "attention",
-    "gradient_checkpointing",
-    "torch_compile",
-    "cache_vision_features",
-}
 
 
 @dataclass
@@ -53,6 +28,8 @@ class TrainingRun:
     """Everything a run depends on; printed before the first step and saved beside the weights."""
 
     arguments: TrainArguments
+    engine: Engine
+    start: StartPoint
     steps: int
     warmup_steps: int
     accumulation: int
@@ -62,13 +39,17 @@ class TrainingRun:
     computation: Computation | None = None
 
     @classmethod
-    def plan(cls, arguments: TrainArguments, data: LoadedData, accumulation: int) -> "TrainingRun":
+    def plan(
+        cls, arguments: TrainArguments, data: LoadedData, accumulation: int, engine: Engine, start: StartPoint
+    ) -> "TrainingRun":
         """Derive steps and warmup, and look up what data and base are."""
         records = len(data.dataset)
-        steps, warmup_steps = count_steps(arguments, records)
+        steps, warmup_steps = count_steps(arguments, records, start.step, start.records)
         record_file = arguments.model / RUN_RECORD
         return cls(
             arguments=arguments,
+            engine=engine,
+            start=start,
             steps=steps,
             warmup_steps=warmup_steps,
             accumulation=accumulation,
@@ -100,18 +81,37 @@ class TrainingRun:
             "stage": "train",
             "step": step,
             "finished": step == self.steps,
+            "position": {"step": step, "records": self.count_records(step)},
             "settings": to_plain(self.arguments),
             "schedule": {
                 "steps": self.steps,
                 "warmup_steps": self.warmup_steps,
                 "processes": count_processes(),
                 "accumulation": self.accumulation,
+                "engine": self.engine.name,
             },
             "data": self.data,
             "parameter_groups": self.parameter_groups,
-            "computation": self.computation.to_record(),
+            "computation": None if self.computation is None else self.computation.to_record(),
             "base": self.base,
             "environment": describe_environment(),
+        }
+
+    def count_records(self, step: int) -> int:
+        """Records that an optimizer step has behind it."""
+        return self.start.records + (step - self.start.step) * self.arguments.global_batch_size
+
+    def make_facts(self, step: int) -> dict:
+        """What a checkpoint's manifest says of the run."""
+        return {
+            "step": step,
+            "records": self.count_records(step),
+            "processes": count_processes(),
+            "engine": self.engine.name,
+            "global_batch_size": self.arguments.global_batch_size,
+            "data_sha256": self.data["sha256"],
+            "base_fingerprint": self.base["fingerprint"],
+            "libraries": describe_environment()["libraries"],
         }
 
     def make_companion_writer(self, processing: Processing) -> Callable[[Path, int], None]:
@@ -123,86 +123,6 @@ class TrainingRun:
             write_json(folder / RUN_RECORD, self.to_record(step))
 
         return write_companions
-
-    def check_continues(self, checkpoint: Path) -> None:
-        """Raise UserError naming what differs, if `checkpoint` belongs to another run than this one."""
-        record = read_run_record(checkpoint)
-        settings, ours = record["settings"], to_plain(self.arguments)
-        names = (set(settings) | set(ours)) - FREE_SETTINGS
-        differences = [
-            f"{name} was {settings.get(name)!r}, is {ours.get(name)!r}"
-            for name in sorted(names)
-            if settings.get(name) != ours.get(name)
-        ]
-        if record["data"]["sha256"] != self.data["sha256"]:
-            differences.append("the annotations' contents changed")
-        if record["data"]["records"] != self.data["records"]:
-            differences.append(f"records that train were {record['data']['records']}, are {self.data['records']}")
-        if record["base"]["fingerprint"] != self.base["fingerprint"]:
-            differences.append("the base model is another one")
-        if record["schedule"]["processes"] != count_processes():
-            differences.append(f"processes were {record['schedule']['processes']}, are {count_processes()}")
-        if differences:
-            raise UserError(
-                f"{checkpoint} cannot be continued: {'; '.join(differences)}. Start again in another --output_dir, "
-                "or restore what changed."
-            )
-
-
-def is_main_process() -> bool:
-    """Whether this process prints and writes for all."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def is_finished(output_dir: Path) -> bool:
-    """Whether `output_dir` holds the final output of a run."""
-    return (output_dir / RUN_RECORD).is_file() and read_run_record(output_dir).get("finished") is True
-
-
-def describe_restart(output_dir: Path) -> str:
-    """What is left of a run that was stopped, and how it goes on."""
-    complete = [path for path in sorted(output_dir.glob("checkpoint-*"), key=_read_step) if _is_complete(path)]
-    if not complete:
-        return "No checkpoint was written yet; the run starts from the beginning next time."
-    return f"{complete[-1]} is kept; continue with --resume_from_checkpoint {LATEST} (run.sh does so by itself)."
-
-
-def choose_checkpoint(arguments: TrainArguments) -> Path | None:
-    """The checkpoint to continue from, or None for a fresh run.
-
-    Raises:
-        UserError: the one asked for is missing, or a fresh run would write into another run's directory.
-    """
-    output_dir, wanted = arguments.output_dir, arguments.resume_from_checkpoint
-    if wanted is None:
-        # What an interrupted start leaves behind before its first checkpoint is no result.
-        found = {path.name for path in output_dir.iterdir()} - LEFTOVERS if output_dir.is_dir() else set()
-        if found and not arguments.show_batch:
-            raise UserError(
-                f"{output_dir}: is not empty. Choose another --output_dir, or continue the run in it with "
-                f"--resume_from_checkpoint {LATEST}."
-            )
-        return None
-    if wanted == LATEST:
-        checkpoints = sorted(output_dir.glob("checkpoint-*"), key=_read_step, reverse=True)
-        for checkpoint in checkpoints:
-            if _is_complete(checkpoint):
-                return checkpoint
-            print(f"{checkpoint} is incomplete (the run was stopped while writing it) and is passed over")
-        raise UserError(f"--resume_from_checkpoint {LATEST}: {output_dir} holds no complete checkpoint")
-    if not _is_complete(Path(wanted)):
-        raise UserError(f"--resume_from_checkpoint {wanted}: is no complete checkpoint folder")
-    return Path(wanted)
-
-
-def _read_step(checkpoint: Path) -> int:
-    step = checkpoint.name.removeprefix("checkpoint-")
-    return int(step) if step.isdigit() else -1
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    # The Trainer writes its state last.
-    return (checkpoint / RUN_RECORD).is_file() and (checkpoint / "trainer_state.json").is_file()
 
 
 def choose_load_dtype(training_arguments: TrainingArguments) -> torch.dtype:
@@ -234,6 +154,7 @@ def print_run(run: TrainingRun) -> None:
     print_table("What learns", columns, groups)
     print(
         f"{run.steps} steps of {run.arguments.global_batch_size} records ({run.arguments.device_batch_size} a device x "
-        f"{count_processes()} process(es) x {run.accumulation} accumulated), {run.warmup_steps} of them warmup"
+        f"{count_processes()} process(es) x {run.accumulation} accumulated), {run.warmup_steps} of them warmup; engine "
+        f"{run.engine.name}"
     )
     print(run.computation.describe(), flush=True)

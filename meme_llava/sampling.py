@@ -88,14 +88,20 @@ def shuffle_families(families: np.ndarray, length: int, seed: int) -> np.ndarray
     return np.concatenate(passes)[:length]
 
 
-def plan_shared_order(positions: np.ndarray, sharing: Sharing, steps: int, shape: BatchShape, seed: int) -> np.ndarray:
+def plan_shared_order(
+    positions: np.ndarray, sharing: Sharing, steps: int, shape: BatchShape, seed: int, first_record: int = 0
+) -> np.ndarray:
     """The order of a run in which records about one picture share it: int64 (steps x global_batch_size,).
 
     Which records a step trains on depends on the seed and the global batch alone. Batch i of `device_batch_size`
     records goes to process i % processes; the batches of a round are alike, those of a step balanced over processes.
+
+    Args:
+        first_record: records of the run that lie behind these steps.
     """
     packed = PackedLengths(positions, sharing)
-    stream = shuffle_families(sharing.families, steps * shape.global_batch_size, seed)
+    end = first_record + steps * shape.global_batch_size
+    stream = shuffle_families(sharing.families, end, seed)[first_record:]
     arranged = [_arrange_step(step, packed, shape) for step in stream.reshape(steps, -1).tolist()]
     return np.array(arranged, np.int64).reshape(-1)
 

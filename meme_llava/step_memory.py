@@ -5,7 +5,6 @@ devices divide it. Layers of a tower are alike: models of two and three layers a
 """
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -20,6 +19,7 @@ from meme_llava.activation_checkpointing import (
     recompute_layers,
 )
 from meme_llava.arguments import TrainArguments
+from meme_llava.engines import DEEPSPEED, FSDP, choose_engine
 from meme_llava.images import ImagePolicy
 from meme_llava.step_trace import Arithmetic, Trace, outline_model, set_depths, trace_step
 
@@ -32,38 +32,43 @@ MARGIN, ALLOWANCE = 0.08, 2**30  # of a device's memory, and bytes
 
 
 @dataclass(frozen=True)
-class Engine:
+class StateDivision:
     """How the state of training is kept and divided.
 
     Args:
         processes: devices that train together.
         arithmetic: what each of them computes with.
-        zero_stage: DeepSpeed's ZeRO stage, None without DeepSpeed.
-        zero_options: the "zero_optimization" part of the file of --deepspeed.
+        zero_stage: how much is divided, by DeepSpeed's ZeRO stage; None where nothing is.
+        zero_options: the "zero_optimization" part of a file of configs/deepspeed.
+        is_fsdp: FSDP2 divides as ZeRO-3 does, but trains its float32 weights themselves, without masters beside them.
     """
 
     processes: int
     arithmetic: Arithmetic
     zero_stage: int | None = None
     zero_options: Mapping = field(default_factory=dict)
+    is_fsdp: bool = False
 
     @classmethod
-    def of_run(cls, arguments: TrainArguments, processes: int, on_gpu: bool) -> "Engine":
-        """The engine that the settings ask for."""
+    def of_run(cls, arguments: TrainArguments, processes: int, on_gpu: bool) -> "StateDivision":
+        """The division of the engine that the settings ask for."""
+        engine = choose_engine(arguments.engine, processes, on_gpu)
         uses_bf16 = on_gpu and arguments.precision in ("auto", "bf16")
-        if arguments.deepspeed is None:
-            return cls(processes, Arithmetic(on_gpu, uses_bf16, keeps_float32=True))
-        options = json.loads(arguments.deepspeed.read_text(encoding="utf-8")).get("zero_optimization", {})
-        arithmetic = Arithmetic(on_gpu, uses_bf16, keeps_float32=not uses_bf16)
-        return cls(processes, arithmetic, options.get("stage", 0), options)
+        if engine.kind == DEEPSPEED:
+            arithmetic = Arithmetic(on_gpu, uses_bf16, keeps_float32=not uses_bf16)
+            return cls(processes, arithmetic, engine.zero_stage, engine.zero_options)
+        stage = 3 if engine.kind == FSDP else None
+        return cls(processes, Arithmetic(on_gpu, uses_bf16, keeps_float32=True), stage, is_fsdp=engine.kind == FSDP)
 
-    def with_zero(self, stage: int, processes: int) -> "Engine":
+    def with_zero(self, stage: int, processes: int) -> "StateDivision":
         """The same under another ZeRO stage, on so many devices."""
         arithmetic = replace(self.arithmetic, keeps_float32=not self.arithmetic.uses_bf16)
-        return Engine(processes, arithmetic, stage, self.zero_options)
+        return StateDivision(processes, arithmetic, stage, self.zero_options)
 
     @property
     def name(self) -> str:
+        if self.is_fsdp:
+            return "FSDP2"
         if self.zero_stage is not None:
             return f"ZeRO-{self.zero_stage}"
         return "one process" if self.processes == 1 else "DDP"
@@ -122,13 +127,13 @@ class StepEstimator:
         config: LlavaConfig,
         image_policy: ImagePolicy,
         arguments: TrainArguments,
-        engine: Engine,
+        engine: StateDivision,
         batch: Mapping,
     ):
         self.config, self.image_policy, self.arguments = config, image_policy, arguments
         self.engine, self.batch = engine, batch
 
-    def with_engine(self, engine: Engine) -> "StepEstimator":
+    def with_engine(self, engine: StateDivision) -> "StepEstimator":
         """The same step under another engine. Shapes that have run need not run again where it computes alike."""
         other = copy.copy(self)
         other.engine = engine
@@ -205,10 +210,11 @@ class StepEstimator:
         trainable = sum(parameter.numel() for parameter in learning)
         gradients = sum(parameter.numel() * parameter.element_size() for parameter in learning)
         # Two float32 moments; DeepSpeed keeps float32 masters of its own.
-        optimizer = trainable * (8 if engine.zero_stage is None else 12) // engine.divides(1)
+        has_masters = engine.zero_stage is not None and not engine.is_fsdp
+        optimizer = trainable * (12 if has_masters else 8) // engine.divides(1)
         # While the optimizer runs: DeepSpeed's float32 gradients, or the two temporaries of Adam's largest tensor.
         updating = trainable * 4 // engine.divides(1)
-        if engine.zero_stage is None:
+        if not has_masters:
             updating = 0 if engine.arithmetic.on_gpu else 8 * max(parameter.numel() for parameter in learning)
         temporaries = max(trace.temporaries, updating - trace.activations - trace.logits)
         communication = self._count_communication(weights, gradients, max(p.nbytes for p in parameters))
@@ -227,6 +233,10 @@ class StepEstimator:
         engine, size = self.engine, 2 if self.engine.arithmetic.uses_bf16 else 4
         if engine.zero_stage is None:
             return gradients if engine.processes > 1 else 0  # DDP copies gradients into buckets
+        if engine.is_fsdp:
+            # Two layers whole, the one that runs and the next; embedding and LM head stay so.
+            layers = self.config.text_config.num_hidden_layers
+            return min(2 * weights // layers + 2 * largest, weights)
         buckets = 1 + bool(engine.zero_options.get("overlap_comm"))
         square = self.config.text_config.hidden_size**2
         communication = min(engine.read_option("reduce_bucket_size", BUCKET_SIZE, square) * size, gradients) * buckets

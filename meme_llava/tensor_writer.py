@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
-from meme_llava.errors import UserError
+from meme_llava.errors import DiskFullError, UserError
 from meme_llava.tensor_reader import DTYPE_NAMES, WEIGHTS_INDEX, view_bytes
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -78,13 +78,22 @@ def write_tensors(
 
 
 def check_free_space(folder: Path, needed: int) -> None:
-    """Raise UserError unless the disk of `folder` has room for `needed` bytes."""
+    """Raise DiskFullError unless the disk of `folder` has room for `needed` bytes."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(
+        raise DiskFullError(
             f"{folder.parent}: needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free. Free some, or "
             "choose another --output_dir."
         )
+
+
+def write_file(path: Path, planned: dict[str, PlannedTensor]) -> None:
+    """Write one safetensors file of float32 tensors, made in the given order, and bring it to the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    _write_file(path, _make_header(planned), list(planned.values()), lambda count: None)
 
 
 def _order_in_file(names: Iterable[str], planned: dict[str, PlannedTensor]) -> list[str]:

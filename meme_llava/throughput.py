@@ -10,7 +10,7 @@ import torch
 from meme_llava.costs import StepCounts, TrainingCosts, count_batch
 from meme_llava.machines import Machine, recognise_machine
 
-COUNTS, USEFUL = "counts", "useful_positions"
+COUNTS, USEFUL, RECORD_IDS = "counts", "useful_positions", "record_ids"
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,15 @@ class CountingCollator:
     collate: Callable[[list[dict]], dict]
 
     def __call__(self, examples: list[dict]) -> dict:
-        """The collator's batch with `counts`, a `StepCounts`, and `useful_positions`, those that belong to a record."""
+        """The collator's batch with `counts`, a `StepCounts`, `useful_positions`, those that belong to a record, and
+        `record_ids`."""
         batch = self.collate(examples)
-        return {**batch, COUNTS: count_batch(batch), USEFUL: len(batch["path_index"].unique())}
+        return {
+            **batch,
+            COUNTS: count_batch(batch),
+            USEFUL: len(batch["path_index"].unique()),
+            RECORD_IDS: [str(example["record_id"]) for example in examples],
+        }
 
 
 class ThroughputMeter:

@@ -23,7 +23,9 @@ from PIL import Image, ImageDraw  # noqa: E402
 import build_base_model  # noqa: E402
 import merge_lora  # noqa: E402
 import train  # noqa: E402
+from meme_llava.errors import CheckpointError  # noqa: E402
 from meme_llava.generation import load_answerer  # noqa: E402
+from meme_llava.manifest import MANIFEST, describe_file, verify_directory, write_manifest  # noqa: E402
 from meme_llava.tiny_towers import make_language_model, make_vision_tower  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,6 +200,15 @@ def answerer(served_model):
 def one_thread():
     # Sums in another order differ in the last bit; one thread keeps every run the same.
     torch.set_num_threads(1)
+
+
+def reseal(folder: Path) -> None:
+    """Write the manifest of a training output anew, as if its present files were those that training wrote."""
+    try:
+        verify_directory(folder)
+    except CheckpointError:
+        names = [path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST]
+        write_manifest(folder, {name: describe_file(folder / name) for name in names}, {})
 
 
 def read_losses(output_dir: Path) -> list[float]:

@@ -113,7 +113,8 @@ def test_a_complete_command_line_written_out():
         "plan": False,
         "machine": None,
         "gpus": None,
-        "deepspeed": None,
+        "engine": "auto",
+        "hang_timeout": 600,
         "dataloader_workers": None,
         "logging_steps": 1,
         "save_steps": 500,
@@ -121,6 +122,7 @@ def test_a_complete_command_line_written_out():
         "report_to": ["tensorboard"],
         "run_name": None,
         "resume_from_checkpoint": None,
+        "allow_changes": False,
         "show_batch": False,
     }
     assert isinstance(arguments.model, Path) and isinstance(arguments.annotations, Path)
@@ -179,8 +181,9 @@ VALUE_CHECKS = [
       ("0", "-1", "nan", "inf")],
     *[(name, value, "greater than 0") for name in ("lora_r", "model_max_length") for value in ("0", "-1")],
     *[(name, value, "at least 1") for name in
-      ("global_batch_size", "device_batch_size", "logging_steps", "save_steps", "save_total_limit", "max_steps")
+      ("global_batch_size", "device_batch_size", "logging_steps", "save_steps", "hang_timeout", "max_steps")
       for value in ("0", "-1")],
+    *[("save_total_limit", value, "at least 2") for value in ("0", "1")],
     *[(name, value, "0 or more") for name in ("weight_decay", "max_grad_norm") for value in ("-0.1", "nan")],
     ("weight_decay", "inf", "0 or more"),
     *[(name, "-1", "0 or more") for name in ("dataloader_workers", "warmup_steps", "seed")],
@@ -288,12 +291,12 @@ def test_a_recipe_takes_every_type_of_value(recipe_folder):
     write_recipe(
         recipe_folder,
         "lora_dropout: 1e-2\nweight_decay: 0.5\nmax_steps: 3\ntorch_compile: true\nreport_to: [a, b]\n"
-        "precision: fp32\ndeepspeed: configs/zero2.json\nrun_name: 表情包",
+        "precision: fp32\nengine: zero2\nrun_name: 表情包",
     )
     arguments = parse(train_type="mine")
     assert (arguments.lora_dropout, arguments.weight_decay, arguments.max_steps) == (0.01, 0.5, 3)
     assert (arguments.torch_compile, arguments.report_to) == (True, ["a", "b"])
-    assert (arguments.precision, arguments.deepspeed) == ("fp32", Path("configs/zero2.json"))
+    assert (arguments.precision, arguments.engine) == ("fp32", "zero2")
     assert arguments.run_name == "表情包"
 
 

@@ -13,9 +13,10 @@ from meme_llava.arguments import parse_train_arguments
 from meme_llava.collator import PackingCollator
 from meme_llava.computation import bound_memory, plan_computation
 from meme_llava.dataset import TrainingOrder, load_dataset
+from meme_llava.engines import choose_engine
 from meme_llava.model import load_processing
-from meme_llava.step_memory import Engine, StepEstimator
-from meme_llava.trainer import make_training_arguments
+from meme_llava.step_memory import StateDivision, StepEstimator
+from meme_llava.training_arguments import make_training_arguments
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +38,15 @@ def largest_batch(world, processing):
 
 def plan(world, processing, largest_batch, folder, **changes):
     arguments = parse_train_arguments(train_flags(world, folder, **changes), "")
-    return plan_computation(
-        arguments, processing.image_policy, largest_batch, make_training_arguments(arguments, 1, 0, 1)
-    )
+    training_arguments = make_training_arguments(arguments, choose_engine("single", 1, on_gpu=False), 1, 0, 1)
+    return plan_computation(arguments, processing.image_policy, largest_batch, training_arguments)
 
 
 @pytest.mark.parametrize("train_type", ["lora", "projector", "freeze_vision", "full"])
 def test_the_rough_bound_is_never_below_the_estimate(world, processing, largest_batch, tmp_path, train_type):
     arguments = parse_train_arguments(train_flags(world, tmp_path, train_type=train_type), "")
     config = LlavaConfig.from_pretrained(world.base)
-    engine = Engine.of_run(arguments, 1, on_gpu=False)
+    engine = StateDivision.of_run(arguments, 1, on_gpu=False)
     estimator = StepEstimator(config, processing.image_policy, arguments, engine, largest_batch)
     estimate = estimator.estimate(RecomputedLayers()).total
     assert estimate < bound_memory(arguments, config, largest_batch)
@@ -69,7 +69,7 @@ def test_auto_on_a_small_machine_computes_layers_twice(world, processing, larges
     """The machine's memory is set below what the step takes, and then far below."""
     arguments = parse_train_arguments(train_flags(world, tmp_path), "")
     config = LlavaConfig.from_pretrained(world.base)
-    engine = Engine.of_run(arguments, 1, on_gpu=False)
+    engine = StateDivision.of_run(arguments, 1, on_gpu=False)
     estimator = StepEstimator(config, processing.image_policy, arguments, engine, largest_batch)
     kept = estimator.estimate(RecomputedLayers()).total
     monkeypatch.setattr("meme_llava.step_memory.find_usable", lambda memory: memory)
@@ -114,8 +114,8 @@ def test_a_plan_is_printed_and_nothing_is_trained(world, tmp_path, monkeypatch, 
     assert "8 = 4 device(s) x 1 x 2 in turn" in printed and "a800-80gb" in printed
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit):
-        train.main([*flags, "--plan", "--deepspeed", "nowhere.json"])
-    assert "--deepspeed nowhere.json: no such file" in capsys.readouterr().err
+        train.main([*flags, "--plan", "--engine", "zero7"])
+    assert "--engine zero7: no such engine; there are auto, single, ddp, zero2" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         train.main([*flags, "--plan", "--gpus", "3"])
     assert "--global_batch_size 8 is no multiple of --device_batch_size 1 x 3" in capsys.readouterr().err

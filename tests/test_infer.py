@@ -48,10 +48,10 @@ def ask(capsys, *flags):
     return capsys.readouterr()
 
 
-def fail(capsys, *flags):
+def fail(capsys, *flags, code=2):
     with pytest.raises(SystemExit) as stop:
         ask(capsys, *flags)
-    assert stop.value.code == 2
+    assert stop.value.code == code
     return capsys.readouterr()
 
 
@@ -145,8 +145,8 @@ def test_one_unreadable_picture_does_not_cost_the_others(world, merged, tmp_path
 def test_wrong_settings_stop_with_a_sentence(world, learned, merged, tmp_path, capsys):
     image = ("--image", world.image_folder / "p0.png")
 
-    def error(*flags):
-        return fail(capsys, *flags).err
+    def error(*flags, code=2):
+        return fail(capsys, *flags, code=code).err
 
     assert "give either --image or --annotations" in error("--model", merged)
     malformed = tmp_path / "malformed.json"
@@ -159,7 +159,7 @@ def test_wrong_settings_stop_with_a_sentence(world, learned, merged, tmp_path, c
     assert "no such model folder" in error("--model", tmp_path / "gone", *image)
     assert "is a 'qwen2' model, expected 'llava'" in error("--model", world.language_model, *image)
     assert "--base_model has no use" in error("--model", merged, *image, "--base_model", world.base)
-    assert "is not the base model" in error("--model", learned, *image, "--base_model", merged)
+    assert "is not the base model" in error("--model", learned, *image, "--base_model", merged, code=4)
     assert "--device warp" in error("--model", merged, *image, "--device", "warp")
     assert "--max_new_tokens is 0" in error("--model", merged, *image, "--max_new_tokens", 0)
     assert "go together" in error("--model", merged, "--annotations", world.annotations)

@@ -4,10 +4,11 @@ import hashlib
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import LANGUAGE_DIMENSIONS, ROOT, train_flags
+from conftest import LANGUAGE_DIMENSIONS, ROOT, reseal, train_flags
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_build_base_model import BASE_FILES, Bars, build, make_clip, save_language_model
@@ -35,14 +36,22 @@ from meme_llava.weights import to_disk_name
 @pytest.fixture(scope="module")
 def merged(world, trained):
     output_dir = world.folder / "merged"
-    merge_lora.main(["--adapter", str(trained), "--output_dir", str(output_dir)])
+    merge(["--adapter", str(trained), "--output_dir", str(output_dir)])
     return output_dir
 
 
-def fail(capsys, *flags):
+def merge(flags):
+    """merge_lora.py, on an adapter whose manifest knows of what a test did to it."""
+    adapter = Path(flags[flags.index("--adapter") + 1])
+    if (adapter / "run_record.json").is_file():
+        reseal(adapter)
+    merge_lora.main(flags)
+
+
+def fail(capsys, *flags, code=2):
     with pytest.raises(SystemExit) as stop:
-        merge_lora.main([str(flag) for flag in flags])
-    assert stop.value.code == 2
+        merge([str(flag) for flag in flags])
+    assert stop.value.code == code
     return capsys.readouterr().err
 
 
@@ -95,7 +104,7 @@ def test_every_tensor_is_float16_and_equals_the_formula(world, trained, merged):
 
 
 def test_merged_model_gives_the_logits_of_base_and_adapter(world, trained, tmp_path):
-    merge_lora.main(["--adapter", str(trained), "--output_dir", str(tmp_path / "merged"), "--dtype", "float32"])
+    merge(["--adapter", str(trained), "--output_dir", str(tmp_path / "merged"), "--dtype", "float32"])
     answerer = load_answerer(tmp_path / "merged")
     inputs = answerer.build_inputs(open_image(world.image_folder / "p0.png"), "图里写了什么？")
     unmerged = apply_trained_weights(load_llava(world.base, torch.float32), trained).eval()
@@ -126,7 +135,7 @@ def test_run_record_tells_the_whole_story(merged, trained):
 
 
 def test_comparison_is_printed(world, trained, tmp_path, capsys):
-    merge_lora.main(["--adapter", str(trained), "--output_dir", str(tmp_path / "merged")])
+    merge(["--adapter", str(trained), "--output_dir", str(tmp_path / "merged")])
     printed = capsys.readouterr().out
     assert "float32: largest logit difference" in printed
     assert "float32: greedy answers" in printed
@@ -139,7 +148,7 @@ def test_merges_where_the_training_data_is_not(trained, tmp_path, capsys):
     record = json.loads((adapter / "run_record.json").read_text())
     record["data"]["annotations"] = str(tmp_path / "gone.json")
     (adapter / "run_record.json").write_text(json.dumps(record))
-    merge_lora.main(["--adapter", str(adapter), "--output_dir", str(tmp_path / "merged")])
+    merge(["--adapter", str(adapter), "--output_dir", str(tmp_path / "merged")])
     merged = json.loads((tmp_path / "merged" / "run_record.json").read_text())
     assert merged["checks"]["compared on"] == f"2 records of {ROOT / 'data' / 'annotations.json'}"
 
@@ -147,9 +156,7 @@ def test_merges_where_the_training_data_is_not(trained, tmp_path, capsys):
 @pytest.mark.parametrize("train_type", ["projector", "freeze_vision", "full"])
 def test_other_train_types_merge_and_answer(world, tmp_path, train_type):
     train.main(train_flags(world, tmp_path / "trained", train_type=train_type, max_steps=2))
-    merge_lora.main(
-        ["--adapter", str(tmp_path / "trained"), "--output_dir", str(tmp_path / "merged"), "--dtype", "float32"]
-    )
+    merge(["--adapter", str(tmp_path / "trained"), "--output_dir", str(tmp_path / "merged"), "--dtype", "float32"])
     trained = load_file(tmp_path / "trained" / "trained_weights.safetensors")
     stored = load_file(tmp_path / "merged" / "model.safetensors")
     base = load_file(world.base / "model.safetensors")
@@ -158,7 +165,7 @@ def test_other_train_types_merge_and_answer(world, tmp_path, train_type):
 
 
 def test_a_checkpoint_merges_like_the_final_output(trained, merged, tmp_path):
-    merge_lora.main(["--adapter", str(trained / "checkpoint-2"), "--output_dir", str(tmp_path / "merged")])
+    merge(["--adapter", str(trained / "checkpoint-2"), "--output_dir", str(tmp_path / "merged")])
     ours, final = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", merged))
     assert all(torch.equal(ours[name], final[name]) for name in final)
 
@@ -169,8 +176,8 @@ def test_moved_base_is_found_with_base_model(world, trained, merged, tmp_path, c
     record["base"]["folder"] = str(tmp_path / "gone")
     (adapter / "run_record.json").write_text(json.dumps(record))
     out = tmp_path / "merged"
-    assert "say where it is with --base_model" in fail(capsys, "--adapter", adapter, "--output_dir", out)
-    merge_lora.main(["--adapter", str(adapter), "--output_dir", str(out), "--base_model", str(world.base)])
+    assert "say where it is with --base_model" in fail(capsys, "--adapter", adapter, "--output_dir", out, code=4)
+    merge(["--adapter", str(adapter), "--output_dir", str(out), "--base_model", str(world.base)])
     assert (out / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
 
 
@@ -182,7 +189,7 @@ def test_another_base_of_equal_shapes_is_refused(world, trained, tmp_path, capsy
             *("--output_dir", str(other), "--seed", "1"),
         ]
     )
-    error = fail(capsys, "--adapter", trained, "--output_dir", tmp_path / "out", "--base_model", other)
+    error = fail(capsys, "--adapter", trained, "--output_dir", tmp_path / "out", "--base_model", other, code=4)
     assert f"{other}: is not the base model that {trained} was trained on" in error
     assert not (tmp_path / "out").exists()
 
@@ -338,7 +345,7 @@ def test_comparison_layer_by_layer(request, tmp_path, monkeypatch, no_memory, ca
     adapter, bars = request.getfixturevalue(adapter), Bars()
     monkeypatch.setattr(merge_lora, "show_bytes", bars)
     capsys.readouterr()
-    merge_lora.main(["--adapter", str(adapter), "--output_dir", str(tmp_path / "out")])
+    merge(["--adapter", str(adapter), "--output_dir", str(tmp_path / "out")])
     assert "the models ran layer by layer from the disk" in " ".join(capsys.readouterr().out.split())
     checks = read_checks(tmp_path / "out")
     assert checks["the models ran"] == "layer by layer from the disk"
@@ -352,7 +359,7 @@ def test_comparison_layer_by_layer(request, tmp_path, monkeypatch, no_memory, ca
 
 def test_a_tied_head_stays_tied(world, trained_tied, tmp_path):
     """In memory; embedding and head are no targets of LoRA, so both are the base's."""
-    merge_lora.main(["--adapter", str(trained_tied), "--output_dir", str(tmp_path / "out"), "--dtype", "float32"])
+    merge(["--adapter", str(trained_tied), "--output_dir", str(tmp_path / "out"), "--dtype", "float32"])
     assert read_checks(tmp_path / "out")["the models ran"] == "in memory"
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
@@ -370,9 +377,9 @@ def test_both_ways_of_comparing_run_the_same_model(trained, tmp_path, monkeypatc
 
     monkeypatch.setattr(merge_verification, "_reply", remember)
     monkeypatch.setattr(merge_verification, "VERIFIED_NEW_TOKENS", 4)
-    merge_lora.main(["--adapter", str(trained), "--output_dir", str(tmp_path / "in memory")])
+    merge(["--adapter", str(trained), "--output_dir", str(tmp_path / "in memory")])
     monkeypatch.setattr(offloading, "measure_available_memory", lambda: 0)
-    merge_lora.main(["--adapter", str(trained), "--output_dir", str(tmp_path / "layer by layer")])
+    merge(["--adapter", str(trained), "--output_dir", str(tmp_path / "layer by layer")])
     assert len(replies) == 4
     for loaded, offloaded in zip(replies[:2], replies[2:], strict=True):
         assert torch.equal(loaded.tokens, offloaded.tokens)
@@ -405,7 +412,7 @@ def test_no_verify_writes_the_same_files_without_checks(trained, merged, tmp_pat
     monkeypatch.setattr(merge_lora, "verify_merged", None)
     monkeypatch.setattr(merge_lora, "verify_exported", None)
     out = tmp_path / "out"
-    merge_lora.main(["--adapter", str(trained), "--output_dir", str(out), "--no_verify"])
+    merge(["--adapter", str(trained), "--output_dir", str(out), "--no_verify"])
     printed = capsys.readouterr().out
     assert "Compared with" not in printed and f"standalone model: {out}" in printed
     assert read_checks(out) == {} and read_checks(merged) != {}
@@ -463,7 +470,7 @@ def test_adapters_of_pefts_own_kinds_merge_as_peft_merges_them(world, trained, t
     with TrainedWeights.read(tmp_path / "adapter") as weights:
         assert sorted({pair.scale for pair in weights.lora.values()}) == pytest.approx(scales)
     flags = ["--adapter", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "merged"), "--dtype", "float32"]
-    merge_lora.main(flags)
+    merge(flags)
     found, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", world.base))
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -510,7 +517,7 @@ def test_a_tensor_that_is_written_twice_is_an_error(trained, tmp_path, monkeypat
 
     monkeypatch.setattr(merging, "plan_merged", plan_twice)
     with pytest.raises(RuntimeError, match="2 base tensors were not used exactly once, e.g. .*layers.0.mlp.up_proj"):
-        merge_lora.main(["--adapter", str(trained), "--output_dir", str(tmp_path / "out"), "--no_verify"])
+        merge(["--adapter", str(trained), "--output_dir", str(tmp_path / "out"), "--no_verify"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -526,7 +533,7 @@ def test_a_trained_tensor_that_is_not_merged_is_an_error(trained, tmp_path, monk
 
     monkeypatch.setattr(merging.TrainedWeights, "read", classmethod(lose))
     with pytest.raises(RuntimeError, match="3 trained tensors were not used exactly once"):
-        merge_lora.main(["--adapter", str(trained), "--output_dir", str(tmp_path / "out"), "--no_verify"])
+        merge(["--adapter", str(trained), "--output_dir", str(tmp_path / "out"), "--no_verify"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -537,9 +544,9 @@ def test_pieces_of_rows_give_the_same_as_one_piece(trained, tmp_path, monkeypatc
     A matrix of 48 x 32 comes as four pieces of 12 rows, as 16 of 3, or row by row with empty pieces between.
     """
     flags = ["--adapter", str(trained), "--dtype", "float32", "--no_verify", "--output_dir"]
-    merge_lora.main([*flags, str(tmp_path / "whole")])
+    merge([*flags, str(tmp_path / "whole")])
     monkeypatch.setattr(merging, "PIECE_ELEMENTS", piece_elements)
-    merge_lora.main([*flags, str(tmp_path / "pieces")])
+    merge([*flags, str(tmp_path / "pieces")])
     whole, pieces = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "pieces"))
     for name, tensor in whole.items():
         torch.testing.assert_close(pieces[name], tensor, rtol=0, atol=tolerance, msg=name)
@@ -569,7 +576,7 @@ def test_the_largest_float16_is_no_overflow(trained, tmp_path):
         tensors["base_model.model.model.multi_modal_projector.linear_2.bias"][:2] = torch.tensor([65519.99, -65519.99])
 
     adapter = change_adapter(trained, tmp_path, set_values)
-    merge_lora.main(["--adapter", str(adapter), "--output_dir", str(tmp_path / "out"), "--no_verify"])
+    merge(["--adapter", str(adapter), "--output_dir", str(tmp_path / "out"), "--no_verify"])
     stored = load_file(tmp_path / "out" / "model.safetensors")["multi_modal_projector.linear_2.bias"]
     assert stored[:2].tolist() == [65504.0, -65504.0]
 
@@ -597,7 +604,7 @@ def test_the_summary_is_true(world, trained, merged, tmp_path):
     }
     assert summary["largest_relative_lora_change"] > 0
     flags = ["--adapter", str(trained), "--output_dir", str(tmp_path / "out"), "--max_shard_size", "20KB"]
-    merge_lora.main([*flags, "--no_verify"])
+    merge([*flags, "--no_verify"])
     sharded = json.loads((tmp_path / "out" / "run_record.json").read_text())["summary"]
     index = "model.safetensors.index.json"
     assert sharded.pop(f"sha256 of {index}") == hash_file(tmp_path / "out" / index)
@@ -611,7 +618,7 @@ def hash_file(path):
 @pytest.fixture(scope="module")
 def exported(world, trained):
     output_dir = world.folder / "exported"
-    merge_lora.main(["--adapter", str(trained), "--output_dir", str(output_dir), "--export", "clip"])
+    merge(["--adapter", str(trained), "--output_dir", str(output_dir), "--export", "clip"])
     return output_dir
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import IMAGE_SIZE, ROOT, train_flags
+from conftest import IMAGE_SIZE, train_flags
 from test_costs import TOKENS_PER_IMAGE, load_prepared, make_batch, make_example
 from transformers import LlavaConfig
 
@@ -18,7 +18,7 @@ from meme_llava.machines import GIB, Machine, find_machine
 from meme_llava.model import load_processing
 from meme_llava.plan_advice import shrink_batch
 from meme_llava.planning import RunOutline, format_seconds, plan_training, print_plan
-from meme_llava.step_memory import Engine, StepEstimator, find_usable
+from meme_llava.step_memory import StateDivision, StepEstimator, find_usable
 from meme_llava.step_trace import Arithmetic, outline_model, set_depths, trace_step
 
 FLOAT32_ON_CPU = Arithmetic(on_gpu=False, uses_bf16=False, keeps_float32=True)
@@ -35,7 +35,7 @@ def make_estimator(world, engine=None, config=None, **changes) -> StepEstimator:
         config,
         load_processing(world.base).image_policy,
         make_arguments(world, **changes),
-        engine or Engine(1, FLOAT32_ON_CPU),
+        engine or StateDivision(1, FLOAT32_ON_CPU),
         make_batch(config.image_token_id),
     )
 
@@ -73,7 +73,7 @@ def test_activations_are_what_the_real_model_keeps(world, train_type, dropout):
 def test_deeper_models_are_extrapolated(world, arithmetic):
     config = set_depths(LlavaConfig.from_pretrained(world.base), language=4, vision=3)
     few = {"lora_vision_modules": ["fc1"], "lora_language_modules": ["q_proj"]}
-    estimator = make_estimator(world, Engine(1, arithmetic), config, **few)
+    estimator = make_estimator(world, StateDivision(1, arithmetic), config, **few)
     model = outline_model(config, estimator.image_policy, estimator.arguments, arithmetic)
 
     for recomputed in (RecomputedLayers(), RecomputedLayers(1, 0), RecomputedLayers(4, 1), RecomputedLayers(4, 3)):
@@ -87,7 +87,7 @@ def test_deeper_models_are_extrapolated(world, arithmetic):
 def test_bf16_on_a_gpu_keeps_less_than_float32(world):
     kept = []
     for arithmetic in (FLOAT32_ON_CPU, BF16_ON_GPU):
-        estimator = make_estimator(world, Engine(1, arithmetic), train_type="projector")
+        estimator = make_estimator(world, StateDivision(1, arithmetic), train_type="projector")
         kept.append(estimator.estimate(RecomputedLayers()).activations)
 
     assert kept[1] < 0.75 * kept[0]
@@ -96,7 +96,7 @@ def test_bf16_on_a_gpu_keeps_less_than_float32(world):
 @pytest.fixture(scope="module")
 def projector_estimator(world):
     """Runs the fewest operations: the vision tower keeps nothing."""
-    return make_estimator(world, Engine(1, BF16_ON_GPU), train_type="projector")
+    return make_estimator(world, StateDivision(1, BF16_ON_GPU), train_type="projector")
 
 
 def test_state_is_divided_as_the_engine_says(world, projector_estimator):
@@ -106,10 +106,10 @@ def test_state_is_divided_as_the_engine_says(world, projector_estimator):
     zero = {"reduce_bucket_size": 1000, "overlap_comm": True}
     all_bf16 = dataclasses.replace(BF16_ON_GPU, keeps_float32=False)
     expected = [  # weights, gradients, optimizer, communication
-        (Engine(1, BF16_ON_GPU), (2 * frozen + 4 * learns, 4 * learns, 8 * learns, 0)),
-        (Engine(2, BF16_ON_GPU), (2 * frozen + 4 * learns, 4 * learns, 8 * learns, 4 * learns)),
-        (Engine(2, all_bf16, 1, zero), (2 * (frozen + learns), 2 * learns, 6 * learns, 4000)),
-        (Engine(2, all_bf16, 2, zero), (2 * (frozen + learns), learns, 6 * learns, 4000)),
+        (StateDivision(1, BF16_ON_GPU), (2 * frozen + 4 * learns, 4 * learns, 8 * learns, 0)),
+        (StateDivision(2, BF16_ON_GPU), (2 * frozen + 4 * learns, 4 * learns, 8 * learns, 4 * learns)),
+        (StateDivision(2, all_bf16, 1, zero), (2 * (frozen + learns), 2 * learns, 6 * learns, 4000)),
+        (StateDivision(2, all_bf16, 2, zero), (2 * (frozen + learns), learns, 6 * learns, 4000)),
     ]
     for engine, parts in expected:
         projector_estimator = projector_estimator.with_engine(engine)
@@ -120,12 +120,15 @@ def test_state_is_divided_as_the_engine_says(world, projector_estimator):
 
 
 def test_the_engine_is_read_from_the_deepspeed_file(world):
-    arguments = make_arguments(world, deepspeed=ROOT / "configs/deepspeed/zero2.json")
+    arguments = make_arguments(world, engine="zero2")
 
-    engine = Engine.of_run(arguments, 8, on_gpu=True)
+    engine = StateDivision.of_run(arguments, 8, on_gpu=True)
 
     assert (engine.name, engine.processes, engine.arithmetic.keeps_float32) == ("ZeRO-2", 8, False)
-    assert Engine.of_run(make_arguments(world), 8, on_gpu=True).name == "DDP"
+    assert StateDivision.of_run(make_arguments(world), 8, on_gpu=True).name == "ZeRO-2"
+    assert StateDivision.of_run(make_arguments(world, engine="ddp"), 8, on_gpu=True).name == "DDP"
+    fsdp = StateDivision.of_run(make_arguments(world, engine="fsdp2"), 8, on_gpu=True)
+    assert (fsdp.name, fsdp.divides(3), fsdp.arithmetic.keeps_float32) == ("FSDP2", 8, True)
 
 
 def test_a_smaller_batch_is_that_of_the_first_records():
@@ -206,7 +209,7 @@ def test_a_printed_plan_says_what_a_run_takes(a800_plan, capsys):
         "112, 7 per caption",  # four batches of 28
         "3,200, 28.6 times as many",  # 16 captions of 200
         "44 per step, 39%",
-        "2 x a800-80gb, DDP, in MiB",
+        "2 x a800-80gb, ZeRO-2, in MiB",
         "auto (this run)",
         "not estimated: too little work for the speed of",
     ):
@@ -237,9 +240,9 @@ def test_when_the_state_alone_is_too_much_more_devices_are_tried(world):
     plan = make_plan(world, make_machine(1000), processes=2, global_batch_size=16, gradient_checkpointing="none")
 
     changes = [change for change, _ in plan.advice]
-    assert changes[:4] == [
-        *(f"ZeRO-{stage}, --gradient_checkpointing full" for stage in (1, 2, 3)),
-        "4 GPUs with ZeRO-3, --gradient_checkpointing full",
+    assert changes[:2] == [
+        "--engine zero3, --gradient_checkpointing full",  # ZeRO-2 is what two GPUs have by themselves
+        "4 GPUs with --engine zero3, --gradient_checkpointing full",
     ]
     assert changes[-1].startswith("a device with the memory of ") and plan.advice[-1][1].fits
 

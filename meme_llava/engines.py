@@ -1,0 +1,145 @@
+"""Knows the engines that can train: one process, copies on several devices, or state divided among them.
+
+An engine is one word: `single`, `ddp`, or the name of a file in configs/deepspeed or configs/fsdp.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from meme_llava.errors import ProcessError, UserError
+
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+AUTO, SINGLE, DDP = "auto", "single", "ddp"
+DEEPSPEED, FSDP = "deepspeed", "fsdp"
+DEFAULT_DIVIDED = "zero2"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What holds weights, gradients and optimizer state of a run, and on how many devices.
+
+    Args:
+        kind: whose code it is.
+        config: the content of its file; empty where there is none.
+    """
+
+    name: str
+    kind: Literal["single", "ddp", "deepspeed", "fsdp"]
+    path: Path | None = None
+    config: Mapping = field(default_factory=dict)
+
+    @property
+    def zero_options(self) -> Mapping:
+        """The "zero_optimization" part of a DeepSpeed file."""
+        return self.config.get("zero_optimization", {})
+
+    @property
+    def zero_stage(self) -> int | None:
+        """DeepSpeed's ZeRO stage; None without DeepSpeed."""
+        return self.zero_options.get("stage", 0) if self.kind == DEEPSPEED else None
+
+    @property
+    def needs_process_group(self) -> bool:
+        """Whether it communicates even where it has one process."""
+        return self.kind in (DEEPSPEED, FSDP)
+
+
+def list_engines() -> dict[str, Path | None]:
+    """Every engine's name with its file, None where it has none."""
+    files = [*sorted((CONFIG_FOLDER / DEEPSPEED).glob("*.json")), *sorted((CONFIG_FOLDER / FSDP).glob("*.json"))]
+    return {SINGLE: None, DDP: None, **{path.stem: path for path in files}}
+
+
+def check_engine_name(name: str) -> None:
+    """Raise UserError unless there is an engine of that name."""
+    known = (AUTO, *list_engines())
+    if name not in known:
+        raise UserError(f"--engine {name}: no such engine; there are {', '.join(known)}")
+
+
+def choose_engine(name: str, processes: int, on_gpu: bool) -> Engine:
+    """The engine of that name; `auto` is one process where there is one, ZeRO-2 on several GPUs, else DDP.
+
+    Raises:
+        UserError: there is none of that name, it does not go with so many processes, or its file is wrong.
+    """
+    if name == AUTO:
+        name = SINGLE if processes == 1 else DEFAULT_DIVIDED if on_gpu else DDP
+    check_engine_name(name)
+    if name == SINGLE and processes > 1:
+        raise UserError(f"--engine {SINGLE} is for one process, the launcher started {processes}; choose another")
+    path = list_engines()[name]
+    if path is None:
+        # Copies on one device are one copy.
+        return Engine(SINGLE, SINGLE) if processes == 1 else Engine(name, name)
+    kind = path.parent.name
+    if kind == FSDP and processes == 1:
+        raise UserError(f"--engine {name} divides state among several processes, and there is one; choose {SINGLE}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    for key in ("optimizer", "scheduler"):
+        if key in config:
+            raise UserError(f"{path}: remove its key {key!r}, which would replace the two learning rates")
+    if kind == FSDP and config.get("version") != 2:
+        raise UserError(f'{path}: expected "version": 2; FSDP1 flattens what learns together with what does not')
+    return Engine(name, kind, path, config)
+
+
+def prepare_environment(engine: Engine, on_gpu: bool) -> None:
+    """Settle what an engine's library would find out for itself, or compile, when it starts."""
+    if on_gpu:
+        return
+    # DeepSpeed, which other libraries import where it is installed, would find the same, with a warning.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if engine.kind == DEEPSPEED:
+        import deepspeed.ops
+
+        # A helper for inference that it would compile when communication starts; it takes minutes and a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextlib.contextmanager
+def load_whole(training_arguments: TrainingArguments) -> Iterator[None]:
+    """Let a model be loaded whole, as ours are, and divided by ZeRO-3 later; transformers would divide it at once."""
+    config = getattr(training_arguments, "hf_deepspeed_config", None)
+    if config is not None:
+        unset_hf_deepspeed_config()
+    yield
+    if config is not None:
+        set_hf_deepspeed_config(config)
+
+
+def allow_fsdp_on_cpu() -> None:
+    """Let accelerate divide a model among CPU processes. It knows FSDP on GPUs only and would train copies instead."""
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def check_engine_runs(engine: Engine, wrapped_model: object) -> None:
+    """Raise ProcessError unless the engine that was asked for holds the model; libraries fall back without a word."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.nn.parallel import DistributedDataParallel
+
+    found = type(wrapped_model).__name__
+    right = {
+        SINGLE: not isinstance(wrapped_model, (DistributedDataParallel, FSDPModule)) and found != "DeepSpeedEngine",
+        DDP: isinstance(wrapped_model, DistributedDataParallel),
+        DEEPSPEED: found == "DeepSpeedEngine",
+        FSDP: isinstance(wrapped_model, FSDPModule),
+    }
+    if not right[engine.kind]:
+        raise ProcessError(
+            f"the engine {engine.name} was asked for, but {found} holds the model; start with run.sh, which starts the "
+            "processes as it needs them"
+        )

@@ -1,0 +1,201 @@
+"""Knows how the processes of a run act together: how they meet, agree, and hear of a signal.
+
+Knows nothing about what they compute.
+"""
+
+import atexit
+import contextlib
+import faulthandler
+import hashlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import distributed
+
+from meme_llava.errors import ProcessError, Stopped, UserError
+
+# torch's own limit for waiting is the second line of defence, behind the launcher's.
+COLLECTIVE_MARGIN_SECONDS = 60
+Value = TypeVar("Value")
+
+
+def count_processes() -> int:
+    """Processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def find_rank() -> int:
+    """The number of this process in the run."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main_process() -> bool:
+    """Whether this process prints and writes for all."""
+    return find_rank() == 0
+
+
+def start_process_group(hang_timeout: float, needs_group: bool) -> None:
+    """Meet the other processes of the run.
+
+    Args:
+        hang_timeout: seconds without progress after which the launcher ends the run.
+        needs_group: an engine that asks for a process group even where there is one process.
+
+    Raises:
+        ProcessError: a process has no GPU of its own.
+    """
+    if distributed.is_initialized() or (count_processes() == 1 and not needs_group):
+        return
+    on_gpu = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if on_gpu:
+        if local_rank >= torch.cuda.device_count():
+            raise ProcessError(
+                f"the launcher started process {local_rank} on a machine with {torch.cuda.device_count()} GPUs "
+                f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); lower GPUS"
+            )
+        torch.cuda.set_device(local_rank)
+    # What the processes tell each other about the run is no business of the GPU's.
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    timeout = timedelta(seconds=hang_timeout + COLLECTIVE_MARGIN_SECONDS)
+    if "RANK" in os.environ:
+        distributed.init_process_group(backend, timeout=timeout)
+        return
+    distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1, timeout=timeout)
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+
+
+def leave_process_group() -> None:
+    """Wait for all processes and part. Leaving without it can abort one at exit, and the launcher then ends the
+    others."""
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def wait_for_all() -> None:
+    """Return when every process is here."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def gather(value: Value) -> list[Value]:
+    """The values of all processes, by rank, in each of them."""
+    if not distributed.is_initialized():
+        return [value]
+    found: list = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, value)
+    return found
+
+
+def share(make_value: Callable[[], Value]) -> Value:
+    """What the main process makes, in every process. An exception that it raises is raised in all of them."""
+    outcome: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            outcome[0] = make_value()
+        except Exception as error:
+            if isinstance(error, UserError):
+                error.is_common = True
+            outcome[1] = error
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(outcome, src=0)
+    value, error = outcome
+    if error is not None:
+        raise error
+    return value
+
+
+def any_process(value: bool) -> bool:
+    """Whether it is true in any process."""
+    if not distributed.is_initialized():
+        return value
+    flag = torch.tensor([int(value)], dtype=torch.int32)
+    distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def check_processes_agree(records: Sequence[str]) -> None:
+    """Raise ProcessError unless all processes train on the same records, given by their places.
+
+    A picture that changes or is checked while the processes start can be bad for one and good for another.
+    """
+    digest = hashlib.sha256("\n".join(records).encode()).hexdigest()
+    found = gather((len(records), digest))
+    if len(set(found)) > 1:
+        counts = ", ".join(str(count) for count, _ in found)
+        raise ProcessError(
+            f"the processes found different records to train on ({counts} of them); pictures changed while they "
+            "started, or this machine's cache of checked pictures differs from another's. Run data/check.py, then "
+            "start again."
+        )
+
+
+class StopRequest:
+    """Whether a signal asked this process to stop: `name`. Unless it `defers`, a signal stops the run at once."""
+
+    def __init__(self):
+        self.name: str | None = None
+        self.defers = False
+
+    def __call__(self, number: int, frame) -> None:
+        if self.name is not None:
+            # The second one is meant.
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+        if not self.defers:
+            raise Stopped(f"by {self.name} before the first step; there was nothing to save")
+
+
+@contextlib.contextmanager
+def hear_signals() -> Iterator[StopRequest]:
+    """Turn SIGTERM and SIGINT into a request; SIGUSR1 prints what every thread is doing."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    with contextlib.suppress(AttributeError, ValueError):  # standard error may be no file
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_stop_signals() -> None:
+    """Leave SIGTERM and SIGINT to the process that started this one."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def run_and_leave(main: Callable[[], None]) -> NoReturn:
+    """Run a script's `main` and end this process with its exit code.
+
+    Where several processes trained, torch's communication threads can abort one whose interpreter is taken down, after
+    all its work was done; so what Python has to see to at exit is seen to, and the rest left out.
+    """
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if count_processes() == 1:
+        sys.exit(code)
+    with contextlib.suppress(Exception):
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

@@ -1,0 +1,38 @@
+"""Knows the marks by which a process shows its launcher how far it is, so that one that is stuck is noticed."""
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+
+PROGRESS_DESCRIPTOR = "MEME_LLAVA_PROGRESS_DESCRIPTOR"
+
+
+class ProgressMarks:
+    """Tells the launcher, if there is one, how far this process is, so that it can notice one that is stuck.
+
+    Args:
+        hang_timeout: seconds without a mark in any process after which the launcher ends the run.
+    """
+
+    def __init__(self, hang_timeout: float):
+        descriptor = os.environ.get(PROGRESS_DESCRIPTOR)
+        self._descriptor = int(descriptor) if descriptor is not None else None
+        self._hang_timeout = hang_timeout
+        self._count = 0
+        if self._descriptor is not None:
+            os.set_blocking(self._descriptor, False)
+
+    def mark(self, activity: str) -> None:
+        """Say that something was reached, and what comes now."""
+        if self._descriptor is None:
+            return
+        self._count += 1
+        line = json.dumps([self._count, self._hang_timeout, activity], ensure_ascii=True) + "\n"
+        with contextlib.suppress(OSError):  # a launcher that is gone or does not read is no reason to wait
+            os.write(self._descriptor, line.encode())
+
+
+def parse_progress(line: bytes) -> Sequence:
+    """Count, hang timeout and activity of a mark."""
+    return json.loads(line)
