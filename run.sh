@@ -4,6 +4,7 @@
 #   bash run.sh                      every stage: build, train, merge, infer
 #   bash run.sh train merge          only these; a finished stage is not done again
 #   bash run.sh train --save_steps 100    flags behind the stages go to train.py
+#   bash run.sh                      again, after an interruption: training goes on from its newest whole checkpoint
 #   bash run.sh train --plan --machine a800-80gb    what the run would take, in memory and time; needs no GPU
 #   DRY_RUN=1 bash run.sh            print the commands, run nothing
 #
@@ -35,12 +36,13 @@ GLOBAL_BATCH=${GLOBAL_BATCH:-8}           # records per optimizer step, over all
 DEVICE_BATCH=${DEVICE_BATCH:-8}           # records a GPU computes at once, at most; accumulation follows. real run: 8
 
 # --- machine ---
-GPUS=${GPUS:-auto}                        # auto = all there are | 8 = so many | 0,3 or 2, = these | cpu. real run: 8
-ZERO_STAGE=${ZERO_STAGE:-2}               # configs/deepspeed/zero<N>.json on GPUs; none = plain DDP. real run: 2
-NNODES=${NNODES:-1}                       # machines; run this script on each, NODE_RANK counting from 0
+GPUS=${GPUS:-auto}                        # auto = all there are | 8 = so many | 0,3 or 2, = these | cpu | cpu:2 = two CPU processes. real run: 8
+ENGINE=${ENGINE:-auto}                    # auto | single | ddp | zero2 | zero3 | zero2_offload | zero3_offload | fsdp2. real run: zero2, which auto is on several GPUs
+NNODES=${NNODES:-1}                       # machines; run this script on each, NODE_RANK counting from 0; OUTPUT_DIR must be shared
 NODE_RANK=${NODE_RANK:-0}
-MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}     # address of machine 0
-MASTER_PORT=${MASTER_PORT:-29500}         # a free port there, used with several processes
+MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}     # address of machine 0 by which the others reach it
+MASTER_PORT=${MASTER_PORT:-}              # a free port there; empty = any on one machine, 29500 with several
+HOSTFILE=${HOSTFILE:-}                    # instead of NNODES to MASTER_ADDR: a file with a machine a line, this one first; needs ssh to the others
 VENV=${VENV:-.venv}                       # Python environment, made on first use; active = the one already active
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -54,7 +56,7 @@ if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
 fi
 
 stages=()
-train_flags=()
+train_flags=()  # what train.py gets besides the variables
 while (($#)); do
     case $1 in
         build | train | merge | infer) stages+=("$1") ;;
@@ -73,8 +75,8 @@ done
 # These look at the run and train nothing, so no GPU is needed and a finished run is no obstacle.
 looks_only=0
 [[ ! " ${train_flags[*]} " =~ " --"(plan|show[_-]batch|help)" " ]] || looks_only=1
-zero_config=configs/deepspeed/zero$ZERO_STAGE.json
-[[ $ZERO_STAGE == none || -f $zero_config ]] || fail "ZERO_STAGE is '$ZERO_STAGE', but there is no $zero_config"
+[[ $ENGINE == auto || $ENGINE == single || $ENGINE == ddp || -f configs/deepspeed/$ENGINE.json || -f configs/fsdp/$ENGINE.json ]] ||
+    fail "ENGINE is '$ENGINE', expected auto, single, ddp or a file of configs/deepspeed or configs/fsdp: $(basename -s .json configs/{deepspeed,fsdp}/*.json | paste -sd ' ')"
 [[ ! -e $OUTPUT_DIR || -d $OUTPUT_DIR ]] || fail "OUTPUT_DIR=$OUTPUT_DIR is a file, expected a folder"
 
 source meme_llava/environment.sh
@@ -89,11 +91,24 @@ tiny_dir=$(dirname "$base_dir")/tiny
 train_dir=$OUTPUT_DIR/train
 merged_dir=$OUTPUT_DIR/merged
 
-# How many processes a machine runs: one a GPU, or a single one on the CPU.
+# The machines of a hostfile: this one is the first, the others are reached by ssh.
+hosts=()
+if [[ -n $HOSTFILE ]]; then
+    [[ -f $HOSTFILE ]] || fail "HOSTFILE=$HOSTFILE: no such file"
+    mapfile -t hosts < <(sed -E 's/#.*//; s/^[[:space:]]+//' "$HOSTFILE" | awk 'NF {print $1}')
+    ((${#hosts[@]})) || fail "HOSTFILE=$HOSTFILE names no machine"
+    [[ $NNODES == 1 || $NNODES == "${#hosts[@]}" ]] || fail "NNODES=$NNODES, but HOSTFILE=$HOSTFILE names ${#hosts[@]} machines; leave NNODES out"
+    NNODES=${#hosts[@]}
+    [[ $MASTER_ADDR != 127.0.0.1 ]] || MASTER_ADDR=${hosts[0]}
+fi
+
+# How many processes a machine runs: one a GPU, or on the CPU one unless told otherwise.
+on_gpu=1
 case $GPUS in
     auto) processes=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true) ;;
     cpu) processes=0 ;;
-    *[!0-9,]* | ,* | *,,* | 0[0-9]* | '') fail "GPUS is '$GPUS', expected auto, a count, a list such as 0,3 or cpu" ;;
+    cpu:[1-9]) on_gpu=0 processes=${GPUS#cpu:} ;;
+    *[!0-9,]* | ,* | *,,* | 0[0-9]* | '') fail "GPUS is '$GPUS', expected auto, a count, a list such as 0,3, cpu or cpu:2" ;;
     *,*) export CUDA_VISIBLE_DEVICES=${GPUS%,}
         processes=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l) ;;
     *) processes=$GPUS ;;
@@ -101,7 +116,7 @@ esac
 for name in GLOBAL_BATCH DEVICE_BATCH NNODES; do
     [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name is '${!name}', expected a whole number above 0"
 done
-on_gpu=$((processes > 0))
+((processes > 0)) || on_gpu=0
 if ((on_gpu)); then
     if [[ $DRY_RUN == 0 && $looks_only == 0 ]]; then
         found=$(python -c 'import torch; print(torch.cuda.device_count())')
@@ -113,7 +128,7 @@ if ((on_gpu)); then
         export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES%%,*}
     fi
 else
-    processes=1
+    ((processes > 0)) || processes=1
     export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
     # OpenMP's threads spin while they wait; on a laptop that is busy otherwise, long spins halve the speed.
     export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
@@ -134,6 +149,31 @@ execute() {
     fi
 }
 
+# Run a command so that a signal to this script reaches it, and return its exit code.
+running=
+signalled=0
+run_watched() {
+    local code
+    "$@" &
+    running=$!
+    while true; do
+        signalled=0 code=0
+        wait "$running" || code=$?
+        # A signal ends the wait, not the command.
+        ((signalled)) || break
+    done
+    running=
+    return "$code"
+}
+hand_on() {
+    signalled=1
+    if [[ -n $running ]]; then kill -TERM "$running" 2>/dev/null || true; else exit $((128 + $1)); fi
+}
+trap 'hand_on 15' TERM
+trap 'hand_on 2' INT
+# Under nohup, whoever hangs up is not heard.
+trap -p HUP | grep -q "''" || trap 'hand_on 1' HUP
+
 # Run a stage that writes a directory, unless the same command finished it before on the same input.
 # What was run is noted beside the result, so an edited variable is never answered with an old result.
 #   run_stage NAME DIRECTORY INPUT_FILES COMMAND…
@@ -150,10 +190,10 @@ run_stage() {
     wanted=$(printf '%q ' "$@" | sed -E "$how_computed; s/ $//" && echo && { xargs -r -d '\n' cksum <<<"$inputs" 2>/dev/null || true; })
     if [[ ! -f "$note" || ! -f $directory/run_record.json ]]; then
         mkdir -p "$(dirname "$directory")"
-        "${launcher[@]}" "$@" "${resume[@]}"
+        run_watched "${launcher[@]}" "$@" "${resume[@]}" || exit $?
         # train.py --help and the like end well without a result.
         [[ -f $directory/run_record.json ]] || exit 0
-        echo "$wanted" >"$note"
+        ((NODE_RANK > 0)) || echo "$wanted" >"$note"
     elif [[ "$(cat "$note")" == "$wanted" ]]; then
         echo "finished already: $directory"
     else
@@ -163,8 +203,22 @@ run_stage() {
 }
 launcher=()
 resume=()
-how_computed='s/ --(device_batch_size|deepspeed|attention|gradient_checkpointing|dataloader_workers) [^ ]*//g'
-how_computed+='; s/ --(no_)?(torch_compile|cache_vision_features)( |$)/\3/g'
+how_computed='s/ --(device_batch_size|engine|hang_timeout|attention|gradient_checkpointing|dataloader_workers) [^ ]*//g'
+how_computed+='; s/ --(no_)?(torch_compile|cache_vision_features|allow_changes)( |$)/\3/g'
+
+# With a hostfile: start this script's training on the other machines, in the same folder, with the same values.
+start_other_machines() {
+    local number name values=()
+    ((${#hosts[@]} > 1 && NODE_RANK == 0)) && [[ " ${stages[*]} " == *" train "* && ! -f $train_dir.command ]] || return 0
+    for name in LANGUAGE_MODEL VISION_MODEL IMAGE_POLICY ANNOTATIONS IMAGE_FOLDER OUTPUT_DIR BASE_DIR TRAIN_TYPE EPOCHS HIGH_LR LOW_LR \
+        WARMUP_RATIO LORA_R LORA_ALPHA MODEL_MAX_LENGTH GLOBAL_BATCH DEVICE_BATCH GPUS ENGINE NNODES MASTER_ADDR MASTER_PORT VENV; do
+        values+=("$name=$(printf %q "${!name}")")
+    done
+    for ((number = 1; number < NNODES; number++)); do
+        execute ssh -o BatchMode=yes "${hosts[number]}" \
+            "cd $(printf %q "$PWD") && env ${values[*]} NODE_RANK=$number bash run.sh train $(printf '%q ' "${train_flags[@]}")" </dev/null &
+    done
+}
 
 # require STAGE DIRECTORY EARLIER: stop unless EARLIER has made the directory that STAGE needs.
 require() {
@@ -173,23 +227,19 @@ require() {
 }
 
 # --- the training command, checked before anything is built ---
-train_launcher=(python)
-if ((all_processes > 1)); then
-    train_launcher=(torchrun --nproc_per_node "$processes")
-    if ((NNODES > 1)); then
-        train_launcher+=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
-    else
-        train_launcher+=(--standalone)
-    fi
-    if ((on_gpu)) && [[ $ZERO_STAGE != none ]]; then
-        train_flags+=(--deepspeed "$zero_config")
-    fi
+train_launcher=(python -m meme_llava.launch --die_with_parent --processes "$processes")
+if ((NNODES > 1)); then
+    [[ $NODE_RANK =~ ^[0-9]+$ ]] && ((NODE_RANK < NNODES)) || fail "NODE_RANK is '$NODE_RANK', expected 0 to $((NNODES - 1)), below NNODES=$NNODES"
+    # Machine 0 may have to download and build the base model first.
+    train_launcher+=(--nodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" --start_timeout 7200)
+elif [[ -n $MASTER_PORT ]]; then
+    train_launcher+=(--master_port "$MASTER_PORT")
 fi
 train_command=(train.py --model "$base_dir" --annotations "$ANNOTATIONS" --image_folder "$IMAGE_FOLDER"
     --output_dir "$train_dir" --train_type "$TRAIN_TYPE" --num_train_epochs "$EPOCHS"
     --high_lr "$HIGH_LR" --low_lr "$LOW_LR" --warmup_ratio "$WARMUP_RATIO" --lora_r "$LORA_R" --lora_alpha "$LORA_ALPHA"
     --model_max_length "$MODEL_MAX_LENGTH" --global_batch_size "$GLOBAL_BATCH" --device_batch_size "$device_batch"
-    "${train_flags[@]}")
+    --engine "$ENGINE" "${train_flags[@]}")
 if ((looks_only)); then
     # What is planned is the run on all GPUs, though one process looks at it.
     [[ ! " ${train_flags[*]} " =~ " --plan " || " ${train_flags[*]} " =~ " --gpus" ]] || train_command+=(--gpus "$all_processes")
@@ -198,7 +248,10 @@ if ((looks_only)); then
     execute python "${train_command[@]}"
     exit
 fi
-if [[ $DRY_RUN == 0 && " ${stages[*]} " == *" train "* && ! -f $train_dir.command ]]; then
+# The other machines wait for machine 0, which checks and builds; what they share is there when it starts training.
+if ((NODE_RANK > 0)); then
+    stages=(train)
+elif [[ $DRY_RUN == 0 && " ${stages[*]} " == *" train "* && ! -f $train_dir.command ]]; then
     python -m meme_llava.precheck "${train_command[@]:1}"
 fi
 
@@ -216,11 +269,12 @@ run_stage build "$base_dir" "$base_inputs" python build_base_model.py --language
 
 # --- train ---
 # An interrupted run goes on from its newest checkpoint; train.py refuses if settings changed in between.
-if [[ ! -f $train_dir.command ]] && compgen -G "$train_dir/checkpoint-*" >/dev/null; then
+if [[ ! -f $train_dir.command ]] && compgen -G "$train_dir/checkpoint-[0-9]*" >/dev/null; then
     resume=(--resume_from_checkpoint latest)
 fi
 launcher=("${train_launcher[@]}")
-require train "$base_dir" build
+((NODE_RANK > 0)) || require train "$base_dir" build
+start_other_machines
 run_stage train "$train_dir" "$ANNOTATIONS"$'\n'"$base_dir/run_record.json" "${train_command[@]}"
 launcher=()
 resume=()

@@ -71,11 +71,16 @@ def main(argv: list[str] | None = None) -> None:
     engine = choose_engine(arguments.engine, processes, torch.cuda.is_available())
     derive_accumulation(arguments, processes)
     check_machine(arguments)
+    marks = ProgressMarks(arguments.hang_timeout)
     with hear_signals() as request:
+        marks.mark("meeting the other processes")
         start_process_group(arguments.hang_timeout, engine.needs_process_group)
+        marks.mark("verifying checkpoints")
         start = share(lambda: choose_start(arguments))
+        marks.mark("reading the records")
         processing = load_processing(arguments.model)
         data = load_data(arguments, processing)
+        marks.mark("comparing records with the others")
         check_processes_agree([checked.record.place for checked in data.checked.usable])
         run = plan_run_from(arguments, data, engine, start)
         if start.checkpoint is not None and say_how_it_continues(run):
@@ -84,13 +89,15 @@ def main(argv: list[str] | None = None) -> None:
             checkpoint = start.checkpoint
             if start.step < run.steps:
                 share(lambda: put_aside_newer(arguments.output_dir, start.checkpoint))
-                train(run, processing, data, request)
+                train(run, processing, data, request, marks)
                 checkpoint = list_checkpoints(arguments.output_dir)[-1]
             share(lambda: finish(arguments.output_dir, checkpoint))
         leave_process_group()
 
 
-def train(run: TrainingRun, processing: Processing, data: LoadedData, request: StopRequest) -> None:
+def train(
+    run: TrainingRun, processing: Processing, data: LoadedData, request: StopRequest, marks: ProgressMarks
+) -> None:
     """Train from the start point to the last step. Raises Stopped when a signal ends it before that, state saved."""
     arguments = run.arguments
     collator = make_collator(arguments, processing)
@@ -99,6 +106,7 @@ def train(run: TrainingRun, processing: Processing, data: LoadedData, request: S
     run.computation = plan_computation(
         arguments, processing.image_policy, collator(examples.fetch_largest_batch()), training_arguments
     )
+    marks.mark("loading the model")
     model = prepare_model(run, training_arguments, processing)
     if arguments.cache_vision_features:
         data.dataset.vision_features = encode_pictures(
@@ -108,6 +116,7 @@ def train(run: TrainingRun, processing: Processing, data: LoadedData, request: S
             arguments.max_pixels,
             training_arguments.dataloader_num_workers,
             training_arguments.bf16,
+            marks,
         )
     groups = plan_parameter_groups(model, arguments.high_lr, arguments.low_lr, arguments.weight_decay)
     run.parameter_groups = [group.describe() for group in groups]
@@ -123,7 +132,7 @@ def train(run: TrainingRun, processing: Processing, data: LoadedData, request: S
         content=CheckpointContent(run.make_companion_writer(processing), run.make_facts, arguments.save_total_limit),
         quarantined_records=len(data.checked.bad),
         request=request,
-        marks=ProgressMarks(arguments.hang_timeout),
+        marks=marks,
         model=model,
         args=training_arguments,
         train_dataset=examples,

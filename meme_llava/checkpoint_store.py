@@ -89,12 +89,11 @@ def write_checkpoint(
         own = _write_own(folder, write_files)
     except (OSError, UserError) as failure:
         error = failure
-    problems = [found for found in gather(_to_user_error(error, folder)) if found is not None]
-    if problems:
-        if is_main_process():
-            shutil.rmtree(folder, ignore_errors=True)
-        problems[0].is_common = True
-        raise problems[0]
+    if any_process(error is not None):
+        share(lambda: shutil.rmtree(folder, ignore_errors=True))
+        problem = next(found for found in gather(_to_user_error(error, folder, tensor_bytes)) if found is not None)
+        problem.is_common = True
+        raise problem
     everything = gather(own)
     files = {name: described for described_files in everything for name, described in described_files.items()}
     share(lambda: _complete(folder, checkpoint, files, make_facts(), keep))
@@ -120,13 +119,14 @@ def _write_own(folder: Path, write_files: Callable[[Path], Sequence[Path]]) -> d
     return described
 
 
-def _to_user_error(error: Exception | None, folder: Path) -> UserError | None:
+def _to_user_error(error: Exception | None, folder: Path, needed: int) -> UserError | None:
     if error is None or isinstance(error, UserError):
         return error
     kind, reason = UserError, error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         kind = DiskFullError
-        reason += f"; {shutil.disk_usage(folder.parent).free / 1e9:.2f} GB are free"
+        free = shutil.disk_usage(folder.parent).free
+        reason += f"; it takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
     return kind(
         f"{folder}: the checkpoint could not be written ({reason}). Free some room or mend the disk, then start the "
         f"same command again. {_describe_kept(folder.parent)}"
@@ -170,7 +170,7 @@ def write_final(output_dir: Path, checkpoint: Path, names: Sequence[str], last: 
             shutil.copyfile(checkpoint / name, folder / name)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise _to_user_error(error, folder) from error
+        raise _to_user_error(error, folder, COMPANION_BYTES) from error
     write_manifest(folder, {name: describe_file(folder / name) for name in names}, {"copied_from": checkpoint.name})
     for name in (*names, MANIFEST):
         bring_to_disk(folder / name)

@@ -79,6 +79,12 @@ class Cluster:
                 print(f"waiting for machine {', '.join(map(str, missing))} of {self.nodes}", flush=True)
                 told = time.monotonic() + 60
             time.sleep(0.2)
+        counts = {node: beat["processes"] for node, beat in self._others.items()}
+        if different := {node: count for node, count in counts.items() if count != self._processes}:
+            raise ProcessError(
+                f"this machine starts {self._processes} process(es), machine {min(different)} "
+                f"{different[min(different)]}; all must start as many. Give GPUS the same number on each."
+            )
         self._last_news = dict.fromkeys(range(self.nodes), time.monotonic())
 
     def find_failure(self) -> UserError | None:
@@ -128,7 +134,7 @@ class Cluster:
         count = 0
         while not self._ends.wait(BEAT_SECONDS if count else 0):
             count += 1
-            beat = {"count": count, "progress": self.progress, **self._state}
+            beat = {"count": count, "processes": self._processes, "progress": self.progress, **self._state}
             try:
                 self._store.set(f"beat/{self.node}", json.dumps(beat))
                 self._read_others()

@@ -57,6 +57,8 @@ class Stopped(UserError):
     is_common = True
 
 
+# Between a process and its launcher: it failed because another one did.
+LOST_PROCESS = 81
 EXIT_MEANINGS = {
     2: "a wrong setting, file or record",
     4: "a checkpoint or adapter that cannot be used",

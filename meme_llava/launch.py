@@ -17,7 +17,7 @@ import sys
 import time
 
 from meme_llava.cluster import Cluster, join_cluster
-from meme_llava.errors import EXIT_MEANINGS, ProcessError, Stopped, UserError, stop_on_user_error
+from meme_llava.errors import EXIT_MEANINGS, LOST_PROCESS, ProcessError, Stopped, UserError, stop_on_user_error
 from meme_llava.supervised_process import SupervisedProcess
 
 PR_SET_PDEATHSIG = 1
@@ -25,7 +25,9 @@ PR_SET_PDEATHSIG = 1
 GRACE_SECONDS = 5
 # Processes that were asked to stop before training began, because one of them stopped.
 STOP_GRACE_SECONDS = 30
+REPEATED_SIGNAL_SECONDS = 2
 POLL_SECONDS = 0.2
+RESTART = "The newest checkpoint is kept; start the same command again."
 DUMP_SECONDS = 2
 
 
@@ -96,7 +98,7 @@ class Supervisor:
         self._processes: list[SupervisedProcess] = []
         self._selector = selectors.DefaultSelector()
         self._signals: list[int] = []
-        self._stops_asked = 0
+        self._asked_at: float | None = None
         self._deadline: float | None = None
 
     def start(self) -> None:
@@ -146,12 +148,15 @@ class Supervisor:
             self._hand_on(self._signals.pop(0))
 
     def _hand_on(self, number: int) -> None:
-        self._stops_asked += 1
         name = signal.Signals(number).name
-        if self._stops_asked > 1:
+        if self._asked_at is not None:
+            # A scheduler's signal comes by several ways.
+            if time.monotonic() - self._asked_at < REPEATED_SIGNAL_SECONDS:
+                return
             print(f"{name} again: ending at once, nothing more is saved", file=sys.stderr, flush=True)
             self._deadline = time.monotonic()
             return
+        self._asked_at = time.monotonic()
         print(f"{name}: the run saves its state and stops; once more ends it at once", file=sys.stderr, flush=True)
         self._send(signal.SIGTERM)
 
@@ -192,8 +197,7 @@ class Supervisor:
         noun = "process" if len(stuck) == 1 else "processes"
         return ProcessError(
             f"no sign of progress for {max(limits):g} s (--hang_timeout). Furthest behind: {noun} "
-            f"{', '.join(map(str, stuck))}{where}; all processes were ended. The newest checkpoint is kept; start the "
-            "same command again."
+            f"{', '.join(map(str, stuck))}{where}; all processes were ended. {RESTART}"
         )
 
     def _explain_exits(self) -> UserError | None:
@@ -203,18 +207,25 @@ class Supervisor:
             return None
         known = [process for process in failed if process.exit_code in EXIT_MEANINGS]
         killed = [process for process in failed if process.exit_code < 0]
-        # Peers of a process that died fail, too, when they wait for it, but with exit code 1.
-        first = min(known or killed or failed, key=lambda process: process.ended_at)
+        own_fault = [process for process in failed if process.exit_code != LOST_PROCESS]
+        if not own_fault and any(process.runs for process in self._processes):
+            return self._explain_silence([process for process in self._processes if process.runs])
+        first = min(known or killed or own_fault or failed, key=lambda process: process.ended_at)
         if first.exit_code == Stopped.exit_code:
             return _with_code(Stopped, "", Stopped.exit_code)
         whole_run = self._count * self._cluster.nodes > 1
         if first.exit_code in EXIT_MEANINGS:
             text = f"process {first.rank} stopped: {EXIT_MEANINGS[first.exit_code]}; see its message above" * whole_run
             return _with_code(UserError, text, first.exit_code)
-        ended = "; all processes were ended. The newest checkpoint is kept; start the same command again."
+        ended = f"; all processes were ended. {RESTART}"
         return _with_code(
             ProcessError, f"{first.describe_end()}{ended}{first.quote_last_words()}", max(first.exit_code, 0) or None
         )
+
+    def _explain_silence(self, silent: list[SupervisedProcess]) -> UserError:
+        """The error of processes that kept the others waiting until those gave up."""
+        states = "; ".join(process.describe_state() for process in silent)
+        return ProcessError(f"the others waited in vain: {states}. {RESTART}")
 
     def _end_all(self, failure: UserError | None) -> None:
         if failure is not None:

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -19,10 +20,13 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import distributed
 
-from meme_llava.errors import ProcessError, Stopped, UserError
+from meme_llava.errors import LOST_PROCESS, ProcessError, Stopped, UserError
 
 # torch's own limit for waiting is the second line of defence, behind the launcher's.
 COLLECTIVE_MARGIN_SECONDS = 60
+# Signals that come so soon after another are the same one.
+REPEATED_SIGNAL_SECONDS = 2
+_SIGNS_OF_LOSS = ("/gloo/transport/", "NCCL communicator was aborted", "remote process exited", "Watchdog caught")
 Value = TypeVar("Value")
 
 
@@ -144,12 +148,15 @@ class StopRequest:
     def __init__(self):
         self.name: str | None = None
         self.defers = False
+        self._heard_at = 0.0
 
     def __call__(self, number: int, frame) -> None:
         if self.name is not None:
-            # The second one is meant.
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+            # A scheduler's signal comes by several ways; only a second Ctrl-C says that there is no time to save.
+            if number == signal.SIGINT and time.monotonic() - self._heard_at > REPEATED_SIGNAL_SECONDS:
+                raise KeyboardInterrupt
+            return
+        self.name, self._heard_at = signal.Signals(number).name, time.monotonic()
         if not self.defers:
             raise Stopped(f"by {self.name} before the first step; there was nothing to save")
 
@@ -177,6 +184,13 @@ def ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def lost_another_process(error: BaseException) -> bool:
+    """Whether an error says no more than that another process of the run is gone or does not answer."""
+    if isinstance(error, distributed.DistNetworkError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_LOSS)
+
+
 def run_and_leave(main: Callable[[], None]) -> NoReturn:
     """Run a script's `main` and end this process with its exit code.
 
@@ -188,9 +202,14 @@ def run_and_leave(main: Callable[[], None]) -> NoReturn:
         main()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
         code = 1
+        if lost_another_process(error):
+            # The launcher knows which; a traceback of this one would only hide what that one said.
+            print(f"[process {find_rank()}] lost another process", file=sys.stderr, flush=True)
+            code = LOST_PROCESS
+        else:
+            traceback.print_exc()
     if count_processes() == 1:
         sys.exit(code)
     with contextlib.suppress(Exception):

@@ -61,7 +61,7 @@ class StepGuard(TrainerCallback):
         self.skipped_in_window = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._request.defers = True
+        self._request.defers = self._marks.trains = True
 
     def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
         # An engine that skips an update by itself does not move the schedule; it follows the steps all the same.

@@ -13,10 +13,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from meme_llava.display import show_count
-from meme_llava.errors import UserError
+from meme_llava.errors import DiskFullError, UserError
 from meme_llava.images import ImagePolicy, read_pixels
 from meme_llava.model import count_image_tokens
 from meme_llava.packed_model import PackedLlava
+from meme_llava.processes import wait_for_all
+from meme_llava.progress_marks import ProgressMarks
 
 VISION_FEATURES = "vision_features"
 PICTURES_AT_ONCE = 16
@@ -77,6 +79,7 @@ def encode_pictures(
     max_pixels: int,
     workers: int,
     uses_bf16: bool,
+    marks: ProgressMarks,
 ) -> VisionFeatures:
     """Encode every picture once. The processes of a machine share the work and the file.
 
@@ -98,7 +101,7 @@ def encode_pictures(
     )
     if process == 0:
         _make_room(features)
-    _wait_for_all()
+    wait_for_all()
     rows = range(len(paths))[process::processes]
     loader = DataLoader(_Pictures(paths, rows, model.image_policy, max_pixels), PICTURES_AT_ONCE, num_workers=workers)
     with show_count("pictures encoded", len(rows)) as advance, torch.no_grad():
@@ -106,7 +109,8 @@ def encode_pictures(
             with torch.autocast(model.device.type, torch.bfloat16, enabled=uses_bf16):
                 features.write(numbers.tolist(), model.encode_pictures(pixels.to(model.device)))
             advance(len(numbers))
-    _wait_for_all()
+            marks.mark("encoding pictures")
+    wait_for_all()
     return features
 
 
@@ -126,12 +130,7 @@ def _make_room(features: VisionFeatures) -> None:
     except OSError as error:
         free = shutil.disk_usage(folder).free / 1e9
         features.path.unlink(missing_ok=True)
-        raise UserError(
+        raise DiskFullError(
             f"{folder}: the vision features take {features.size / 1e9:.1f} GB, {free:.1f} GB are free "
             f"({error.strerror}). Choose an --output_dir with more room, or leave out --cache_vision_features."
         ) from error
-
-
-def _wait_for_all() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()

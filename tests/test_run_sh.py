@@ -8,11 +8,12 @@ import subprocess
 import pytest
 from conftest import ROOT, read_losses
 
+LAUNCHER = "python -m meme_llava.launch --die_with_parent --processes"
 DEFAULT_TRAINING = (
-    "python train.py --model output/base --annotations data/annotations.json --image_folder data "
+    f"{LAUNCHER} 1 train.py --model output/base --annotations data/annotations.json --image_folder data "
     "--output_dir output/train --train_type lora --num_train_epochs 45 --high_lr 4e-3 --low_lr 3e-3 "
     "--warmup_ratio 0.1 --lora_r 32 --lora_alpha 64 --model_max_length 512 --global_batch_size 8 "
-    "--device_batch_size 8"
+    "--device_batch_size 8 --engine auto"
 )
 REAL_RUN = {
     "LANGUAGE_MODEL": "Qwen/Qwen2-7B-Instruct",
@@ -57,10 +58,10 @@ def test_dry_run_of_the_published_run():
         "--vision_model OFA-Sys/chinese-clip-vit-large-patch14-336px --image_policy squash --output_dir output/base"
     )
     assert train == (
-        "torchrun --nproc_per_node 8 --standalone train.py --model output/base --annotations data/annotations.json "
+        f"{LAUNCHER} 8 train.py --model output/base --annotations data/annotations.json "
         "--image_folder data --output_dir output/train --train_type lora --num_train_epochs 5 --high_lr 1e-3 "
         "--low_lr 2e-5 --warmup_ratio 0.1 --lora_r 32 --lora_alpha 64 --model_max_length 2048 --global_batch_size 64 "
-        "--device_batch_size 1 --deepspeed configs/deepspeed/zero2.json"
+        "--device_batch_size 1 --engine auto"
     )
 
 
@@ -86,24 +87,47 @@ def test_several_machines():
     machine = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "2950"}
     (train,) = dry_run("train", **REAL_RUN | {"GPUS": "4"}, **machine)
     assert train.startswith(
-        "torchrun --nproc_per_node 4 --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 2950 train.py "
+        f"{LAUNCHER} 4 --nodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 2950 --start_timeout 7200 train.py "
     )
 
 
+def test_machines_but_the_first_only_train():
+    """Machine 0 checks, builds and merges."""
+    machine = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
+    (train,) = dry_run(**REAL_RUN | {"GPUS": "4"}, **machine)
+    assert "--node_rank 1 --master_addr 10.0.0.1 --master_port 29500" in train
+
+
+def test_a_hostfile_starts_the_other_machines(tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node-a slots=8\n# spare\n  node-b slots=8\n\n")
+    first, second = sorted(dry_run("train", "--save_steps", "5", HOSTFILE=str(hosts), **REAL_RUN | {"GPUS": "4"}))
+    assert first.startswith(f"{LAUNCHER} 4 --nodes 2 --node_rank 0 --master_addr node-a --master_port 29500")
+    assert second.startswith("ssh -o BatchMode=yes node-b ")
+    assert f"cd {ROOT} && env LANGUAGE_MODEL=Qwen/Qwen2-7B-Instruct " in second
+    assert "MASTER_ADDR=node-a" in second and "NODE_RANK=1 bash run.sh train --save_steps 5" in second
+
+
 @pytest.mark.parametrize(
-    ("gpus", "launcher"),
+    ("gpus", "processes"),
     [
-        ("cpu", "python"),
-        ("1", "python"),
-        ("2", "torchrun --nproc_per_node 2 --standalone"),
-        ("0,3", "torchrun --nproc_per_node 2 --standalone"),
-        ("3,", "python"),
+        ("cpu", 1),
+        ("cpu:2", 2),
+        ("1", 1),
+        ("2", 2),
+        ("0,3", 2),
+        ("3,", 1),
     ],
 )
-def test_gpus_by_count_or_list(gpus, launcher):
+def test_gpus_by_count_or_list(gpus, processes):
     (train,) = dry_run("train", GPUS=gpus, GLOBAL_BATCH="8", DEVICE_BATCH="1")
-    assert train.startswith(f"{launcher} train.py")
-    assert ("--deepspeed" in train) == launcher.startswith("torchrun")
+    assert train.startswith(f"{LAUNCHER} {processes} train.py")
+
+
+@pytest.mark.parametrize("engine", ["single", "ddp", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2"])
+def test_every_engine_is_one_word(engine):
+    (train,) = dry_run("train", ENGINE=engine, GPUS="2")
+    assert train.endswith(f" --engine {engine}")
 
 
 @pytest.mark.parametrize(
@@ -113,13 +137,14 @@ def test_gpus_by_count_or_list(gpus, launcher):
         (["--save_steps", "5", "train"], {}, "train stands behind the flags of train.py; put stages first"),
         ([], {"GPUS": "08"}, "GPUS is '08'"),
         ([], {"OUTPUT_DIR": "run.sh"}, "OUTPUT_DIR=run.sh is a file"),
-        ([], {"GPUS": "many"}, "GPUS is 'many', expected auto, a count, a list such as 0,3 or cpu"),
+        ([], {"GPUS": "many"}, "GPUS is 'many', expected auto, a count, a list such as 0,3, cpu or cpu:2"),
+        ([], {"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK is '2', expected 0 to 1, below NNODES=2"),
+        ([], {"HOSTFILE": "nowhere"}, "HOSTFILE=nowhere: no such file"),
         ([], {"GPUS": "0,x"}, "GPUS is '0,x'"),
         ([], {"DEVICE_BATCH": "3"}, "GLOBAL_BATCH=8 does not divide into DEVICE_BATCH=3 x 1 process(es)"),
         ([], {"GLOBAL_BATCH": "ten"}, "GLOBAL_BATCH is 'ten', expected a whole number above 0"),
         ([], {"DEVICE_BATCH": "0"}, "DEVICE_BATCH is '0', expected a whole number above 0"),
-        ([], {"GPUS": "2", "ZERO_STAGE": "7"}, "there is no configs/deepspeed/zero7.json"),
-        ([], {"GPUS": "cpu", "ZERO_STAGE": "7"}, "there is no configs/deepspeed/zero7.json"),
+        ([], {"GPUS": "2", "ENGINE": "zero7"}, "ENGINE is 'zero7', expected auto, single, ddp or a file of"),
         ([], {"IMAGE_POLICY": "padd"}, "IMAGE_POLICY is 'padd', expected squash, pad or crop"),
     ],
 )

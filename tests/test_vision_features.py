@@ -17,6 +17,7 @@ from meme_llava.images import read_pixels
 from meme_llava.model import load_processing
 from meme_llava.packed_attention import SDPA
 from meme_llava.packed_model import PackedLlava, load_packed_llava
+from meme_llava.progress_marks import ProgressMarks
 from meme_llava.vision_features import encode_pictures
 
 
@@ -66,7 +67,7 @@ def test_what_is_read_is_what_the_tower_gave(world, tmp_path, uses_bf16):
     processing = load_processing(world.base)
     model = load_packed_llava(world.base, torch.float32, processing.image_policy, SDPA).requires_grad_(False)
     paths = [world.image_folder / f"p{number}.png" for number in (4, 0, 2)]
-    features = encode_pictures(model, paths, tmp_path, 10_000, workers=0, uses_bf16=uses_bf16)
+    features = encode_pictures(model, paths, tmp_path, 10_000, 0, uses_bf16, ProgressMarks(60))
     assert features.size == (tmp_path / "vision_features" / "0" / "features.bin").stat().st_size
     pixels = torch.stack([read_pixels(path, processing.image_policy) for path in paths])
     with torch.autocast("cpu", torch.bfloat16, enabled=uses_bf16):
@@ -103,4 +104,4 @@ def test_a_full_disk_and_a_damaged_picture_stop_with_one_line(world, tmp_path, m
 
 def test_records_without_pictures_have_nothing_to_cache(tmp_path):
     with pytest.raises(UserError, match="no record has a picture"):
-        encode_pictures(None, [], tmp_path, 10_000, workers=0, uses_bf16=False)
+        encode_pictures(None, [], tmp_path, 10_000, 0, False, ProgressMarks(60))

@@ -1,0 +1,172 @@
+"""train.py with a fault: python -m meme_llava.launch tests/faults/inject.py <flags of train.py>
+
+FAULTS in the environment is a JSON list of {"kind": a function of this file, "rank": the process that it strikes, …}.
+"""
+
+import errno
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch  # noqa: E402
+
+import train  # noqa: E402
+from meme_llava import checkpoint_store, training_state  # noqa: E402
+from meme_llava.processes import find_rank, run_and_leave  # noqa: E402
+from meme_llava.trainer import MemeTrainer  # noqa: E402
+
+
+def before_step(step: int, act, every: bool = False) -> None:
+    """Call `act(trainer)` when the computation of an optimizer step begins, or of every device batch."""
+    original = MemeTrainer.training_step
+    waiting = [step]
+
+    def training_step(self, *arguments):
+        if every or [self.state.global_step + 1] == waiting:
+            waiting.clear()
+            act(self)
+        return original(self, *arguments)
+
+    MemeTrainer.training_step = training_step
+
+
+def slow(seconds: float) -> None:
+    """Every device batch takes longer."""
+    before_step(0, lambda trainer: time.sleep(seconds), every=True)
+
+
+def signal_self(step: int, number: str) -> None:
+    """A signal reaches this process alone; SIGKILL is a process that dies, SIGSTOP one that halts."""
+    before_step(step, lambda trainer: os.kill(os.getpid(), getattr(signal, number)))
+
+
+def signal_job(step: int, number: str) -> None:
+    """A signal reaches this process and all that it started, as a scheduler sends it."""
+    before_step(step, lambda trainer: os.killpg(os.getpgid(0), getattr(signal, number)))
+
+
+def hang(step: int) -> None:
+    """This process waits for something that never comes."""
+    before_step(step, lambda trainer: time.sleep(100_000))
+
+
+def fail(step: int, message: str) -> None:
+    """An error that nobody expected."""
+
+    def act(trainer):
+        raise RuntimeError(message)
+
+    before_step(step, act)
+
+
+def run_out_of_memory(step: int) -> None:
+    """The device has no room for the step."""
+
+    def act(trainer):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79 GiB")
+
+    before_step(step, act)
+
+
+def spoil_loss(steps: list[int], value: str) -> None:
+    """The loss of some steps is not finite."""
+    original = MemeTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, **options):
+        call_model = model
+
+        def spoiled(**batch):
+            outputs = call_model(**batch)
+            if self.state.global_step + 1 in steps:
+                outputs["loss"] = outputs["loss"] * float(value)
+            return outputs
+
+        return original(self, spoiled, inputs, **options)
+
+    MemeTrainer.compute_loss = compute_loss
+
+
+def spoil_gradient(steps: list[int]) -> None:
+    """Losses are finite, a gradient is not."""
+
+    def act(trainer):
+        if trainer.state.global_step + 1 in steps:
+            name, parameter = next((n, p) for n, p in trainer.model.named_parameters() if p.requires_grad)
+            handles = [parameter.register_hook(lambda gradient: handles.pop().remove() or gradient * float("inf"))]
+
+    before_step(0, act, every=True)
+
+
+def spoil_weight(step: int) -> None:
+    """A weight becomes infinite in memory, as a broken device makes it."""
+
+    def act(trainer):
+        next(p for p in trainer.model.parameters() if p.requires_grad).data.view(-1)[0] = float("inf")
+
+    before_step(step, act)
+
+
+def kill_in_save(save: int, event: int) -> None:
+    """This process dies while it writes its `save`-th checkpoint, when the `event`-th thing reaches the disk.
+
+    A save of one process brings to the disk: 9 files, the manifest, the folder, the parent; before and behind each.
+    """
+    saves, events = [0], [0]
+    original_write, original_sync = checkpoint_store.write_checkpoint, checkpoint_store.bring_to_disk
+
+    def write_checkpoint(*arguments):
+        saves[0] += 1
+        events[0] = 0
+        return original_write(*arguments)
+
+    def count():
+        if saves[0] == save:
+            events[0] += 1
+            if events[0] == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def bring_to_disk(path):
+        count()
+        original_sync(path)
+        count()
+
+    checkpoint_store.bring_to_disk = bring_to_disk
+    sys.modules["meme_llava.trainer"].write_checkpoint = write_checkpoint
+
+
+def fail_to_write(save: int) -> None:
+    """The disk is full when this process writes optimizer state of its `save`-th checkpoint."""
+    saves = [0]
+    original = training_state.write_file
+
+    def write_file(path, planned):
+        saves[0] += 1
+        if saves[0] == save:
+            path.write_bytes(b"begun")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        original(path, planned)
+
+    training_state.write_file = write_file
+
+
+def hang_before_start() -> None:
+    """This process gets stuck before the first step."""
+    original = train.load_data
+    train.load_data = lambda *arguments: time.sleep(100_000) or original(*arguments)
+
+
+def main() -> None:
+    for fault in json.loads(os.environ.get("FAULTS", "[]")):
+        kind, rank = fault.pop("kind"), fault.pop("rank", None)
+        if rank is None or rank == find_rank():
+            globals()[kind](**fault)
+    train.main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    run_and_leave(main)
