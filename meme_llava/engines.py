@@ -6,6 +6,7 @@ An engine is one word: `single`, `ddp`, or the name of a file in configs/deepspe
 import contextlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,8 @@ def choose_engine(name: str, processes: int, on_gpu: bool) -> Engine:
 
 def prepare_environment(engine: Engine, on_gpu: bool) -> None:
     """Settle what an engine's library would find out for itself, or compile, when it starts."""
+    # torch's word to DeepSpeed about a name of its own; nobody who trains can do anything about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     if on_gpu:
         return
     # DeepSpeed, which other libraries import where it is installed, would find the same, with a warning.

@@ -23,8 +23,8 @@ from meme_llava.supervised_process import SupervisedProcess
 PR_SET_PDEATHSIG = 1
 # Once a process has failed, the others have so long to end by themselves; each may have something to say.
 GRACE_SECONDS = 5
-# Processes that were asked to stop before training began, because one of them stopped.
-STOP_GRACE_SECONDS = 30
+# Where they were asked to stop, because one of them did, or where it must turn out which machine was lost.
+LONG_GRACE_SECONDS = 30
 REPEATED_SIGNAL_SECONDS = 2
 POLL_SECONDS = 0.2
 RESTART = "The newest checkpoint is kept; start the same command again."
@@ -128,7 +128,7 @@ class Supervisor:
         """
         failure: UserError | None = None
         try:
-            while failure is None and any(process.runs for process in self._processes):
+            while failure is None and not self._is_over():
                 self._poll()
                 failure = self._find_failure()
         finally:
@@ -169,16 +169,34 @@ class Supervisor:
         machine_failure = self._cluster.find_failure()
         if machine_failure is not None:
             return machine_failure
-        ended_badly = [process for process in self._processes if process.exit_code not in (None, 0)]
-        if ended_badly and self._deadline is None:
-            # One that stopped before training began waits for nobody; the others are to stop, too.
-            asked = all(process.exit_code == Stopped.exit_code for process in ended_badly)
-            self._deadline = time.monotonic() + (STOP_GRACE_SECONDS if asked else GRACE_SECONDS)
-            if asked:
-                self._send(signal.SIGTERM)
-        if self._deadline is not None and time.monotonic() >= self._deadline:
+        if self._deadline is None:
+            self._set_deadline()
+        elif time.monotonic() >= self._deadline:
             return self._explain_exits() or Stopped("ended at once by a second signal; the newest checkpoint is kept")
         return self._find_stuck()
+
+    def _set_deadline(self) -> None:
+        """Once a process ended badly, say how long the others have."""
+        codes = {process.exit_code for process in self._list_failed()}
+        if not codes:
+            return
+        asked = codes == {Stopped.exit_code}
+        if asked:
+            # One that stopped before training began waits for nobody; the others are to stop, too.
+            self._send(signal.SIGTERM)
+        self._deadline = time.monotonic() + (LONG_GRACE_SECONDS if asked or self._lost_machine() else GRACE_SECONDS)
+
+    def _list_failed(self) -> list[SupervisedProcess]:
+        return [process for process in self._processes if process.exit_code not in (None, 0)]
+
+    def _lost_machine(self) -> bool:
+        """Whether nothing failed here but for want of a process on another machine; its silence will tell which."""
+        return self._cluster.nodes > 1 and {process.exit_code for process in self._list_failed()} == {LOST_PROCESS}
+
+    def _is_over(self) -> bool:
+        if any(process.runs for process in self._processes):
+            return False
+        return not self._lost_machine() or (self._deadline is not None and time.monotonic() >= self._deadline)
 
     def _find_stuck(self) -> UserError | None:
         limits = [process.hang_timeout for process in self._processes if process.hang_timeout is not None]
@@ -202,7 +220,7 @@ class Supervisor:
 
     def _explain_exits(self) -> UserError | None:
         """The error of the process whose end says most about what went wrong."""
-        failed = [process for process in self._processes if process.exit_code not in (None, 0)]
+        failed = self._list_failed()
         if not failed:
             return None
         known = [process for process in failed if process.exit_code in EXIT_MEANINGS]
@@ -218,9 +236,9 @@ class Supervisor:
             text = f"process {first.rank} stopped: {EXIT_MEANINGS[first.exit_code]}; see its message above" * whole_run
             return _with_code(UserError, text, first.exit_code)
         ended = f"; all processes were ended. {RESTART}"
-        return _with_code(
-            ProcessError, f"{first.describe_end()}{ended}{first.quote_last_words()}", max(first.exit_code, 0) or None
-        )
+        unexpected = first.exit_code > 0 and first.exit_code != LOST_PROCESS
+        text = f"{first.describe_end()}{ended}{first.quote_last_words()}"
+        return _with_code(ProcessError, text, first.exit_code if unexpected else ProcessError.exit_code)
 
     def _explain_silence(self, silent: list[SupervisedProcess]) -> UserError:
         """The error of processes that kept the others waiting until those gave up."""
@@ -238,10 +256,9 @@ class Supervisor:
             process.close(self._selector)
 
 
-def _with_code(kind: type[UserError], text: str, code: int | None) -> UserError:
+def _with_code(kind: type[UserError], text: str, code: int) -> UserError:
     error = kind(text)
-    if code is not None:
-        error.exit_code = code
+    error.exit_code = code
     return error
 
 
