@@ -10,13 +10,16 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
 import train  # noqa: E402
-from meme_llava import checkpoint_store, training_state  # noqa: E402
+from meme_llava import checkpoint_store, tensor_writer, training_state  # noqa: E402
 from meme_llava.processes import find_rank, run_and_leave  # noqa: E402
 from meme_llava.trainer import MemeTrainer  # noqa: E402
 
@@ -152,6 +155,62 @@ def fail_to_write(save: int) -> None:
         original(path, planned)
 
     training_state.write_file = write_file
+
+
+def report_little_room(save: int) -> None:
+    """The disk's owner says that there is no room before the `save`-th checkpoint."""
+    asked = [0]
+    original = tensor_writer.shutil.disk_usage
+
+    def disk_usage(path):
+        asked[0] += 1
+        usage = original(path)
+        return usage if asked[0] < save else usage._replace(free=1000)
+
+    tensor_writer.shutil = SimpleNamespace(disk_usage=disk_usage)
+
+
+def kill_in_final() -> None:
+    """This process dies when the first file of the run's result is in place."""
+    original = Path.replace
+
+    def replace(self, target):
+        original(self, target)
+        if self.parent.name == checkpoint_store.FINAL_INCOMPLETE:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Path.replace = replace
+
+
+def kill_worker(step: int) -> None:
+    """The kernel, short of memory, kills a process that reads pictures."""
+
+    def act(trainer):
+        for child in psutil.Process().children():
+            child.kill()
+
+    before_step(step, act)
+
+
+def damage_picture(step: int) -> None:
+    """Pictures that were sound at the start are cut off when training comes to them."""
+    original = train.load_data
+
+    def load_data(arguments, processing):
+        data = original(arguments, processing)
+        read = data.dataset._read_picture
+        trainer_step = [0]
+        before_step(0, lambda trainer: trainer_step.__setitem__(0, trainer.state.global_step + 1), every=True)
+
+        def read_picture(path):
+            if trainer_step[0] >= step - 1:
+                raise ValueError(f"{path}: the picture is damaged")
+            return read(path)
+
+        data.dataset._read_picture = read_picture
+        return data
+
+    train.load_data = load_data
 
 
 def hang_before_start() -> None:
