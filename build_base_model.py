@@ -19,8 +19,8 @@ from meme_llava.checkpoint import (
 )
 from meme_llava.display import print_table, show_bytes
 from meme_llava.errors import stop_on_user_error
+from meme_llava.fingerprint import fingerprint_folder
 from meme_llava.sources import resolve_model_folder
-from meme_llava.weights import fingerprint_folder
 
 
 @stop_on_user_error

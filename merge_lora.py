@@ -21,9 +21,9 @@ from meme_llava.checkpoint import (
 from meme_llava.display import print_table, show_bytes
 from meme_llava.errors import stop_on_user_error
 from meme_llava.export import check_exportable, export_clip_tower, verify_exported
+from meme_llava.fingerprint import fingerprint_folder
 from meme_llava.merge_verification import verify_merged
 from meme_llava.merging import TrainedWeights, write_merged
-from meme_llava.weights import fingerprint_folder
 
 
 @stop_on_user_error

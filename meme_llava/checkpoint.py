@@ -4,7 +4,6 @@ Every directory stands alone: it loads without any other, and its run record say
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -17,9 +16,9 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from meme_llava.errors import CheckpointError, DiskFullError, UserError
+from meme_llava.errors import CheckpointError, DiskFullError, UserError, means_full_disk
+from meme_llava.fingerprint import fingerprint_folder
 from meme_llava.manifest import verify_directory
-from meme_llava.weights import fingerprint_folder
 
 RUN_RECORD = "run_record.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -68,7 +67,7 @@ def write_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
             check_output_dir(output_dir, overwrite)  # again: it took a while
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, OSError) and means_full_disk(error):
                 raise DiskFullError(
                     f"{temporary}: the disk is full. Free some, or choose another --output_dir."
                 ) from error

@@ -5,14 +5,13 @@ becomes `checkpoint-N`. Older ones go only after the new one was read back.
 """
 
 import contextlib
-import errno
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from meme_llava.checkpoint import bring_to_disk, lock_directory, set_file_modes
-from meme_llava.errors import CheckpointError, DiskFullError, UserError
+from meme_llava.errors import CheckpointError, DiskFullError, UserError, means_full_disk
 from meme_llava.manifest import MANIFEST, describe_file, verify_directory, write_manifest
 from meme_llava.processes import any_process, gather, is_main_process, share, wait_for_all
 from meme_llava.tensor_writer import check_free_space
@@ -123,7 +122,7 @@ def _to_user_error(error: Exception | None, folder: Path, needed: int) -> UserEr
     if error is None or isinstance(error, UserError):
         return error
     kind, reason = UserError, error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if means_full_disk(error):
         kind = DiskFullError
         free = shutil.disk_usage(folder.parent).free
         reason += f"; it takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"

@@ -1,6 +1,7 @@
 """Knows how a script stops when the user has to act: one clear message, an exit code that says of what kind, no
 traceback."""
 
+import errno
 import functools
 import os
 import sys
@@ -42,6 +43,11 @@ class DiskFullError(UserError):
     """A disk has too little room."""
 
     exit_code = 7
+
+
+def means_full_disk(error: OSError) -> bool:
+    """Whether a file could not be written for want of room: the disk's, the user's share of it, or a file's limit."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ProcessError(UserError):

@@ -18,3 +18,12 @@ def try_hash_file(path: Path) -> str | None:
         return hash_file(path) if stat.S_ISREG(path.stat().st_mode) else None
     except OSError:
         return None
+
+
+def describe_state(path: Path) -> str | None:
+    """What changes whenever a file's contents change, as git takes it; None if there is no such file."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"

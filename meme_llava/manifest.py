@@ -39,7 +39,7 @@ def read_manifest(folder: Path) -> dict:
     if not path.is_file():
         raise CheckpointError(f"{folder}: has no {MANIFEST}, so it was not written to its end, or not copied whole")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")
         content = json.loads(text)
         own_hash = content.pop(_OWN_HASH)
         whole = _to_text({**content, _OWN_HASH: own_hash}) == text

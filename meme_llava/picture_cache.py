@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from meme_llava.hashing import describe_state
+
 # Raise it when inspection finds more or other things than before: results of older code are then looked up anew.
 CACHE_VERSION = 1
 FILES_PER_COMMIT = 500  # so that a check that is stopped goes on from there
@@ -87,7 +89,7 @@ class PictureCache:
 
     def look_up(self, path: Path) -> PictureFacts | None:
         """What is known about a file, or None if it is unknown or changed since."""
-        state = _describe_state(path)
+        state = describe_state(path)
         if state is None:
             return None
         query = "SELECT facts FROM files JOIN contents USING (sha256) WHERE path = ? AND state = ?"
@@ -108,7 +110,7 @@ class PictureCache:
 
     def remember(self, path: Path, facts: PictureFacts) -> None:
         """Keep what was found in a file; written with `commit`, or when there is much of it."""
-        state = _describe_state(path)
+        state = describe_state(path)
         if self._database is None or self._read_only or facts.sha256 is None or state is None:
             return
         self._unwritten.append((os.fsencode(path), state, facts.sha256, json.dumps(asdict(facts))))
@@ -132,15 +134,6 @@ class PictureCache:
 def find_default_cache() -> Path:
     """Where checked pictures are remembered unless the user says otherwise."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meme_llava" / "pictures.sqlite"
-
-
-def _describe_state(path: Path) -> str | None:
-    # As git does: contents cannot change without one of these changing.
-    try:
-        state = path.stat()
-    except OSError:
-        return None
-    return f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
 
 
 def _parse_facts(row: tuple | None) -> PictureFacts | None:

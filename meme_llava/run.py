@@ -13,12 +13,12 @@ from meme_llava.computation import Computation
 from meme_llava.dataset import LoadedData
 from meme_llava.display import print_table
 from meme_llava.engines import Engine
+from meme_llava.fingerprint import fingerprint_folder
 from meme_llava.hashing import hash_file
 from meme_llava.model import Processing, quiet_transformers
 from meme_llava.processes import count_processes
 from meme_llava.resume import StartPoint
 from meme_llava.training_arguments import count_steps
-from meme_llava.weights import fingerprint_folder
 
 MAX_LISTED_CUTS = 20
 

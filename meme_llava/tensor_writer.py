@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
-from meme_llava.errors import DiskFullError, UserError
+from meme_llava.errors import DiskFullError, UserError, means_full_disk
 from meme_llava.tensor_reader import DTYPE_NAMES, WEIGHTS_INDEX, view_bytes
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -71,7 +71,8 @@ def write_tensors(
         try:
             _write_file(path, headers[file_name], [planned[name] for name in _order_in_file(names, planned)], advance)
         except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+            kind = DiskFullError if means_full_disk(error) else UserError
+            raise kind(f"{path}: cannot be written ({error.strerror or error})") from error
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

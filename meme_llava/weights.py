@@ -1,20 +1,18 @@
-"""Knows a LLaVA's tensors on disk: their names, how they are copied or rounded, and which base is which.
+"""Knows a LLaVA's tensors on disk: their names, how they are copied or rounded.
 
 Files use the classic LLaVA layout, which old and new transformers read:
 `vision_tower.vision_model.*`, `multi_modal_projector.*`, `language_model.model.*`, `language_model.lm_head.*`.
 Modules in memory are named as transformers 5 names them: `model.vision_tower.*`, … and `lm_head.*`.
 """
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import torch
 
 from meme_llava.errors import UserError
-from meme_llava.tensor_reader import TensorReader, open_model_tensors, view_bytes
+from meme_llava.tensor_reader import TensorReader
 from meme_llava.tensor_writer import PlannedTensor
 
 # (in memory, on disk); the first match wins.
@@ -100,26 +98,6 @@ def plan_rounded(
     return PlannedTensor(
         rounding.dtype, shape, lambda: (rounding.apply(name, values.float()) for values in make_values())
     )
-
-
-def fingerprint_folder(folder: Path) -> str:
-    """A short identity of a model's weights: sha256 over every tensor's name, shape, dtype, first and last row.
-
-    Tells models apart, also those of equal shapes, without reading all of 15 GB. It is no checksum: a change in the
-    middle of a tensor goes unseen.
-    """
-    digest = hashlib.sha256()
-    with open_model_tensors(folder) as tensors:
-        for name in tensors:
-            stored = tensors.stored[name]
-            digest.update(f"{name} {stored.shape} {stored.dtype}\n".encode())
-            rows = stored.shape[0] if stored.shape else 0
-            ends = (
-                [tensors.read_rows(name, row, row + 1) for row in (0, rows - 1)] if rows else [tensors.read(name)] * 2
-            )
-            for end in ends:
-                digest.update(view_bytes(end))
-    return digest.hexdigest()
 
 
 def check_same_names(expected: Iterable[str], found: Iterable[str], source: str) -> None:

@@ -346,10 +346,10 @@ def test_real_qwen_tokenizer_on_a_thin_model(world, tmp_path):
     assert load_file(base / "model.safetensors")["language_model.lm_head.weight"].shape == (152_064, 64)
 
 
-def run_and_read_error(capsys, *arguments):
+def run_and_read_error(capsys, *arguments, code=2):
     with pytest.raises(SystemExit) as stop:
         build(*arguments)
-    assert stop.value.code == 2
+    assert stop.value.code == code
     return capsys.readouterr().err
 
 

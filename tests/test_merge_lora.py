@@ -25,6 +25,7 @@ import build_base_model
 import merge_lora
 import train
 from meme_llava import export, merge_verification, merging, offloading, tensor_reader
+from meme_llava.checkpoint import holds_trained_weights
 from meme_llava.generation import load_answerer
 from meme_llava.images import open_image, to_pixel_values
 from meme_llava.merging import TrainedWeights
@@ -43,7 +44,7 @@ def merged(world, trained):
 def merge(flags):
     """merge_lora.py, on an adapter whose manifest knows of what a test did to it."""
     adapter = Path(flags[flags.index("--adapter") + 1])
-    if (adapter / "run_record.json").is_file():
+    if holds_trained_weights(adapter):
         reseal(adapter)
     merge_lora.main(flags)
 

@@ -171,8 +171,8 @@ def test_the_header_counts_for_the_disk_too(tmp_path, monkeypatch, missing, fits
 
 def test_merging_and_assembling_on_a_full_disk_stop_before_they_start(world, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(10**12, 0, 1000))
-    merge_error = fail(capsys, "--adapter", trained, "--output_dir", tmp_path / "merged")
-    build_error = run_and_read_error(capsys, world.language_model, world.vision_tower, tmp_path / "base")
+    merge_error = fail(capsys, "--adapter", trained, "--output_dir", tmp_path / "merged", code=7)
+    build_error = run_and_read_error(capsys, world.language_model, world.vision_tower, tmp_path / "base", code=7)
     for error in (merge_error, build_error):
         assert f"error: {tmp_path}: needs 0.0 GB, the disk has 0.0 GB free. Free some, or choose another" in error
     assert list(tmp_path.iterdir()) == []
@@ -199,7 +199,7 @@ def test_a_disk_that_fills_up_while_writing_is_named_and_leaves_nothing(trained,
         check=False,
     )
     weights = tmp_path / ".merged.incomplete" / "model.safetensors"
-    assert result.returncode == 2, result.stderr
+    assert result.returncode == 7, result.stderr
     assert result.stderr.splitlines()[-1] == f"error: {weights}: cannot be written (File too large)"
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
@@ -235,7 +235,7 @@ def test_a_really_full_disk_stays_empty(trained, make_disk, monkeypatch, capsys,
     disk = make_disk(80)
     if not is_known:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(10**12, 0, 10**12))
-    error = fail(capsys, "--adapter", trained, "--output_dir", disk / "out")
+    error = fail(capsys, "--adapter", trained, "--output_dir", disk / "out", code=7)
     assert f"error: {message.format(disk=disk)}" in error
     assert list(disk.iterdir()) == []
 
@@ -245,7 +245,7 @@ def test_a_disk_without_room_for_the_small_files_is_named_too(trained, tmp_path,
     merge_lora.main(["--adapter", str(trained), "--output_dir", str(tmp_path / "out"), "--no_verify"])
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     disk = make_disk((-(-size // 4096) + 3) * 4)
-    error = fail(capsys, "--adapter", trained, "--output_dir", disk / "out")
+    error = fail(capsys, "--adapter", trained, "--output_dir", disk / "out", code=7)
     assert f"error: {disk / '.out.incomplete'}: the disk is full. Free some, or choose another --output_dir." in error
     assert list(disk.iterdir()) == []
 

@@ -1,0 +1,67 @@
+"""Knows a model's weights by a fingerprint, whatever files they are divided into.
+
+A sha256 over every tensor's name, shape, dtype and bytes. 15 GB take seconds to hash, so what was found is remembered
+together with the state of the files it was found in.
+"""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from meme_llava.hashing import describe_state
+from meme_llava.picture_cache import find_default_cache
+from meme_llava.tensor_reader import open_model_tensors, view_bytes
+
+THREADS = 4
+
+
+def fingerprint_folder(folder: Path) -> str:
+    """The fingerprint of a model folder's weights: 64 hexadecimal digits.
+
+    Raises:
+        UserError: the folder holds no weights, or a file of them is damaged.
+    """
+    with open_model_tensors(folder) as tensors:
+        paths = sorted({stored.path for stored in tensors.stored.values()})
+        states = {str(path.resolve()): describe_state(path) for path in paths}
+        key = hashlib.sha256(json.dumps(states).encode()).hexdigest()
+        remembered = find_default_cache().parent / "fingerprints" / key
+        try:
+            return remembered.read_text(encoding="ascii")
+        except (OSError, UnicodeDecodeError):
+            names = list(tensors)
+    fingerprint = _compute(folder, names)
+    try:
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        written = remembered.with_suffix(f".{os.getpid()}")
+        written.write_text(fingerprint, encoding="ascii")
+        written.replace(remembered)
+    except OSError:
+        pass  # a home that cannot be written costs time alone
+    return fingerprint
+
+
+def _compute(folder: Path, names: list[str]) -> str:
+    threads = min(THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        shares = pool.map(lambda start: _hash_tensors(folder, names[start::threads]), range(threads))
+        digests = {name: digest for share in shares for name, digest in share.items()}
+    whole = hashlib.sha256()
+    for name in names:
+        whole.update(f"{name} {digests[name]}\n".encode())
+    return whole.hexdigest()
+
+
+def _hash_tensors(folder: Path, names: list[str]) -> dict[str, str]:
+    digests = {}
+    # One reader cannot serve several threads.
+    with open_model_tensors(folder) as tensors:
+        for name in names:
+            stored = tensors.stored[name]
+            digest = hashlib.sha256(f"{stored.shape} {stored.dtype}\n".encode())
+            for piece in tensors.read_pieces(name, reuse=True):
+                digest.update(view_bytes(piece))
+            digests[name] = digest.hexdigest()
+    return digests
