@@ -22,7 +22,7 @@ from meme_llava.supervised_process import SupervisedProcess
 
 PR_SET_PDEATHSIG = 1
 # Once a process has failed, the others have so long to end by themselves; each may have something to say.
-GRACE_SECONDS = 5
+GRACE_SECONDS = 3
 # Where they were asked to stop, because one of them did, or where it must turn out which machine was lost.
 LONG_GRACE_SECONDS = 30
 REPEATED_SIGNAL_SECONDS = 2
