@@ -202,13 +202,13 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def reseal(folder: Path) -> None:
+def reseal(folder: Path, facts: dict | None = None) -> None:
     """Write the manifest of a training output anew, as if its present files were those that training wrote."""
     try:
         verify_directory(folder)
     except CheckpointError:
         names = [path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST]
-        write_manifest(folder, {name: describe_file(folder / name) for name in names}, {})
+        write_manifest(folder, {name: describe_file(folder / name) for name in names}, facts or {})
 
 
 def read_losses(output_dir: Path) -> list[float]:
