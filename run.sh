@@ -37,7 +37,7 @@ DEVICE_BATCH=${DEVICE_BATCH:-8}           # records a GPU computes at once, at m
 
 # --- machine ---
 GPUS=${GPUS:-auto}                        # auto = all there are | 8 = so many | 0,3 or 2, = these | cpu | cpu:2 = two CPU processes. real run: 8
-ENGINE=${ENGINE:-auto}                    # auto | single | ddp | zero2 | zero3 | zero2_offload | zero3_offload | fsdp2. real run: zero2, which auto is on several GPUs
+ENGINE=${ENGINE:-auto}                    # auto | single | ddp | zero2 | zero3 | zero2_offload | zero3_offload | fsdp2. real run: zero2
 NNODES=${NNODES:-1}                       # machines; run this script on each, NODE_RANK counting from 0; OUTPUT_DIR must be shared
 NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}     # address of machine 0 by which the others reach it

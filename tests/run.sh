@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lint and all tests, in their own environment:  bash tests/run.sh [pytest arguments]
+# Lint and tests, in their own environment:  bash tests/run.sh [--all] [pytest arguments]
+# --all takes every fault and fifty random kills, too; that is half an hour more.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source meme_llava/environment.sh
@@ -8,4 +9,8 @@ export DS_ACCELERATOR=cpu GOMP_SPINCOUNT=1000
 
 ruff check .
 ruff format --check .
+if [[ "${1:-}" == --all ]]; then
+    shift
+    set -- -m "long or not long" "$@"
+fi
 python -m pytest "$@"

@@ -44,7 +44,7 @@ def make_command(tmp_path, script: str, *arguments, processes=1, flags=()) -> li
 
 
 def start(command, quiet=False, **variables) -> subprocess.Popen:
-    """Start a command; one that is killed may leave its output open in what it started, so nobody should wait for it."""
+    """Start a command. What a killed one started may keep its output open, so it should be `quiet`."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     target = subprocess.DEVNULL if quiet else subprocess.PIPE
     streams = {"stdout": target, "stderr": target}

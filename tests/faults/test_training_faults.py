@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 
 import pytest
-from conftest import read_losses
+from conftest import ROOT, read_losses
 from helpers import find_processes, go_on, list_whole_checkpoints, run, strip_settings, weights_equal
 
 TERM_1 = {"kind": "signal_self", "rank": 1, "step": 3, "number": "SIGTERM"}
@@ -158,3 +158,10 @@ def test_a_fault_ends_as_it_should(world, whole, tmp_path, fault):
 
 def test_the_catalogue_is_as_large_as_was_promised():
     assert len({fault.name for fault in FAULTS}) >= 20 and len(FAULTS) >= 30
+
+
+def test_the_documents_list_every_fault():
+    documented = {
+        line.split("|")[1].strip() for line in (ROOT / "docs" / "faults.md").read_text().splitlines() if "|" in line
+    }
+    assert {fault.name for fault in FAULTS} <= documented

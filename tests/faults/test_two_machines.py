@@ -185,8 +185,10 @@ import os, subprocess, sys
 flags = [word for word in sys.argv[1:] if word.startswith("--") and sys.argv.index(word) <= 2]
 command = sys.argv[1 + len(flags):]
 count = 1 if "--nodes=1" in flags else 2
-tasks = [subprocess.Popen(["ip", "netns", "exec", f"memellava{{n}}", *command], env={{**os.environ, "SLURM_NODEID": str(n)}})
-         for n in range(count)]
+tasks = []
+for number in range(count):
+    environment = {{**os.environ, "SLURM_NODEID": str(number)}}
+    tasks.append(subprocess.Popen(["ip", "netns", "exec", f"memellava{{number}}", *command], env=environment))
 sys.exit(max(task.wait() for task in tasks))
 """
 
