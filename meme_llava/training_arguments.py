@@ -4,6 +4,7 @@ import math
 import os
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 
 from meme_llava.arguments import TrainArguments
@@ -109,6 +110,13 @@ def make_training_arguments(
         raise ProcessError(
             f"the launcher started {count_processes()} processes but training sees {training_arguments.world_size}"
         )
-    if engine.kind == FSDP and use_cpu:
-        allow_fsdp_on_cpu()
+    if engine.kind == FSDP:
+        if uses_bf16:
+            # accelerate's own choice would round the loss and its weights to bf16. Gradients are summed in bf16, as by
+            # ZeRO; in float32 FSDP stumbles over the vision layer that is not computed.
+            training_arguments.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, cast_forward_inputs=False
+            )
+        if use_cpu:
+            allow_fsdp_on_cpu()
     return training_arguments

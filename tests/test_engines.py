@@ -193,3 +193,29 @@ def test_one_process_may_move_its_optimizer_to_main_memory(world, single, tmp_pa
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 0, result.stderr
     assert read_losses(tmp_path / "out") == pytest.approx(read_losses(single), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "engine", ["fsdp2", *(pytest.param(name, marks=pytest.mark.long) for name in DIVIDED if name != "fsdp2")]
+)
+def test_in_bf16_what_learns_is_kept_in_float32(world, single, tmp_path, engine):
+    """As on GPUs: steps compute in bf16, updates are made and saved in float32, and a resumed run loses no bit."""
+    bf16 = [{"kind": "compute_in_bf16"}]
+    changes = {**CHANGES, "max_steps": 6, "save_steps": 2, "save_total_limit": 3, "engine": engine}
+    result = run(world, tmp_path / "whole", 2, bf16, **changes)
+    assert result.code == 0, result.output
+    # bf16 holds 8 bits; a loss that were rounded to them would end in many zeros.
+    losses = read_losses(tmp_path / "whole")
+    assert losses != read_losses(single)[:6]
+    assert losses[:1] == pytest.approx(read_losses(single)[:1], rel=1e-3)
+    assert any(torch.tensor(loss).bfloat16().item() != loss for loss in losses)
+    weights = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    moved = {name: weight for name, weight in weights.items() if "lora_B" in name}
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+    assert all(not torch.equal(weight, weight.bfloat16().float()) for weight in moved.values())
+    result = run(
+        world, tmp_path / "cut", 2, bf16, **changes, resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2"
+    )
+    assert result.code == 0, result.output
+    assert read_losses(tmp_path / "cut") == losses
+    assert weights_equal(tmp_path / "cut", tmp_path / "whole")
