@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,6 +159,55 @@ def test_older_checkpoints_go_only_after_the_new_one_was_read_back(tmp_path, mon
     with pytest.raises(CheckpointError, match="something else"):
         write_small(tmp_path, 11)
     assert [path.name for path in list_checkpoints(tmp_path)][:2] == ["checkpoint-2", "checkpoint-10"]
+
+
+def die_in_second_write(tmp_path, event) -> bool:
+    """Write a second checkpoint in a process that dies at its `event`-th touch of the disk; whether it came to that."""
+    child = os.fork()
+    if child == 0:
+        counted = [0]
+
+        def count():
+            counted[0] += 1
+            if counted[0] == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def wrap(original):
+            return lambda *arguments, **options: (count(), original(*arguments, **options), count())[1]
+
+        for name in ("bring_to_disk", "write_manifest", "verify_directory", "set_file_modes", "describe_file"):
+            setattr(checkpoint_store, name, wrap(getattr(checkpoint_store, name)))
+        for name in ("rename", "mkdir"):
+            setattr(Path, name, wrap(getattr(Path, name)))
+        checkpoint_store.shutil = SimpleNamespace(rmtree=wrap(shutil.rmtree), disk_usage=shutil.disk_usage)
+        write_small(tmp_path, 3, content=b"new" * 1000)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def test_death_at_any_point_of_a_save_leaves_whole_checkpoints_alone(tmp_path):
+    """Before and behind everything that reaches the disk; with two checkpoints there, the oldest of which is to go."""
+    event, outcomes = 1, set()
+    while True:
+        folder = tmp_path / str(event)
+        folder.mkdir()
+        for step in (1, 2):
+            write_small(folder, step)
+        died = die_in_second_write(folder, event)
+        names = [path.name for path in list_checkpoints(folder)]
+        for path in list_checkpoints(folder):
+            verify_directory(path)
+        assert len(names) >= 2 and "checkpoint-2" in names
+        newest = find_newest(folder)
+        outcomes.add(newest.name)
+        # The same again goes well, whatever lies about, and nothing but checkpoints is left.
+        write_small(folder, 3 if newest.name == "checkpoint-2" else 4)
+        assert not list(folder.glob(".*"))
+        if not died:
+            break
+        event += 1
+    assert event > 20 and outcomes == {"checkpoint-2", "checkpoint-3"}
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):

@@ -165,3 +165,27 @@ def test_the_documents_list_every_fault():
         line.split("|")[1].strip() for line in (ROOT / "docs" / "faults.md").read_text().splitlines() if "|" in line
     }
     assert {fault.name for fault in FAULTS} <= documented
+
+
+def test_no_secret_is_said_or_written(world, tmp_path, monkeypatch):
+    """Tokens stand in the environment of a run that trains, is stopped, and goes on."""
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.setenv(name, f"CANARY_{name}")
+    out = tmp_path / "out"
+    results = [
+        run(world, out, 2, [TERM_1], engine="zero2", report_to="tensorboard"),
+        go_on(world, out, 2, engine="zero2"),
+    ]
+    assert [result.code for result in results] == [75, 0]
+    written = [path for path in out.rglob("*") if path.is_file()]
+    assert len(written) > 20
+    assert not any(b"CANARY" in path.read_bytes() for path in written)
+    assert not any("CANARY" in result.output for result in results)
+
+
+def test_our_code_never_runs_what_it_loads():
+    files = [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    files += [*ROOT.glob("*.sh"), *ROOT.glob("meme_llava/*.sh"), *ROOT.glob("configs/**/*.*")]
+    assert len(files) > 100
+    forbidden = ["weights_only" + "=False", "trust_remote_code" + "=True"]
+    assert [path for path in files for text in forbidden if text in path.read_text(encoding="utf-8")] == []
