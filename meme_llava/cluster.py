@@ -17,7 +17,7 @@ from datetime import timedelta
 
 import psutil
 
-from meme_llava.errors import ProcessError, UserError
+from meme_llava.errors import ProcessError, Stopped, UserError
 
 BEAT_SECONDS = 2
 LOST_SECONDS = 20
@@ -90,7 +90,7 @@ class Cluster:
     def find_failure(self) -> UserError | None:
         """The error that another machine reports, or that it is not there any more."""
         for node, beat in self._others.items():
-            if beat["state"] == FAILED:
+            if beat["state"] == FAILED and beat["code"] != Stopped.exit_code:
                 error = ProcessError(f"machine {node} stopped: {beat['message'] or 'see its own output'}")
                 error.exit_code = beat["code"]
                 return error
@@ -104,6 +104,10 @@ class Cluster:
             f"machine {names} has given no sign of life for {LOST_SECONDS} s; the processes here were ended. The "
             "newest checkpoint is kept; start the same command again on all machines, or on those that are left."
         )
+
+    def stopped_elsewhere(self) -> bool:
+        """Whether a signal stopped the run on another machine."""
+        return any(beat["state"] == FAILED and beat["code"] == Stopped.exit_code for beat in self._others.values())
 
     def read_all_progress(self) -> dict[int, int]:
         """How far every process of the run is, as far as known here."""

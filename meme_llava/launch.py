@@ -27,6 +27,7 @@ GRACE_SECONDS = 3
 LONG_GRACE_SECONDS = 30
 REPEATED_SIGNAL_SECONDS = 2
 POLL_SECONDS = 0.2
+INTERRUPTED = 130  # as a shell answers for a program that Ctrl-C ended
 RESTART = "The newest checkpoint is kept; start the same command again."
 DUMP_SECONDS = 2
 
@@ -172,12 +173,17 @@ class Supervisor:
         if self._deadline is None:
             self._set_deadline()
         elif time.monotonic() >= self._deadline:
-            return self._explain_exits() or Stopped("ended at once by a second signal; the newest checkpoint is kept")
+            at_once = _with_code(
+                Stopped, "ended at once by a second signal; the newest checkpoint is kept", INTERRUPTED
+            )
+            return self._explain_exits() or at_once
         return self._find_stuck()
 
     def _set_deadline(self) -> None:
         """Once a process ended badly, say how long the others have."""
         codes = {process.exit_code for process in self._list_failed()}
+        if self._cluster.stopped_elsewhere():
+            codes.add(Stopped.exit_code)
         if not codes:
             return
         asked = codes == {Stopped.exit_code}
@@ -233,8 +239,8 @@ class Supervisor:
             return _with_code(Stopped, "", Stopped.exit_code)
         whole_run = self._count * self._cluster.nodes > 1
         if first.exit_code in EXIT_MEANINGS:
-            text = f"process {first.rank} stopped: {EXIT_MEANINGS[first.exit_code]}; see its message above" * whole_run
-            return _with_code(UserError, text, first.exit_code)
+            meaning = f"process {first.rank} stopped: {EXIT_MEANINGS[first.exit_code]}; see its message above"
+            return _with_code(UserError, meaning if whole_run else "", first.exit_code)
         ended = f"; all processes were ended. {RESTART}"
         unexpected = first.exit_code > 0 and first.exit_code != LOST_PROCESS
         text = f"{first.describe_end()}{ended}{first.quote_last_words()}"
