@@ -177,7 +177,7 @@ def say_how_it_continues(run: TrainingRun) -> bool:
     """Check that the checkpoint belongs to the run and print what is different; whether nothing is left to do."""
     ours = run.to_record(run.start.step)
     changes = check_continues(run.start, ours, run.arguments.allow_changes)
-    finished = is_finished(run.arguments.output_dir)
+    finished = run.start.step == run.steps and is_finished(run.arguments.output_dir)
     if is_main_process():
         nothing_left = f"nothing left to train: {run.arguments.output_dir}"
         print(nothing_left if finished else describe_continuation(run.start, ours, changes), flush=True)

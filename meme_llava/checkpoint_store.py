@@ -19,7 +19,7 @@ from meme_llava.tensor_writer import check_free_space
 NAME = "checkpoint-{}"
 INCOMPLETE = ".checkpoint-{}.incomplete"
 FINAL_INCOMPLETE = ".final.incomplete"
-DAMAGED_SUFFIX = ".damaged"
+PASSED_OVER_SUFFIX = ".passed_over"
 # What a checkpoint holds besides tensors: tokenizer, processor, records, the log so far.
 COMPANION_BYTES = 50_000_000
 # Worker processes of a killed run live on for a few seconds, and its lock with them.
@@ -52,10 +52,10 @@ def find_newest(output_dir: Path) -> Path | None:
 
 
 def put_aside_newer(output_dir: Path, checkpoint: Path | None) -> None:
-    """Rename checkpoints behind the one that a run goes on from; they are damaged, and their names will be needed."""
+    """Rename checkpoints behind the one that a run goes on from; their names will be needed."""
     for newer in list_checkpoints(output_dir):
         if checkpoint is None or read_step(newer) > read_step(checkpoint):
-            aside = newer.with_name(newer.name + DAMAGED_SUFFIX)
+            aside = newer.with_name(newer.name + PASSED_OVER_SUFFIX)
             shutil.rmtree(aside, ignore_errors=True)
             newer.rename(aside)
             print(f"{newer.name} is kept as {aside.name}; delete it when you need it no more", flush=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from meme_llava.arguments import TrainArguments
 from meme_llava.checkpoint import RUN_RECORD, read_run_record
-from meme_llava.checkpoint_store import DAMAGED_SUFFIX, find_newest, list_checkpoints
+from meme_llava.checkpoint_store import PASSED_OVER_SUFFIX, find_newest, list_checkpoints
 from meme_llava.errors import CheckpointError, UserError
 from meme_llava.manifest import verify_directory
 from meme_llava.quarantine import QUARANTINE
@@ -80,7 +80,7 @@ def choose_start(arguments: TrainArguments) -> StartPoint:
     if wanted == LATEST:
         checkpoint = find_newest(output_dir)
         if checkpoint is None:
-            return _start_over(output_dir)
+            raise _explain_missing(output_dir)
     else:
         checkpoint = Path(wanted)
         verify_directory(checkpoint)
@@ -89,22 +89,21 @@ def choose_start(arguments: TrainArguments) -> StartPoint:
     return StartPoint(checkpoint, position["step"], position["records"], record)
 
 
-def _start_over(output_dir: Path) -> StartPoint:
-    """From the beginning, where a run was interrupted before its first checkpoint and nothing can be lost."""
+def _explain_missing(output_dir: Path) -> CheckpointError:
     damaged = [path.name for path in list_checkpoints(output_dir)]
     if damaged:
-        raise CheckpointError(
+        return CheckpointError(
             f"{output_dir}: none of {', '.join(damaged)} is whole, for the reasons above. To train from the beginning, "
             "delete them or choose another --output_dir."
         )
-    raise CheckpointError(f"--resume_from_checkpoint {LATEST}: {output_dir} holds no checkpoint")
+    return CheckpointError(f"--resume_from_checkpoint {LATEST}: {output_dir} holds no checkpoint")
 
 
 def _list_results(output_dir: Path) -> list[str]:
     if not output_dir.is_dir():
         return []
     names = {path.name for path in output_dir.iterdir()} - LEFTOVERS
-    return sorted(name for name in names if not name.startswith(".") and not name.endswith(DAMAGED_SUFFIX))
+    return sorted(name for name in names if not name.startswith(".") and not name.endswith(PASSED_OVER_SUFFIX))
 
 
 def is_finished(output_dir: Path) -> bool:
@@ -134,6 +133,11 @@ def check_continues(start: StartPoint, ours: dict, allow_changes: bool) -> list[
         changed["records"] = f"records that train were {theirs['data']['records']}, are {ours['data']['records']}"
     if theirs["base"]["fingerprint"] != ours["base"]["fingerprint"]:
         changed["base"] = "the base model is another one"
+    if theirs["step"] >= ours["schedule"]["steps"] and not theirs["finished"]:
+        raise CheckpointError(
+            f"{start.checkpoint} has {theirs['step']} steps behind it, and this run is to have "
+            f"{ours['schedule']['steps']}; raise --num_train_epochs or --max_steps, or continue an earlier checkpoint"
+        )
     fixed = [text for name, text in changed.items() if name in FIXED_SETTINGS]
     if fixed:
         raise CheckpointError(

@@ -53,9 +53,13 @@ def interrupt(finished, output_dir) -> Path:
     return output_dir
 
 
-def resume(world, output_dir, **changes):
+def resume_flags(world, output_dir, **changes):
     changes = {"max_steps": 6, "save_steps": 2, "save_total_limit": 3, "lora_dropout": 0.1, **changes}
-    train.main(train_flags(world, output_dir, resume_from_checkpoint="latest", **changes))
+    return train_flags(world, output_dir, resume_from_checkpoint="latest", **changes)
+
+
+def resume(world, output_dir, **changes):
+    train.main(resume_flags(world, output_dir, **changes))
 
 
 def fail(capsys, world, output_dir, code, **changes) -> str:
@@ -111,7 +115,7 @@ def test_a_run_goes_on_from_the_one_before_and_ends_the_same(world, finished, tm
     resume(world, output_dir)
     said = capsys.readouterr().out
     assert "passed over checkpoint-4: " in said and "sha256 differs" in said
-    assert "checkpoint-4 is kept as checkpoint-4.damaged" in said
+    assert "checkpoint-4 is kept as checkpoint-4.passed_over" in said
     assert f"continuing from {output_dir}/checkpoint-2: 2 steps, 8 records behind it" in said
     assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert read_losses(output_dir) == read_losses(finished)
@@ -312,6 +316,20 @@ def test_what_changed_is_refused_or_allowed_by_name(world, finished, tmp_path, c
     record = json.loads((output_dir / "run_record.json").read_text())
     batch = changes.get("global_batch_size", 4)
     assert record["position"] == {"step": 6, "records": 16 + 2 * batch}
+
+
+def test_a_finished_run_is_trained_longer_only_when_that_is_allowed(world, finished, tmp_path, capsys):
+    output_dir = tmp_path / "out"
+    shutil.copytree(finished, output_dir)
+    assert "max_steps was 6, is 8" in fail(capsys, world, output_dir, 4, max_steps=8)
+    train.main([*resume_flags(world, output_dir, max_steps=8), "--allow_changes"])
+    assert len(read_losses(output_dir)) == 8
+    assert json.loads((output_dir / "run_record.json").read_text())["step"] == 8
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main([*resume_flags(world, interrupt(finished, tmp_path / "cut"), max_steps=3), "--allow_changes"])
+    assert stop.value.code == 4
+    assert "checkpoint-4 has 4 steps behind it, and this run is to have 3; raise" in capsys.readouterr().err
 
 
 def test_another_base_is_refused(world, finished, tmp_path, capsys):
