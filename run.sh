@@ -239,7 +239,8 @@ train_command=(train.py --model "$base_dir" --annotations "$ANNOTATIONS" --image
     --output_dir "$train_dir" --train_type "$TRAIN_TYPE" --num_train_epochs "$EPOCHS"
     --high_lr "$HIGH_LR" --low_lr "$LOW_LR" --warmup_ratio "$WARMUP_RATIO" --lora_r "$LORA_R" --lora_alpha "$LORA_ALPHA"
     --model_max_length "$MODEL_MAX_LENGTH" --global_batch_size "$GLOBAL_BATCH" --device_batch_size "$device_batch"
-    --engine "$ENGINE" "${train_flags[@]}")
+    "${train_flags[@]}")
+[[ $ENGINE == auto ]] || train_command+=(--engine "$ENGINE")
 if ((looks_only)); then
     # What is planned is the run on all GPUs, though one process looks at it.
     [[ ! " ${train_flags[*]} " =~ " --plan " || " ${train_flags[*]} " =~ " --gpus" ]] || train_command+=(--gpus "$all_processes")

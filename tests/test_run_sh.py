@@ -13,7 +13,7 @@ DEFAULT_TRAINING = (
     f"{LAUNCHER} 1 train.py --model output/base --annotations data/annotations.json --image_folder data "
     "--output_dir output/train --train_type lora --num_train_epochs 45 --high_lr 4e-3 --low_lr 3e-3 "
     "--warmup_ratio 0.1 --lora_r 32 --lora_alpha 64 --model_max_length 512 --global_batch_size 8 "
-    "--device_batch_size 8 --engine auto"
+    "--device_batch_size 8"
 )
 REAL_RUN = {
     "LANGUAGE_MODEL": "Qwen/Qwen2-7B-Instruct",
@@ -61,7 +61,7 @@ def test_dry_run_of_the_published_run():
         f"{LAUNCHER} 8 train.py --model output/base --annotations data/annotations.json "
         "--image_folder data --output_dir output/train --train_type lora --num_train_epochs 5 --high_lr 1e-3 "
         "--low_lr 2e-5 --warmup_ratio 0.1 --lora_r 32 --lora_alpha 64 --model_max_length 2048 --global_batch_size 64 "
-        "--device_batch_size 1 --engine auto"
+        "--device_batch_size 1"
     )
 
 
