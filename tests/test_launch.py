@@ -48,7 +48,15 @@ def start(command, quiet=False, **variables) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     target = subprocess.DEVNULL if quiet else subprocess.PIPE
     streams = {"stdout": target, "stderr": target}
-    return subprocess.Popen(command, env=environment, text=True, start_new_session=True, **streams)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        text=True,
+        start_new_session=True,
+        # Tests that run under nohup would hand on that it is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        **streams,
+    )
 
 
 def launch(tmp_path, script, *arguments, processes=1, flags=(), **variables):
