@@ -108,7 +108,7 @@ case $GPUS in
     auto) processes=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true) ;;
     cpu) processes=0 ;;
     cpu:[1-9]) on_gpu=0 processes=${GPUS#cpu:} ;;
-    *[!0-9,]* | ,* | *,,* | 0[0-9]* | '') fail "GPUS is '$GPUS', expected auto, a count, a list such as 0,3, cpu or cpu:2" ;;
+    *[!0-9,]* | ,* | *,,* | 0[0-9]* | '') fail "GPUS is '$GPUS', expected auto, a count, a list such as 0,3, cpu or cpu:2 (up to cpu:9)" ;;
     *,*) export CUDA_VISIBLE_DEVICES=${GPUS%,}
         processes=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l) ;;
     *) processes=$GPUS ;;
@@ -227,9 +227,10 @@ require() {
 }
 
 # --- the training command, checked before anything is built ---
+[[ $NODE_RANK =~ ^[0-9]+$ ]] && ((NODE_RANK < NNODES)) || fail "NODE_RANK is '$NODE_RANK', expected 0 to $((NNODES - 1)), below NNODES=$NNODES"
+[[ -z $MASTER_PORT ]] || { [[ $MASTER_PORT =~ ^[1-9][0-9]{0,4}$ ]] && ((MASTER_PORT < 65536)); } || fail "MASTER_PORT is '$MASTER_PORT', expected 1 to 65535"
 train_launcher=(python -m meme_llava.launch --die_with_parent --processes "$processes")
 if ((NNODES > 1)); then
-    [[ $NODE_RANK =~ ^[0-9]+$ ]] && ((NODE_RANK < NNODES)) || fail "NODE_RANK is '$NODE_RANK', expected 0 to $((NNODES - 1)), below NNODES=$NNODES"
     # Machine 0 may have to download and build the base model first.
     train_launcher+=(--nodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" --start_timeout 7200)
 elif [[ -n $MASTER_PORT ]]; then
@@ -249,11 +250,16 @@ if ((looks_only)); then
     execute python "${train_command[@]}"
     exit
 fi
+# An interrupted run goes on from its newest checkpoint; train.py refuses if settings changed in between.
+resume_training=()
+if [[ ! -f $train_dir.command ]] && compgen -G "$train_dir/checkpoint-[0-9]*" >/dev/null; then
+    resume_training=(--resume_from_checkpoint latest)
+fi
 # The other machines wait for machine 0, which checks and builds; what they share is there when it starts training.
 if ((NODE_RANK > 0)); then
     stages=(train)
 elif [[ $DRY_RUN == 0 && " ${stages[*]} " == *" train "* && ! -f $train_dir.command ]]; then
-    python -m meme_llava.precheck "${train_command[@]:1}"
+    python -m meme_llava.precheck "${train_command[@]:1}" "${resume_training[@]}"
 fi
 
 # --- build ---
@@ -269,10 +275,7 @@ run_stage build "$base_dir" "$base_inputs" python build_base_model.py --language
     --vision_model "$vision_model" --image_policy "$IMAGE_POLICY" --output_dir "$base_dir"
 
 # --- train ---
-# An interrupted run goes on from its newest checkpoint; train.py refuses if settings changed in between.
-if [[ ! -f $train_dir.command ]] && compgen -G "$train_dir/checkpoint-[0-9]*" >/dev/null; then
-    resume=(--resume_from_checkpoint latest)
-fi
+resume=("${resume_training[@]}")
 launcher=("${train_launcher[@]}")
 ((NODE_RANK > 0)) || require train "$base_dir" build
 start_other_machines

@@ -76,7 +76,8 @@ class Cluster:
                     "run.sh there, with the same NNODES, MASTER_ADDR and MASTER_PORT and its own NODE_RANK."
                 )
             if time.monotonic() > told:
-                print(f"waiting for machine {', '.join(map(str, missing))} of {self.nodes}", flush=True)
+                left = f"{end - time.monotonic():.0f} s longer at most"
+                print(f"waiting for machine {', '.join(map(str, missing))} of {self.nodes}, {left}", flush=True)
                 told = time.monotonic() + 60
             time.sleep(0.2)
         counts = {node: beat["processes"] for node, beat in self._others.items()}
@@ -224,8 +225,10 @@ def _listen(family: int, address: str, port: int, master_addr: str) -> socket.so
     try:
         listener.bind((address, port))
         listener.listen(1024)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         listener.close()
+        if isinstance(error, OverflowError):
+            raise ProcessError(f"MASTER_PORT={port}: a port is a number up to 65535") from error
         if isinstance(error, PermissionError) or "in use" in str(error):
             raise ProcessError(
                 f"port {port} on {master_addr} cannot be used ({error.strerror}); choose another MASTER_PORT, or on "

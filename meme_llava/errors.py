@@ -24,6 +24,7 @@ class CheckpointError(UserError):
     """A checkpoint or adapter is damaged, belongs to something else, or cannot be continued."""
 
     exit_code = 4
+    is_common = True
 
 
 class NonFiniteError(UserError):

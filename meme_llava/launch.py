@@ -29,7 +29,7 @@ REPEATED_SIGNAL_SECONDS = 2
 POLL_SECONDS = 0.2
 INTERRUPTED = 130  # as a shell answers for a program that Ctrl-C ended
 RESTART = "The newest checkpoint is kept; start the same command again."
-DUMP_SECONDS = 2
+DUMP_SECONDS = 1
 
 
 class _Parser(argparse.ArgumentParser):
@@ -211,18 +211,25 @@ class Supervisor:
         progress = self._cluster.read_all_progress()
         least = min(progress.values())
         stuck = sorted(rank for rank, mark in progress.items() if mark == least)
+        # The others of its step wait for a process that is halted, whatever their marks.
+        stuck = [process.rank for process in self._processes if process.is_halted()] or stuck
         states = [process.describe_state() for process in self._processes if process.rank in stuck]
-        # Python's stacks say where; a stopped process cannot answer.
-        self._send(signal.SIGUSR1)
-        end = time.monotonic() + DUMP_SECONDS
-        while time.monotonic() < end:
-            self._poll()
+        for process in self._processes:
+            self._print_stacks(process)
         where = f" ({'; '.join(states)})" if states else ""
         noun = "process" if len(stuck) == 1 else "processes"
         return ProcessError(
             f"no sign of progress for {max(limits):g} s (--hang_timeout). Furthest behind: {noun} "
             f"{', '.join(map(str, stuck))}{where}; all processes were ended. {RESTART}"
         )
+
+    def _print_stacks(self, process: SupervisedProcess) -> None:
+        """Have a process say where each of its threads is; one that is halted cannot answer."""
+        print(f"process {process.rank} is here:", file=sys.stderr, flush=True)
+        process.send(signal.SIGUSR1)
+        end = time.monotonic() + DUMP_SECONDS
+        while time.monotonic() < end:
+            self._poll()
 
     def _explain_exits(self) -> UserError | None:
         """The error of the process whose end says most about what went wrong."""

@@ -108,12 +108,17 @@ class SupervisedProcess:
         return f"process {self.rank} {how}; last seen {self._activity}"
 
     def describe_state(self) -> str:
-        """What it is doing, and whether it is stopped."""
-        stopped = ""
-        with contextlib.suppress(OSError):
-            state = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0]
-            stopped = ", halted by a signal" if state == "T" else ""
-        return f"process {self.rank} last seen {self._activity}{stopped}"
+        """What it is doing, and whether it is halted."""
+        halted = ", halted by a signal" if self.is_halted() else ""
+        return f"process {self.rank} last seen {self._activity}{halted}"
+
+    def is_halted(self) -> bool:
+        """Whether a signal such as SIGSTOP keeps it from going on."""
+        try:
+            # proc(5): the state stands behind the name, which may hold anything, in brackets.
+            return Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        except OSError:
+            return False
 
     def quote_last_words(self) -> str:
         """The last lines of its standard error, as lines of their own; empty if it said nothing."""

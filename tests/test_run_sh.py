@@ -139,6 +139,8 @@ def test_every_engine_is_one_word(engine):
         ([], {"OUTPUT_DIR": "run.sh"}, "OUTPUT_DIR=run.sh is a file"),
         ([], {"GPUS": "many"}, "GPUS is 'many', expected auto, a count, a list such as 0,3, cpu or cpu:2"),
         ([], {"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK is '2', expected 0 to 1, below NNODES=2"),
+        (["merge"], {"NODE_RANK": "1"}, "NODE_RANK is '1', expected 0 to 0, below NNODES=1"),
+        ([], {"MASTER_PORT": "99999", "GPUS": "cpu:2"}, "MASTER_PORT is '99999', expected 1 to 65535"),
         ([], {"HOSTFILE": "nowhere"}, "HOSTFILE=nowhere: no such file"),
         ([], {"GPUS": "0,x"}, "GPUS is '0,x'"),
         ([], {"DEVICE_BATCH": "3"}, "GLOBAL_BATCH=8 does not divide into DEVICE_BATCH=3 x 1 process(es)"),
@@ -305,6 +307,18 @@ def test_an_interrupted_run_goes_on(tmp_path):
     result = run(*flags, **variables)
     assert result.returncode == 0, result.stderr
     assert "step 4/4" in result.stdout and "step 1/4" not in result.stdout
+    # Interrupted once more, and to be continued with another learning rate.
+    for path in (tmp_path / "train").iterdir():
+        if path.is_file():
+            path.unlink()
+    (tmp_path / "train.command").unlink()
+    subprocess.run(["rm", "-r", str(tmp_path / "train" / "checkpoint-4")], check=True)
+    refused = run(*flags, **variables, LOW_LR="1e-3")
+    assert refused.returncode == 4
+    assert "low_lr was 0.003, is 0.001. Restore what changed" in refused.stderr
+    result = run(*flags, "--allow_changes", **variables, LOW_LR="1e-3")
+    assert result.returncode == 0, result.stderr
+    assert "changed since, as allowed: low_lr was 0.003, is 0.001" in result.stdout
     assert (tmp_path / "train" / "adapter_model.safetensors").is_file()
 
 
