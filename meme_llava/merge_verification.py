@@ -220,8 +220,10 @@ def _load_prompts(training: dict, processing: Processing) -> tuple[list[dict], P
 
 
 def _reply(model: nn.Module, prompt: dict[str, torch.Tensor], new_tokens: int, processing: Processing) -> Reply:
+    # generate encodes whatever pictures it is given, None too.
+    given = {name: tensor for name, tensor in prompt.items() if tensor is not None}
     output = model.generate(
-        **prompt,
+        **given,
         attention_mask=torch.ones_like(prompt["input_ids"]),
         max_new_tokens=new_tokens,
         do_sample=False,

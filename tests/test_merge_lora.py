@@ -154,6 +154,15 @@ def test_merges_where_the_training_data_is_not(trained, tmp_path, capsys):
     assert merged["checks"]["compared on"] == f"2 records of {ROOT / 'data' / 'annotations.json'}"
 
 
+def test_an_adapter_whose_first_records_are_text_merges(world, trained, tmp_path, capsys):
+    """Such prompts come without a picture, and so must the comparison's questions."""
+    annotations = tmp_path / "text_first.json"
+    annotations.write_text(json.dumps([world.records[3], *world.records[:3]], ensure_ascii=False), encoding="utf-8")
+    train.main(train_flags(world, tmp_path / "adapter", annotations=annotations, max_steps=1))
+    merge(["--adapter", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "merged")])
+    assert "float32: greedy answers" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("train_type", ["projector", "freeze_vision", "full"])
 def test_other_train_types_merge_and_answer(world, tmp_path, train_type):
     train.main(train_flags(world, tmp_path / "trained", train_type=train_type, max_steps=2))
