@@ -1,7 +1,7 @@
 """Knows the characters of the sample memes: how each is built and how a mood shows on it.
 
-Everything is drawn in units (a figure is about 200 units high, 100 is its middle), far larger than a meme needs it;
-who shrinks the result gets smooth edges.
+Everything is drawn in units (a figure is about 200 units high, 100 is its middle), larger than a meme needs it; who
+shrinks the result gets smooth edges.
 """
 
 import math
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 INK = "#2b2320"
 BLUSH, TEAR, HEART = "#ff9d9d", "#7cc8f5", "#f2506e"
-UNIT = 5  # pixels per unit
+UNIT = 3  # pixels per unit
 MARGIN = 45  # units around the 200 by 200 box, for ears, raised hands and marks
 
 Point = tuple[float, float]
@@ -169,6 +169,24 @@ def draw_loving_eye(pen, x, y, size, side, ink):
     pen.heart(x, y, size * 1.15)
 
 
+def draw_scared_eye(pen, x, y, size, side, ink):
+    pen.oval(x, y, size * 1.15, size * 1.2, "white")
+    pen.stroke(
+        smooth(
+            [
+                (x + size * (0.62 - step * 0.1) * math.cos(step), y + size * (0.62 - step * 0.1) * math.sin(step))
+                for step in range(7)
+            ]
+        ),
+        INK,
+        3.5,
+    )
+
+
+def draw_puzzled_eye(pen, x, y, size, side, ink):
+    draw_open_eye(pen, x, y, size * (1.25 if side > 0 else 0.8), 0.6, 0.25)
+
+
 # A mouth is drawn by (pen, y, width), always around x = 100.
 
 
@@ -255,6 +273,15 @@ def draw_loving_mouth(pen, y, width):
     )
 
 
+def draw_scared_mouth(pen, y, width):
+    half = [(100 + (step - 3) / 3 * width, y + (4 if step % 2 else 11)) for step in range(7)]
+    pen.blob([*half, (100 + width, y + 17), (100 - width, y + 17)], "white")
+
+
+def draw_puzzled_mouth(pen, y, width):
+    pen.stroke(smooth([(100 - width * 0.7, y + 8), (100, y + 3), (100 + width * 0.7, y + 6)]), INK, 5)
+
+
 def draw_beak(pen: Pen, y: float, gape: float, curl: float) -> None:
     """The parrot's mouth: a lower half that hangs down by `gape`, under a hook whose corners move by `curl`."""
     pen.blob([(88, y), (112, y), (108, y + 12 + gape), (100, y + 17 + gape), (92, y + 12 + gape)], "#8c2f39")
@@ -316,6 +343,22 @@ def draw_hearts(pen, mouth_y):
     pen.heart(100, 150, 15)
 
 
+def draw_chill(pen, mouth_y):
+    for step in range(5):
+        pen.stroke([(78 + 11 * step, 38), (78 + 11 * step, 56 - 3 * (step % 2))], "#5b6fb5", 4.5)
+    for side in (-1, 1):
+        for x in (78, 88):
+            pen.stroke(smooth(mirror([(x, 120), (x + 5, 128), (x, 136), (x + 5, 144)], side)), INK, 3.5)
+
+
+def draw_question_mark(pen, mouth_y):
+    for dx, dy, size in ((4, -8, 1.0), (-148, -2, 0.7)):
+        x, y = MARK_X + dx, MARK_Y + dy
+        hook = [(-11, -10), (-6, -21), (6, -22), (12, -12), (5, -2), (0, 5), (0, 11)]
+        pen.stroke(smooth([(x + size * px, y + size * py) for px, py in hook]), "#3b62c4", 7 * size)
+        pen.oval(x, y + 22 * size, 4.5 * size, 4.5 * size, "#3b62c4", None)
+
+
 def draw_no_mark(pen, mouth_y):
     pass
 
@@ -343,6 +386,12 @@ MOODS = {
     "得意": Mood(draw_smug_eye, draw_smug_mouth, draw_no_mark, ((0, 1), (8, 9)), (HIP, WAVE), 0, (2, -5)),
     "犯困": Mood(draw_sleepy_eye, draw_sleepy_mouth, draw_nose_bubble, None, (((12, 14), (9, 30)),) * 2, 0.8, (2, 1)),
     "心动": Mood(draw_loving_eye, draw_loving_mouth, draw_hearts, None, (((18, 12), (-9, 10)),) * 2, 0, (6, -4)),
+    "害怕": Mood(
+        draw_scared_eye, draw_scared_mouth, draw_chill, ((11, 2), (11, 2)), (((22, 2), (4, -6)),) * 2, 0.9, (9, 7)
+    ),
+    "疑惑": Mood(
+        draw_puzzled_eye, draw_puzzled_mouth, draw_question_mark, ((0, 3), (9, 13)), (CHEEK, HIP), 0.2, (3, 2)
+    ),
 }
 
 
@@ -436,6 +485,64 @@ def draw_rabbit(pen: Pen, skin: str, second: str, ears: float) -> None:
     pen.blob([(95, 96), (105, 96), (100, 101)], "#e8707a", INK, 2.5)
 
 
+def draw_dog(pen: Pen, skin: str, second: str, ears: float) -> None:
+    pen.limb([(126, 176), (150, 160), (156, 140)], skin, 13)
+    draw_torso(pen, skin, second, skin)
+    draw_head(pen, skin, 60)
+    for side in (-1, 1):
+        ear = mirror([(44, 50), (66, 56 + 8 * ears), (68, 84 + 20 * ears)], side)
+        pen.limb(ear, INK, 24)
+        pen.limb(ear, second, 18)
+    pen.oval(100, 106, 27, 18, "#fff6e8", None)
+    pen.oval(100, 97, 9, 6.5, INK, None)
+
+
+def draw_duck(pen: Pen, skin: str, second: str, ears: float) -> None:
+    draw_torso(pen, skin, "#fff8dc", second)
+    for x, angle in ((94, -20), (108, 18)):
+        pen.oval(x, 30 + 5 * ears, 5, 14, skin, INK, angle - 30 * ears)
+    draw_head(pen, skin, 58, 48)
+
+
+def draw_bear(pen: Pen, skin: str, second: str, ears: float) -> None:
+    draw_torso(pen, skin, second, skin)
+    for side in (-1, 1):
+        x, y = 100 + side * (46 + 5 * ears), 44 + 8 * ears
+        pen.oval(x, y, 17, 17, skin)
+        pen.oval(x, y, 9, 9, second, None)
+    draw_head(pen, skin, 62)
+    pen.oval(100, 107, 24, 17, second, None)
+    pen.oval(100, 98, 8, 5.5, INK, None)
+
+
+def draw_penguin(pen: Pen, skin: str, second: str, ears: float) -> None:
+    draw_torso(pen, skin, "white", second)
+    draw_head(pen, skin, 60)
+    for side in (-1, 1):
+        pen.oval(100 + side * 23, 84, 27, 30, "white", None)
+    pen.oval(100, 104, 40, 22, "white", None)
+
+
+def draw_pig(pen: Pen, skin: str, second: str, ears: float) -> None:
+    pen.stroke(smooth([(136, 172), (150, 166), (146, 156), (156, 152)]), second, 6)
+    draw_torso(pen, skin, second, skin)
+    for side in (-1, 1):
+        pen.shape(mirror([(20, 44), (52 + 14 * ears, 26 + 30 * ears), (58, 70)], side), skin)
+    draw_head(pen, skin, 66, 48)
+    pen.oval(100, 98, 17, 10, second)
+    for x in (94, 106):
+        pen.oval(x, 98, 3, 4.5, INK, None)
+
+
+def draw_potato(pen: Pen, skin: str, second: str, ears: float) -> None:
+    for side in (-1, 1):
+        pen.oval(100 + side * 22, 182, 15, 8, second)
+    pen.blob([(104, 24), (150, 48), (160, 104), (148, 158), (100, 182), (52, 160), (38, 108), (54, 50)], skin)
+    for x, y in ((66, 60), (134, 70), (60, 140), (138, 146), (112, 168), (86, 42)):
+        pen.oval(x, y, 4, 2.5, second, None)
+    pen.blob([(104, 26), (98 - 8 * ears, 8 + 6 * ears), (112, 12), (118, 4 + 8 * ears), (114, 24)], "#6bbf59", INK, 3)
+
+
 @dataclass(frozen=True)
 class Character:
     """A figure and where the parts of its face sit, in units."""
@@ -448,6 +555,7 @@ class Character:
     shoulder: tuple[float, float] = (29, 143)
     brow_gap: float = 9
     eye_ink: str = INK
+    has_beak: bool = False
     arm: str | None = None  # colour, where it is not the skin's
 
 
@@ -474,6 +582,7 @@ CHARACTERS = {
         (("#62c370", "#f2605a"), ("#5ab9ea", "#f7d046"), ("#f2605a", "#f7d046")),
         (25, 78, 13),
         (103, 0),
+        has_beak=True,
     ),
     "包子": Character(
         "个", draw_bun, (("#fff8ec", "#f3dfc1"), ("#ffeccf", "#e9c79b")), (29, 91, 15), (114, 17), (72, 122)
@@ -488,6 +597,85 @@ CHARACTERS = {
         (25, 81, 12),
         (107, 13),
     ),
+    "小狗": Character(
+        "只",
+        draw_dog,
+        (("#f2d3a2", "#a8703f"), ("#ffffff", "#5b4a45"), ("#c99a6b", "#6e4527")),
+        (25, 78, 12),
+        (108, 13),
+    ),
+    "鸭子": Character(
+        "只", draw_duck, (("#ffe05c", "#ff9f2e"), ("#fffdf2", "#ffb02e")), (25, 76, 12), (101, 0), has_beak=True
+    ),
+    "小熊": Character(
+        "只",
+        draw_bear,
+        (("#b07a4b", "#ecd2ae"), ("#8a5a3c", "#d9b88f"), ("#e8e3dc", "#ffffff")),
+        (26, 78, 11),
+        (107, 12),
+    ),
+    "企鹅": Character(
+        "只",
+        draw_penguin,
+        (("#3b4a63", "#ff9f2e"), ("#2f2f38", "#ffb02e"), ("#5b86c9", "#ff8f2e")),
+        (24, 80, 12),
+        (102, 0),
+        has_beak=True,
+    ),
+    "小猪": Character("只", draw_pig, (("#ffc1cf", "#f593aa"), ("#ffd9d2", "#f2a08f")), (29, 78, 12), (113, 13)),
+    "土豆": Character(
+        "颗", draw_potato, (("#e3bd7a", "#b88a45"), ("#cfa062", "#94683a")), (27, 88, 14), (112, 16), (58, 124)
+    ),
+}
+
+
+# ---- Props: what a figure wears or holds ----
+
+
+def draw_cap(pen):
+    pen.blob([(62, 44), (72, 20), (100, 10), (128, 20), (138, 44)], "#e2504c")
+    pen.limb([(60, 45), (100, 40), (152, 48)], "#e2504c", 8)
+
+
+def draw_bow(pen):
+    for side in (-1, 1):
+        pen.blob([(130, 36), (130 + side * 20, 22), (130 + side * 22, 50)], "#ff6fa5", INK, 3)
+    pen.oval(130, 36, 6, 6, "#ff6fa5", INK, width=3)
+
+
+def draw_scarf(pen):
+    pen.limb([(62, 130), (100, 138), (138, 130)], "#3f7fd1", 13)
+    pen.limb([(122, 136), (128, 164)], "#3f7fd1", 12)
+
+
+def draw_flower(pen):
+    for step in range(5):
+        angle = step * 2 * math.pi / 5
+        pen.oval(60 + 11 * math.cos(angle), 40 + 11 * math.sin(angle), 8, 8, "#e63946", INK, width=2.5)
+    pen.oval(60, 40, 6, 6, "#ffd23f", None)
+
+
+def draw_milk_tea(pen):
+    pen.stroke([(28, 122), (36, 96)], "#7b4fb0", 6)
+    pen.shape([(12, 124), (50, 124), (44, 174), (18, 174)], "#e8c39a")
+    pen.shape([(8, 116), (54, 116), (54, 126), (8, 126)], "white")
+    for x, y in ((24, 164), (34, 166), (29, 154), (38, 156)):
+        pen.oval(x, y, 4, 4, INK, None)
+
+
+def draw_balloon(pen):
+    pen.stroke(smooth([(20, 60), (26, 100), (40, 140)]), INK, 3)
+    pen.oval(18, 32, 24, 29, "#4dabf7")
+    pen.oval(10, 22, 5, 8, "white", None, 20)
+
+
+PROPS = {
+    "戴着帽子": draw_cap,
+    "戴着蝴蝶结": draw_bow,
+    "围着围巾": draw_scarf,
+    "戴着小红花": draw_flower,
+    "拿着奶茶": draw_milk_tea,
+    "拿着气球": draw_balloon,
 }
 
 
@@ -525,14 +713,16 @@ def draw_face(pen: Pen, figure: Character, mood: Mood, has_glasses: bool) -> Non
             pen.stroke(mirror([(gap - 10, base - inner), (gap + 10, base - outer)], side), INK, 6)
     if has_glasses:
         draw_glasses(pen, figure.eye)
-    if figure.draw is draw_parrot:
+    if figure.has_beak:
         draw_beak(pen, mouth_y, *mood.beak)
     else:
         mood.draw_mouth(pen, mouth_y, mouth_wide)
 
 
-def draw_figure(figure: Character, mood: Mood, skin: tuple[str, str], has_glasses: bool) -> Image.Image:
-    """The whole character on a transparent ground, cut to its edges."""
+def draw_figure(
+    figure: Character, mood: Mood, skin: tuple[str, str], has_glasses: bool = False, prop: str | None = None
+) -> Image.Image:
+    """The whole character on a transparent ground, cut to its edges; `prop` is a key of PROPS."""
     side_length = (200 + 2 * MARGIN) * UNIT
     layer = Image.new("RGBA", (side_length, side_length))
     pen = Pen(layer, UNIT, MARGIN)
@@ -543,4 +733,6 @@ def draw_figure(figure: Character, mood: Mood, skin: tuple[str, str], has_glasse
         points = mirror([(x, y), (x + elbow[0], y + elbow[1]), (x + hand[0], y + hand[1])], side)
         pen.limb(points, figure.arm or skin[0])
     mood.draw_mark(pen, figure.mouth[0])
+    if prop is not None:
+        PROPS[prop](pen)
     return layer.crop(layer.getbbox())

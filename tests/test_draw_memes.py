@@ -1,6 +1,7 @@
 """The sample memes in the repository are whole, small and consistent, and can be drawn again."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,10 @@ from meme_llava.conversation import ConversationEncoder
 from meme_llava.dataset import load_dataset
 from meme_llava.images import ImagePolicy
 from meme_llava.tiny_towers import train_tokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+from meme_characters import MOODS  # noqa: E402
+from meme_lines import LINES, LineSource, is_unseen, list_alphabet  # noqa: E402
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 SCRIPT = DATA / "draw_memes.py"
@@ -90,51 +95,107 @@ def test_the_committed_texts_differ_and_stand_in_their_answers(records):
     assert [record["id"] for record in records] == [f"meme_{index:03d}" for index in range(100)]
 
 
-# ---- Drawing them again ----
+# ---- Drawing new ones ----
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("memes") / "data"
-    process = draw(folder, "--count", "6", "--seed", "3")
+    process = draw(folder, "--count", "20", "--seed", "3")
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith(f"Drew 6 memes into {folder / 'images'}; fonts found: ")
+    assert process.stdout.startswith(f"Drew 20 memes into {folder / 'images'}; fonts found: ")
     return folder
 
 
+def read_drawn(folder: Path) -> list[dict]:
+    return json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
+
+
 def test_the_same_seed_draws_the_same_bytes_and_another_seed_others(drawn, tmp_path):
-    draw(tmp_path / "same", "--count", "6", "--seed", "3")
-    draw(tmp_path / "other", "--count", "6", "--seed", "4")
+    draw(tmp_path / "same", "--count", "20", "--seed", "3", "--processes", "2")
+    draw(tmp_path / "other", "--count", "20", "--seed", "4")
     first = read_all(drawn)
-    assert len(first) == 7  # six pictures and their annotations
+    assert len(first) == 21  # twenty pictures and their annotations
     assert read_all(tmp_path / "same") == first
     assert not set(read_all(tmp_path / "other").values()) & set(first.values())
 
 
 def test_what_is_drawn_trains_without_a_problem(drawn):
     loaded = load(drawn)
-    assert len(loaded.dataset) == 6 and loaded.checked.bad == {}
+    assert len(loaded.dataset) == 60 and loaded.checked.bad == {}
+
+
+def test_every_meme_has_its_truth_in_three_records(drawn):
+    records = read_drawn(drawn)
+    assert [record["task"] for record in records] == ["text", "mood", "description"] * 20
+    for read, mood, description in zip(records[::3], records[1::3], records[2::3], strict=True):
+        assert read["image"] == mood["image"] == description["image"]
+        assert mood["conversations"][1]["value"] == mood["mood"]
+        told = description["conversations"][1]["value"]
+        assert read["character"] in told and read["mood"] in told and (read["prop"] or "") in told
+        if read["text"]:
+            assert read["conversations"][1]["value"] == read["text"]
+            assert f"“{read['text']}”" in told
+        else:
+            assert read["conversations"][1]["value"] == "图片里没有文字。" and "图片里没有文字" in told
+    assert sum(record["text"] == "" for record in records[::3]) == 2  # one in ten
+    # Dealt out evenly: ten moods, two memes each.
+    moods = [record["mood"] for record in records[::3]]
+    assert {moods.count(mood) for mood in set(moods)} == {2} and len(set(moods)) == 10
+
+
+def test_what_a_transparent_meme_says_stands_on_nothing(drawn):
+    kinds = set()
+    for path in (drawn / "images").iterdir():
+        with Image.open(path) as image:
+            assert image.format == {".jpg": "JPEG", ".png": "PNG"}[path.suffix]
+            kinds.add((image.format, image.mode))
+    assert ("JPEG", "RGB") in kinds and ("PNG", "RGBA") in kinds
+
+
+def test_seen_and_unseen_lines_have_nothing_in_common(tmp_path):
+    texts = {}
+    for lines in ("seen", "unseen"):
+        draw(tmp_path / lines, "--count", "60", "--lines", lines, "--tasks", "text")
+        texts[lines] = {record["text"] for record in read_drawn(tmp_path / lines)} - {""}
+        assert len(texts[lines]) == 54  # no line twice
+        assert {is_unseen(text) for text in texts[lines]} == {lines == "unseen"}
+    assert not texts["seen"] & texts["unseen"]
+
+
+@pytest.mark.parametrize(("level", "counts"), [(1, {25}), (2, {9, 16, 25, 36, 49}), (3, set(range(1, 56)))])
+def test_pages_are_full_of_characters(tmp_path, level, counts):
+    process = draw(tmp_path, "--kind", "pages", "--level", str(level), "--count", "12")
+    assert process.returncode == 0, process.stderr
+    alphabet = set(list_alphabet())
+    records = read_drawn(tmp_path)
+    assert len(records) == 12
+    for record in records:
+        assert record["conversations"][1]["value"] == record["text"]
+        assert len(record["text"]) in counts and set(record["text"]) <= alphabet
+        with Image.open(tmp_path / record["image"]) as image:
+            assert image.size == (160, 160)
 
 
 def test_drawing_over_other_memes_is_refused_unless_asked_for(drawn, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     # One of ours from another run, under an ending it will not have again, and one of somebody else's.
-    (images / "meme_099.png").write_bytes(b"old")
+    (images / "meme_000099.png").write_bytes(b"old")
     (images / "mine.png").write_bytes(b"mine")
-    refused = draw(tmp_path, "--count", "6", "--seed", "3")
+    refused = draw(tmp_path, "--count", "20", "--seed", "3")
     assert refused.returncode == 2
     assert f"{images} is not empty; give --overwrite" in refused.stderr
-    assert read_all(tmp_path) == {"images/meme_099.png": b"old", "images/mine.png": b"mine"}
-    assert draw(tmp_path, "--count", "6", "--seed", "3", "--overwrite").returncode == 0
+    assert read_all(tmp_path) == {"images/meme_000099.png": b"old", "images/mine.png": b"mine"}
+    assert draw(tmp_path, "--count", "20", "--seed", "3", "--overwrite").returncode == 0
     assert read_all(tmp_path) == {**read_all(drawn), "images/mine.png": b"mine"}
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--count", "0"], "--count must be 1 to "),
-        (["--count", "1000"], "--count must be 1 to "),
+        (["--count", "0"], "--count must be at least 1"),
+        (["--processes", "0"], "--processes must be at least 1"),
         (["--font", "gone.ttf"], "gone.ttf is not a font with all the Chinese characters needed"),
         (["--coun", "6"], "unrecognized arguments: --coun"),
     ],
@@ -144,3 +205,22 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is_written(tmp_path, fl
     assert process.returncode == 2
     assert message in process.stderr and "Traceback" not in process.stderr
     assert not (tmp_path / "data").exists()
+
+
+# ---- Lines ----
+
+
+def test_lines_never_end_and_stay_in_the_alphabet():
+    source, rng, alphabet = LineSource(unseen=False), random.Random(0), set(list_alphabet())
+    lines = [source.next_line(rng, mood) for _ in range(500) for mood in MOODS]
+    texts = [line.replace("|", "") for line in lines]
+    assert len(set(texts)) == 5000
+    assert all(1 <= len(text) <= 16 and set(text) <= alphabet for text in texts)
+    assert len(alphabet) == 1264
+    # Nearly every character comes up: a model that learned from these has met them.
+    assert len(set("".join(texts))) > 1250
+
+
+def test_every_mood_of_the_figures_has_lines_of_its_own():
+    assert list(LINES) == list(MOODS)
+    assert min(len(lines.split()) for lines in LINES.values()) >= 20
