@@ -298,6 +298,29 @@ class InferArguments:
         check_setting(self, "question", bool(self.question.strip()), "not empty")
 
 
+@dataclass
+class EvaluateArguments:
+    model: Path = field(metadata=describe("merged model, base model, or output_dir / checkpoint of train.py"))
+    annotations: Path = field(metadata=describe("records with the questions and their true answers"))
+    image_folder: Path = field(metadata=describe("where their pictures are"))
+    output_dir: Path = field(metadata=describe("gets predictions.jsonl and metrics.json"))
+    batch_size: int = field(default=16, metadata=describe("questions answered at once"))
+    limit: int | None = field(default=None, metadata=describe("only the first so many records"))
+    max_new_tokens: int = field(default=128, metadata=describe("an answer stops here if not by itself"))
+    base_model: Path | None = field(default=None, metadata=describe("an adapter's base, only if it moved"))
+    device: str = field(default="auto", metadata=describe("auto: the GPU if there is one, else the CPU"))
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata=describe("auto: bfloat16 on a GPU that has it, float32 on a CPU")
+    )
+    overwrite: bool = field(default=False, metadata=describe("replace a non-empty output_dir"))
+
+    def __post_init__(self) -> None:
+        """Stop at values that cannot be meant."""
+        for name in ("batch_size", "max_new_tokens"):
+            check_setting(self, name, getattr(self, name) > 0, "at least 1")
+        check_setting(self, "limit", self.limit is None or self.limit > 0, "at least 1")
+
+
 class _Parser(HfArgumentParser):
     """argparse that stops with a `UserError` and suggests the nearest flag."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch.nn import functional
 from transformers import GenerationConfig, TextStreamer
 
 from meme_llava.checkpoint import find_base, holds_trained_weights
@@ -69,10 +70,43 @@ class Answerer:
         generation_config = copy.copy(self.generation_config)
         generation_config.max_new_tokens = max_new_tokens
         output = self.model.generate(**inputs, generation_config=generation_config, streamer=streamer)
-        new_ids = output[0, inputs["input_ids"].shape[1] :].tolist()
-        stopped = new_ids[-1] in self.generation_config.eos_token_id
+        return self._read_answer(output[0, inputs["input_ids"].shape[1] :].tolist())
+
+    @torch.inference_mode()
+    def answer_together(
+        self, images: list[Image.Image], questions: list["Question"], max_new_tokens: int = 512
+    ) -> list[Answer]:
+        """The greedy answers about several pictures at once; shorter prompts are padded on the left."""
+        batch = [
+            self.build_inputs(image, question.text, question.system)
+            for image, question in zip(images, questions, strict=True)
+        ]
+        longest = max(inputs["input_ids"].shape[1] for inputs in batch)
+        padded = {
+            name: torch.cat(
+                [functional.pad(inputs[name], (longest - inputs[name].shape[1], 0), value=value) for inputs in batch]
+            )  # (questions, longest)
+            for name, value in (("input_ids", self.padding_id), ("attention_mask", 0))
+        }
+        pixel_values = torch.cat([inputs["pixel_values"] for inputs in batch])  # (questions, 3, size, size)
+        generation_config = copy.copy(self.generation_config)
+        generation_config.max_new_tokens = max_new_tokens
+        generation_config.pad_token_id = self.padding_id
+        output = self.model.generate(**padded, pixel_values=pixel_values, generation_config=generation_config)
+        return [self._read_answer(ids) for ids in output[:, longest:].tolist()]
+
+    @property
+    def padding_id(self) -> int:
+        """What fills up prompts and ended answers; the attention mask hides it."""
+        return self.generation_config.eos_token_id[0]
+
+    def _read_answer(self, new_ids: list[int]) -> Answer:
+        """The answer that ends at the first end token, if there is one."""
+        ends = self.generation_config.eos_token_id
+        length = next((place + 1 for place, token in enumerate(new_ids) if token in ends), len(new_ids))
+        new_ids = new_ids[:length]
         text = self.processing.tokenizer.decode(new_ids, skip_special_tokens=True)
-        return Answer(text.strip(), new_ids, stopped)
+        return Answer(text.strip(), new_ids, new_ids[-1] in ends)
 
     def make_streamer(self) -> TextStreamer:
         """Prints the answer to standard output while it grows."""
@@ -130,6 +164,8 @@ class Question:
     text: str
     truth: str | None = None
     system: str | None = None
+    text_in_picture: str | None = None  # None where it is not known, "" where there is none
+    task: str = ""
 
 
 def list_file_questions(paths: list[Path], text: str) -> list[Question]:
@@ -180,7 +216,7 @@ def list_record_questions(
                 image = resolve_image_path(record.images[0], image_folder)
             except ValueError as error:
                 raise UserError(f"{record.place} (id {record.record_id!r}): {error}") from error
-            questions.append(Question(image, text, truth.text.strip(), system))
+            questions.append(Question(image, text, truth.text.strip(), system, record.text, record.task))
     if not questions:
         raise UserError(f"{annotations}: no record begins with {IMAGE_PLACEHOLDER}, a line break and a question")
     if left_out := len(records[:limit]) - len(questions):

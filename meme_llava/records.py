@@ -21,7 +21,8 @@ CAPTIONS_HELP = "A line of a caption file: python data/prepare.py captions turns
 class Record:
     """One conversation about zero or more pictures. `place` says where it stands, for messages.
 
-    `text` is what is known to stand in the picture ("" = nothing), `repeat` counts deliberate copies from 1.
+    `text` is what is known to stand in the picture ("" = nothing), `repeat` counts deliberate copies from 1, `task` is
+    the record's own name for what is asked.
     """
 
     record_id: str
@@ -31,6 +32,7 @@ class Record:
     text: str | None = None
     repeat: int = 1
     source: str = ""
+    task: str = ""
 
 
 def read_records(annotations: Path) -> tuple[list[Record], list[Finding]]:
@@ -87,6 +89,7 @@ def parse_record(value, place: str) -> Record:
         text=text if isinstance(text, str) else None,
         repeat=repeat if isinstance(repeat, int) else 1,
         source=name_source(sources[0]) if isinstance(sources, list) and sources else "",
+        task=value["task"] if isinstance(value.get("task"), str) else "",
     )
 
 

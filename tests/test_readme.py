@@ -15,6 +15,7 @@ import pytest
 from meme_llava import arguments as settings
 from meme_llava.arguments import (
     BuildArguments,
+    EvaluateArguments,
     InferArguments,
     MergeArguments,
     TrainArguments,
@@ -38,6 +39,7 @@ PLAIN_SCRIPTS = {
     "build_base_model.py": BuildArguments,
     "merge_lora.py": MergeArguments,
     "infer.py": InferArguments,
+    "evaluate.py": EvaluateArguments,
     "data/check.py": CheckArguments,
     "data/describe.py": DescribeArguments,
 }

@@ -1,0 +1,95 @@
+"""Ask a model the questions of an annotation file and count how well it reads.
+
+    python evaluate.py --model output/merged --annotations data/unseen/annotations.json --image_folder data/unseen \
+        --output_dir output/scores_merged
+
+writes every answer to predictions.jsonl and the scores to metrics.json.
+"""
+
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+from meme_llava.arguments import EvaluateArguments, parse_arguments, to_plain
+from meme_llava.checkpoint import describe_environment, write_directory, write_json
+from meme_llava.display import print_table
+from meme_llava.errors import UserError, stop_on_user_error
+from meme_llava.generation import Answer, Answerer, Question, list_record_questions, load_answerer
+from meme_llava.hashing import hash_file
+from meme_llava.images import open_image
+from meme_llava.reading_scores import AnsweredQuestion, ReadingScores, score_reading
+
+
+@stop_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(EvaluateArguments, argv, description=__doc__)
+    questions = list_record_questions(arguments.annotations, arguments.image_folder, arguments.limit)
+    answerer = load_answerer(arguments.model, arguments.base_model, arguments.device, arguments.dtype)
+    with write_directory(arguments.output_dir, arguments.overwrite) as folder:
+        answers = ask_all(answerer, questions, arguments.batch_size, arguments.max_new_tokens)
+        scores = score_reading(
+            [
+                AnsweredQuestion(answer.text, question.truth, question.text_in_picture, question.task)
+                for question, answer in zip(questions, answers, strict=True)
+            ]
+        )
+        write_predictions(folder / "predictions.jsonl", questions, answers)
+        record = {
+            "stage": "evaluate",
+            "settings": to_plain(arguments),
+            "annotations_sha256": hash_file(arguments.annotations),
+            "scores": to_plain(scores),
+            "environment": describe_environment(),
+        }
+        write_json(folder / "metrics.json", record)
+    print_scores(scores, arguments.model)
+    print(f"answers and scores: {arguments.output_dir}")
+
+
+def ask_all(answerer: Answerer, questions: list[Question], batch_size: int, max_new_tokens: int) -> list[Answer]:
+    """The answers in the order of the questions. Raises UserError for a picture that cannot be read."""
+    answers = []
+    with tqdm(total=len(questions), unit="question", dynamic_ncols=True, disable=None) as bar:
+        for start in range(0, len(questions), batch_size):
+            batch = questions[start : start + batch_size]
+            try:
+                images = [open_image(question.image, answerer.processing.image_policy) for question in batch]
+            except ValueError as error:
+                raise UserError(f"{error} (data/check.py finds all such pictures)") from error
+            answers += answerer.answer_together(images, batch, max_new_tokens)
+            bar.update(len(batch))
+    return answers
+
+
+def write_predictions(path: Path, questions: list[Question], answers: list[Answer]) -> None:
+    """One JSON line a question."""
+    with path.open("w", encoding="utf-8") as lines:
+        for question, answer in zip(questions, answers, strict=True):
+            line = {
+                "image": str(question.image),
+                "task": question.task,
+                "question": question.text,
+                "answer": answer.text,
+                "truth": question.truth,
+                "text": question.text_in_picture,
+                "stopped": answer.stopped,
+            }
+            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def print_scores(scores: ReadingScores, model: Path) -> None:
+    """The scores as a table; what could not be judged is left out."""
+    rows = []
+    if scores.text_questions:
+        rows.append(("character error rate of the text", f"{scores.character_error_rate:.1%}", scores.text_questions))
+        rows.append(("texts without an error", f"{scores.texts_right:.1%}", scores.text_questions))
+    if scores.no_text_questions:
+        rows.append(("pictures without text, told so", f"{scores.no_text_right:.1%}", scores.no_text_questions))
+    for task, (count, share) in scores.right_by_task.items():
+        rows.append((f"right to the letter: {task or 'all'}", f"{share:.1%}", count))
+    print_table(f"How well {model} reads", ("score", "value", "questions"), rows)
+
+
+if __name__ == "__main__":
+    main()

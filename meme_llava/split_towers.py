@@ -1,0 +1,76 @@
+"""Knows how to take a trained LLaVA apart: its language model and vision tower become folders as a hub has them.
+
+    python -m meme_llava.split_towers --model output/merged --towers output/towers --output_dir data/tiny
+
+The towers that the LLaVA was built from give configuration and tokenizer; only their weights are replaced. The
+multi_modal_projector is left behind: who builds a model from the two gets a fresh one.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import AutoImageProcessor, AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
+
+from meme_llava.arguments import describe, parse_arguments, to_plain
+from meme_llava.checkpoint import RUN_RECORD, describe_environment, write_directory, write_json
+from meme_llava.errors import UserError, stop_on_user_error
+from meme_llava.model import load_llava, load_strictly, quiet_transformers
+
+
+@dataclass
+class SplitArguments:
+    model: Path = field(metadata=describe("a merged LLaVA whose towers Qwen2 and Chinese-CLIP are"))
+    towers: Path = field(metadata=describe("folder with language_model and vision_tower that it was built from"))
+    output_dir: Path = field(metadata=describe("gets the folders language_model and vision_tower"))
+    dtype: Literal["float16", "bfloat16", "float32"] = field(
+        default="float16", metadata=describe("how they are stored")
+    )
+    overwrite: bool = field(default=False, metadata=describe("replace a non-empty output_dir"))
+
+
+def put_weights(target: nn.Module, source: nn.Module, what: str) -> None:
+    """Give `target` the weights of `source`. Raises UserError if they are not the same model."""
+    wanted, found = target.state_dict(), source.state_dict()
+    if {name: weight.shape for name, weight in wanted.items()} != {
+        name: weight.shape for name, weight in found.items()
+    }:
+        raise UserError(f"the {what} of --model is not the one of --towers; pass the towers that it was built from")
+    target.load_state_dict(found)
+
+
+def check_range(model: nn.Module, dtype: torch.dtype, what: str) -> None:
+    """Raise UserError if a weight has no finite value in `dtype`."""
+    for name, weight in model.named_parameters():
+        if not weight.to(dtype).isfinite().all():
+            raise UserError(f"{what}: {name} overflows in {dtype}; pass --dtype float32")
+
+
+@stop_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    """Write both towers of a trained LLaVA, each into a folder of its own."""
+    arguments = parse_arguments(SplitArguments, argv, description=__doc__)
+    dtype = getattr(torch, arguments.dtype)
+    llava = load_llava(arguments.model, torch.float32)
+    language_folder, vision_folder = arguments.towers / "language_model", arguments.towers / "vision_tower"
+    language_model = load_strictly(Qwen2ForCausalLM, language_folder, dtype=torch.float32)
+    two_towers = load_strictly(ChineseCLIPModel, vision_folder, dtype=torch.float32)
+    put_weights(language_model.model, llava.model.language_model, "language model")
+    put_weights(language_model.lm_head, llava.lm_head, "language model's head")
+    put_weights(two_towers.vision_model, llava.model.vision_tower, "vision tower")
+    check_range(language_model, dtype, "language model")
+    check_range(two_towers, dtype, "vision tower")
+    with write_directory(arguments.output_dir, arguments.overwrite) as folder, quiet_transformers():
+        language_model.to(dtype).save_pretrained(folder / "language_model")
+        AutoTokenizer.from_pretrained(language_folder).save_pretrained(folder / "language_model")
+        two_towers.to(dtype).save_pretrained(folder / "vision_tower")
+        AutoImageProcessor.from_pretrained(vision_folder).save_pretrained(folder / "vision_tower")
+        record = {"stage": "split_towers", "settings": to_plain(arguments), "environment": describe_environment()}
+        write_json(folder / RUN_RECORD, record)
+    print(f"language model and vision tower: {arguments.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
