@@ -129,7 +129,7 @@ class TrainArguments(RecordPolicy):
         default=True,
         metadata=describe("draw pictures instead of records; all captions of one share its encoding and prompt"),
     )
-    attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = field(
+    attention: Literal["auto", "flash_attention_2", "varlen", "sdpa", "matmul"] = field(
         default="auto", metadata=describe("kernel of the language model; auto: the first of these that runs here")
     )
     gradient_checkpointing: Literal["auto", "none", "full"] = field(

@@ -7,6 +7,7 @@ device's total, in GiB. A CPU has no such datasheet: its ceiling is measured by 
 import re
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -108,3 +109,12 @@ def measure_ceiling(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         fastest = min(fastest, time.perf_counter() - start)
     return 2 * size**3 / fastest
+
+
+def has_matrix_unit() -> bool:
+    """Whether this CPU multiplies bf16 matrices in a unit of their own (Intel's AMX), as Linux tells it."""
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return False
+    return flags is not None and "amx_bf16" in flags.group(1).split()

@@ -19,7 +19,7 @@ from meme_llava.errors import UserError
 from meme_llava.images import ImagePolicy, normalise
 from meme_llava.loss import CrossEntropyHead
 from meme_llava.model import count_used_vision_layers, load_llava
-from meme_llava.packed_attention import Packing
+from meme_llava.packed_attention import MATMUL, Packing
 
 
 class PackedLlava(LlavaForConditionalGeneration):
@@ -115,6 +115,8 @@ def prepare_packed_llava(model: PackedLlava, image_policy: ImagePolicy, attentio
     # What FSDP gathers at a time; transformers' list names classes that only other parts of these models have.
     model._no_split_modules = sorted({type(layer).__name__ for layer in list_repeated_layers(model)})
     model.model.language_model.config._attn_implementation = attention
+    if attention == MATMUL:
+        model.model.vision_tower.config._attn_implementation = "eager"  # transformers' name for the same
 
 
 def check_compiler(device: torch.device) -> None:

@@ -17,7 +17,7 @@ from meme_llava.errors import UserError
 from meme_llava.images import open_image, read_pixels, to_pixel_values
 from meme_llava.loss import CHUNK, CrossEntropyHead
 from meme_llava.model import load_llava, load_processing
-from meme_llava.packed_attention import FLASH_ATTENTION_2, SDPA, VARLEN, choose_attention
+from meme_llava.packed_attention import FLASH_ATTENTION_2, MATMUL, SDPA, VARLEN, choose_attention
 from meme_llava.packed_model import check_compiler, compile_layers, load_packed_llava, prepare_packed_llava
 from meme_llava.trainable import prepare_trainable
 
@@ -266,6 +266,24 @@ def test_the_kernels_of_gpus_are_called_for_the_same_result(world, processing, c
     assert keys > positions  # something was shared
 
 
+def test_plain_matrix_products_give_the_same_result(world, processing, collator):
+    batch = collator(make_examples(world, processing, CASES["everything_together"]))
+    assert len(batch["path_index"]) > batch["input_ids"].shape[1]  # something is shared, so there are masks
+    gradients, losses = [], []
+    for attention in (SDPA, MATMUL):
+        model = load_packed(world, processing)
+        prepare_packed_llava(model.get_base_model(), processing.image_policy, attention, "test")
+        loss = model(**batch)["loss"]
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(collect_gradients(model))
+    tower = model.get_base_model().model.vision_tower
+    assert tower.config._attn_implementation == "eager"
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for key, gradient in gradients[0].items():
+        assert torch.allclose(gradients[1][key], gradient, atol=1e-6, rtol=1e-4), key
+
+
 def test_half_precision_reaches_the_kernels(world, processing, collator, kernels):
     choose, calls = kernels
     model = load_packed(world, processing)
@@ -279,12 +297,14 @@ def test_attention_is_chosen_by_what_can_run(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert choose_attention("auto", cpu, uses_bf16=False) == SDPA
+    assert choose_attention("auto", cpu, uses_bf16=True) == MATMUL
+    assert choose_attention("matmul", cpu, uses_bf16=False) == MATMUL
     assert choose_attention("auto", gpu, uses_bf16=True) == VARLEN
     assert choose_attention("auto", gpu, uses_bf16=False) == SDPA
     assert choose_attention("sdpa", gpu, uses_bf16=True) == SDPA
-    with pytest.raises(UserError, match="varlen needs a GPU, bf16 and torch 2.11 or newer; .* run here: sdpa"):
+    with pytest.raises(UserError, match="varlen needs a GPU, bf16 and torch 2.11 or newer; .* run here: sdpa, matmul"):
         choose_attention("varlen", cpu, uses_bf16=False)
-    with pytest.raises(UserError, match="flash_attention_2 needs .* flash-attn; .* run here: varlen, sdpa"):
+    with pytest.raises(UserError, match="flash_attention_2 needs .* flash-attn; .* run here: varlen, sdpa, matmul"):
         choose_attention("flash_attention_2", gpu, uses_bf16=True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "flash_attn" else None)
     assert choose_attention("auto", gpu, uses_bf16=True) == FLASH_ATTENTION_2

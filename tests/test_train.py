@@ -407,6 +407,21 @@ def test_resuming_with_another_recipe_is_refused(world, trained, tmp_path, capsy
     assert message in fail(capsys, flags, code=4)
 
 
+def test_a_cpu_that_multiplies_bf16_in_a_unit_of_its_own_may_train_in_bf16(world, tmp_path, monkeypatch, capsys):
+    """Steps compute in bf16 with plain matrix products; what learns is kept in float32 and comes out nearly alike."""
+    monkeypatch.setattr("meme_llava.training_arguments.has_matrix_unit", lambda: True)
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        train.main(train_flags(world, tmp_path / precision, precision=precision, max_steps=2, logging_steps=1))
+        losses[precision] = read_losses(tmp_path / precision)
+        attention = "matmul" if precision == "bf16" else "sdpa"
+        assert f"attention {attention};" in capsys.readouterr().out
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=2e-2)
+    weights = load_file(tmp_path / "bf16" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
 def test_resuming_on_other_data_is_refused(world, trained, tmp_path, capsys):
     other = tmp_path / "other.json"
     other.write_text(json.dumps(world.records[:7], ensure_ascii=False))
@@ -435,7 +450,8 @@ def test_wrong_settings_stop_before_the_model_loads(world, trained, tmp_path, mo
     assert "--engine zero7: no such engine; there are auto, single, ddp, " in message(engine="zero7")
     assert "--engine fsdp2 divides state among several processes, and there is one" in message(engine="fsdp2")
     assert "--save_total_limit is 1, expected at least 2" in message(save_total_limit=1)
-    assert "--precision bf16 needs a GPU here" in message(precision="bf16")
+    monkeypatch.setattr("meme_llava.training_arguments.has_matrix_unit", lambda: False)
+    assert "--precision bf16 needs a GPU here: on a CPU without AMX" in message(precision="bf16")
     assert "--precision tf32 needs a GPU here: no CPU has it" in message(precision="tf32")
     assert "--attention varlen needs a GPU" in message(attention="varlen")
     assert "--machine and --gpus belong to --plan" in message(machine="a800-80gb")
