@@ -154,7 +154,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=400, help="number of pictures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=("memes", "pages"), default="memes", help="pages: words alone, many of them")
-    parser.add_argument("--level", type=int, default=3, choices=(1, 2, 3), help="pages: how irregular they are")
+    parser.add_argument("--level", type=int, default=3, choices=(0, 1, 2, 3), help="pages: how irregular they are")
     parser.add_argument(
         "--lines", choices=("seen", "unseen"), default="seen", help="unseen: no line that seen ever has"
     )

@@ -1,7 +1,9 @@
 """Knows pages of text: pictures full of characters, from which a model learns to read before it sees memes.
 
-A page teaches more characters per picture than a meme. On level 1 they stand in a regular grid, so that what stands
-where never changes; level 2 moves and resizes the grid; level 3 is a few rows of any length, anywhere.
+A page teaches more characters per picture than a meme. On level 0 a hundred small ones stand in a plain grid, one in
+every patch of a tower with 10 x 10 patches: nothing has to be put together from several patches, and the place of a
+character in the answer is that of its patch. Level 1 is a regular grid of larger ones; level 2 moves and resizes the
+grid; level 3 is a few rows of any length, anywhere.
 """
 
 import functools
@@ -22,6 +24,7 @@ from meme_pictures import (
 from PIL import Image, ImageDraw
 
 SIDE = 160  # pixels
+GRID_SIDES = {0: (10,), 1: (5,), 2: (3, 4, 5, 6, 7)}  # characters a side, by level
 
 
 @functools.cache
@@ -33,7 +36,7 @@ def plan_page(identifier: str, rng: random.Random, level: int) -> Meme:
     """A page's rows: on the first levels characters in a square, later words, too."""
     source = _get_source()
     if level < 3:
-        side = 5 if level == 1 else rng.choice((3, 4, 5, 6, 7))
+        side = rng.choice(GRID_SIDES[level])
         rows = [source.draw_characters(rng, side) for _ in range(side)]
     else:
         longest = rng.randint(1, 11)
@@ -54,11 +57,11 @@ def draw_row(source: LineSource, rng: random.Random, length: int) -> str:
 def draw_page(rng: random.Random, page: Meme, faces: list[FontFace], level: int) -> Image.Image:
     """The page as a picture of 160 x 160 pixels."""
     rows = page.line.split("\n")
-    ground = choose_ground(rng, "words")
+    ground = "white" if level == 0 else choose_ground(rng, "words")
     picture = draw_background(rng, (SIDE, SIDE), ground)
     face, style = choose_style(rng, ground, faces)
     if level < 3:
-        draw_grid(rng, picture, rows, face, style, 0 if level == 1 else 1)
+        draw_grid(rng, picture, rows, face, style, 1 if level == 2 else 0)
     else:
         largest = min(SIDE * 0.97 / max(map(measure_row, rows)), SIDE * 0.97 / (LINE_HEIGHT * len(rows)), 60)
         words = draw_rows(rows, face, max(13, largest * rng.uniform(0.5, 1)), style, rng.choice((0, 0.5)))
@@ -67,7 +70,8 @@ def draw_page(rng: random.Random, page: Meme, faces: list[FontFace], level: int)
         words.thumbnail((SIDE, SIDE), Image.Resampling.BILINEAR)
         place = (rng.randint(0, SIDE - words.width), rng.randint(0, SIDE - words.height))
         picture.alpha_composite(words, place)
-    return wear_out(rng, picture.convert("RGB"))
+    picture = picture.convert("RGB")
+    return picture if level == 0 else wear_out(rng, picture)
 
 
 def draw_grid(

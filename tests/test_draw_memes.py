@@ -163,7 +163,7 @@ def test_seen_and_unseen_lines_have_nothing_in_common(tmp_path):
     assert not texts["seen"] & texts["unseen"]
 
 
-@pytest.mark.parametrize(("level", "counts"), [(1, {25}), (2, {9, 16, 25, 36, 49}), (3, set(range(1, 56)))])
+@pytest.mark.parametrize(("level", "counts"), [(0, {100}), (1, {25}), (2, {9, 16, 25, 36, 49}), (3, set(range(1, 56)))])
 def test_pages_are_full_of_characters(tmp_path, level, counts):
     process = draw(tmp_path, "--kind", "pages", "--level", str(level), "--count", "12")
     assert process.returncode == 0, process.stderr
