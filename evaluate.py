@@ -1,7 +1,7 @@
 """Ask a model the questions of an annotation file and count how well it reads.
 
-    python evaluate.py --model output/merged --annotations data/unseen/annotations.json --image_folder data/unseen \
-        --output_dir output/scores_merged
+    python evaluate.py --model output/merged --annotations data/annotations.json --image_folder data \
+        --output_dir output/scores
 
 writes every answer to predictions.jsonl and the scores to metrics.json.
 """

@@ -3,8 +3,9 @@
     python data/draw_memes.py --output_dir /tmp/memes --count 1000 --seed 7
 
 writes images/ and annotations.json. `meme_lines.py` knows what memes say, `meme_characters.py` how the figures look,
-`meme_pictures.py` how both make a picture, `meme_fonts.py` which fonts there are. This file deals them out and knows
-the questions and answers. The same seed, fonts and Pillow version give the same files.
+`meme_pictures.py` how both make a picture, `meme_pages.py` how words alone do, `meme_fonts.py` which fonts there are.
+This file deals them out and knows the questions and answers. The same seed, fonts, numpy and Pillow version give the
+same files.
 """
 
 import argparse

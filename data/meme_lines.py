@@ -133,6 +133,7 @@ class LineSource:
         self._patterns = PATTERNS.split()
         self._all_words = list(chain(*self._words.values()))
         self._alphabet = list_alphabet()
+        self._beginnings = [character for character in self._alphabet if character not in PUNCTUATION]
         self._given: set[str] = set()
 
     def next_line(self, rng: random.Random, mood: str) -> str:
@@ -170,5 +171,4 @@ class LineSource:
 
     def draw_characters(self, rng: random.Random, count: int) -> str:
         """Characters of the alphabet, each as likely as the others; no punctuation in front."""
-        first = [character for character in self._alphabet if character not in PUNCTUATION]
-        return "".join(rng.choice(first if index == 0 else self._alphabet) for index in range(count))
+        return "".join(rng.choice(self._beginnings if index == 0 else self._alphabet) for index in range(count))

@@ -130,7 +130,7 @@ class TrainArguments(RecordPolicy):
         metadata=describe("draw pictures instead of records; all captions of one share its encoding and prompt"),
     )
     attention: Literal["auto", "flash_attention_2", "varlen", "sdpa", "matmul"] = field(
-        default="auto", metadata=describe("kernel of the language model; auto: the first of these that runs here")
+        default="auto", metadata=describe("kernel of the language model; auto: the fastest one here")
     )
     gradient_checkpointing: Literal["auto", "none", "full"] = field(
         default="auto",

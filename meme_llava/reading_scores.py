@@ -4,11 +4,12 @@ Words are compared after NFKC and in lower case, letters and digits only: punctu
 count. Knows nothing about models.
 """
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rapidfuzz.distance import Levenshtein
+
+from meme_llava.captions import normalise_text
 
 NO_TEXT = "没有文字"  # how an answer says that a picture holds no words
 
@@ -48,19 +49,14 @@ class ReadingScores:
     right_by_task: dict[str, tuple[int, float]]
 
 
-def normalise(text: str) -> str:
-    """The letters and digits of a text, after NFKC and in lower case."""
-    return "".join(char for char in unicodedata.normalize("NFKC", text).lower() if char.isalnum())
-
-
 def score_reading(answered: Sequence[AnsweredQuestion]) -> ReadingScores:
     """Judge every answer by what its true answer is: the text itself, that there is none, or something else."""
     errors = characters = 0
     texts, no_texts, tasks = [], [], {}
     for question in answered:
-        answer, truth = normalise(question.answer), normalise(question.truth)
+        answer, truth = normalise_text(question.answer), normalise_text(question.truth)
         tasks.setdefault(question.task, []).append(answer == truth)
-        if question.text_in_picture and normalise(question.text_in_picture) == truth:
+        if question.text_in_picture and normalise_text(question.text_in_picture) == truth:
             characters += len(truth)
             errors += Levenshtein.distance(answer, truth)
             texts.append(answer == truth)

@@ -7,12 +7,13 @@ import torch
 from PIL import Image
 
 import evaluate
+from meme_llava.captions import normalise_text
 from meme_llava.generation import Question, load_answerer
-from meme_llava.reading_scores import AnsweredQuestion, normalise, score_reading
+from meme_llava.reading_scores import AnsweredQuestion, score_reading
 
 
 def test_only_letters_and_digits_are_compared():
-    assert normalise("ＯＫ，我 太难了！\n５2０") == "ok我太难了520"
+    assert normalise_text("ＯＫ，我 太难了！\n５2０") == "ok我太难了520"
 
 
 def test_scores_by_hand():
