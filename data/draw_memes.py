@@ -3,25 +3,22 @@
     python data/draw_memes.py --output_dir /tmp/memes --count 1000 --seed 7
 
 writes images/ and annotations.json. `meme_lines.py` knows what memes say, `meme_characters.py` how the figures look,
-`meme_pictures.py` how both make a picture, `meme_pages.py` how words alone do, `meme_fonts.py` which fonts there are.
-This file deals them out and knows the questions and answers. The same seed, fonts, numpy and Pillow version give the
-same files.
+`meme_pictures.py` how both make a picture, `meme_fonts.py` which fonts there are. This file deals them out and knows
+the questions and answers. The same seed, fonts, numpy and Pillow version give the same files.
 """
 
 import argparse
-import functools
 import json
 import multiprocessing
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from meme_characters import CHARACTERS, MOODS, PROPS
 from meme_fonts import FontFace, find_fonts
 from meme_lines import LineSource, list_alphabet
-from meme_pages import draw_page, plan_page
 from meme_pictures import Meme, draw_meme, save_picture
 
 TEXTLESS_SHARE = 10  # one meme in so many carries no words
@@ -89,8 +86,6 @@ def dealer(rng: random.Random, values: list) -> Iterator:
 def write_records(meme: Meme, tasks: list[str], rng: random.Random) -> list[dict]:
     """A record for each task."""
     truth = {"text": meme.text, "character": meme.character, "mood": meme.mood, "prop": meme.prop}
-    if meme.character is None:
-        truth = {"text": meme.text}
     records = []
     for task in tasks:
         question, answer = write_turns(meme, task, rng)
@@ -128,15 +123,15 @@ def write_turns(meme: Meme, task: str, rng: random.Random) -> tuple[str, str]:
 # ---- Drawing ----
 
 
-def draw_one(job: tuple[Meme, int, Path, list[FontFace], Callable]) -> None:
+def draw_one(job: tuple[Meme, int, Path, list[FontFace]]) -> None:
     """Draw and save one picture; everything about it follows from seed and identifier."""
-    meme, seed, folder, faces, draw = job
+    meme, seed, folder, faces = job
     rng = random.Random(f"{seed} {meme.identifier}")
-    save_picture(rng, draw(rng, meme, faces), meme, folder / meme.file_name)
+    save_picture(rng, draw_meme(rng, meme, faces), meme, folder / meme.file_name)
 
 
-def draw_all(memes: list[Meme], seed: int, folder: Path, faces: list[FontFace], draw: Callable, processes: int) -> None:
-    jobs = ((meme, seed, folder, faces, draw) for meme in memes)
+def draw_all(memes: list[Meme], seed: int, folder: Path, faces: list[FontFace], processes: int) -> None:
+    jobs = ((meme, seed, folder, faces) for meme in memes)
     if processes == 1:
         for job in jobs:
             draw_one(job)
@@ -154,8 +149,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("data"), help="gets images/ and annotations.json")
     parser.add_argument("--count", type=int, default=400, help="number of pictures")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kind", choices=("memes", "pages"), default="memes", help="pages: words alone, many of them")
-    parser.add_argument("--level", type=int, default=3, choices=(0, 1, 2, 3), help="pages: how irregular they are")
     parser.add_argument(
         "--lines", choices=("seen", "unseen"), default="seen", help="unseen: no line that seen ever has"
     )
@@ -193,16 +186,10 @@ def main(argv: list[str] | None = None) -> int:
         if re.fullmatch(r"meme_\d{6}\.(jpg|png)", path.name):
             path.unlink()
     seed = arguments.seed
-    if arguments.kind == "pages":
-        rng = random.Random(seed)
-        memes = [plan_page(f"meme_{index:06d}", rng, arguments.level) for index in range(arguments.count)]
-        tasks, draw = ["text"], functools.partial(draw_page, level=arguments.level)
-    else:
-        memes = list(plan_memes(arguments.count, seed, LineSource(arguments.lines == "unseen")))
-        tasks, draw = arguments.tasks, draw_meme
-    draw_all(memes, seed, images, faces, draw, arguments.processes)
+    memes = list(plan_memes(arguments.count, seed, LineSource(arguments.lines == "unseen")))
+    draw_all(memes, seed, images, faces, arguments.processes)
     rng = random.Random(f"{seed} questions")
-    records = [record for meme in memes for record in write_records(meme, tasks, rng)]
+    records = [record for meme in memes for record in write_records(meme, arguments.tasks, rng)]
     path = arguments.output_dir / "annotations.json"
     path.write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     print(f"Drew {len(memes)} memes into {images}; fonts found: {len(faces)}.")

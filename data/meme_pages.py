@@ -1,91 +1,116 @@
-"""Knows pages of text: pictures full of characters, from which a model learns to read before it sees memes.
+"""Knows pages of text: pictures of 160 x 160 pixels full of letters, from which a model learns to read before memes.
 
-A page teaches more characters per picture than a meme. On level 0 a hundred small ones stand in a plain grid, one in
-every patch of a tower with 10 x 10 patches: nothing has to be put together from several patches, and the place of a
-character in the answer is that of its patch. Level 1 is a regular grid of larger ones; level 2 moves and resizes the
-grid; level 3 is a few rows of any length, anywhere.
+A page knows the place of each of its letters, so it can be asked in two ways. The field is what stands at each of the
+tower's 10 x 10 patches, row by row: the letter whose middle lies there, or BLANK. Answer and patches are then in the
+same order, and a letter is recognised where it stands. The text is the letters alone, in reading order.
 """
 
 import functools
+import math
 import random
+from dataclasses import dataclass
 
 from meme_fonts import FontFace, load_font
 from meme_lines import LineSource
-from meme_pictures import (
-    LINE_HEIGHT,
-    Meme,
-    choose_ground,
-    choose_style,
-    draw_background,
-    draw_rows,
-    measure_row,
-    wear_out,
-)
+from meme_pictures import choose_ground, choose_style, draw_background, wear_out
 from PIL import Image, ImageDraw
 
 SIDE = 160  # pixels
-GRID_SIDES = {0: (10,), 1: (5,), 2: (3, 4, 5, 6, 7)}  # characters a side, by level
+PATCHES = 10  # a side
+BLANK = "□"
+
+
+@dataclass(frozen=True)
+class Letter:
+    """A character, its middle and its size in pixels."""
+
+    character: str
+    x: float
+    y: float
+    size: float
+
+    @property
+    def patch(self) -> int:
+        return int(self.y * PATCHES / SIDE) * PATCHES + int(self.x * PATCHES / SIDE)
+
+
+@dataclass(frozen=True)
+class Page:
+    """Letters in reading order, no two in the same patch."""
+
+    identifier: str
+    letters: list[Letter]
+    is_plain: bool  # black on white, nothing worn
+
+    @property
+    def text(self) -> str:
+        return "".join(letter.character for letter in self.letters)
+
+    @property
+    def field(self) -> str:
+        field = [BLANK] * PATCHES**2
+        for letter in self.letters:
+            field[letter.patch] = letter.character
+        return "".join(field)
 
 
 @functools.cache
-def _get_source() -> LineSource:
+def get_source() -> LineSource:
     return LineSource(unseen=False)
 
 
-def plan_page(identifier: str, rng: random.Random, level: int) -> Meme:
-    """A page's rows: on the first levels characters in a square, later words, too."""
-    source = _get_source()
-    if level < 3:
-        side = rng.choice(GRID_SIDES[level])
-        rows = [source.draw_characters(rng, side) for _ in range(side)]
-    else:
-        longest = rng.randint(1, 11)
-        rows = [draw_row(source, rng, rng.choice((longest, rng.randint(1, longest)))) for _ in range(rng.randint(1, 5))]
-    return Meme(identifier, None, None, None, "\n".join(rows), "jpeg")
-
-
-def draw_row(source: LineSource, rng: random.Random, length: int) -> str:
+def draw_row(rng: random.Random, length: int) -> str:
     """Characters or words, cut to `length`."""
     if rng.random() < 0.5:
-        return source.draw_characters(rng, length)
+        return get_source().draw_characters(rng, length)
     row = ""
     while len(row) < length:
-        row += source.compose(rng)
+        row += get_source().compose(rng)
     return row[:length]
 
 
-def draw_page(rng: random.Random, page: Meme, faces: list[FontFace], level: int) -> Image.Image:
+def plan_full_page(identifier: str, characters: list[str]) -> Page:
+    """A letter in the middle of every patch."""
+    patch = SIDE / PATCHES
+    middles = [(number + 0.5) * patch for number in range(PATCHES)]
+    places = [(x, y) for y in middles for x in middles]
+    letters = [Letter(character, x, y, patch) for character, (x, y) in zip(characters, places, strict=True)]
+    return Page(identifier, letters, is_plain=True)
+
+
+def plan_page(identifier: str, rng: random.Random, smallest: float, largest: float, is_plain: bool) -> Page:
+    """Rows of letters of one size, which is between `smallest` and `largest` pixels, with room around and between."""
+    size = math.exp(rng.uniform(math.log(smallest), math.log(largest)))
+    step = size * rng.choice((1, 1, rng.uniform(1, 1.4)))
+    row_step = size * rng.uniform(1, 1.5)
+    gaps = rng.choice((0, 0, 0, 0.1, 0.3))  # share of places left out
+    longest = int((SIDE - size) / step) + 1
+    most_rows = int((SIDE - size) / row_step) + 1
+    row_count = rng.choice((most_rows, rng.randint(1, most_rows)))
+    top = rng.uniform(0, SIDE - size - row_step * (row_count - 1))
+    letters, taken = [], set()
+    for number in range(row_count):
+        length = rng.choice((longest, rng.randint(1, longest)))
+        left = rng.uniform(0, SIDE - size - step * (length - 1))
+        for place, character in enumerate(draw_row(rng, length)):
+            letter = Letter(character, left + size / 2 + step * place, top + size / 2 + row_step * number, size)
+            if letter.patch not in taken and (rng.random() >= gaps or not letters):
+                letters.append(letter)
+                taken.add(letter.patch)
+    return Page(identifier, letters, is_plain)
+
+
+def draw_page(rng: random.Random, page: Page, faces: list[FontFace]) -> Image.Image:
     """The page as a picture of 160 x 160 pixels."""
-    rows = page.line.split("\n")
-    ground = "white" if level == 0 else choose_ground(rng, "words")
+    ground = "white" if page.is_plain else choose_ground(rng, "page")
     picture = draw_background(rng, (SIDE, SIDE), ground)
     face, style = choose_style(rng, ground, faces)
-    if level < 3:
-        draw_grid(rng, picture, rows, face, style, 1 if level == 2 else 0)
-    else:
-        largest = min(SIDE * 0.97 / max(map(measure_row, rows)), SIDE * 0.97 / (LINE_HEIGHT * len(rows)), 60)
-        words = draw_rows(rows, face, max(13, largest * rng.uniform(0.5, 1)), style, rng.choice((0, 0.5)))
-        if rng.random() < 0.2:
-            words = words.rotate(rng.uniform(-6, 6), Image.Resampling.BICUBIC, expand=True)
-        words.thumbnail((SIDE, SIDE), Image.Resampling.BILINEAR)
-        place = (rng.randint(0, SIDE - words.width), rng.randint(0, SIDE - words.height))
-        picture.alpha_composite(words, place)
-    picture = picture.convert("RGB")
-    return picture if level == 0 else wear_out(rng, picture)
-
-
-def draw_grid(
-    rng: random.Random, picture: Image.Image, rows: list[str], face: FontFace, style: dict, irregularity: float
-) -> None:
-    """Every character in the middle of its cell, or the whole grid moved and made smaller."""
-    cell = SIDE / len(rows)
-    size = cell * 0.95 * rng.uniform(1 - 0.3 * irregularity, 1)
-    font, stroke = load_font(face, round(size)), round(size * style["weight"])
-    free = SIDE - size * len(rows)
-    step = size + free / len(rows) * (1 - irregularity * rng.random())
-    left, top = (irregularity * rng.random() * (SIDE - step * len(rows)) for _ in range(2))
     canvas = ImageDraw.Draw(picture)
-    for number, row in enumerate(rows):
-        for place, character in enumerate(row):
-            middle = (left + step * (place + 0.5), top + step * (number + 0.5))
-            canvas.text(middle, character, style["fill"], font, "mm", stroke_width=stroke, stroke_fill=style["stroke"])
+    for letter in page.letters:
+        font, stroke = load_font(face, round(letter.size * 0.95)), round(letter.size * style["weight"])
+        place = (letter.x, letter.y)
+        canvas.text(
+            place, letter.character, style["fill"], font, "mm", stroke_width=stroke, stroke_fill=style["stroke"]
+        )
+    picture = picture.convert("RGB")
+    return picture if page.is_plain else wear_out(rng, picture)

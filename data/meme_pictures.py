@@ -32,15 +32,15 @@ class Meme:
     """What one picture shows and says, and in which format it is kept."""
 
     identifier: str
-    character: str | None  # None: words alone
-    mood: str | None
+    character: str
+    mood: str
     prop: str | None
-    line: str  # the words, with a bar or line breaks where they have preferred breaks; "" for none
+    line: str  # the words, with a bar where they have a preferred break; "" for none
     format: str  # jpeg, png, palette or transparent
 
     @property
     def text(self) -> str:
-        return self.line.replace("|", "").replace("\n", "")
+        return self.line.replace("|", "")
 
     @property
     def file_name(self) -> str:
@@ -66,8 +66,7 @@ def draw_meme(rng: random.Random, meme: Meme, faces: list[FontFace]) -> Image.Im
         picture = Image.new("RGBA", size)
     else:
         picture = draw_background(rng, size, ground)
-    if meme.character is not None:
-        place_figure(rng, picture, meme, scale_box(layout.figure_box, size), layout.lean)
+    place_figure(rng, picture, meme, scale_box(layout.figure_box, size), layout.lean)
     if meme.line:
         place_words(rng, picture, meme.line, layout, scale_box(layout.text_box, size), ground, faces)
     picture = picture.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=None)
@@ -95,8 +94,6 @@ def choose_layout(rng: random.Random, meme: Meme) -> tuple[Layout, tuple[int, in
         "wide": (round(square * rng.uniform(1.1, 1.45)), square),
         "tall": (square, round(square * rng.uniform(1.05, 1.4))),
     }
-    if meme.character is None:
-        return Layout("words", (0.03, 0.03, 0.97, 0.97), (0, 0, 0, 0)), sizes[rng.choice(list(sizes))]
     if not meme.line:
         return Layout("plain", (0, 0, 0, 0), (0.05, 0.05, 0.95, 0.95)), sizes["square"]
     kinds = {"below": 30, "above": 16, "overlay": 22, "bar": 14, "bubble": 12, "beside": 8, "column": 7}
@@ -140,7 +137,7 @@ def scale_box(box: Box, size: tuple[int, int]) -> Box:
 def choose_ground(rng: random.Random, kind: str) -> str:
     if kind == "overlay":
         return rng.choice(("strong", "photo", "photo"))
-    if kind == "words":
+    if kind == "page":
         return rng.choices(("white", "pale", "strong", "photo", "night"), (4, 2, 1, 2, 2))[0]
     return rng.choices(("white", "pale", "strong", "photo", "night"), (7, 4, 1, 2, 1))[0]
 
@@ -248,11 +245,9 @@ def measure_row(row: str) -> float:
 
 def list_arrangements(line: str, is_column: bool, most_rows: int) -> list[list[str]]:
     """The ways to break a line of words into rows."""
-    text = line.replace("|", "").replace("\n", "")
+    text = line.replace("|", "")
     if is_column:
         return [list(text)]
-    if "\n" in line:
-        return [line.split("\n")]
     ways = [[text]]
     if len(text) >= 5 and most_rows > 1:
         if "|" in line:
@@ -325,9 +320,8 @@ def place_words(
         words = words.rotate(rng.uniform(-7, 7), Image.Resampling.BICUBIC, expand=True)
     if words.width > room[0] or words.height > room[1]:
         words.thumbnail((round(room[0]), round(room[1])), Image.Resampling.BILINEAR)
-    free = layout.kind in ("above", "words")
-    x = left + (room[0] - words.width) * (rng.uniform(0, 1) if free else 0.5)
-    y = top + (room[1] - words.height) * (rng.uniform(0, 1) if layout.kind == "words" else 0.5)
+    x = left + (room[0] - words.width) * (rng.uniform(0, 1) if layout.kind == "above" else 0.5)
+    y = top + (room[1] - words.height) * 0.5
     if layout.kind == "bubble":
         pad_x, pad_y = 10 * OVERSIZE, 7 * OVERSIZE
         around = (x - pad_x, y - pad_y, x + words.width + pad_x, y + words.height + pad_y)

@@ -1,12 +1,17 @@
 """Knows how to make a tiny random language model and vision tower, laid out as the hub's real ones are.
 
-The embedded default of run.sh and the tests train on these: Qwen2's architecture and tokenizer format, and a
-two-tower Chinese-CLIP in a `pytorch_model.bin`. They know nothing; they only memorise.
+Qwen2's architecture and tokenizer format, and a two-tower Chinese-CLIP in a `pytorch_model.bin`. There are two kinds.
+The embedded default of run.sh and the tests train on ones that know the words of some annotations and only memorise:
 
     python -m meme_llava.tiny_towers --annotations data/annotations.json --output_dir output/tiny
+
+Larger ones can learn to read every character of an alphabet, from the lessons of data/draw_lessons.py:
+
+    python -m meme_llava.tiny_towers --alphabet alphabet.txt --output_dir output/readers
 """
 
 import json
+import string
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +23,11 @@ from transformers.models.chinese_clip.image_processing_pil_chinese_clip import C
 from meme_llava.arguments import parse_arguments, to_plain
 from meme_llava.checkpoint import RUN_RECORD, describe_environment, write_directory, write_json
 from meme_llava.conversation import DEFAULT_SYSTEM
-from meme_llava.errors import stop_on_user_error
+from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.model import quiet_transformers
 from meme_llava.records import read_records
 
+ALPHABET_WEIGHT = 50
 PROMPT_WORDS_WEIGHT = 100  # the words of every prompt count like those of a hundred records
 # Qwen2's own split of text into words, single digits, punctuation and white space.
 QWEN2_SPLIT = (
@@ -34,15 +40,59 @@ DIMENSIONS = {
     "language_model": {"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 384},
     "vision_tower": {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 192},
 }
+MEMORISER_IMAGE_SIZE = 112  # pixels
+# What a small model needs in order to learn reading from nothing, found by trial. Tied embeddings carry what is learned
+# about copying one character over to all. With a larger factor the random layers of the tower drown the pixels.
+READER_LANGUAGE_MODEL = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 640,
+    "initializer_range": 0.035,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+}
+READER_VISION_TOWER = {
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "intermediate_size": 768,
+    "patch_size": 16,
+    "initializer_factor": 1.0,
+}
+READER_IMAGE_SIZE = 160  # pixels: 10 x 10 patches
+READER_PATCH_DEVIATION = 0.02
 
 
 @dataclass
 class TinyTowersArguments:
-    annotations: Path = field(metadata={"help": "annotation file whose words the tokenizer learns"})
     output_dir: Path = field(metadata={"help": "gets the folders language_model and vision_tower"})
-    image_size: int = field(default=112, metadata={"help": "pixels a side of the vision tower"})
+    annotations: Path | None = field(
+        default=None, metadata={"help": "annotation file whose words the tokenizer learns; the towers only memorise"}
+    )
+    alphabet: Path | None = field(
+        default=None,
+        metadata={"help": "text file, each of whose characters becomes a token; the towers can learn to read"},
+    )
     seed: int = field(default=0, metadata={"help": "draws the weights"})
     overwrite: bool = field(default=False, metadata={"help": "replace an existing output directory"})
+
+    def __post_init__(self) -> None:
+        """Stop unless there is one source of tokens."""
+        if (self.annotations is None) == (self.alphabet is None):
+            raise UserError("give either --annotations or --alphabet")
+
+
+def read_alphabet(path: Path) -> list[str]:
+    """The characters of a text file, each once, without white space. Raises UserError for want of any."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--alphabet {path} cannot be read: {error}; pass a text file in UTF-8") from error
+    characters = sorted(set(text) - set(string.whitespace))
+    if not characters:
+        raise UserError(f"--alphabet {path} has no characters; draw_lessons.py of data/ writes an alphabet.txt")
+    return characters
 
 
 def train_tokenizer(texts: list[str], vocabulary_size: int = 1500) -> Qwen2Tokenizer:
@@ -79,27 +129,34 @@ def train_tokenizer(texts: list[str], vocabulary_size: int = 1500) -> Qwen2Token
     )
 
 
-def make_language_model(folder: Path, texts: list[str], seed: int, **dimensions) -> None:
-    """Write a random Qwen2 with its own tokenizer to `folder`."""
-    tokenizer = train_tokenizer(texts)
+def make_language_model(folder: Path, texts: list[str], seed: int, vocabulary_size: int = 1500, **settings) -> None:
+    """Write a random Qwen2 with its own tokenizer to `folder`; `settings` are of Qwen2Config."""
+    tokenizer = train_tokenizer(texts, vocabulary_size)
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=-(-(len(tokenizer) + 8) // 64) * 64,  # padded, with room for <image>, as Qwen2's is
         max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
         eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        initializer_range=INITIALIZER_RANGE,
         bos_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
-        tie_word_embeddings=False,
-        **{**DIMENSIONS["language_model"], "num_key_value_heads": 2, **dimensions},
+        **{
+            **DIMENSIONS["language_model"],
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+            "initializer_range": INITIALIZER_RANGE,
+            "tie_word_embeddings": False,
+            **settings,
+        },
     )
     with quiet_transformers():
         Qwen2ForCausalLM(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
-def make_vision_tower(folder: Path, image_size: int, seed: int, **dimensions) -> None:
-    """Write a random two-tower Chinese-CLIP to `folder` the way the hub ships it: one `pytorch_model.bin`."""
+def make_vision_tower(folder: Path, image_size: int, seed: int, shows_places: bool = False, **settings) -> None:
+    """Write a random two-tower Chinese-CLIP to `folder` the way the hub ships it: one `pytorch_model.bin`.
+
+    `settings` are of its vision part. `shows_places`: see `show_places`.
+    """
     torch.manual_seed(seed + 1)
     config = ChineseCLIPConfig(
         vision_config={
@@ -107,7 +164,7 @@ def make_vision_tower(folder: Path, image_size: int, seed: int, **dimensions) ->
             "image_size": image_size,
             "patch_size": 14,
             "initializer_factor": VISION_INITIALIZER_FACTOR,
-            **dimensions,
+            **settings,
         },
         text_config={
             "hidden_size": 16,
@@ -121,21 +178,52 @@ def make_vision_tower(folder: Path, image_size: int, seed: int, **dimensions) ->
     folder.mkdir(parents=True, exist_ok=True)
     with quiet_transformers():
         model = ChineseCLIPModel(config)
+        if shows_places:
+            show_places(model.vision_model.embeddings)
         config.save_pretrained(folder)
         square = {"height": image_size, "width": image_size}
         ChineseCLIPImageProcessorPil(size=square, do_center_crop=False).save_pretrained(folder)
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
 
 
+def show_places(embeddings: torch.nn.Module) -> None:
+    """Let every patch begin with where it is, as loud as with what it shows.
+
+    Positions become sines and cosines of row and column, of amplitude 1 and wavelengths from 2 pi to 100 times that
+    (Vaswani et al. 2017, section 3.5, half of the channels for each axis). CLIP's own 0.02 is lost beside the pixels.
+    """
+    weight = embeddings.position_embedding.weight  # (1 + side * side, hidden_size), the class token first
+    side, hidden_size = round((weight.shape[0] - 1) ** 0.5), weight.shape[1]
+    frequencies = 100 ** -(torch.arange(hidden_size // 4) / (hidden_size // 4))
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    waves = [axis.reshape(-1, 1) * frequencies for axis in (rows, columns)]  # (side * side, hidden_size / 4)
+    patches = embeddings.patch_embedding.weight
+    with torch.no_grad():
+        weight[1:] = torch.cat([wave for axis in waves for wave in (axis.sin(), axis.cos())], dim=1)
+        patches *= READER_PATCH_DEVIATION / patches.std()
+
+
+def make_reader(language_folder: Path, vision_folder: Path, alphabet: list[str], seed: int) -> None:
+    """Write a language model and a vision tower that can learn to read."""
+    # Alone and often, so that no word becomes a token; a Chinese character takes at most two merges of bytes.
+    texts, vocabulary_size = alphabet * ALPHABET_WEIGHT, 512 + 2 * len(alphabet)
+    make_language_model(language_folder, texts, seed, vocabulary_size, **READER_LANGUAGE_MODEL)
+    make_vision_tower(vision_folder, READER_IMAGE_SIZE, seed, shows_places=True, **READER_VISION_TOWER)
+
+
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    """Make both towers; run.sh calls this for its embedded default."""
+    """Make both towers."""
     arguments = parse_arguments(TinyTowersArguments, argv, description=__doc__)
-    records, _ = read_records(arguments.annotations)
-    texts = [turn.text for record in records for turn in record.turns]
     with write_directory(arguments.output_dir, arguments.overwrite) as folder:
-        make_language_model(folder / "language_model", texts, arguments.seed)
-        make_vision_tower(folder / "vision_tower", arguments.image_size, arguments.seed)
+        language_folder, vision_folder = folder / "language_model", folder / "vision_tower"
+        if arguments.annotations:
+            records, _ = read_records(arguments.annotations)
+            texts = [turn.text for record in records for turn in record.turns]
+            make_language_model(language_folder, texts, arguments.seed)
+            make_vision_tower(vision_folder, MEMORISER_IMAGE_SIZE, arguments.seed)
+        else:
+            make_reader(language_folder, vision_folder, read_alphabet(arguments.alphabet), arguments.seed)
         record = {"stage": "tiny_towers", "settings": to_plain(arguments), "environment": describe_environment()}
         write_json(folder / RUN_RECORD, record)
     print(f"tiny random language model and vision tower: {arguments.output_dir}")

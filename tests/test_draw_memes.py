@@ -163,20 +163,6 @@ def test_seen_and_unseen_lines_have_nothing_in_common(tmp_path):
     assert not texts["seen"] & texts["unseen"]
 
 
-@pytest.mark.parametrize(("level", "counts"), [(0, {100}), (1, {25}), (2, {9, 16, 25, 36, 49}), (3, set(range(1, 56)))])
-def test_pages_are_full_of_characters(tmp_path, level, counts):
-    process = draw(tmp_path, "--kind", "pages", "--level", str(level), "--count", "12")
-    assert process.returncode == 0, process.stderr
-    alphabet = set(list_alphabet())
-    records = read_drawn(tmp_path)
-    assert len(records) == 12
-    for record in records:
-        assert record["conversations"][1]["value"] == record["text"]
-        assert len(record["text"]) in counts and set(record["text"]) <= alphabet
-        with Image.open(tmp_path / record["image"]) as image:
-            assert image.size == (160, 160)
-
-
 def test_drawing_over_other_memes_is_refused_unless_asked_for(drawn, tmp_path):
     images = tmp_path / "images"
     images.mkdir()

@@ -34,7 +34,7 @@ from meme_llava.records import parse_record
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = {"README": ("README.md", "README.zh-CN.md"), "data": ("data/README.md", "data/README.zh-CN.md")}
 DOCUMENTS = [name for pair in PAIRS.values() for name in pair]
-DRAW_MEMES = "data/draw_memes.py"
+DRAWING = ("data/draw_memes.py", "data/draw_lessons.py")
 PLAIN_SCRIPTS = {
     "build_base_model.py": BuildArguments,
     "merge_lora.py": MergeArguments,
@@ -106,7 +106,8 @@ def list_known_flags() -> set[str]:
     fields = [field for arguments in classes for field in dataclasses.fields(arguments)]
     flags = {f"--{field.name}" for field in fields}
     flags |= {f"--no_{field.name}" for field in fields if field.default is True}
-    return flags | {flag for script in (DRAW_MEMES, *BENCHMARKS) for flag in re.findall(r'"(--\w+)",', read(script))}
+    flags |= {flag for script in (*DRAWING, *BENCHMARKS) for flag in re.findall(r'"(--\w+)",', read(script))}
+    return flags | {f"--{lesson}" for lesson in load_script("data/draw_lessons.py").LESSONS}
 
 
 def read_run_sh_variables() -> dict[str, tuple[str, str | None]]:
@@ -143,9 +144,7 @@ def parse_command(words: list[str]) -> None:
         parse_train_arguments(flags, "")
     elif script == PREPARE:
         parse_arguments(load_script(PREPARE).COMMANDS[flags[0]][0], flags[1:], "")
-    elif script == DRAW_MEMES:
-        load_script(DRAW_MEMES).parse_arguments(flags)
-    elif script in BENCHMARKS:
+    elif script in (*DRAWING, *BENCHMARKS):
         load_script(script).parse_arguments(flags)
     else:
         parse_arguments(PLAIN_SCRIPTS[script], flags, "")

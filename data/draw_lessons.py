@@ -1,0 +1,145 @@
+"""Draws the lessons from which the small towers of data/tiny learn to read.
+
+    python data/draw_lessons.py --output_dir /tmp/lessons --page_fields 1000 --memes 500 --seed 7
+
+writes images/, annotations.json and alphabet.txt, the characters that can occur. What is asked about a page of letters
+is its field, or its text; `meme_pages.py` says what these are. Pages come as pictures, or spelled out where the image
+tokens would stand: that teaches a language model the order of the patches and the skipping of blanks before it has
+eyes.
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import draw_memes
+from draw_memes import DESCRIPTIONS, MOOD_QUESTIONS, TASKS, TEXT_QUESTIONS, plan_memes, write_records
+from meme_characters import CHARACTERS, MOODS, PROPS
+from meme_fonts import FontFace, find_fonts
+from meme_lines import LineSource, list_alphabet
+from meme_pages import BLANK, PATCHES, SIDE, Page, draw_page, draw_row, get_source, plan_full_page, plan_page
+from meme_pictures import Meme
+
+FIELD_QUESTION = "逐格读出图中的文字。"
+LESSONS = {
+    "copies": "short texts to be said again, without a page",
+    "spelled_full_fields": "spelled pages with 2 to 4 different letters, one in every patch: what is in each patch?",
+    "spelled_fields": "spelled pages: what is in each patch?",
+    "spelled_texts": "spelled pages: what is the text?",
+    "full_page_fields": "pictures of pages with a letter in every patch: what is in each patch?",
+    "page_fields": "pictures of pages: what is in each patch?",
+    "page_texts": "pictures of pages: what is the text?",
+    "memes": "memes, with a record for each task",
+}
+
+
+def plan_lessons(arguments: argparse.Namespace) -> Iterator[tuple[list[dict], Page | Meme | None]]:
+    """Records, and the picture to draw for them, if any."""
+    rng = random.Random(arguments.seed)
+    for meme in plan_memes(arguments.memes, arguments.seed, LineSource(unseen=False)):
+        yield write_records(meme, arguments.tasks, rng), meme
+    for lesson in LESSONS:
+        if lesson == "memes":
+            continue
+        for number in range(getattr(arguments, lesson)):
+            identifier = f"{lesson}_{number:06d}"
+            if lesson == "copies":
+                text = draw_row(rng, rng.randint(1, 16))
+                yield [write_record(identifier, text, rng.choice(TEXT_QUESTIONS), text)], None
+                continue
+            if lesson == "spelled_full_fields":
+                characters = get_source().draw_characters(rng, rng.randint(2, 4))
+                page = plan_full_page(identifier, rng.choices(characters, k=PATCHES**2))
+            elif lesson == "full_page_fields":
+                page = plan_full_page(identifier, list(get_source().draw_characters(rng, PATCHES**2)))
+            else:
+                page = plan_page(identifier, rng, arguments.smallest, arguments.largest, rng.random() < arguments.plain)
+            is_spelled = lesson.startswith("spelled")
+            question, answer = rng.choice(TEXT_QUESTIONS), page.text
+            if lesson.endswith("fields"):
+                question, answer = FIELD_QUESTION, page.field
+            record = write_record(identifier, page.field if is_spelled else "<image>", question, answer)
+            yield [record], None if is_spelled else page
+
+
+def write_record(identifier: str, page: str, question: str, answer: str) -> dict:
+    turns = [{"from": "human", "value": f"{page}\n{question}"}, {"from": "gpt", "value": answer}]
+    record = {"id": identifier, "conversations": turns}
+    return record | ({"image": f"images/{identifier}.png"} if page == "<image>" else {})
+
+
+def draw_one(job: tuple[Page | Meme, int, Path, list[FontFace]]) -> None:
+    page, seed, folder, faces = job
+    if isinstance(page, Meme):
+        draw_memes.draw_one(job)
+        return
+    rng = random.Random(f"{seed} {page.identifier}")
+    draw_page(rng, page, faces).save(folder / f"{page.identifier}.png", compress_level=1)
+
+
+def list_lesson_alphabet() -> str:
+    """Every character that a lesson may need, in questions, answers and spelled pages."""
+    wordings = [*TEXT_QUESTIONS, *MOOD_QUESTIONS, *(part for wording in DESCRIPTIONS for part in wording)]
+    names = [*MOODS, *PROPS, *CHARACTERS, *(character.unit for character in CHARACTERS.values())]
+    return "".join(sorted({*list_alphabet(), BLANK, *FIELD_QUESTION, *"".join(wordings), *"".join(names)} - {*"{}"}))
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Draw lessons in reading.", allow_abbrev=False)
+    parser.add_argument("--output_dir", type=Path, required=True, help="gets images/ and annotations.json")
+    for lesson, meaning in LESSONS.items():
+        parser.add_argument(f"--{lesson}", type=int, default=0, help=f"number of {meaning}")
+    parser.add_argument("--smallest", type=float, default=16, help="smallest letters of pages, pixels")
+    parser.add_argument("--largest", type=float, default=60, help="largest letters of pages, pixels")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="records for each meme")
+    parser.add_argument("--plain", type=float, default=0, help="share of pages black on white, with nothing worn")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="draw with so many")
+    arguments = parser.parse_args(argv)
+    if not any(getattr(arguments, lesson) for lesson in LESSONS):
+        parser.error("no lesson is asked for; give at least one of " + ", ".join(f"--{lesson}" for lesson in LESSONS))
+    for name in LESSONS:
+        if getattr(arguments, name) < 0:
+            parser.error(f"--{name} must not be negative")
+    if arguments.processes < 1:
+        parser.error("--processes must be at least 1")
+    if not 0 <= arguments.plain <= 1:
+        parser.error("--plain must be 0 to 1")
+    if not 4 <= arguments.smallest <= arguments.largest <= SIDE:
+        parser.error(f"--smallest and --largest must be 4 to {SIDE}, the smallest not above the largest")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    images = arguments.output_dir / "images"
+    if images.is_dir() and any(images.iterdir()):
+        print(f"{images} is not empty; choose another --output_dir.", file=sys.stderr)
+        return 2
+    try:
+        faces = find_fonts([], list_alphabet())
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    images.mkdir(parents=True, exist_ok=True)
+    records, jobs = [], []
+    for lessons, page in plan_lessons(arguments):
+        records += lessons
+        if page:
+            jobs.append((page, arguments.seed, images, faces))
+    with multiprocessing.get_context("fork").Pool(arguments.processes) as pool:
+        for _ in pool.imap_unordered(draw_one, jobs, chunksize=100):
+            pass
+    path = arguments.output_dir / "annotations.json"
+    path.write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    (arguments.output_dir / "alphabet.txt").write_text(list_lesson_alphabet() + "\n", encoding="utf-8")
+    print(f"Drew {len(jobs)} pictures into {images}, wrote {len(records)} lessons; fonts found: {len(faces)}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

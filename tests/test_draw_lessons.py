@@ -1,0 +1,191 @@
+"""Lessons ask what stands on the page, in the order of the patches or of reading."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoTokenizer
+
+from meme_llava import tiny_towers
+from meme_llava.checkpoint import read_run_record
+from meme_llava.model import load_strictly
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+sys.path.insert(0, str(DATA))
+from meme_lines import list_alphabet  # noqa: E402
+from meme_pages import Letter, Page  # noqa: E402
+
+
+def draw(folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(DATA / "draw_lessons.py"), "--output_dir", str(folder), *flags]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if "No font with Chinese characters" in process.stderr:
+        pytest.skip("no Chinese font is installed; apt install fonts-noto-cjk")
+    return process
+
+
+def read_turns(folder: Path) -> dict[str, tuple[str, str]]:
+    records = json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
+    return {record["id"]: tuple(turn["value"] for turn in record["conversations"]) for record in records}
+
+
+def test_a_field_names_the_patch_of_every_letter():
+    # Patches are 16 pixels a side, ten a row.
+    letters = [
+        Letter("我", 15.9, 8, 16),
+        Letter("太", 16.1, 8, 16),
+        Letter("难", 159, 40, 30),
+        Letter("了", 0, 150, 60),
+    ]
+    page = Page("p", letters, is_plain=True)
+    assert page.text == "我太难了"
+    rows = ["□" * 10] * 10
+    rows[0] = "我太" + "□" * 8
+    rows[2] = "□" * 9 + "难"
+    rows[9] = "了" + "□" * 9
+    assert page.field == "".join(rows)
+
+
+@pytest.fixture(scope="module")
+def lessons(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("lessons")
+    counts = {
+        "copies": 3,
+        "spelled_full_fields": 3,
+        "spelled_fields": 3,
+        "spelled_texts": 3,
+        "full_page_fields": 3,
+        "page_fields": 12,
+        "page_texts": 3,
+        "memes": 2,
+    }
+    flags = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
+    process = draw(folder, *flags, "--seed", "5", "--plain", "1")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith(f"Drew 20 pictures into {folder / 'images'}, wrote 36 lessons; fonts found: ")
+    return folder
+
+
+def test_each_lesson_is_answered_from_its_page(lessons):
+    turns = read_turns(lessons)
+    assert len(turns) == 36
+    for identifier, (question, answer) in turns.items():
+        page, _, words = question.partition("\n")
+        kind = identifier.rpartition("_")[0]
+        if kind == "copies":
+            assert page == answer and 1 <= len(answer) <= 16
+        elif kind.startswith("spelled"):
+            assert len(page) == 100
+            assert answer == (page.replace("□", "") if kind == "spelled_texts" else page)
+        else:
+            assert page == "<image>"
+        if kind.endswith("fields"):
+            assert words == "逐格读出图中的文字。" and len(answer) == 100
+        if kind == "spelled_full_fields":
+            assert 2 <= len(set(answer)) <= 4 and not set(answer) & {"□"}
+        if kind == "full_page_fields":
+            assert not set(answer) & {"□"}
+
+
+def test_ink_stands_where_the_field_says(lessons):
+    """The first and last lettered rows of patches of plain pages, by hand from the pixels."""
+    for identifier, (_, answer) in read_turns(lessons).items():
+        if not identifier.startswith("page_fields"):
+            continue
+        with Image.open(lessons / "images" / f"{identifier}.png") as image:
+            ink = np.asarray(image.convert("L")) < 200
+        assert ink.shape == (160, 160)
+        inked_rows = ink.any(axis=1).nonzero()[0]
+        rows = [answer[start : start + 10] for start in range(0, 100, 10)]
+        lettered = [number for number, row in enumerate(rows) if set(row) - {"□"}]
+        # A letter's ink is around its middle, and letters are 16 to 60 pixels high.
+        assert 0 <= lettered[0] * 16 + 16 - inked_rows[0] and lettered[0] * 16 - inked_rows[0] <= 30
+        assert inked_rows[-1] >= lettered[-1] * 16 - 16 and inked_rows[-1] - lettered[-1] * 16 <= 16 + 30
+
+
+def test_the_same_seed_draws_the_same_lessons(lessons, tmp_path):
+    draw(tmp_path / "one", "--page_fields", "4", "--memes", "2", "--seed", "5", "--processes", "2")
+    draw(tmp_path / "two", "--page_fields", "4", "--memes", "2", "--seed", "5")
+    draw(tmp_path / "other", "--page_fields", "4", "--memes", "2", "--seed", "6")
+    one, two, other = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.*")} for name in ("one", "two", "other")
+    )
+    assert one == two and len(one) == 8  # six pictures, annotations, alphabet
+    assert [name for name in one if one[name] == other.get(name)] == ["alphabet.txt"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "no lesson is asked for; give at least one of --copies, --spelled_full_fields"),
+        (["--copies", "-1"], "--copies must not be negative"),
+        (["--copies", "1", "--processes", "0"], "--processes must be at least 1"),
+        (["--copies", "1", "--plain", "30"], "--plain must be 0 to 1"),
+        (["--page_fields", "1", "--smallest", "40", "--largest", "30"], "--smallest and --largest must be 4 to 160"),
+    ],
+)
+def test_lessons_that_cannot_be_meant_are_refused(tmp_path, flags, message):
+    process = draw(tmp_path / "lessons", *flags)
+    assert process.returncode == 2 and message in process.stderr
+    assert not (tmp_path / "lessons").exists()
+
+
+def test_a_folder_with_pictures_is_left_alone(lessons):
+    before = sorted(path.name for path in (lessons / "images").iterdir())
+    process = draw(lessons, "--page_fields", "1")
+    assert process.returncode == 2 and "is not empty; choose another --output_dir" in process.stderr
+    assert sorted(path.name for path in (lessons / "images").iterdir()) == before
+
+
+# ---- The random towers that the lessons are for ----
+
+
+@pytest.fixture(scope="module")
+def towers(lessons, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("towers") / "random"
+    tiny_towers.main(["--alphabet", str(lessons / "alphabet.txt"), "--output_dir", str(folder)])
+    return folder
+
+
+def test_every_character_of_a_lesson_is_one_token(lessons, towers):
+    tokenizer = AutoTokenizer.from_pretrained(towers / "language_model")
+    alphabet = (lessons / "alphabet.txt").read_text(encoding="utf-8").strip()
+    assert set(list_alphabet()) | {"□"} <= set(alphabet)
+    for question, answer in read_turns(lessons).values():
+        text = question.removeprefix("<image>\n") + answer
+        assert set(text) - {"\n"} <= set(alphabet)
+    assert [character for character in alphabet if len(tokenizer(character)["input_ids"]) != 1] == []
+    # In a row, too: the hundred characters of a field take the hundred positions of the image tokens.
+    field = "我OK6no哈哈哈太" * 10
+    assert len(tokenizer(field)["input_ids"]) == 100
+
+
+def test_random_towers_can_be_built_again_and_say_how_they_were_made(towers, lessons, tmp_path):
+    from transformers import ChineseCLIPModel, Qwen2ForCausalLM
+
+    language_model = load_strictly(Qwen2ForCausalLM, towers / "language_model")
+    vision_model = load_strictly(ChineseCLIPModel, towers / "vision_tower").vision_model
+    assert language_model.config.tie_word_embeddings
+    parameters = sum(p.numel() for p in language_model.parameters()) + sum(p.numel() for p in vision_model.parameters())
+    assert parameters < 15_000_000
+    positions = vision_model.embeddings.position_embedding.weight  # (1 + 100, 256)
+    assert positions.shape == (101, 256)
+    # Patch (row 2, column 3), highest frequency: sin 2, cos 2, sin 3, cos 3.
+    assert positions[1 + 23, [0, 64, 128, 192]].tolist() == pytest.approx([0.9093, -0.4161, 0.1411, -0.99], abs=1e-4)
+    assert read_run_record(towers)["settings"]["seed"] == 0
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "cannot be read"), (" \n", "has no characters")])
+def test_an_alphabet_without_characters_is_refused(tmp_path, capsys, content, message):
+    path = tmp_path / "alphabet.txt"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        tiny_towers.main(["--alphabet", str(path), "--output_dir", str(tmp_path / "towers")])
+    assert stop.value.code == 2
+    assert f"--alphabet {path} {message}" in capsys.readouterr().err
+    assert not (tmp_path / "towers").exists()
