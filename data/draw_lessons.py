@@ -1,4 +1,4 @@
-"""Draws the lessons from which the small towers of data/tiny learn to read.
+"""Draws the lessons from which small towers (`meme_llava.tiny_towers`) learn to read.
 
     python data/draw_lessons.py --output_dir /tmp/lessons --page_fields 1000 --memes 500 --seed 7
 
@@ -9,15 +9,22 @@ eyes.
 """
 
 import argparse
-import json
-import multiprocessing
 import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import draw_memes
-from draw_memes import DESCRIPTIONS, MOOD_QUESTIONS, TASKS, TEXT_QUESTIONS, plan_memes, write_records
+from draw_memes import (
+    DESCRIPTIONS,
+    MOOD_QUESTIONS,
+    TASKS,
+    TEXT_QUESTIONS,
+    draw_all,
+    plan_memes,
+    write_annotations,
+    write_records,
+)
 from meme_characters import CHARACTERS, MOODS, PROPS
 from meme_fonts import FontFace, find_fonts
 from meme_lines import LineSource, list_alphabet
@@ -37,33 +44,38 @@ LESSONS = {
 }
 
 
-def plan_lessons(arguments: argparse.Namespace) -> Iterator[tuple[list[dict], Page | Meme | None]]:
+def plan_all(arguments: argparse.Namespace) -> Iterator[tuple[list[dict], Page | Meme | None]]:
     """Records, and the picture to draw for them, if any."""
     rng = random.Random(arguments.seed)
     for meme in plan_memes(arguments.memes, arguments.seed, LineSource(unseen=False)):
         yield write_records(meme, arguments.tasks, rng), meme
     for lesson in LESSONS:
-        if lesson == "memes":
-            continue
-        for number in range(getattr(arguments, lesson)):
-            identifier = f"{lesson}_{number:06d}"
-            if lesson == "copies":
-                text = draw_row(rng, rng.randint(1, 16))
-                yield [write_record(identifier, text, rng.choice(TEXT_QUESTIONS), text)], None
-                continue
-            if lesson == "spelled_full_fields":
-                characters = get_source().draw_characters(rng, rng.randint(2, 4))
-                page = plan_full_page(identifier, rng.choices(characters, k=PATCHES**2))
-            elif lesson == "full_page_fields":
-                page = plan_full_page(identifier, list(get_source().draw_characters(rng, PATCHES**2)))
-            else:
-                page = plan_page(identifier, rng, arguments.smallest, arguments.largest, rng.random() < arguments.plain)
-            is_spelled = lesson.startswith("spelled")
-            question, answer = rng.choice(TEXT_QUESTIONS), page.text
-            if lesson.endswith("fields"):
-                question, answer = FIELD_QUESTION, page.field
-            record = write_record(identifier, page.field if is_spelled else "<image>", question, answer)
-            yield [record], None if is_spelled else page
+        if lesson != "memes":
+            for number in range(getattr(arguments, lesson)):
+                record, page = plan_lesson(lesson, f"{lesson}_{number:06d}", rng, arguments)
+                yield [record], page
+
+
+def plan_lesson(
+    lesson: str, identifier: str, rng: random.Random, arguments: argparse.Namespace
+) -> tuple[dict, Page | None]:
+    """The record of a lesson other than a meme, and its page if that is to be drawn."""
+    if lesson == "copies":
+        text = draw_row(rng, rng.randint(1, 16))
+        return write_record(identifier, text, rng.choice(TEXT_QUESTIONS), text), None
+    if lesson == "spelled_full_fields":
+        characters = get_source().draw_characters(rng, rng.randint(2, 4))
+        page = plan_full_page(identifier, rng.choices(characters, k=PATCHES**2))
+    elif lesson == "full_page_fields":
+        page = plan_full_page(identifier, list(get_source().draw_characters(rng, PATCHES**2)))
+    else:
+        page = plan_page(identifier, rng, arguments.smallest, arguments.largest, rng.random() < arguments.plain)
+    question, answer = rng.choice(TEXT_QUESTIONS), page.text
+    if lesson.endswith("fields"):
+        question, answer = FIELD_QUESTION, page.field
+    if lesson.startswith("spelled"):
+        return write_record(identifier, page.field, question, answer), None
+    return write_record(identifier, "<image>", question, answer), page
 
 
 def write_record(identifier: str, page: str, question: str, answer: str) -> dict:
@@ -96,7 +108,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--smallest", type=float, default=16, help="smallest letters of pages, pixels")
     parser.add_argument("--largest", type=float, default=60, help="largest letters of pages, pixels")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="records for each meme")
-    parser.add_argument("--plain", type=float, default=0, help="share of pages black on white, with nothing worn")
+    parser.add_argument("--plain", type=float, default=0, help="share of pages dark on white, with nothing worn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, help="draw with so many")
     arguments = parser.parse_args(argv)
@@ -127,15 +139,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     images.mkdir(parents=True, exist_ok=True)
     records, jobs = [], []
-    for lessons, page in plan_lessons(arguments):
+    for lessons, page in plan_all(arguments):
         records += lessons
         if page:
             jobs.append((page, arguments.seed, images, faces))
-    with multiprocessing.get_context("fork").Pool(arguments.processes) as pool:
-        for _ in pool.imap_unordered(draw_one, jobs, chunksize=100):
-            pass
-    path = arguments.output_dir / "annotations.json"
-    path.write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    draw_all(draw_one, jobs, arguments.processes)
+    write_annotations(arguments.output_dir, records)
     (arguments.output_dir / "alphabet.txt").write_text(list_lesson_alphabet() + "\n", encoding="utf-8")
     print(f"Drew {len(jobs)} pictures into {images}, wrote {len(records)} lessons; fonts found: {len(faces)}.")
     return 0

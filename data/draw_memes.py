@@ -13,7 +13,7 @@ import multiprocessing
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from meme_characters import CHARACTERS, MOODS, PROPS
@@ -130,15 +130,19 @@ def draw_one(job: tuple[Meme, int, Path, list[FontFace]]) -> None:
     save_picture(rng, draw_meme(rng, meme, faces), meme, folder / meme.file_name)
 
 
-def draw_all(memes: list[Meme], seed: int, folder: Path, faces: list[FontFace], processes: int) -> None:
-    jobs = ((meme, seed, folder, faces) for meme in memes)
+def draw_all(draw: Callable[[tuple], None], jobs: Iterable[tuple], processes: int) -> None:
     if processes == 1:
         for job in jobs:
-            draw_one(job)
+            draw(job)
         return
     with multiprocessing.get_context("fork").Pool(processes) as pool:
-        for _ in pool.imap_unordered(draw_one, jobs, chunksize=100):
+        for _ in pool.imap_unordered(draw, jobs, chunksize=100):
             pass
+
+
+def write_annotations(folder: Path, records: list[dict]) -> None:
+    text = json.dumps(records, ensure_ascii=False, indent=1)
+    (folder / "annotations.json").write_text(text + "\n", encoding="utf-8")
 
 
 # ---- Command line ----
@@ -187,11 +191,10 @@ def main(argv: list[str] | None = None) -> int:
             path.unlink()
     seed = arguments.seed
     memes = list(plan_memes(arguments.count, seed, LineSource(arguments.lines == "unseen")))
-    draw_all(memes, seed, images, faces, arguments.processes)
+    draw_all(draw_one, ((meme, seed, images, faces) for meme in memes), arguments.processes)
     rng = random.Random(f"{seed} questions")
     records = [record for meme in memes for record in write_records(meme, arguments.tasks, rng)]
-    path = arguments.output_dir / "annotations.json"
-    path.write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_annotations(arguments.output_dir, records)
     print(f"Drew {len(memes)} memes into {images}; fonts found: {len(faces)}.")
     return 0
 

@@ -40,7 +40,7 @@ class Page:
 
     identifier: str
     letters: list[Letter]
-    is_plain: bool  # black on white, nothing worn
+    is_plain: bool  # dark on white, nothing worn
 
     @property
     def text(self) -> str:

@@ -215,3 +215,12 @@ def read_losses(output_dir: Path) -> list[float]:
     """The loss of every logged step of a finished run."""
     state = json.loads((output_dir / "trainer_state.json").read_text())
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def run_drawing(script: str, folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    """Draw with a script of data/ into `folder`; the test skips where no font can draw Chinese."""
+    command = [sys.executable, str(ROOT / "data" / script), "--output_dir", str(folder), *flags]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if "No font with Chinese characters" in process.stderr:
+        pytest.skip("no Chinese font is installed; apt install fonts-noto-cjk")
+    return process

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import run_drawing
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
 
 from meme_llava import tiny_towers
 from meme_llava.checkpoint import read_run_record
@@ -21,11 +22,7 @@ from meme_pages import Letter, Page  # noqa: E402
 
 
 def draw(folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(DATA / "draw_lessons.py"), "--output_dir", str(folder), *flags]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    if "No font with Chinese characters" in process.stderr:
-        pytest.skip("no Chinese font is installed; apt install fonts-noto-cjk")
-    return process
+    return run_drawing("draw_lessons.py", folder, *flags)
 
 
 def read_turns(folder: Path) -> dict[str, tuple[str, str]]:
@@ -164,9 +161,7 @@ def test_every_character_of_a_lesson_is_one_token(lessons, towers):
     assert len(tokenizer(field)["input_ids"]) == 100
 
 
-def test_random_towers_can_be_built_again_and_say_how_they_were_made(towers, lessons, tmp_path):
-    from transformers import ChineseCLIPModel, Qwen2ForCausalLM
-
+def test_random_towers_can_be_built_again_and_say_how_they_were_made(towers):
     language_model = load_strictly(Qwen2ForCausalLM, towers / "language_model")
     vision_model = load_strictly(ChineseCLIPModel, towers / "vision_tower").vision_model
     assert language_model.config.tie_word_embeddings
@@ -189,3 +184,11 @@ def test_an_alphabet_without_characters_is_refused(tmp_path, capsys, content, me
     assert stop.value.code == 2
     assert f"--alphabet {path} {message}" in capsys.readouterr().err
     assert not (tmp_path / "towers").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--alphabet", "alphabet.txt", "--annotations", "annotations.json"]])
+def test_towers_need_one_source_of_tokens(tmp_path, capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        tiny_towers.main([*flags, "--output_dir", str(tmp_path / "towers")])
+    assert stop.value.code == 2
+    assert "give either --annotations or --alphabet" in capsys.readouterr().err

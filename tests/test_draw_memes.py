@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import run_drawing
 from PIL import Image
 
 from meme_llava.conversation import ConversationEncoder
@@ -19,7 +20,6 @@ from meme_characters import MOODS  # noqa: E402
 from meme_lines import LINES, LineSource, is_unseen, list_alphabet  # noqa: E402
 
 DATA = Path(__file__).resolve().parent.parent / "data"
-SCRIPT = DATA / "draw_memes.py"
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +42,7 @@ def load(folder: Path, max_length: int = 512):
 
 
 def draw(folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), "--output_dir", str(folder), *flags]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    if "No font with Chinese characters" in process.stderr:
-        pytest.skip("no Chinese font is installed; apt install fonts-noto-cjk")
-    return process
+    return run_drawing("draw_memes.py", folder, *flags)
 
 
 def read_all(folder: Path) -> dict[str, bytes]:
