@@ -38,6 +38,7 @@ LESSONS = {
     "spelled_fields": "spelled pages: what is in each patch?",
     "spelled_texts": "spelled pages: what is the text?",
     "full_page_fields": "pictures of pages with a letter in every patch: what is in each patch?",
+    "crowded_page_fields": "pictures of pages with as many letters as they hold: what is in each patch?",
     "page_fields": "pictures of pages: what is in each patch?",
     "page_texts": "pictures of pages: what is the text?",
     "memes": "memes, with a record for each task",
@@ -69,7 +70,8 @@ def plan_lesson(
     elif lesson == "full_page_fields":
         page = plan_full_page(identifier, list(get_source().draw_characters(rng, PATCHES**2)))
     else:
-        page = plan_page(identifier, rng, arguments.smallest, arguments.largest, rng.random() < arguments.plain)
+        is_plain, is_crowded = rng.random() < arguments.plain, lesson == "crowded_page_fields"
+        page = plan_page(identifier, rng, arguments.smallest, arguments.largest, is_plain, is_crowded)
     question, answer = rng.choice(TEXT_QUESTIONS), page.text
     if lesson.endswith("fields"):
         question, answer = FIELD_QUESTION, page.field

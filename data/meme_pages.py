@@ -78,19 +78,24 @@ def plan_full_page(identifier: str, characters: list[str]) -> Page:
     return Page(identifier, letters, is_plain=True)
 
 
-def plan_page(identifier: str, rng: random.Random, smallest: float, largest: float, is_plain: bool) -> Page:
-    """Rows of letters of one size, which is between `smallest` and `largest` pixels, with room around and between."""
+def plan_page(
+    identifier: str, rng: random.Random, smallest: float, largest: float, is_plain: bool, is_crowded: bool = False
+) -> Page:
+    """Rows of letters of one size, which is between `smallest` and `largest` pixels, with room around and between.
+
+    A crowded page has little room and as many letters as it can hold: the more letters, the more is learned from it.
+    """
     size = math.exp(rng.uniform(math.log(smallest), math.log(largest)))
-    step = size * rng.choice((1, 1, rng.uniform(1, 1.4)))
-    row_step = size * rng.uniform(1, 1.5)
-    gaps = rng.choice((0, 0, 0, 0.1, 0.3))  # share of places left out
+    step = size * rng.choice((1, 1, rng.uniform(1, 1.2 if is_crowded else 1.4)))
+    row_step = size * rng.uniform(1, 1.2 if is_crowded else 1.5)
+    gaps = rng.choice((0, 0, 0, 0.1, 0.1 if is_crowded else 0.3))  # share of places left out
     longest = int((SIDE - size) / step) + 1
     most_rows = int((SIDE - size) / row_step) + 1
-    row_count = rng.choice((most_rows, rng.randint(1, most_rows)))
+    row_count = most_rows if is_crowded else rng.choice((most_rows, rng.randint(1, most_rows)))
     top = rng.uniform(0, SIDE - size - row_step * (row_count - 1))
     letters, taken = [], set()
     for number in range(row_count):
-        length = rng.choice((longest, rng.randint(1, longest)))
+        length = longest if is_crowded else rng.choice((longest, rng.randint(1, longest)))
         left = rng.uniform(0, SIDE - size - step * (length - 1))
         for place, character in enumerate(draw_row(rng, length)):
             letter = Letter(character, left + size / 2 + step * place, top + size / 2 + row_step * number, size)

@@ -56,6 +56,7 @@ def lessons(tmp_path_factory) -> Path:
         "spelled_fields": 3,
         "spelled_texts": 3,
         "full_page_fields": 3,
+        "crowded_page_fields": 3,
         "page_fields": 12,
         "page_texts": 3,
         "memes": 2,
@@ -63,13 +64,13 @@ def lessons(tmp_path_factory) -> Path:
     flags = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
     process = draw(folder, *flags, "--seed", "5", "--plain", "1")
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith(f"Drew 20 pictures into {folder / 'images'}, wrote 36 lessons; fonts found: ")
+    assert process.stdout.startswith(f"Drew 23 pictures into {folder / 'images'}, wrote 39 lessons; fonts found: ")
     return folder
 
 
 def test_each_lesson_is_answered_from_its_page(lessons):
     turns = read_turns(lessons)
-    assert len(turns) == 36
+    assert len(turns) == 39
     for identifier, (question, answer) in turns.items():
         page, _, words = question.partition("\n")
         kind = identifier.rpartition("_")[0]
@@ -102,6 +103,13 @@ def test_ink_stands_where_the_field_says(lessons):
         # A letter's ink is around its middle, and letters are 16 to 60 pixels high.
         assert 0 <= lettered[0] * 16 + 16 - inked_rows[0] and lettered[0] * 16 - inked_rows[0] <= 30
         assert inked_rows[-1] >= lettered[-1] * 16 - 16 and inked_rows[-1] - lettered[-1] * 16 <= 16 + 30
+
+
+def test_a_crowded_page_is_full(tmp_path):
+    draw(tmp_path, "--crowded_page_fields", "12", "--smallest", "20", "--largest", "20")
+    counts = [100 - answer.count("□") for _, answer in read_turns(tmp_path).values()]
+    # Letters of 20 pixels, at most 24 apart: 6 to 8 rows of 6 to 8, of which a tenth may be left out.
+    assert len(counts) == 12 and min(counts) > 26 and max(counts) <= 64
 
 
 def test_the_same_seed_draws_the_same_lessons(lessons, tmp_path):
