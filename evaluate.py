@@ -3,7 +3,8 @@
     python evaluate.py --model output/merged --annotations data/annotations.json --image_folder data \
         --output_dir output/scores
 
-writes every answer to predictions.jsonl and the scores to metrics.json.
+writes every answer to predictions.jsonl and the scores to metrics.json. With `--compare_with` the scores of an earlier
+evaluation stand beside them in the table.
 """
 
 import json
@@ -20,10 +21,14 @@ from meme_llava.hashing import hash_file
 from meme_llava.images import open_image
 from meme_llava.reading_scores import AnsweredQuestion, ReadingScores, score_reading
 
+METRICS = "metrics.json"
+
 
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(EvaluateArguments, argv, description=__doc__)
+    annotations_sha256 = hash_file(arguments.annotations)
+    earlier = read_scores(arguments.compare_with, annotations_sha256, arguments.limit) if arguments.compare_with else {}
     questions = list_record_questions(arguments.annotations, arguments.image_folder, arguments.limit)
     answerer = load_answerer(arguments.model, arguments.base_model, arguments.device, arguments.dtype)
     with write_directory(arguments.output_dir, arguments.overwrite) as folder:
@@ -38,12 +43,12 @@ def main(argv: list[str] | None = None) -> None:
         record = {
             "stage": "evaluate",
             "settings": to_plain(arguments),
-            "annotations_sha256": hash_file(arguments.annotations),
+            "annotations_sha256": annotations_sha256,
             "scores": to_plain(scores),
             "environment": describe_environment(),
         }
-        write_json(folder / "metrics.json", record)
-    print_scores(scores, arguments.model)
+        write_json(folder / METRICS, record)
+    print_scores(earlier | {str(arguments.model): scores})
     print(f"answers and scores: {arguments.output_dir}")
 
 
@@ -78,17 +83,43 @@ def write_predictions(path: Path, questions: list[Question], answers: list[Answe
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def print_scores(scores: ReadingScores, model: Path) -> None:
-    """The scores as a table; what could not be judged is left out."""
+def read_scores(folder: Path, annotations_sha256: str, limit: int | None) -> dict[str, ReadingScores]:
+    """The scores of an earlier evaluation under its model. Raises UserError if it answered other questions."""
+    path = folder / METRICS
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        model, scores = record["settings"]["model"], ReadingScores(**record["scores"])
+        same = (record["annotations_sha256"], record["settings"]["limit"]) == (annotations_sha256, limit)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--compare_with {folder}: {path} cannot be read ({error!r}), expected an output_dir of evaluate.py"
+        ) from error
+    if not same:
+        raise UserError(
+            f"--compare_with {folder}: was made from other records than these; evaluate both models on the same "
+            "--annotations and --limit"
+        )
+    return {model: scores}
+
+
+def print_scores(by_model: dict[str, ReadingScores]) -> None:
+    """The scores as a table, a column for each model; what could not be judged is left out."""
+    all_scores = list(by_model.values())
+    first = all_scores[0]
     rows = []
-    if scores.text_questions:
-        rows.append(("character error rate of the text", f"{scores.character_error_rate:.1%}", scores.text_questions))
-        rows.append(("texts without an error", f"{scores.texts_right:.1%}", scores.text_questions))
-    if scores.no_text_questions:
-        rows.append(("pictures without text, told so", f"{scores.no_text_right:.1%}", scores.no_text_questions))
-    for task, (count, share) in scores.right_by_task.items():
-        rows.append((f"right to the letter: {task or 'all'}", f"{share:.1%}", count))
-    print_table(f"How well {model} reads", ("score", "value", "questions"), rows)
+    if first.text_questions:
+        shares = [f"{scores.character_error_rate:.1%}" for scores in all_scores]
+        rows.append(("character error rate of the text", *shares, first.text_questions))
+        rows.append(
+            ("texts without an error", *(f"{scores.texts_right:.1%}" for scores in all_scores), first.text_questions)
+        )
+    if first.no_text_questions:
+        shares = [f"{scores.no_text_right:.1%}" for scores in all_scores]
+        rows.append(("pictures without text, told so", *shares, first.no_text_questions))
+    for task, (count, _) in first.right_by_task.items():
+        shares = [f"{scores.right_by_task[task][1]:.1%}" for scores in all_scores]
+        rows.append((f"right to the letter: {task or 'all'}", *shares, count))
+    print_table("How well the words are read", ("score", *by_model, "questions"), rows)
 
 
 if __name__ == "__main__":

@@ -307,6 +307,9 @@ class EvaluateArguments:
     batch_size: int = field(default=16, metadata=describe("questions answered at once"))
     limit: int | None = field(default=None, metadata=describe("only the first so many records"))
     max_new_tokens: int = field(default=128, metadata=describe("an answer stops here if not by itself"))
+    compare_with: Path | None = field(
+        default=None, metadata=describe("output_dir of an earlier evaluation, whose scores are printed too")
+    )
     base_model: Path | None = field(default=None, metadata=describe("an adapter's base, only if it moved"))
     device: str = field(default="auto", metadata=describe("auto: the GPU if there is one, else the CPU"))
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(

@@ -107,6 +107,44 @@ def test_writes_answers_and_scores(world, served_model, annotations, tmp_path, c
     assert "right to the letter: text" in printed
 
 
+def test_an_earlier_evaluation_stands_beside_it(world, served_model, annotations, tmp_path, capsys):
+    flags = ["--model", str(served_model), "--annotations", str(annotations)]
+    flags += ["--image_folder", str(world.image_folder)]
+    before, after = tmp_path / "before", tmp_path / "after"
+    evaluate.main([*flags, "--output_dir", str(before), "--max_new_tokens", "4"])
+    metrics = json.loads((before / "metrics.json").read_text())
+    metrics["settings"]["model"] = "old"
+    metrics["scores"]["character_error_rate"] = 0.875
+    (before / "metrics.json").write_text(json.dumps(metrics))
+    capsys.readouterr()
+    evaluate.main([*flags, "--output_dir", str(after), "--max_new_tokens", "4", "--compare_with", str(before)])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "character error rate" in line]
+    new = json.loads((after / "metrics.json").read_text())["scores"]["character_error_rate"]
+    assert row.split()[-3:] == ["87.5%", f"{new:.1%}", "6"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"annotations_sha256": "0"}, "was made from other records than these"),
+        ({"settings": {"model": "old", "limit": 3}}, "was made from other records than these"),
+        ({"scores": {}}, "expected an output_dir of evaluate.py"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(world, served_model, annotations, tmp_path, capsys, change, message):
+    flags = ["--model", str(served_model), "--annotations", str(annotations)]
+    flags += ["--image_folder", str(world.image_folder)]
+    before = tmp_path / "before"
+    evaluate.main([*flags, "--output_dir", str(before), "--max_new_tokens", "1"])
+    metrics = json.loads((before / "metrics.json").read_text())
+    (before / "metrics.json").write_text(json.dumps(metrics | change))
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*flags, "--output_dir", str(tmp_path / "after"), "--compare_with", str(before)])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "after").exists()
+
+
 def test_a_picture_that_cannot_be_read_stops_with_its_name(world, served_model, annotations, tmp_path, capsys):
     records = json.loads(annotations.read_text())
     (tmp_path / "broken.png").write_bytes(b"no picture")
