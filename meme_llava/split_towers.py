@@ -18,6 +18,7 @@ from meme_llava.arguments import describe, parse_arguments, to_plain
 from meme_llava.checkpoint import RUN_RECORD, describe_environment, write_directory, write_json
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.model import load_llava, load_strictly, quiet_transformers
+from meme_llava.weights import Rounding
 
 
 @dataclass
@@ -41,13 +42,6 @@ def put_weights(target: nn.Module, source: nn.Module, what: str) -> None:
     target.load_state_dict(found)
 
 
-def check_range(model: nn.Module, dtype: torch.dtype, what: str) -> None:
-    """Raise UserError if a weight has no finite value in `dtype`."""
-    for name, weight in model.named_parameters():
-        if not weight.to(dtype).isfinite().all():
-            raise UserError(f"{what}: {name} overflows in {dtype}; pass --dtype float32")
-
-
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Write both towers of a trained LLaVA, each into a folder of its own."""
@@ -60,8 +54,11 @@ def main(argv: list[str] | None = None) -> None:
     put_weights(language_model.model, llava.model.language_model, "language model")
     put_weights(language_model.lm_head, llava.lm_head, "language model's head")
     put_weights(two_towers.vision_model, llava.model.vision_tower, "vision tower")
-    check_range(language_model, dtype, "language model")
-    check_range(two_towers, dtype, "vision tower")
+    rounding = Rounding(dtype)
+    for tower, model in (("language_model", language_model), ("vision_tower", two_towers)):
+        for name, weight in model.state_dict().items():
+            rounding.apply(f"{tower}: {name}", weight)
+    rounding.check()
     with write_directory(arguments.output_dir, arguments.overwrite) as folder, quiet_transformers():
         language_model.to(dtype).save_pretrained(folder / "language_model")
         AutoTokenizer.from_pretrained(language_folder).save_pretrained(folder / "language_model")
