@@ -8,6 +8,7 @@ evaluation stand beside them in the table.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,7 +29,9 @@ METRICS = "metrics.json"
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(EvaluateArguments, argv, description=__doc__)
     annotations_sha256 = hash_file(arguments.annotations)
-    earlier = read_scores(arguments.compare_with, annotations_sha256, arguments.limit) if arguments.compare_with else {}
+    columns = []
+    if arguments.compare_with:
+        columns.append(read_scores(arguments.compare_with, annotations_sha256, arguments.limit))
     questions = list_record_questions(arguments.annotations, arguments.image_folder, arguments.limit)
     answerer = load_answerer(arguments.model, arguments.base_model, arguments.device, arguments.dtype)
     with write_directory(arguments.output_dir, arguments.overwrite) as folder:
@@ -48,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
             "environment": describe_environment(),
         }
         write_json(folder / METRICS, record)
-    print_scores(earlier | {str(arguments.model): scores})
+    print_scores([*columns, (str(arguments.model), scores)])
     print(f"answers and scores: {arguments.output_dir}")
 
 
@@ -83,8 +86,8 @@ def write_predictions(path: Path, questions: list[Question], answers: list[Answe
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def read_scores(folder: Path, annotations_sha256: str, limit: int | None) -> dict[str, ReadingScores]:
-    """The scores of an earlier evaluation under its model. Raises UserError if it answered other questions."""
+def read_scores(folder: Path, annotations_sha256: str, limit: int | None) -> tuple[str, ReadingScores]:
+    """The model and the scores of an earlier evaluation. Raises UserError if it answered other questions."""
     path = folder / METRICS
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -99,27 +102,25 @@ def read_scores(folder: Path, annotations_sha256: str, limit: int | None) -> dic
             f"--compare_with {folder}: was made from other records than these; evaluate both models on the same "
             "--annotations and --limit"
         )
-    return {model: scores}
+    return model, scores
 
 
-def print_scores(by_model: dict[str, ReadingScores]) -> None:
+def print_scores(columns: list[tuple[str, ReadingScores]]) -> None:
     """The scores as a table, a column for each model; what could not be judged is left out."""
-    all_scores = list(by_model.values())
-    first = all_scores[0]
     rows = []
-    if first.text_questions:
-        shares = [f"{scores.character_error_rate:.1%}" for scores in all_scores]
-        rows.append(("character error rate of the text", *shares, first.text_questions))
-        rows.append(
-            ("texts without an error", *(f"{scores.texts_right:.1%}" for scores in all_scores), first.text_questions)
-        )
-    if first.no_text_questions:
-        shares = [f"{scores.no_text_right:.1%}" for scores in all_scores]
-        rows.append(("pictures without text, told so", *shares, first.no_text_questions))
+
+    def add_row(name: str, count: int, get_share: Callable[[ReadingScores], float]) -> None:
+        if count:
+            rows.append((name, *(f"{get_share(scores):.1%}" for _, scores in columns), count))
+
+    # All of them answered the same questions.
+    first = columns[0][1]
+    add_row("character error rate of the text", first.text_questions, lambda scores: scores.character_error_rate)
+    add_row("texts without an error", first.text_questions, lambda scores: scores.texts_right)
+    add_row("pictures without text, told so", first.no_text_questions, lambda scores: scores.no_text_right)
     for task, (count, _) in first.right_by_task.items():
-        shares = [f"{scores.right_by_task[task][1]:.1%}" for scores in all_scores]
-        rows.append((f"right to the letter: {task or 'all'}", *shares, count))
-    print_table("How well the words are read", ("score", *by_model, "questions"), rows)
+        add_row(f"right to the letter: {task or 'all'}", count, lambda scores, task=task: scores.right_by_task[task][1])
+    print_table("How well the words are read", ("score", *(model for model, _ in columns), "questions"), rows)
 
 
 if __name__ == "__main__":
