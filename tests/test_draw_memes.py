@@ -198,11 +198,11 @@ def test_lines_never_end_and_stay_in_the_alphabet():
     texts = [line.replace("|", "") for line in lines]
     assert len(set(texts)) == 5000
     assert all(1 <= len(text) <= 16 and set(text) <= alphabet for text in texts)
-    assert len(alphabet) == 1264
+    assert len(alphabet) == 682
     # Nearly every character comes up: a model that learned from these has met them.
-    assert len(set("".join(texts))) > 1250
+    assert len(set("".join(texts))) > 675
 
 
 def test_every_mood_of_the_figures_has_lines_of_its_own():
     assert list(LINES) == list(MOODS)
-    assert min(len(lines.split()) for lines in LINES.values()) >= 20
+    assert min(len(lines.split()) for lines in LINES.values()) >= 15
