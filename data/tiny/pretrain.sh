@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Teaches two small towers to read, from random weights, with the lessons of data/draw_lessons.py:
+#
+#   bash data/tiny/pretrain.sh
+#
+# makes output/pretrain/towers/language_model and .../vision_tower. Run it again after an interruption: finished stages
+# are skipped, a broken one goes on from its newest checkpoint. WORK_DIR=… puts everything elsewhere; VENV as in run.sh.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+WORK_DIR=${WORK_DIR:-output/pretrain}
+export VENV=${VENV:-.venv}
+
+source meme_llava/environment.sh
+activate_environment requirements.txt data/requirements.txt
+# Two processes of one thread each are faster on two cores than one process of two threads.
+export OMP_NUM_THREADS=1
+processes=2
+
+# draw_lessons NAME SEED FLAGS…: into $WORK_DIR/NAME/lessons, whole or not at all.
+draw_lessons() {
+    local folder=$WORK_DIR/$1/lessons seed=$2
+    shift 2
+    [[ ! -d $folder ]] || return 0
+    rm -rf "$folder.partial"
+    python data/draw_lessons.py --output_dir "$folder.partial" --seed "$seed" --processes "$processes" "$@"
+    mv "$folder.partial" "$folder"
+}
+
+# teach NAME BASE SEED FLAGS…: train the model in BASE once on those lessons; the outcome is $WORK_DIR/NAME/merged.
+teach() {
+    local name=$1 base=$2 seed=$3
+    shift 3
+    draw_lessons "$name" "$seed" "$@"
+    BASE_DIR=$base OUTPUT_DIR=$WORK_DIR/$name ANNOTATIONS=$WORK_DIR/$name/lessons/annotations.json \
+        IMAGE_FOLDER=$WORK_DIR/$name/lessons TRAIN_TYPE=full EPOCHS=1 HIGH_LR=7e-4 LOW_LR=7e-4 WARMUP_RATIO=0.05 \
+        GLOBAL_BATCH=16 DEVICE_BATCH=8 GPUS=cpu:$processes bash run.sh train merge --precision bf16 \
+        --save_steps 250 --allow loop duplicate_caption
+}
+
+# Copying comes first: a language model that can say again what stands at a place has only seeing left to learn.
+spelled=(--copies 20000 --spelled_fields 4000 --spelled_texts 16000)
+draw_lessons spelled 1 "${spelled[@]}"
+[[ -d $WORK_DIR/start ]] ||
+    python -m meme_llava.tiny_towers --alphabet "$WORK_DIR/spelled/lessons/alphabet.txt" --output_dir "$WORK_DIR/start"
+[[ -d $WORK_DIR/base ]] ||
+    python build_base_model.py --language_model "$WORK_DIR/start/language_model" \
+        --vision_model "$WORK_DIR/start/vision_tower" --output_dir "$WORK_DIR/base"
+teach spelled "$WORK_DIR/base" 1 "${spelled[@]}"
+# Then letters, as many a picture as it holds, and at last memes.
+teach letters "$WORK_DIR/spelled/merged" 2 --crowded_page_fields 90000 --spelled_texts 4500 --smallest 13 --largest 30 --plain 0.25
+teach memes "$WORK_DIR/letters/merged" 3 --memes 30000 --crowded_page_fields 10000 --smallest 14 --largest 30
+
+[[ -d $WORK_DIR/towers ]] ||
+    python -m meme_llava.split_towers --model "$WORK_DIR/memes/merged" --towers "$WORK_DIR/start" --output_dir "$WORK_DIR/towers"
