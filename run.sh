@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Meme-LLaVA from two towers to an answer about a meme.
 #
-#   bash run.sh                      every stage: build, train, merge, infer
+#   bash run.sh                      every stage: build, train, merge, infer, and evaluate if EVAL_ANNOTATIONS is set
 #   bash run.sh train merge          only these; a finished stage is not done again
 #   bash run.sh train --save_steps 100    flags behind the stages go to train.py
 #   bash run.sh                      again, after an interruption: training goes on from its newest whole checkpoint
@@ -20,6 +20,8 @@ VISION_MODEL=${VISION_MODEL:-tiny}        # likewise. real run: OFA-Sys/chinese-
 IMAGE_POLICY=${IMAGE_POLICY:-squash}      # how pictures become square: squash | pad | crop (cuts words off wide memes). real run: squash
 ANNOTATIONS=${ANNOTATIONS:-data/annotations.json}    # .json or .jsonl, format in data/README.md
 IMAGE_FOLDER=${IMAGE_FOLDER:-data}        # the records' image paths start here
+EVAL_ANNOTATIONS=${EVAL_ANNOTATIONS:-}    # memes kept out of ANNOTATIONS, on which base and merged model are compared; empty = no evaluation
+EVAL_IMAGE_FOLDER=${EVAL_IMAGE_FOLDER:-$IMAGE_FOLDER}    # their image paths start here
 OUTPUT_DIR=${OUTPUT_DIR:-output}          # gets train and merged; another one for every recipe that you compare
 BASE_DIR=${BASE_DIR:-$OUTPUT_DIR/base}    # the assembled base model; name it to share one between several OUTPUT_DIRs
 
@@ -59,18 +61,24 @@ stages=()
 train_flags=()  # what train.py gets besides the variables
 while (($#)); do
     case $1 in
-        build | train | merge | infer) stages+=("$1") ;;
+        build | train | merge | infer | evaluate) stages+=("$1") ;;
         -*) train_flags=("$@"); break ;;
-        *) fail "unknown stage $1; expected build, train, merge, infer" ;;
+        *) fail "unknown stage $1; expected build, train, merge, infer, evaluate" ;;
     esac
     shift
 done
-((${#stages[@]})) || stages=(build train merge infer)
+((${#stages[@]})) || stages=(build train merge infer ${EVAL_ANNOTATIONS:+evaluate})
 word_before=
 for word in "${train_flags[@]}"; do
-    [[ ! $word =~ ^(build|train|merge|infer)$ || $word_before == --* ]] || fail "$word stands behind the flags of train.py; put stages first"
+    [[ ! $word =~ ^(build|train|merge|infer|evaluate)$ || $word_before == --* ]] || fail "$word stands behind the flags of train.py; put stages first"
     word_before=$word
 done
+if [[ " ${stages[*]} " == *" evaluate "* ]]; then
+    [[ -n $EVAL_ANNOTATIONS ]] || fail "evaluate needs EVAL_ANNOTATIONS, an annotation file of memes that are not trained on"
+    [[ -f $EVAL_ANNOTATIONS ]] || fail "EVAL_ANNOTATIONS=$EVAL_ANNOTATIONS: no such file"
+    [[ -d $EVAL_IMAGE_FOLDER ]] || fail "EVAL_IMAGE_FOLDER=$EVAL_IMAGE_FOLDER: no such folder"
+    [[ ! $EVAL_ANNOTATIONS -ef $ANNOTATIONS ]] || fail "EVAL_ANNOTATIONS is ANNOTATIONS; what was trained on shows nothing about other memes"
+fi
 [[ $IMAGE_POLICY =~ ^(squash|pad|crop)$ ]] || fail "IMAGE_POLICY is '$IMAGE_POLICY', expected squash, pad or crop"
 # These look at the run and train nothing, so no GPU is needed and a finished run is no obstacle.
 looks_only=0
@@ -188,11 +196,11 @@ run_stage() {
     # How a step was computed does not matter to the result, so launcher, device batch and the like stay out of the note.
     # A missing input is reported by the stage itself.
     wanted=$(printf '%q ' "$@" | sed -E "$how_computed; s/ $//" && echo && { xargs -r -d '\n' cksum <<<"$inputs" 2>/dev/null || true; })
-    if [[ ! -f "$note" || ! -f $directory/run_record.json ]]; then
+    if [[ ! -f "$note" || ! -f $directory/$record ]]; then
         mkdir -p "$(dirname "$directory")"
         run_watched "${launcher[@]}" "$@" "${resume[@]}" || exit $?
         # train.py --help and the like end well without a result.
-        [[ -f $directory/run_record.json ]] || exit 0
+        [[ -f $directory/$record ]] || exit 0
         ((NODE_RANK > 0)) || echo "$wanted" >"$note"
     elif [[ "$(cat "$note")" == "$wanted" ]]; then
         echo "finished already: $directory"
@@ -203,6 +211,7 @@ run_stage() {
 }
 launcher=()
 resume=()
+record=run_record.json
 how_computed='s/ --(device_batch_size|engine|hang_timeout|attention|gradient_checkpointing|dataloader_workers) [^ ]*//g'
 how_computed+='; s/ --(no_)?(torch_compile|cache_vision_features|allow_changes)( |$)/\3/g'
 
@@ -301,6 +310,16 @@ if [[ " ${stages[*]} " == *" infer "* ]]; then
     execute python infer.py --model "$merged_dir" --annotations "$ANNOTATIONS" --image_folder "$IMAGE_FOLDER" --limit 100 "${left_out[@]}"
 fi
 
+# --- evaluate ---
+record=metrics.json
+require evaluate "$base_dir" build
+require evaluate "$merged_dir" merge
+evaluation=(--annotations "$EVAL_ANNOTATIONS" --image_folder "$EVAL_IMAGE_FOLDER")
+run_stage evaluate "$OUTPUT_DIR/scores_before" "$EVAL_ANNOTATIONS"$'\n'"$base_dir/run_record.json" \
+    python evaluate.py --model "$base_dir" "${evaluation[@]}" --output_dir "$OUTPUT_DIR/scores_before"
+run_stage evaluate "$OUTPUT_DIR/scores" "$EVAL_ANNOTATIONS"$'\n'"$merged_dir/run_record.json" \
+    python evaluate.py --model "$merged_dir" "${evaluation[@]}" --output_dir "$OUTPUT_DIR/scores" --compare_with "$OUTPUT_DIR/scores_before"
+
 if [[ $DRY_RUN == 0 && -d $merged_dir ]]; then
     python=python
     [[ $VENV == active ]] || python=$VENV/bin/python
@@ -308,5 +327,6 @@ if [[ $DRY_RUN == 0 && -d $merged_dir ]]; then
     echo "base model          $base_dir"
     echo "adapter, curves     $train_dir (training_curves.png; tensorboard --logdir $train_dir/tensorboard)"
     echo "standalone model    $merged_dir"
+    [[ ! -d $OUTPUT_DIR/scores ]] || echo "scores, answers     $OUTPUT_DIR/scores, before training $OUTPUT_DIR/scores_before"
     echo "ask it yourself     $python infer.py --model $(printf %q "$merged_dir") --image FILE --question TEXT"
 fi

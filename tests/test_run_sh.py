@@ -1,5 +1,6 @@
 """run.sh: the commands it gives, what it refuses, and that a finished stage is never answered with an old result."""
 
+import json
 import os
 import re
 import shlex
@@ -49,6 +50,15 @@ def test_dry_run_prints_the_whole_chain():
         "python merge_lora.py --adapter output/train --output_dir output/merged",
         "python infer.py --model output/merged --annotations data/annotations.json --image_folder data --limit 100",
     ]
+
+
+def test_other_memes_are_evaluated_before_and_after_training():
+    *_, before, after = dry_run(EVAL_ANNOTATIONS="data/README.md", EVAL_IMAGE_FOLDER="tests")
+    asked = "--annotations data/README.md --image_folder tests --output_dir"
+    assert before == f"python evaluate.py --model output/base {asked} output/scores_before"
+    assert after == (
+        f"python evaluate.py --model output/merged {asked} output/scores --compare_with output/scores_before"
+    )
 
 
 def test_dry_run_of_the_published_run():
@@ -133,7 +143,15 @@ def test_every_engine_is_one_word(engine):
 @pytest.mark.parametrize(
     ("arguments", "variables", "message"),
     [
-        (["bild"], {}, "unknown stage bild; expected build, train, merge, infer"),
+        (["bild"], {}, "unknown stage bild; expected build, train, merge, infer, evaluate"),
+        (["evaluate"], {}, "evaluate needs EVAL_ANNOTATIONS, an annotation file of memes that are not trained on"),
+        ([], {"EVAL_ANNOTATIONS": "missing.json"}, "EVAL_ANNOTATIONS=missing.json: no such file"),
+        (
+            [],
+            {"EVAL_ANNOTATIONS": "data/README.md", "EVAL_IMAGE_FOLDER": "missing"},
+            "EVAL_IMAGE_FOLDER=missing: no such folder",
+        ),
+        ([], {"EVAL_ANNOTATIONS": "data/../data/annotations.json"}, "EVAL_ANNOTATIONS is ANNOTATIONS"),
         (["--save_steps", "5", "train"], {}, "train stands behind the flags of train.py; put stages first"),
         ([], {"GPUS": "08"}, "GPUS is '08'"),
         ([], {"OUTPUT_DIR": "run.sh"}, "OUTPUT_DIR=run.sh is a file"),
@@ -240,6 +258,23 @@ def test_the_embedded_default_learns_its_sample_memes(chain):
     right = int(re.search(r"(\d+) of 100 answers are right to the letter", result.stderr)[1])
     assert right == result.stdout.count("[right]")
     assert right >= 80
+
+
+def test_base_and_merged_model_are_compared_where_that_is_asked_for(chain, tmp_path):
+    output, variables, _ = chain
+    records = json.loads((ROOT / "data" / "annotations.json").read_text(encoding="utf-8"))
+    (tmp_path / "few.json").write_text(json.dumps(records[:12], ensure_ascii=False), encoding="utf-8")
+    variables = variables | {"EVAL_ANNOTATIONS": str(tmp_path / "few.json")}
+    result = run("evaluate", **variables)
+    assert result.returncode == 0, result.stderr
+    before, after = (
+        json.loads((output / folder / "metrics.json").read_text())["scores"] for folder in ("scores_before", "scores")
+    )
+    # The sample memes were trained on, so the merged model knows them; the base knows nothing.
+    assert before["right_by_task"][""] == [12, 0.0] and after["right_by_task"][""][1] > 0.5
+    assert f"scores, answers     {output}/scores" in result.stdout
+    again = run("evaluate", **variables)
+    assert again.returncode == 0 and again.stdout.count("finished already: ") == 2
 
 
 def test_finished_stages_are_not_done_again(chain):
