@@ -57,20 +57,21 @@ if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
     exit
 fi
 
+known_stages='build|train|merge|infer|evaluate'
 stages=()
 train_flags=()  # what train.py gets besides the variables
 while (($#)); do
     case $1 in
-        build | train | merge | infer | evaluate) stages+=("$1") ;;
         -*) train_flags=("$@"); break ;;
-        *) fail "unknown stage $1; expected build, train, merge, infer, evaluate" ;;
+        *) [[ $1 =~ ^($known_stages)$ ]] || fail "unknown stage $1; expected ${known_stages//|/, }"
+            stages+=("$1") ;;
     esac
     shift
 done
 ((${#stages[@]})) || stages=(build train merge infer ${EVAL_ANNOTATIONS:+evaluate})
 word_before=
 for word in "${train_flags[@]}"; do
-    [[ ! $word =~ ^(build|train|merge|infer|evaluate)$ || $word_before == --* ]] || fail "$word stands behind the flags of train.py; put stages first"
+    [[ ! $word =~ ^($known_stages)$ || $word_before == --* ]] || fail "$word stands behind the flags of train.py; put stages first"
     word_before=$word
 done
 if [[ " ${stages[*]} " == *" evaluate "* ]]; then
