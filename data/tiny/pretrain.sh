@@ -37,18 +37,21 @@ teach() {
         --save_steps 250 --allow loop duplicate_caption
 }
 
-# Copying comes first: a language model that can say again what stands at a place has only seeing left to learn.
-spelled=(--copies 20000 --spelled_fields 4000 --spelled_texts 16000)
-draw_lessons spelled 1 "${spelled[@]}"
+# Copying comes first, by itself: a language model that can say again what stands at a place has only seeing left to
+# learn, and it learns that in minutes from short texts, but not from a mixture.
+copies=(--copies 40000)
+draw_lessons copies 1 "${copies[@]}"
 [[ -d $WORK_DIR/start ]] ||
-    python -m meme_llava.tiny_towers --alphabet "$WORK_DIR/spelled/lessons/alphabet.txt" --output_dir "$WORK_DIR/start"
+    python -m meme_llava.tiny_towers --alphabet "$WORK_DIR/copies/lessons/alphabet.txt" --output_dir "$WORK_DIR/start"
 [[ -d $WORK_DIR/base ]] ||
     python build_base_model.py --language_model "$WORK_DIR/start/language_model" \
         --vision_model "$WORK_DIR/start/vision_tower" --output_dir "$WORK_DIR/base"
-teach spelled "$WORK_DIR/base" 1 "${spelled[@]}"
-# Then letters, as many a picture as it holds, and at last memes.
-teach letters "$WORK_DIR/spelled/merged" 2 --crowded_page_fields 90000 --spelled_texts 4500 --smallest 13 --largest 30 --plain 0.25
-teach memes "$WORK_DIR/letters/merged" 3 --memes 30000 --crowded_page_fields 10000 --smallest 14 --largest 30
+teach copies "$WORK_DIR/base" 1 "${copies[@]}"
+teach spelled "$WORK_DIR/copies/merged" 2 --spelled_fields 3000 --spelled_texts 13000
+# Then letters, as many a picture as it holds, the clearest first, and at last memes.
+teach clear_letters "$WORK_DIR/spelled/merged" 3 --crowded_page_fields 20000 --smallest 13 --largest 22 --plain 0.5
+teach letters "$WORK_DIR/clear_letters/merged" 4 --crowded_page_fields 65000 --smallest 13 --largest 30 --plain 0.15
+teach memes "$WORK_DIR/letters/merged" 5 --memes 30000 --tasks text mood --crowded_page_fields 10000 --smallest 14 --largest 30
 
 [[ -d $WORK_DIR/towers ]] ||
     python -m meme_llava.split_towers --model "$WORK_DIR/memes/merged" --towers "$WORK_DIR/start" --output_dir "$WORK_DIR/towers"
