@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Meme-LLaVA from two towers to an answer about a meme.
 #
-#   bash run.sh                      every stage: build, train, merge, infer, and evaluate where there are EVAL_ANNOTATIONS
+#   bash run.sh                      every stage: build, train, merge, infer, and evaluate if EVAL_ANNOTATIONS is set
 #   bash run.sh train merge          only these; a finished stage is not done again
 #   bash run.sh train --save_steps 100    flags behind the stages go to train.py
 #   bash run.sh                      again, after an interruption: training goes on from its newest whole checkpoint
@@ -9,20 +9,19 @@
 #   DRY_RUN=1 bash run.sh            print the commands, run nothing
 #
 # Edit the values below, or set them for one run: LOW_LR=1e-5 OUTPUT_DIR=output_b bash run.sh
-# As it stands it teaches the small towers of data/tiny to see, on the sample memes, on a laptop's CPU, in a few minutes,
-# and counts how well they then read memes that they were not trained on.
+# As it stands it trains a tiny random model on 100 sample memes, on a laptop's CPU, in a few minutes.
 # The value of the published 8 x A800 run stands behind "real run:".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # --- models and data ---
-LANGUAGE_MODEL=${LANGUAGE_MODEL:-data/tiny/language_model}    # folder, hub id, modelscope:ORG/MODEL. real run: Qwen/Qwen2-7B-Instruct
-VISION_MODEL=${VISION_MODEL:-data/tiny/vision_tower}    # likewise. real run: OFA-Sys/chinese-clip-vit-large-patch14-336px
+LANGUAGE_MODEL=${LANGUAGE_MODEL:-tiny}    # folder, hub id, modelscope:ORG/MODEL; tiny = made on the spot. real run: Qwen/Qwen2-7B-Instruct
+VISION_MODEL=${VISION_MODEL:-tiny}        # likewise. real run: OFA-Sys/chinese-clip-vit-large-patch14-336px
 IMAGE_POLICY=${IMAGE_POLICY:-squash}      # how pictures become square: squash | pad | crop (cuts words off wide memes). real run: squash
 ANNOTATIONS=${ANNOTATIONS:-data/annotations.json}    # .json or .jsonl, format in data/README.md
 IMAGE_FOLDER=${IMAGE_FOLDER:-data}        # the records' image paths start here
-EVAL_ANNOTATIONS=${EVAL_ANNOTATIONS:-auto}    # memes kept out of ANNOTATIONS, on which base and merged model are compared | none | auto = data/unseen for the sample memes, else none
-EVAL_IMAGE_FOLDER=${EVAL_IMAGE_FOLDER:-auto}    # their image paths start here; auto = data/unseen for the sample memes, else IMAGE_FOLDER
+EVAL_ANNOTATIONS=${EVAL_ANNOTATIONS:-}    # memes kept out of ANNOTATIONS, on which base and merged model are compared; empty = no evaluation
+EVAL_IMAGE_FOLDER=${EVAL_IMAGE_FOLDER:-$IMAGE_FOLDER}    # their image paths start here
 OUTPUT_DIR=${OUTPUT_DIR:-output}          # gets train and merged; another one for every recipe that you compare
 BASE_DIR=${BASE_DIR:-$OUTPUT_DIR/base}    # the assembled base model; name it to share one between several OUTPUT_DIRs
 
@@ -57,16 +56,6 @@ if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
     sed -n '2,/^# -----/p' "${BASH_SOURCE[0]}" | sed '$d'
     exit
 fi
-
-if [[ $EVAL_IMAGE_FOLDER == auto ]]; then
-    EVAL_IMAGE_FOLDER=$IMAGE_FOLDER
-    [[ $EVAL_ANNOTATIONS != auto || $ANNOTATIONS != data/annotations.json ]] || EVAL_IMAGE_FOLDER=data/unseen
-fi
-if [[ $EVAL_ANNOTATIONS == auto ]]; then
-    EVAL_ANNOTATIONS=
-    [[ $ANNOTATIONS != data/annotations.json ]] || EVAL_ANNOTATIONS=data/unseen/annotations.json
-fi
-[[ $EVAL_ANNOTATIONS != none ]] || EVAL_ANNOTATIONS=
 
 known_stages='build|train|merge|infer|evaluate'
 stages=()
@@ -107,6 +96,7 @@ if [[ $DRY_RUN == 0 ]]; then
 fi
 
 base_dir=$BASE_DIR
+tiny_dir=$(dirname "$base_dir")/tiny
 train_dir=$OUTPUT_DIR/train
 merged_dir=$OUTPUT_DIR/merged
 
@@ -283,10 +273,16 @@ elif [[ $DRY_RUN == 0 && " ${stages[*]} " == *" train "* && ! -f $train_dir.comm
 fi
 
 # --- build ---
-# The record beside towers that split_towers.py wrote tells others at the same place apart.
-towers="$(dirname "$LANGUAGE_MODEL")/run_record.json"$'\n'"$(dirname "$VISION_MODEL")/run_record.json"
-run_stage build "$base_dir" "$towers" python build_base_model.py --language_model "$LANGUAGE_MODEL" \
-    --vision_model "$VISION_MODEL" --image_policy "$IMAGE_POLICY" --output_dir "$base_dir"
+if [[ $LANGUAGE_MODEL == tiny || $VISION_MODEL == tiny ]]; then
+    run_stage build "$tiny_dir" "$ANNOTATIONS" python -m meme_llava.tiny_towers --annotations "$ANNOTATIONS" --output_dir "$tiny_dir"
+fi
+language_model=$LANGUAGE_MODEL vision_model=$VISION_MODEL
+[[ $language_model != tiny ]] || language_model=$tiny_dir/language_model
+[[ $vision_model != tiny ]] || vision_model=$tiny_dir/vision_tower
+base_inputs=
+[[ $LANGUAGE_MODEL != tiny && $VISION_MODEL != tiny ]] || base_inputs=$tiny_dir/run_record.json
+run_stage build "$base_dir" "$base_inputs" python build_base_model.py --language_model "$language_model" \
+    --vision_model "$vision_model" --image_policy "$IMAGE_POLICY" --output_dir "$base_dir"
 
 # --- train ---
 resume=("${resume_training[@]}")
@@ -309,12 +305,10 @@ run_stage merge "$merged_dir" "$train_dir/run_record.json" \
 # --- infer ---
 if [[ " ${stages[*]} " == *" infer "* ]]; then
     require infer "$merged_dir" merge
-    asked=(--annotations "$ANNOTATIONS" --image_folder "$IMAGE_FOLDER")
     # What was left out of training is no true answer to ask for.
-    [[ ! -f $train_dir/quarantine.jsonl ]] || asked+=(--quarantine "$train_dir/quarantine.jsonl")
-    # Memes that were not trained on show more.
-    [[ -z $EVAL_ANNOTATIONS ]] || asked=(--annotations "$EVAL_ANNOTATIONS" --image_folder "$EVAL_IMAGE_FOLDER")
-    execute python infer.py --model "$merged_dir" "${asked[@]}" --limit 20
+    left_out=()
+    [[ ! -f $train_dir/quarantine.jsonl ]] || left_out=(--quarantine "$train_dir/quarantine.jsonl")
+    execute python infer.py --model "$merged_dir" --annotations "$ANNOTATIONS" --image_folder "$IMAGE_FOLDER" --limit 100 "${left_out[@]}"
 fi
 
 # --- evaluate ---

@@ -22,8 +22,13 @@ from meme_lines import LINES, LineSource, is_unseen, list_alphabet  # noqa: E402
 DATA = Path(__file__).resolve().parent.parent / "data"
 
 
+@pytest.fixture(scope="module")
+def records() -> list[dict]:
+    return json.loads((DATA / "annotations.json").read_text(encoding="utf-8"))
+
+
 def load(folder: Path, max_length: int = 512):
-    """Every record as training with run.sh's own settings would see it: 100 positions a picture, 512 a record."""
+    """Every record as training with run.sh's own settings would see it: 64 positions a picture, 512 a record."""
     texts = [
         turn["value"]
         for record in json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
@@ -31,8 +36,8 @@ def load(folder: Path, max_length: int = 512):
     ]
     tokenizer = train_tokenizer(texts)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
-    encoder = ConversationEncoder(tokenizer, tokens_per_image=100, source="test")
-    policy = ImagePolicy(160, (0.0,) * 3, (1.0,) * 3)
+    encoder = ConversationEncoder(tokenizer, tokens_per_image=64, source="test")
+    policy = ImagePolicy(112, (0.0,) * 3, (1.0,) * 3)
     return load_dataset(folder / "annotations.json", folder, encoder, policy, max_length, "error")
 
 
@@ -47,37 +52,43 @@ def read_all(folder: Path) -> dict[str, bytes]:
 # ---- The committed memes ----
 
 
-@pytest.mark.parametrize(("folder", "memes", "tasks"), [(DATA, 400, 3), (DATA / "unseen", 200, 2)])
-def test_the_committed_records_train_without_a_problem_or_a_cut(folder, memes, tasks):
-    loaded = load(folder)
-    assert len(loaded.dataset) == memes * tasks
+def test_the_hundred_committed_records_train_without_a_problem_or_a_cut():
+    loaded = load(DATA)
+    assert len(loaded.dataset) == 100
     assert loaded.checked.bad == {} and loaded.cut_records == []
-    assert loaded.dataset.image_counts.tolist() == [1] * memes * tasks
+    assert loaded.dataset.image_counts.tolist() == [1] * 100
     # Every picture decodes, and not only its header.
-    assert all(loaded.dataset[index * tasks]["pictures"][0].shape == (3, 160, 160) for index in range(memes))
+    assert all(loaded.dataset[index]["pictures"][0].shape == (3, 112, 112) for index in range(100))
 
 
-@pytest.mark.parametrize(("folder", "memes", "bytes_at_most"), [(DATA, 400, 5e6), (DATA / "unseen", 200, 2.5e6)])
-def test_the_committed_pictures_are_those_of_the_records_and_stay_small(folder, memes, bytes_at_most):
-    named = sorted({record["image"] for record in read_drawn(folder)})
-    found = sorted(f"images/{path.name}" for path in (folder / "images").iterdir())
-    assert named == found and len(set(found)) == memes
-    assert sum(path.stat().st_size for path in (folder / "images").iterdir()) < bytes_at_most
+def test_the_committed_pictures_are_those_of_the_records_and_stay_small(records):
+    named = sorted(record["image"] for record in records)
+    found = sorted(f"images/{path.name}" for path in (DATA / "images").iterdir())
+    assert named == found and len(set(found)) == 100
+    assert sum(path.stat().st_size for path in (DATA / "images").iterdir()) < 3_000_000
     # What the files are follows their names, and several kinds that memes come in are among them.
     kinds = set()
-    for path in (folder / "images").iterdir():
+    for path in (DATA / "images").iterdir():
         with Image.open(path) as image:
             assert image.format == {".jpg": "JPEG", ".png": "PNG"}[path.suffix]
             kinds.add((image.format, image.mode))
     assert kinds == {("JPEG", "RGB"), ("PNG", "RGB"), ("PNG", "P"), ("PNG", "RGBA")}
 
 
-def test_the_memes_kept_out_of_training_have_lines_of_their_own():
-    seen, unseen = ({record["text"] for record in read_drawn(folder)} - {""} for folder in (DATA, DATA / "unseen"))
+def test_the_committed_texts_differ_and_stand_in_their_answers(records):
+    texts = [record["text"] for record in records if record["text"]]
     # A text that stood in two pictures could be answered without looking at which one it is.
-    assert (len(seen), len(unseen)) == (360, 180)  # every tenth meme has none
-    assert not seen & unseen
-    assert all(is_unseen(text) for text in unseen) and not any(is_unseen(text) for text in seen)
+    assert len(texts) == len(set(texts)) == 95
+    for record in records:
+        question, answer = record["conversations"]
+        assert (question["from"], answer["from"]) == ("human", "gpt")
+        assert question["value"].startswith("<image>\n") and len(question["value"]) > len("<image>\n")
+        assert record["character"] in answer["value"] and record["mood"] in answer["value"]
+        if record["text"]:
+            assert f"“{record['text']}”" in answer["value"]
+        else:
+            assert "“" not in answer["value"]
+    assert [record["id"] for record in records] == [f"meme_{index:03d}" for index in range(100)]
 
 
 # ---- Drawing new ones ----
