@@ -51,10 +51,14 @@ teach spelled "$WORK_DIR/copies/merged" 2 --spelled_fields 3000 --spelled_texts 
 # Then places: with so few different characters only the place tells which one to say. Without this stage twenty
 # thousand pages of letters taught nothing; behind it their loss falls from the first thousand on.
 teach aligned "$WORK_DIR/spelled/merged" 3 --spelled_full_fields 5000
-# Then letters, as many a picture as it holds, and at last memes.
+# Then letters, as many a picture as it holds.
 teach letters "$WORK_DIR/aligned/merged" 4 --spelled_full_fields 1500 --full_page_fields 7000 \
     --crowded_page_fields 52000 --smallest 13 --largest 30 --plain 0.25
-teach memes "$WORK_DIR/letters/merged" 5 --memes 20000 --tasks text mood --crowded_page_fields 8000 --smallest 14 --largest 30
+# Reading in order, which was forgotten over the letters, and more letters with some of it beside them.
+teach reading "$WORK_DIR/letters/merged" 6 --spelled_texts 8000 --page_texts 10000 --crowded_page_fields 3000 \
+    --smallest 13 --largest 30 --plain 0.25
+teach more_letters "$WORK_DIR/reading/merged" 7 --spelled_texts 4000 --crowded_page_fields 46000 \
+    --smallest 13 --largest 30 --plain 0.15
 
 [[ -d $WORK_DIR/towers ]] ||
-    python -m meme_llava.split_towers --model "$WORK_DIR/memes/merged" --towers "$WORK_DIR/start" --output_dir "$WORK_DIR/towers"
+    python -m meme_llava.split_towers --model "$WORK_DIR/more_letters/merged" --towers "$WORK_DIR/start" --output_dir "$WORK_DIR/towers"
