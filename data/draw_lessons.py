@@ -18,6 +18,7 @@ import draw_memes
 from draw_memes import (
     DESCRIPTIONS,
     MOOD_QUESTIONS,
+    NO_TEXT,
     TASKS,
     TEXT_QUESTIONS,
     draw_all,
@@ -27,10 +28,23 @@ from draw_memes import (
 )
 from meme_characters import CHARACTERS, MOODS, PROPS
 from meme_fonts import FontFace, find_fonts
+from meme_groups import Group, draw_group, plan_group
 from meme_lines import LineSource, list_alphabet
-from meme_pages import BLANK, PATCHES, SIDE, Page, draw_page, draw_row, get_source, plan_full_page, plan_page
+from meme_pages import (
+    BLANK,
+    PATCHES,
+    SIDE,
+    Page,
+    draw_page,
+    draw_row,
+    get_source,
+    plan_full_page,
+    plan_page,
+    plan_scene,
+)
 from meme_pictures import Meme
 
+GROUP_QUESTION = "逐个说出图中角色的心情。"
 FIELD_QUESTION = "逐格读出图中的文字。"
 LESSONS = {
     "copies": "short texts to be said again, without a page",
@@ -41,11 +55,14 @@ LESSONS = {
     "crowded_page_fields": "pictures of pages with as many letters as they hold: what is in each patch?",
     "page_fields": "pictures of pages: what is in each patch?",
     "page_texts": "pictures of pages: what is the text?",
+    "scene_fields": "pictures with rows of several sizes and perhaps a figure: what is in each patch?",
+    "scene_texts": "the same with at most 16 letters: what is the text?",
+    "groups": "pictures of 1, 4 or 9 figures: what is the mood of each?",
     "memes": "memes, with a record for each task",
 }
 
 
-def plan_all(arguments: argparse.Namespace) -> Iterator[tuple[list[dict], Page | Meme | None]]:
+def plan_all(arguments: argparse.Namespace) -> Iterator[tuple[list[dict], Page | Group | Meme | None]]:
     """Records, and the picture to draw for them, if any."""
     rng = random.Random(arguments.seed)
     for meme in plan_memes(arguments.memes, arguments.seed, LineSource(unseen=False)):
@@ -59,7 +76,7 @@ def plan_all(arguments: argparse.Namespace) -> Iterator[tuple[list[dict], Page |
 
 def plan_lesson(
     lesson: str, identifier: str, rng: random.Random, arguments: argparse.Namespace
-) -> tuple[dict, Page | None]:
+) -> tuple[dict, Page | Group | None]:
     """The record of a lesson other than a meme, and its page if that is to be drawn."""
     if lesson == "copies":
         text = draw_row(rng, rng.randint(1, 16))
@@ -69,10 +86,17 @@ def plan_lesson(
         page = plan_full_page(identifier, rng.choices(characters, k=PATCHES**2))
     elif lesson == "full_page_fields":
         page = plan_full_page(identifier, list(get_source().draw_characters(rng, PATCHES**2)))
+    elif lesson == "groups":
+        group = plan_group(identifier, rng)
+        question = GROUP_QUESTION if len(group.figures) > 1 else rng.choice(MOOD_QUESTIONS)
+        return write_record(identifier, "<image>", question, group.answer), group
+    elif lesson in ("scene_fields", "scene_texts"):
+        is_plain, most_letters = rng.random() < arguments.plain, 16 if lesson == "scene_texts" else PATCHES**2
+        page = plan_scene(identifier, rng, arguments.smallest, arguments.largest, is_plain, most_letters)
     else:
         is_plain, is_crowded = rng.random() < arguments.plain, lesson == "crowded_page_fields"
         page = plan_page(identifier, rng, arguments.smallest, arguments.largest, is_plain, is_crowded)
-    question, answer = rng.choice(TEXT_QUESTIONS), page.text
+    question, answer = rng.choice(TEXT_QUESTIONS), page.text or f"{NO_TEXT}。"
     if lesson.endswith("fields"):
         question, answer = FIELD_QUESTION, page.field
     if lesson.startswith("spelled"):
@@ -86,20 +110,27 @@ def write_record(identifier: str, page: str, question: str, answer: str) -> dict
     return record | ({"image": f"images/{identifier}.png"} if page == "<image>" else {})
 
 
-def draw_one(job: tuple[Page | Meme, int, Path, list[FontFace]]) -> None:
+def draw_one(job: tuple[Page | Group | Meme, int, Path, list[FontFace]]) -> None:
     page, seed, folder, faces = job
     if isinstance(page, Meme):
         draw_memes.draw_one(job)
         return
     rng = random.Random(f"{seed} {page.identifier}")
-    draw_page(rng, page, faces).save(folder / f"{page.identifier}.png", compress_level=1)
+    picture = draw_group(rng, page) if isinstance(page, Group) else draw_page(rng, page, faces)
+    picture.save(folder / f"{page.identifier}.png", compress_level=1)
 
 
 def list_lesson_alphabet() -> str:
     """Every character that a lesson may need, in questions, answers and spelled pages."""
-    wordings = [*TEXT_QUESTIONS, *MOOD_QUESTIONS, *(part for wording in DESCRIPTIONS for part in wording)]
+    wordings = [
+        FIELD_QUESTION,
+        GROUP_QUESTION,
+        *TEXT_QUESTIONS,
+        *MOOD_QUESTIONS,
+        *(part for wording in DESCRIPTIONS for part in wording),
+    ]
     names = [*MOODS, *PROPS, *CHARACTERS, *(character.unit for character in CHARACTERS.values())]
-    return "".join(sorted({*list_alphabet(), BLANK, *FIELD_QUESTION, *"".join(wordings), *"".join(names)} - {*"{}"}))
+    return "".join(sorted({*list_alphabet(), BLANK, *"".join(wordings), *"".join(names)} - {*"{}"}))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

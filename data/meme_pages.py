@@ -10,9 +10,10 @@ import math
 import random
 from dataclasses import dataclass
 
+from meme_characters import CHARACTERS, MOODS
 from meme_fonts import FontFace, load_font
 from meme_lines import LineSource
-from meme_pictures import choose_ground, choose_style, draw_background, wear_out
+from meme_pictures import OVERSIZE, Meme, choose_ground, choose_style, draw_background, is_wide, place_figure, wear_out
 from PIL import Image, ImageDraw
 
 SIDE = 160  # pixels
@@ -41,6 +42,8 @@ class Page:
     identifier: str
     letters: list[Letter]
     is_plain: bool  # dark on white, nothing worn
+    stretch: float = 1  # width over height of the picture that was made square
+    figure: tuple[Meme, float, float] | None = None  # who stands on the page, and its upper and lower edge in pixels
 
     @property
     def text(self) -> str:
@@ -105,17 +108,57 @@ def plan_page(
     return Page(identifier, letters, is_plain)
 
 
+def plan_scene(
+    identifier: str, rng: random.Random, smallest: float, largest: float, is_plain: bool, most_letters: int
+) -> Page:
+    """Rows of several sizes, few or many, here and there, as memes have them; on some beside a figure."""
+    stretch = rng.choice((1, 1, rng.uniform(0.75, 1.4)))
+    figure, fullness = None, rng.uniform(0.3, 1)
+    if rng.random() < 0.4:
+        height = rng.uniform(40, 100)
+        top = rng.choice((0, SIDE - height, rng.uniform(0, SIDE - height)))
+        meme = Meme(identifier, rng.choice(list(CHARACTERS)), rng.choice(list(MOODS)), None, "", "jpeg")
+        figure = (meme, top, top + height)
+    row_count = rng.choices((1, 2, rng.randint(3, 5), PATCHES), (1, 1, 2, 6))[0]
+    letters: dict[int, Letter] = {}
+    size, y = 0.0, rng.uniform(0, 20 if row_count == PATCHES else SIDE - 2 * smallest)
+    for _ in range(row_count):
+        if not size or rng.random() < 0.3:
+            size = math.exp(rng.uniform(math.log(smallest), math.log(largest)))
+        if figure and y + size > figure[1] and y < figure[2]:
+            y = figure[2]
+        if y + size > SIDE:
+            break
+        row = draw_row(rng, rng.randint(1, int(SIDE * stretch / size)))
+        if rng.random() < fullness:
+            row = draw_row(rng, int(SIDE * stretch / size))
+        row = row[: max(0, most_letters - len(letters))]
+        widths = [size / stretch * (1 if is_wide(character) else 0.6) for character in row]
+        x = rng.uniform(0, SIDE - sum(widths))
+        for character, width in zip(row, widths, strict=True):
+            letter = Letter(character, x + width / 2, y + size / 2, size)
+            letters.setdefault(letter.patch, letter)
+            x += width
+        y += size * rng.uniform(1, 1.4) + (rng.uniform(0, 40) if rng.random() > fullness else 0)
+    return Page(identifier, list(letters.values()), is_plain, stretch, figure)
+
+
 def draw_page(rng: random.Random, page: Page, faces: list[FontFace]) -> Image.Image:
     """The page as a picture of 160 x 160 pixels."""
+    size = (round(SIDE * OVERSIZE * page.stretch), SIDE * OVERSIZE)
     ground = "white" if page.is_plain else choose_ground(rng, "page")
-    picture = draw_background(rng, (SIDE, SIDE), ground)
+    picture = draw_background(rng, size, ground)
+    if page.figure:
+        meme, top, bottom = page.figure
+        place_figure(rng, picture, meme, (0, top * OVERSIZE, size[0], bottom * OVERSIZE), 0.5)
     face, style = choose_style(rng, ground, faces)
     canvas = ImageDraw.Draw(picture)
     for letter in page.letters:
-        font, stroke = load_font(face, round(letter.size * 0.95)), round(letter.size * style["weight"])
-        place = (letter.x, letter.y)
+        font = load_font(face, round(letter.size * 0.95 * OVERSIZE))
+        stroke = round(letter.size * OVERSIZE * style["weight"])
+        place = (letter.x * OVERSIZE * page.stretch, letter.y * OVERSIZE)
         canvas.text(
             place, letter.character, style["fill"], font, "mm", stroke_width=stroke, stroke_fill=style["stroke"]
         )
-    picture = picture.convert("RGB")
+    picture = picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     return picture if page.is_plain else wear_out(rng, picture)

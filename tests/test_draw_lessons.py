@@ -1,6 +1,7 @@
 """Lessons ask what stands on the page, in the order of the patches or of reading."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,13 @@ from meme_llava.model import load_strictly
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 sys.path.insert(0, str(DATA))
+from meme_characters import MOODS  # noqa: E402
+from meme_groups import Group, draw_group  # noqa: E402
 from meme_lines import list_alphabet  # noqa: E402
-from meme_pages import Letter, Page  # noqa: E402
+from meme_pages import Letter, Page, plan_scene  # noqa: E402
+from meme_pictures import Meme  # noqa: E402
+
+HALVES = (slice(0, 80), slice(80, 160))
 
 
 def draw(folder: Path, *flags: str) -> subprocess.CompletedProcess:
@@ -59,18 +65,21 @@ def lessons(tmp_path_factory) -> Path:
         "crowded_page_fields": 3,
         "page_fields": 12,
         "page_texts": 3,
+        "scene_fields": 3,
+        "scene_texts": 12,
+        "groups": 12,
         "memes": 2,
     }
     flags = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
     process = draw(folder, *flags, "--seed", "5", "--plain", "1")
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith(f"Drew 23 pictures into {folder / 'images'}, wrote 39 lessons; fonts found: ")
+    assert process.stdout.startswith(f"Drew 50 pictures into {folder / 'images'}, wrote 66 lessons; fonts found: ")
     return folder
 
 
 def test_each_lesson_is_answered_from_its_page(lessons):
     turns = read_turns(lessons)
-    assert len(turns) == 39
+    assert len(turns) == 66
     for identifier, (question, answer) in turns.items():
         page, _, words = question.partition("\n")
         kind = identifier.rpartition("_")[0]
@@ -87,6 +96,12 @@ def test_each_lesson_is_answered_from_its_page(lessons):
             assert 2 <= len(set(answer)) <= 4 and not set(answer) & {"□"}
         if kind == "full_page_fields":
             assert not set(answer) & {"□"}
+        if kind == "scene_texts":
+            assert 1 <= len(answer) <= 16 and not set(answer) & {"□"}
+        if kind == "groups":
+            moods = answer.split("，")
+            assert set(moods) <= set(MOODS) and len(moods) in (1, 4, 9)
+            assert (words == "逐个说出图中角色的心情。") == (len(moods) > 1)
 
 
 def test_ink_stands_where_the_field_says(lessons):
@@ -110,6 +125,34 @@ def test_a_crowded_page_is_full(tmp_path):
     counts = [100 - answer.count("□") for _, answer in read_turns(tmp_path).values()]
     # Letters of 20 pixels, at most 24 apart: 6 to 8 rows of 6 to 8, of which a tenth may be left out.
     assert len(counts) == 12 and min(counts) > 26 and max(counts) <= 64
+
+
+def test_a_group_shows_the_moods_of_the_answer_in_order():
+    """Red hearts, and nothing else as red, stand where someone is in love."""
+    figures = [Meme("g", "小猫", mood, None, "", "jpeg") for mood in ("无语", "心动", "惊讶", "心动")]
+    group = Group("g", figures)
+    assert group.answer == "无语，心动，惊讶，心动"
+    red = np.asarray(draw_group(random.Random(0), group)).astype(int)
+    red = (red[..., 0] > 180) & (red[..., 1] < 110) & (red[..., 2] < 140)
+    counts = [red[rows, columns].sum() for rows in HALVES for columns in HALVES]
+    assert min(counts[1], counts[3]) > 4 * max(counts[0], counts[2])
+
+
+def test_a_scene_is_short_where_it_must_be_and_may_have_a_figure():
+    scenes = [plan_scene(str(seed), random.Random(seed), 13, 34, True, 16) for seed in range(60)]
+    assert max(len(scene.letters) for scene in scenes) == 16
+    assert {scene.figure is None for scene in scenes} == {True, False}
+    for scene in scenes:
+        if scene.figure:
+            _, top, bottom = scene.figure
+            # Words and figure are apart.
+            assert all(
+                letter.y - letter.size / 2 >= bottom - 0.01 or letter.y + letter.size / 2 <= top + 0.01
+                for letter in scene.letters
+            )
+        # Rows follow each other downwards, and the letters of a row to the right.
+        places = [(letter.y, letter.x) for letter in scene.letters]
+        assert places == sorted(places)
 
 
 def test_the_same_seed_draws_the_same_lessons(lessons, tmp_path):

@@ -1,0 +1,43 @@
+"""Knows pictures of several figures, from which a model learns moods sooner than from memes, which show one each."""
+
+import random
+from dataclasses import dataclass
+
+from meme_characters import CHARACTERS, MOODS
+from meme_pictures import OVERSIZE, Meme, choose_ground, draw_background, place_figure, wear_out
+from PIL import Image
+
+SIDE = 160  # pixels
+SIDES_IN_FIGURES = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Group:
+    """1, 4 or 9 figures in rows, as many rows as columns."""
+
+    identifier: str
+    figures: list[Meme]
+
+    @property
+    def answer(self) -> str:
+        """The mood of each, row by row."""
+        return "，".join(figure.mood for figure in self.figures)
+
+
+def plan_group(identifier: str, rng: random.Random) -> Group:
+    count = rng.choice(SIDES_IN_FIGURES) ** 2
+    kinds = [(rng.choice(list(CHARACTERS)), rng.choice(list(MOODS))) for _ in range(count)]
+    return Group(identifier, [Meme(identifier, character, mood, None, "", "jpeg") for character, mood in kinds])
+
+
+def draw_group(rng: random.Random, group: Group) -> Image.Image:
+    """The group as a picture of 160 x 160 pixels."""
+    side = SIDE * OVERSIZE
+    picture = draw_background(rng, (side, side), choose_ground(rng, "page"))
+    in_a_row = round(len(group.figures) ** 0.5)
+    cell = side / in_a_row
+    for number, figure in enumerate(group.figures):
+        left, top = number % in_a_row * cell, number // in_a_row * cell
+        room = cell * rng.choice((0, 0.05, 0.15)) / 2
+        place_figure(rng, picture, figure, (left + room, top + room, left + cell - room, top + cell - room), 0.5)
+    return wear_out(rng, picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR))
