@@ -3,11 +3,10 @@
 import random
 from dataclasses import dataclass
 
-from meme_characters import CHARACTERS, MOODS
-from meme_pictures import OVERSIZE, Meme, choose_ground, draw_background, place_figure, wear_out
+from meme_pages import SIDE
+from meme_pictures import OVERSIZE, Meme, choose_figure, choose_ground, draw_background, place_figure, wear_out
 from PIL import Image
 
-SIDE = 160  # pixels
 SIDES_IN_FIGURES = (1, 2, 3)
 
 
@@ -26,8 +25,7 @@ class Group:
 
 def plan_group(identifier: str, rng: random.Random) -> Group:
     count = rng.choice(SIDES_IN_FIGURES) ** 2
-    kinds = [(rng.choice(list(CHARACTERS)), rng.choice(list(MOODS))) for _ in range(count)]
-    return Group(identifier, [Meme(identifier, character, mood, None, "", "jpeg") for character, mood in kinds])
+    return Group(identifier, [choose_figure(rng, identifier) for _ in range(count)])
 
 
 def draw_group(rng: random.Random, group: Group) -> Image.Image:

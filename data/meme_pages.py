@@ -10,10 +10,19 @@ import math
 import random
 from dataclasses import dataclass
 
-from meme_characters import CHARACTERS, MOODS
 from meme_fonts import FontFace, load_font
 from meme_lines import LineSource
-from meme_pictures import OVERSIZE, Meme, choose_ground, choose_style, draw_background, is_wide, place_figure, wear_out
+from meme_pictures import (
+    OVERSIZE,
+    Meme,
+    choose_figure,
+    choose_ground,
+    choose_style,
+    draw_background,
+    is_wide,
+    place_figure,
+    wear_out,
+)
 from PIL import Image, ImageDraw
 
 SIDE = 160  # pixels
@@ -117,8 +126,7 @@ def plan_scene(
     if rng.random() < 0.4:
         height = rng.uniform(40, 100)
         top = rng.choice((0, SIDE - height, rng.uniform(0, SIDE - height)))
-        meme = Meme(identifier, rng.choice(list(CHARACTERS)), rng.choice(list(MOODS)), None, "", "jpeg")
-        figure = (meme, top, top + height)
+        figure = (choose_figure(rng, identifier), top, top + height)
     row_count = rng.choices((1, 2, rng.randint(3, 5), PATCHES), (1, 1, 2, 6))[0]
     letters: dict[int, Letter] = {}
     size, y = 0.0, rng.uniform(0, 20 if row_count == PATCHES else SIDE - 2 * smallest)

@@ -214,6 +214,11 @@ def _draw_figure(character: str, mood: str, skin: int, has_glasses: bool, prop: 
     return draw_figure(figure, MOODS[mood], figure.skins[skin], has_glasses, prop)
 
 
+def choose_figure(rng: random.Random, identifier: str) -> Meme:
+    """A meme without words or prop, for pictures in which only the figure counts."""
+    return Meme(identifier, rng.choice(list(CHARACTERS)), rng.choice(list(MOODS)), None, "", "jpeg")
+
+
 def place_figure(rng: random.Random, picture: Image.Image, meme: Meme, box: Box, lean: float) -> None:
     has_glasses = meme.mood == "得意" and rng.random() < 0.4
     skin = rng.randrange(len(CHARACTERS[meme.character].skins))
