@@ -32,8 +32,9 @@ def draw(folder: Path, *flags: str) -> subprocess.CompletedProcess:
 
 
 def read_turns(folder: Path) -> dict[str, tuple[str, str]]:
+    """The first question of every record and its answer."""
     records = json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
-    return {record["id"]: tuple(turn["value"] for turn in record["conversations"]) for record in records}
+    return {record["id"]: tuple(turn["value"] for turn in record["conversations"][:2]) for record in records}
 
 
 def test_a_field_names_the_patch_of_every_letter():
@@ -73,13 +74,13 @@ def lessons(tmp_path_factory) -> Path:
     flags = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
     process = draw(folder, *flags, "--seed", "5", "--plain", "1")
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith(f"Drew 50 pictures into {folder / 'images'}, wrote 66 lessons; fonts found: ")
+    assert process.stdout.startswith(f"Drew 50 pictures into {folder / 'images'}, wrote 62 lessons; fonts found: ")
     return folder
 
 
 def test_each_lesson_is_answered_from_its_page(lessons):
     turns = read_turns(lessons)
-    assert len(turns) == 66
+    assert len(turns) == 62
     for identifier, (question, answer) in turns.items():
         page, _, words = question.partition("\n")
         kind = identifier.rpartition("_")[0]
@@ -102,6 +103,21 @@ def test_each_lesson_is_answered_from_its_page(lessons):
             moods = answer.split("，")
             assert set(moods) <= set(MOODS) and len(moods) in (1, 4, 9)
             assert (words == "逐个说出图中角色的心情。") == (len(moods) > 1)
+
+
+def test_a_meme_is_asked_for_everything_in_one_conversation(tmp_path):
+    draw(tmp_path, "--memes", "12", "--tasks", "text", "mood")
+    asked_first = set()
+    for record in json.loads((tmp_path / "annotations.json").read_text(encoding="utf-8")):
+        assert record["id"].startswith("meme_0000") and "task" not in record
+        assert [turn["from"] for turn in record["conversations"]] == ["human", "gpt"] * 2
+        questions, answers = ([turn["value"] for turn in record["conversations"][side::2]] for side in (0, 1))
+        assert questions[0].startswith("<image>\n") and "<image>" not in questions[1]
+        is_mood_first = "心情" in questions[0] or "情绪" in questions[0]
+        asked_first.add(is_mood_first)
+        wanted = [record["mood"], record["text"] or "图片里没有文字。"]
+        assert answers == (wanted if is_mood_first else wanted[::-1])
+    assert asked_first == {True, False}
 
 
 def test_ink_stands_where_the_field_says(lessons):
