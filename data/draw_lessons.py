@@ -1,6 +1,6 @@
 """Draws the lessons from which small towers (`meme_llava.tiny_towers`) learn to read.
 
-    python data/draw_lessons.py --output_dir /tmp/lessons --page_fields 1000 --memes 500 --seed 7
+    python data/draw_lessons.py --output_dir /tmp/lessons --crowded_fields 1000 --memes 500 --seed 7
 
 writes images/, annotations.json and alphabet.txt, the characters that can occur. What is asked about a page of letters
 is its field, or its text; `meme_pages.py` says what these are. Pages come as pictures, or spelled out where the image
@@ -38,8 +38,8 @@ from meme_pages import (
     draw_page,
     draw_row,
     get_source,
+    plan_crowded_page,
     plan_full_page,
-    plan_page,
     plan_scene,
 )
 from meme_pictures import Meme
@@ -48,15 +48,11 @@ GROUP_QUESTION = "逐个说出图中角色的心情。"
 FIELD_QUESTION = "逐格读出图中的文字。"
 LESSONS = {
     "copies": "short texts to be said again, without a page",
-    "spelled_full_fields": "spelled pages with 2 to 4 different letters, one in every patch: what is in each patch?",
-    "spelled_fields": "spelled pages: what is in each patch?",
-    "spelled_texts": "spelled pages: what is the text?",
-    "full_page_fields": "pictures of pages with a letter in every patch: what is in each patch?",
-    "crowded_page_fields": "pictures of pages with as many letters as they hold: what is in each patch?",
-    "page_fields": "pictures of pages: what is in each patch?",
-    "page_texts": "pictures of pages: what is the text?",
+    "spelled_fields": "spelled pages with 2 to 4 different letters, one in every patch: what is in each patch?",
+    "spelled_texts": "spelled scenes: what is the text?",
+    "crowded_fields": "pictures of pages with as many letters as they hold: what is in each patch?",
     "scene_fields": "pictures with rows of several sizes and perhaps a figure: what is in each patch?",
-    "scene_texts": "the same with at most 16 letters: what is the text?",
+    "scene_texts": "the same with few letters: what is the text?",
     "groups": "pictures of 1, 4 or 9 figures: what is the mood of each?",
     "memes": "memes, asked for each task in one conversation",
 }
@@ -81,21 +77,19 @@ def plan_lesson(
     if lesson == "copies":
         text = draw_row(rng, rng.randint(1, 16))
         return write_record(identifier, text, rng.choice(TEXT_QUESTIONS), text), None
-    if lesson == "spelled_full_fields":
-        characters = get_source().draw_characters(rng, rng.randint(2, 4))
-        page = plan_full_page(identifier, rng.choices(characters, k=PATCHES**2))
-    elif lesson == "full_page_fields":
-        page = plan_full_page(identifier, list(get_source().draw_characters(rng, PATCHES**2)))
-    elif lesson == "groups":
+    if lesson == "groups":
         group = plan_group(identifier, rng)
         question = GROUP_QUESTION if len(group.figures) > 1 else rng.choice(MOOD_QUESTIONS)
         return write_record(identifier, "<image>", question, group.answer), group
-    elif lesson in ("scene_fields", "scene_texts"):
-        is_plain, most_letters = rng.random() < arguments.plain, 16 if lesson == "scene_texts" else PATCHES**2
-        page = plan_scene(identifier, rng, arguments.smallest, arguments.largest, is_plain, most_letters)
+    sizes, is_plain = (arguments.smallest, arguments.largest), rng.random() < arguments.plain
+    if lesson == "spelled_fields":
+        characters = get_source().draw_characters(rng, rng.randint(2, 4))
+        page = plan_full_page(identifier, rng.choices(characters, k=PATCHES**2))
+    elif lesson == "crowded_fields":
+        page = plan_crowded_page(identifier, rng, *sizes, is_plain)
     else:
-        is_plain, is_crowded = rng.random() < arguments.plain, lesson == "crowded_page_fields"
-        page = plan_page(identifier, rng, arguments.smallest, arguments.largest, is_plain, is_crowded)
+        most_letters = PATCHES**2 if lesson == "scene_fields" else arguments.most_letters
+        page = plan_scene(identifier, rng, *sizes, is_plain, most_letters)
     question, answer = rng.choice(TEXT_QUESTIONS), page.text or f"{NO_TEXT}。"
     if lesson.endswith("fields"):
         question, answer = FIELD_QUESTION, page.field
@@ -152,8 +146,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="gets images/ and annotations.json")
     for lesson, meaning in LESSONS.items():
         parser.add_argument(f"--{lesson}", type=int, default=0, help=f"number of {meaning}")
-    parser.add_argument("--smallest", type=float, default=16, help="smallest letters of pages, pixels")
-    parser.add_argument("--largest", type=float, default=60, help="largest letters of pages, pixels")
+    parser.add_argument("--smallest", type=float, default=14, help="smallest letters of pages, pixels")
+    parser.add_argument("--largest", type=float, default=36, help="largest letters of pages, pixels")
+    parser.add_argument("--most_letters", type=int, default=16, help="in a scene or spelled scene asked for its text")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="records for each meme")
     parser.add_argument("--plain", type=float, default=0, help="share of pages dark on white, with nothing worn")
     parser.add_argument("--seed", type=int, default=0)
@@ -166,6 +161,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} must not be negative")
     if arguments.processes < 1:
         parser.error("--processes must be at least 1")
+    if arguments.most_letters < 1:
+        parser.error("--most_letters must be at least 1")
     if not 0 <= arguments.plain <= 1:
         parser.error("--plain must be 0 to 1")
     if not 4 <= arguments.smallest <= arguments.largest <= SIDE:

@@ -90,37 +90,31 @@ def plan_full_page(identifier: str, characters: list[str]) -> Page:
     return Page(identifier, letters, is_plain=True)
 
 
-def plan_page(
-    identifier: str, rng: random.Random, smallest: float, largest: float, is_plain: bool, is_crowded: bool = False
-) -> Page:
-    """Rows of letters of one size, which is between `smallest` and `largest` pixels, with room around and between.
-
-    A crowded page has little room and as many letters as it can hold: the more letters, the more is learned from it.
-    """
-    size = math.exp(rng.uniform(math.log(smallest), math.log(largest)))
-    step = size * rng.choice((1, 1, rng.uniform(1, 1.2 if is_crowded else 1.4)))
-    row_step = size * rng.uniform(1, 1.2 if is_crowded else 1.5)
-    gaps = rng.choice((0, 0, 0, 0.1, 0.1 if is_crowded else 0.3))  # share of places left out
-    longest = int((SIDE - size) / step) + 1
-    most_rows = int((SIDE - size) / row_step) + 1
-    row_count = most_rows if is_crowded else rng.choice((most_rows, rng.randint(1, most_rows)))
+def plan_crowded_page(identifier: str, rng: random.Random, smallest: float, largest: float, is_plain: bool) -> Page:
+    """Rows of letters of one size between `smallest` and `largest` pixels, as many as fit: the more, the more is
+    learned from a page."""
+    size = draw_size(rng, smallest, largest)
+    step, row_step = (size * rng.choice((1, 1, rng.uniform(1, 1.2))) for _ in range(2))
+    gaps = rng.choice((0, 0, 0, 0.1))  # share of places left out
+    row_length, row_count = (int((SIDE - size) / length) + 1 for length in (step, row_step))
     top = rng.uniform(0, SIDE - size - row_step * (row_count - 1))
-    letters, taken = [], set()
+    letters: dict[int, Letter] = {}
     for number in range(row_count):
-        length = longest if is_crowded else rng.choice((longest, rng.randint(1, longest)))
-        left = rng.uniform(0, SIDE - size - step * (length - 1))
-        for place, character in enumerate(draw_row(rng, length)):
+        left = rng.uniform(0, SIDE - size - step * (row_length - 1))
+        for place, character in enumerate(draw_row(rng, row_length)):
             letter = Letter(character, left + size / 2 + step * place, top + size / 2 + row_step * number, size)
-            if letter.patch not in taken and (rng.random() >= gaps or not letters):
-                letters.append(letter)
-                taken.add(letter.patch)
-    return Page(identifier, letters, is_plain)
+            if rng.random() >= gaps:
+                letters.setdefault(letter.patch, letter)
+    return Page(identifier, list(letters.values()), is_plain)
 
 
 def plan_scene(
     identifier: str, rng: random.Random, smallest: float, largest: float, is_plain: bool, most_letters: int
 ) -> Page:
-    """Rows of several sizes, few or many, here and there, as memes have them; on some beside a figure."""
+    """Rows of several sizes, few or many, here and there, as memes have them; on some beside a figure.
+
+    Where a figure leaves no room, there are no letters.
+    """
     stretch = rng.choice((1, 1, rng.uniform(0.75, 1.4)))
     figure, fullness = None, rng.uniform(0.3, 1)
     if rng.random() < 0.4:
@@ -132,15 +126,14 @@ def plan_scene(
     size, y = 0.0, rng.uniform(0, 20 if row_count == PATCHES else SIDE - 2 * smallest)
     for _ in range(row_count):
         if not size or rng.random() < 0.3:
-            size = math.exp(rng.uniform(math.log(smallest), math.log(largest)))
+            size = draw_size(rng, smallest, largest)
         if figure and y + size > figure[1] and y < figure[2]:
             y = figure[2]
         if y + size > SIDE:
             break
-        row = draw_row(rng, rng.randint(1, int(SIDE * stretch / size)))
-        if rng.random() < fullness:
-            row = draw_row(rng, int(SIDE * stretch / size))
-        row = row[: max(0, most_letters - len(letters))]
+        most = int(SIDE * stretch / size)
+        length = most if rng.random() < fullness else rng.randint(1, most)
+        row = draw_row(rng, min(length, most_letters - len(letters)))
         widths = [size / stretch * (1 if is_wide(character) else 0.6) for character in row]
         x = rng.uniform(0, SIDE - sum(widths))
         for character, width in zip(row, widths, strict=True):
@@ -149,6 +142,11 @@ def plan_scene(
             x += width
         y += size * rng.uniform(1, 1.4) + (rng.uniform(0, 40) if rng.random() > fullness else 0)
     return Page(identifier, list(letters.values()), is_plain, stretch, figure)
+
+
+def draw_size(rng: random.Random, smallest: float, largest: float) -> float:
+    """A letter size in pixels, each doubling as likely as the others."""
+    return math.exp(rng.uniform(math.log(smallest), math.log(largest)))
 
 
 def draw_page(rng: random.Random, page: Page, faces: list[FontFace]) -> Image.Image:

@@ -17,7 +17,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFilter
 
 OVERSIZE = 2  # a picture is composed this many times too large
 LINE_HEIGHT = 1.18  # of the letter size
-SMALLEST_LETTER = 0.075  # of the picture's shorter side
+SMALLEST_LETTER = 0.09  # of the picture's shorter side
 DARK_COLORS = ("#b3261e", "#1f4e9c", "#6b2f9c", "#14663c", "#7a3b12")
 BRIGHT_COLORS = ("#fff27a", "#ffd0e0", "#c9f7ff")
 PASTELS = ("#ffe1e6", "#fff1c9", "#dff3ff", "#e4f5dc", "#efe4ff", "#f3f6ee")
@@ -91,8 +91,8 @@ def choose_layout(rng: random.Random, meme: Meme) -> tuple[Layout, tuple[int, in
     square = rng.randrange(150, 250, 10)
     sizes = {
         "square": (square, square - rng.choice((0, 0, 10, 20))),
-        "wide": (round(square * rng.uniform(1.1, 1.45)), square),
-        "tall": (square, round(square * rng.uniform(1.05, 1.4))),
+        "wide": (round(square * rng.uniform(1.1, 1.3)), square),
+        "tall": (square, round(square * rng.uniform(1.05, 1.3))),
     }
     if not meme.line:
         return Layout("plain", (0, 0, 0, 0), (0.05, 0.05, 0.95, 0.95)), sizes["square"]
@@ -114,7 +114,7 @@ def choose_layout(rng: random.Random, meme: Meme) -> tuple[Layout, tuple[int, in
             boxes = ((0.03, 0.04, 0.24, 0.96), (0.26, 0.06, 0.97, 0.95))
         return Layout(kind, *boxes), sizes["square" if shape == "wide" else shape]
     # Long lines need room for a second row.
-    tall = 0.24 if length <= 7 else 0.33
+    tall = 0.25 if length <= 6 else 0.36
     boxes = {
         "below": ((0.03, 0.97 - tall, 0.97, 0.98), (0.06, 0.03, 0.94, 0.96 - tall)),
         "above": ((0.03, 0.02, 0.97, 0.03 + tall), (0.06, 0.05 + tall, 0.94, 0.97)),
@@ -312,14 +312,14 @@ def place_words(
     # A bubble brings its own white ground.
     face, style = choose_style(rng, "white" if layout.kind == "bubble" else ground, faces)
     shorter = min(picture.size)
-    largest = rng.uniform(0.12, 0.22) * shorter
+    largest = rng.uniform(0.14, 0.23) * shorter
     fits = []
     for rows in list_arrangements(line, layout.kind == "column", 3 if layout.kind == "beside" else 2):
         size = min(room[0] / max(map(measure_row, rows)), room[1] / (LINE_HEIGHT * len(rows)), largest)
         fits.append((size, rows))
     # One row reads more naturally than two, unless two are clearly larger.
-    size, rows = next((fit for fit in fits if fit[0] * 1.25 > max(fits)[0]), fits[0])
-    size = max(size * rng.choice((1, 1, 0.9, 0.8)), min(size, SMALLEST_LETTER * shorter))
+    size, rows = next((fit for fit in fits if fit[0] * 1.1 > max(fits)[0]), fits[0])
+    size = max(size * rng.choice((1, 1, 0.9)), min(size, SMALLEST_LETTER * shorter))
     words = draw_rows(rows, face, size, style, rng.choice((0.5, 0.5, 0.5, 0)))
     if layout.kind not in ("bubble", "column", "bar") and rng.random() < 0.25:
         words = words.rotate(rng.uniform(-7, 7), Image.Resampling.BICUBIC, expand=True)

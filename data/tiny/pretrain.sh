@@ -39,7 +39,7 @@ teach() {
 
 # Copying comes first, by itself: a language model that can say again what stands at a place has only seeing left to
 # learn. It learns that in minutes from short texts, but not from a mixture.
-copies=(--copies 40000)
+copies=(--copies 16000)
 draw_lessons copies 1 "${copies[@]}"
 [[ -d $WORK_DIR/start ]] ||
     python -m meme_llava.tiny_towers --alphabet "$WORK_DIR/copies/lessons/alphabet.txt" --output_dir "$WORK_DIR/start"
@@ -47,18 +47,18 @@ draw_lessons copies 1 "${copies[@]}"
     python build_base_model.py --language_model "$WORK_DIR/start/language_model" \
         --vision_model "$WORK_DIR/start/vision_tower" --output_dir "$WORK_DIR/base"
 teach copies "$WORK_DIR/base" 1 "${copies[@]}"
-teach spelled "$WORK_DIR/copies/merged" 2 --spelled_fields 3000 --spelled_texts 13000
 # Then places: with so few different characters only the place tells which one to say. Without this stage twenty
 # thousand pages of letters taught nothing; behind it their loss falls from the first thousand on.
-teach aligned "$WORK_DIR/spelled/merged" 3 --spelled_full_fields 5000
-# Then letters, as many a picture as it holds.
-teach letters "$WORK_DIR/aligned/merged" 4 --spelled_full_fields 1500 --full_page_fields 7000 \
-    --crowded_page_fields 52000 --smallest 13 --largest 30 --plain 0.25
-# Reading in order, which was forgotten over the letters, and more letters with some of it beside them.
-teach reading "$WORK_DIR/letters/merged" 6 --spelled_texts 8000 --page_texts 10000 --crowded_page_fields 3000 \
-    --smallest 13 --largest 30 --plain 0.25
-teach more_letters "$WORK_DIR/reading/merged" 7 --spelled_texts 4000 --crowded_page_fields 46000 \
-    --smallest 13 --largest 30 --plain 0.15
+teach places "$WORK_DIR/copies/merged" 2 --spelled_fields 2500
+# Then letters, as many a picture as it holds, and here and there as in memes: letters known from full pages alone are
+# not known elsewhere.
+teach letters "$WORK_DIR/places/merged" 3 --spelled_texts 4000 --crowded_fields 20000 --scene_fields 22000 \
+    --smallest 16 --largest 34 --plain 0.15
+# Then reading in order, short texts first, and moods.
+teach words "$WORK_DIR/letters/merged" 4 --scene_fields 6000 --scene_texts 8000 --most_letters 4 --groups 6000 \
+    --smallest 16 --largest 34 --plain 0.1
+teach memes "$WORK_DIR/words/merged" 5 --scene_fields 3000 --scene_texts 8000 --groups 4000 --memes 26000 \
+    --smallest 16 --largest 34 --plain 0.1
 
 [[ -d $WORK_DIR/towers ]] ||
-    python -m meme_llava.split_towers --model "$WORK_DIR/more_letters/merged" --towers "$WORK_DIR/start" --output_dir "$WORK_DIR/towers"
+    python -m meme_llava.split_towers --model "$WORK_DIR/memes/merged" --towers "$WORK_DIR/start" --output_dir "$WORK_DIR/towers"
