@@ -7,7 +7,7 @@ from meme_pages import SIDE
 from meme_pictures import OVERSIZE, Meme, choose_figure, choose_ground, draw_background, place_figure, wear_out
 from PIL import Image
 
-SIDES_IN_FIGURES = (1, 2, 3)
+FIGURES_A_ROW = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Group:
 
 
 def plan_group(identifier: str, rng: random.Random) -> Group:
-    count = rng.choice(SIDES_IN_FIGURES) ** 2
+    count = rng.choice(FIGURES_A_ROW) ** 2
     return Group(identifier, [choose_figure(rng, identifier) for _ in range(count)])
 
 

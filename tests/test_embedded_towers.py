@@ -35,7 +35,7 @@ def test_they_are_the_files_a_hub_has_and_stay_small():
 def test_every_character_of_the_alphabet_is_one_token():
     tokenizer = AutoTokenizer.from_pretrained(TOWERS[0])
     alphabet = list_alphabet()
-    assert len(alphabet) == 682
+    assert len(alphabet) == 439
     assert [character for character in alphabet if len(tokenizer.encode(character)) != 1] == []
     assert tokenizer.decode(tokenizer.encode(alphabet)) == alphabet
 

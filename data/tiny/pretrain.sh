@@ -49,7 +49,7 @@ draw_lessons copies 1 "${copies[@]}"
 teach copies "$WORK_DIR/base" 1 "${copies[@]}"
 # Then places: with so few different characters only the place tells which one to say. Without this stage twenty
 # thousand pages of letters taught nothing; behind it their loss falls from the first thousand on.
-teach places "$WORK_DIR/copies/merged" 2 --spelled_fields 2500
+teach places "$WORK_DIR/copies/merged" 2 --spelled_fields 5000
 # Then letters, as many a picture as it holds, and here and there as in memes: letters known from full pages alone are
 # not known elsewhere.
 teach letters "$WORK_DIR/places/merged" 3 --spelled_texts 4000 --crowded_fields 20000 --scene_fields 22000 \
