@@ -54,7 +54,7 @@ LESSONS = {
     "scene_fields": "pictures with rows of several sizes and perhaps a figure: what is in each patch?",
     "scene_texts": "the same with few letters: what is the text?",
     "groups": "pictures of 1, 4 or 9 figures: what is the mood of each?",
-    "memes": "memes, asked for each task in one conversation",
+    "memes": "memes, with a record for each task",
 }
 
 
@@ -62,7 +62,7 @@ def plan_all(arguments: argparse.Namespace) -> Iterator[tuple[list[dict], Page |
     """Records, and the picture to draw for them, if any."""
     rng = random.Random(arguments.seed)
     for meme in plan_memes(arguments.memes, arguments.seed, LineSource(unseen=False)):
-        yield [join_records(rng, meme.identifier, write_records(meme, arguments.tasks, rng))], meme
+        yield write_records(meme, arguments.tasks, rng), meme
     for lesson in LESSONS:
         if lesson != "memes":
             for number in range(getattr(arguments, lesson)):
@@ -96,20 +96,6 @@ def plan_lesson(
     if lesson.startswith("spelled"):
         return write_record(identifier, page.field, question, answer), None
     return write_record(identifier, "<image>", question, answer), page
-
-
-def join_records(rng: random.Random, identifier: str, records: list[dict]) -> dict:
-    """One conversation of what several records ask about a meme, in a random order.
-
-    The picture, which costs most, is seen once for all of them.
-    """
-    rng.shuffle(records)
-    turns = [turn for record in records for turn in record["conversations"]]
-    for turn in turns[2:]:
-        turn["value"] = turn["value"].removeprefix("<image>\n")
-    joined = {**records[0], "id": identifier, "conversations": turns}
-    del joined["task"]
-    return joined
 
 
 def write_record(identifier: str, page: str, question: str, answer: str) -> dict:

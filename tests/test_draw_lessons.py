@@ -32,9 +32,8 @@ def draw(folder: Path, *flags: str) -> subprocess.CompletedProcess:
 
 
 def read_turns(folder: Path) -> dict[str, tuple[str, str]]:
-    """The first question of every record and its answer."""
     records = json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
-    return {record["id"]: tuple(turn["value"] for turn in record["conversations"][:2]) for record in records}
+    return {record["id"]: tuple(turn["value"] for turn in record["conversations"]) for record in records}
 
 
 def test_a_field_names_the_patch_of_every_letter():
@@ -70,13 +69,13 @@ def lessons(tmp_path_factory) -> Path:
     flags = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
     process = draw(folder, *flags, "--seed", "5", "--plain", "1", "--most_letters", "7")
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith(f"Drew 41 pictures into {folder / 'images'}, wrote 59 lessons; fonts found: ")
+    assert process.stdout.startswith(f"Drew 41 pictures into {folder / 'images'}, wrote 63 lessons; fonts found: ")
     return folder
 
 
 def test_each_lesson_is_answered_from_its_page(lessons):
     turns = read_turns(lessons)
-    assert len(turns) == 59
+    assert len(turns) == 63
     for identifier, (question, answer) in turns.items():
         page, _, words = question.partition("\n")
         kind = identifier.rpartition("_")[0]
@@ -97,21 +96,6 @@ def test_each_lesson_is_answered_from_its_page(lessons):
             moods = answer.split("，")
             assert set(moods) <= set(MOODS) and len(moods) in (1, 4, 9)
             assert (words == "逐个说出图中角色的心情。") == (len(moods) > 1)
-
-
-def test_a_meme_is_asked_for_everything_in_one_conversation(tmp_path):
-    draw(tmp_path, "--memes", "12", "--tasks", "text", "mood")
-    asked_first = set()
-    for record in json.loads((tmp_path / "annotations.json").read_text(encoding="utf-8")):
-        assert record["id"].startswith("meme_0000") and "task" not in record
-        assert [turn["from"] for turn in record["conversations"]] == ["human", "gpt"] * 2
-        questions, answers = ([turn["value"] for turn in record["conversations"][side::2]] for side in (0, 1))
-        assert questions[0].startswith("<image>\n") and "<image>" not in questions[1]
-        is_mood_first = "心情" in questions[0] or "情绪" in questions[0]
-        asked_first.add(is_mood_first)
-        wanted = [record["mood"], record["text"] or "图片里没有文字。"]
-        assert answers == (wanted if is_mood_first else wanted[::-1])
-    assert asked_first == {True, False}
 
 
 def test_ink_stands_where_the_field_says(lessons):
@@ -246,11 +230,3 @@ def test_an_alphabet_without_characters_is_refused(tmp_path, capsys, content, me
     assert stop.value.code == 2
     assert f"--alphabet {path} {message}" in capsys.readouterr().err
     assert not (tmp_path / "towers").exists()
-
-
-@pytest.mark.parametrize("flags", [[], ["--alphabet", "alphabet.txt", "--annotations", "annotations.json"]])
-def test_towers_need_one_source_of_tokens(tmp_path, capsys, flags):
-    with pytest.raises(SystemExit) as stop:
-        tiny_towers.main([*flags, "--output_dir", str(tmp_path / "towers")])
-    assert stop.value.code == 2
-    assert "give either --annotations or --alphabet" in capsys.readouterr().err
