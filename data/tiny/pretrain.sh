@@ -54,10 +54,13 @@ teach places "$WORK_DIR/copies/merged" 2 --spelled_fields 5000
 # not known elsewhere.
 teach letters "$WORK_DIR/places/merged" 3 --spelled_texts 4000 --crowded_fields 20000 --scene_fields 22000 \
     --smallest 16 --largest 34 --plain 0.15
-# Then reading in order, short texts first, and moods.
-teach words "$WORK_DIR/letters/merged" 4 --scene_fields 6000 --scene_texts 8000 --most_letters 4 --groups 6000 \
+# Twice, because the rate falls to nothing before the first time has shown enough: a third of the letters then, 7 in 10 now.
+teach more_letters "$WORK_DIR/letters/merged" 6 --spelled_texts 2000 --crowded_fields 18000 --scene_fields 22000 \
     --smallest 16 --largest 34 --plain 0.1
-teach memes "$WORK_DIR/words/merged" 5 --scene_fields 3000 --scene_texts 8000 --groups 4000 --memes 26000 \
+# Then reading in order, short texts first, and moods.
+teach words "$WORK_DIR/more_letters/merged" 4 --scene_fields 4000 --scene_texts 7000 --most_letters 4 --groups 5000 \
+    --smallest 16 --largest 34 --plain 0.1
+teach memes "$WORK_DIR/words/merged" 5 --scene_fields 3000 --scene_texts 7000 --groups 4000 --memes 20000 \
     --smallest 16 --largest 34 --plain 0.1
 
 [[ -d $WORK_DIR/towers ]] ||
