@@ -132,8 +132,8 @@ class LineSource:
         return line
 
     def mix(self, rng: random.Random) -> str:
-        """Words one after the other, or characters of the alphabet, up to twelve."""
-        length = rng.randint(1, 12)
+        """Words one after the other, or up to LONGEST_LINE characters of the alphabet."""
+        length = rng.randint(1, LONGEST_LINE)
         if rng.random() < 0.5:
             return self.draw_characters(rng, length)
         line = ""

@@ -230,3 +230,11 @@ def test_an_alphabet_without_characters_is_refused(tmp_path, capsys, content, me
     assert stop.value.code == 2
     assert f"--alphabet {path} {message}" in capsys.readouterr().err
     assert not (tmp_path / "towers").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--alphabet", "alphabet.txt", "--annotations", "annotations.json"]])
+def test_towers_need_one_source_of_tokens(tmp_path, capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        tiny_towers.main([*flags, "--output_dir", str(tmp_path / "towers")])
+    assert stop.value.code == 2
+    assert "give either --annotations or --alphabet" in capsys.readouterr().err

@@ -54,7 +54,8 @@ teach places "$WORK_DIR/copies/merged" 2 --spelled_fields 5000
 # not known elsewhere.
 teach letters "$WORK_DIR/places/merged" 3 --spelled_texts 4000 --crowded_fields 20000 --scene_fields 22000 \
     --smallest 16 --largest 34 --plain 0.15
-# Twice, because the rate falls to nothing before the first time has shown enough: a third of the letters then, 7 in 10 now.
+# Twice, because the rate falls to nothing before the first time has shown enough: a third of the letters were right
+# then, seven in ten after the second.
 teach more_letters "$WORK_DIR/letters/merged" 6 --spelled_texts 2000 --crowded_fields 18000 --scene_fields 22000 \
     --smallest 16 --largest 34 --plain 0.1
 # Then reading in order, short texts first, and moods.
