@@ -28,7 +28,7 @@ from meme_llava.computation import check_machine, plan_computation
 from meme_llava.curves import draw_training_curves
 from meme_llava.dataset import LoadedData, TrainingOrder, load_dataset
 from meme_llava.display import print_batch, print_findings
-from meme_llava.engines import Engine, choose_engine, load_whole
+from meme_llava.engines import Engine, check_muon_runs, choose_engine, load_whole
 from meme_llava.errors import Stopped, stop_on_user_error
 from meme_llava.manifest import read_manifest
 from meme_llava.model import Processing, load_processing
@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     processes = count_processes()
     engine = choose_engine(arguments.engine, processes, torch.cuda.is_available())
+    check_muon_runs(engine, arguments.muon_lr)
     derive_accumulation(arguments, processes)
     check_machine(arguments)
     marks = ProgressMarks(arguments.hang_timeout)
@@ -118,7 +119,9 @@ def train(
             training_arguments.bf16,
             marks,
         )
-    groups = plan_parameter_groups(model, arguments.high_lr, arguments.low_lr, arguments.weight_decay)
+    groups = plan_parameter_groups(
+        model, arguments.high_lr, arguments.low_lr, arguments.weight_decay, arguments.muon_lr
+    )
     run.parameter_groups = [group.describe() for group in groups]
     if is_main_process():
         print_run(run)
@@ -157,6 +160,7 @@ def look_at_run(arguments: TrainArguments) -> None:
     accumulation = derive_accumulation(arguments, processes)
     # What is planned for several devices is planned for GPUs.
     engine = choose_engine(arguments.engine, processes, arguments.plan or torch.cuda.is_available())
+    check_muon_runs(engine, arguments.muon_lr)
     processing = load_processing(arguments.model)
     data = load_data(arguments, processing)
     run = TrainingRun.plan(arguments, data, accumulation, engine, StartPoint())

@@ -114,6 +114,12 @@ class TrainArguments(RecordPolicy):
     lr_scheduler_type: Literal["cosine", "linear"] = field(
         default="cosine", metadata=describe("how the learning rates fall to 0 after warmup")
     )
+    muon_lr: float | None = field(
+        default=None,
+        metadata=describe(
+            "peak learning rate of Muon, which then updates the towers' layer matrices; else AdamW does, at low_lr"
+        ),
+    )
     weight_decay: float = field(default=0.0, metadata=describe("decay of matrices; never of biases and norms"))
     max_grad_norm: float = field(default=1.0, metadata=describe("gradients are clipped to this norm"))
     max_steps: int | None = field(default=None, metadata=describe("optimizer steps, in place of num_train_epochs"))
@@ -188,6 +194,11 @@ class TrainArguments(RecordPolicy):
             training = "vision_tower_training" if role == "vision" else "language_model_training"
             if getattr(self, training) == "lora" and not getattr(self, f"lora_{role}_modules"):
                 raise UserError(f"--{training} is lora, but --lora_{role}_modules names no module")
+        check_setting(self, "muon_lr", self.muon_lr is None or self.muon_lr > 0, "greater than 0")
+        if self.muon_lr is not None and "full" not in trainings:
+            raise UserError(
+                f"--muon_lr is for towers that learn in full, and --train_type {self.train_type} has none; leave it out"
+            )
         for name in ("num_train_epochs", "high_lr", "low_lr", "lora_r", "lora_alpha", "model_max_length"):
             check_setting(self, name, getattr(self, name) > 0, "greater than 0")
         for name in ("global_batch_size", "device_batch_size", "logging_steps", "save_steps", "hang_timeout"):

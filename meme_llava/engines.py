@@ -129,6 +129,15 @@ def allow_fsdp_on_cpu() -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
+def check_muon_runs(engine: Engine, muon_lr: float | None) -> None:
+    """Raise UserError where Muon, which needs whole matrices, meets an engine that divides them."""
+    if muon_lr is not None and engine.kind in (DEEPSPEED, FSDP):
+        raise UserError(
+            f"--muon_lr: Muon needs whole matrices, and --engine {engine.name} divides them; pass --engine single or "
+            "ddp, or leave --muon_lr out"
+        )
+
+
 def check_engine_runs(engine: Engine, wrapped_model: object) -> None:
     """Raise ProcessError unless the engine that was asked for holds the model; libraries fall back without a word."""
     from torch.distributed.fsdp import FSDPModule

@@ -111,10 +111,10 @@ def measure_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / fastest
 
 
-def has_matrix_unit() -> bool:
-    """Whether this CPU multiplies bf16 matrices in a unit of their own (Intel's AMX), as Linux tells it."""
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions that multiply bf16 (Intel's AMX, or AVX-512's), as Linux tells it."""
     try:
         flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
         return False
-    return flags is not None and "amx_bf16" in flags.group(1).split()
+    return flags is not None and not {"amx_bf16", "avx512_bf16"}.isdisjoint(flags.group(1).split())

@@ -36,13 +36,15 @@ class ParameterGroup:
     weight_decay: float
     names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
+    uses_muon: bool = False
 
     def describe(self) -> dict:
         """What the run record keeps of the group."""
         is_lora = any("lora_" in name for name in self.names)
+        matrices = "matrices by Muon" if self.uses_muon else "matrices"
         return {
             "role": self.role,
-            "kind": "LoRA" if is_lora else "vectors" if self.parameters[0].dim() < 2 else "matrices",
+            "kind": "LoRA" if is_lora else "vectors" if self.parameters[0].dim() < 2 else matrices,
             "tensors": len(self.names),
             "parameters": sum(parameter.numel() for parameter in self.parameters),
             "learning_rate": self.learning_rate,
@@ -119,8 +121,13 @@ def find_lora_targets(model: nn.Module, arguments: TrainArguments) -> list[str]:
     return targets
 
 
-def plan_parameter_groups(model: nn.Module, high_lr: float, low_lr: float, weight_decay: float) -> list[ParameterGroup]:
+def plan_parameter_groups(
+    model: nn.Module, high_lr: float, low_lr: float, weight_decay: float, muon_lr: float | None = None
+) -> list[ParameterGroup]:
     """Every trainable parameter in exactly one group; biases and norms never decay.
+
+    Args:
+        muon_lr: Muon's for the matrices of the towers' layers; None leaves them to AdamW.
 
     Raises:
         UserError: nothing of a role is trainable although it should be, or the groups do not add up.
@@ -128,19 +135,30 @@ def plan_parameter_groups(model: nn.Module, high_lr: float, low_lr: float, weigh
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups = []
     for role in ROLES:
-        learning_rate = high_lr if role == PROJECTOR else low_lr
-        for decays in (True, False):
+        for decays, uses_muon in ((True, True), (True, False), (False, False)):
             # Biases, norm scales and the class embedding are the one-dimensional parameters.
-            names = tuple(n for n, p in trainable.items() if role_of(n) == role and (p.dim() >= 2) == decays)
+            names = tuple(
+                name
+                for name, parameter in trainable.items()
+                if role_of(name) == role
+                and (parameter.dim() >= 2) == decays
+                and (muon_lr is not None and _is_layer_matrix(name, parameter)) == uses_muon
+            )
             if names:
                 parameters = tuple(trainable[name] for name in names)
-                groups.append(ParameterGroup(role, learning_rate, weight_decay if decays else 0.0, names, parameters))
+                learning_rate = muon_lr if uses_muon else high_lr if role == PROJECTOR else low_lr
+                decay = weight_decay if decays else 0.0
+                groups.append(ParameterGroup(role, learning_rate, decay, names, parameters, uses_muon))
     grouped = [name for group in groups for name in group.names]
     if sorted(grouped) != sorted(trainable):
         raise UserError(f"{len(trainable)} tensors learn but {len(grouped)} are in parameter groups")
     if not any(group.role == PROJECTOR for group in groups):
         raise UserError("the multi_modal_projector does not learn; no train type is meant to freeze it")
     return groups
+
+
+def _is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.dim() == 2 and role_of(name) != PROJECTOR and "layers" in name.split(".")
 
 
 def save_trained_weights(model: nn.Module, folder: Path, state_dict: dict | None = None) -> None:

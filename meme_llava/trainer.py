@@ -16,6 +16,7 @@ from meme_llava.costs import TrainingCosts
 from meme_llava.engines import DEEPSPEED, FSDP, Engine, check_engine_runs
 from meme_llava.errors import NonFiniteError
 from meme_llava.manifest import read_manifest
+from meme_llava.muon import MuonWithAdamW
 from meme_llava.processes import StopRequest, ignore_stop_signals, is_main_process
 from meme_llava.progress_marks import ProgressMarks
 from meme_llava.step_guard import FirstGradientCheck, StepGuard, StepSoundness
@@ -96,7 +97,9 @@ class MemeTrainer(Trainer):
 
     def create_optimizer(self, model=None):
         # DeepSpeed's set-up calls this twice.
-        if self.optimizer is None:
+        if self.optimizer is None and any(group.uses_muon for group in self._groups):
+            self.optimizer = MuonWithAdamW(self._groups)
+        elif self.optimizer is None:
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             options.pop("lr")
             self.optimizer = optimizer_class(

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from meme_llava.arguments import TrainArguments
 from meme_llava.engines import DEEPSPEED, FSDP, Engine, allow_fsdp_on_cpu, prepare_environment
 from meme_llava.errors import ProcessError, UserError
-from meme_llava.machines import has_matrix_unit
+from meme_llava.machines import multiplies_bf16
 from meme_llava.processes import count_processes
 
 TENSORBOARD_FOLDER = "tensorboard"
@@ -48,10 +48,11 @@ def count_steps(arguments: TrainArguments, records: int, first_step: int = 0, fi
 def choose_bf16(arguments: TrainArguments) -> bool:
     """Whether steps compute in bf16 here. Raises UserError for a precision that this machine does not have."""
     precision, has_gpu = arguments.precision, torch.cuda.is_available()
-    if precision == "bf16" and not has_gpu and has_matrix_unit():
+    if precision == "bf16" and not has_gpu and multiplies_bf16():
         return True
     if precision in ("bf16", "tf32") and not has_gpu:
-        why = "on a CPU without AMX it is several times slower than fp32" if precision == "bf16" else "no CPU has it"
+        why = "on a CPU without AMX or AVX512_BF16 it is several times slower than fp32"
+        why = why if precision == "bf16" else "no CPU has it"
         raise UserError(f"--precision {precision} needs a GPU here: {why}")
     if precision in ("auto", "bf16") and has_gpu and not torch.cuda.is_bf16_supported():
         raise UserError("this GPU has no bf16; pass --precision fp32 (fp16 overflows with Qwen2)")

@@ -1,4 +1,4 @@
-"""Knows the state of training tensor by tensor: float32 weights of what learns and Adam's two moments.
+"""Knows the state of training tensor by tensor: float32 weights of what learns and Adam's two moments, or Muon's one.
 
 Whatever the engine and however it divides them, each is handed out whole, and taken back whole. So a checkpoint depends
 on neither the engine nor the number of processes, and holds no pickle. All processes must make every call together.
@@ -14,13 +14,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from meme_llava.engines import DEEPSPEED, FSDP, Engine
 from meme_llava.errors import CheckpointError
+from meme_llava.muon import MOMENTUM
 from meme_llava.tensor_writer import PlannedTensor, write_file
 from meme_llava.trainable import ParameterGroup
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OPTIMIZER_PREFIX = "optimizer-"
-# float32 weight and two moments
-BYTES_PER_PARAMETER = 12
+MUON_MOMENTS = (MOMENTUM,)
+FLOAT32_BYTES = 4
 
 
 class TrainingState:
@@ -28,7 +29,7 @@ class TrainingState:
 
     Args:
         groups: what learns, as it was before the engine took it.
-        optimizer: torch's AdamW, or DeepSpeed's ZeRO optimizer around it.
+        optimizer: torch's AdamW, or DeepSpeed's ZeRO optimizer around it, or a MuonWithAdamW.
     """
 
     def __init__(self, engine: Engine, groups: Sequence[ParameterGroup], optimizer):
@@ -39,12 +40,15 @@ class TrainingState:
             for group in groups
             for name, parameter in zip(group.names, group.parameters, strict=True)
         }
+        self._moments = {name: MUON_MOMENTS if group.uses_muon else MOMENTS for group in groups for name in group.names}
         self._parameters = dict(zip(self._shapes, self._list_parameters(groups), strict=True))
 
     @property
     def nbytes(self) -> int:
         """What a checkpoint's tensors take on disk."""
-        return BYTES_PER_PARAMETER * sum(torch.Size(shape).numel() for shape in self._shapes.values())
+        return FLOAT32_BYTES * sum(
+            (1 + len(self._moments[name])) * torch.Size(shape).numel() for name, shape in self._shapes.items()
+        )
 
     def gather_weights(self) -> dict[str, torch.Tensor]:
         """Every weight that learns, float32, by its name before the engine took it; empty but in the main process."""
@@ -57,7 +61,7 @@ class TrainingState:
         return weights
 
     def write_moments(self, folder: Path) -> list[Path]:
-        """Write Adam's moments, each process its share of them; returns the files that this process wrote.
+        """Write the moments, each process its share of them; returns the files that this process wrote.
 
         Raises:
             OSError: a file cannot be written; after all processes have taken part.
@@ -66,7 +70,7 @@ class TrainingState:
         rank, processes = 0, 1
         if distributed.is_initialized():
             rank, processes = distributed.get_rank(), distributed.get_world_size()
-        keys = [(name, moment) for name in self._shapes for moment in MOMENTS]
+        keys = self._list_moments()
         stream = ((key, self._gather(*key)) for key in keys)
         planned = {
             _to_file_name(*key): PlannedTensor(torch.float32, self._shapes[key[0]], _take(stream, key))
@@ -103,12 +107,13 @@ class TrainingState:
         """
         self._create_moments()
         for state in self._adam.state.values():
-            state["step"].fill_(updates)
+            if "step" in state:
+                state["step"].fill_(updates)
         files = {}
         for path in sorted(folder.glob(f"{OPTIMIZER_PREFIX}*.safetensors")):
             with safe_open(path, "pt") as file:
                 files.update(dict.fromkeys(file.keys(), path))
-        expected = {_to_file_name(name, moment) for name in self._shapes for moment in MOMENTS}
+        expected = {_to_file_name(name, moment) for name, moment in self._list_moments()}
         if wrong := sorted(expected ^ set(files)):
             raise CheckpointError(f"{folder}: {len(wrong)} optimizer tensors are missing or too many, e.g. {wrong[0]}")
         for path in sorted(set(files.values())):
@@ -129,6 +134,9 @@ class TrainingState:
             return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         return [parameter for group in groups for parameter in group.parameters]
 
+    def _list_moments(self) -> list[tuple[str, str]]:
+        return [(name, moment) for name in self._shapes for moment in self._moments[name]]
+
     def _list_held(self) -> list[torch.Tensor]:
         """What Adam updates: the parameters, or the flat float32 pieces that ZeRO made of them."""
         if self._engine.kind != DEEPSPEED:
@@ -138,10 +146,13 @@ class TrainingState:
         return list(self._optimizer.single_partition_of_fp32_groups)
 
     def _create_moments(self) -> None:
-        """Give Adam zeros where it has not made an update yet, as it would itself."""
+        """Give the optimizer zeros where it has not made an update yet, as it would itself."""
+        by_muon = {id(self._parameters[name]) for name, moments in self._moments.items() if moments == MUON_MOMENTS}
         for held in self._list_held():
             state = self._adam.state[held]
-            if not state:
+            if id(held) in by_muon:
+                state.setdefault(MOMENTUM, torch.zeros_like(held, memory_format=torch.preserve_format).detach())
+            elif not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=held.device)
                 for moment in MOMENTS:
                     state[moment] = torch.zeros_like(held, memory_format=torch.preserve_format).detach()
