@@ -37,7 +37,7 @@ in the time."""
 MEMORY_PARTS = {
     "weights": "weights",
     "gradients": "gradients",
-    "optimizer": "optimizer (AdamW)",
+    "optimizer": "optimizer",
     "activations": "activations",
     "logits": "logits, loss and casts",
     "temporaries": "temporaries at the peak",

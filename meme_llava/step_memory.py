@@ -22,6 +22,7 @@ from meme_llava.arguments import TrainArguments
 from meme_llava.engines import DEEPSPEED, FSDP, choose_engine
 from meme_llava.images import ImagePolicy
 from meme_llava.step_trace import Arithmetic, Trace, outline_model, set_depths, trace_step
+from meme_llava.trainable import is_layer_matrix
 
 FEW, MORE = 2, 3  # layers of the models that are run
 # DeepSpeed's own values where a file of configs/deepspeed leaves them out, in elements.
@@ -94,7 +95,7 @@ class StepMemory:
     Args:
         weights: frozen and learning.
         gradients: of what learns.
-        optimizer: Adam's two moments, and float32 masters where the engine keeps them.
+        optimizer: Adam's two moments or Muon's one, and float32 masters where the engine keeps them.
         activations: what the forward pass keeps for the backward pass.
         logits: what the LM head and the loss add while they run.
         temporaries: what else the largest moment adds.
@@ -204,7 +205,7 @@ class StepEstimator:
         return _TracedDepths(*traces)
 
     def _add_state(self, trace: Trace) -> StepMemory:
-        engine, parameters = self.engine, list(self.model.parameters())
+        engine, parameters, arguments = self.engine, list(self.model.parameters()), self.arguments
         weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
         learning = [parameter for parameter in parameters if parameter.requires_grad]
         trainable = sum(parameter.numel() for parameter in learning)
@@ -212,6 +213,9 @@ class StepEstimator:
         # Two float32 moments; DeepSpeed keeps float32 masters of its own.
         has_masters = engine.zero_stage is not None and not engine.is_fsdp
         optimizer = trainable * (12 if has_masters else 8) // engine.divides(1)
+        if arguments.muon_lr is not None:
+            named = self.model.named_parameters()
+            optimizer -= 4 * sum(p.numel() for name, p in named if p.requires_grad and is_layer_matrix(name, p))
         # While the optimizer runs: DeepSpeed's float32 gradients, or the two temporaries of Adam's largest tensor.
         updating = trainable * 4 // engine.divides(1)
         if not has_masters:

@@ -142,7 +142,7 @@ def plan_parameter_groups(
                 for name, parameter in trainable.items()
                 if role_of(name) == role
                 and (parameter.dim() >= 2) == decays
-                and (muon_lr is not None and _is_layer_matrix(name, parameter)) == uses_muon
+                and (muon_lr is not None and is_layer_matrix(name, parameter)) == uses_muon
             )
             if names:
                 parameters = tuple(trainable[name] for name in names)
@@ -157,7 +157,8 @@ def plan_parameter_groups(
     return groups
 
 
-def _is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
+def is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix of a tower's layers, which Muon may update; embeddings are not."""
     return parameter.dim() == 2 and role_of(name) != PROJECTOR and "layers" in name.split(".")
 
 
