@@ -51,8 +51,9 @@ LESSONS = {
     "spelled_fields": "spelled pages with 2 to 4 different letters, one in every patch: what is in each patch?",
     "spelled_texts": "spelled scenes: what is the text?",
     "crowded_fields": "pictures of pages with as many letters as they hold: what is in each patch?",
+    "crowded_texts": "the same: what is the text?",
     "scene_fields": "pictures with rows of several sizes and perhaps a figure: what is in each patch?",
-    "scene_texts": "the same with few letters: what is the text?",
+    "scene_texts": "the same with at most --most_letters: what is the text?",
     "groups": "pictures of 1, 4 or 9 figures: what is the mood of each?",
     "memes": "memes, with a record for each task",
 }
@@ -85,7 +86,7 @@ def plan_lesson(
     if lesson == "spelled_fields":
         characters = get_source().draw_characters(rng, rng.randint(2, 4))
         page = plan_full_page(identifier, rng.choices(characters, k=PATCHES**2))
-    elif lesson == "crowded_fields":
+    elif lesson.startswith("crowded"):
         page = plan_crowded_page(identifier, rng, *sizes, is_plain)
     else:
         most_letters = PATCHES**2 if lesson == "scene_fields" else arguments.most_letters

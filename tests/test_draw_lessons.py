@@ -61,6 +61,7 @@ def lessons(tmp_path_factory) -> Path:
         "spelled_fields": 3,
         "spelled_texts": 12,
         "crowded_fields": 12,
+        "crowded_texts": 3,
         "scene_fields": 3,
         "scene_texts": 12,
         "groups": 12,
@@ -69,13 +70,13 @@ def lessons(tmp_path_factory) -> Path:
     flags = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
     process = draw(folder, *flags, "--seed", "5", "--plain", "1", "--most_letters", "7")
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith(f"Drew 41 pictures into {folder / 'images'}, wrote 63 lessons; fonts found: ")
+    assert process.stdout.startswith(f"Drew 44 pictures into {folder / 'images'}, wrote 66 lessons; fonts found: ")
     return folder
 
 
 def test_each_lesson_is_answered_from_its_page(lessons):
     turns = read_turns(lessons)
-    assert len(turns) == 63
+    assert len(turns) == 66
     for identifier, (question, answer) in turns.items():
         page, _, words = question.partition("\n")
         kind = identifier.rpartition("_")[0]
@@ -90,7 +91,9 @@ def test_each_lesson_is_answered_from_its_page(lessons):
             assert words == "逐格读出图中的文字。" and len(answer) == 100
         if kind == "spelled_fields":
             assert 2 <= len(set(answer)) <= 4 and not set(answer) & {"□"}
-        if kind.endswith("texts"):
+        if kind == "crowded_texts":
+            assert len(answer) > 7 and not set(answer) & {"□"}
+        elif kind.endswith("texts"):
             assert answer == "图片里没有文字。" or 1 <= len(answer) <= 7 and not set(answer) & {"□"}
         if kind == "groups":
             moods = answer.split("，")
