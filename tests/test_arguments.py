@@ -95,6 +95,7 @@ def test_a_complete_command_line_written_out():
         "lora_dropout": 0.05,
         "warmup_steps": None,
         "lr_scheduler_type": "cosine",
+        "muon_lr": None,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "max_steps": None,
@@ -177,7 +178,8 @@ def test_every_setting_of_the_user_is_required(name):
 
 
 VALUE_CHECKS = [
-    *[(name, value, "greater than 0") for name in ("num_train_epochs", "high_lr", "low_lr", "lora_alpha") for value in
+    *[(name, value, "greater than 0") for name in ("num_train_epochs", "high_lr", "low_lr", "muon_lr", "lora_alpha")
+      for value in
       ("0", "-1", "nan", "inf")],
     *[(name, value, "greater than 0") for name in ("lora_r", "model_max_length") for value in ("0", "-1")],
     *[(name, value, "at least 1") for name in
