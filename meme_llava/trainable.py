@@ -38,6 +38,11 @@ class ParameterGroup:
     parameters: tuple[nn.Parameter, ...]
     uses_muon: bool = False
 
+    @property
+    def rate_name(self) -> str:
+        """Under which its learning rate is logged; a role has one rate for each optimizer."""
+        return f"{self.role} by Muon" if self.uses_muon else self.role
+
     def describe(self) -> dict:
         """What the run record keeps of the group."""
         is_lora = any("lora_" in name for name in self.names)

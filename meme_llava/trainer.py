@@ -212,7 +212,7 @@ class MemeTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if logs.pop("learning_rate", None) is not None:
             for group, rate in zip(self._groups, self._group_learning_rates, strict=True):
-                logs[f"learning_rate/{group.role}"] = rate
+                logs[f"learning_rate/{group.rate_name}"] = rate
         if "loss" in logs:
             logs.update(self._meter.read())
             self._leave_out_skipped(logs)

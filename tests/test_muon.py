@@ -1,5 +1,7 @@
 """--muon_lr: which tensors Muon updates and how, and that a run with it is continued and refused as any other."""
 
+import json
+
 import pytest
 import torch
 from conftest import read_losses, train_flags
@@ -81,9 +83,18 @@ def test_a_resumed_run_equals_the_uninterrupted_one(world, tmp_path):
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
-def test_the_run_says_what_muon_updates(world, tmp_path, capsys):
+def test_the_run_says_what_muon_updates_and_logs_its_rate(world, tmp_path, capsys):
     train.main(train_flags(world, tmp_path / "out", **FULL, max_steps=1))
     assert "by Muon" in capsys.readouterr().out
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    rates = {name: value for name, value in history[0].items() if name.startswith("learning_rate/")}
+    assert rates == {
+        "learning_rate/vision_tower": 5e-3,
+        "learning_rate/vision_tower by Muon": 2e-2,
+        "learning_rate/multi_modal_projector": 1e-2,
+        "learning_rate/language_model": 5e-3,
+        "learning_rate/language_model by Muon": 2e-2,
+    }
 
 
 @pytest.mark.parametrize(
