@@ -51,9 +51,11 @@ def choose_bf16(arguments: TrainArguments) -> bool:
     if precision == "bf16" and not has_gpu and multiplies_bf16():
         return True
     if precision in ("bf16", "tf32") and not has_gpu:
-        why = "on a CPU without AMX or AVX512_BF16 it is several times slower than fp32"
-        why = why if precision == "bf16" else "no CPU has it"
-        raise UserError(f"--precision {precision} needs a GPU here: {why}")
+        reasons = {
+            "bf16": "on a CPU without AMX or AVX512_BF16 it is several times slower than fp32",
+            "tf32": "no CPU has it",
+        }
+        raise UserError(f"--precision {precision} needs a GPU here: {reasons[precision]}")
     if precision in ("auto", "bf16") and has_gpu and not torch.cuda.is_bf16_supported():
         raise UserError("this GPU has no bf16; pass --precision fp32 (fp16 overflows with Qwen2)")
     return precision in ("auto", "bf16") and has_gpu

@@ -147,14 +147,15 @@ class TrainingState:
 
     def _create_moments(self) -> None:
         """Give the optimizer zeros where it has not made an update yet, as it would itself."""
-        by_muon = {id(self._parameters[name]) for name, moments in self._moments.items() if moments == MUON_MOMENTS}
+        moments_of = {id(self._parameters[name]): moments for name, moments in self._moments.items()}
         for held in self._list_held():
             state = self._adam.state[held]
-            if id(held) in by_muon:
-                state.setdefault(MOMENTUM, torch.zeros_like(held, memory_format=torch.preserve_format).detach())
-            elif not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=held.device)
-                for moment in MOMENTS:
+            if not state:
+                # ZeRO's flat pieces are no parameters of ours; only Adam comes with it.
+                moments = moments_of.get(id(held), MOMENTS)
+                if moments == MOMENTS:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=held.device)
+                for moment in moments:
                     state[moment] = torch.zeros_like(held, memory_format=torch.preserve_format).detach()
         if self._engine.kind == DEEPSPEED and self._engine.zero_stage != 3:
             # DeepSpeed links every group's moments when it has updated the first group, and so misses the others'.

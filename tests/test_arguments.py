@@ -179,8 +179,7 @@ def test_every_setting_of_the_user_is_required(name):
 
 VALUE_CHECKS = [
     *[(name, value, "greater than 0") for name in ("num_train_epochs", "high_lr", "low_lr", "muon_lr", "lora_alpha")
-      for value in
-      ("0", "-1", "nan", "inf")],
+      for value in ("0", "-1", "nan", "inf")],
     *[(name, value, "greater than 0") for name in ("lora_r", "model_max_length") for value in ("0", "-1")],
     *[(name, value, "at least 1") for name in
       ("global_batch_size", "device_batch_size", "logging_steps", "save_steps", "hang_timeout", "max_steps")

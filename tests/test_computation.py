@@ -7,7 +7,7 @@ from conftest import train_flags
 from transformers import LlavaConfig
 
 import train
-from meme_llava import computation
+from meme_llava import computation, machines
 from meme_llava.activation_checkpointing import RecomputedLayers
 from meme_llava.arguments import parse_train_arguments
 from meme_llava.collator import PackingCollator
@@ -122,3 +122,13 @@ def test_a_plan_is_printed_and_nothing_is_trained(world, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit):
         train.main([*flags, "--plan", "--machine", "a900"])
     assert "--machine a900: no known machine; there are a800-80gb" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "multiplies"),
+    [("avx512f amx_bf16", True), ("avx512f avx512_bf16", True), ("avx512f avx512bw", False), (None, False)],
+)
+def test_linux_tells_whether_a_cpu_multiplies_bf16(monkeypatch, flags, multiplies):
+    text = "processor\t: 0\n" + ("" if flags is None else f"flags\t\t: fpu {flags} sse\n")
+    monkeypatch.setattr(machines.Path, "read_text", lambda path: text)
+    assert machines.multiplies_bf16() is multiplies
