@@ -32,6 +32,7 @@ from meme_groups import Group, draw_group, plan_group
 from meme_lines import LineSource, list_alphabet
 from meme_pages import (
     BLANK,
+    MOOD_MARKS,
     PATCHES,
     SIDE,
     Page,
@@ -50,11 +51,13 @@ LESSONS = {
     "copies": "short texts to be said again, without a page",
     "spelled_fields": "spelled pages with 2 to 4 different letters, one in every patch: what is in each patch?",
     "spelled_texts": "spelled scenes: what is the text?",
+    "spelled_moods": "spelled scenes with a figure, whose mood is marked: what is the mood?",
     "crowded_fields": "pictures of pages with as many letters as they hold: what is in each patch?",
     "crowded_texts": "the same: what is the text?",
     "scene_fields": "pictures with rows of several sizes and perhaps a figure: what is in each patch?",
     "scene_texts": "the same with at most --most_letters: what is the text?",
-    "groups": "pictures of 1, 4 or 9 figures: what is the mood of each?",
+    "group_fields": "pictures of 1, 4 or 9 figures: what is in each patch, moods being marked?",
+    "groups": "the same: what is the mood of each?",
     "memes": "memes, with a record for each task",
 }
 
@@ -78,8 +81,10 @@ def plan_lesson(
     if lesson == "copies":
         text = draw_row(rng, rng.randint(1, 16))
         return write_record(identifier, text, rng.choice(TEXT_QUESTIONS), text), None
-    if lesson == "groups":
+    if lesson.startswith("group"):
         group = plan_group(identifier, rng)
+        if lesson == "group_fields":
+            return write_record(identifier, "<image>", FIELD_QUESTION, group.field), group
         question = GROUP_QUESTION if len(group.figures) > 1 else rng.choice(MOOD_QUESTIONS)
         return write_record(identifier, "<image>", question, group.answer), group
     sizes, is_plain = (arguments.smallest, arguments.largest), rng.random() < arguments.plain
@@ -87,13 +92,17 @@ def plan_lesson(
         characters = get_source().draw_characters(rng, rng.randint(2, 4))
         page = plan_full_page(identifier, rng.choices(characters, k=PATCHES**2))
     elif lesson.startswith("crowded"):
-        page = plan_crowded_page(identifier, rng, *sizes, is_plain)
+        page = plan_crowded_page(identifier, rng, *sizes, is_plain, arguments.words)
     else:
         most_letters = PATCHES**2 if lesson == "scene_fields" else arguments.most_letters
-        page = plan_scene(identifier, rng, *sizes, is_plain, most_letters)
+        page = plan_scene(identifier, rng, *sizes, is_plain, arguments.words, most_letters)
+        while lesson == "spelled_moods" and not page.figure:
+            page = plan_scene(identifier, rng, *sizes, is_plain, arguments.words, most_letters)
     question, answer = rng.choice(TEXT_QUESTIONS), page.text or f"{NO_TEXT}。"
     if lesson.endswith("fields"):
         question, answer = FIELD_QUESTION, page.field
+    elif lesson == "spelled_moods":
+        question, answer = rng.choice(MOOD_QUESTIONS), page.figure[0].mood
     if lesson.startswith("spelled"):
         return write_record(identifier, page.field, question, answer), None
     return write_record(identifier, "<image>", question, answer), page
@@ -125,7 +134,9 @@ def list_lesson_alphabet() -> str:
         *(part for wording in DESCRIPTIONS for part in wording),
     ]
     names = [*MOODS, *PROPS, *CHARACTERS, *(character.unit for character in CHARACTERS.values())]
-    return "".join(sorted({*list_alphabet(), BLANK, *"".join(wordings), *"".join(names)} - {*"{}"}))
+    return "".join(
+        sorted({*list_alphabet(), BLANK, *MOOD_MARKS.values(), *"".join(wordings), *"".join(names)} - {*"{}"})
+    )
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -135,8 +146,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{lesson}", type=int, default=0, help=f"number of {meaning}")
     parser.add_argument("--smallest", type=float, default=14, help="smallest letters of pages, pixels")
     parser.add_argument("--largest", type=float, default=36, help="largest letters of pages, pixels")
-    parser.add_argument("--most_letters", type=int, default=16, help="in a scene or spelled scene asked for its text")
+    parser.add_argument("--most_letters", type=int, default=16, help="in a scene, unless its field is asked for")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="records for each meme")
+    parser.add_argument("--words", type=float, default=0.5, help="share of a page's rows made of words, not characters")
     parser.add_argument("--plain", type=float, default=0, help="share of pages dark on white, with nothing worn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, help="draw with so many")
@@ -150,8 +162,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--processes must be at least 1")
     if arguments.most_letters < 1:
         parser.error("--most_letters must be at least 1")
-    if not 0 <= arguments.plain <= 1:
-        parser.error("--plain must be 0 to 1")
+    for name in ("words", "plain"):
+        if not 0 <= getattr(arguments, name) <= 1:
+            parser.error(f"--{name} must be 0 to 1")
     if not 4 <= arguments.smallest <= arguments.largest <= SIDE:
         parser.error(f"--smallest and --largest must be 4 to {SIDE}, the smallest not above the largest")
     return arguments

@@ -3,8 +3,8 @@
 import random
 from dataclasses import dataclass
 
-from meme_pages import SIDE
-from meme_pictures import OVERSIZE, Meme, choose_figure, choose_ground, draw_background, place_figure, wear_out
+from meme_pages import SIDE, write_field
+from meme_pictures import OVERSIZE, Box, Meme, choose_figure, choose_ground, draw_background, place_figure, wear_out
 from PIL import Image
 
 FIGURES_A_ROW = (1, 2, 3)
@@ -22,6 +22,18 @@ class Group:
         """The mood of each, row by row."""
         return "，".join(figure.mood for figure in self.figures)
 
+    @property
+    def field(self) -> str:
+        """What stands at each patch: a mood, or nothing."""
+        return write_field([], list(zip(self.figures, self.list_boxes(), strict=True)))
+
+    def list_boxes(self) -> list[Box]:
+        """The part of the picture that each figure has, in pixels, row by row."""
+        in_a_row = round(len(self.figures) ** 0.5)
+        cell = SIDE / in_a_row
+        corners = [(column * cell, row * cell) for row in range(in_a_row) for column in range(in_a_row)]
+        return [(left, top, left + cell, top + cell) for left, top in corners]
+
 
 def plan_group(identifier: str, rng: random.Random) -> Group:
     count = rng.choice(FIGURES_A_ROW) ** 2
@@ -32,10 +44,8 @@ def draw_group(rng: random.Random, group: Group) -> Image.Image:
     """The group as a picture of 160 x 160 pixels."""
     side = SIDE * OVERSIZE
     picture = draw_background(rng, (side, side), choose_ground(rng, "page"))
-    in_a_row = round(len(group.figures) ** 0.5)
-    cell = side / in_a_row
-    for number, figure in enumerate(group.figures):
-        left, top = number % in_a_row * cell, number // in_a_row * cell
-        room = cell * rng.choice((0, 0.05, 0.15)) / 2
-        place_figure(rng, picture, figure, (left + room, top + room, left + cell - room, top + cell - room), 0.5)
+    for figure, box in zip(group.figures, group.list_boxes(), strict=True):
+        left, top, right, bottom = (OVERSIZE * edge for edge in box)
+        room = (right - left) * rng.choice((0, 0.05, 0.15)) / 2
+        place_figure(rng, picture, figure, (left + room, top + room, right - room, bottom - room), 0.5)
     return wear_out(rng, picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR))

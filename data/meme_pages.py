@@ -1,8 +1,9 @@
 """Knows pages of text: pictures of 160 x 160 pixels full of letters, from which a model learns to read before memes.
 
 A page knows the place of each of its letters, so it can be asked in two ways. The field is what stands at each of the
-tower's 10 x 10 patches, row by row: the letter whose middle lies there, or BLANK. Answer and patches are then in the
-same order, and a letter is recognised where it stands. The text is the letters alone, in reading order.
+tower's 10 x 10 patches, row by row: the letter whose middle lies there, the mark of a figure's mood, or BLANK. Answer
+and patches are then in the same order, and a letter or mood is recognised where it stands. The text is the letters
+alone, in reading order.
 """
 
 import functools
@@ -10,10 +11,12 @@ import math
 import random
 from dataclasses import dataclass
 
+from meme_characters import MOODS
 from meme_fonts import FontFace, load_font
 from meme_lines import LineSource
 from meme_pictures import (
     OVERSIZE,
+    Box,
     Meme,
     choose_figure,
     choose_ground,
@@ -28,6 +31,22 @@ from PIL import Image, ImageDraw
 SIDE = 160  # pixels
 PATCHES = 10  # a side
 BLANK = "□"
+MOOD_MARKS = dict(zip(MOODS, "①②③④⑤⑥⑦⑧⑨⑩", strict=True))  # a mood in one character, and one that no line has
+
+
+def find_patch(x: float, y: float) -> int:
+    """The number of the patch in which a place (pixels) lies."""
+    return int(y * PATCHES / SIDE) * PATCHES + int(x * PATCHES / SIDE)
+
+
+def write_field(letters: "list[Letter]", figures: list[tuple[Meme, Box]]) -> str:
+    """What stands at each patch; a figure stands at the middle of its box."""
+    field = [BLANK] * PATCHES**2
+    for letter in letters:
+        field[letter.patch] = letter.character
+    for meme, (left, top, right, bottom) in figures:
+        field[find_patch((left + right) / 2, (top + bottom) / 2)] = MOOD_MARKS[meme.mood]
+    return "".join(field)
 
 
 @dataclass(frozen=True)
@@ -41,7 +60,7 @@ class Letter:
 
     @property
     def patch(self) -> int:
-        return int(self.y * PATCHES / SIDE) * PATCHES + int(self.x * PATCHES / SIDE)
+        return find_patch(self.x, self.y)
 
 
 @dataclass(frozen=True)
@@ -52,7 +71,7 @@ class Page:
     letters: list[Letter]
     is_plain: bool  # dark on white, nothing worn
     stretch: float = 1  # width over height of the picture that was made square
-    figure: tuple[Meme, float, float] | None = None  # who stands on the page, and its upper and lower edge in pixels
+    figure: tuple[Meme, Box] | None = None  # who stands on the page, and where, in pixels
 
     @property
     def text(self) -> str:
@@ -60,10 +79,7 @@ class Page:
 
     @property
     def field(self) -> str:
-        field = [BLANK] * PATCHES**2
-        for letter in self.letters:
-            field[letter.patch] = letter.character
-        return "".join(field)
+        return write_field(self.letters, [self.figure] if self.figure else [])
 
 
 @functools.cache
@@ -71,9 +87,9 @@ def get_source() -> LineSource:
     return LineSource(unseen=False)
 
 
-def draw_row(rng: random.Random, length: int) -> str:
-    """Characters or words, cut to `length`."""
-    if rng.random() < 0.5:
+def draw_row(rng: random.Random, length: int, words: float = 0.5) -> str:
+    """Characters or, for a share of `words`, words, cut to `length`."""
+    if rng.random() >= words:
         return get_source().draw_characters(rng, length)
     row = ""
     while len(row) < length:
@@ -90,7 +106,9 @@ def plan_full_page(identifier: str, characters: list[str]) -> Page:
     return Page(identifier, letters, is_plain=True)
 
 
-def plan_crowded_page(identifier: str, rng: random.Random, smallest: float, largest: float, is_plain: bool) -> Page:
+def plan_crowded_page(
+    identifier: str, rng: random.Random, smallest: float, largest: float, is_plain: bool, words: float
+) -> Page:
     """Rows of letters of one size between `smallest` and `largest` pixels, as many as fit: the more, the more is
     learned from a page."""
     size = draw_size(rng, smallest, largest)
@@ -101,7 +119,7 @@ def plan_crowded_page(identifier: str, rng: random.Random, smallest: float, larg
     letters: dict[int, Letter] = {}
     for number in range(row_count):
         left = rng.uniform(0, SIDE - size - step * (row_length - 1))
-        for place, character in enumerate(draw_row(rng, row_length)):
+        for place, character in enumerate(draw_row(rng, row_length, words)):
             letter = Letter(character, left + size / 2 + step * place, top + size / 2 + row_step * number, size)
             if rng.random() >= gaps:
                 letters.setdefault(letter.patch, letter)
@@ -109,7 +127,13 @@ def plan_crowded_page(identifier: str, rng: random.Random, smallest: float, larg
 
 
 def plan_scene(
-    identifier: str, rng: random.Random, smallest: float, largest: float, is_plain: bool, most_letters: int
+    identifier: str,
+    rng: random.Random,
+    smallest: float,
+    largest: float,
+    is_plain: bool,
+    words: float,
+    most_letters: int,
 ) -> Page:
     """Rows of several sizes, few or many, here and there, as memes have them; on some beside a figure.
 
@@ -119,21 +143,22 @@ def plan_scene(
     figure, fullness = None, rng.uniform(0.3, 1)
     if rng.random() < 0.4:
         height = rng.uniform(40, 100)
+        left = rng.uniform(0, SIDE - height)
         top = rng.choice((0, SIDE - height, rng.uniform(0, SIDE - height)))
-        figure = (choose_figure(rng, identifier), top, top + height)
+        figure = (choose_figure(rng, identifier), (left, top, left + height, top + height))
     row_count = rng.choices((1, 2, rng.randint(3, 5), PATCHES), (1, 1, 2, 6))[0]
     letters: dict[int, Letter] = {}
     size, y = 0.0, rng.uniform(0, 20 if row_count == PATCHES else SIDE - 2 * smallest)
     for _ in range(row_count):
         if not size or rng.random() < 0.3:
             size = draw_size(rng, smallest, largest)
-        if figure and y + size > figure[1] and y < figure[2]:
-            y = figure[2]
+        if figure and y + size > figure[1][1] and y < figure[1][3]:
+            y = figure[1][3]
         if y + size > SIDE:
             break
         most = int(SIDE * stretch / size)
         length = most if rng.random() < fullness else rng.randint(1, most)
-        row = draw_row(rng, min(length, most_letters - len(letters)))
+        row = draw_row(rng, min(length, most_letters - len(letters)), words)
         widths = [size / stretch * (1 if is_wide(character) else 0.6) for character in row]
         x = rng.uniform(0, SIDE - sum(widths))
         for character, width in zip(row, widths, strict=True):
@@ -155,8 +180,9 @@ def draw_page(rng: random.Random, page: Page, faces: list[FontFace]) -> Image.Im
     ground = "white" if page.is_plain else choose_ground(rng, "page")
     picture = draw_background(rng, size, ground)
     if page.figure:
-        meme, top, bottom = page.figure
-        place_figure(rng, picture, meme, (0, top * OVERSIZE, size[0], bottom * OVERSIZE), 0.5)
+        meme, (left, top, right, bottom) = page.figure
+        across = OVERSIZE * page.stretch
+        place_figure(rng, picture, meme, (left * across, top * OVERSIZE, right * across, bottom * OVERSIZE), 0.5)
     face, style = choose_style(rng, ground, faces)
     canvas = ImageDraw.Draw(picture)
     for letter in page.letters:

@@ -74,6 +74,10 @@ class TinyTowersArguments:
         default=None,
         metadata={"help": "text file, each of whose characters becomes a token; the towers can learn to read"},
     )
+    language_layers: int = field(
+        default=READER_LANGUAGE_MODEL["num_hidden_layers"],
+        metadata={"help": "of --alphabet; one layer can copy but hardly recognise, so that the vision tower has to"},
+    )
     seed: int = field(default=0, metadata={"help": "draws the weights"})
     overwrite: bool = field(default=False, metadata={"help": "replace an existing output directory"})
 
@@ -81,6 +85,8 @@ class TinyTowersArguments:
         """Stop unless there is one source of tokens."""
         if (self.annotations is None) == (self.alphabet is None):
             raise UserError("give either --annotations or --alphabet")
+        if self.language_layers < 1:
+            raise UserError(f"--language_layers is {self.language_layers}, expected at least 1")
 
 
 def read_alphabet(path: Path) -> list[str]:
@@ -203,11 +209,14 @@ def show_places(embeddings: torch.nn.Module) -> None:
         patches *= READER_PATCH_DEVIATION / patches.std()
 
 
-def make_reader(language_folder: Path, vision_folder: Path, alphabet: list[str], seed: int) -> None:
+def make_reader(
+    language_folder: Path, vision_folder: Path, alphabet: list[str], language_layers: int, seed: int
+) -> None:
     """Write a language model and a vision tower that can learn to read."""
+    settings = {**READER_LANGUAGE_MODEL, "num_hidden_layers": language_layers}
     # Alone and often, so that no word becomes a token; a Chinese character takes at most two merges of bytes.
     texts, vocabulary_size = alphabet * ALPHABET_WEIGHT, 512 + 2 * len(alphabet)
-    make_language_model(language_folder, texts, seed, vocabulary_size, **READER_LANGUAGE_MODEL)
+    make_language_model(language_folder, texts, seed, vocabulary_size, **settings)
     make_vision_tower(vision_folder, READER_IMAGE_SIZE, seed, shows_places=True, **READER_VISION_TOWER)
 
 
@@ -223,7 +232,8 @@ def main(argv: list[str] | None = None) -> None:
             make_language_model(language_folder, texts, arguments.seed)
             make_vision_tower(vision_folder, MEMORISER_IMAGE_SIZE, arguments.seed)
         else:
-            make_reader(language_folder, vision_folder, read_alphabet(arguments.alphabet), arguments.seed)
+            alphabet = read_alphabet(arguments.alphabet)
+            make_reader(language_folder, vision_folder, alphabet, arguments.language_layers, arguments.seed)
         record = {"stage": "tiny_towers", "settings": to_plain(arguments), "environment": describe_environment()}
         write_json(folder / RUN_RECORD, record)
     print(f"tiny random language model and vision tower: {arguments.output_dir}")

@@ -21,7 +21,7 @@ sys.path.insert(0, str(DATA))
 from meme_characters import MOODS  # noqa: E402
 from meme_groups import Group, draw_group  # noqa: E402
 from meme_lines import list_alphabet  # noqa: E402
-from meme_pages import Letter, Page, plan_scene  # noqa: E402
+from meme_pages import MOOD_MARKS, Letter, Page, plan_scene  # noqa: E402
 from meme_pictures import Meme  # noqa: E402
 
 HALVES = (slice(0, 80), slice(80, 160))
@@ -60,23 +60,25 @@ def lessons(tmp_path_factory) -> Path:
         "copies": 3,
         "spelled_fields": 3,
         "spelled_texts": 12,
+        "spelled_moods": 3,
         "crowded_fields": 12,
         "crowded_texts": 3,
         "scene_fields": 3,
         "scene_texts": 12,
+        "group_fields": 12,
         "groups": 12,
         "memes": 2,
     }
     flags = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
     process = draw(folder, *flags, "--seed", "5", "--plain", "1", "--most_letters", "7")
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith(f"Drew 44 pictures into {folder / 'images'}, wrote 66 lessons; fonts found: ")
+    assert process.stdout.startswith(f"Drew 56 pictures into {folder / 'images'}, wrote 81 lessons; fonts found: ")
     return folder
 
 
 def test_each_lesson_is_answered_from_its_page(lessons):
     turns = read_turns(lessons)
-    assert len(turns) == 66
+    assert len(turns) == 81
     for identifier, (question, answer) in turns.items():
         page, _, words = question.partition("\n")
         kind = identifier.rpartition("_")[0]
@@ -84,7 +86,13 @@ def test_each_lesson_is_answered_from_its_page(lessons):
             assert page == answer and 1 <= len(answer) <= 16
         elif kind.startswith("spelled"):
             assert len(page) == 100
-            assert answer == (page.replace("□", "") or "图片里没有文字。" if kind == "spelled_texts" else page)
+            text = "".join(character for character in page if character not in {"□", *MOOD_MARKS.values()})
+            if kind == "spelled_texts":
+                assert answer == (text or "图片里没有文字。")
+            elif kind == "spelled_moods":
+                assert page.count(MOOD_MARKS[answer]) == 1
+            else:
+                assert answer == page
         else:
             assert page == "<image>"
         if kind.endswith("fields"):
@@ -95,6 +103,8 @@ def test_each_lesson_is_answered_from_its_page(lessons):
             assert len(answer) > 7 and not set(answer) & {"□"}
         elif kind.endswith("texts"):
             assert answer == "图片里没有文字。" or 1 <= len(answer) <= 7 and not set(answer) & {"□"}
+        if kind == "group_fields":
+            assert len(answer.replace("□", "")) in (1, 4, 9) and set(answer) <= {"□", *MOOD_MARKS.values()}
         if kind == "groups":
             moods = answer.split("，")
             assert set(moods) <= set(MOODS) and len(moods) in (1, 4, 9)
@@ -124,11 +134,28 @@ def test_a_crowded_page_is_full(tmp_path):
     assert len(counts) == 12 and min(counts) > 26 and max(counts) <= 64
 
 
+def test_pages_without_words_are_letters_by_chance(tmp_path):
+    draw(tmp_path / "chance", "--crowded_texts", "8", "--words", "0")
+    draw(tmp_path / "words", "--crowded_texts", "8", "--words", "1")
+    shares = {}
+    for name in ("chance", "words"):
+        text = "".join(answer for _, answer in read_turns(tmp_path / name).values())
+        shares[name] = sum(text.count(common) for common in "我你的了天") / len(text)
+    # By chance 5 in 439.
+    assert shares["chance"] < 0.03 and shares["words"] > 0.06
+
+
 def test_a_group_shows_the_moods_of_the_answer_in_order():
     """Red hearts, and nothing else as red, stand where someone is in love."""
     figures = [Meme("g", "小猫", mood, None, "", "jpeg") for mood in ("无语", "心动", "惊讶", "心动")]
     group = Group("g", figures)
     assert group.answer == "无语，心动，惊讶，心动"
+    # A cell is 80 pixels or five patches, its middle 40 pixels: in the third patch.
+    blank = "□"
+    rows = [blank * 10] * 10
+    rows[2] = blank * 2 + "⑤" + blank * 4 + "⑧" + blank * 2
+    rows[7] = blank * 2 + "④" + blank * 4 + "⑧" + blank * 2
+    assert group.field == "".join(rows)
     red = np.asarray(draw_group(random.Random(0), group)).astype(int)
     red = (red[..., 0] > 180) & (red[..., 1] < 110) & (red[..., 2] < 140)
     counts = [red[rows, columns].sum() for rows in HALVES for columns in HALVES]
@@ -136,12 +163,14 @@ def test_a_group_shows_the_moods_of_the_answer_in_order():
 
 
 def test_a_scene_is_short_where_it_must_be_and_may_have_a_figure():
-    scenes = [plan_scene(str(seed), random.Random(seed), 13, 34, True, 16) for seed in range(60)]
+    scenes = [plan_scene(str(seed), random.Random(seed), 13, 34, True, 0.5, 16) for seed in range(60)]
     assert max(len(scene.letters) for scene in scenes) == 16
     assert {scene.figure is None for scene in scenes} == {True, False}
     for scene in scenes:
         if scene.figure:
-            _, top, bottom = scene.figure
+            meme, (left, top, right, bottom) = scene.figure
+            assert right - left == pytest.approx(bottom - top) and 0 <= left and right <= 160
+            assert scene.field.count(MOOD_MARKS[meme.mood]) == 1
             # Words and figure are apart.
             assert all(
                 letter.y - letter.size / 2 >= bottom - 0.01 or letter.y + letter.size / 2 <= top + 0.01
@@ -171,6 +200,7 @@ def test_the_same_seed_draws_the_same_lessons(lessons, tmp_path):
         (["--copies", "1", "--processes", "0"], "--processes must be at least 1"),
         (["--copies", "1", "--most_letters", "0"], "--most_letters must be at least 1"),
         (["--copies", "1", "--plain", "30"], "--plain must be 0 to 1"),
+        (["--copies", "1", "--words", "-1"], "--words must be 0 to 1"),
         (["--crowded_fields", "1", "--smallest", "40", "--largest", "30"], "--smallest and --largest must be 4 to 160"),
     ],
 )
@@ -221,6 +251,15 @@ def test_random_towers_can_be_built_again_and_say_how_they_were_made(towers):
     # Patch (row 2, column 3), highest frequency: sin 2, cos 2, sin 3, cos 3.
     assert positions[1 + 23, [0, 64, 128, 192]].tolist() == pytest.approx([0.9093, -0.4161, 0.1411, -0.99], abs=1e-4)
     assert read_run_record(towers)["settings"]["seed"] == 0
+
+
+def test_the_number_of_language_layers_is_what_was_asked_for(lessons, tmp_path, capsys):
+    flags = ["--alphabet", str(lessons / "alphabet.txt"), "--output_dir", str(tmp_path / "towers")]
+    with pytest.raises(SystemExit):
+        tiny_towers.main([*flags, "--language_layers", "0"])
+    assert "--language_layers is 0, expected at least 1" in capsys.readouterr().err
+    tiny_towers.main([*flags, "--language_layers", "1"])
+    assert load_strictly(Qwen2ForCausalLM, tmp_path / "towers" / "language_model").config.num_hidden_layers == 1
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "cannot be read"), (" \n", "has no characters")])
