@@ -52,6 +52,7 @@ LESSONS = {
     "spelled_fields": "spelled pages with 2 to 4 different letters, one in every patch: what is in each patch?",
     "spelled_texts": "spelled scenes: what is the text?",
     "spelled_moods": "spelled scenes with a figure, whose mood is marked: what is the mood?",
+    "full_fields": "pictures with a letter in the middle of every patch: what is in each patch?",
     "crowded_fields": "pictures of pages with as many letters as they hold: what is in each patch?",
     "crowded_texts": "the same: what is the text?",
     "scene_fields": "pictures with rows of several sizes and perhaps a figure: what is in each patch?",
@@ -90,7 +91,9 @@ def plan_lesson(
     sizes, is_plain = (arguments.smallest, arguments.largest), rng.random() < arguments.plain
     if lesson == "spelled_fields":
         characters = get_source().draw_characters(rng, rng.randint(2, 4))
-        page = plan_full_page(identifier, rng.choices(characters, k=PATCHES**2))
+        page = plan_full_page(identifier, rng.choices(characters, k=PATCHES**2), is_plain=True)
+    elif lesson == "full_fields":
+        page = plan_full_page(identifier, get_source().draw_characters(rng, PATCHES**2), is_plain)
     elif lesson.startswith("crowded"):
         page = plan_crowded_page(identifier, rng, *sizes, is_plain, arguments.words)
     else:

@@ -9,6 +9,7 @@ alone, in reading order.
 import functools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from meme_characters import MOODS
@@ -97,13 +98,13 @@ def draw_row(rng: random.Random, length: int, words: float = 0.5) -> str:
     return row[:length]
 
 
-def plan_full_page(identifier: str, characters: list[str]) -> Page:
+def plan_full_page(identifier: str, characters: Sequence[str], is_plain: bool) -> Page:
     """A letter in the middle of every patch."""
     patch = SIDE / PATCHES
     middles = [(number + 0.5) * patch for number in range(PATCHES)]
     places = [(x, y) for y in middles for x in middles]
     letters = [Letter(character, x, y, patch) for character, (x, y) in zip(characters, places, strict=True)]
-    return Page(identifier, letters, is_plain=True)
+    return Page(identifier, letters, is_plain)
 
 
 def plan_crowded_page(
