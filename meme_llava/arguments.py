@@ -117,7 +117,8 @@ class TrainArguments(RecordPolicy):
     muon_lr: float | None = field(
         default=None,
         metadata=describe(
-            "peak learning rate of Muon, which then updates the towers' layer matrices; else AdamW does, at low_lr"
+            "peak learning rate of Muon, which then updates the matrices of the vision tower's layers; else AdamW, "
+            "at low_lr"
         ),
     )
     weight_decay: float = field(default=0.0, metadata=describe("decay of matrices; never of biases and norms"))
@@ -195,9 +196,10 @@ class TrainArguments(RecordPolicy):
             if getattr(self, training) == "lora" and not getattr(self, f"lora_{role}_modules"):
                 raise UserError(f"--{training} is lora, but --lora_{role}_modules names no module")
         check_setting(self, "muon_lr", self.muon_lr is None or self.muon_lr > 0, "greater than 0")
-        if self.muon_lr is not None and "full" not in trainings:
+        if self.muon_lr is not None and self.vision_tower_training != "full":
             raise UserError(
-                f"--muon_lr is for towers that learn in full, and --train_type {self.train_type} has none; leave it out"
+                "--muon_lr is for a vision tower that learns in full, and --train_type "
+                f"{self.train_type} has none; leave it out"
             )
         for name in ("num_train_epochs", "high_lr", "low_lr", "lora_r", "lora_alpha", "model_max_length"):
             check_setting(self, name, getattr(self, name) > 0, "greater than 0")

@@ -22,7 +22,7 @@ from meme_llava.arguments import TrainArguments
 from meme_llava.engines import DEEPSPEED, FSDP, choose_engine
 from meme_llava.images import ImagePolicy
 from meme_llava.step_trace import Arithmetic, Trace, outline_model, set_depths, trace_step
-from meme_llava.trainable import is_layer_matrix
+from meme_llava.trainable import is_vision_layer_matrix
 
 FEW, MORE = 2, 3  # layers of the models that are run
 # DeepSpeed's own values where a file of configs/deepspeed leaves them out, in elements.
@@ -215,7 +215,7 @@ class StepEstimator:
         optimizer = trainable * (12 if has_masters else 8) // engine.divides(1)
         if arguments.muon_lr is not None:
             named = self.model.named_parameters()
-            optimizer -= 4 * sum(p.numel() for name, p in named if p.requires_grad and is_layer_matrix(name, p))
+            optimizer -= 4 * sum(p.numel() for name, p in named if p.requires_grad and is_vision_layer_matrix(name, p))
         # While the optimizer runs: DeepSpeed's float32 gradients, or the two temporaries of Adam's largest tensor.
         updating = trainable * 4 // engine.divides(1)
         if not has_masters:

@@ -132,7 +132,7 @@ def plan_parameter_groups(
     """Every trainable parameter in exactly one group; biases and norms never decay.
 
     Args:
-        muon_lr: Muon's for the matrices of the towers' layers; None leaves them to AdamW.
+        muon_lr: Muon's for the matrices of the vision tower's layers; None leaves them to AdamW.
 
     Raises:
         UserError: nothing of a role is trainable although it should be, or the groups do not add up.
@@ -147,7 +147,7 @@ def plan_parameter_groups(
                 for name, parameter in trainable.items()
                 if role_of(name) == role
                 and (parameter.dim() >= 2) == decays
-                and (muon_lr is not None and is_layer_matrix(name, parameter)) == uses_muon
+                and (muon_lr is not None and is_vision_layer_matrix(name, parameter)) == uses_muon
             )
             if names:
                 parameters = tuple(trainable[name] for name in names)
@@ -162,9 +162,9 @@ def plan_parameter_groups(
     return groups
 
 
-def is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix of a tower's layers, which Muon may update; embeddings are not."""
-    return parameter.dim() == 2 and role_of(name) != PROJECTOR and "layers" in name.split(".")
+def is_vision_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix of the vision tower's layers, which Muon may update; embeddings are not."""
+    return parameter.dim() == 2 and role_of(name) == VISION_TOWER and "layers" in name.split(".")
 
 
 def save_trained_weights(model: nn.Module, folder: Path, state_dict: dict | None = None) -> None:

@@ -18,19 +18,16 @@ from meme_llava.trainable import ParameterGroup, plan_parameter_groups, prepare_
 FULL = {"train_type": "full", "muon_lr": 2e-2}
 
 
-def test_muon_gets_the_matrices_of_the_towers_layers_and_nothing_else(world, tmp_path):
+def test_muon_gets_the_matrices_of_the_vision_layers_and_nothing_else(world, tmp_path):
     model = load_llava(world.base, torch.float32)
     prepare_trainable(model, parse_train_arguments(train_flags(world, tmp_path, **FULL), description=""))
     groups = plan_parameter_groups(model, 1e-3, 2e-5, 0.1, muon_lr=2e-2)
     layers = [group for group in groups if group.uses_muon]
-    assert [(group.role, group.learning_rate, group.weight_decay) for group in layers] == [
-        ("vision_tower", 2e-2, 0.1),
-        ("language_model", 2e-2, 0.1),
-    ]
-    # A vision layer has 6 matrices and a language layer 7; the last vision layer is not used.
-    assert [len(group.names) for group in layers] == [2 * 6, 2 * 7]
+    assert [(group.role, group.learning_rate, group.weight_decay) for group in layers] == [("vision_tower", 2e-2, 0.1)]
+    # A vision layer has 6 matrices; the last one of three is not used.
+    assert [len(group.names) for group in layers] == [2 * 6]
     others = {name for group in groups if not group.uses_muon for name in group.names if name.endswith(".weight")}
-    assert {name for name in others if "norm" not in name} == {
+    assert {name for name in others if "norm" not in name and ".language_model.layers." not in name} == {
         "model.multi_modal_projector.linear_1.weight",
         "model.multi_modal_projector.linear_2.weight",
         "model.vision_tower.embeddings.patch_embedding.weight",
@@ -93,14 +90,13 @@ def test_the_run_says_what_muon_updates_and_logs_its_rate(world, tmp_path, capsy
         "learning_rate/vision_tower by Muon": 2e-2,
         "learning_rate/multi_modal_projector": 1e-2,
         "learning_rate/language_model": 5e-3,
-        "learning_rate/language_model by Muon": 2e-2,
     }
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"muon_lr": 2e-2}, "--muon_lr is for towers that learn in full, and --train_type lora has none"),
+        ({"muon_lr": 2e-2}, "--muon_lr is for a vision tower that learns in full, and --train_type lora has none"),
         ({**FULL, "muon_lr": 0}, "--muon_lr is 0.0, expected greater than 0"),
         (
             {**FULL, "engine": "fsdp2", "plan": "", "gpus": 2, "device_batch_size": 2},
