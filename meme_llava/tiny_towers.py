@@ -52,6 +52,15 @@ READER_LANGUAGE_MODEL = {
     "tie_word_embeddings": True,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
 }
+# One head looks at one place at a time: a letter that lies in several patches has to be gathered by the vision tower.
+# Behind it is hardly room to recognise anything. It learns to copy from 4,000 spelled pages, four heads from 20,000.
+COPIER_LANGUAGE_MODEL = {
+    **READER_LANGUAGE_MODEL,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "intermediate_size": 64,
+}
 READER_VISION_TOWER = {
     "hidden_size": 256,
     "num_hidden_layers": 6,
@@ -74,9 +83,9 @@ class TinyTowersArguments:
         default=None,
         metadata={"help": "text file, each of whose characters becomes a token; the towers can learn to read"},
     )
-    language_layers: int = field(
-        default=READER_LANGUAGE_MODEL["num_hidden_layers"],
-        metadata={"help": "of --alphabet; one layer can copy but hardly recognise, so that the vision tower has to"},
+    copier: bool = field(
+        default=False,
+        metadata={"help": "with --alphabet: a language model that can only copy; the vision tower has to recognise"},
     )
     seed: int = field(default=0, metadata={"help": "draws the weights"})
     overwrite: bool = field(default=False, metadata={"help": "replace an existing output directory"})
@@ -85,8 +94,8 @@ class TinyTowersArguments:
         """Stop unless there is one source of tokens."""
         if (self.annotations is None) == (self.alphabet is None):
             raise UserError("give either --annotations or --alphabet")
-        if self.language_layers < 1:
-            raise UserError(f"--language_layers is {self.language_layers}, expected at least 1")
+        if self.copier and not self.alphabet:
+            raise UserError("--copier belongs to --alphabet, which is not there; add it")
 
 
 def read_alphabet(path: Path) -> list[str]:
@@ -209,11 +218,9 @@ def show_places(embeddings: torch.nn.Module) -> None:
         patches *= READER_PATCH_DEVIATION / patches.std()
 
 
-def make_reader(
-    language_folder: Path, vision_folder: Path, alphabet: list[str], language_layers: int, seed: int
-) -> None:
-    """Write a language model and a vision tower that can learn to read."""
-    settings = {**READER_LANGUAGE_MODEL, "num_hidden_layers": language_layers}
+def make_reader(language_folder: Path, vision_folder: Path, alphabet: list[str], seed: int, copier: bool) -> None:
+    """Write a language model and a vision tower that can learn to read; a `copier` can only say what it is shown."""
+    settings = COPIER_LANGUAGE_MODEL if copier else READER_LANGUAGE_MODEL
     # Alone and often, so that no word becomes a token; a Chinese character takes at most two merges of bytes.
     texts, vocabulary_size = alphabet * ALPHABET_WEIGHT, 512 + 2 * len(alphabet)
     make_language_model(language_folder, texts, seed, vocabulary_size, **settings)
@@ -233,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
             make_vision_tower(vision_folder, MEMORISER_IMAGE_SIZE, arguments.seed)
         else:
             alphabet = read_alphabet(arguments.alphabet)
-            make_reader(language_folder, vision_folder, alphabet, arguments.language_layers, arguments.seed)
+            make_reader(language_folder, vision_folder, alphabet, arguments.seed, arguments.copier)
         record = {"stage": "tiny_towers", "settings": to_plain(arguments), "environment": describe_environment()}
         write_json(folder / RUN_RECORD, record)
     print(f"tiny random language model and vision tower: {arguments.output_dir}")

@@ -253,13 +253,18 @@ def test_random_towers_can_be_built_again_and_say_how_they_were_made(towers):
     assert read_run_record(towers)["settings"]["seed"] == 0
 
 
-def test_the_number_of_language_layers_is_what_was_asked_for(lessons, tmp_path, capsys):
-    flags = ["--alphabet", str(lessons / "alphabet.txt"), "--output_dir", str(tmp_path / "towers")]
+def test_a_copier_has_one_layer_with_one_head(lessons, tmp_path):
+    flags = ["--alphabet", str(lessons / "alphabet.txt"), "--output_dir", str(tmp_path / "towers"), "--copier"]
+    tiny_towers.main(flags)
+    config = load_strictly(Qwen2ForCausalLM, tmp_path / "towers" / "language_model").config
+    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (1, 1, 1)
+    assert config.intermediate_size == 64
+
+
+def test_a_copier_of_the_memorisers_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        tiny_towers.main([*flags, "--language_layers", "0"])
-    assert "--language_layers is 0, expected at least 1" in capsys.readouterr().err
-    tiny_towers.main([*flags, "--language_layers", "1"])
-    assert load_strictly(Qwen2ForCausalLM, tmp_path / "towers" / "language_model").config.num_hidden_layers == 1
+        tiny_towers.main(["--annotations", "a.json", "--copier", "--output_dir", str(tmp_path / "towers")])
+    assert "--copier belongs to --alphabet, which is not there; add it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "cannot be read"), (" \n", "has no characters")])
