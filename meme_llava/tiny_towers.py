@@ -53,7 +53,8 @@ READER_LANGUAGE_MODEL = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
 }
 # One head looks at one place at a time: a letter that lies in several patches has to be gathered by the vision tower.
-# Behind it is hardly room to recognise anything. It learns to copy from 4,000 spelled pages, four heads from 20,000.
+# Behind it is hardly room to recognise anything. Copying spelled pages it has a loss of 0.006 after 250 steps of 16;
+# one layer with four heads and the reader's MLP had 0.09 after 625.
 COPIER_LANGUAGE_MODEL = {
     **READER_LANGUAGE_MODEL,
     "num_hidden_layers": 1,
