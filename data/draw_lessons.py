@@ -98,8 +98,8 @@ def plan_lesson(
         page = plan_crowded_page(identifier, rng, *sizes, is_plain, arguments.words)
     else:
         most_letters = PATCHES**2 if lesson == "scene_fields" else arguments.most_letters
-        page = plan_scene(identifier, rng, *sizes, is_plain, arguments.words, most_letters)
-        while lesson == "spelled_moods" and not page.figure:
+        page = None
+        while page is None or lesson == "spelled_moods" and not page.figure:
             page = plan_scene(identifier, rng, *sizes, is_plain, arguments.words, most_letters)
     question, answer = rng.choice(TEXT_QUESTIONS), page.text or f"{NO_TEXT}。"
     if lesson.endswith("fields"):

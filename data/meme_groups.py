@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from meme_pages import SIDE, write_field
+from meme_pages import SIDE, mark_figure, write_field
 from meme_pictures import OVERSIZE, Box, Meme, choose_figure, choose_ground, draw_background, place_figure, wear_out
 from PIL import Image
 
@@ -25,7 +25,7 @@ class Group:
     @property
     def field(self) -> str:
         """What stands at each patch: a mood, or nothing."""
-        return write_field([], list(zip(self.figures, self.list_boxes(), strict=True)))
+        return write_field(map(mark_figure, self.figures, self.list_boxes()))
 
     def list_boxes(self) -> list[Box]:
         """The part of the picture that each figure has, in pixels, row by row."""

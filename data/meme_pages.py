@@ -9,7 +9,7 @@ alone, in reading order.
 import functools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from meme_characters import MOODS
@@ -35,21 +35,6 @@ BLANK = "□"
 MOOD_MARKS = dict(zip(MOODS, "①②③④⑤⑥⑦⑧⑨⑩", strict=True))  # a mood in one character, and one that no line has
 
 
-def find_patch(x: float, y: float) -> int:
-    """The number of the patch in which a place (pixels) lies."""
-    return int(y * PATCHES / SIDE) * PATCHES + int(x * PATCHES / SIDE)
-
-
-def write_field(letters: "list[Letter]", figures: list[tuple[Meme, Box]]) -> str:
-    """What stands at each patch; a figure stands at the middle of its box."""
-    field = [BLANK] * PATCHES**2
-    for letter in letters:
-        field[letter.patch] = letter.character
-    for meme, (left, top, right, bottom) in figures:
-        field[find_patch((left + right) / 2, (top + bottom) / 2)] = MOOD_MARKS[meme.mood]
-    return "".join(field)
-
-
 @dataclass(frozen=True)
 class Letter:
     """A character, its middle and its size in pixels."""
@@ -61,7 +46,21 @@ class Letter:
 
     @property
     def patch(self) -> int:
-        return find_patch(self.x, self.y)
+        return int(self.y * PATCHES / SIDE) * PATCHES + int(self.x * PATCHES / SIDE)
+
+
+def mark_figure(meme: Meme, box: Box) -> Letter:
+    """The mark of a figure's mood, in the middle of the figure's box."""
+    left, top, right, bottom = box
+    return Letter(MOOD_MARKS[meme.mood], (left + right) / 2, (top + bottom) / 2, bottom - top)
+
+
+def write_field(letters: Iterable[Letter]) -> str:
+    """What stands at each patch, row by row."""
+    field = [BLANK] * PATCHES**2
+    for letter in letters:
+        field[letter.patch] = letter.character
+    return "".join(field)
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,8 @@ class Page:
 
     @property
     def field(self) -> str:
-        return write_field(self.letters, [self.figure] if self.figure else [])
+        marks = [mark_figure(*self.figure)] if self.figure else []
+        return write_field([*self.letters, *marks])
 
 
 @functools.cache

@@ -134,6 +134,17 @@ def test_a_crowded_page_is_full(tmp_path):
     assert len(counts) == 12 and min(counts) > 26 and max(counts) <= 64
 
 
+def test_a_full_page_has_a_letter_in_every_patch(tmp_path):
+    draw(tmp_path, "--full_fields", "2", "--plain", "1")
+    for identifier, (_, answer) in read_turns(tmp_path).items():
+        assert len(answer) == 100 and set(answer) <= set(list_alphabet()) and len(set(answer)) > 50
+        with Image.open(tmp_path / "images" / f"{identifier}.png") as image:
+            ink = np.asarray(image.convert("L")) < 200
+        patches = ink.reshape(10, 16, 10, 16).any(axis=(1, 3))  # (10, 10)
+        # Wherever a Chinese letter should be there is ink.
+        assert all(inked for character, inked in zip(answer, patches.flat, strict=True) if character > "一")
+
+
 def test_pages_without_words_are_letters_by_chance(tmp_path):
     draw(tmp_path / "chance", "--crowded_texts", "8", "--words", "0")
     draw(tmp_path / "words", "--crowded_texts", "8", "--words", "1")
