@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
 
-from meme_llava.arguments import describe, parse_arguments, to_plain
+from meme_llava.arguments import check_setting, describe, parse_arguments, to_plain
 from meme_llava.checkpoint import RUN_RECORD, describe_environment, write_directory, write_json
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.model import load_llava, load_strictly, quiet_transformers
@@ -29,7 +29,17 @@ class SplitArguments:
     dtype: Literal["float16", "bfloat16", "float32"] = field(
         default="float16", metadata=describe("how they are stored")
     )
+    feature_scale: float = field(
+        default=1.0,
+        metadata=describe(
+            "factor on the vision tower's features, which changes nothing else; a fresh multi_modal_projector learns "
+            "from features of about 1"
+        ),
+    )
     overwrite: bool = field(default=False, metadata=describe("replace a non-empty output_dir"))
+
+    def __post_init__(self):
+        check_setting(self, "feature_scale", self.feature_scale > 0, "greater than 0")
 
 
 def put_weights(target: nn.Module, source: nn.Module, what: str) -> None:
@@ -40,6 +50,21 @@ def put_weights(target: nn.Module, source: nn.Module, what: str) -> None:
     }:
         raise UserError(f"the {what} of --model is not the one of --towers; pass the towers that it was built from")
     target.load_state_dict(found)
+
+
+@torch.no_grad()
+def scale_features(vision_model: nn.Module, factor: float) -> None:
+    """Multiply every hidden state of a Chinese-CLIP vision model by `factor`.
+
+    Each layer normalises what it reads, so scaling all that is written to the residual stream scales the stream, and
+    what is computed from it stays the same.
+    """
+    writers = [vision_model.pre_layrnorm]
+    for layer in vision_model.encoder.layers:
+        writers += [layer.self_attn.out_proj, layer.mlp.fc2]
+    for writer in writers:
+        writer.weight *= factor
+        writer.bias *= factor
 
 
 @stop_on_user_error
@@ -54,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     put_weights(language_model.model, llava.model.language_model, "language model")
     put_weights(language_model.lm_head, llava.lm_head, "language model's head")
     put_weights(two_towers.vision_model, llava.model.vision_tower, "vision tower")
+    scale_features(two_towers.vision_model, arguments.feature_scale)
     rounding = Rounding(dtype)
     for tower, model in (("language_model", language_model), ("vision_tower", two_towers)):
         for name, weight in model.state_dict().items():

@@ -4,14 +4,14 @@ import shutil
 
 import pytest
 import torch
-from conftest import train_flags
-from transformers import AutoTokenizer, Qwen2ForCausalLM
+from conftest import IMAGE_SIZE, train_flags
+from transformers import AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
 
 import build_base_model
 import merge_lora
 import train
 from meme_llava import split_towers
-from meme_llava.model import load_llava
+from meme_llava.model import load_llava, load_strictly
 from meme_llava.tiny_towers import make_language_model
 
 
@@ -69,6 +69,26 @@ def test_the_language_model_speaks_alone(world, model, tmp_path):
     with torch.inference_mode():
         # Stored in half precision.
         assert torch.allclose(language_model(ids).logits, llava(input_ids=ids).logits, atol=2e-2)
+
+
+def test_a_feature_scale_makes_the_features_smaller_and_nothing_else(world, model, tmp_path):
+    pixels = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for scale in ("1", "0.25"):
+        split(model, world.folder, tmp_path / scale, "--dtype", "float32", "--feature_scale", scale)
+        tower = load_strictly(ChineseCLIPModel, tmp_path / scale / "vision_tower", dtype=torch.float32).vision_model
+        with torch.inference_mode():
+            outputs.append(tower(pixels, output_hidden_states=True))
+    whole, scaled = outputs
+    for hidden, hidden_scaled in zip(whole.hidden_states, scaled.hidden_states, strict=True):
+        assert torch.allclose(hidden_scaled, hidden * 0.25, atol=1e-3)
+    assert torch.allclose(scaled.pooler_output, whole.pooler_output, atol=1e-3)
+
+
+def test_a_feature_scale_of_nothing_is_refused(world, model, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        split(model, world.folder, tmp_path / "towers", "--feature_scale", "0")
+    assert "--feature_scale is 0.0, expected greater than 0" in capsys.readouterr().err
 
 
 def test_other_towers_are_refused(world, model, tmp_path, capsys):
