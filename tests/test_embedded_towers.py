@@ -35,7 +35,7 @@ def test_they_are_the_files_a_hub_has_and_stay_small():
 def test_every_character_of_the_alphabet_is_one_token():
     tokenizer = AutoTokenizer.from_pretrained(TOWERS[0])
     alphabet = list_alphabet()
-    assert len(alphabet) == 439
+    assert len(alphabet) == 169
     assert [character for character in alphabet if len(tokenizer.encode(character)) != 1] == []
     assert tokenizer.decode(tokenizer.encode(alphabet)) == alphabet
 
@@ -51,4 +51,6 @@ def test_a_model_is_built_from_them(tmp_path):
 
 def test_how_they_were_made_names_no_place_on_a_machine():
     settings = json.loads((TINY / "run_record.json").read_text(encoding="utf-8"))["settings"]
-    assert settings["model"].startswith("output/pretrain/") and settings["towers"] == "output/pretrain/start"
+    assert (
+        settings["model"] == "output/pretrain/joined/merged" and settings["towers"] == "output/pretrain/copies/random"
+    )

@@ -3,8 +3,9 @@
 #
 #   bash data/tiny/pretrain.sh
 #
-# makes output/pretrain/towers/language_model and .../vision_tower. Run it again after an interruption: finished stages
-# are skipped, a broken one goes on from its newest checkpoint. WORK_DIR=… puts everything elsewhere; VENV as in run.sh.
+# makes language_model and vision_tower in output/pretrain/joined/towers. Run it again after an interruption: finished
+# stages are skipped, a broken one goes on from its newest checkpoint. WORK_DIR=… puts everything elsewhere; VENV as in
+# run.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 WORK_DIR=${WORK_DIR:-output/pretrain}
@@ -15,54 +16,95 @@ activate_environment requirements.txt data/requirements.txt
 # Two processes of one thread each are faster on two cores than one process of two threads.
 export OMP_NUM_THREADS=1
 processes=2
+precision=bf16  # on a CPU without AVX512_BF16 or AMX fp32 is many times faster
 
-# draw_lessons NAME SEED FLAGS…: into $WORK_DIR/NAME/lessons, whole or not at all.
+# draw_lessons NAME FLAGS…: into $WORK_DIR/NAME/lessons, whole or not at all.
 draw_lessons() {
-    local folder=$WORK_DIR/$1/lessons seed=$2
-    shift 2
+    local folder=$WORK_DIR/$1/lessons
+    shift
     [[ ! -d $folder ]] || return 0
     rm -rf "$folder.partial"
-    python data/draw_lessons.py --output_dir "$folder.partial" --seed "$seed" --processes "$processes" "$@"
+    python data/draw_lessons.py --output_dir "$folder.partial" --processes "$processes" "$@"
     mv "$folder.partial" "$folder"
 }
 
-# teach NAME BASE SEED FLAGS…: train the model in BASE once on those lessons; the outcome is $WORK_DIR/NAME/merged.
+# teach NAME BASE HIGH_LR LOW_LR FLAGS…: train the model in BASE on the lessons of NAME, with these flags of train.py
+# behind ours; the outcome is $WORK_DIR/NAME/merged.
 teach() {
-    local name=$1 base=$2 seed=$3
-    shift 3
-    draw_lessons "$name" "$seed" "$@"
-    BASE_DIR=$base OUTPUT_DIR=$WORK_DIR/$name ANNOTATIONS=$WORK_DIR/$name/lessons/annotations.json \
-        IMAGE_FOLDER=$WORK_DIR/$name/lessons TRAIN_TYPE=full EPOCHS=1 HIGH_LR=7e-4 LOW_LR=7e-4 WARMUP_RATIO=0.05 \
-        GLOBAL_BATCH=16 DEVICE_BATCH=8 GPUS=cpu:$processes bash run.sh train merge --precision bf16 \
-        --save_steps 250 --allow loop duplicate_caption
+    local name=$1 base=$2 high_lr=$3 low_lr=$4
+    local lessons=$WORK_DIR/$name/lessons
+    shift 4
+    BASE_DIR=$base OUTPUT_DIR=$WORK_DIR/$name ANNOTATIONS=$lessons/annotations.json IMAGE_FOLDER=$lessons \
+        TRAIN_TYPE=${TRAIN_TYPE:-full} EPOCHS=1 HIGH_LR=$high_lr LOW_LR=$low_lr WARMUP_RATIO=0.05 \
+        GLOBAL_BATCH=${BATCH:-16} DEVICE_BATCH=8 GPUS=cpu:$processes \
+        bash run.sh train merge --precision "$precision" --save_steps 250 --allow loop duplicate_caption "$@"
 }
 
-# Copying comes first, by itself: a language model that can say again what stands at a place has only seeing left to
-# learn. It learns that in minutes from short texts, but not from a mixture.
-copies=(--copies 16000)
-draw_lessons copies 1 "${copies[@]}"
-[[ -d $WORK_DIR/start ]] ||
-    python -m meme_llava.tiny_towers --alphabet "$WORK_DIR/copies/lessons/alphabet.txt" --output_dir "$WORK_DIR/start"
-[[ -d $WORK_DIR/base ]] ||
-    python build_base_model.py --language_model "$WORK_DIR/start/language_model" \
-        --vision_model "$WORK_DIR/start/vision_tower" --output_dir "$WORK_DIR/base"
-teach copies "$WORK_DIR/base" 1 "${copies[@]}"
-# Then places: with so few different characters only the place tells which one to say. Without this stage twenty
-# thousand pages of letters taught nothing; behind it their loss falls from the first thousand on.
-teach places "$WORK_DIR/copies/merged" 2 --spelled_fields 5000
-# Then letters, as many a picture as it holds, and here and there as in memes: letters known from full pages alone are
-# not known elsewhere.
-teach letters "$WORK_DIR/places/merged" 3 --spelled_texts 4000 --crowded_fields 20000 --scene_fields 22000 \
-    --smallest 16 --largest 34 --plain 0.15
-# Twice, because the rate falls to nothing before the first time has shown enough: a third of the letters were right
-# then, seven in ten after the second.
-teach more_letters "$WORK_DIR/letters/merged" 6 --spelled_texts 2000 --crowded_fields 18000 --scene_fields 22000 \
-    --smallest 16 --largest 34 --plain 0.1
-# Then reading in order, short texts first, and moods.
-teach words "$WORK_DIR/more_letters/merged" 4 --scene_fields 4000 --scene_texts 7000 --most_letters 4 --groups 5000 \
-    --smallest 16 --largest 34 --plain 0.1
-teach memes "$WORK_DIR/words/merged" 5 --scene_fields 3000 --scene_texts 7000 --groups 4000 --memes 20000 \
-    --smallest 16 --largest 34 --plain 0.1
+# make_towers NAME FLAGS…: random towers that know the characters of the lessons of NAME.
+make_towers() {
+    local name=$1
+    shift
+    [[ -d $WORK_DIR/$name/random ]] || python -m meme_llava.tiny_towers \
+        --alphabet "$WORK_DIR/$name/lessons/alphabet.txt" --output_dir "$WORK_DIR/$name/random" "$@"
+}
 
-[[ -d $WORK_DIR/towers ]] ||
-    python -m meme_llava.split_towers --model "$WORK_DIR/memes/merged" --towers "$WORK_DIR/start" --output_dir "$WORK_DIR/towers"
+# build BASE LANGUAGE_MODEL VISION_TOWER SEED: a model of both with a fresh projector.
+build() {
+    [[ -d $1 ]] || python build_base_model.py --output_dir "$1" --language_model "$2" --vision_model "$3" --seed "$4"
+}
+
+# split_towers NAME RANDOM FLAGS…: the outcome of a stage as two folders in $WORK_DIR/NAME/towers.
+split_towers() {
+    local name=$1 random=$2
+    shift 2
+    [[ -d $WORK_DIR/$name/towers ]] || python -m meme_llava.split_towers \
+        --model "$WORK_DIR/$name/merged" --towers "$random" --output_dir "$WORK_DIR/$name/towers" "$@"
+}
+
+# ---- The language model, without pictures ----
+# Copying comes first, by itself: it is learned in minutes from short texts, but not from a mixture. Then the order of
+# reading and the skipping of blanks, from spelled pages; behind places it is not learned at all. Then places, where with
+# so few different letters only the place tells which one to say. More than a few marks of moods here, and no projector
+# can be taught by it any more.
+draw_lessons copies --seed 1 --copies 16000
+draw_lessons order --seed 2 --spelled_texts 20000 --most_letters 100
+draw_lessons places --seed 3 --spelled_fields 3500 --spelled_texts 4000 --spelled_moods 1500
+make_towers copies
+build "$WORK_DIR/copies/base" "$WORK_DIR/copies/random/language_model" "$WORK_DIR/copies/random/vision_tower" 0
+teach copies "$WORK_DIR/copies/base" 7e-4 7e-4
+teach order "$WORK_DIR/copies/merged" 7e-4 7e-4
+teach places "$WORK_DIR/order/merged" 7e-4 7e-4
+split_towers places "$WORK_DIR/copies/random"
+
+# ---- The vision tower, under a language model that is thrown away ----
+# It can only copy what stands at one place, so the tower has to recognise, and to gather a letter that lies in several
+# patches. All letters are drawn by chance, so that nothing can be guessed. The projector stays as it was drawn (a rate
+# of 1e-7): what a fresh one has to learn later, the tower does itself. What is easy comes first: letters that fill a
+# patch each are learned from 2,000 pages; letters anywhere, by themselves, from none in 20,000.
+draw_lessons copying --seed 5 --spelled_fields 4000
+draw_lessons aligned --seed 6 --full_fields 4000 --plain 0.5
+draw_lessons dense --seed 7 --words 0 --full_fields 500 --crowded_fields 9500 --smallest 15 --largest 18 --plain 0.3
+draw_lessons letters --seed 8 --words 0 --full_fields 500 --crowded_fields 14500 --scene_fields 12000 \
+    --group_fields 8000 --smallest 16 --largest 34 --plain 0.3
+make_towers copying --copier
+build "$WORK_DIR/copying/base" "$WORK_DIR/copying/random/language_model" "$WORK_DIR/copying/random/vision_tower" 0
+teach copying "$WORK_DIR/copying/base" 2e-3 2e-3
+muon=(--muon_lr 2e-2 --weight_decay 0.1)
+teach aligned "$WORK_DIR/copying/merged" 1e-7 7e-4 "${muon[@]}"
+teach dense "$WORK_DIR/aligned/merged" 1e-7 7e-4 "${muon[@]}"
+BATCH=32 teach letters "$WORK_DIR/dense/merged" 1e-7 7e-4 "${muon[@]}"
+# Muon leaves features many times larger than the language model's embeddings, behind which a fresh projector does not
+# learn at all.
+split_towers letters "$WORK_DIR/copying/random" --feature_scale 0.1
+
+# ---- Both together ----
+# First the projector alone, or its first steps would undo what the towers know. It is drawn by another seed than that
+# of run.sh, which has to do with one that the towers have not met.
+draw_lessons joining --seed 10 --full_fields 2400 --plain 0.5
+draw_lessons joined --seed 12 --words 0 --smallest 15 --largest 34 --plain 0.2 --memes 3500 --scene_texts 9000 \
+    --crowded_texts 3000 --groups 2000 --crowded_fields 14000 --scene_fields 9000 --group_fields 5000 \
+    --spelled_texts 2000 --spelled_moods 700
+build "$WORK_DIR/joining/base" "$WORK_DIR/places/towers/language_model" "$WORK_DIR/letters/towers/vision_tower" 100
+TRAIN_TYPE=projector teach joining "$WORK_DIR/joining/base" 3e-3 3e-3
+BATCH=32 teach joined "$WORK_DIR/joining/merged" 1e-3 5e-4 --muon_lr 5e-3 --weight_decay 0.1
+split_towers joined "$WORK_DIR/copies/random"
