@@ -29,14 +29,14 @@ draw_lessons() {
 }
 
 # teach NAME BASE HIGH_LR LOW_LR FLAGS…: train the model in BASE on the lessons of NAME, with these flags of train.py
-# behind ours; the outcome is $WORK_DIR/NAME/merged.
+# behind ours; the outcome is $WORK_DIR/NAME/merged. Before it may stand train_type=…, else full, and batch=…, else 16.
 teach() {
     local name=$1 base=$2 high_lr=$3 low_lr=$4
     local lessons=$WORK_DIR/$name/lessons
     shift 4
     BASE_DIR=$base OUTPUT_DIR=$WORK_DIR/$name ANNOTATIONS=$lessons/annotations.json IMAGE_FOLDER=$lessons \
-        TRAIN_TYPE=${TRAIN_TYPE:-full} EPOCHS=1 HIGH_LR=$high_lr LOW_LR=$low_lr WARMUP_RATIO=0.05 \
-        GLOBAL_BATCH=${BATCH:-16} DEVICE_BATCH=8 GPUS=cpu:$processes \
+        TRAIN_TYPE=${train_type:-full} EPOCHS=1 HIGH_LR=$high_lr LOW_LR=$low_lr WARMUP_RATIO=0.05 \
+        GLOBAL_BATCH=${batch:-16} DEVICE_BATCH=8 GPUS=cpu:$processes \
         bash run.sh train merge --precision "$precision" --save_steps 250 --allow loop duplicate_caption "$@"
 }
 
@@ -92,7 +92,7 @@ teach copying "$WORK_DIR/copying/base" 2e-3 2e-3
 muon=(--muon_lr 2e-2 --weight_decay 0.1)
 teach aligned "$WORK_DIR/copying/merged" 1e-7 7e-4 "${muon[@]}"
 teach dense "$WORK_DIR/aligned/merged" 1e-7 7e-4 "${muon[@]}"
-BATCH=32 teach letters "$WORK_DIR/dense/merged" 1e-7 7e-4 "${muon[@]}"
+batch=32 teach letters "$WORK_DIR/dense/merged" 1e-7 7e-4 "${muon[@]}"
 # Muon leaves features many times larger than the language model's embeddings, behind which a fresh projector does not
 # learn at all.
 split_towers letters "$WORK_DIR/copying/random" --feature_scale 0.1
@@ -105,6 +105,6 @@ draw_lessons joined --seed 12 --words 0 --smallest 15 --largest 34 --plain 0.2 -
     --crowded_texts 3000 --groups 2000 --crowded_fields 14000 --scene_fields 9000 --group_fields 5000 \
     --spelled_texts 2000 --spelled_moods 700
 build "$WORK_DIR/joining/base" "$WORK_DIR/places/towers/language_model" "$WORK_DIR/letters/towers/vision_tower" 100
-TRAIN_TYPE=projector teach joining "$WORK_DIR/joining/base" 3e-3 3e-3
-BATCH=32 teach joined "$WORK_DIR/joining/merged" 1e-3 5e-4 --muon_lr 5e-3 --weight_decay 0.1
+train_type=projector teach joining "$WORK_DIR/joining/base" 3e-3 3e-3
+batch=32 teach joined "$WORK_DIR/joining/merged" 1e-3 5e-4 --muon_lr 5e-3 --weight_decay 0.1
 split_towers joined "$WORK_DIR/copies/random"
