@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Meme-LLaVA from two towers to an answer about a meme.
 #
-#   bash run.sh                      every stage: build, train, merge, infer, and evaluate if EVAL_ANNOTATIONS is set
+#   bash run.sh                      every stage: build, train, merge, infer, and evaluate if there is EVAL_ANNOTATIONS
 #   bash run.sh train merge          only these; a finished stage is not done again
 #   bash run.sh train --save_steps 100    flags behind the stages go to train.py
 #   bash run.sh                      again, after an interruption: training goes on from its newest whole checkpoint
@@ -9,27 +9,28 @@
 #   DRY_RUN=1 bash run.sh            print the commands, run nothing
 #
 # Edit the values below, or set them for one run: LOW_LR=1e-5 OUTPUT_DIR=output_b bash run.sh
-# As it stands it trains a tiny random model on 100 sample memes, on a laptop's CPU, in a few minutes.
+# As it stands it joins two small towers by a fresh projector and trains on 400 sample memes, on a laptop's CPU, in a few
+# minutes.
 # The value of the published 8 x A800 run stands behind "real run:".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # --- models and data ---
-LANGUAGE_MODEL=${LANGUAGE_MODEL:-tiny}    # folder, hub id, modelscope:ORG/MODEL; tiny = made on the spot. real run: Qwen/Qwen2-7B-Instruct
-VISION_MODEL=${VISION_MODEL:-tiny}        # likewise. real run: OFA-Sys/chinese-clip-vit-large-patch14-336px
+LANGUAGE_MODEL=${LANGUAGE_MODEL:-data/tiny/language_model}    # folder, hub id, modelscope:ORG/MODEL. real run: Qwen/Qwen2-7B-Instruct
+VISION_MODEL=${VISION_MODEL:-data/tiny/vision_tower}    # likewise. real run: OFA-Sys/chinese-clip-vit-large-patch14-336px
 IMAGE_POLICY=${IMAGE_POLICY:-squash}      # how pictures become square: squash | pad | crop (cuts words off wide memes). real run: squash
 ANNOTATIONS=${ANNOTATIONS:-data/annotations.json}    # .json or .jsonl, format in data/README.md
 IMAGE_FOLDER=${IMAGE_FOLDER:-data}        # the records' image paths start here
-EVAL_ANNOTATIONS=${EVAL_ANNOTATIONS:-}    # memes kept out of ANNOTATIONS, on which base and merged model are compared; empty = no evaluation
-EVAL_IMAGE_FOLDER=${EVAL_IMAGE_FOLDER:-$IMAGE_FOLDER}    # their image paths start here
+EVAL_ANNOTATIONS=${EVAL_ANNOTATIONS:-auto}    # memes not in ANNOTATIONS, on which base and merged model are compared | none | auto = those of data/unseen with the sample memes, else none
+EVAL_IMAGE_FOLDER=${EVAL_IMAGE_FOLDER:-auto}    # their image paths start here; auto = data/unseen for its memes, else IMAGE_FOLDER
 OUTPUT_DIR=${OUTPUT_DIR:-output}          # gets train and merged; another one for every recipe that you compare
 BASE_DIR=${BASE_DIR:-$OUTPUT_DIR/base}    # the assembled base model; name it to share one between several OUTPUT_DIRs
 
 # --- recipe ---
 TRAIN_TYPE=${TRAIN_TYPE:-lora}            # lora | projector | freeze_vision | full (configs/train). real run: lora
-EPOCHS=${EPOCHS:-45}                      # passes over the records. real run: 5
-HIGH_LR=${HIGH_LR:-4e-3}                  # peak learning rate of the projector. real run: 1e-3
-LOW_LR=${LOW_LR:-3e-3}                    # peak learning rate of all else that learns; random towers need much more. real run: 2e-5
+EPOCHS=${EPOCHS:-3}                       # passes over the records. real run: 5
+HIGH_LR=${HIGH_LR:-2e-3}                  # peak learning rate of the projector. real run: 1e-3
+LOW_LR=${LOW_LR:-5e-4}                    # peak learning rate of all else that learns; small towers need more. real run: 2e-5
 WARMUP_RATIO=${WARMUP_RATIO:-0.1}         # share of the steps with rising learning rates. real run: 0.1
 LORA_R=${LORA_R:-32}                      # rank. real run: 32
 LORA_ALPHA=${LORA_ALPHA:-64}              # updates are scaled by LORA_ALPHA / LORA_R. real run: 64
@@ -57,6 +58,17 @@ if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
     exit
 fi
 
+# Which memes are kept for the evaluation, and where their pictures are.
+eval_annotations=$EVAL_ANNOTATIONS eval_image_folder=$EVAL_IMAGE_FOLDER
+if [[ $eval_annotations == auto ]]; then
+    eval_annotations=none
+    [[ ! $ANNOTATIONS -ef data/annotations.json ]] || eval_annotations=data/unseen/annotations.json
+fi
+if [[ $eval_image_folder == auto ]]; then
+    eval_image_folder=$IMAGE_FOLDER
+    [[ ! $eval_annotations -ef data/unseen/annotations.json ]] || eval_image_folder=data/unseen
+fi
+
 known_stages='build|train|merge|infer|evaluate'
 stages=()
 train_flags=()  # what train.py gets besides the variables
@@ -68,17 +80,21 @@ while (($#)); do
     esac
     shift
 done
-((${#stages[@]})) || stages=(build train merge infer ${EVAL_ANNOTATIONS:+evaluate})
+if ((${#stages[@]} == 0)); then
+    stages=(build train merge infer)
+    [[ $eval_annotations == none ]] || stages+=(evaluate)
+fi
 word_before=
 for word in "${train_flags[@]}"; do
     [[ ! $word =~ ^($known_stages)$ || $word_before == --* ]] || fail "$word stands behind the flags of train.py; put stages first"
     word_before=$word
 done
-if [[ " ${stages[*]} " == *" evaluate "* ]]; then
-    [[ -n $EVAL_ANNOTATIONS ]] || fail "evaluate needs EVAL_ANNOTATIONS, an annotation file of memes that are not trained on"
-    [[ -f $EVAL_ANNOTATIONS ]] || fail "EVAL_ANNOTATIONS=$EVAL_ANNOTATIONS: no such file"
-    [[ -d $EVAL_IMAGE_FOLDER ]] || fail "EVAL_IMAGE_FOLDER=$EVAL_IMAGE_FOLDER: no such folder"
-    [[ ! $EVAL_ANNOTATIONS -ef $ANNOTATIONS ]] || fail "EVAL_ANNOTATIONS is ANNOTATIONS; what was trained on shows nothing about other memes"
+if [[ $eval_annotations != none ]]; then
+    [[ -f $eval_annotations ]] || fail "EVAL_ANNOTATIONS=$eval_annotations: no such file"
+    [[ -d $eval_image_folder ]] || fail "EVAL_IMAGE_FOLDER=$eval_image_folder: no such folder"
+    [[ ! $eval_annotations -ef $ANNOTATIONS ]] || fail "EVAL_ANNOTATIONS is ANNOTATIONS; what was trained on shows nothing about other memes"
+elif [[ " ${stages[*]} " == *" evaluate "* ]]; then
+    fail "evaluate needs EVAL_ANNOTATIONS, an annotation file of memes that are not trained on"
 fi
 [[ $IMAGE_POLICY =~ ^(squash|pad|crop)$ ]] || fail "IMAGE_POLICY is '$IMAGE_POLICY', expected squash, pad or crop"
 # These look at the run and train nothing, so no GPU is needed and a finished run is no obstacle.
@@ -96,7 +112,6 @@ if [[ $DRY_RUN == 0 ]]; then
 fi
 
 base_dir=$BASE_DIR
-tiny_dir=$(dirname "$base_dir")/tiny
 train_dir=$OUTPUT_DIR/train
 merged_dir=$OUTPUT_DIR/merged
 
@@ -273,16 +288,10 @@ elif [[ $DRY_RUN == 0 && " ${stages[*]} " == *" train "* && ! -f $train_dir.comm
 fi
 
 # --- build ---
-if [[ $LANGUAGE_MODEL == tiny || $VISION_MODEL == tiny ]]; then
-    run_stage build "$tiny_dir" "$ANNOTATIONS" python -m meme_llava.tiny_towers --annotations "$ANNOTATIONS" --output_dir "$tiny_dir"
-fi
-language_model=$LANGUAGE_MODEL vision_model=$VISION_MODEL
-[[ $language_model != tiny ]] || language_model=$tiny_dir/language_model
-[[ $vision_model != tiny ]] || vision_model=$tiny_dir/vision_tower
-base_inputs=
-[[ $LANGUAGE_MODEL != tiny && $VISION_MODEL != tiny ]] || base_inputs=$tiny_dir/run_record.json
-run_stage build "$base_dir" "$base_inputs" python build_base_model.py --language_model "$language_model" \
-    --vision_model "$vision_model" --image_policy "$IMAGE_POLICY" --output_dir "$base_dir"
+# Where two towers were trained together, the record of that lies beside their folders.
+base_inputs=$(printf '%s\n' "$LANGUAGE_MODEL/config.json" "$LANGUAGE_MODEL/../run_record.json" "$VISION_MODEL/config.json")
+run_stage build "$base_dir" "$base_inputs" python build_base_model.py --language_model "$LANGUAGE_MODEL" \
+    --vision_model "$VISION_MODEL" --image_policy "$IMAGE_POLICY" --output_dir "$base_dir"
 
 # --- train ---
 resume=("${resume_training[@]}")
@@ -305,20 +314,24 @@ run_stage merge "$merged_dir" "$train_dir/run_record.json" \
 # --- infer ---
 if [[ " ${stages[*]} " == *" infer "* ]]; then
     require infer "$merged_dir" merge
-    # What was left out of training is no true answer to ask for.
-    left_out=()
-    [[ ! -f $train_dir/quarantine.jsonl ]] || left_out=(--quarantine "$train_dir/quarantine.jsonl")
-    execute python infer.py --model "$merged_dir" --annotations "$ANNOTATIONS" --image_folder "$IMAGE_FOLDER" --limit 100 "${left_out[@]}"
+    if [[ $eval_annotations == none ]]; then
+        # What was left out of training is no true answer to ask for.
+        asked=(--annotations "$ANNOTATIONS" --image_folder "$IMAGE_FOLDER" --limit 100)
+        [[ ! -f $train_dir/quarantine.jsonl ]] || asked+=(--quarantine "$train_dir/quarantine.jsonl")
+    else
+        asked=(--annotations "$eval_annotations" --image_folder "$eval_image_folder" --limit 20)
+    fi
+    execute python infer.py --model "$merged_dir" "${asked[@]}"
 fi
 
 # --- evaluate ---
 record=metrics.json
 require evaluate "$base_dir" build
 require evaluate "$merged_dir" merge
-evaluation=(--annotations "$EVAL_ANNOTATIONS" --image_folder "$EVAL_IMAGE_FOLDER")
-run_stage evaluate "$OUTPUT_DIR/scores_before" "$EVAL_ANNOTATIONS"$'\n'"$base_dir/run_record.json" \
+evaluation=(--annotations "$eval_annotations" --image_folder "$eval_image_folder")
+run_stage evaluate "$OUTPUT_DIR/scores_before" "$eval_annotations"$'\n'"$base_dir/run_record.json" \
     python evaluate.py --model "$base_dir" "${evaluation[@]}" --output_dir "$OUTPUT_DIR/scores_before"
-run_stage evaluate "$OUTPUT_DIR/scores" "$EVAL_ANNOTATIONS"$'\n'"$merged_dir/run_record.json" \
+run_stage evaluate "$OUTPUT_DIR/scores" "$eval_annotations"$'\n'"$merged_dir/run_record.json" \
     python evaluate.py --model "$merged_dir" "${evaluation[@]}" --output_dir "$OUTPUT_DIR/scores" --compare_with "$OUTPUT_DIR/scores_before"
 
 if [[ $DRY_RUN == 0 && -d $merged_dir ]]; then

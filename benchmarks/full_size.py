@@ -38,7 +38,7 @@ from full_size_runs import GB, TAIL, Bench, Run, read_kilobytes  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 
 BENCHMARKS = ROOT / "benchmarks"
-MEME = ROOT / "data" / "images" / "meme_000.png"
+MEME = ROOT / "data" / "images" / "meme_000000.jpg"
 OPTIONAL_STEPS = ("check", "infer", "verify", "peft")
 SOURCES = ("language_model", "vision_tower")
 MADE = (*SOURCES, "base", "adapter", "merged", "copy", "logs")

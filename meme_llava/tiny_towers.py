@@ -1,13 +1,9 @@
 """Knows how to make a tiny random language model and vision tower, laid out as the hub's real ones are.
 
-Qwen2's architecture and tokenizer format, and a two-tower Chinese-CLIP in a `pytorch_model.bin`. There are two kinds.
-The embedded default of run.sh and the tests train on ones that know the words of some annotations and only memorise:
+Qwen2's architecture and tokenizer format, and a two-tower Chinese-CLIP in a `pytorch_model.bin`. Those of the command
+line can learn to read every character of an alphabet; data/tiny/pretrain.sh makes them and teaches them:
 
-    python -m meme_llava.tiny_towers --annotations data/annotations.json --output_dir output/tiny
-
-Larger ones can learn to read every character of an alphabet, from the lessons of data/draw_lessons.py:
-
-    python -m meme_llava.tiny_towers --alphabet alphabet.txt --output_dir output/readers
+    python -m meme_llava.tiny_towers --alphabet alphabet.txt --output_dir output/towers
 """
 
 import json
@@ -25,7 +21,6 @@ from meme_llava.checkpoint import RUN_RECORD, describe_environment, write_direct
 from meme_llava.conversation import DEFAULT_SYSTEM
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.model import quiet_transformers
-from meme_llava.records import read_records
 
 ALPHABET_WEIGHT = 50
 PROMPT_WORDS_WEIGHT = 100  # the words of every prompt count like those of a hundred records
@@ -36,11 +31,6 @@ QWEN2_SPLIT = (
 # Transformers' 0.02 suits wide models; in narrow ones it would let a random layer pass on almost nothing.
 INITIALIZER_RANGE = 0.07
 VISION_INITIALIZER_FACTOR = 3.0
-DIMENSIONS = {
-    "language_model": {"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 384},
-    "vision_tower": {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 192},
-}
-MEMORISER_IMAGE_SIZE = 112  # pixels
 # What a small model needs in order to learn reading from nothing, found by trial. Tied embeddings carry what is learned
 # about copying one character over to all. With a larger factor the random layers of the tower drown the pixels.
 READER_LANGUAGE_MODEL = {
@@ -77,26 +67,13 @@ READER_PATCH_DEVIATION = 0.02
 @dataclass
 class TinyTowersArguments:
     output_dir: Path = field(metadata={"help": "gets the folders language_model and vision_tower"})
-    annotations: Path | None = field(
-        default=None, metadata={"help": "annotation file whose words the tokenizer learns; the towers only memorise"}
-    )
-    alphabet: Path | None = field(
-        default=None,
-        metadata={"help": "text file, each of whose characters becomes a token; the towers can learn to read"},
-    )
+    alphabet: Path = field(metadata={"help": "text file, each of whose characters becomes a token"})
     copier: bool = field(
         default=False,
-        metadata={"help": "with --alphabet: a language model that can only copy; the vision tower has to recognise"},
+        metadata={"help": "a language model that can only copy; the vision tower has to recognise"},
     )
     seed: int = field(default=0, metadata={"help": "draws the weights"})
     overwrite: bool = field(default=False, metadata={"help": "replace an existing output directory"})
-
-    def __post_init__(self) -> None:
-        """Stop unless there is one source of tokens."""
-        if (self.annotations is None) == (self.alphabet is None):
-            raise UserError("give either --annotations or --alphabet")
-        if self.copier and not self.alphabet:
-            raise UserError("--copier belongs to --alphabet, which is not there; add it")
 
 
 def read_alphabet(path: Path) -> list[str]:
@@ -155,7 +132,6 @@ def make_language_model(folder: Path, texts: list[str], seed: int, vocabulary_si
         eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
         bos_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
         **{
-            **DIMENSIONS["language_model"],
             "num_key_value_heads": 2,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
             "initializer_range": INITIALIZER_RANGE,
@@ -176,7 +152,6 @@ def make_vision_tower(folder: Path, image_size: int, seed: int, shows_places: bo
     torch.manual_seed(seed + 1)
     config = ChineseCLIPConfig(
         vision_config={
-            **DIMENSIONS["vision_tower"],
             "image_size": image_size,
             "patch_size": 14,
             "initializer_factor": VISION_INITIALIZER_FACTOR,
@@ -233,15 +208,9 @@ def main(argv: list[str] | None = None) -> None:
     """Make both towers."""
     arguments = parse_arguments(TinyTowersArguments, argv, description=__doc__)
     with write_directory(arguments.output_dir, arguments.overwrite) as folder:
+        alphabet = read_alphabet(arguments.alphabet)
         language_folder, vision_folder = folder / "language_model", folder / "vision_tower"
-        if arguments.annotations:
-            records, _ = read_records(arguments.annotations)
-            texts = [turn.text for record in records for turn in record.turns]
-            make_language_model(language_folder, texts, arguments.seed)
-            make_vision_tower(vision_folder, MEMORISER_IMAGE_SIZE, arguments.seed)
-        else:
-            alphabet = read_alphabet(arguments.alphabet)
-            make_reader(language_folder, vision_folder, alphabet, arguments.seed, arguments.copier)
+        make_reader(language_folder, vision_folder, alphabet, arguments.seed, arguments.copier)
         record = {"stage": "tiny_towers", "settings": to_plain(arguments), "environment": describe_environment()}
         write_json(folder / RUN_RECORD, record)
     print(f"tiny random language model and vision tower: {arguments.output_dir}")

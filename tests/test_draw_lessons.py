@@ -275,12 +275,6 @@ def test_a_copier_has_one_layer_with_one_head(lessons, tmp_path):
     assert config.intermediate_size == 64
 
 
-def test_a_copier_of_the_memorisers_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        tiny_towers.main(["--annotations", "a.json", "--copier", "--output_dir", str(tmp_path / "towers")])
-    assert "--copier belongs to --alphabet, which is not there; add it" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(("content", "message"), [(None, "cannot be read"), (" \n", "has no characters")])
 def test_an_alphabet_without_characters_is_refused(tmp_path, capsys, content, message):
     path = tmp_path / "alphabet.txt"
@@ -291,11 +285,3 @@ def test_an_alphabet_without_characters_is_refused(tmp_path, capsys, content, me
     assert stop.value.code == 2
     assert f"--alphabet {path} {message}" in capsys.readouterr().err
     assert not (tmp_path / "towers").exists()
-
-
-@pytest.mark.parametrize("flags", [[], ["--alphabet", "alphabet.txt", "--annotations", "annotations.json"]])
-def test_towers_need_one_source_of_tokens(tmp_path, capsys, flags):
-    with pytest.raises(SystemExit) as stop:
-        tiny_towers.main([*flags, "--output_dir", str(tmp_path / "towers")])
-    assert stop.value.code == 2
-    assert "give either --annotations or --alphabet" in capsys.readouterr().err

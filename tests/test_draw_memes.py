@@ -16,15 +16,11 @@ from meme_llava.images import ImagePolicy
 from meme_llava.tiny_towers import train_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+from draw_lessons import list_lesson_alphabet  # noqa: E402
 from meme_characters import MOODS  # noqa: E402
 from meme_lines import LINES, LineSource, is_unseen, list_alphabet, list_readable  # noqa: E402
 
 DATA = Path(__file__).resolve().parent.parent / "data"
-
-
-@pytest.fixture(scope="module")
-def records() -> list[dict]:
-    return json.loads((DATA / "annotations.json").read_text(encoding="utf-8"))
 
 
 def load(folder: Path, max_length: int = 512):
@@ -52,43 +48,58 @@ def read_all(folder: Path) -> dict[str, bytes]:
 # ---- The committed memes ----
 
 
-def test_the_hundred_committed_records_train_without_a_problem_or_a_cut():
-    loaded = load(DATA)
-    assert len(loaded.dataset) == 100
+@pytest.fixture(scope="module", params=[("", 400, 3, 300), ("unseen", 200, 2, 0)], ids=["sample memes", "unseen memes"])
+def committed(request) -> tuple[Path, int, int, int]:
+    """A folder, its number of memes, the records of each, and its number of pages of letters."""
+    name, memes, tasks, pages = request.param
+    return DATA / name, memes, tasks, pages
+
+
+def test_the_committed_records_train_without_a_problem_or_a_cut(committed):
+    folder, memes, tasks, pages = committed
+    loaded = load(folder)
+    assert len(loaded.dataset) == memes * tasks + pages
     assert loaded.checked.bad == {} and loaded.cut_records == []
-    assert loaded.dataset.image_counts.tolist() == [1] * 100
+    assert len(loaded.dataset.image_paths) == memes + pages
     # Every picture decodes, and not only its header.
-    assert all(loaded.dataset[index]["pictures"][0].shape == (3, 112, 112) for index in range(100))
+    one_of_each = [*range(0, memes * tasks, tasks), *range(memes * tasks, len(loaded.dataset))]
+    assert all(loaded.dataset[index]["pictures"][0].shape == (3, 112, 112) for index in one_of_each)
 
 
-def test_the_committed_pictures_are_those_of_the_records_and_stay_small(records):
-    named = sorted(record["image"] for record in records)
-    found = sorted(f"images/{path.name}" for path in (DATA / "images").iterdir())
-    assert named == found and len(set(found)) == 100
-    assert sum(path.stat().st_size for path in (DATA / "images").iterdir()) < 3_000_000
+def test_the_committed_pictures_are_those_of_the_records_and_stay_small(committed):
+    folder, memes, tasks, pages = committed
+    named = sorted(record["image"] for record in read_drawn(folder))
+    files = list((folder / "images").iterdir())
+    found = sorted(f"images/{path.name}" for path in files if path.name.startswith("meme_"))
+    drawn_pages = sorted(f"images/{path.name}" for path in files if "_fields_" in path.name)
+    assert named == sorted(found * tasks + drawn_pages)
+    assert (len(found), len(drawn_pages), len(files)) == (memes, pages, memes + pages)
+    assert sum(path.stat().st_size for path in files) < 16_000 * memes + 45_000 * pages
     # What the files are follows their names, and several kinds that memes come in are among them.
     kinds = set()
-    for path in (DATA / "images").iterdir():
+    for path in files:
         with Image.open(path) as image:
             assert image.format == {".jpg": "JPEG", ".png": "PNG"}[path.suffix]
             kinds.add((image.format, image.mode))
     assert kinds == {("JPEG", "RGB"), ("PNG", "RGB"), ("PNG", "P"), ("PNG", "RGBA")}
 
 
-def test_the_committed_texts_differ_and_stand_in_their_answers(records):
-    texts = [record["text"] for record in records if record["text"]]
+def test_the_committed_texts_differ(committed):
+    folder, memes, _, _ = committed
+    texts = [record["text"] for record in read_drawn(folder) if record.get("task") == "text" and record["text"]]
     # A text that stood in two pictures could be answered without looking at which one it is.
-    assert len(texts) == len(set(texts)) == 95
-    for record in records:
-        question, answer = record["conversations"]
-        assert (question["from"], answer["from"]) == ("human", "gpt")
-        assert question["value"].startswith("<image>\n") and len(question["value"]) > len("<image>\n")
-        assert record["character"] in answer["value"] and record["mood"] in answer["value"]
-        if record["text"]:
-            assert f"“{record['text']}”" in answer["value"]
-        else:
-            assert "“" not in answer["value"]
-    assert [record["id"] for record in records] == [f"meme_{index:03d}" for index in range(100)]
+    assert len(texts) == len(set(texts)) == memes * 9 // 10
+
+
+def test_the_committed_alphabet_is_that_of_the_lessons():
+    assert (DATA / "alphabet.txt").read_text(encoding="utf-8") == list_lesson_alphabet() + "\n"
+
+
+def test_no_line_of_the_unseen_memes_is_trained_on():
+    seen, unseen = (
+        {record["text"] for record in read_drawn(folder) if "text" in record} for folder in (DATA, DATA / "unseen")
+    )
+    assert seen & unseen == {""}
 
 
 # ---- Drawing new ones ----

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import IMAGE_SIZE, train_flags
+from conftest import IMAGE_SIZE, LANGUAGE_DIMENSIONS, train_flags
 from transformers import AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
 
 import build_base_model
@@ -92,7 +92,9 @@ def test_a_feature_scale_of_nothing_is_refused(world, model, tmp_path, capsys):
 
 
 def test_other_towers_are_refused(world, model, tmp_path, capsys):
-    make_language_model(tmp_path / "other" / "language_model", ["我太难了"], seed=0, hidden_size=64)
+    make_language_model(
+        tmp_path / "other" / "language_model", ["我太难了"], seed=0, **{**LANGUAGE_DIMENSIONS, "hidden_size": 64}
+    )
     shutil.copytree(world.vision_tower, tmp_path / "other" / "vision_tower")
     with pytest.raises(SystemExit) as stop:
         split(model, tmp_path / "other", tmp_path / "towers")

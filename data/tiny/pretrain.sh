@@ -36,7 +36,7 @@ teach() {
     local lessons=$WORK_DIR/$name/lessons
     shift 4
     BASE_DIR=$base OUTPUT_DIR=$WORK_DIR/$name ANNOTATIONS=$lessons/annotations.json IMAGE_FOLDER=$lessons \
-        TRAIN_TYPE=${train_type:-full} EPOCHS=1 HIGH_LR=$high_lr LOW_LR=$low_lr WARMUP_RATIO=0.05 \
+        EVAL_ANNOTATIONS=none TRAIN_TYPE=${train_type:-full} EPOCHS=1 HIGH_LR=$high_lr LOW_LR=$low_lr WARMUP_RATIO=0.05 \
         GLOBAL_BATCH=${batch:-16} DEVICE_BATCH=${device_batch:-8} GPUS=cpu:$processes \
         bash run.sh train merge --precision "$precision" --save_steps 250 --allow loop duplicate_caption "$@"
 }
