@@ -67,7 +67,7 @@ class Answerer:
     ) -> Answer:
         """The greedy answer about one picture."""
         inputs = self.build_inputs(image, question, system)
-        return self._generate(inputs, max_new_tokens, streamer=streamer)[0]
+        return self._generate(inputs, max_new_tokens, streamer)[0]
 
     @torch.inference_mode()
     def answer_together(
@@ -86,18 +86,21 @@ class Answerer:
             for name, value in (("input_ids", self.padding_id), ("attention_mask", 0))
         }
         padded["pixel_values"] = torch.cat([inputs["pixel_values"] for inputs in batch])  # (questions, 3, size, size)
-        return self._generate(padded, max_new_tokens, pad_token_id=self.padding_id)
+        return self._generate(padded, max_new_tokens)
 
     @property
     def padding_id(self) -> int:
         """What fills up prompts and ended answers; the attention mask hides it."""
         return self.generation_config.eos_token_id[0]
 
-    def _generate(self, inputs: dict[str, torch.Tensor], max_new_tokens: int, **options) -> list[Answer]:
-        """The answer to every prompt of the inputs; `options` are those of transformers' generate()."""
+    def _generate(
+        self, inputs: dict[str, torch.Tensor], max_new_tokens: int, streamer: TextStreamer | None = None
+    ) -> list[Answer]:
+        """The answer to every prompt of the inputs."""
         generation_config = copy.copy(self.generation_config)
         generation_config.max_new_tokens = max_new_tokens
-        output = self.model.generate(**inputs, generation_config=generation_config, **options)
+        generation_config.pad_token_id = self.padding_id
+        output = self.model.generate(**inputs, generation_config=generation_config, streamer=streamer)
         return [self._read_answer(ids) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
 
     def _read_answer(self, new_ids: list[int]) -> Answer:

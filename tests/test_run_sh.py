@@ -133,7 +133,9 @@ def test_machines_but_the_first_only_train():
 def test_a_hostfile_starts_the_other_machines(tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("node-a slots=8\n# spare\n  node-b slots=8\n\n")
-    first, second = sorted(dry_run("train", "--save_steps", "5", HOSTFILE=str(hosts), **REAL_RUN | {"GPUS": "4"}))
+    # A finished training in OUTPUT_DIR would leave the other machines nothing to do.
+    variables = REAL_RUN | {"GPUS": "4", "HOSTFILE": str(hosts), "OUTPUT_DIR": str(tmp_path / "output")}
+    first, second = sorted(dry_run("train", "--save_steps", "5", **variables))
     assert first.startswith(f"{LAUNCHER} 4 --nodes 2 --node_rank 0 --master_addr node-a --master_port 29500")
     assert second.startswith("ssh -o BatchMode=yes node-b ")
     assert f"cd {ROOT} && env LANGUAGE_MODEL=Qwen/Qwen2-7B-Instruct " in second
