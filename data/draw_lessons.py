@@ -52,7 +52,6 @@ LESSONS = {
     "spelled_fields": "spelled pages with 2 to 4 different letters, one in every patch: what is in each patch?",
     "spelled_texts": "spelled scenes: what is the text?",
     "spelled_moods": "spelled scenes with a figure, whose mood is marked: what is the mood?",
-    "spelled_groups": "spelled pages of 1, 4 or 9 figures, whose moods are marked: what is the mood of each?",
     "full_fields": "pictures with a letter in the middle of every patch: what is in each patch?",
     "crowded_fields": "pictures of pages with as many letters as they hold: what is in each patch?",
     "crowded_texts": "the same: what is the text?",
@@ -83,13 +82,11 @@ def plan_lesson(
     if lesson == "copies":
         text = draw_row(rng, rng.randint(1, 16))
         return write_record(identifier, text, rng.choice(TEXT_QUESTIONS), text), None
-    if lesson in ("group_fields", "groups", "spelled_groups"):
+    if lesson.startswith("group"):
         group = plan_group(identifier, rng)
         if lesson == "group_fields":
             return write_record(identifier, "<image>", FIELD_QUESTION, group.field), group
         question = GROUP_QUESTION if len(group.figures) > 1 else rng.choice(MOOD_QUESTIONS)
-        if lesson == "spelled_groups":
-            return write_record(identifier, group.field, question, group.answer), None
         return write_record(identifier, "<image>", question, group.answer), group
     sizes, is_plain = (arguments.smallest, arguments.largest), rng.random() < arguments.plain
     if lesson == "spelled_fields":
