@@ -293,7 +293,7 @@ def test_whole_chain_ends_with_answers_and_places(chain):
 
 
 def test_the_embedded_default_learns_to_read_unseen_memes(chain):
-    """A quarter of its training is enough to see it; the bounds leave room for another order of sums."""
+    """A third of its training is enough to see it; the bounds leave room for another order of sums."""
     output, _, _ = chain
     assert len(read_losses(output / "train")) == 188  # 1,500 records, 8 a step
     before, after = (
