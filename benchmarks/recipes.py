@@ -1,6 +1,7 @@
 """What each part of the recipe is worth: the embedded default beside variants of it, three seeds each.
 
     python benchmarks/recipes.py --work_dir output/recipes                       # everything, about two hours
+    python benchmarks/recipes.py --work_dir output/recipes --precision bf16      # faster on CPUs with AVX512_BF16
     python benchmarks/recipes.py --work_dir output/recipes --recipes default all_low --seeds 0
 
 Every variant builds a base with a fresh projector from data/tiny, trains it with run.sh on the sample memes and is
@@ -37,6 +38,8 @@ HIGH, LOW = "2e-3", "5e-4"  # as run.sh has them
 MIDDLE = "1e-3"  # their geometric mean
 QKV = ["--lora_vision_modules", "q_proj", "k_proj", "v_proj"]
 SMOOTHED_STEPS = 25
+UNSEEN = ROOT / "data" / "unseen"
+METRICS = Path("scores", "metrics.json")  # in the folder of a run
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,10 @@ class Command:
     variables: dict[str, str]
 
 
-def list_commands(name: str, seed: int, work_dir: Path) -> list[Command]:
+def list_commands(name: str, seed: int, precision: str, work_dir: Path) -> list[Command]:
     """The commands of a run, in their order."""
     recipe, base, output = RECIPES[name], work_dir / f"base_{seed}", work_dir / f"{name}_{seed}"
-    flags = [*recipe.flags, "--seed", str(seed)]
+    flags = [*recipe.flags, "--precision", precision, "--seed", str(seed)]
     # `active`: run.sh takes the Python that runs this.
     common = {"VENV": "active", "GPUS": "cpu", **recipe.variables}
     commands = []
@@ -101,7 +104,12 @@ def list_commands(name: str, seed: int, work_dir: Path) -> list[Command]:
         commands.append(Command(["bash", "run.sh", "train", "merge", *flags], common | variables))
         base = first / "merged"
     variables = {"EPOCHS": str(EPOCHS - recipe.projector_epochs), "BASE_DIR": str(base), "OUTPUT_DIR": str(output)}
-    commands.append(Command(["bash", "run.sh", "train", "merge", "evaluate", *flags], common | variables))
+    commands.append(Command(["bash", "run.sh", "train", "merge", *flags], common | variables))
+    if not (output / METRICS).is_file():
+        # run.sh would ask the base about them, too, every time.
+        words = [sys.executable, "evaluate.py", "--model", str(output / "merged"), "--output_dir"]
+        words += [str((output / METRICS).parent), "--annotations", str(UNSEEN / "annotations.json")]
+        commands.append(Command([*words, "--image_folder", str(UNSEEN)], {}))
     return commands
 
 
@@ -114,9 +122,9 @@ def make_base(seed: int, work_dir: Path) -> None:
         run_command(Command(words, {}), work_dir / f"base_{seed}.log")
 
 
-def run_recipe(name: str, seed: int, work_dir: Path) -> None:
+def run_recipe(name: str, seed: int, precision: str, work_dir: Path) -> None:
     """Do what is not done yet of a run. Raises UserError if one of its commands fails."""
-    for command in list_commands(name, seed, work_dir):
+    for command in list_commands(name, seed, precision, work_dir):
         run_command(command, work_dir / f"{name}_{seed}.log")
     print(f"{name}, seed {seed}: done", flush=True)
 
@@ -133,7 +141,7 @@ def run_command(command: Command, log: Path) -> None:
 
 def read_outcome(output_dir: Path) -> Outcome | None:
     """The outcome of a run, or None if it is not finished."""
-    metrics = output_dir / "scores" / "metrics.json"
+    metrics = output_dir / METRICS
     if not metrics.is_file():
         return None
     scores = json.loads(metrics.read_text(encoding="utf-8"))["scores"]
@@ -215,7 +223,11 @@ def main(argv: list[str] | None = None) -> None:
         make_base(seed, work_dir)
     with concurrent.futures.ThreadPoolExecutor(arguments.parallel) as pool:
         # Seed by seed, so that an interrupted benchmark has compared all recipes with some seeds.
-        runs = [pool.submit(run_recipe, name, seed, work_dir) for seed in arguments.seeds for name in arguments.recipes]
+        runs = [
+            pool.submit(run_recipe, name, seed, arguments.precision, work_dir)
+            for seed in arguments.seeds
+            for name in arguments.recipes
+        ]
         for done in concurrent.futures.as_completed(runs):
             done.result()
     outcomes = read_outcomes(work_dir)
@@ -232,6 +244,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work_dir", type=Path, required=True, help="gets bases, runs and results; kept between calls")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--precision", default="fp32", help="of the training, as train.py takes it")
     parser.add_argument("--parallel", type=int, default=2, help="runs at once, each on one CPU core")
     arguments = parser.parse_args(argv)
     if arguments.parallel < 1:

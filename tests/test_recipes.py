@@ -15,15 +15,16 @@ from meme_llava.errors import UserError  # noqa: E402
 
 
 def list_differences(name, tmp_path):
-    (command,) = recipes.list_commands(name, 1, tmp_path)
+    command, evaluation = recipes.list_commands(name, 1, "bf16", tmp_path)
+    assert evaluation.words[1:4] == ["evaluate.py", "--model", str(tmp_path / f"{name}_1" / "merged")]
     variables = {
         **{"VENV": "active", "GPUS": "cpu", "EPOCHS": str(recipes.EPOCHS)},
         **{"BASE_DIR": str(tmp_path / "base_1"), "OUTPUT_DIR": str(tmp_path / f"{name}_1")},
     }
     assert variables.items() <= command.variables.items()
-    assert command.words[:5] == ["bash", "run.sh", "train", "merge", "evaluate"]
-    assert command.words[-2:] == ["--seed", "1"]
-    return {key: command.variables[key] for key in command.variables.keys() - variables.keys()}, command.words[5:-2]
+    assert command.words[:4] == ["bash", "run.sh", "train", "merge"]
+    assert command.words[-4:] == ["--precision", "bf16", "--seed", "1"]
+    return {key: command.variables[key] for key in command.variables.keys() - variables.keys()}, command.words[4:-4]
 
 
 @pytest.mark.parametrize(
@@ -50,13 +51,20 @@ def test_rates_and_passes_of_the_default_are_those_of_run_sh():
 
 
 def test_the_second_stage_begins_with_what_the_first_one_merged(tmp_path):
-    first, second = recipes.list_commands("two_stages", 2, tmp_path)
-    assert first.words == ["bash", "run.sh", "train", "merge", "--seed", "2"]
+    first, second, _ = recipes.list_commands("two_stages", 2, "fp32", tmp_path)
+    assert first.words == ["bash", "run.sh", "train", "merge", "--precision", "fp32", "--seed", "2"]
     assert first.variables["TRAIN_TYPE"] == "projector"
     assert first.variables["BASE_DIR"] == str(tmp_path / "base_2")
     assert second.variables["BASE_DIR"] == first.variables["OUTPUT_DIR"] + "/merged"
     assert "TRAIN_TYPE" not in second.variables
     assert int(first.variables["EPOCHS"]) + int(second.variables["EPOCHS"]) == recipes.EPOCHS
+
+
+def test_what_is_evaluated_is_not_asked_again(tmp_path):
+    write_run(tmp_path / "default_0", 0.1, [3.0])
+    (training,) = recipes.list_commands("default", 0, "fp32", tmp_path)
+    # run.sh compares its settings with those that the run was made with.
+    assert training.words[:4] == ["bash", "run.sh", "train", "merge"]
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
