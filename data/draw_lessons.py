@@ -80,7 +80,7 @@ def plan_lesson(
 ) -> tuple[dict, Page | Group | None]:
     """The record of a lesson other than a meme, and its page if that is to be drawn."""
     if lesson == "copies":
-        text = draw_row(rng, rng.randint(1, 16))
+        text = draw_row(rng, rng.randint(1, 16), arguments.words)
         return write_record(identifier, text, rng.choice(TEXT_QUESTIONS), text), None
     if lesson.startswith("group"):
         group = plan_group(identifier, rng)

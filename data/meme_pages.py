@@ -88,7 +88,7 @@ def get_source() -> LineSource:
     return LineSource(unseen=False)
 
 
-def draw_row(rng: random.Random, length: int, words: float = 0.5) -> str:
+def draw_row(rng: random.Random, length: int, words: float) -> str:
     """Characters or, for a share of `words`, words, cut to `length`."""
     if rng.random() >= words:
         return get_source().draw_characters(rng, length)
