@@ -36,8 +36,8 @@ from meme_pages import (
     PATCHES,
     SIDE,
     Page,
+    RowKind,
     draw_page,
-    draw_row,
     get_source,
     plan_crowded_page,
     plan_full_page,
@@ -79,8 +79,11 @@ def plan_lesson(
     lesson: str, identifier: str, rng: random.Random, arguments: argparse.Namespace
 ) -> tuple[dict, Page | Group | None]:
     """The record of a lesson other than a meme, and its page if that is to be drawn."""
+    # A field has one answer for a patch, and a spelled page is one.
+    share_patches = arguments.share_patches and lesson in ("crowded_texts", "scene_texts")
+    kind = RowKind(arguments.smallest, arguments.largest, arguments.words, arguments.few, share_patches)
     if lesson == "copies":
-        text = draw_row(rng, rng.randint(1, 16), arguments.words)
+        text = kind.draw_text(rng, rng.randint(1, 16))
         return write_record(identifier, text, rng.choice(TEXT_QUESTIONS), text), None
     if lesson.startswith("group"):
         group = plan_group(identifier, rng)
@@ -88,19 +91,19 @@ def plan_lesson(
             return write_record(identifier, "<image>", FIELD_QUESTION, group.field), group
         question = GROUP_QUESTION if len(group.figures) > 1 else rng.choice(MOOD_QUESTIONS)
         return write_record(identifier, "<image>", question, group.answer), group
-    sizes, is_plain = (arguments.smallest, arguments.largest), rng.random() < arguments.plain
+    is_plain = rng.random() < arguments.plain
     if lesson == "spelled_fields":
         characters = get_source().draw_characters(rng, rng.randint(2, 4))
         page = plan_full_page(identifier, rng.choices(characters, k=PATCHES**2), is_plain=True)
     elif lesson == "full_fields":
         page = plan_full_page(identifier, get_source().draw_characters(rng, PATCHES**2), is_plain)
     elif lesson.startswith("crowded"):
-        page = plan_crowded_page(identifier, rng, *sizes, is_plain, arguments.words)
+        page = plan_crowded_page(identifier, rng, kind, is_plain)
     else:
         most_letters = PATCHES**2 if lesson == "scene_fields" else arguments.most_letters
         page = None
         while page is None or lesson == "spelled_moods" and not page.figure:
-            page = plan_scene(identifier, rng, *sizes, is_plain, arguments.words, most_letters)
+            page = plan_scene(identifier, rng, kind, is_plain, most_letters)
     question, answer = rng.choice(TEXT_QUESTIONS), page.text or f"{NO_TEXT}。"
     if lesson.endswith("fields"):
         question, answer = FIELD_QUESTION, page.field
@@ -152,6 +155,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--most_letters", type=int, default=16, help="in a scene, unless its field is asked for")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="records for each meme")
     parser.add_argument("--words", type=float, default=0.5, help="share of a page's rows made of words, not characters")
+    parser.add_argument(
+        "--few", type=float, default=0, help="share of a page's rows in which two or three characters keep coming again"
+    )
+    parser.add_argument("--share_patches", action="store_true", help="texts may have several letters in a patch")
     parser.add_argument("--plain", type=float, default=0, help="share of pages dark on white, with nothing worn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, help="draw with so many")
@@ -165,7 +172,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--processes must be at least 1")
     if arguments.most_letters < 1:
         parser.error("--most_letters must be at least 1")
-    for name in ("words", "plain"):
+    for name in ("words", "few", "plain"):
         if not 0 <= getattr(arguments, name) <= 1:
             parser.error(f"--{name} must be 0 to 1")
     if not 4 <= arguments.smallest <= arguments.largest <= SIDE:

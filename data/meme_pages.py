@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from meme_characters import MOODS
 from meme_fonts import FontFace, load_font
-from meme_lines import LineSource
+from meme_lines import ALPHABET, LineSource
 from meme_pictures import (
     OVERSIZE,
     Box,
@@ -32,6 +32,7 @@ from PIL import Image, ImageDraw
 SIDE = 160  # pixels
 PATCHES = 10  # a side
 BLANK = "□"
+NARROW = [character for character in ALPHABET if not is_wide(character)]
 MOOD_MARKS = dict(zip(MOODS, "①②③④⑤⑥⑦⑧⑨⑩", strict=True))  # a mood in one character, and one that no line has
 
 
@@ -65,7 +66,7 @@ def write_field(letters: Iterable[Letter]) -> str:
 
 @dataclass(frozen=True)
 class Page:
-    """Letters in reading order, no two in the same patch."""
+    """Letters in reading order. A field shows one of those that share a patch."""
 
     identifier: str
     letters: list[Letter]
@@ -88,14 +89,49 @@ def get_source() -> LineSource:
     return LineSource(unseen=False)
 
 
-def draw_row(rng: random.Random, length: int, words: float) -> str:
-    """Characters or, for a share of `words`, words, cut to `length`."""
-    if rng.random() >= words:
-        return get_source().draw_characters(rng, length)
-    row = ""
-    while len(row) < length:
-        row += get_source().compose(rng)
-    return row[:length]
+@dataclass(frozen=True)
+class RowKind:
+    """How rows of letters are drawn.
+
+    Args:
+        smallest, largest: letter sizes in pixels.
+        few: share of the rows in which two or three characters keep coming again, so that only its place tells which
+            one is next; a third of these are digits or Latin letters.
+        words: share of the others that are made of words; the rest are characters by chance.
+        share_patches: keep letters whose middles lie in the same patch, instead of the first of them.
+    """
+
+    smallest: float
+    largest: float
+    words: float
+    few: float = 0
+    share_patches: bool = False
+
+    def draw_text(self, rng: random.Random, length: int) -> str:
+        # Without `few` nothing is drawn for it: seeds give what they gave before there was any.
+        if self.few and rng.random() < self.few:
+            count = rng.randint(2, 3)
+            few = rng.sample(NARROW, count) if rng.random() < 1 / 3 else get_source().draw_characters(rng, count)
+            return "".join(rng.choices(few, k=length))
+        if rng.random() >= self.words:
+            return get_source().draw_characters(rng, length)
+        row = ""
+        while len(row) < length:
+            row += get_source().compose(rng)
+        return row[:length]
+
+    def draw_size(self, rng: random.Random) -> float:
+        """A letter size in pixels, each doubling as likely as the others."""
+        return math.exp(rng.uniform(math.log(self.smallest), math.log(self.largest)))
+
+    def keep_letters(self, letters: Iterable[Letter]) -> list[Letter]:
+        """Those that the page has room for, in their order."""
+        if self.share_patches:
+            return list(letters)
+        first: dict[int, Letter] = {}
+        for letter in letters:
+            first.setdefault(letter.patch, letter)
+        return list(first.values())
 
 
 def plan_full_page(identifier: str, characters: Sequence[str], is_plain: bool) -> Page:
@@ -107,35 +143,24 @@ def plan_full_page(identifier: str, characters: Sequence[str], is_plain: bool) -
     return Page(identifier, letters, is_plain)
 
 
-def plan_crowded_page(
-    identifier: str, rng: random.Random, smallest: float, largest: float, is_plain: bool, words: float
-) -> Page:
-    """Rows of letters of one size between `smallest` and `largest` pixels, as many as fit: the more, the more is
-    learned from a page."""
-    size = draw_size(rng, smallest, largest)
+def plan_crowded_page(identifier: str, rng: random.Random, kind: RowKind, is_plain: bool) -> Page:
+    """Rows of letters of one size, as many as fit: the more, the more is learned from a page."""
+    size = kind.draw_size(rng)
     step, row_step = (size * rng.choice((1, 1, rng.uniform(1, 1.2))) for _ in range(2))
     gaps = rng.choice((0, 0, 0, 0.1))  # share of places left out
     row_length, row_count = (int((SIDE - size) / length) + 1 for length in (step, row_step))
     top = rng.uniform(0, SIDE - size - row_step * (row_count - 1))
-    letters: dict[int, Letter] = {}
+    letters = []
     for number in range(row_count):
         left = rng.uniform(0, SIDE - size - step * (row_length - 1))
-        for place, character in enumerate(draw_row(rng, row_length, words)):
+        for place, character in enumerate(kind.draw_text(rng, row_length)):
             letter = Letter(character, left + size / 2 + step * place, top + size / 2 + row_step * number, size)
             if rng.random() >= gaps:
-                letters.setdefault(letter.patch, letter)
-    return Page(identifier, list(letters.values()), is_plain)
+                letters.append(letter)
+    return Page(identifier, kind.keep_letters(letters), is_plain)
 
 
-def plan_scene(
-    identifier: str,
-    rng: random.Random,
-    smallest: float,
-    largest: float,
-    is_plain: bool,
-    words: float,
-    most_letters: int,
-) -> Page:
+def plan_scene(identifier: str, rng: random.Random, kind: RowKind, is_plain: bool, most_letters: int) -> Page:
     """Rows of several sizes, few or many, here and there, as memes have them; on some beside a figure.
 
     Where a figure leaves no room, there are no letters.
@@ -148,31 +173,26 @@ def plan_scene(
         top = rng.choice((0, SIDE - height, rng.uniform(0, SIDE - height)))
         figure = (choose_figure(rng, identifier), (left, top, left + height, top + height))
     row_count = rng.choices((1, 2, rng.randint(3, 5), PATCHES), (1, 1, 2, 6))[0]
-    letters: dict[int, Letter] = {}
-    size, y = 0.0, rng.uniform(0, 20 if row_count == PATCHES else SIDE - 2 * smallest)
+    letters: list[Letter] = []
+    size, y = 0.0, rng.uniform(0, 20 if row_count == PATCHES else SIDE - 2 * kind.smallest)
     for _ in range(row_count):
         if not size or rng.random() < 0.3:
-            size = draw_size(rng, smallest, largest)
+            size = kind.draw_size(rng)
         if figure and y + size > figure[1][1] and y < figure[1][3]:
             y = figure[1][3]
         if y + size > SIDE:
             break
         most = int(SIDE * stretch / size)
         length = most if rng.random() < fullness else rng.randint(1, most)
-        row = draw_row(rng, min(length, most_letters - len(letters)), words)
+        row = kind.draw_text(rng, min(length, most_letters - len(letters)))
         widths = [size / stretch * (1 if is_wide(character) else 0.6) for character in row]
         x = rng.uniform(0, SIDE - sum(widths))
         for character, width in zip(row, widths, strict=True):
-            letter = Letter(character, x + width / 2, y + size / 2, size)
-            letters.setdefault(letter.patch, letter)
+            letters.append(Letter(character, x + width / 2, y + size / 2, size))
             x += width
+        letters = kind.keep_letters(letters)
         y += size * rng.uniform(1, 1.4) + (rng.uniform(0, 40) if rng.random() > fullness else 0)
-    return Page(identifier, list(letters.values()), is_plain, stretch, figure)
-
-
-def draw_size(rng: random.Random, smallest: float, largest: float) -> float:
-    """A letter size in pixels, each doubling as likely as the others."""
-    return math.exp(rng.uniform(math.log(smallest), math.log(largest)))
+    return Page(identifier, letters, is_plain, stretch, figure)
 
 
 def draw_page(rng: random.Random, page: Page, faces: list[FontFace]) -> Image.Image:

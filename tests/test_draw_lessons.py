@@ -21,7 +21,7 @@ sys.path.insert(0, str(DATA))
 from meme_characters import MOODS  # noqa: E402
 from meme_groups import Group, draw_group  # noqa: E402
 from meme_lines import list_alphabet  # noqa: E402
-from meme_pages import MOOD_MARKS, Letter, Page, plan_scene  # noqa: E402
+from meme_pages import MOOD_MARKS, Letter, Page, RowKind, plan_scene  # noqa: E402
 from meme_pictures import Meme  # noqa: E402
 
 HALVES = (slice(0, 80), slice(80, 160))
@@ -156,6 +156,22 @@ def test_pages_without_words_are_letters_by_chance(tmp_path):
     assert shares["chance"] < 0.04 and shares["words"] > 0.055
 
 
+def test_rows_may_have_few_characters_that_share_patches(tmp_path):
+    """Letters of 10 pixels stand closer than the patches' 16."""
+    small = ["--few", "1", "--smallest", "10", "--largest", "10", "--share_patches", "--most_letters", "100"]
+    draw(tmp_path, "--scene_texts", "12", "--scene_fields", "12", "--crowded_texts", "4", *small)
+    answers = {"scene_texts": [], "scene_fields": [], "crowded_texts": []}
+    for identifier, (_, answer) in read_turns(tmp_path).items():
+        answers[identifier.rpartition("_")[0]].append(answer)
+    # More letters than there are patches.
+    assert min(map(len, answers["crowded_texts"])) > 130
+    assert {len(answer) for answer in answers["scene_fields"]} == {100}
+    # Rows of two or three characters follow each other; among 169, ten by chance are hardly ever three different ones.
+    tens = [set(answer[:10]) for answer in answers["scene_texts"] if len(answer) >= 10 and "没有" not in answer]
+    assert len(tens) >= 6 and sorted(map(len, tens))[len(tens) // 2] <= 3
+    assert any(ten <= set("0124569G") for ten in tens)
+
+
 def test_a_group_shows_the_moods_of_the_answer_in_order():
     """Red hearts, and nothing else as red, stand where someone is in love."""
     figures = [Meme("g", "小猫", mood, None, "", "jpeg") for mood in ("无语", "心动", "惊讶", "心动")]
@@ -174,7 +190,7 @@ def test_a_group_shows_the_moods_of_the_answer_in_order():
 
 
 def test_a_scene_is_short_where_it_must_be_and_may_have_a_figure():
-    scenes = [plan_scene(str(seed), random.Random(seed), 13, 34, True, 0.5, 16) for seed in range(60)]
+    scenes = [plan_scene(str(seed), random.Random(seed), RowKind(13, 34, words=0.5), True, 16) for seed in range(60)]
     assert max(len(scene.letters) for scene in scenes) == 16
     assert {scene.figure is None for scene in scenes} == {True, False}
     for scene in scenes:
@@ -212,6 +228,7 @@ def test_the_same_seed_draws_the_same_lessons(lessons, tmp_path):
         (["--copies", "1", "--most_letters", "0"], "--most_letters must be at least 1"),
         (["--copies", "1", "--plain", "30"], "--plain must be 0 to 1"),
         (["--copies", "1", "--words", "-1"], "--words must be 0 to 1"),
+        (["--copies", "1", "--few", "2"], "--few must be 0 to 1"),
         (["--crowded_fields", "1", "--smallest", "40", "--largest", "30"], "--smallest and --largest must be 4 to 160"),
     ],
 )
