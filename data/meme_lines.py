@@ -4,7 +4,7 @@ A line is *written* (a phrase of ours), *composed* (a pattern filled with words)
 without a meaning, which teach reading where guessing does not help). A bar marks where a long line breaks in two.
 
 Only lines that keep to ALPHABET are given: 169 characters, the ones most frequent in these lines and in real memes,
-few enough for small towers to learn all of them from nothing in four hours on two CPU cores, and enough for 56 % of the
+few enough for small towers to learn all of them from nothing in some hours on two CPU cores, and enough for 56 % of the
 characters of real memes. A wider ALPHABET gives more of the lines below; all of them need 439 characters.
 """
 

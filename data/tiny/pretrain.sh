@@ -3,7 +3,7 @@
 #
 #   bash data/tiny/pretrain.sh
 #
-# makes language_model and vision_tower in output/pretrain/polished/towers. Run it again after an interruption: finished
+# makes language_model and vision_tower in output/pretrain/firm/towers. Run it again after an interruption: finished
 # stages are skipped, a broken one goes on from its newest checkpoint. WORK_DIR=… puts everything elsewhere; VENV as in
 # run.sh.
 set -euo pipefail
@@ -29,11 +29,11 @@ draw_lessons() {
 }
 
 # teach NAME BASE HIGH_LR LOW_LR FLAGS…: train the model in BASE on the lessons of NAME, with these flags of train.py
-# behind ours; the outcome is $WORK_DIR/NAME/merged. Before it may stand train_type=…, else full, batch=…, else 16, and
-# device_batch=…, else 8.
+# behind ours; the outcome is $WORK_DIR/NAME/merged. Before it may stand train_type=…, else full, batch=…, else 16,
+# device_batch=…, else 8, and lessons=…, the stage whose lessons are taken instead.
 teach() {
     local name=$1 base=$2 high_lr=$3 low_lr=$4
-    local lessons=$WORK_DIR/$name/lessons
+    local lessons=$WORK_DIR/${lessons:-$name}/lessons
     shift 4
     BASE_DIR=$base OUTPUT_DIR=$WORK_DIR/$name ANNOTATIONS=$lessons/annotations.json IMAGE_FOLDER=$lessons \
         EVAL_ANNOTATIONS=none TRAIN_TYPE=${train_type:-full} EPOCHS=1 HIGH_LR=$high_lr LOW_LR=$low_lr WARMUP_RATIO=0.05 \
@@ -137,4 +137,33 @@ draw_lessons polished --seed 21 --words 0 --smallest 15 --largest 36 --plain 0.1
     --crowded_texts 500 --groups 1300 --crowded_fields 2000 --scene_fields 2000 --full_fields 200 --group_fields 700 \
     --spelled_texts 400 --spelled_moods 100
 batch=32 teach polished "$WORK_DIR/whole/merged" 5e-4 2.5e-4 --muon_lr 2e-3 --weight_decay 0.1
-split_towers polished "$WORK_DIR/copies/random"
+
+# ---- Words ----
+# Of letters by chance hardly any stands twice in a row, and without these lessons 抱抱 never ends.
+draw_lessons reading --seed 22 --words 0.6 --smallest 13 --largest 36 --plain 0.1 --memes 4000 --scene_texts 7000 \
+    --crowded_texts 1000 --groups 1500 --crowded_fields 3000 --scene_fields 3500 --full_fields 200 --group_fields 800 \
+    --spelled_texts 800 --spelled_moods 100
+draw_lessons settled --seed 23 --words 0.5 --smallest 13 --largest 36 --plain 0.1 --tasks text mood --memes 7000 \
+    --scene_texts 4000 --crowded_texts 600 --groups 2000 --crowded_fields 1500 --scene_fields 2000 --full_fields 200 \
+    --group_fields 1000 --spelled_texts 500 --spelled_moods 100
+batch=32 teach reading "$WORK_DIR/polished/merged" 5e-4 2.5e-4 --muon_lr 3e-3 --weight_decay 0.1
+batch=32 teach settled "$WORK_DIR/reading/merged" 5e-4 2.5e-4 --muon_lr 2.5e-3 --weight_decay 0.1
+split_towers settled "$WORK_DIR/copies/random"
+
+# ---- Twice more behind another projector ----
+# Each time, towers that have learned behind a young projector are read better through a fresh one.
+draw_lessons repeated --seed 24 --words 0.3 --few 0.4 --share_patches --smallest 13 --largest 36 --plain 0.1 \
+    --tasks text mood --memes 3000 --scene_texts 5500 --crowded_texts 500 --groups 800 --crowded_fields 800 \
+    --scene_fields 1000 --full_fields 200 --group_fields 400 --spelled_texts 1200 --spelled_moods 100
+build "$WORK_DIR/young/base" "$WORK_DIR/settled/towers/language_model" "$WORK_DIR/settled/towers/vision_tower" 300
+batch=32 train_type=projector lessons=again teach young "$WORK_DIR/young/base" 3e-3 3e-3
+batch=32 teach repeated "$WORK_DIR/young/merged" 5e-4 2.5e-4 --muon_lr 3e-3 --weight_decay 0.1
+split_towers repeated "$WORK_DIR/copies/random"
+
+draw_lessons firm --seed 25 --words 0.3 --few 0.3 --share_patches --smallest 13 --largest 36 --plain 0.1 \
+    --tasks text mood --memes 6000 --scene_texts 6000 --crowded_texts 800 --groups 1500 --crowded_fields 1500 \
+    --scene_fields 1500 --full_fields 200 --group_fields 600 --spelled_texts 800 --spelled_moods 100
+build "$WORK_DIR/younger/base" "$WORK_DIR/repeated/towers/language_model" "$WORK_DIR/repeated/towers/vision_tower" 400
+batch=32 train_type=projector lessons=again teach younger "$WORK_DIR/younger/base" 3e-3 3e-3
+batch=32 teach firm "$WORK_DIR/younger/merged" 5e-4 2.5e-4 --muon_lr 3e-3 --weight_decay 0.1
+split_towers firm "$WORK_DIR/copies/random"
