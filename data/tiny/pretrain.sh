@@ -62,6 +62,16 @@ split_towers() {
         --model "$WORK_DIR/$name/merged" --towers "$random" --output_dir "$WORK_DIR/$name/towers" "$@"
 }
 
+# renew_projector NAME TOWERS PROJECTOR SEED: the towers of stage TOWERS, built in stage PROJECTOR with another projector
+# that learns alone, then learn with it on the lessons of NAME.
+renew_projector() {
+    local name=$1 towers=$WORK_DIR/$2/towers projector=$3 seed=$4
+    build "$WORK_DIR/$projector/base" "$towers/language_model" "$towers/vision_tower" "$seed"
+    batch=32 train_type=projector lessons=again teach "$projector" "$WORK_DIR/$projector/base" 3e-3 3e-3
+    batch=32 teach "$name" "$WORK_DIR/$projector/merged" 5e-4 2.5e-4 --muon_lr 3e-3 --weight_decay 0.1
+    split_towers "$name" "$WORK_DIR/copies/random"
+}
+
 # ---- The language model, without pictures ----
 # Copying comes first, by itself: it is learned in minutes from short texts, but not from a mixture. Then the order of
 # reading and the skipping of blanks, from spelled pages; behind places it is not learned at all. Then places, where with
@@ -155,15 +165,8 @@ split_towers settled "$WORK_DIR/copies/random"
 draw_lessons repeated --seed 24 --words 0.3 --few 0.4 --share_patches --smallest 13 --largest 36 --plain 0.1 \
     --tasks text mood --memes 3000 --scene_texts 5500 --crowded_texts 500 --groups 800 --crowded_fields 800 \
     --scene_fields 1000 --full_fields 200 --group_fields 400 --spelled_texts 1200 --spelled_moods 100
-build "$WORK_DIR/young/base" "$WORK_DIR/settled/towers/language_model" "$WORK_DIR/settled/towers/vision_tower" 300
-batch=32 train_type=projector lessons=again teach young "$WORK_DIR/young/base" 3e-3 3e-3
-batch=32 teach repeated "$WORK_DIR/young/merged" 5e-4 2.5e-4 --muon_lr 3e-3 --weight_decay 0.1
-split_towers repeated "$WORK_DIR/copies/random"
-
+renew_projector repeated settled young 300
 draw_lessons firm --seed 25 --words 0.3 --few 0.3 --share_patches --smallest 13 --largest 36 --plain 0.1 \
     --tasks text mood --memes 6000 --scene_texts 6000 --crowded_texts 800 --groups 1500 --crowded_fields 1500 \
     --scene_fields 1500 --full_fields 200 --group_fields 600 --spelled_texts 800 --spelled_moods 100
-build "$WORK_DIR/younger/base" "$WORK_DIR/repeated/towers/language_model" "$WORK_DIR/repeated/towers/vision_tower" 400
-batch=32 train_type=projector lessons=again teach younger "$WORK_DIR/younger/base" 3e-3 3e-3
-batch=32 teach firm "$WORK_DIR/younger/merged" 5e-4 2.5e-4 --muon_lr 3e-3 --weight_decay 0.1
-split_towers firm "$WORK_DIR/copies/random"
+renew_projector firm repeated younger 400
