@@ -51,5 +51,5 @@ def test_a_model_is_built_from_them(tmp_path):
 
 def test_how_they_were_made_names_no_place_on_a_machine():
     settings = json.loads((TINY / "run_record.json").read_text(encoding="utf-8"))["settings"]
-    assert settings["model"] == "output/pretrain/firm/merged"
+    assert settings["model"] == "output/pretrain/fluent/merged"
     assert settings["towers"] == "output/pretrain/copies/random"

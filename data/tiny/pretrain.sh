@@ -3,7 +3,7 @@
 #
 #   bash data/tiny/pretrain.sh
 #
-# makes language_model and vision_tower in output/pretrain/firm/towers. Run it again after an interruption: finished
+# makes language_model and vision_tower in output/pretrain/fluent/towers. Run it again after an interruption: finished
 # stages are skipped, a broken one goes on from its newest checkpoint. WORK_DIR=… puts everything elsewhere; VENV as in
 # run.sh.
 set -euo pipefail
@@ -160,7 +160,7 @@ batch=32 teach reading "$WORK_DIR/polished/merged" 5e-4 2.5e-4 --muon_lr 3e-3 --
 batch=32 teach settled "$WORK_DIR/reading/merged" 5e-4 2.5e-4 --muon_lr 2.5e-3 --weight_decay 0.1
 split_towers settled "$WORK_DIR/copies/random"
 
-# ---- Twice more behind another projector ----
+# ---- Four times more behind another projector ----
 # Each time, towers that have learned behind a young projector are read better through a fresh one.
 draw_lessons repeated --seed 24 --words 0.3 --few 0.4 --share_patches --smallest 13 --largest 36 --plain 0.1 \
     --tasks text mood --memes 3000 --scene_texts 5500 --crowded_texts 500 --groups 800 --crowded_fields 800 \
@@ -170,3 +170,11 @@ draw_lessons firm --seed 25 --words 0.3 --few 0.3 --share_patches --smallest 13 
     --tasks text mood --memes 6000 --scene_texts 6000 --crowded_texts 800 --groups 1500 --crowded_fields 1500 \
     --scene_fields 1500 --full_fields 200 --group_fields 600 --spelled_texts 800 --spelled_moods 100
 renew_projector firm repeated younger 400
+draw_lessons proven --seed 26 --words 0.3 --few 0.3 --share_patches --smallest 13 --largest 36 --plain 0.1 \
+    --tasks text mood --memes 6000 --scene_texts 6000 --crowded_texts 800 --groups 1500 --crowded_fields 1500 \
+    --scene_fields 1500 --full_fields 200 --group_fields 600 --spelled_texts 800 --spelled_moods 100
+renew_projector proven firm newer 500
+draw_lessons fluent --seed 27 --words 0.4 --few 0.3 --share_patches --smallest 13 --largest 36 --plain 0.1 \
+    --tasks text mood --memes 9000 --scene_texts 6000 --crowded_texts 500 --groups 1500 --crowded_fields 1500 \
+    --scene_fields 1500 --full_fields 200 --group_fields 600 --spelled_texts 1500 --spelled_moods 100
+renew_projector fluent proven fresher 600
