@@ -166,15 +166,13 @@ draw_lessons repeated --seed 24 --words 0.3 --few 0.4 --share_patches --smallest
     --tasks text mood --memes 3000 --scene_texts 5500 --crowded_texts 500 --groups 800 --crowded_fields 800 \
     --scene_fields 1000 --full_fields 200 --group_fields 400 --spelled_texts 1200 --spelled_moods 100
 renew_projector repeated settled young 300
-draw_lessons firm --seed 25 --words 0.3 --few 0.3 --share_patches --smallest 13 --largest 36 --plain 0.1 \
-    --tasks text mood --memes 6000 --scene_texts 6000 --crowded_texts 800 --groups 1500 --crowded_fields 1500 \
-    --scene_fields 1500 --full_fields 200 --group_fields 600 --spelled_texts 800 --spelled_moods 100
+mixture=(--words 0.3 --few 0.3 --share_patches --smallest 13 --largest 36 --plain 0.1 --tasks text mood --memes 6000
+    --scene_texts 6000 --crowded_texts 800 --groups 1500 --crowded_fields 1500 --scene_fields 1500 --full_fields 200
+    --group_fields 600 --spelled_texts 800 --spelled_moods 100)
+draw_lessons firm --seed 25 "${mixture[@]}"
 renew_projector firm repeated younger 400
-draw_lessons proven --seed 26 --words 0.3 --few 0.3 --share_patches --smallest 13 --largest 36 --plain 0.1 \
-    --tasks text mood --memes 6000 --scene_texts 6000 --crowded_texts 800 --groups 1500 --crowded_fields 1500 \
-    --scene_fields 1500 --full_fields 200 --group_fields 600 --spelled_texts 800 --spelled_moods 100
+draw_lessons proven --seed 26 "${mixture[@]}"
 renew_projector proven firm newer 500
-draw_lessons fluent --seed 27 --words 0.4 --few 0.3 --share_patches --smallest 13 --largest 36 --plain 0.1 \
-    --tasks text mood --memes 9000 --scene_texts 6000 --crowded_texts 500 --groups 1500 --crowded_fields 1500 \
-    --scene_fields 1500 --full_fields 200 --group_fields 600 --spelled_texts 1500 --spelled_moods 100
+# The last of a flag counts.
+draw_lessons fluent --seed 27 "${mixture[@]}" --words 0.4 --memes 9000 --crowded_texts 500 --spelled_texts 1500
 renew_projector fluent proven fresher 600
