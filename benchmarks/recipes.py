@@ -1,7 +1,7 @@
 """What each part of the recipe is worth: the embedded default beside variants of it, three seeds each.
 
-    python benchmarks/recipes.py --work_dir output/recipes                       # everything, about two hours
-    python benchmarks/recipes.py --work_dir output/recipes --precision bf16      # faster on CPUs with AVX512_BF16
+    python benchmarks/recipes.py --work_dir output/recipes --precision bf16      # everything, 100 minutes on 2 cores
+    python benchmarks/recipes.py --work_dir output/recipes                       # on CPUs without AVX512_BF16; slower
     python benchmarks/recipes.py --work_dir output/recipes --recipes default all_low --seeds 0
 
 Every variant builds a base with a fresh projector from data/tiny, trains it with run.sh on the sample memes and is
@@ -64,6 +64,8 @@ RECIPES = {
     "all_low": Recipe(f"{LOW} for everything", {"HIGH_LR": LOW}),
     "all_middle": Recipe(f"{MIDDLE} for everything", {"HIGH_LR": MIDDLE, "LOW_LR": MIDDLE}),
     "all_high": Recipe(f"{HIGH} for everything", {"LOW_LR": HIGH}),
+    "low_lora": Recipe("LoRA 2e-4, a tenth of the projector's", {"LOW_LR": "2e-4"}),
+    "lowest_lora": Recipe("LoRA 4e-5, a fiftieth of the projector's, as published", {"LOW_LR": "4e-5"}),
     "no_warmup": Recipe("no warmup", {"WARMUP_RATIO": "0"}),
     "two_stages": Recipe("the projector alone for one pass, then with LoRA", projector_epochs=1),
     "projector_only": Recipe("the projector alone, no LoRA", {"TRAIN_TYPE": "projector"}),
@@ -196,9 +198,11 @@ def draw_curves(outcomes: dict[str, dict[int, Outcome]], path: Path) -> None:
         start = outcomes["default"] if "default" in outcomes else by_seed
         offset = max(0, min(len(outcome.losses) for outcome in start.values()) - length)
         smooth = [statistics.mean(mean[end - SMOOTHED_STEPS : end]) for end in ends]
-        (line,) = loss_axes.plot([offset + end for end in ends], smooth, label=name, linewidth=1.3)
+        # Matplotlib's own cycle has ten colours.
+        color = "black" if name == "default" else f"C{row - 1 if 'default' in outcomes else row}"
+        loss_axes.plot([offset + end for end in ends], smooth, label=name, color=color, linewidth=1.3)
         rates = [100 * outcome.character_error_rate for outcome in by_seed.values()]
-        error_axes.plot(rates, [row] * len(rates), "o", color=line.get_color(), markersize=7, alpha=0.7)
+        error_axes.plot(rates, [row] * len(rates), "o", color=color, markersize=7, alpha=0.7)
     loss_axes.set_xlabel("optimizer step")
     loss_axes.set_ylabel(f"training loss, mean of {SMOOTHED_STEPS} steps and all seeds")
     loss_axes.set_yscale("log")
@@ -240,11 +244,19 @@ def main(argv: list[str] | None = None) -> None:
     print(table, end="")
 
 
+def list_recipes() -> str:
+    return "\n".join(f"    {name:15}{recipe.meaning}" for name, recipe in RECIPES.items())
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Compare variants of the recipe.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\nRecipes:\n{list_recipes()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--work_dir", type=Path, required=True, help="gets bases, runs and results; kept between calls")
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--precision", default="fp32", help="of the training, as train.py takes it")
     parser.add_argument("--parallel", type=int, default=2, help="runs at once, each on one CPU core")
     arguments = parser.parse_args(argv)
