@@ -144,7 +144,7 @@ done
 if ((on_gpu)); then
     if [[ $DRY_RUN == 0 && $looks_only == 0 ]]; then
         found=$(python -c 'import torch; print(torch.cuda.device_count())')
-        ((processes <= found)) || fail "GPUS=$GPUS asks for $processes GPUs, torch sees $found (CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-unset})"
+        ((processes <= found)) || fail "GPUS=$GPUS asks for $processes GPUs, torch sees $found (CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-unset}); set GPUS=$( ((found)) && echo "$found" || echo cpu)"
     fi
     # A single process must see a single GPU, or torch splits its batches over all of them.
     if ((processes == 1)); then
@@ -242,6 +242,8 @@ start_other_machines() {
     for ((number = 1; number < NNODES; number++)); do
         execute ssh -o BatchMode=yes "${hosts[number]}" \
             "cd $(printf %q "$PWD") && env ${values[*]} NODE_RANK=$number bash run.sh train $(printf '%q ' "${train_flags[@]}")" </dev/null &
+        # Printed commands would get into each other's lines.
+        [[ $DRY_RUN == 0 ]] || wait
     done
 }
 

@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         faces = find_fonts([], list_alphabet())
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     images.mkdir(parents=True, exist_ok=True)
     records, jobs = [], []

@@ -177,12 +177,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     images = arguments.output_dir / "images"
     if images.is_dir() and any(images.iterdir()) and not arguments.overwrite:
-        print(f"{images} is not empty; give --overwrite to replace the memes in it.", file=sys.stderr)
+        print(f"error: {images} is not empty; give --overwrite to replace the memes in it.", file=sys.stderr)
         return 2
     try:
         faces = find_fonts(arguments.font, list_alphabet())
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     images.mkdir(parents=True, exist_ok=True)
     for path in images.iterdir():

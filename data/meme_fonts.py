@@ -57,9 +57,11 @@ def find_fonts(own_fonts: list[Path], characters: list[str]) -> list[FontFace]:
         own_fonts: the user's font files, used instead of the known ones.
 
     Raises:
-        ValueError: one of the user's fonts lacks a character, or there is no font.
+        ValueError: one of the user's fonts is missing or lacks a character, or there is no font.
     """
     for path in own_fonts:
+        if not path.is_file():
+            raise ValueError(f"--font {path}: no such file")
         if lacking := list_missing((path, 0), characters):
             raise ValueError(
                 f"{path} is not a font with all the Chinese characters needed: {len(lacking)} of {len(characters)} "

@@ -189,7 +189,8 @@ def test_drawing_over_other_memes_is_refused_unless_asked_for(drawn, tmp_path):
     [
         (["--count", "0"], "--count must be at least 1"),
         (["--processes", "0"], "--processes must be at least 1"),
-        (["--font", "gone.ttf"], "gone.ttf is not a font with all the Chinese characters needed"),
+        (["--font", "gone.ttf"], "error: --font gone.ttf: no such file"),
+        (["--font", __file__], "is not a font with all the Chinese characters needed"),
         (["--coun", "6"], "unrecognized arguments: --coun"),
     ],
 )
