@@ -199,7 +199,7 @@ def draw_curves(outcomes: dict[str, dict[int, Outcome]], path: Path) -> None:
         offset = max(0, min(len(outcome.losses) for outcome in start.values()) - length)
         smooth = [statistics.mean(mean[end - SMOOTHED_STEPS : end]) for end in ends]
         # Matplotlib's own cycle has ten colours.
-        color = "black" if name == "default" else f"C{row - 1 if 'default' in outcomes else row}"
+        color = "black" if name == "default" else f"C{list(RECIPES).index(name) - 1}"
         loss_axes.plot([offset + end for end in ends], smooth, label=name, color=color, linewidth=1.3)
         rates = [100 * outcome.character_error_rate for outcome in by_seed.values()]
         error_axes.plot(rates, [row] * len(rates), "o", color=color, markersize=7, alpha=0.7)

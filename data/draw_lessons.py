@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     images = arguments.output_dir / "images"
     if images.is_dir() and any(images.iterdir()):
-        print(f"{images} is not empty; choose another --output_dir.", file=sys.stderr)
+        print(f"error: {images} is not empty; choose another --output_dir.", file=sys.stderr)
         return 2
     try:
         faces = find_fonts([], list_alphabet())
