@@ -169,7 +169,7 @@ execute() {
         printf '%q ' "$@"
         echo
     else
-        "$@"
+        run_watched "$@"
     fi
 }
 
@@ -212,11 +212,11 @@ run_stage() {
     # How a step was computed does not matter to the result, so launcher, device batch and the like stay out of the note.
     # A missing input is reported by the stage itself.
     wanted=$(printf '%q ' "$@" | sed -E "$how_computed; s/ $//" && echo && { xargs -r -d '\n' cksum <<<"$inputs" 2>/dev/null || true; })
-    if [[ ! -f "$note" || ! -f $directory/$record ]]; then
+    if [[ ! -f "$note" || ! -f $directory/run_record.json ]]; then
         mkdir -p "$(dirname "$directory")"
         run_watched "${launcher[@]}" "$@" "${resume[@]}" || exit $?
         # train.py --help and the like end well without a result.
-        [[ -f $directory/$record ]] || exit 0
+        [[ -f $directory/run_record.json ]] || exit 0
         ((NODE_RANK > 0)) || echo "$wanted" >"$note"
     elif [[ "$(cat "$note")" == "$wanted" ]]; then
         echo "finished already: $directory"
@@ -227,7 +227,6 @@ run_stage() {
 }
 launcher=()
 resume=()
-record=run_record.json
 how_computed='s/ --(device_batch_size|engine|hang_timeout|attention|gradient_checkpointing|dataloader_workers) [^ ]*//g'
 how_computed+='; s/ --(no_)?(torch_compile|cache_vision_features|allow_changes)( |$)/\3/g'
 
@@ -288,6 +287,10 @@ if ((NODE_RANK > 0)); then
 elif [[ $DRY_RUN == 0 && " ${stages[*]} " == *" train "* && ! -f $train_dir.command ]]; then
     python -m meme_llava.precheck "${train_command[@]:1}" "${resume_training[@]}"
 fi
+# Neither is a training run to end before memes that cannot be evaluated.
+if [[ $DRY_RUN == 0 && " ${stages[*]} " == *" evaluate "* ]]; then
+    python -m meme_llava.precheck_evaluation --annotations "$eval_annotations" --image_folder "$eval_image_folder"
+fi
 
 # --- build ---
 # Where two towers were trained together, the record of that lies beside their folders.
@@ -327,14 +330,14 @@ if [[ " ${stages[*]} " == *" infer "* ]]; then
 fi
 
 # --- evaluate ---
-record=metrics.json
-require evaluate "$base_dir" build
-require evaluate "$merged_dir" merge
-evaluation=(--annotations "$eval_annotations" --image_folder "$eval_image_folder")
-run_stage evaluate "$OUTPUT_DIR/scores_before" "$eval_annotations"$'\n'"$base_dir/run_record.json" \
-    python evaluate.py --model "$base_dir" "${evaluation[@]}" --output_dir "$OUTPUT_DIR/scores_before"
-run_stage evaluate "$OUTPUT_DIR/scores" "$eval_annotations"$'\n'"$merged_dir/run_record.json" \
-    python evaluate.py --model "$merged_dir" "${evaluation[@]}" --output_dir "$OUTPUT_DIR/scores" --compare_with "$OUTPUT_DIR/scores_before"
+if [[ " ${stages[*]} " == *" evaluate "* ]]; then
+    require evaluate "$base_dir" build
+    require evaluate "$merged_dir" merge
+    asked=(--annotations "$eval_annotations" --image_folder "$eval_image_folder")
+    execute python evaluate.py --model "$base_dir" "${asked[@]}" --output_dir "$OUTPUT_DIR/scores_before"
+    execute python evaluate.py --model "$merged_dir" "${asked[@]}" --output_dir "$OUTPUT_DIR/scores" \
+        --compare_with "$OUTPUT_DIR/scores_before"
+fi
 
 if [[ $DRY_RUN == 0 && -d $merged_dir ]]; then
     python=python

@@ -149,9 +149,7 @@ def read_outcome(output_dir: Path) -> Outcome | None:
     scores = json.loads(metrics.read_text(encoding="utf-8"))["scores"]
     history = json.loads((output_dir / "train" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return Outcome(
-        scores["character_error_rate"],
-        scores["right_by_task"]["mood"][1],
-        scores["no_text_right"],
+        *(scores[name]["value"] for name in ("character_error_rate", "right: mood", "no_text_right")),
         [entry["loss"] for entry in history if "loss" in entry],
     )
 

@@ -316,19 +316,19 @@ class EvaluateArguments:
     model: Path = field(metadata=describe("merged model, base model, or output_dir / checkpoint of train.py"))
     annotations: Path = field(metadata=describe("records with the questions and their true answers"))
     image_folder: Path = field(metadata=describe("where their pictures are"))
-    output_dir: Path = field(metadata=describe("gets predictions.jsonl and metrics.json"))
+    output_dir: Path = field(metadata=describe("gets predictions.jsonl and metrics.json; goes on there"))
     batch_size: int = field(default=16, metadata=describe("questions answered at once"))
     limit: int | None = field(default=None, metadata=describe("only the first so many records"))
     max_new_tokens: int = field(default=128, metadata=describe("an answer stops here if not by itself"))
-    compare_with: Path | None = field(
-        default=None, metadata=describe("output_dir of an earlier evaluation, whose scores are printed too")
+    compare_with: list[Path] = field(
+        default_factory=list, metadata=describe("output_dirs of other evaluations, whose scores are printed too")
     )
     base_model: Path | None = field(default=None, metadata=describe("an adapter's base, only if it moved"))
     device: str = field(default="auto", metadata=describe("auto: the GPU if there is one, else the CPU"))
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata=describe("auto: bfloat16 on a GPU that has it, float32 on a CPU")
     )
-    overwrite: bool = field(default=False, metadata=describe("replace a non-empty output_dir"))
+    overwrite: bool = field(default=False, metadata=describe("start anew in a non-empty output_dir"))
 
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""
@@ -460,5 +460,10 @@ def _check_shard_size(arguments) -> None:
 
 def to_plain(arguments) -> dict:
     """Settings as JSON can hold them."""
-    plain = dataclasses.asdict(arguments)
-    return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
+
+    def convert(value):
+        if isinstance(value, list):
+            return [convert(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {name: convert(value) for name, value in dataclasses.asdict(arguments).items()}

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from meme_llava.errors import CheckpointError, DiskFullError, UserError, means_full_disk
 from meme_llava.fingerprint import fingerprint_folder
-from meme_llava.manifest import verify_directory
+from meme_llava.hashing import hash_file
+from meme_llava.manifest import MANIFEST, verify_directory
 
 RUN_RECORD = "run_record.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -57,7 +58,7 @@ def write_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
     check_output_dir(output_dir, overwrite)
     temporary.mkdir(parents=True, exist_ok=True)
     with lock_directory(temporary):
-        _empty(temporary)
+        empty_directory(temporary)
         _remove(replaced)
         try:
             yield temporary
@@ -108,7 +109,7 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _empty(directory: Path) -> None:
+def empty_directory(directory: Path) -> None:
     for path in directory.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -214,6 +215,32 @@ def holds_trained_weights(directory: Path) -> bool:
     return (directory / ADAPTER_WEIGHTS).is_file() or (directory / TRAINED_WEIGHTS).is_file()
 
 
+def identify_weights(folder: Path) -> str:
+    """64 hexadecimal digits that are others whenever the weights are: of a whole model, or of trained weights and base.
+
+    Raises:
+        UserError: the folder holds neither.
+    """
+    # The manifest of trained weights lists their hash and that of their run record, which names the base.
+    return hash_file(folder / MANIFEST) if holds_trained_weights(folder) else fingerprint_folder(folder)
+
+
+def read_trained_record(folder: Path) -> dict:
+    """The run record of an output or checkpoint of train.py, of which every byte is as it was written.
+
+    Raises:
+        UserError: `folder` holds no trained weights or is damaged.
+    """
+    record = read_run_record(folder)
+    if not holds_trained_weights(folder):
+        raise UserError(
+            f"{folder}: holds neither {ADAPTER_WEIGHTS} nor {TRAINED_WEIGHTS}; expected an output_dir or checkpoint "
+            "of train.py"
+        )
+    verify_directory(folder)
+    return record
+
+
 def find_base(adapter: Path, base_model: Path | None) -> Path:
     """The base model that trained weights belong to.
 
@@ -224,13 +251,7 @@ def find_base(adapter: Path, base_model: Path | None) -> Path:
     Raises:
         UserError: `adapter` holds no trained weights, is damaged, or its base is missing or another one.
     """
-    record = read_run_record(adapter)
-    if not holds_trained_weights(adapter):
-        raise UserError(
-            f"{adapter}: holds neither {ADAPTER_WEIGHTS} nor {TRAINED_WEIGHTS}; expected an output_dir or checkpoint "
-            "of train.py"
-        )
-    verify_directory(adapter)
+    record = read_trained_record(adapter)
     folder = base_model or Path(record["base"]["folder"])
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: the base model of {adapter} is not there; say where it is with --base_model")

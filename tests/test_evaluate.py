@@ -1,4 +1,4 @@
-"""Counting: what an answer is compared with, the scores by hand, and the same answers for any batch size."""
+"""Evaluating: the same answers for any batch size, going on after an interruption, what may stand side by side."""
 
 import json
 
@@ -7,42 +7,8 @@ import torch
 from PIL import Image
 
 import evaluate
-from meme_llava.captions import normalise_text
-from meme_llava.generation import Question, load_answerer
-from meme_llava.reading_scores import AnsweredQuestion, score_reading
-
-
-def test_only_letters_and_digits_are_compared():
-    assert normalise_text("ＯＫ，我 太难了！\n５2０") == "ok我太难了520"
-
-
-def test_scores_by_hand():
-    answered = [
-        AnsweredQuestion("我太难了！", "我太难了", "我太难了", "text"),  # right but for punctuation
-        AnsweredQuestion("好呀好", "好耶", "好耶", "text"),  # one wrong, one surplus
-        AnsweredQuestion("", "收到", "收到", "text"),  # two missing
-        AnsweredQuestion("图片里没有文字。", "图片里没有文字。", "", "text"),
-        AnsweredQuestion("困", "图片里没有文字。", "", "text"),
-        AnsweredQuestion("开心", "开心", "好耶", "mood"),
-        AnsweredQuestion("难过", "开心", "", "mood"),
-        AnsweredQuestion("写着“好耶”。", "写着“好耶”，很开心。", "好耶", "description"),
-    ]
-    scores = score_reading(answered)
-    assert scores.text_questions == 3 and scores.no_text_questions == 2
-    assert scores.character_error_rate == pytest.approx(4 / 8)
-    assert scores.texts_right == pytest.approx(1 / 3)
-    assert scores.no_text_right == 0.5
-    assert scores.right_by_task == {
-        "description": (1, 0.0),
-        "mood": (2, 0.5),
-        "text": (5, pytest.approx(2 / 5)),
-    }
-
-
-def test_what_cannot_be_judged_is_none():
-    scores = score_reading([AnsweredQuestion("一只猫", "一只猫", None, "")])
-    assert scores.character_error_rate is scores.texts_right is scores.no_text_right is None
-    assert scores.right_by_task == {"": (1, 1.0)}
+from meme_llava import precheck_evaluation
+from meme_llava.generation import Answerer, Question, load_answerer
 
 
 def test_batches_answer_as_single_questions_do(world, served_model):
@@ -89,56 +55,124 @@ def annotations(world, tmp_path):
     return path
 
 
-def test_writes_answers_and_scores(world, served_model, annotations, tmp_path, capsys):
+@pytest.fixture
+def flags(world, served_model, annotations):
+    return [
+        *("--model", str(served_model), "--annotations", str(annotations)),
+        *("--image_folder", str(world.image_folder), "--max_new_tokens", "4"),
+    ]
+
+
+def read_metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def read_rows(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_writes_answers_and_scores(flags, served_model, tmp_path, capsys):
     output_dir = tmp_path / "scores"
-    flags = ["--annotations", str(annotations), "--image_folder", str(world.image_folder)]
-    evaluate.main(["--model", str(served_model), *flags, "--output_dir", str(output_dir), "--batch_size", "4"])
-    assert {path.name for path in output_dir.iterdir()} == {"predictions.jsonl", "metrics.json"}
-    predictions = [json.loads(line) for line in (output_dir / "predictions.jsonl").read_text().splitlines()]
+    evaluate.main([*flags, "--output_dir", str(output_dir), "--batch_size", "4"])
+    assert {path.name for path in output_dir.iterdir()} == {"run_record.json", "predictions.jsonl", "metrics.json"}
+    predictions = read_rows(output_dir)
     assert len(predictions) == 6
-    assert set(predictions[0]) == {"image", "task", "question", "answer", "truth", "text", "stopped"}
+    assert set(predictions[0]) == {"image", "task", "question", "answer", "truth", "text", "tokens", "stopped"}
     assert predictions[0]["truth"] == predictions[0]["text"] == "写着“我太难了”。"
-    metrics = json.loads((output_dir / "metrics.json").read_text())
+    metrics = read_metrics(output_dir)
     assert metrics["stage"] == "evaluate"
-    assert metrics["scores"]["text_questions"] == 6
+    assert metrics["scores"]["character_error_rate"]["count"] == 6
     assert metrics["settings"]["batch_size"] == 4
+    assert metrics["model"] == json.loads((served_model / "run_record.json").read_text())
     printed = capsys.readouterr().out
-    assert f"{metrics['scores']['character_error_rate']:.1%}" in printed
+    rate = metrics["scores"]["character_error_rate"]
+    assert f"{rate['value']:.1%} ({100 * rate['low']:.1f}–{100 * rate['high']:.1f})" in printed
     assert "right to the letter: text" in printed
 
 
-def test_an_earlier_evaluation_stands_beside_it(world, served_model, annotations, tmp_path, capsys):
-    flags = ["--model", str(served_model), "--annotations", str(annotations)]
-    flags += ["--image_folder", str(world.image_folder)]
+def test_an_interrupted_evaluation_goes_on(flags, tmp_path, monkeypatch, capsys):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    evaluate.main([*flags, "--output_dir", str(whole)])
+    answer_together = Answerer.answer_together
+    asked = []
+
+    def answer_twice(answerer, images, questions, max_new_tokens):
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        asked.extend(questions)
+        return answer_together(answerer, images, questions, max_new_tokens)
+
+    monkeypatch.setattr(Answerer, "answer_together", answer_twice)
+    with pytest.raises(SystemExit):
+        evaluate.main([*flags, "--output_dir", str(broken), "--batch_size", "2"])
+    assert len(read_rows(broken)) == 4
+    assert not (broken / "metrics.json").exists()
+    with (broken / "predictions.jsonl").open("a") as file:
+        file.write('{"image": "half a li')  # a kill in the middle of a write
+    monkeypatch.setattr(Answerer, "answer_together", answer_together)
+    capsys.readouterr()
+    evaluate.main([*flags, "--output_dir", str(broken), "--batch_size", "5"])
+    assert "4 of 6 questions are answered already" in capsys.readouterr().out
+    assert read_rows(broken) == read_rows(whole)
+    assert read_metrics(broken)["scores"] == read_metrics(whole)["scores"]
+
+
+def test_a_finished_evaluation_shows_its_scores_again(flags, tmp_path, monkeypatch, capsys):
+    evaluate.main([*flags, "--output_dir", str(tmp_path / "scores")])
+    first = capsys.readouterr().out
+    monkeypatch.setattr(evaluate, "load_answerer", None)  # no model is loaded
+    evaluate.main([*flags, "--output_dir", str(tmp_path / "scores")])
+    assert capsys.readouterr().out == first
+
+
+def test_other_settings_need_another_folder(flags, tmp_path, capsys):
+    output_dir = tmp_path / "scores"
+    evaluate.main([*flags, "--output_dir", str(output_dir)])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*flags, "--output_dir", str(output_dir), "--limit", "2"])
+    assert stop.value.code == 2
+    assert "holds another evaluation (limit was None, is 2)" in capsys.readouterr().err
+    assert len(read_rows(output_dir)) == 6
+    evaluate.main([*flags, "--output_dir", str(output_dir), "--limit", "2", "--overwrite"])
+    assert len(read_rows(output_dir)) == 2
+
+
+def test_a_folder_of_something_else_is_left_alone(flags, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*flags, "--output_dir", str(tmp_path), "--overwrite"])
+    assert stop.value.code == 2
+    assert "is no output of ours and --overwrite leaves it alone" in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_other_evaluations_stand_beside_it(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")  # no row of three models is folded
     before, after = tmp_path / "before", tmp_path / "after"
-    evaluate.main([*flags, "--output_dir", str(before), "--max_new_tokens", "4"])
-    metrics = json.loads((before / "metrics.json").read_text())
-    # The model's folder is the same, as after training once more.
-    assert metrics["settings"]["model"] == str(served_model)
-    metrics["scores"]["character_error_rate"] = 0.875
+    evaluate.main([*flags, "--output_dir", str(before)])
+    metrics = read_metrics(before)
+    metrics["scores"]["character_error_rate"] |= {"value": 0.875, "low": 0.75, "high": 1.0}
     (before / "metrics.json").write_text(json.dumps(metrics))
     capsys.readouterr()
-    evaluate.main([*flags, "--output_dir", str(after), "--max_new_tokens", "4", "--compare_with", str(before)])
+    evaluate.main([*flags, "--output_dir", str(after), "--compare_with", str(before), str(before)])
     (row,) = [line for line in capsys.readouterr().out.splitlines() if "character error rate" in line]
-    new = json.loads((after / "metrics.json").read_text())["scores"]["character_error_rate"]
-    assert row.split()[-3:] == ["87.5%", f"{new:.1%}", "6"]
+    assert row.count("87.5% (75.0–100.0)") == 2
+    new = read_metrics(after)["scores"]["character_error_rate"]["value"]
+    assert f" {new:.1%} (" in row
+    assert row.split()[-1] == "6"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"annotations_sha256": "0"}, "was made from other records than these"),
-        ({"settings": {"model": "old", "limit": 3}}, "was made from other records than these"),
-        ({"scores": {}}, "expected an output_dir of evaluate.py"),
+        ({"asked": {"annotations_sha256": "0", "limit": None}}, "was asked other records than these"),
+        ({"scores": None}, "metrics.json: is damaged"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(world, served_model, annotations, tmp_path, capsys, change, message):
-    flags = ["--model", str(served_model), "--annotations", str(annotations)]
-    flags += ["--image_folder", str(world.image_folder)]
+def test_what_cannot_be_compared_is_refused(flags, tmp_path, capsys, change, message):
     before = tmp_path / "before"
-    evaluate.main([*flags, "--output_dir", str(before), "--max_new_tokens", "1"])
-    metrics = json.loads((before / "metrics.json").read_text())
-    (before / "metrics.json").write_text(json.dumps(metrics | change))
+    evaluate.main([*flags, "--output_dir", str(before)])
+    (before / "metrics.json").write_text(json.dumps(read_metrics(before) | change))
     with pytest.raises(SystemExit) as stop:
         evaluate.main([*flags, "--output_dir", str(tmp_path / "after"), "--compare_with", str(before)])
     assert stop.value.code == 2
@@ -155,8 +189,19 @@ def test_a_picture_that_cannot_be_read_stops_with_its_name(world, served_model, 
     with pytest.raises(SystemExit) as stop:
         evaluate.main(["--model", str(served_model), *flags])
     assert stop.value.code == 2
-    assert "broken.png" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    printed = capsys.readouterr().err
+    assert "1 of 1 pictures cannot be read" in printed and "broken.png" in printed
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_a_wrong_folder_is_named_before_any_model_is_made(world, annotations, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        precheck_evaluation.main(["--annotations", str(annotations), "--image_folder", str(tmp_path)])
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert f"give the right --image_folder ({tmp_path}; EVAL_IMAGE_FOLDER in run.sh)" in printed
+    precheck_evaluation.main(["--annotations", str(annotations), "--image_folder", str(world.image_folder)])
+    assert capsys.readouterr().out == "6 questions can be asked for the evaluation\n"
 
 
 @pytest.mark.parametrize("flags", [("--batch_size", "0"), ("--limit", "0"), ("--max_new_tokens", "0")])

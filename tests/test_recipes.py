@@ -84,8 +84,9 @@ def test_every_flag_is_one_that_training_takes(name, tmp_path):
 def write_run(folder, error_rate, losses):
     (folder / "train").mkdir(parents=True)
     (folder / "scores").mkdir()
-    scores = {"character_error_rate": error_rate, "right_by_task": {"mood": [200, 0.9], "text": [200, 0.5]}}
-    (folder / "scores" / "metrics.json").write_text(json.dumps({"scores": scores | {"no_text_right": 1.0}}))
+    scores = {"character_error_rate": error_rate, "right: mood": 0.9, "right: text": 0.5, "no_text_right": 1.0}
+    scores = {name: {"value": value} for name, value in scores.items()}
+    (folder / "scores" / "metrics.json").write_text(json.dumps({"scores": scores}))
     history = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)] + [{"train_runtime": 3}]
     (folder / "train" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
 

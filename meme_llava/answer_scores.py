@@ -1,0 +1,194 @@
+"""Knows how good answers about pictures are, in numbers with intervals. Knows nothing about models.
+
+Words are compared after NFKC and in lower case, letters and digits only: punctuation, spaces and line breaks do not
+count. Captions are compared as they are, Chinese by characters.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU, CHRF
+
+from meme_llava.captions import find_loop, normalise_text
+
+NO_TEXT = "没有文字"  # how an answer says that a picture holds no words
+# A true answer of so many letters, other than the picture's text, is a caption, which is compared by likeness.
+CAPTION_CHARACTERS = 10
+# A shorter piece of the text stands in a long answer by chance.
+FOUND_PIECE = 3
+RESAMPLES = 1000
+RIGHT = "right: "  # in front of a task's name: its answers that are right to the letter
+
+
+@dataclass(frozen=True)
+class AnsweredQuestion:
+    """An answer beside the truth.
+
+    Args:
+        text_in_picture: None where it is not known, "" where there is none.
+        task: the record's own name for what is asked, such as "mood".
+        picture: what the question is about; answers about the same picture are not independent.
+        tokens: length of the answer, or None where it is not known.
+        stopped: whether the answer ended by itself, or None where that is not known.
+    """
+
+    answer: str
+    truth: str
+    text_in_picture: str | None
+    task: str
+    picture: str
+    tokens: int | None = None
+    stopped: bool | None = None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a score says. `is_share`: it is shown in percent. `better`: "lower", "higher", or "" where neither is."""
+
+    title: str
+    better: str
+    is_share: bool = True
+
+
+MEASURES = {
+    "character_error_rate": Measure("character error rate of the text", "lower"),
+    "texts_right": Measure("texts without an error", "higher"),
+    "text_found": Measure("text found in the answer", "higher"),
+    "no_text_right": Measure("pictures without text, told so", "higher"),
+    "text_found_in_captions": Measure("text found in captions", "higher"),
+    "chrf": Measure("chrF of captions", "higher", is_share=False),
+    "bleu": Measure("BLEU of captions", "higher", is_share=False),
+    "rouge_l": Measure("ROUGE-L of captions", "higher"),
+    "stopped": Measure("answers that stop by themselves", "higher"),
+    "looping": Measure("answers that repeat without end", "lower"),
+    "characters": Measure("characters an answer", "", is_share=False),
+    "tokens": Measure("tokens an answer", "", is_share=False),
+}
+
+
+def describe_measure(name: str) -> Measure:
+    """What the score of this name says."""
+    if name.startswith(RIGHT):
+        return Measure(f"right to the letter: {name.removeprefix(RIGHT) or 'all'}", "higher")
+    return MEASURES[name]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score with its 95 % interval, and of how many answers it speaks.
+
+    Shares are from 0 to 1; a character error rate is above 1 where answers are much too long. chrF and BLEU go from 0
+    to 100.
+    """
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one answer adds to a score, which is the sum of all `points` by the sum of all `of`."""
+
+    name: str
+    points: float
+    of: float = 1
+
+
+class _Characters:
+    """ROUGE is made for languages with spaces; in Chinese, characters are compared."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return list(normalise_text(text))
+
+
+_ROUGE = RougeScorer(["rougeL"], tokenizer=_Characters())
+
+
+def score_answers(answered: Sequence[AnsweredQuestion]) -> dict[str, Score]:
+    """All scores for which there is an answer, by name, in the order of MEASURES and then of the tasks.
+
+    Intervals say how much a score would change with other pictures: RESAMPLES times as many pictures are drawn with
+    replacement, with all their answers, and the middle 95 % of what comes out are told (percentile bootstrap). chrF and
+    BLEU are sacrebleu's over all captions, which draws answers in place of pictures.
+    """
+    parts: dict[str, list[tuple[str, _Part]]] = {}
+    for question in answered:
+        for part in _judge(question):
+            parts.setdefault(part.name, []).append((question.picture, part))
+    scores = {name: _estimate(of_score) for name, of_score in parts.items()} | _compare_captions(answered)
+    order = [*MEASURES, *sorted(name for name in scores if name.startswith(RIGHT))]
+    return {name: scores[name] for name in order if name in scores}
+
+
+def _judge(question: AnsweredQuestion) -> Iterator[_Part]:
+    """By what the true answer is: the text itself, that there is none, a caption, or a word."""
+    answer, truth = normalise_text(question.answer), normalise_text(question.truth)
+    text = None if question.text_in_picture is None else normalise_text(question.text_in_picture)
+    if _is_caption(question):
+        yield _Part("rouge_l", _ROUGE.score(question.truth, question.answer)["rougeL"].fmeasure)
+        if text:
+            yield _Part("text_found_in_captions", _count_found(text, answer), len(text))
+    else:
+        yield _Part(f"{RIGHT}{question.task}", answer == truth)
+        if text and text == truth:
+            yield _Part("character_error_rate", Levenshtein.distance(answer, truth), len(truth))
+            yield _Part("texts_right", answer == truth)
+            yield _Part("text_found", _count_found(text, answer), len(text))
+        elif text == "" and truth.endswith(NO_TEXT):
+            yield _Part("no_text_right", NO_TEXT in answer)
+    yield _Part("looping", find_loop(question.answer) is not None)
+    yield _Part("characters", len(question.answer))
+    if question.tokens is not None:
+        yield _Part("tokens", question.tokens)
+    if question.stopped is not None:
+        yield _Part("stopped", question.stopped)
+
+
+def _is_caption(question: AnsweredQuestion) -> bool:
+    truth, text = normalise_text(question.truth), normalise_text(question.text_in_picture or "")
+    return len(truth) >= CAPTION_CHARACTERS and truth != text
+
+
+def _count_found(text: str, answer: str) -> int:
+    """How many characters of a normalised text stand in the answer within a piece of FOUND_PIECE of its characters.
+
+    Lines may be quoted one by one and with words between, so the pieces may stand anywhere.
+    """
+    length = min(FOUND_PIECE, len(text))
+    found = np.zeros(len(text), dtype=bool)  # (characters,)
+    for start in range(len(text) - length + 1):
+        if text[start : start + length] in answer:
+            found[start : start + length] = True
+    return int(found.sum())
+
+
+def _compare_captions(answered: Sequence[AnsweredQuestion]) -> dict[str, Score]:
+    captions = [question for question in answered if _is_caption(question)]
+    if not captions:
+        return {}
+    answers, truths = [question.answer for question in captions], [[question.truth for question in captions]]
+    scores = {}
+    for name, metric in (("chrf", CHRF()), ("bleu", BLEU(tokenize="zh"))):
+        result = metric.corpus_score(answers, truths, n_bootstrap=RESAMPLES)
+        middle, half = float(result._mean), float(result._ci)  # both are public only as text
+        scores[name] = Score(result.score, max(middle - half, 0.0), middle + half, len(captions))
+    return scores
+
+
+def _estimate(parts: Sequence[tuple[str, _Part]]) -> Score:
+    pictures = {picture: row for row, picture in enumerate(dict.fromkeys(picture for picture, _ in parts))}
+    sums = np.zeros((len(pictures), 2))  # (pictures, points and of)
+    for picture, part in parts:
+        sums[pictures[picture]] += part.points, part.of
+    draws = np.random.default_rng(0).multinomial(
+        len(pictures), np.full(len(pictures), 1 / len(pictures)), size=RESAMPLES
+    )  # (RESAMPLES, pictures): how often every picture was drawn
+    points, of = (draws @ sums).T  # (RESAMPLES,) each
+    low, high = np.percentile(points / of, [2.5, 97.5])
+    points, of = sums.sum(axis=0)
+    return Score(float(points / of), float(low), float(high), len(parts))

@@ -1,0 +1,156 @@
+"""Knows what the folder of an evaluation holds, and how an interrupted one goes on.
+
+    run_record.json     what was asked and of which model, written first
+    predictions.jsonl   a line for every answer, as it comes
+    metrics.json        the scores, written last: a folder that has them is finished
+
+Knows nothing about models and scores.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from meme_llava.checkpoint import RUN_RECORD, check_output_dir, empty_directory, lock_directory, write_json
+from meme_llava.errors import DiskFullError, UserError, means_full_disk
+
+PREDICTIONS = "predictions.jsonl"
+METRICS = "metrics.json"
+
+
+class EvaluationFolder:
+    """A folder that is being written. Made by `open_evaluation`, which holds its lock.
+
+    Attributes:
+        predictions: the lines that are there, in the order of the questions.
+        metrics: what metrics.json holds, or None if the evaluation is not finished.
+    """
+
+    def __init__(self, folder: Path, predictions: list[dict], metrics: dict | None):
+        self.folder = folder
+        self.predictions = predictions
+        self.metrics = metrics
+
+    def append(self, predictions: list[dict]) -> None:
+        """Add lines and bring them to the disk. Raises DiskFullError; the lines before stay."""
+        lines = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
+        with _telling_full_disk(self.folder), (self.folder / PREDICTIONS).open("a", encoding="utf-8") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        self.predictions += predictions
+
+    def finish(self, metrics: dict) -> None:
+        """Write the scores, whole or not at all."""
+        temporary = self.folder / f"{METRICS}.incomplete"
+        with _telling_full_disk(self.folder):
+            write_json(temporary, metrics)
+            temporary.replace(self.folder / METRICS)
+        self.metrics = metrics
+
+
+@contextlib.contextmanager
+def open_evaluation(output_dir: Path, record: dict, overwrite: bool) -> Iterator[EvaluationFolder]:
+    """Open the folder of an evaluation, made if it does not exist, and keep other processes off it.
+
+    Args:
+        record: the run record. What `record["asked"]` holds decides about the answers; a folder in which all of it is
+            the same goes on, whatever else changed.
+        overwrite: start anew in a folder that some evaluation wrote.
+
+    Raises:
+        UserError: the folder holds something else or was made by asking something else, or another process writes it.
+    """
+    goes_on = not overwrite and (output_dir / RUN_RECORD).is_file()
+    if goes_on:
+        check_same_questions(output_dir, record["asked"])
+    else:
+        check_output_dir(output_dir, overwrite)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with lock_directory(output_dir):
+        if not goes_on:
+            empty_directory(output_dir)
+            with _telling_full_disk(output_dir):
+                write_json(output_dir / RUN_RECORD, record)
+        metrics = output_dir / METRICS
+        yield EvaluationFolder(
+            output_dir,
+            _read_whole_lines(output_dir / PREDICTIONS),
+            _read_metrics(metrics) if metrics.is_file() else None,
+        )
+
+
+def check_same_questions(folder: Path, asked: dict) -> None:
+    """Raise UserError unless the evaluation in `folder` asked just this."""
+    before = read_evaluation_record(folder)["asked"]
+    changes = [
+        f"{name} was {before.get(name)!r}, is {asked.get(name)!r}"
+        for name in sorted({*before, *asked})
+        if before.get(name) != asked.get(name)
+    ]
+    if changes:
+        raise UserError(
+            f"{folder}: holds another evaluation ({'; '.join(changes)}). Choose another --output_dir, or pass "
+            "--overwrite to replace it."
+        )
+
+
+def read_evaluation_record(folder: Path) -> dict:
+    """The run record of an evaluation. Raises UserError if the folder holds none."""
+    path = folder / RUN_RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["stage"] != "evaluate" or not isinstance(record["asked"], dict):
+            raise ValueError(f"its stage is {record['stage']!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}: is no output_dir of evaluate.py ({path.name}: {error}); choose another folder"
+        ) from error
+    return record
+
+
+def read_finished_evaluation(folder: Path) -> dict:
+    """What metrics.json holds. Raises UserError if the folder holds no finished evaluation."""
+    read_evaluation_record(folder)
+    path = folder / METRICS
+    if not path.is_file():
+        raise UserError(f"{folder}: is not finished; run the same evaluate.py command once more to its end")
+    return _read_metrics(path)
+
+
+def _read_metrics(path: Path) -> dict:
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(metrics[key], dict) for key in ("asked", "settings", "scores")):
+            raise TypeError("asked, settings and scores must be objects")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is damaged ({error}); delete it, and evaluate.py scores the answers anew") from error
+    return metrics
+
+
+def _read_whole_lines(path: Path) -> list[dict]:
+    """The lines of the file; a last one that was not written to its end is cut off and asked again."""
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error}); pass --overwrite to ask everything again") from error
+
+
+@contextlib.contextmanager
+def _telling_full_disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if means_full_disk(error):
+            raise DiskFullError(
+                f"{folder}: the disk is full. Free some and start the same command again; answers are kept."
+            ) from error
+        raise
