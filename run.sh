@@ -14,6 +14,12 @@
 # The value of the published 8 x A800 run stands behind "real run:".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+fail() { echo "error: $*" >&2; exit 2; }
+source meme_llava/presets.sh
+
+# --- preset ---
+PRESET=${PRESET:-}                        # none, or a file of configs/presets, whose values come before those below: v1 | v2 | two_stages | openai_clip | chinese_clip_huge
+[[ -z $PRESET ]] || read_preset "$PRESET"
 
 # --- models and data ---
 LANGUAGE_MODEL=${LANGUAGE_MODEL:-data/tiny/language_model}    # folder, hub id, modelscope:ORG/MODEL. real run: Qwen/Qwen2-7B-Instruct
@@ -29,6 +35,8 @@ BASE_DIR=${BASE_DIR:-$OUTPUT_DIR/base}    # the assembled base model; name it to
 # --- recipe ---
 TRAIN_TYPE=${TRAIN_TYPE:-lora}            # lora | projector | freeze_vision | full (configs/train). real run: lora
 EPOCHS=${EPOCHS:-3}                       # passes over the records. real run: 5
+PROJECTOR_EPOCHS=${PROJECTOR_EPOCHS:-0}   # passes in which the projector learns alone before TRAIN_TYPE begins; 0 = one stage. real run: 0
+PROJECTOR_LR=${PROJECTOR_LR:-1e-3}        # peak learning rate of those
 HIGH_LR=${HIGH_LR:-2e-3}                  # peak learning rate of the projector. real run: 1e-3
 LOW_LR=${LOW_LR:-5e-4}                    # peak learning rate of all else that learns; small towers need more. real run: 2e-5
 WARMUP_RATIO=${WARMUP_RATIO:-0.1}         # share of the steps with rising learning rates. real run: 0.1
@@ -49,7 +57,6 @@ HOSTFILE=${HOSTFILE:-}                    # instead of NNODES to MASTER_ADDR: a 
 VENV=${VENV:-.venv}                       # Python environment, made on first use; active = the one already active
 
 # ------------------------------------------------------------------------------------------------------------------
-fail() { echo "error: $*" >&2; exit 2; }
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail "this is bash $BASH_VERSION, expected 4.4 or newer"
 
 : "${DRY_RUN:=0}"
@@ -112,6 +119,7 @@ if [[ $DRY_RUN == 0 ]]; then
 fi
 
 base_dir=$BASE_DIR
+projector_dir=$OUTPUT_DIR/projector
 train_dir=$OUTPUT_DIR/train
 merged_dir=$OUTPUT_DIR/merged
 
@@ -234,8 +242,8 @@ how_computed+='; s/ --(no_)?(torch_compile|cache_vision_features|allow_changes)(
 start_other_machines() {
     local number name values=()
     ((${#hosts[@]} > 1 && NODE_RANK == 0)) && [[ " ${stages[*]} " == *" train "* && ! -f $train_dir.command ]] || return 0
-    for name in LANGUAGE_MODEL VISION_MODEL IMAGE_POLICY ANNOTATIONS IMAGE_FOLDER OUTPUT_DIR BASE_DIR TRAIN_TYPE EPOCHS HIGH_LR LOW_LR \
-        WARMUP_RATIO LORA_R LORA_ALPHA MODEL_MAX_LENGTH GLOBAL_BATCH DEVICE_BATCH GPUS ENGINE NNODES MASTER_ADDR MASTER_PORT VENV; do
+    for name in LANGUAGE_MODEL VISION_MODEL IMAGE_POLICY ANNOTATIONS IMAGE_FOLDER OUTPUT_DIR BASE_DIR TRAIN_TYPE EPOCHS PROJECTOR_EPOCHS \
+        PROJECTOR_LR HIGH_LR LOW_LR WARMUP_RATIO LORA_R LORA_ALPHA MODEL_MAX_LENGTH GLOBAL_BATCH DEVICE_BATCH GPUS ENGINE NNODES MASTER_ADDR MASTER_PORT VENV; do
         values+=("$name=$(printf %q "${!name}")")
     done
     for ((number = 1; number < NNODES; number++)); do
@@ -262,12 +270,28 @@ if ((NNODES > 1)); then
 elif [[ -n $MASTER_PORT ]]; then
     train_launcher+=(--master_port "$MASTER_PORT")
 fi
-train_command=(train.py --model "$base_dir" --annotations "$ANNOTATIONS" --image_folder "$IMAGE_FOLDER"
-    --output_dir "$train_dir" --train_type "$TRAIN_TYPE" --num_train_epochs "$EPOCHS"
-    --high_lr "$HIGH_LR" --low_lr "$LOW_LR" --warmup_ratio "$WARMUP_RATIO" --lora_r "$LORA_R" --lora_alpha "$LORA_ALPHA"
-    --model_max_length "$MODEL_MAX_LENGTH" --global_batch_size "$GLOBAL_BATCH" --device_batch_size "$device_batch"
-    "${train_flags[@]}")
-[[ $ENGINE == auto ]] || train_command+=(--engine "$ENGINE")
+# list_train_command OUTPUT_DIR TRAIN_TYPE EPOCHS HIGH_LR: a word a line.
+list_train_command() {
+    local engine=()
+    [[ $ENGINE == auto ]] || engine=(--engine "$ENGINE")
+    printf '%s\n' train.py --model "$base_dir" --annotations "$ANNOTATIONS" --image_folder "$IMAGE_FOLDER" \
+        --output_dir "$1" --train_type "$2" --num_train_epochs "$3" \
+        --high_lr "$4" --low_lr "$LOW_LR" --warmup_ratio "$WARMUP_RATIO" --lora_r "$LORA_R" --lora_alpha "$LORA_ALPHA" \
+        --model_max_length "$MODEL_MAX_LENGTH" --global_batch_size "$GLOBAL_BATCH" --device_batch_size "$device_batch" \
+        "${train_flags[@]}" "${engine[@]}"
+}
+# An interrupted run goes on from its newest checkpoint; train.py refuses if settings changed in between.
+list_resume_flags() {
+    if [[ ! -f $1.command ]] && compgen -G "$1/checkpoint-[0-9]*" >/dev/null; then
+        printf '%s\n' --resume_from_checkpoint latest
+    fi
+}
+projector_command=()
+mapfile -t train_command < <(list_train_command "$train_dir" "$TRAIN_TYPE" "$EPOCHS" "$HIGH_LR")
+if [[ $PROJECTOR_EPOCHS != 0 ]]; then
+    [[ $TRAIN_TYPE != projector ]] || fail "PROJECTOR_EPOCHS=$PROJECTOR_EPOCHS begins with the projector alone, and so does TRAIN_TYPE=projector; set PROJECTOR_EPOCHS=0"
+    mapfile -t projector_command < <(list_train_command "$projector_dir" projector "$PROJECTOR_EPOCHS" "$PROJECTOR_LR")
+fi
 if ((looks_only)); then
     # What is planned is the run on all GPUs, though one process looks at it.
     [[ ! " ${train_flags[*]} " =~ " --plan " || " ${train_flags[*]} " =~ " --gpus" ]] || train_command+=(--gpus "$all_processes")
@@ -276,15 +300,13 @@ if ((looks_only)); then
     execute python "${train_command[@]}"
     exit
 fi
-# An interrupted run goes on from its newest checkpoint; train.py refuses if settings changed in between.
-resume_training=()
-if [[ ! -f $train_dir.command ]] && compgen -G "$train_dir/checkpoint-[0-9]*" >/dev/null; then
-    resume_training=(--resume_from_checkpoint latest)
-fi
+mapfile -t resume_projector < <(list_resume_flags "$projector_dir")
+mapfile -t resume_training < <(list_resume_flags "$train_dir")
 # The other machines wait for machine 0, which checks and builds; what they share is there when it starts training.
 if ((NODE_RANK > 0)); then
     stages=(train)
 elif [[ $DRY_RUN == 0 && " ${stages[*]} " == *" train "* && ! -f $train_dir.command ]]; then
+    ((${#projector_command[@]} == 0)) || python -m meme_llava.precheck "${projector_command[@]:1}" "${resume_projector[@]}"
     python -m meme_llava.precheck "${train_command[@]:1}" "${resume_training[@]}"
 fi
 # Neither is a training run to end before memes that cannot be evaluated.
@@ -299,11 +321,18 @@ run_stage build "$base_dir" "$base_inputs" python build_base_model.py --language
     --vision_model "$VISION_MODEL" --image_policy "$IMAGE_POLICY" --output_dir "$base_dir"
 
 # --- train ---
-resume=("${resume_training[@]}")
 launcher=("${train_launcher[@]}")
 ((NODE_RANK > 0)) || require train "$base_dir" build
 start_other_machines
-run_stage train "$train_dir" "$ANNOTATIONS"$'\n'"$base_dir/run_record.json" "${train_command[@]}"
+train_inputs=$ANNOTATIONS$'\n'$base_dir/run_record.json
+if ((${#projector_command[@]})); then
+    resume=("${resume_projector[@]}")
+    run_stage train "$projector_dir" "$train_inputs" "${projector_command[@]}"
+    train_inputs+=$'\n'$projector_dir/run_record.json
+    train_command+=(--projector_from "$projector_dir")
+fi
+resume=("${resume_training[@]}")
+run_stage train "$train_dir" "$train_inputs" "${train_command[@]}"
 launcher=()
 resume=()
 if ((NODE_RANK > 0)); then
@@ -344,6 +373,7 @@ if [[ $DRY_RUN == 0 && -d $merged_dir ]]; then
     [[ $VENV == active ]] || python=$VENV/bin/python
     echo
     echo "base model          $base_dir"
+    ((${#projector_command[@]} == 0)) || echo "projector alone     $projector_dir"
     echo "adapter, curves     $train_dir (training_curves.png; tensorboard --logdir $train_dir/tensorboard)"
     echo "standalone model    $merged_dir"
     [[ ! -d $OUTPUT_DIR/scores ]] || echo "scores, answers     $OUTPUT_DIR/scores, before training $OUTPUT_DIR/scores_before"

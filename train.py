@@ -54,7 +54,7 @@ from meme_llava.resume import StartPoint, check_continues, choose_start, describ
 from meme_llava.run import TrainingRun, choose_load_dtype, print_run
 from meme_llava.throughput import CountingCollator
 from meme_llava.token_lengths import find_default_folder
-from meme_llava.trainable import load_trained_weights, plan_parameter_groups, prepare_trainable
+from meme_llava.trainable import load_projector, load_trained_weights, plan_parameter_groups, prepare_trainable
 from meme_llava.trainer import CheckpointContent, MemeTrainer
 from meme_llava.training_arguments import derive_accumulation, make_training_arguments
 from meme_llava.training_state import OPTIMIZER_PREFIX
@@ -250,6 +250,8 @@ def prepare_model(run: TrainingRun, training_arguments: TrainingArguments, proce
     model = prepare_trainable(model, arguments)
     if run.start.checkpoint is not None:
         load_trained_weights(model, run.start.checkpoint)
+    elif arguments.projector_from is not None:
+        load_projector(model, arguments.projector_from)
     recompute_layers(model, computation.recomputed)
     if arguments.torch_compile:
         compile_layers(model)

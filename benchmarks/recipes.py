@@ -50,13 +50,11 @@ class Recipe:
         meaning: what is different.
         variables: of run.sh, where they differ from its defaults.
         flags: of train.py.
-        projector_epochs: passes with the projector alone before everything else learns; the rest of EPOCHS follows.
     """
 
     meaning: str
     variables: dict[str, str] = field(default_factory=dict)
     flags: Sequence[str] = ()
-    projector_epochs: int = 0
 
 
 RECIPES = {
@@ -67,7 +65,10 @@ RECIPES = {
     "low_lora": Recipe("LoRA 2e-4, a tenth of the projector's", {"LOW_LR": "2e-4"}),
     "lowest_lora": Recipe("LoRA 4e-5, a fiftieth of the projector's, as published", {"LOW_LR": "4e-5"}),
     "no_warmup": Recipe("no warmup", {"WARMUP_RATIO": "0"}),
-    "two_stages": Recipe("the projector alone for one pass, then with LoRA", projector_epochs=1),
+    "two_stages": Recipe(
+        "the projector alone for one pass, then with LoRA",
+        {"PROJECTOR_EPOCHS": "1", "PROJECTOR_LR": HIGH, "EPOCHS": str(EPOCHS - 1)},
+    ),
     "projector_only": Recipe("the projector alone, no LoRA", {"TRAIN_TYPE": "projector"}),
     "vision_qkv": Recipe("vision LoRA on q, k, v only", flags=QKV),
     "no_vision_lora": Recipe("no vision LoRA, the tower is frozen", flags=["--vision_tower_training", "frozen"]),
@@ -94,25 +95,15 @@ class Command:
 
 def list_commands(name: str, seed: int, precision: str, work_dir: Path) -> list[Command]:
     """The commands of a run, in their order."""
-    recipe, base, output = RECIPES[name], work_dir / f"base_{seed}", work_dir / f"{name}_{seed}"
-    flags = [*recipe.flags, "--precision", precision, "--seed", str(seed)]
+    recipe, output = RECIPES[name], work_dir / f"{name}_{seed}"
     # `active`: run.sh takes the Python that runs this.
-    common = {"VENV": "active", "GPUS": "cpu", **recipe.variables}
-    commands = []
-    if recipe.projector_epochs:
-        first = work_dir / f"{name}_{seed}_projector"
-        variables = {"TRAIN_TYPE": "projector", "EPOCHS": str(recipe.projector_epochs)}
-        variables |= {"BASE_DIR": str(base), "OUTPUT_DIR": str(first)}
-        commands.append(Command(["bash", "run.sh", "train", "merge", *flags], common | variables))
-        base = first / "merged"
-    variables = {"EPOCHS": str(EPOCHS - recipe.projector_epochs), "BASE_DIR": str(base), "OUTPUT_DIR": str(output)}
-    commands.append(Command(["bash", "run.sh", "train", "merge", *flags], common | variables))
-    if not (output / METRICS).is_file():
-        # run.sh would ask the base about them, too, every time.
-        words = [sys.executable, "evaluate.py", "--model", str(output / "merged"), "--output_dir"]
-        words += [str((output / METRICS).parent), "--annotations", str(UNSEEN / "annotations.json")]
-        commands.append(Command([*words, "--image_folder", str(UNSEEN)], {}))
-    return commands
+    variables = {"VENV": "active", "GPUS": "cpu", "EPOCHS": str(EPOCHS), **recipe.variables}
+    variables |= {"BASE_DIR": str(work_dir / f"base_{seed}"), "OUTPUT_DIR": str(output)}
+    training = ["bash", "run.sh", "train", "merge", *recipe.flags, "--precision", precision, "--seed", str(seed)]
+    # run.sh would ask the base about them, too, every time.
+    evaluation = [sys.executable, "evaluate.py", "--model", str(output / "merged"), "--output_dir"]
+    evaluation += [str((output / METRICS).parent), "--annotations", str(UNSEEN / "annotations.json")]
+    return [Command(training, variables), Command([*evaluation, "--image_folder", str(UNSEEN)], {})]
 
 
 def make_base(seed: int, work_dir: Path) -> None:

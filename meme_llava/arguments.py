@@ -109,6 +109,13 @@ class TrainArguments(RecordPolicy):
     lora_vision_modules: list[str] = field(metadata=describe("vision projections that get LoRA"))
     lora_language_modules: list[str] = field(metadata=describe("language projections that get LoRA"))
     # Right for every run unless somebody knows better.
+    projector_from: Path | None = field(
+        default=None,
+        metadata=describe(
+            "output_dir or checkpoint of an earlier run on the same base, with whose multi_modal_projector this one "
+            "begins"
+        ),
+    )
     lora_dropout: float = field(default=0.05, metadata=describe("dropout in front of the LoRA matrices"))
     warmup_steps: int | None = field(default=None, metadata=describe("warmup in steps, in place of warmup_ratio"))
     lr_scheduler_type: Literal["cosine", "linear"] = field(

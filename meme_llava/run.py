@@ -8,11 +8,19 @@ import torch
 from transformers import TrainingArguments
 
 from meme_llava.arguments import TrainArguments, to_plain
-from meme_llava.checkpoint import RUN_RECORD, describe_environment, read_run_record, write_json
+from meme_llava.checkpoint import (
+    RUN_RECORD,
+    describe_environment,
+    identify_weights,
+    read_run_record,
+    read_trained_record,
+    write_json,
+)
 from meme_llava.computation import Computation
 from meme_llava.dataset import LoadedData
 from meme_llava.display import print_table
 from meme_llava.engines import Engine
+from meme_llava.errors import CheckpointError
 from meme_llava.fingerprint import fingerprint_folder
 from meme_llava.hashing import hash_file
 from meme_llava.model import Processing, quiet_transformers
@@ -35,6 +43,7 @@ class TrainingRun:
     accumulation: int
     data: dict
     base: dict
+    projector: dict | None = None
     parameter_groups: list[dict] = field(default_factory=list)
     computation: Computation | None = None
 
@@ -44,6 +53,7 @@ class TrainingRun:
     ) -> "TrainingRun":
         """Derive steps and warmup, and look up what data and base are."""
         records = len(data.dataset)
+        base_fingerprint = fingerprint_folder(arguments.model)
         steps, warmup_steps = count_steps(arguments, records, start.step, start.records)
         record_file = arguments.model / RUN_RECORD
         return cls(
@@ -70,9 +80,10 @@ class TrainingRun:
             },
             base={
                 "folder": str(arguments.model.resolve()),
-                "fingerprint": fingerprint_folder(arguments.model),
+                "fingerprint": base_fingerprint,
                 "run_record": read_run_record(arguments.model) if record_file.is_file() else None,
             },
+            projector=describe_earlier_projector(arguments.projector_from, base_fingerprint),
         )
 
     def to_record(self, step: int) -> dict:
@@ -94,6 +105,7 @@ class TrainingRun:
             "parameter_groups": self.parameter_groups,
             "computation": None if self.computation is None else self.computation.to_record(),
             "base": self.base,
+            "projector": self.projector,
             "environment": describe_environment(),
         }
 
@@ -123,6 +135,23 @@ class TrainingRun:
             write_json(folder / RUN_RECORD, self.to_record(step))
 
         return write_companions
+
+
+def describe_earlier_projector(folder: Path | None, base_fingerprint: str) -> dict | None:
+    """What the run record keeps of the run whose projector this one begins with; None without one.
+
+    Raises:
+        UserError: `folder` holds no trained weights, is damaged, or belongs to another base.
+    """
+    if folder is None:
+        return None
+    record = read_trained_record(folder)
+    if record["base"]["fingerprint"] != base_fingerprint:
+        raise CheckpointError(
+            f"--projector_from {folder}: was trained on another base ({record['base']['folder']}), so its "
+            "multi_modal_projector fits other towers; give a run on the same --model"
+        )
+    return {"folder": str(folder.resolve()), "weights": identify_weights(folder), "run_record": record}
 
 
 def choose_load_dtype(training_arguments: TrainingArguments) -> torch.dtype:

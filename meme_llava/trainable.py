@@ -206,6 +206,32 @@ def load_trained_weights(model: nn.Module, folder: Path) -> None:
             parameters[name].copy_(tensor)
 
 
+def load_projector(model: nn.Module, folder: Path) -> None:
+    """Put the multi_modal_projector that another run trained on the same base into a model prepared to learn.
+
+    Raises:
+        UserError: its tensors are not those of this model's projector.
+    """
+    path = next(path for path in (folder / ADAPTER_WEIGHTS, folder / TRAINED_WEIGHTS) if path.is_file())
+    # The names in front of it depend on what else learned there and learns here.
+    before = {
+        _name_in_projector(name): tensor for name, tensor in load_file(path).items() if role_of(name) == PROJECTOR
+    }
+    parameters = {
+        _name_in_projector(name): parameter
+        for name, parameter in model.named_parameters()
+        if role_of(name) == PROJECTOR and parameter.requires_grad
+    }
+    check_same_names(parameters, before, f"{path}, the projector's tensors")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(before[name])
+
+
+def _name_in_projector(name: str) -> str:
+    return name.rpartition(f"{PROJECTOR}.")[2].removeprefix("modules_to_save.default.")
+
+
 def apply_trained_weights(model: nn.Module, folder: Path) -> nn.Module:
     """Base model → base + what train.py saved in `folder`, for asking it before merging."""
     if not (folder / ADAPTER_CONFIG).is_file():

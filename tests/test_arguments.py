@@ -92,6 +92,7 @@ def test_a_complete_command_line_written_out():
         "language_model_training": "lora",
         "lora_vision_modules": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
         "lora_language_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "projector_from": None,
         "lora_dropout": 0.05,
         "warmup_steps": None,
         "lr_scheduler_type": "cosine",
@@ -381,7 +382,7 @@ def test_one_part_may_be_frozen(vision, language):
 def test_every_train_setting_has_exactly_one_home():
     script = (REPOSITORY / "run.sh").read_text(encoding="utf-8")
     # The command that run.sh gives to train.py, up to where the user's own flags follow.
-    (command,) = re.findall(r'train_command=\((.*?)"\$\{train_flags\[@\]\}"', script, re.DOTALL)
+    (command,) = re.findall(r'list_train_command\(\) \{(.*?)"\$\{train_flags\[@\]\}"', script, re.DOTALL)
     in_script = re.findall(r"--(\w+)", command.partition("train.py")[2])
     recipes = {name: yaml.safe_load((REPOSITORY / f"configs/train/{name}.yaml").read_text()) for name in RECIPES}
     in_recipes = list(recipes["lora"])

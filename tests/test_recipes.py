@@ -34,6 +34,8 @@ def list_differences(name, tmp_path):
         ("all_low", {"HIGH_LR": recipes.LOW}, []),
         ("all_high", {"LOW_LR": recipes.HIGH}, []),
         ("all_middle", {"HIGH_LR": recipes.MIDDLE, "LOW_LR": recipes.MIDDLE}, []),
+        ("low_lora", {"LOW_LR": "2e-4"}, []),
+        ("lowest_lora", {"LOW_LR": "4e-5"}, []),
         ("no_warmup", {"WARMUP_RATIO": "0"}, []),
         ("projector_only", {"TRAIN_TYPE": "projector"}, []),
         ("vision_qkv", {}, ["--lora_vision_modules", "q_proj", "k_proj", "v_proj"]),
@@ -50,21 +52,11 @@ def test_rates_and_passes_of_the_default_are_those_of_run_sh():
         assert f"{name}=${{{name}:-{value}}}" in script
 
 
-def test_the_second_stage_begins_with_what_the_first_one_merged(tmp_path):
-    first, second, _ = recipes.list_commands("two_stages", 2, "fp32", tmp_path)
-    assert first.words == ["bash", "run.sh", "train", "merge", "--precision", "fp32", "--seed", "2"]
-    assert first.variables["TRAIN_TYPE"] == "projector"
-    assert first.variables["BASE_DIR"] == str(tmp_path / "base_2")
-    assert second.variables["BASE_DIR"] == first.variables["OUTPUT_DIR"] + "/merged"
-    assert "TRAIN_TYPE" not in second.variables
-    assert int(first.variables["EPOCHS"]) + int(second.variables["EPOCHS"]) == recipes.EPOCHS
-
-
-def test_what_is_evaluated_is_not_asked_again(tmp_path):
-    write_run(tmp_path / "default_0", 0.1, [3.0])
-    (training,) = recipes.list_commands("default", 0, "fp32", tmp_path)
-    # run.sh compares its settings with those that the run was made with.
-    assert training.words[:4] == ["bash", "run.sh", "train", "merge"]
+def test_two_stages_see_the_records_as_often_as_one(tmp_path):
+    training, _ = recipes.list_commands("two_stages", 2, "fp32", tmp_path)
+    assert int(training.variables["PROJECTOR_EPOCHS"]) + int(training.variables["EPOCHS"]) == recipes.EPOCHS
+    assert training.variables["PROJECTOR_LR"] == recipes.HIGH
+    assert "TRAIN_TYPE" not in training.variables
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
