@@ -24,7 +24,7 @@ except ModuleNotFoundError:
     sys.exit(2)
 
 from meme_llava.arguments import parse_arguments  # noqa: E402
-from meme_llava.caption_client import CaptionClient, Endpoint, find_endpoint  # noqa: E402
+from meme_llava.caption_client import CaptionClient  # noqa: E402
 from meme_llava.caption_ledger import TORN_SUFFIX, CaptionLedger, open_ledger  # noqa: E402
 from meme_llava.caption_run import CaptionRun  # noqa: E402
 from meme_llava.describing import (  # noqa: E402
@@ -40,6 +40,7 @@ from meme_llava.describing import (  # noqa: E402
     print_summary,
     read_prompt,
 )
+from meme_llava.endpoints import Endpoint, find_endpoint  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 
 

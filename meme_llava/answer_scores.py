@@ -4,7 +4,7 @@ Words are compared after NFKC and in lower case, letters and digits only: punctu
 count. Captions are compared as they are, Chinese by characters.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,8 +121,21 @@ def score_answers(answered: Sequence[AnsweredQuestion]) -> dict[str, Score]:
         for part in _judge(question):
             parts.setdefault(part.name, []).append((question.picture, part))
     scores = {name: _estimate(of_score) for name, of_score in parts.items()} | _compare_captions(answered)
-    order = [*MEASURES, *sorted(name for name in scores if name.startswith(RIGHT))]
-    return {name: scores[name] for name in order if name in scores}
+    return {name: scores[name] for name in list_measures([scores])}
+
+
+def list_measures(columns: Sequence[Mapping[str, Score]]) -> list[str]:
+    """Every name that one of the columns has, in the order of MEASURES and then of the tasks."""
+    names = {name for scores in columns for name in scores}
+    return [name for name in MEASURES if name in names] + sorted(names - MEASURES.keys())
+
+
+def asks_for_text(truth: str, text_in_picture: str | None) -> bool:
+    """Whether the true answer is the picture's text and nothing else, or says that there is none."""
+    if text_in_picture is None:
+        return False
+    truth, text = normalise_text(truth), normalise_text(text_in_picture)
+    return truth == text if text else truth.endswith(NO_TEXT)
 
 
 def _judge(question: AnsweredQuestion) -> Iterator[_Part]:
@@ -135,11 +148,11 @@ def _judge(question: AnsweredQuestion) -> Iterator[_Part]:
             yield _Part("text_found_in_captions", _count_found(text, answer), len(text))
     else:
         yield _Part(f"{RIGHT}{question.task}", answer == truth)
-        if text and text == truth:
+        if text and asks_for_text(question.truth, question.text_in_picture):
             yield _Part("character_error_rate", Levenshtein.distance(answer, truth), len(truth))
             yield _Part("texts_right", answer == truth)
             yield _Part("text_found", _count_found(text, answer), len(text))
-        elif text == "" and truth.endswith(NO_TEXT):
+        elif asks_for_text(question.truth, question.text_in_picture):
             yield _Part("no_text_right", NO_TEXT in answer)
     yield _Part("looping", find_loop(question.answer) is not None)
     yield _Part("characters", len(question.answer))

@@ -19,6 +19,7 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser
 
 from meme_llava.collator import LossAverage
+from meme_llava.endpoints import PRESETS
 from meme_llava.engines import check_engine_name
 from meme_llava.errors import UserError
 from meme_llava.findings import Severities
@@ -320,10 +321,31 @@ class InferArguments:
 
 @dataclass
 class EvaluateArguments:
-    model: Path = field(metadata=describe("merged model, base model, or output_dir / checkpoint of train.py"))
     annotations: Path = field(metadata=describe("records with the questions and their true answers"))
     image_folder: Path = field(metadata=describe("where their pictures are"))
     output_dir: Path = field(metadata=describe("gets predictions.jsonl and metrics.json; goes on there"))
+    model: str | None = field(
+        default=None,
+        metadata=describe(
+            "merged model, base model, or output_dir / checkpoint of train.py; another's hub id, folder or name, as "
+            "--answer_with says"
+        ),
+    )
+    answer_with: Literal["meme_llava", "transformers", "endpoint", "rapidocr"] = field(
+        default="meme_llava",
+        metadata=describe(
+            "who answers: a model of ours, an image-text-to-text model of transformers (such as LLaVA-1.5), an "
+            "OpenAI-compatible endpoint, a text recogniser"
+        ),
+    )
+    preset: Literal[tuple(PRESETS)] | None = field(
+        default=None, metadata=describe("endpoint: base URL, model and key variable of a provider")
+    )
+    base_url: str | None = field(default=None, metadata=describe("endpoint: any other one"))
+    key_variable: str | None = field(
+        default=None, metadata=describe("endpoint: name of the environment variable that holds the key")
+    )
+    timeout: float = field(default=60.0, metadata=describe("endpoint: seconds to wait for an answer"))
     batch_size: int = field(default=16, metadata=describe("questions answered at once"))
     limit: int | None = field(default=None, metadata=describe("only the first so many records"))
     max_new_tokens: int = field(default=128, metadata=describe("an answer stops here if not by itself"))
@@ -342,6 +364,21 @@ class EvaluateArguments:
         for name in ("batch_size", "max_new_tokens"):
             check_setting(self, name, getattr(self, name) > 0, "at least 1")
         check_setting(self, "limit", self.limit is None or self.limit > 0, "at least 1")
+        check_setting(self, "timeout", self.timeout > 0, "seconds above 0")
+        needs_model = self.answer_with in ("meme_llava", "transformers")
+        if needs_model and self.model is None:
+            raise UserError(f"--answer_with {self.answer_with} needs --model")
+        # A setting that would do nothing is a mistake.
+        idle = {
+            "model": self.answer_with == "rapidocr",
+            "base_model": self.answer_with != "meme_llava",
+            "device": not needs_model,
+            "dtype": not needs_model,
+            **dict.fromkeys(("preset", "base_url", "key_variable", "timeout"), self.answer_with != "endpoint"),
+        }
+        for setting in dataclasses.fields(self):
+            if idle.get(setting.name) and getattr(self, setting.name) != setting.default:
+                raise UserError(f"--{setting.name} has no use with --answer_with {self.answer_with}; leave it out")
 
 
 class _Parser(HfArgumentParser):

@@ -1,14 +1,13 @@
 """Knows how a vision model behind an OpenAI-compatible endpoint is asked, and what each way of not answering means.
 
-Retries, files and pictures are the caller's. A key comes from the environment, goes into the request and nowhere else:
-every text that leaves this module has it blotted out.
+Retries, files and pictures are the caller's. A key goes into the request and nowhere else: every text that leaves this
+module has it blotted out.
 """
 
 import asyncio
 import json
 import random
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
@@ -16,12 +15,11 @@ from urllib.parse import urlsplit
 
 import openai
 
-from meme_llava.errors import UserError
+from meme_llava.endpoints import LOOPBACK, Endpoint
 
 LONGEST_DETAIL = 300  # characters of a server's message that are kept
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 60.0
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 BLOTTED_KEY = "[key]"
 SHORTEST_SECRET = 8
 # The endpoint or the account is wrong, for every picture alike.
@@ -33,30 +31,6 @@ _FATAL = {
 }
 # 408 and 409 are what gateways answer while a backend restarts.
 _PASSING = (408, 409, 425, 429)
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What is known of a provider.
-
-    The models named are those of November 2026; providers retire models, --model takes any other one.
-    """
-
-    base_url: str
-    model: str | None
-    key_variable: str | None
-    # The name of the field that limits an answer: newer models of OpenAI refuse the older name, others know no newer.
-    limit_name: str = "max_tokens"
-
-
-PRESETS = {
-    "gpt-4o": Preset("https://api.openai.com/v1", "gpt-4o", "OPENAI_API_KEY", "max_completion_tokens"),
-    "gemini": Preset("https://generativelanguage.googleapis.com/v1beta/openai/", "gemini-3.8-flash", "GEMINI_API_KEY"),
-    "claude": Preset("https://api.anthropic.com/v1/", "claude-sonnet-5", "ANTHROPIC_API_KEY"),
-    "yi-vision": Preset("https://api.lingyiwanwu.com/v1", "yi-vision", "YI_API_KEY"),
-    "glm": Preset("https://open.bigmodel.cn/api/paas/v4", "glm-4.6v", "ZHIPUAI_API_KEY"),
-    "local": Preset("http://127.0.0.1:8000/v1", None, None),
-}
 
 
 class StopAsking(Exception):
@@ -76,25 +50,6 @@ class PassingFault(Exception):
 
 
 @dataclass(frozen=True)
-class Endpoint:
-    """Where to ask which model. `key` is not shown when an Endpoint is printed."""
-
-    base_url: str
-    model: str
-    limit_name: str
-    key_variable: str | None
-    key: str
-
-    def __repr__(self) -> str:
-        return f"Endpoint({self.base_url!r}, {self.model!r})"
-
-    @property
-    def host(self) -> str:
-        """Host name, with the port where there is one."""
-        return urlsplit(self.base_url).netloc
-
-
-@dataclass(frozen=True)
 class Reply:
     """What a model answered, paid for whether it is of use or not. Token counts are None where none are reported."""
 
@@ -103,52 +58,6 @@ class Reply:
     finish_reason: str | None
     prompt_tokens: int | None
     completion_tokens: int | None
-
-
-def find_endpoint(
-    preset: str | None,
-    base_url: str | None,
-    model: str | None,
-    key_variable: str | None,
-    environment: Mapping[str, str],
-) -> Endpoint:
-    """Put preset and overrides together and take the key from the environment.
-
-    Raises:
-        UserError: no address, no model, or no key where one is needed. No message holds a key.
-    """
-    if preset is None and base_url is None:
-        raise UserError(f"give --preset ({', '.join(PRESETS)}) or --base_url")
-    known = PRESETS[preset] if preset is not None else Preset(base_url, None, None)
-    base_url = base_url or known.base_url
-    host = _check_base_url(base_url)
-    model = model or known.model
-    if not model:
-        raise UserError(f"give --model: the name by which the server at {host} knows its model")
-    key_variable = key_variable or known.key_variable
-    if key_variable is None and host not in LOOPBACK:
-        raise UserError(f"give --key_variable: the name of the environment variable that holds the key for {host}")
-    # The client wants some key; a local server does not look at it.
-    key = environment.get(key_variable, "").strip() if key_variable else "none"
-    if not key:
-        raise UserError(f"the environment variable {key_variable} is not set; export {key_variable} with your key")
-    if not (key.isascii() and key.isprintable()) or " " in key:
-        raise UserError(f"the environment variable {key_variable} holds characters that no key has; export it again")
-    return Endpoint(base_url, model, known.limit_name, key_variable, key)
-
-
-def _check_base_url(base_url: str) -> str:
-    try:
-        parts = urlsplit(base_url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
-    except ValueError:
-        usable = False
-    # The value is not repeated: a key may stand in it.
-    if not usable:
-        raise UserError("--base_url is no address such as http://127.0.0.1:8000/v1")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise UserError("--base_url holds more than host and path; keys come from the environment only")
-    return parts.hostname
 
 
 class CaptionClient:
@@ -174,7 +83,7 @@ class CaptionClient:
     async def __aexit__(self, *exception) -> None:
         await self._client.close()
 
-    async def ask(self, data_url: str, prompt: str) -> Reply:
+    async def ask(self, data_url: str, prompt: str, system: str | None = None) -> Reply:
         """One request: the picture, then the prompt.
 
         Raises:
@@ -183,13 +92,13 @@ class CaptionClient:
             StopAsking: it takes none.
         """
         content = [{"type": "image_url", "image_url": {"url": data_url}}, {"type": "text", "text": prompt}]
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        messages.append({"role": "user", "content": content})
         create = self._client.chat.completions.with_raw_response.create
         try:
             # The client's own timeout starts anew with every byte that arrives.
             async with asyncio.timeout(self.timeout):
-                response = await create(
-                    model=self.endpoint.model, messages=[{"role": "user", "content": content}], **self._limit
-                )
+                response = await create(model=self.endpoint.model, messages=messages, **self._limit)
                 body = response.content
         except (TimeoutError, openai.APITimeoutError):
             raise PassingFault(f"no answer within {self.timeout:g} s") from None

@@ -5,46 +5,25 @@ How a server is talked to stands in `caption_client`, how lines are kept in `cap
 """
 
 import asyncio
-import base64
 import contextlib
-import io
 import random
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
-
-from PIL import Image
 
 from meme_llava.caption_client import CaptionClient, PassingFault, PictureRejected, Reply, StopAsking, choose_wait
 from meme_llava.caption_ledger import CaptionLedger
 from meme_llava.captions import find_loop, find_refusal
 from meme_llava.describing import UNANSWERED, DescribeArguments, Progress, Prompt
 from meme_llava.hashing import try_hash_file
-from meme_llava.images import open_image, resolve_image_path
+from meme_llava.images import resolve_image_path
+from meme_llava.picture_upload import encode_picture, make_data_url
 
-JPEG_QUALITY = 90
 # So many pictures set aside one after the other, none answered between them, are no accident of the pictures.
 LONGEST_BAD_RUN = 10
 # A server that asks for a longer wait means another day.
 LONGEST_ASKED_WAIT = 300.0
 GRACE_SECONDS = 5.0  # for answers on their way when a person stops the run: they may be paid for
-
-
-def encode_picture(path: Path, max_side: int) -> bytes:
-    """The picture as training sees it, scaled down to `max_side` pixels if it is larger, as JPEG.
-
-    Raises:
-        ValueError: the file is no picture; with the reason.
-    """
-    picture = open_image(path)
-    longest = max(picture.size)
-    if longest > max_side:
-        size = tuple(max(1, round(side * max_side / longest)) for side in picture.size)
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()
 
 
 def judge(reply: Reply) -> tuple[str, str] | None:
@@ -210,7 +189,7 @@ class CaptionRun:
         except ValueError as error:
             # Where the folder lies on this machine is no business of the file's readers.
             return self._set_aside(name, digest, purchase, "unreadable", str(error).removeprefix(f"{path}: "))
-        data_url = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+        data_url = make_data_url(jpeg)
         wait = 0.0
         try:
             while await self._wait(wait):

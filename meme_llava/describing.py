@@ -16,9 +16,9 @@ from typing import Literal
 from tqdm import tqdm
 
 from meme_llava.arguments import check_setting, describe
-from meme_llava.caption_client import PRESETS
 from meme_llava.caption_ledger import CaptionLedger
 from meme_llava.display import SECONDS_BETWEEN_LINES, print_table
+from meme_llava.endpoints import PRESETS
 from meme_llava.errors import UserError
 from meme_llava.hashing import try_hash_file
 from meme_llava.pictures import PICTURE_SUFFIXES

@@ -66,7 +66,7 @@ def show_bytes(title: str, total: int) -> Iterator[Callable[[int], None]]:
 @contextlib.contextmanager
 def show_count(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """Like `show_bytes`, for things that are counted; `title` says what they are."""
-    with _show_progress(title, total, "", lambda count: f"{count:,.0f}") as advance:
+    with _show_progress(title, total, "", _format_count) as advance:
         yield advance
 
 
@@ -98,6 +98,11 @@ def _show_progress(
                 )
 
         yield advance
+
+
+def _format_count(count: float) -> str:
+    # A large model gives less than an answer a second.
+    return f"{count:,.0f}" if count >= 10 or count == int(count) else f"{count:.1f}"
 
 
 def _format_bytes(count: float) -> str:

@@ -33,14 +33,14 @@ class EvaluationFolder:
         self.predictions = predictions
         self.metrics = metrics
 
-    def append(self, predictions: list[dict]) -> None:
-        """Add lines and bring them to the disk. Raises DiskFullError; the lines before stay."""
-        lines = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
+    def append(self, prediction: dict) -> None:
+        """Add a line and bring it to the disk. Raises DiskFullError; the lines before stay."""
+        line = json.dumps(prediction, ensure_ascii=False) + "\n"
         with _telling_full_disk(self.folder), (self.folder / PREDICTIONS).open("a", encoding="utf-8") as file:
-            file.write(lines)
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        self.predictions += predictions
+        self.predictions.append(prediction)
 
     def finish(self, metrics: dict) -> None:
         """Write the scores, whole or not at all."""

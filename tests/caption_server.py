@@ -122,7 +122,7 @@ class CaptionServer:
 
 def find_picture(body: dict) -> Image.Image:
     """The picture of a request."""
-    url = body["messages"][0]["content"][0]["image_url"]["url"]
+    url = body["messages"][-1]["content"][0]["image_url"]["url"]
     head, _, data = url.partition(",")
     assert head == "data:image/jpeg;base64"
     return Image.open(io.BytesIO(base64.b64decode(data)))

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source meme_llava/environment.sh
-activate_environment requirements.txt data/requirements.txt tests/requirements.txt
+activate_environment requirements.txt data/requirements.txt configs/requirements/*.txt tests/requirements.txt
 export DS_ACCELERATOR=cpu GOMP_SPINCOUNT=1000
 
 ruff check .

@@ -41,10 +41,12 @@ from caption_server import (  # noqa: E402
 )
 
 from meme_llava import caption_client, caption_ledger, caption_run  # noqa: E402
-from meme_llava.caption_client import PRESETS, choose_wait, find_endpoint, parse_retry_after  # noqa: E402
+from meme_llava.caption_client import choose_wait, parse_retry_after  # noqa: E402
 from meme_llava.describing import DEFAULT_PROMPT, Prompt  # noqa: E402
+from meme_llava.endpoints import PRESETS, find_endpoint  # noqa: E402
 from meme_llava.errors import UserError  # noqa: E402
 from meme_llava.images import open_image  # noqa: E402
+from meme_llava.picture_upload import encode_picture  # noqa: E402
 
 SCRIPT = Path(__file__).resolve().parent.parent / "data" / "describe.py"
 CANARY = "sk-canary-0123456789abcdef"
@@ -761,7 +763,7 @@ def test_a_real_server_gives_the_captions_of_infer(world, server, served_model, 
     answers = []
     for name in names:
         jpeg = tmp_path / "sent.jpg"
-        jpeg.write_bytes(caption_run.encode_picture(folder / name, 1024))
+        jpeg.write_bytes(encode_picture(folder / name, 1024))
         ours = answerer.answer(open_image(jpeg), DEFAULT_PROMPT, max_new_tokens=NEW_TOKENS)
         line = lines[name]
         answers.append(line["description"] if "description" in line else line["answer"])

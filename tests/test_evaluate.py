@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from meme_llava import precheck_evaluation
+from meme_llava import answer_sources, precheck_evaluation
 from meme_llava.generation import Answerer, Question, load_answerer
 
 
@@ -77,7 +77,18 @@ def test_writes_answers_and_scores(flags, served_model, tmp_path, capsys):
     assert {path.name for path in output_dir.iterdir()} == {"run_record.json", "predictions.jsonl", "metrics.json"}
     predictions = read_rows(output_dir)
     assert len(predictions) == 6
-    assert set(predictions[0]) == {"image", "task", "question", "answer", "truth", "text", "tokens", "stopped"}
+    assert set(predictions[0]) == {
+        "image",
+        "task",
+        "question",
+        "answer",
+        "truth",
+        "text",
+        "tokens",
+        "stopped",
+        "problem",
+    }
+    assert predictions[0]["image"] == "p0.png"
     assert predictions[0]["truth"] == predictions[0]["text"] == "写着“我太难了”。"
     metrics = read_metrics(output_dir)
     assert metrics["stage"] == "evaluate"
@@ -120,7 +131,7 @@ def test_an_interrupted_evaluation_goes_on(flags, tmp_path, monkeypatch, capsys)
 def test_a_finished_evaluation_shows_its_scores_again(flags, tmp_path, monkeypatch, capsys):
     evaluate.main([*flags, "--output_dir", str(tmp_path / "scores")])
     first = capsys.readouterr().out
-    monkeypatch.setattr(evaluate, "load_answerer", None)  # no model is loaded
+    monkeypatch.setattr(answer_sources, "load_answerer", None)  # no model is loaded
     evaluate.main([*flags, "--output_dir", str(tmp_path / "scores")])
     assert capsys.readouterr().out == first
 

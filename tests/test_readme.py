@@ -22,10 +22,10 @@ from meme_llava.arguments import (
     parse_arguments,
     parse_train_arguments,
 )
-from meme_llava.caption_client import PRESETS
 from meme_llava.checkpoint import RUN_RECORD
 from meme_llava.data_summary import CheckArguments
 from meme_llava.describing import REASONS, DescribeArguments
+from meme_llava.endpoints import PRESETS
 from meme_llava.findings import ALLOWABLE, KINDS
 from meme_llava.manifest import MANIFEST
 from meme_llava.questions import DESCRIBE, READ
@@ -246,6 +246,7 @@ def test_other_commands_are_known():
         "bash tests/run.sh",
         "source .venv/bin/activate",
         "pip install -r data/requirements.txt",
+        "pip install -r configs/requirements/other_models.txt",
         # Downloads; nobody ran them where this was built.
         "export HF_ENDPOINT=https://hf-mirror.com",
         "hf download REILX/chinese-meme-description-dataset --repo-type dataset --local-dir /data/memes/captions "

@@ -1,0 +1,121 @@
+"""Knows who can answer the questions of an evaluation: our models, any of transformers, a server, a text recogniser."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from meme_llava.answer_scores import asks_for_text
+from meme_llava.arguments import EvaluateArguments
+from meme_llava.checkpoint import RUN_RECORD, identify_weights, read_run_record
+from meme_llava.endpoints import find_endpoint
+from meme_llava.errors import UserError
+from meme_llava.fingerprint import fingerprint_folder
+from meme_llava.generation import Answer, Question, load_answerer
+from meme_llava.given_answer import GivenAnswer
+from meme_llava.images import open_image
+from meme_llava.sources import resolve_model_folder
+from meme_llava.text_reader import TextReader, check_text_reader
+
+# Answers to some questions, in their order, as they come. Raises ValueError for a picture that cannot be read.
+Ask = Callable[[list[Question]], Iterator[GivenAnswer]]
+
+
+@dataclass(frozen=True)
+class AnswerSource:
+    """Who answers.
+
+    Args:
+        title: heads its column in tables.
+        identity: differs when the answers may.
+        run_record: of our models, None for others.
+        load: makes it ready to be asked; large models take their time and memory only then.
+    """
+
+    title: str
+    identity: dict[str, str]
+    run_record: dict | None
+    load: Callable[[], Ask]
+
+
+def choose_source(arguments: EvaluateArguments) -> AnswerSource:
+    """Who is asked by these settings.
+
+    Raises:
+        UserError: there is no such model, endpoint or key, or a package is missing.
+    """
+    if arguments.answer_with == "rapidocr":
+        version = check_text_reader()
+        return AnswerSource(f"RapidOCR {version}", {"rapidocr": version}, None, _load_text_reader)
+    if arguments.answer_with == "endpoint":
+        # openai is installed by those who ask servers.
+        from meme_llava.endpoint_answers import Request, ask_endpoint
+
+        endpoint = find_endpoint(
+            arguments.preset, arguments.base_url, arguments.model, arguments.key_variable, os.environ
+        )
+
+        def ask(questions: list[Question]) -> Iterator[GivenAnswer]:
+            requests = [Request(question.image, question.text, question.system) for question in questions]
+            return ask_endpoint(endpoint, requests, arguments.max_new_tokens, arguments.timeout)
+
+        identity = {"endpoint": endpoint.host, "model": endpoint.model}
+        return AnswerSource(f"{endpoint.model} at {endpoint.host}", identity, None, lambda: ask)
+    if arguments.answer_with == "transformers":
+        folder = resolve_model_folder(arguments.model)
+        identity = {"weights": fingerprint_folder(folder)}
+        return AnswerSource(arguments.model, identity, None, lambda: _load_transformers_model(folder, arguments))
+    folder = Path(arguments.model)
+    record = read_run_record(folder) if (folder / RUN_RECORD).is_file() else None
+    identity = {"weights": identify_weights(folder)}
+    return AnswerSource(arguments.model, identity, record, lambda: _load_our_model(folder, arguments))
+
+
+def choose_questions(questions: list[Question], annotations: Path, answer_with: str) -> list[Question]:
+    """Those that make sense to ask: a text recogniser knows the words of a picture and nothing else.
+
+    Raises:
+        UserError: there is none.
+    """
+    if answer_with != "rapidocr":
+        return questions
+    about_text = [question for question in questions if asks_for_text(question.truth, question.text_in_picture)]
+    if not about_text:
+        raise UserError(
+            f'{annotations}: no record asks for the text of its picture and has it as "text"; --answer_with rapidocr '
+            "can answer nothing else"
+        )
+    print(f"RapidOCR is asked the {len(about_text):,} of {len(questions):,} questions whose answer is the text")
+    return about_text
+
+
+def _load_our_model(folder: Path, arguments: EvaluateArguments) -> Ask:
+    answerer = load_answerer(folder, arguments.base_model, arguments.device, arguments.dtype)
+    policy = answerer.processing.image_policy
+
+    def ask(questions: list[Question]) -> Iterator[GivenAnswer]:
+        images = [open_image(question.image, policy) for question in questions]
+        return map(_keep, answerer.answer_together(images, questions, arguments.max_new_tokens))
+
+    return ask
+
+
+def _load_transformers_model(folder: Path, arguments: EvaluateArguments) -> Ask:
+    from meme_llava.transformers_model import load_transformers_model
+
+    model = load_transformers_model(folder, arguments.device, arguments.dtype)
+
+    def ask(questions: list[Question]) -> Iterator[GivenAnswer]:
+        images = [open_image(question.image) for question in questions]
+        return map(_keep, model.answer_together(images, questions, arguments.max_new_tokens))
+
+    return ask
+
+
+def _load_text_reader() -> Ask:
+    reader = TextReader()
+    return lambda questions: (GivenAnswer(reader.read(open_image(question.image))) for question in questions)
+
+
+def _keep(answer: Answer) -> GivenAnswer:
+    return GivenAnswer(answer.text, len(answer.token_ids), answer.stopped)
