@@ -4,41 +4,22 @@ The page needs no network, and its content security policy lets no script run bu
 records are checked.
 """
 
-import base64
-import hashlib
-import io
 import math
-import os
 import re
-import unicodedata
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from meme_llava.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.findings import Finding, Severity
-from meme_llava.images import MAX_PIXELS, open_image
+from meme_llava.html_page import make_thumbnails, render_page, write_whole
+from meme_llava.images import MAX_PIXELS
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-THUMBNAIL_SIDE = 200  # pixels of the longer side
-THUMBNAIL_QUALITY = 75
-# Every thread holds one decoded picture, so this bounds the memory.
-THUMBNAIL_THREADS = min(4, os.cpu_count() or 1)
 SHORT_FACT = 10  # characters that stand in a tile in big print
-LONG_TEXT = 120  # columns, a Chinese letter takes two; shorter texts never need folding
 MAX_EXAMPLES = 2
 MAX_TICKS = 6
 CLEAN = "clean"
-# Controls that reorder, hide or break text, and half characters, which no file can hold.
-_UNSEEN = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069"
-    "\ud800-\udfff\ufeff\ufff9-\ufffb\ufffe\uffff]"
-)
 
 
 @dataclass(frozen=True)
@@ -95,14 +76,6 @@ class ReportContents:
 
 
 @dataclass(frozen=True)
-class _Thumbnail:
-    name: str
-    url: str = ""  # data: URL, empty if the file cannot be shown
-    size: str = ""  # of the picture itself
-    reason: str = ""  # why it cannot be shown
-
-
-@dataclass(frozen=True)
 class _Card:
     entry: GalleryEntry
     order: int  # among all cards, in the order of the files
@@ -120,33 +93,19 @@ def write_check_report(path: Path, contents: ReportContents) -> None:
     Raises:
         OSError: the folder is missing or cannot be written to.
     """
-    page = _render(contents)
-    unfinished = path.with_name(f".{path.name}.partial")
-    try:
-        unfinished.write_text(page, encoding="utf-8", newline="\n")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(path, _render(contents))
 
 
 def _render(contents: ReportContents) -> str:
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_make_visible,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"sha256": _hash_script, "is_long": _is_long, "tone": _find_tone}
     tiles = [fact for fact in contents.facts if _is_tile(fact[1])]
     kinds = sorted(contents.kinds, key=lambda kind: (kind.severity != Severity.BAD, -kind.count, kind.name))
     images = list(dict.fromkeys(image for entry in contents.entries for image in entry.images))
-    with ThreadPoolExecutor(THUMBNAIL_THREADS) as pool:
-        thumbnails = list(pool.map(partial(_make_thumbnail, max_pixels=contents.max_pixels), images))
+    thumbnails = make_thumbnails(images, contents.max_pixels)
     sources = sorted({entry.source for entry in contents.entries})
     cards = _make_cards(contents.entries, kinds, images, sources)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return render_page(
+        TEMPLATE,
+        {"tone": _find_tone},
         contents=contents,
         tiles=tiles,
         details=[fact for fact in contents.facts if fact not in tiles],
@@ -212,31 +171,6 @@ def _split_numbers(place: str) -> list[str | int]:
     return [int(piece) if index % 2 else piece for index, piece in enumerate(re.split(r"([0-9]+)", place))]
 
 
-def _make_thumbnail(path: Path, max_pixels: int) -> _Thumbnail:
-    try:
-        image = open_image(path, max_pixels=max_pixels)
-    except ValueError as error:
-        return _Thumbnail(path.name, reason=str(error).removeprefix(f"{path}: "))
-    size = f"{image.width}×{image.height}"
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    file = io.BytesIO()
-    image.save(file, "WEBP", quality=THUMBNAIL_QUALITY)
-    url = "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
-    return _Thumbnail(path.name, url, size)
-
-
-def _make_visible(value):
-    """Text as it may be shown: a control that would reorder or hide its neighbours is written out instead."""
-    if isinstance(value, Markup) or not isinstance(value, str):
-        return value
-    return _UNSEEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", value)
-
-
-def _hash_script(script: Markup) -> str:
-    """What a content security policy calls the script."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
-
-
 def _is_tile(value: str) -> bool:
     return len(value) <= SHORT_FACT and any(character.isdigit() for character in value)
 
@@ -245,11 +179,6 @@ def _find_tone(fact: tuple[str, str]) -> str:
     label, value = fact
     tone = {"bad": "bad", "noted": "noted", "usable": CLEAN}.get((label.lower().split() or [""])[0], "plain")
     return "plain" if value == "0" else tone
-
-
-def _is_long(text: str) -> bool:
-    columns = sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
-    return columns > LONG_TEXT or text.count("\n") > 1
 
 
 def _lay_out(histogram: Histogram) -> dict:
