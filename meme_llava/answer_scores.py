@@ -4,7 +4,7 @@ Words are compared after NFKC and in lower case, letters and digits only: punctu
 count. Captions are compared as they are, Chinese by characters.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,14 +113,17 @@ def score_answers(answered: Sequence[AnsweredQuestion]) -> dict[str, Score]:
     """All scores for which there is an answer, by name, in the order of MEASURES and then of the tasks.
 
     Intervals say how much a score would change with other pictures: RESAMPLES times as many pictures are drawn with
-    replacement, with all their answers, and the middle 95 % of what comes out are told (percentile bootstrap). chrF and
-    BLEU are sacrebleu's over all captions, which draws answers in place of pictures.
+    replacement, with all their answers, and the middle 95 % of what comes out are told (percentile bootstrap).
     """
     parts: dict[str, list[tuple[str, _Part]]] = {}
     for question in answered:
         for part in _judge(question):
             parts.setdefault(part.name, []).append((question.picture, part))
-    scores = {name: _estimate(of_score) for name, of_score in parts.items()} | _compare_captions(answered)
+    scores = {}
+    for name, of_score in parts.items():
+        counts = np.array([(part.points, part.of) for _, part in of_score], dtype=float)  # (answers, points and of)
+        scores[name] = _estimate([picture for picture, _ in of_score], counts, _divide)
+    scores |= _compare_captions(answered)
     return {name: scores[name] for name in list_measures([scores])}
 
 
@@ -135,7 +138,8 @@ def asks_for_text(truth: str, text_in_picture: str | None) -> bool:
     if text_in_picture is None:
         return False
     truth, text = normalise_text(truth), normalise_text(text_in_picture)
-    return truth == text if text else truth.endswith(NO_TEXT)
+    # A caption may end so, too.
+    return truth == text if text else truth.endswith(NO_TEXT) and len(truth) < CAPTION_CHARACTERS
 
 
 def _judge(question: AnsweredQuestion) -> Iterator[_Part]:
@@ -184,24 +188,39 @@ def _compare_captions(answered: Sequence[AnsweredQuestion]) -> dict[str, Score]:
     captions = [question for question in answered if _is_caption(question)]
     if not captions:
         return {}
+    pictures = [question.picture for question in captions]
     answers, truths = [question.answer for question in captions], [[question.truth for question in captions]]
     scores = {}
     for name, metric in (("chrf", CHRF()), ("bleu", BLEU(tokenize="zh"))):
-        result = metric.corpus_score(answers, truths, n_bootstrap=RESAMPLES)
-        middle, half = float(result._mean), float(result._ci)  # both are public only as text
-        scores[name] = Score(result.score, max(middle - half, 0.0), middle + half, len(captions))
+        # sacrebleu's own bootstrap draws answers, not pictures, and fails where a drawn BLEU is zero.
+        counts = np.array(metric._extract_corpus_statistics(answers, truths))  # (captions, n-gram counts)
+
+        def compute(sums, metric=metric):
+            return np.array([metric._compute_score_from_stats(row.tolist()).score for row in sums])
+
+        scores[name] = _estimate(pictures, counts, compute)
     return scores
 
 
-def _estimate(parts: Sequence[tuple[str, _Part]]) -> Score:
-    pictures = {picture: row for row, picture in enumerate(dict.fromkeys(picture for picture, _ in parts))}
-    sums = np.zeros((len(pictures), 2))  # (pictures, points and of)
-    for picture, part in parts:
-        sums[pictures[picture]] += part.points, part.of
+def _divide(sums: np.ndarray) -> np.ndarray:
+    points, of = sums.T
+    return points / of
+
+
+def _estimate(pictures: Sequence[str], counts: np.ndarray, compute: Callable[[np.ndarray], np.ndarray]) -> Score:
+    """The score of all answers, and its interval by drawing pictures with all their answers.
+
+    Args:
+        pictures: of every answer.
+        counts: what every answer adds, (answers, counts).
+        compute: rows of summed counts, (rows, counts), to their scores, (rows,).
+    """
+    rows = {picture: row for row, picture in enumerate(dict.fromkeys(pictures))}
+    sums = np.zeros((len(rows), counts.shape[1]), counts.dtype)  # (pictures, counts)
+    np.add.at(sums, [rows[picture] for picture in pictures], counts)
     draws = np.random.default_rng(0).multinomial(
-        len(pictures), np.full(len(pictures), 1 / len(pictures)), size=RESAMPLES
+        len(rows), np.full(len(rows), 1 / len(rows)), size=RESAMPLES
     )  # (RESAMPLES, pictures): how often every picture was drawn
-    points, of = (draws @ sums).T  # (RESAMPLES,) each
-    low, high = np.percentile(points / of, [2.5, 97.5])
-    points, of = sums.sum(axis=0)
-    return Score(float(points / of), float(low), float(high), len(parts))
+    low, high = np.percentile(compute(draws @ sums), [2.5, 97.5])
+    (value,) = compute(sums.sum(axis=0, keepdims=True))
+    return Score(float(value), float(low), float(high), len(pictures))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meme_llava.answer_scores import AnsweredQuestion, describe_measure, score_answers
+from meme_llava.answer_scores import AnsweredQuestion, asks_for_text, describe_measure, score_answers
 from meme_llava.captions import normalise_text
 
 
@@ -51,6 +51,18 @@ def test_captions_by_hand():
     assert [same[name].value for name in ("chrf", "bleu", "rouge_l")] == pytest.approx([100, 100, 1])
 
 
+def test_scores_of_captions_have_intervals_by_picture():
+    """Half of the pictures have a caption that shares nothing with the truth; a draw of these alone scores zero."""
+    truth = "图片里画着一只坐在窗边的小猫"
+    once = [ask(truth if row % 2 else "别的", truth, picture=f"{row}.png") for row in range(4)]
+    for name in ("chrf", "bleu", "rouge_l"):
+        one, ten = (score_answers(answered)[name] for answered in (once, once * 10))
+        assert (one.low, one.high) == pytest.approx((ten.low, ten.high))
+        assert one.value == pytest.approx(ten.value)
+        assert one.low < 5  # BLEU is smoothed
+        assert one.high == pytest.approx(1 if name == "rouge_l" else 100)
+
+
 def test_the_text_is_found_line_by_line():
     """Of 今天不上班明天也不上 a caption quotes 今天不上班 and 明天; 明天 is too short a piece."""
     answer = "上面写着“今天不上班”，下面提到明天。"
@@ -63,6 +75,20 @@ def test_the_text_is_found_among_other_words():
     scores = score_answers([ask("这张图里写的是“我太难了”。", "我太难了", "我太难了", "text")])
     assert scores["text_found"].value == 1.0
     assert scores["character_error_rate"].value == 7 / 4
+
+
+@pytest.mark.parametrize(
+    ("truth", "text", "asks"),
+    [
+        ("我太难了", "我太难了！", True),
+        ("图片里没有文字。", "", True),
+        ("图片里没有文字。", None, False),  # nobody knows
+        ("开心", "我太难了", False),
+        ("这是一张猫咪的表情包，图中没有文字", "", False),
+    ],
+)
+def test_which_questions_ask_for_the_text(truth, text, asks):
+    assert asks_for_text(truth, text) is asks
 
 
 def test_what_cannot_be_judged_has_no_score():
