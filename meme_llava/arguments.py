@@ -381,6 +381,25 @@ class EvaluateArguments:
                 raise UserError(f"--{setting.name} has no use with --answer_with {self.answer_with}; leave it out")
 
 
+@dataclass
+class ReportArguments:
+    runs: list[str] = field(
+        metadata=describe("OUTPUT_DIRs of run.sh and output_dirs of evaluate.py, as FOLDER or NAME=FOLDER")
+    )
+    output: Path = field(
+        default=Path("report.html"), metadata=describe("gets the page; its tables go beside it, as .csv")
+    )
+    title: str = field(default="Meme-LLaVA experiments", metadata=describe("heads the page"))
+    max_answers: int = field(
+        default=500, metadata=describe("show so many questions; first those whose answers disagree")
+    )
+
+    def __post_init__(self) -> None:
+        """Stop at values that cannot be meant."""
+        check_setting(self, "output", self.output.suffix == ".html", "a file name that ends in .html")
+        check_setting(self, "max_answers", self.max_answers > 0, "at least 1")
+
+
 class _Parser(HfArgumentParser):
     """argparse that stops with a `UserError` and suggests the nearest flag."""
 
@@ -429,6 +448,14 @@ def parse_train_arguments(argv: list[str] | None, description: str, prog: str | 
                 action.required = False
         parser.set_defaults(**recipe)
     return TrainArguments(**vars(parser.parse_args(argv)))
+
+
+def parse_report_arguments(argv: list[str] | None, description: str) -> ReportArguments:
+    """Like `parse_arguments`; runs that stand first need no --runs."""
+    words = sys.argv[1:] if argv is None else argv
+    if words and not words[0].startswith("-"):
+        words = ["--runs", *words]
+    return parse_arguments(ReportArguments, words, description)
 
 
 def read_recipe(train_type: str) -> dict:

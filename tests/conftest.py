@@ -44,6 +44,15 @@ VISION_DIMENSIONS = {
     "intermediate_size": 32,
 }
 SERVER_START_SECONDS = 180
+CHROMIUM = Path("/usr/bin/chromium")
+BROWSER_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
 IMAGE_SIZE = 28  # 2 x 2 patches: 4 image tokens
 LINES = ["我太难了", "好耶", "摸鱼中", "收到", "今天也要加油鸭", "别催了", "困", "爱了爱了"]
 
@@ -194,6 +203,17 @@ def wait_until_listening(process, port, log):
 def answerer(served_model):
     """The merged model, as infer.py loads it."""
     return load_answerer(served_model, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the playwright package (a browser test)")
+    if not CHROMIUM.exists():
+        pytest.skip(f"needs {CHROMIUM} (a browser test)")
+    with playwright.sync_playwright() as manager:
+        browser = manager.chromium.launch(executable_path=str(CHROMIUM), args=BROWSER_FLAGS)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(autouse=True)

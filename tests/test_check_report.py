@@ -18,15 +18,6 @@ from meme_llava.check_report import GalleryEntry, Histogram, KindCount, ReportCo
 from meme_llava.conversation import Turn
 from meme_llava.findings import Finding
 
-CHROMIUM = Path("/usr/bin/chromium")
-BROWSER_FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 ATTACK = (
     '</script></template><script>window.hacked=1</script><img src=x onerror="window.hacked=1">\'"&amp;{{7*7}}\u2028'
 )
@@ -194,17 +185,6 @@ def test_a_check_without_records_and_findings_has_a_page_too(tmp_path):
     write_check_report(tmp_path / "report.html", ReportContents("Nothing", [], [], [], [], 0))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Nothing was found." in page and "showing all 0" in page
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the playwright package (a browser test)")
-    if not CHROMIUM.exists():
-        pytest.skip(f"needs {CHROMIUM} (a browser test)")
-    with playwright.sync_playwright() as manager:
-        browser = manager.chromium.launch(executable_path=str(CHROMIUM), args=BROWSER_FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

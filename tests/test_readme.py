@@ -18,8 +18,10 @@ from meme_llava.arguments import (
     EvaluateArguments,
     InferArguments,
     MergeArguments,
+    ReportArguments,
     TrainArguments,
     parse_arguments,
+    parse_report_arguments,
     parse_train_arguments,
 )
 from meme_llava.checkpoint import RUN_RECORD
@@ -40,6 +42,7 @@ PLAIN_SCRIPTS = {
     "merge_lora.py": MergeArguments,
     "infer.py": InferArguments,
     "evaluate.py": EvaluateArguments,
+    "report.py": ReportArguments,
     "data/check.py": CheckArguments,
     "data/describe.py": DescribeArguments,
 }
@@ -142,6 +145,8 @@ def parse_command(words: list[str]) -> None:
         return
     if script == "train.py":
         parse_train_arguments(flags, "")
+    elif script == "report.py":
+        parse_report_arguments(flags, "")
     elif script == PREPARE:
         parse_arguments(load_script(PREPARE).COMMANDS[flags[0]][0], flags[1:], "")
     elif script in (*DRAWING, *BENCHMARKS):
