@@ -17,7 +17,7 @@ from meme_llava.arguments import EvaluateArguments, parse_arguments, to_plain
 from meme_llava.checkpoint import describe_environment
 from meme_llava.display import print_table, show_count
 from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.evaluation_folder import EvaluationFolder, open_evaluation, read_finished_evaluation
+from meme_llava.evaluation_folder import EVALUATE, EvaluationFolder, open_evaluation, read_finished_evaluation
 from meme_llava.generation import Question, list_record_questions
 from meme_llava.hashing import hash_file
 from meme_llava.precheck_evaluation import check_pictures
@@ -37,10 +37,10 @@ def main(argv: list[str] | None = None) -> None:
         if folder.metrics is None:
             check_pictures(questions, arguments.annotations, arguments.image_folder)
             ask_remaining(source.load(), questions, folder, arguments.batch_size, arguments.image_folder.resolve())
-            scores = score_answers([to_answered_question(prediction) for prediction in folder.predictions])
+            scores = score_answers([to_answered_question(prediction) for prediction in folder.lines])
             folder.finish(record | {"scores": {name: vars(score) for name, score in scores.items()}})
     print_scores([*others, (source.title, read_scores(folder.metrics))])
-    print_problems(folder.predictions)
+    print_problems(folder.lines)
     print(f"answers and scores: {arguments.output_dir}")
 
 
@@ -52,7 +52,7 @@ def describe_evaluation(arguments: EvaluateArguments, source: AnswerSource) -> d
         **{name: getattr(arguments, name) for name in ("answer_with", "limit", "max_new_tokens", "dtype")},
     }
     return {
-        "stage": "evaluate",
+        "stage": EVALUATE,
         "title": source.title,
         "asked": asked,
         "settings": to_plain(arguments),
@@ -66,7 +66,7 @@ def ask_remaining(
     ask: Ask, questions: list[Question], folder: EvaluationFolder, batch_size: int, image_folder: Path
 ) -> None:
     """Ask what is not answered yet. Raises UserError for a picture that cannot be read any more."""
-    done = len(folder.predictions)
+    done = len(folder.lines)
     if done:
         print(f"{done:,} of {len(questions):,} questions are answered already")
     with show_count("answers", len(questions) - done) as advance:

@@ -202,6 +202,12 @@ def _compare_captions(answered: Sequence[AnsweredQuestion]) -> dict[str, Score]:
     return scores
 
 
+def estimate_mean(pictures: Sequence[str], values: Sequence[float]) -> Score:
+    """The mean of a value of every answer, with its interval as by `score_answers`."""
+    counts = np.array([(value, 1) for value in values], dtype=float)  # (answers, value and one)
+    return _estimate(pictures, counts, _divide)
+
+
 def _divide(sums: np.ndarray) -> np.ndarray:
     points, of = sums.T
     return points / of

@@ -382,6 +382,34 @@ class EvaluateArguments:
 
 
 @dataclass
+class JudgeArguments:
+    first: Path = field(metadata=describe("output_dir of evaluate.py with the one answers"))
+    second: Path = field(metadata=describe("output_dir of evaluate.py with the others"))
+    output_dir: Path = field(metadata=describe("gets judgements.jsonl and metrics.json; goes on there"))
+    preset: Literal[tuple(PRESETS)] | None = field(
+        default=None, metadata=describe("base URL, model and key variable of the judge's provider")
+    )
+    base_url: str | None = field(default=None, metadata=describe("another OpenAI-compatible endpoint"))
+    model: str | None = field(default=None, metadata=describe("another model of the endpoint; it must see pictures"))
+    key_variable: str | None = field(
+        default=None, metadata=describe("name of the environment variable that holds the key")
+    )
+    task: str | None = field(default=None, metadata=describe("judge only answers to this task of the records"))
+    limit: int | None = field(default=None, metadata=describe("only the first so many pairs"))
+    batch_size: int = field(default=4, metadata=describe("pairs judged at once"))
+    max_new_tokens: int = field(default=1024, metadata=describe("a verdict is cut off here; judges may think aloud"))
+    timeout: float = field(default=60.0, metadata=describe("seconds to wait for a verdict"))
+    overwrite: bool = field(default=False, metadata=describe("start anew in a non-empty output_dir"))
+
+    def __post_init__(self) -> None:
+        """Stop at values that cannot be meant."""
+        for name in ("batch_size", "max_new_tokens"):
+            check_setting(self, name, getattr(self, name) > 0, "at least 1")
+        check_setting(self, "limit", self.limit is None or self.limit > 0, "at least 1")
+        check_setting(self, "timeout", self.timeout > 0, "seconds above 0")
+
+
+@dataclass
 class ReportArguments:
     runs: list[str] = field(
         metadata=describe("OUTPUT_DIRs of run.sh and output_dirs of evaluate.py, as FOLDER or NAME=FOLDER")

@@ -1,7 +1,7 @@
-"""Knows what the folder of an evaluation holds, and how an interrupted one goes on.
+"""Knows what the folder of an evaluation or of a judge holds, and how an interrupted one goes on.
 
-    run_record.json     what was asked and of which model, written first
-    predictions.jsonl   a line for every answer, as it comes
+    run_record.json     what was asked and of whom, written first
+    predictions.jsonl   a line for every answer, as it comes; of a judge judgements.jsonl
     metrics.json        the scores, written last: a folder that has them is finished
 
 Knows nothing about models and scores.
@@ -10,13 +10,16 @@ Knows nothing about models and scores.
 import contextlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from meme_llava.checkpoint import RUN_RECORD, check_output_dir, empty_directory, lock_directory, write_json
 from meme_llava.errors import DiskFullError, UserError, means_full_disk
 
+EVALUATE, JUDGE = "evaluate", "judge"  # the stage of a run record
 PREDICTIONS = "predictions.jsonl"
+LINES = {EVALUATE: PREDICTIONS, JUDGE: "judgements.jsonl"}
 METRICS = "metrics.json"
 
 
@@ -24,23 +27,24 @@ class EvaluationFolder:
     """A folder that is being written. Made by `open_evaluation`, which holds its lock.
 
     Attributes:
-        predictions: the lines that are there, in the order of the questions.
+        lines: those that are there, in the order of the questions.
         metrics: what metrics.json holds, or None if the evaluation is not finished.
     """
 
-    def __init__(self, folder: Path, predictions: list[dict], metrics: dict | None):
+    def __init__(self, folder: Path, file_name: str, metrics: dict | None):
         self.folder = folder
-        self.predictions = predictions
+        self.lines = _read_whole_lines(folder / file_name)
         self.metrics = metrics
+        self._file = folder / file_name
 
-    def append(self, prediction: dict) -> None:
+    def append(self, content: dict) -> None:
         """Add a line and bring it to the disk. Raises DiskFullError; the lines before stay."""
-        line = json.dumps(prediction, ensure_ascii=False) + "\n"
-        with _telling_full_disk(self.folder), (self.folder / PREDICTIONS).open("a", encoding="utf-8") as file:
+        line = json.dumps(content, ensure_ascii=False) + "\n"
+        with _telling_full_disk(self.folder), self._file.open("a", encoding="utf-8") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        self.predictions.append(prediction)
+        self.lines.append(content)
 
     def finish(self, metrics: dict) -> None:
         """Write the scores, whole or not at all."""
@@ -65,7 +69,7 @@ def open_evaluation(output_dir: Path, record: dict, overwrite: bool) -> Iterator
     """
     goes_on = not overwrite and (output_dir / RUN_RECORD).is_file()
     if goes_on:
-        check_same_questions(output_dir, record["asked"])
+        check_same_questions(output_dir, record["stage"], record["asked"])
     else:
         check_output_dir(output_dir, overwrite)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -76,15 +80,13 @@ def open_evaluation(output_dir: Path, record: dict, overwrite: bool) -> Iterator
                 write_json(output_dir / RUN_RECORD, record)
         metrics = output_dir / METRICS
         yield EvaluationFolder(
-            output_dir,
-            _read_whole_lines(output_dir / PREDICTIONS),
-            _read_metrics(metrics) if metrics.is_file() else None,
+            output_dir, LINES[record["stage"]], _read_metrics(metrics) if metrics.is_file() else None
         )
 
 
-def check_same_questions(folder: Path, asked: dict) -> None:
-    """Raise UserError unless the evaluation in `folder` asked just this."""
-    before = read_evaluation_record(folder)["asked"]
+def check_same_questions(folder: Path, stage: str, asked: dict) -> None:
+    """Raise UserError unless what is in `folder` asked just this."""
+    before = read_evaluation_record(folder, stage)["asked"]
     changes = [
         f"{name} was {before.get(name)!r}, is {asked.get(name)!r}"
         for name in sorted({*before, *asked})
@@ -92,21 +94,21 @@ def check_same_questions(folder: Path, asked: dict) -> None:
     ]
     if changes:
         raise UserError(
-            f"{folder}: holds another evaluation ({'; '.join(changes)}). Choose another --output_dir, or pass "
+            f"{folder}: was made with other settings ({'; '.join(changes)}). Choose another --output_dir, or pass "
             "--overwrite to replace it."
         )
 
 
-def read_evaluation_record(folder: Path) -> dict:
-    """The run record of an evaluation. Raises UserError if the folder holds none."""
+def read_evaluation_record(folder: Path, stage: str = EVALUATE) -> dict:
+    """The run record of an evaluation or a judge. Raises UserError if the folder holds none."""
     path = folder / RUN_RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if record["stage"] != "evaluate" or not isinstance(record["asked"], dict):
+        if record["stage"] != stage or not isinstance(record["asked"], dict):
             raise ValueError(f"its stage is {record['stage']!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder}: is no output_dir of evaluate.py ({path.name}: {error}); choose another folder"
+            f"{folder}: is no output_dir of {stage}.py ({path.name}: {error}); choose another folder"
         ) from error
     return record
 
@@ -120,13 +122,34 @@ def read_finished_evaluation(folder: Path) -> dict:
     return _read_metrics(path)
 
 
+def read_predictions(folder: Path) -> dict[tuple, dict]:
+    """The lines of a finished evaluation in their order, each under what tells its question from all others.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = folder / PREDICTIONS
+    predictions: dict[tuple, dict] = {}
+    times: Counter[tuple] = Counter()
+    try:
+        for content in path.read_text(encoding="utf-8").splitlines():
+            line = json.loads(content)
+            question = (line["image"], line["question"], line["truth"])
+            # A file may ask the same twice.
+            predictions[(*question, times[question])] = line
+            times[question] += 1
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); evaluate the model anew") from error
+    return predictions
+
+
 def _read_metrics(path: Path) -> dict:
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
         if not all(isinstance(metrics[key], dict) for key in ("asked", "settings", "scores")):
             raise TypeError("asked, settings and scores must be objects")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is damaged ({error}); delete it, and evaluate.py scores the answers anew") from error
+        raise UserError(f"{path}: is damaged ({error}); delete it, and the same command makes it anew") from error
     return metrics
 
 

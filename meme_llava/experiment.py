@@ -9,7 +9,7 @@ from pathlib import Path
 
 from meme_llava.answer_scores import Score
 from meme_llava.errors import UserError
-from meme_llava.evaluation_folder import PREDICTIONS, RUN_RECORD, read_finished_evaluation
+from meme_llava.evaluation_folder import RUN_RECORD, read_finished_evaluation, read_predictions
 
 SCORES = "scores"  # in an OUTPUT_DIR of run.sh
 TRAINER_STATE = "trainer_state.json"
@@ -22,7 +22,7 @@ class Experiment:
     Args:
         name: heads the column.
         scores: by the names of `answer_scores`.
-        predictions: lines of predictions.jsonl.
+        predictions: lines of predictions.jsonl by their questions.
         image_folder: where their pictures are.
         asked: what decides about the answers; of two experiments the same annotations and limit.
         facts: label and value of what is known of model and training, in the order to be shown.
@@ -31,7 +31,7 @@ class Experiment:
 
     name: str
     scores: dict[str, Score]
-    predictions: list[dict]
+    predictions: dict[tuple, dict]
     image_folder: Path
     asked: dict
     facts: dict[str, str]
@@ -80,19 +80,12 @@ def _read_experiment(run: str) -> Experiment:
     return Experiment(
         name=given_name or default_name,
         scores={key: Score(**score) for key, score in metrics["scores"].items()},
-        predictions=_read_predictions(evaluation / PREDICTIONS),
+        predictions=read_predictions(evaluation),
         image_folder=Path(metrics["image_folder"]),
         asked=metrics["asked"],
         facts=facts,
         log_history=log_history,
     )
-
-
-def _read_predictions(path: Path) -> list[dict]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); evaluate the model anew") from error
 
 
 def find_training_record(record: dict | None) -> dict | None:

@@ -53,7 +53,6 @@ class _Answer:
 class _Card:
     """A question with all its answers."""
 
-    picture: int
     image: str
     question: str
     task: str
@@ -156,25 +155,14 @@ def _list_charts(experiments: Sequence[Experiment]) -> Iterator[Chart]:
 
 def _make_cards(experiments: Sequence[Experiment]) -> list[_Card]:
     """A card for every question, in the order of the file."""
-    answered: list[dict[tuple, dict]] = []
-    for experiment in experiments:
-        seen: Counter[tuple] = Counter()
-        by_question = {}
-        for prediction in experiment.predictions:
-            key = (prediction["image"], prediction["question"], prediction["truth"])
-            # A file may ask the same twice.
-            by_question[(*key, seen[key])] = prediction
-            seen[key] += 1
-        answered.append(by_question)
+    answered = [experiment.predictions for experiment in experiments]
     longest = max(answered, key=len)
-    images: dict[str, int] = {}
     cards = []
     for key, first in longest.items():
         answers = [_judge(column, by_question.get(key)) for column, by_question in enumerate(answered)]
         texts = {normalise_text(by_question[key]["answer"]) for by_question in answered if key in by_question}
         cards.append(
             _Card(
-                images.setdefault(first["image"], len(images)),
                 first["image"],
                 first["question"],
                 first["task"],

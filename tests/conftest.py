@@ -205,7 +205,8 @@ def answerer(served_model):
     return load_answerer(served_model, device="cpu", dtype="float32")
 
 
-@pytest.fixture(scope="session")
+# Not for the whole session: while playwright runs, nothing else can run an event loop in this thread.
+@pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="needs the playwright package (a browser test)")
     if not CHROMIUM.exists():

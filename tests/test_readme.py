@@ -17,6 +17,7 @@ from meme_llava.arguments import (
     BuildArguments,
     EvaluateArguments,
     InferArguments,
+    JudgeArguments,
     MergeArguments,
     ReportArguments,
     TrainArguments,
@@ -43,6 +44,7 @@ PLAIN_SCRIPTS = {
     "infer.py": InferArguments,
     "evaluate.py": EvaluateArguments,
     "report.py": ReportArguments,
+    "judge.py": JudgeArguments,
     "data/check.py": CheckArguments,
     "data/describe.py": DescribeArguments,
 }

@@ -1,0 +1,171 @@
+"""Let a model that sees pictures judge which of two evaluations has the better answers.
+
+    export OPENAI_API_KEY=…
+    python judge.py --first output/scores --second output_b/scores --preset gpt-4o --output_dir output_b/judged
+
+Every pair is shown twice, the second time the other way round. The rubric asks whether the text was read right, the
+meaning understood and nothing invented. judgements.jsonl holds every verdict, metrics.json how often which answer was
+preferred. The same command goes on where an interrupted one stood.
+"""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from meme_llava.answer_scores import Score
+from meme_llava.arguments import JudgeArguments, parse_arguments, to_plain
+from meme_llava.checkpoint import describe_environment
+from meme_llava.display import print_table, show_count
+from meme_llava.endpoints import Endpoint, find_endpoint
+from meme_llava.errors import UserError, stop_on_user_error
+from meme_llava.evaluation_folder import (
+    JUDGE,
+    PREDICTIONS,
+    EvaluationFolder,
+    open_evaluation,
+    read_finished_evaluation,
+    read_predictions,
+)
+from meme_llava.hashing import hash_file
+from meme_llava.images import resolve_image_path
+from meme_llava.judging import CRITERIA, Comparison, Pair, combine_verdicts, compare_pairs, read_verdict
+
+ATTEMPTS = 2  # requests for a verdict in the wanted form
+
+
+@stop_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(JudgeArguments, argv, description=__doc__)
+    endpoint = find_endpoint(arguments.preset, arguments.base_url, arguments.model, arguments.key_variable, os.environ)
+    first, second = (read_finished_evaluation(folder) for folder in (arguments.first, arguments.second))
+    pairs = list_pairs(arguments)
+    record = describe_judging(arguments, endpoint, [first["title"], second["title"]])
+    with open_evaluation(arguments.output_dir, record, arguments.overwrite) as folder:
+        if folder.metrics is None:
+            judge_remaining(endpoint, pairs, Path(first["image_folder"]), folder, arguments)
+            folder.finish(record | {"scores": sum_up(folder.lines)})
+    print_comparison(folder.metrics, folder.lines)
+    print(f"verdicts: {arguments.output_dir}")
+
+
+def list_pairs(arguments: JudgeArguments) -> list[Pair]:
+    """The pairs of answers to the same questions. Raises UserError if there is none."""
+    first, second = (read_predictions(folder) for folder in (arguments.first, arguments.second))
+    common = [key for key in first if key in second and arguments.task in (None, first[key]["task"])]
+    if not common:
+        asked = "" if arguments.task is None else f" of task {arguments.task!r}"
+        raise UserError(
+            f"{arguments.first} and {arguments.second} have no question{asked} in common; evaluate both models on the "
+            "same --annotations"
+        )
+    only = len(first.keys() ^ second.keys())
+    print(f"{len(common):,} questions{f', {only:,} more were asked of one of the two alone' if only else ''}")
+    return [
+        Pair(image, question, truth or "", first[key]["text"], first[key]["answer"], second[key]["answer"])
+        for key in common[: arguments.limit]
+        for image, question, truth, _ in [key]
+    ]
+
+
+def describe_judging(arguments: JudgeArguments, endpoint: Endpoint, titles: list[str]) -> dict:
+    """The run record: under "asked" what decides about the verdicts."""
+    return {
+        "stage": JUDGE,
+        "titles": titles,
+        "asked": {
+            "endpoint": endpoint.host,
+            "model": endpoint.model,
+            "first_sha256": hash_file(arguments.first / PREDICTIONS),
+            "second_sha256": hash_file(arguments.second / PREDICTIONS),
+            **{name: getattr(arguments, name) for name in ("task", "limit", "max_new_tokens")},
+        },
+        "settings": to_plain(arguments),
+        "environment": describe_environment(),
+    }
+
+
+def judge_remaining(
+    endpoint: Endpoint, pairs: list[Pair], image_folder: Path, folder: EvaluationFolder, arguments: JudgeArguments
+) -> None:
+    """Have the pairs judged that are not yet, and write every verdict down."""
+    done = len(folder.lines)
+    if done:
+        print(f"{done:,} of {len(pairs):,} pairs are judged already")
+    with show_count("pairs", len(pairs) - done) as advance:
+        for start in range(done, len(pairs), arguments.batch_size):
+            batch = pairs[start : start + arguments.batch_size]
+            for pair, judgement in zip(batch, judge_batch(endpoint, batch, image_folder, arguments), strict=True):
+                folder.append({**asdict(pair), **judgement})
+                advance(1)
+
+
+def judge_batch(endpoint: Endpoint, pairs: list[Pair], image_folder: Path, arguments: JudgeArguments) -> list[dict]:
+    """For every pair its verdict in both orders and what they agree on; None, with the problem, where there is none."""
+    # openai is installed by those who ask servers.
+    from meme_llava.endpoint_answers import Request, ask_endpoint
+
+    open_questions = [(place, swapped) for place, pair in enumerate(pairs) if not pair.is_same for swapped in (0, 1)]
+    verdicts: dict[tuple[int, int], dict[str, str]] = {}
+    problems: dict[int, str] = {}
+    for _ in range(ATTEMPTS):
+        requests = [
+            Request(resolve_image_path(pairs[place].picture, image_folder), pairs[place].write_prompt(bool(swapped)))
+            for place, swapped in open_questions
+        ]
+        replies = list(ask_endpoint(endpoint, requests, arguments.max_new_tokens, arguments.timeout))
+        for (place, swapped), reply in zip(open_questions, replies, strict=True):
+            verdict = read_verdict(reply.text, bool(swapped))
+            if verdict is not None:
+                verdicts[place, swapped] = verdict
+            else:
+                problems[place] = reply.problem or f"no verdict in: {reply.text[:200]}"
+        open_questions = [question for question in open_questions if question not in verdicts]
+        if not open_questions:
+            break
+    judgements = []
+    for place, pair in enumerate(pairs):
+        both = [verdicts.get((place, swapped)) for swapped in (0, 1)]
+        if pair.is_same:
+            combined, problem = dict.fromkeys(CRITERIA, "tie"), None
+        elif None in both:
+            combined, problem = None, problems[place]
+        else:
+            combined, problem = combine_verdicts(*both), None
+        judgements.append({"verdict": combined, "in_order": both[0], "swapped": both[1], "problem": problem})
+    return judgements
+
+
+def sum_up(judgements: list[dict]) -> dict[str, dict]:
+    """By criterion how often which answer won. Raises UserError if no pair has a verdict."""
+    judged = [judgement for judgement in judgements if judgement["verdict"] is not None]
+    if not judged:
+        raise UserError(f"the judge gave no verdict on any pair, at first: {judgements[0]['problem']}")
+    comparisons = compare_pairs(
+        [judgement["picture"] for judgement in judged], [judgement["verdict"] for judgement in judged]
+    )
+    return {criterion: asdict(comparison) for criterion, comparison in comparisons.items()}
+
+
+def print_comparison(metrics: dict, judgements: list[dict]) -> None:
+    """How often which answer won, as a table."""
+    first, second = metrics["titles"]
+    rows = []
+    for criterion, shares in metrics["scores"].items():
+        comparison = Comparison(**shares | {"second_preferred": Score(**shares["second_preferred"])})
+        preferred = comparison.second_preferred
+        rows.append(
+            (
+                f"{CRITERIA[criterion]} {criterion}",
+                *(f"{getattr(comparison, name):.1%}" for name in ("first", "tie", "second", "unsure")),
+                f"{preferred.value:.1%} ({100 * preferred.low:.1f}–{100 * preferred.high:.1f})",
+            )
+        )
+    columns = ("criterion", f"first: {first}", "tie", f"second: {second}", "order decided", "second preferred")
+    print_table(f"Verdicts of {metrics['asked']['model']} (95 % interval)", columns, rows)
+    without = [judgement for judgement in judgements if judgement["verdict"] is None]
+    if without:
+        print(f"{len(without)} of {len(judgements)} pairs have no verdict, e.g. {without[0]['problem']}")
+
+
+if __name__ == "__main__":
+    main()
