@@ -1,0 +1,97 @@
+"""How much faster evaluate.py answers in batches than infer.py one by one, and whether the answers are the same.
+
+python benchmarks/evaluation.py --model output/merged
+
+Both ways answer the same questions in turn, in one process; the fastest of the rounds counts.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from meme_llava.display import print_table  # noqa: E402
+from meme_llava.errors import stop_on_user_error  # noqa: E402
+from meme_llava.generation import Answer, Answerer, Question, list_record_questions, load_answerer  # noqa: E402
+from meme_llava.images import open_image  # noqa: E402
+
+Way = Callable[[Answerer, list[Question], int], list[Answer]]
+
+
+@stop_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    questions = list_record_questions(arguments.annotations, arguments.image_folder, arguments.limit)
+    answerer = load_answerer(arguments.model, None, arguments.device, arguments.dtype)
+    ways: dict[str, Way] = {"one by one, as infer.py": answer_alone}
+    for batch_size in arguments.batch_sizes:
+        ways[f"batches of {batch_size}, as evaluate.py"] = make_batched(batch_size)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    answers = {}
+    for _ in range(arguments.rounds):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            answers[name] = way(answerer, questions, arguments.max_new_tokens)
+            seconds[name].append(time.perf_counter() - started)
+    first, *_ = ways
+    rows = [
+        (
+            name,
+            f"{len(questions) / min(seconds[name]):.1f}",
+            f"{min(seconds[first]) / min(seconds[name]):.2f}",
+            f"{sum(one.token_ids == other.token_ids for one, other in zip(answers[first], answers[name], strict=True))}"
+            f" of {len(questions)}",
+        )
+        for name in ways
+    ]
+    title = f"{len(questions)} questions, {arguments.rounds} rounds, {answerer.model.device}, {answerer.model.dtype}"
+    print_table(title, ("way", "answers/s", "times as fast", "same answers"), rows)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="merged model, base model or adapter")
+    parser.add_argument("--annotations", type=Path, default=ROOT / "data" / "unseen" / "annotations.json")
+    parser.add_argument("--image_folder", type=Path, default=ROOT / "data" / "unseen")
+    parser.add_argument("--limit", type=int, default=128, help="only the first so many records")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    return parser.parse_args(argv)
+
+
+def answer_alone(answerer: Answerer, questions: list[Question], max_new_tokens: int) -> list[Answer]:
+    """Every question by itself."""
+    return [
+        answerer.answer(
+            open_image(question.image, answerer.processing.image_policy),
+            question.text,
+            question.system,
+            max_new_tokens,
+        )
+        for question in questions
+    ]
+
+
+def make_batched(batch_size: int) -> Way:
+    """So many questions at once."""
+
+    def answer_in_batches(answerer: Answerer, questions: list[Question], max_new_tokens: int) -> list[Answer]:
+        answers = []
+        for start in range(0, len(questions), batch_size):
+            batch = questions[start : start + batch_size]
+            images = [open_image(question.image, answerer.processing.image_policy) for question in batch]
+            answers += answerer.answer_together(images, batch, max_new_tokens)
+        return answers
+
+    return answer_in_batches
+
+
+if __name__ == "__main__":
+    main()
