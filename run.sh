@@ -366,6 +366,7 @@ if [[ " ${stages[*]} " == *" evaluate "* ]]; then
     execute python evaluate.py --model "$base_dir" "${asked[@]}" --output_dir "$OUTPUT_DIR/scores_before"
     execute python evaluate.py --model "$merged_dir" "${asked[@]}" --output_dir "$OUTPUT_DIR/scores" \
         --compare_with "$OUTPUT_DIR/scores_before"
+    execute python report.py "before=$OUTPUT_DIR/scores_before" "after=$OUTPUT_DIR" --output "$OUTPUT_DIR/report.html" --title "$OUTPUT_DIR"
 fi
 
 if [[ $DRY_RUN == 0 && -d $merged_dir ]]; then
@@ -376,6 +377,9 @@ if [[ $DRY_RUN == 0 && -d $merged_dir ]]; then
     ((${#projector_command[@]} == 0)) || echo "projector alone     $projector_dir"
     echo "adapter, curves     $train_dir (training_curves.png; tensorboard --logdir $train_dir/tensorboard)"
     echo "standalone model    $merged_dir"
-    [[ ! -d $OUTPUT_DIR/scores ]] || echo "scores, answers     $OUTPUT_DIR/scores, before training $OUTPUT_DIR/scores_before"
+    if [[ -f $OUTPUT_DIR/report.html ]]; then
+        echo "scores, answers     $OUTPUT_DIR/scores, before training $OUTPUT_DIR/scores_before"
+        echo "page to look at     $OUTPUT_DIR/report.html (others beside it: python report.py $OUTPUT_DIR OTHER_DIR)"
+    fi
     echo "ask it yourself     $python infer.py --model $(printf %q "$merged_dir") --image FILE --question TEXT"
 fi

@@ -53,11 +53,12 @@ def test_dry_run_prints_the_whole_chain():
         f"python evaluate.py --model output/base {UNSEEN} --output_dir output/scores_before",
         f"python evaluate.py --model output/merged {UNSEEN} --output_dir output/scores "
         "--compare_with output/scores_before",
+        "python report.py before=output/scores_before after=output --output output/report.html --title output",
     ]
 
 
 def test_memes_of_ones_own_are_evaluated_before_and_after_training():
-    *_, infer, before, after = dry_run(EVAL_ANNOTATIONS="data/README.md", EVAL_IMAGE_FOLDER="tests")
+    *_, infer, before, after, _ = dry_run(EVAL_ANNOTATIONS="data/README.md", EVAL_IMAGE_FOLDER="tests")
     asked = "--annotations data/README.md --image_folder tests"
     assert infer == f"python infer.py --model output/merged {asked} --limit 20"
     assert before == f"python evaluate.py --model output/base {asked} --output_dir output/scores_before"
@@ -290,6 +291,9 @@ def test_whole_chain_ends_with_answers_and_places(chain):
     assert result.stdout.count("truth:") == 20
     assert f"standalone model    {output}/merged" in result.stdout
     assert f"scores, answers     {output}/scores, before training {output}/scores_before" in result.stdout
+    assert f"page to look at     {output}/report.html" in result.stdout
+    head, *_ = (output / "report.csv").read_text(encoding="utf-8-sig").splitlines()
+    assert head == ",before,after"
 
 
 def test_the_embedded_default_learns_to_read_unseen_memes(chain):
