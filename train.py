@@ -54,6 +54,8 @@ from meme_llava.resume import StartPoint, check_continues, choose_start, describ
 from meme_llava.run import TrainingRun, choose_load_dtype, print_run
 from meme_llava.throughput import CountingCollator
 from meme_llava.token_lengths import find_default_folder
+from meme_llava.tracker_runs import TrackerRuns, open_tracker_runs
+from meme_llava.trackers import check_trackers
 from meme_llava.trainable import load_projector, load_trained_weights, plan_parameter_groups, prepare_trainable
 from meme_llava.trainer import CheckpointContent, MemeTrainer
 from meme_llava.training_arguments import derive_accumulation, make_training_arguments
@@ -76,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     with hear_signals() as request:
         marks.mark("meeting the other processes")
         start_process_group(arguments.hang_timeout, engine.needs_process_group)
+        share(lambda: check_trackers(arguments.report_to))
         marks.mark("verifying checkpoints")
         start = share(lambda: choose_start(arguments))
         marks.mark("reading the records")
@@ -90,14 +93,21 @@ def main(argv: list[str] | None = None) -> None:
             checkpoint = start.checkpoint
             if start.step < run.steps:
                 share(lambda: put_aside_newer(arguments.output_dir, start.checkpoint))
-                train(run, processing, data, request, marks)
+                marks.mark("starting trackers")
+                with open_tracker_runs(arguments.report_to, arguments.output_dir, arguments.run_name) as trackers:
+                    train(run, processing, data, trackers, request, marks)
                 checkpoint = list_checkpoints(arguments.output_dir)[-1]
             share(lambda: finish(arguments.output_dir, checkpoint))
         leave_process_group()
 
 
 def train(
-    run: TrainingRun, processing: Processing, data: LoadedData, request: StopRequest, marks: ProgressMarks
+    run: TrainingRun,
+    processing: Processing,
+    data: LoadedData,
+    trackers: TrackerRuns,
+    request: StopRequest,
+    marks: ProgressMarks,
 ) -> None:
     """Train from the start point to the last step. Raises Stopped when a signal ends it before that, state saved."""
     arguments = run.arguments
@@ -143,6 +153,8 @@ def train(
         processing_class=processing.processor,
     )
     show_progress_with(trainer, ProgressBar())
+    trackers.join(trainer)
+    share(lambda: trackers.attach_record(run.to_record(run.start.step)))
     trainer.train(resume_from_checkpoint=str(run.start.checkpoint) if run.start.checkpoint else None)
     if trainer.stopped_by is not None:
         step = trainer.state.global_step

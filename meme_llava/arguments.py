@@ -25,6 +25,7 @@ from meme_llava.errors import UserError
 from meme_llava.findings import Severities
 from meme_llava.images import MAX_PIXELS, Resize
 from meme_llava.tensor_writer import DEFAULT_SHARD_SIZE
+from meme_llava.trackers import check_tracker_names
 
 RECIPE_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "train"
 Arguments = TypeVar("Arguments")
@@ -176,7 +177,10 @@ class TrainArguments(RecordPolicy):
     logging_steps: int = field(default=1, metadata=describe("steps between two log lines"))
     save_steps: int = field(default=500, metadata=describe("steps between two checkpoints"))
     save_total_limit: int = field(default=2, metadata=describe("checkpoints kept, at least 2; older ones are deleted"))
-    report_to: list[str] = field(default_factory=lambda: ["tensorboard"], metadata=describe("trackers, or none"))
+    report_to: list[str] = field(
+        default_factory=lambda: ["tensorboard"],
+        metadata=describe("trackers: tensorboard, wandb, swanlab, mlflow; or none"),
+    )
     run_name: str | None = field(default=None, metadata=describe("the run's name in trackers"))
     resume_from_checkpoint: str | None = field(
         default=None, metadata=describe("a checkpoint folder, or latest for the newest whole one in output_dir")
@@ -225,6 +229,7 @@ class TrainArguments(RecordPolicy):
         for name in ("warmup_steps", "dataloader_workers"):
             check_setting(self, name, getattr(self, name) is None or getattr(self, name) >= 0, "0 or more")
         check_engine_name(self.engine)
+        check_tracker_names(self.report_to)
         check_setting(self, "gpus", self.gpus is None or self.gpus > 0, "at least 1")
         if self.cache_vision_features and self.vision_tower_training != "frozen":
             raise UserError(

@@ -11,6 +11,7 @@ from meme_llava.data_check import check_data, stop_on_bad_records
 from meme_llava.display import print_findings, show_count
 from meme_llava.errors import stop_on_user_error
 from meme_llava.picture_cache import PictureCache, find_default_cache
+from meme_llava.trackers import check_trackers
 
 
 @stop_on_user_error
@@ -18,6 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     """Check settings, annotations and all pictures."""
     arguments = parse_train_arguments(argv, description=__doc__, prog="train.py")
     check_machine(arguments)
+    check_trackers(arguments.report_to)
     checked = check_data(
         arguments.annotations,
         arguments.image_folder,

@@ -9,12 +9,12 @@ from meme_llava.checkpoint_store import PASSED_OVER_SUFFIX, find_newest, list_ch
 from meme_llava.errors import CheckpointError, UserError
 from meme_llava.manifest import verify_directory
 from meme_llava.quarantine import QUARANTINE
-from meme_llava.training_arguments import TENSORBOARD_FOLDER
+from meme_llava.tracker_runs import FOLDERS
 from meme_llava.vision_features import VISION_FEATURES
 
 LATEST = "latest"
 # What an interrupted start leaves behind before its first checkpoint is no result.
-LEFTOVERS = {QUARANTINE, TENSORBOARD_FOLDER, VISION_FEATURES}
+LEFTOVERS = {QUARANTINE, VISION_FEATURES, *FOLDERS}
 # Settings that may differ when a run continues: they change neither which records a step trains on nor its update.
 FREE_SETTINGS = {
     "model",

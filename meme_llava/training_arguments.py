@@ -1,7 +1,6 @@
 """Knows our settings as the Trainer's: steps, precision, engine. Knows nothing about models."""
 
 import math
-import os
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -13,7 +12,6 @@ from meme_llava.errors import ProcessError, UserError
 from meme_llava.machines import multiplies_bf16
 from meme_llava.processes import count_processes
 
-TENSORBOARD_FOLDER = "tensorboard"
 WORKERS_PER_GPU = 2
 PREFETCHED_BATCHES = 4  # device batches that each worker process holds ready
 
@@ -72,7 +70,6 @@ def make_training_arguments(
     if workers is None:
         # On a CPU the step itself keeps all cores busy; workers beside it were measured to cost 5 %.
         workers = 0 if use_cpu else WORKERS_PER_GPU
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(arguments.output_dir / TENSORBOARD_FOLDER)
     training_arguments = TrainingArguments(
         output_dir=str(arguments.output_dir),
         per_device_train_batch_size=arguments.device_batch_size,

@@ -292,12 +292,12 @@ def test_the_command_line_overrides_the_recipe_and_the_recipe_the_default(recipe
 def test_a_recipe_takes_every_type_of_value(recipe_folder):
     write_recipe(
         recipe_folder,
-        "lora_dropout: 1e-2\nweight_decay: 0.5\nmax_steps: 3\ntorch_compile: true\nreport_to: [a, b]\n"
+        "lora_dropout: 1e-2\nweight_decay: 0.5\nmax_steps: 3\ntorch_compile: true\nreport_to: [wandb, mlflow]\n"
         "precision: fp32\nengine: zero2\nrun_name: 表情包",
     )
     arguments = parse(train_type="mine")
     assert (arguments.lora_dropout, arguments.weight_decay, arguments.max_steps) == (0.01, 0.5, 3)
-    assert (arguments.torch_compile, arguments.report_to) == (True, ["a", "b"])
+    assert (arguments.torch_compile, arguments.report_to) == (True, ["wandb", "mlflow"])
     assert (arguments.precision, arguments.engine) == ("fp32", "zero2")
     assert arguments.run_name == "表情包"
 

@@ -58,7 +58,7 @@ BENCHMARKS = (
     "benchmarks/plan_memory.py",
     "benchmarks/throughput.py",
 )
-# Flags of tests/run.sh, tensorboard, transformers serve, vllm serve, hf download and git clone.
+# Flags of tests/run.sh, tensorboard, mlflow, transformers serve, vllm serve, hf download and git clone.
 FOREIGN_FLAGS = {
     "--help",
     "--all",
@@ -72,6 +72,7 @@ FOREIGN_FLAGS = {
     "--local-dir",
     "--exclude",
     "--depth",
+    "--backend-store-uri",
 }
 HUB_IDS = {"Qwen/Qwen2-7B-Instruct", "OFA-Sys/chinese-clip-vit-large-patch14-336px"}
 # Headings of the tables of messages, and messages in them that other programs print.
@@ -263,6 +264,7 @@ def test_other_commands_are_known():
         "git clone --depth 1 https://github.com/zhaoolee/ChineseBQB /data/memes/ChineseBQB",
         "export GEMINI_API_KEY=your-key",
         "tensorboard --logdir output/train/tensorboard",
+        "pip install -r configs/requirements/trackers.txt",
         # tests/test_serve.py starts the same server with the same flags.
         "pip install 'openai>=3.54,<4' 'fastapi>=0.165,<1' 'uvicorn>=0.54,<1'",
         "transformers serve output/merged --host 127.0.0.1 --port 8000 --device cpu --dtype float32 "
@@ -287,7 +289,7 @@ def test_variables_named_in_commands_exist():
         for command in list_commands(document):
             assignments |= set(re.findall(r"(?:^|\s)([A-Z_]+)=", command))
     assert len(assignments) >= 18
-    foreign = {"DRY_RUN", "PIP_EXTRA_INDEX_URL", "UV_TORCH_BACKEND", "HF_ENDPOINT", "GEMINI_API_KEY"}
+    foreign = {"DRY_RUN", "PIP_EXTRA_INDEX_URL", "UV_TORCH_BACKEND", "HF_ENDPOINT", "GEMINI_API_KEY", "WANDB_MODE"}
     assert sorted(assignments - set(read_run_sh_variables()) - foreign) == []
 
 
