@@ -143,7 +143,7 @@ def test_a_tracker_that_is_not_installed_stops_before_data_is_read(world, tmp_pa
     flags = train_flags(world, tmp_path / "out", report_to=tracker)
     monkeypatch.setattr(train, "load_data", lambda *_: pytest.fail("the data was read"))
     monkeypatch.setattr(precheck, "check_data", lambda *_, **__: pytest.fail("the data was read"))
-    expected = f"--report_to {tracker}: the package {tracker} is not installed; pip install -r configs/trackers/req"
+    expected = f"--report_to {tracker}: the package {tracker} is not installed; pip install -r configs/requirements/tra"
     assert expected in fail(capsys, flags)
     assert expected in fail(capsys, flags, precheck.main)
 
