@@ -2,13 +2,15 @@
 
 import copy
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch.nn import functional
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig, StoppingCriteriaList, TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from meme_llava.checkpoint import find_base, holds_trained_weights
 from meme_llava.conversation import IMAGE_PLACEHOLDER, Turn
@@ -19,6 +21,18 @@ from meme_llava.pictures import PICTURE_SUFFIXES
 from meme_llava.quarantine import read_quarantined_places
 from meme_llava.records import read_records
 from meme_llava.trainable import apply_trained_weights
+
+
+class PromptTooLong(UserError):
+    """A prompt behind which the model has no position left for an answer."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """An earlier question about the picture and what the model answered."""
+
+    question: str
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -38,16 +52,30 @@ class Answerer:
     processing: Processing
     generation_config: GenerationConfig
 
-    def build_inputs(self, image: Image.Image, question: str, system: str | None = None) -> dict[str, torch.Tensor]:
+    def build_inputs(
+        self, image: Image.Image, question: str, system: str | None = None, earlier: Sequence[Exchange] = ()
+    ) -> dict[str, torch.Tensor]:
         """Inputs of one question: input_ids and attention_mask (1, length), pixel_values (1, 3, size, size).
 
-        The picture stands in front of the question, as in the sample memes.
+        The picture stands in front of the first question, as in the sample memes. `earlier` is what was asked and
+        answered about it before.
+
+        Raises:
+            PromptTooLong: the model has fewer positions.
         """
-        if IMAGE_PLACEHOLDER in question:
-            raise UserError(f"the question holds {IMAGE_PLACEHOLDER}; the picture is put in front of it by itself")
         turns = [Turn("system", system)] if system is not None else []
-        turns.append(Turn("user", f"{IMAGE_PLACEHOLDER}\n{question}"))
-        input_ids = torch.tensor([self.processing.encoder.encode_prompt(turns)])
+        for exchange in earlier:
+            turns += [Turn("user", exchange.question), Turn("assistant", exchange.answer)]
+        turns.append(Turn("user", question))
+        if any(IMAGE_PLACEHOLDER in turn.text for turn in turns if turn.role == "user"):
+            raise UserError(f"the question holds {IMAGE_PLACEHOLDER}; the picture is put in front of it by itself")
+        first = 0 if system is None else 1
+        turns[first] = Turn("user", f"{IMAGE_PLACEHOLDER}\n{turns[first].text}")
+        ids = self.processing.encoder.encode_prompt(turns)
+        positions = self.model.config.get_text_config().max_position_embeddings
+        if len(ids) >= positions:
+            raise PromptTooLong(f"the prompt takes {len(ids)} positions, the model has {positions}; ask less at once")
+        input_ids = torch.tensor([ids])
         pixel_values = to_pixel_values(image, self.processing.image_policy)[None]
         device, dtype = self.model.device, self.model.dtype
         return {
@@ -63,11 +91,13 @@ class Answerer:
         question: str,
         system: str | None = None,
         max_new_tokens: int = 512,
-        streamer: TextStreamer | None = None,
+        streamer: BaseStreamer | None = None,
+        earlier: Sequence[Exchange] = (),
+        stopping: StoppingCriteriaList | None = None,
     ) -> Answer:
-        """The greedy answer about one picture."""
-        inputs = self.build_inputs(image, question, system)
-        return self._generate(inputs, max_new_tokens, streamer)[0]
+        """The greedy answer about one picture; `stopping` may end it before the model does."""
+        inputs = self.build_inputs(image, question, system, earlier)
+        return self._generate(inputs, max_new_tokens, streamer, stopping)[0]
 
     @torch.inference_mode()
     def answer_together(
@@ -94,16 +124,22 @@ class Answerer:
         return self.generation_config.eos_token_id[0]
 
     def _generate(
-        self, inputs: dict[str, torch.Tensor], max_new_tokens: int, streamer: TextStreamer | None = None
+        self,
+        inputs: dict[str, torch.Tensor],
+        max_new_tokens: int,
+        streamer: BaseStreamer | None = None,
+        stopping: StoppingCriteriaList | None = None,
     ) -> list[Answer]:
         """The answer to every prompt of the inputs."""
         generation_config = copy.copy(self.generation_config)
         generation_config.max_new_tokens = max_new_tokens
         generation_config.pad_token_id = self.padding_id
-        output = self.model.generate(**inputs, generation_config=generation_config, streamer=streamer)
-        return [self._read_answer(ids) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
+        output = self.model.generate(
+            **inputs, generation_config=generation_config, streamer=streamer, stopping_criteria=stopping
+        )
+        return [self.read_answer(ids) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
 
-    def _read_answer(self, new_ids: list[int]) -> Answer:
+    def read_answer(self, new_ids: list[int]) -> Answer:
         """The answer that ends at the first end token, if there is one."""
         ends = self.generation_config.eos_token_id
         length = next((place + 1 for place, token in enumerate(new_ids) if token in ends), len(new_ids))

@@ -1,0 +1,72 @@
+"""Chat with a model about memes, in the browser.
+
+python demo.py --model output/merged
+python demo.py --model output/merged --compare_with output/base
+
+opens a page on this machine, http://127.0.0.1:7860: drop or paste a picture and ask, in several turns. With a second
+model each question goes to both, and the answers stand beside each other.
+"""
+
+import importlib.util
+import os
+import tempfile
+
+from meme_llava.arguments import DemoArguments, parse_arguments
+from meme_llava.chat import Chat
+from meme_llava.checkpoint import holds_trained_weights
+from meme_llava.errors import UserError, stop_on_user_error
+from meme_llava.generation import Answerer, load_answerer
+
+LOOPBACK = ("127.0.0.1", "localhost")
+
+
+@stop_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(DemoArguments, argv, description=__doc__)
+    check_gradio()
+    folders = [arguments.model] + ([] if arguments.compare_with is None else [arguments.compare_with])
+    chat = Chat(load_answerers(arguments, folders), arguments.system, arguments.max_new_tokens)
+    if arguments.host not in LOOPBACK:
+        print(f"warning: --host {arguments.host}: whoever reaches this machine can ask; there is no password")
+    with tempfile.TemporaryDirectory(prefix="meme_llava_demo_") as folder:
+        keep_uploads_in(folder)
+        from meme_llava.chat_page import build_page, list_examples, serve_until_stopped
+
+        page = build_page(chat, [str(folder) for folder in folders], list_examples())
+        serve_until_stopped(page, arguments.host, arguments.port, on_stop=chat.close)
+    print("stopped")
+
+
+def check_gradio() -> None:
+    """Raise UserError where gradio is not installed; nothing else needs it."""
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError(
+            "demo.py needs gradio, which is not installed here: pip install -r requirements.txt "
+            "-r configs/demo/requirements.txt"
+        )
+
+
+def load_answerers(arguments: DemoArguments, folders: list) -> list[Answerer]:
+    """The models, each as infer.py would load it; --base_model is for those that are adapters."""
+    adapters = [folder for folder in folders if holds_trained_weights(folder)]
+    return [
+        # Where no model is an adapter, loading the first says that --base_model has no use.
+        load_answerer(
+            folder,
+            arguments.base_model if folder in adapters or not adapters else None,
+            arguments.device,
+            arguments.dtype,
+        )
+        for folder in folders
+    ]
+
+
+def keep_uploads_in(folder: str) -> None:
+    """Have gradio put its files, and what visitors upload, into a folder; it reads this while it is imported."""
+    os.environ["GRADIO_TEMP_DIR"] = folder
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    tempfile.tempdir = folder
+
+
+if __name__ == "__main__":
+    main()
