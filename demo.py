@@ -42,7 +42,7 @@ def check_gradio() -> None:
     if importlib.util.find_spec("gradio") is None:
         raise UserError(
             "demo.py needs gradio, which is not installed here: pip install -r requirements.txt "
-            "-r configs/demo/requirements.txt"
+            "-r configs/requirements/demo.txt"
         )
 
 
