@@ -11,6 +11,7 @@ from PIL import Image
 from torch.nn import functional
 from transformers import GenerationConfig, StoppingCriteriaList, TextStreamer
 from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from meme_llava.checkpoint import find_base, holds_trained_weights
 from meme_llava.conversation import IMAGE_PLACEHOLDER, Turn
@@ -103,7 +104,10 @@ class Answerer:
     def answer_together(
         self, images: list[Image.Image], questions: list["Question"], max_new_tokens: int = 512
     ) -> list[Answer]:
-        """The greedy answers about several pictures at once; shorter prompts are padded on the left."""
+        """The greedy answers to several questions at once; shorter prompts are padded on the left.
+
+        Files often ask several things about a picture; the vision tower sees it once.
+        """
         batch = [
             self.build_inputs(image, question.text, question.system)
             for image, question in zip(images, questions, strict=True)
@@ -115,8 +119,12 @@ class Answerer:
             )  # (questions, longest)
             for name, value in (("input_ids", self.padding_id), ("attention_mask", 0))
         }
-        padded["pixel_values"] = torch.cat([inputs["pixel_values"] for inputs in batch])  # (questions, 3, size, size)
-        return self._generate(padded, max_new_tokens)
+        pictures = {question.image: inputs["pixel_values"] for question, inputs in zip(questions, batch, strict=True)}
+        pixel_values = torch.cat(list(pictures.values()))  # (pictures, 3, size, size)
+        features = self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
+        of_picture = dict(zip(pictures, features, strict=True))  # (tokens, hidden) each
+        features = BaseModelOutputWithPooling(pooler_output=[of_picture[question.image] for question in questions])
+        return self._generate({**padded, "mm_encoder_outputs": {"image": features}}, max_new_tokens)
 
     @property
     def padding_id(self) -> int:

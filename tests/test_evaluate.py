@@ -16,9 +16,15 @@ def test_batches_answer_as_single_questions_do(world, served_model):
     answerer = load_answerer(served_model, device="cpu", dtype="float32")
     questions = ["图里写了什么？", "困", "请描述一下这张表情包，越详细越好。", "什么意思？"]
     images = [Image.open(world.image_folder / f"p{index}.png").convert("RGB") for index in range(4)]
-    asked = [Question(world.image_folder / "p0.png", text) for text in questions]
+    asked = [Question(world.image_folder / f"p{index}.png", text) for index, text in enumerate(questions)]
     asked[3] = Question(world.image_folder / "p3.png", questions[3], system="你只说一个字。")
+    # The second and the last picture are asked about once more.
+    images += [images[1], images[3]]
+    asked += [Question(asked[1].image, questions[0]), Question(asked[3].image, questions[2])]
+    seen = []
+    answerer.model.model.vision_tower.register_forward_pre_hook(lambda tower, inputs: seen.append(len(inputs[0])))
     together = answerer.answer_together(images, asked, max_new_tokens=12)
+    assert seen == [4]  # no picture twice
     alone = [
         answerer.answer(image, question.text, question.system, max_new_tokens=12)
         for image, question in zip(images, asked, strict=True)
