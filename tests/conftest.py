@@ -166,9 +166,7 @@ def server(served_model, tmp_path_factory):
     """The address of `transformers serve` that has loaded the merged model."""
     for module in ("fastapi", "uvicorn"):
         pytest.importorskip(module, reason="transformers serve needs the packages of tests/requirements.txt")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = find_free_port()
     command = [
         *(sys.executable, "-m", "transformers.cli.transformers", "serve", str(served_model)),
         *("--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"),
@@ -187,6 +185,13 @@ def server(served_model, tmp_path_factory):
         process.wait(timeout=10)
 
 
+def find_free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def wait_until_listening(process, port, log):
     """Return when the port is open, which it is once the model is loaded; fail with the server's log otherwise."""
     deadline = time.monotonic() + SERVER_START_SECONDS
@@ -197,6 +202,18 @@ def wait_until_listening(process, port, log):
         except OSError:
             time.sleep(0.2)
     pytest.fail(f"the server does not listen (exit code {process.poll()}):\n{log.read_text(errors='replace')[-3000:]}")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless browser; the test skips where Debian's chromium or the playwright package is absent."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the playwright package (a browser test)")
+    if not CHROMIUM.exists():
+        pytest.skip(f"needs {CHROMIUM} (a browser test)")
+    with playwright.sync_playwright() as manager:
+        browser = manager.chromium.launch(executable_path=str(CHROMIUM), args=BROWSER_FLAGS)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

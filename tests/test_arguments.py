@@ -11,6 +11,7 @@ from meme_llava import arguments as settings
 from meme_llava.arguments import (
     DEFAULT_QUESTION,
     BuildArguments,
+    DemoArguments,
     InferArguments,
     MergeArguments,
     TrainArguments,
@@ -214,7 +215,7 @@ def test_the_smallest_meaningful_value_is_accepted(name, value):
 
 
 def test_help_lists_every_setting_of_every_script(capsys):
-    for arguments_class in (BuildArguments, TrainArguments, MergeArguments, InferArguments):
+    for arguments_class in (BuildArguments, TrainArguments, MergeArguments, InferArguments, DemoArguments):
         with pytest.raises(SystemExit) as caught:
             if arguments_class is TrainArguments:
                 parse_train_arguments(["--help"], description="What it does.")

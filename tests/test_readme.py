@@ -15,6 +15,7 @@ import pytest
 from meme_llava import arguments as settings
 from meme_llava.arguments import (
     BuildArguments,
+    DemoArguments,
     EvaluateArguments,
     InferArguments,
     JudgeArguments,
@@ -45,6 +46,7 @@ PLAIN_SCRIPTS = {
     "evaluate.py": EvaluateArguments,
     "report.py": ReportArguments,
     "judge.py": JudgeArguments,
+    "demo.py": DemoArguments,
     "data/check.py": CheckArguments,
     "data/describe.py": DescribeArguments,
 }
@@ -255,6 +257,7 @@ def test_other_commands_are_known():
         "source .venv/bin/activate",
         "pip install -r data/requirements.txt",
         "pip install -r configs/requirements/other_models.txt",
+        "pip install -r requirements.txt -r configs/requirements/demo.txt",
         # Downloads; nobody ran them where this was built.
         "export HF_ENDPOINT=https://hf-mirror.com",
         "hf download REILX/chinese-meme-description-dataset --repo-type dataset --local-dir /data/memes/captions "
