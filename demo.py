@@ -7,9 +7,10 @@ opens a page on this machine, http://127.0.0.1:7860: drop or paste a picture and
 model each question goes to both, and the answers stand beside each other.
 """
 
-import importlib.util
 import os
 import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from meme_llava.arguments import DemoArguments, parse_arguments
 from meme_llava.chat import Chat
@@ -38,15 +39,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_gradio() -> None:
-    """Raise UserError where gradio is not installed; nothing else needs it."""
-    if importlib.util.find_spec("gradio") is None:
+    """Raise UserError where no gradio is installed that we ran; nothing else needs it."""
+    try:
+        found = version("gradio")
+    except PackageNotFoundError:
+        found = "none"
+    # pip alone takes one of 2023 where Pillow 13 is installed, and that one cannot be imported.
+    if not found.startswith("6."):
         raise UserError(
-            "demo.py needs gradio, which is not installed here: pip install -r requirements.txt "
-            "-r configs/requirements/demo.txt"
+            f"demo.py needs gradio 6, found {found}: pip install -r requirements.txt -r configs/requirements/demo.txt"
         )
 
 
-def load_answerers(arguments: DemoArguments, folders: list) -> list[Answerer]:
+def load_answerers(arguments: DemoArguments, folders: list[Path]) -> list[Answerer]:
     """The models, each as infer.py would load it; --base_model is for those that are adapters."""
     adapters = [folder for folder in folders if holds_trained_weights(folder)]
     return [

@@ -15,7 +15,7 @@ from PIL import Image
 from meme_llava.conversation import IMAGE_PLACEHOLDER
 from meme_llava.findings import RecordFault
 from meme_llava.generation import Answerer, Exchange, PromptTooLong
-from meme_llava.images import MAX_PIXELS, open_image
+from meme_llava.images import MAX_PIXELS, ImagePolicy, open_image
 from meme_llava.streaming import stream_answer
 
 # A page that is sent every token of a fast model lags behind it.
@@ -87,12 +87,12 @@ class Chat:
         self._is_closing.set()
 
     def take_picture(self, conversation: Conversation, path: Path) -> Image.Image:
-        """Begin a conversation about another picture. Returns it as the model sees it, at most 1024 pixels a side.
+        """Begin a conversation about another picture. Returns it to be shown, at most 1024 pixels a side.
 
         Raises:
             ChatProblem: the file is no picture that can be opened; the conversation stays as it is.
         """
-        picture = self._open(path, self._answerers[0])
+        picture = open_for_visitor(path)
         conversation.begin(path)
         picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
         return picture
@@ -111,7 +111,9 @@ class Chat:
         if IMAGE_PLACEHOLDER in question:
             raise ChatProblem(HOLDS_PLACEHOLDER)
         # Each model opens it for its own square, as infer.py does.
-        pictures = [self._open(conversation.picture, answerer) for answerer in self._answerers]
+        pictures = [
+            open_for_visitor(conversation.picture, answerer.processing.image_policy) for answerer in self._answerers
+        ]
         conversation.stop_asked = False
         if not conversation.columns:
             conversation.columns = [[] for _ in self._answerers]
@@ -152,10 +154,10 @@ class Chat:
             reply.remark = OUT_OF_MEMORY
         yield
 
-    @staticmethod
-    def _open(path: Path, answerer: Answerer) -> Image.Image:
-        try:
-            return open_image(path, answerer.processing.image_policy)
-        except RecordFault as fault:
-            # The detail names a path of the server.
-            raise ChatProblem(PICTURE_PROBLEMS[fault.kind]) from fault
+
+def open_for_visitor(path: Path, policy: ImagePolicy | None = None) -> Image.Image:
+    """Like `open_image`; raises ChatProblem, which names no path of the server."""
+    try:
+        return open_image(path, policy)
+    except RecordFault as fault:
+        raise ChatProblem(PICTURE_PROBLEMS[fault.kind]) from fault

@@ -105,7 +105,7 @@ def build_page(chat: Chat, names: list[str], examples: list[Path]) -> gradio.Blo
         shown = [picture_notice, question_notice, *chatbots, send, stop]
         private = {"api_visibility": "private"}
         # One visitor's question at a time, whichever button sends it; the others wait in a queue.
-        asking = {"concurrency_id": "models", "concurrency_limit": 1, **private}
+        asking = {"concurrency_id": "models", "concurrency_limit": 1, "show_progress_on": chatbots, **private}
         gradio.on([send.click, question.submit], actions.ask, [question, conversation], [question, *shown], **asking)
         for button in suggestions:
             button.click(actions.ask, [button, conversation], [question, *shown], **asking)

@@ -204,6 +204,7 @@ def wait_until_listening(process, port, log):
     pytest.fail(f"the server does not listen (exit code {process.poll()}):\n{log.read_text(errors='replace')[-3000:]}")
 
 
+# Not for the whole session: while playwright runs, nothing else can run an event loop in this thread.
 @pytest.fixture(scope="module")
 def browser():
     """A headless browser; the test skips where Debian's chromium or the playwright package is absent."""
@@ -220,18 +221,6 @@ def browser():
 def answerer(served_model):
     """The merged model, as infer.py loads it."""
     return load_answerer(served_model, device="cpu", dtype="float32")
-
-
-# Not for the whole session: while playwright runs, nothing else can run an event loop in this thread.
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the playwright package (a browser test)")
-    if not CHROMIUM.exists():
-        pytest.skip(f"needs {CHROMIUM} (a browser test)")
-    with playwright.sync_playwright() as manager:
-        browser = manager.chromium.launch(executable_path=str(CHROMIUM), args=BROWSER_FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(autouse=True)
