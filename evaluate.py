@@ -11,7 +11,7 @@ them in the table. `--answer_with` asks others than our models: the original LLa
 from collections.abc import Sequence
 from pathlib import Path
 
-from meme_llava.answer_scores import AnsweredQuestion, Score, describe_measure, list_measures, score_answers
+from meme_llava.answer_scores import Score, describe_measure, list_measures, score_answers, to_answered_question
 from meme_llava.answer_sources import AnswerSource, Ask, choose_questions, choose_source
 from meme_llava.arguments import EvaluateArguments, parse_arguments, to_plain
 from meme_llava.checkpoint import describe_environment
@@ -19,6 +19,7 @@ from meme_llava.display import print_table, show_count
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.evaluation_folder import EVALUATE, EvaluationFolder, open_evaluation, read_finished_evaluation
 from meme_llava.generation import Question, list_record_questions
+from meme_llava.given_answer import describe_answer
 from meme_llava.hashing import hash_file
 from meme_llava.precheck_evaluation import check_pictures
 
@@ -74,35 +75,11 @@ def ask_remaining(
             batch = questions[start : start + batch_size]
             try:
                 for question, answer in zip(batch, ask(batch), strict=True):
-                    folder.append(
-                        {
-                            "image": str(question.image.relative_to(image_folder)),
-                            "task": question.task,
-                            "question": question.text,
-                            "answer": answer.text,
-                            "truth": question.truth,
-                            "text": question.text_in_picture,
-                            "tokens": answer.tokens,
-                            "stopped": answer.stopped,
-                            "problem": answer.problem,
-                        }
-                    )
+                    image = str(question.image.relative_to(image_folder))
+                    folder.append(describe_answer(question, answer) | {"image": image})
                     advance(1)
             except ValueError as error:
                 raise UserError(f"{error}; mend it and start the same command again, which goes on") from error
-
-
-def to_answered_question(prediction: dict) -> AnsweredQuestion:
-    """What is scored of a line of predictions.jsonl."""
-    return AnsweredQuestion(
-        prediction["answer"],
-        prediction["truth"],
-        prediction["text"],
-        prediction["task"],
-        prediction["image"],
-        prediction["tokens"],
-        prediction["stopped"],
-    )
 
 
 def read_comparable_scores(folder: Path, asked: dict) -> tuple[str, dict[str, Score]]:

@@ -4,6 +4,7 @@
 #   bash run.sh                      every stage: build, train, merge, infer, and evaluate if there is EVAL_ANNOTATIONS
 #   bash run.sh train merge          only these; a finished stage is not done again
 #   bash run.sh train --save_steps 100    flags behind the stages go to train.py
+#   bash run.sh train --eval_every 50     evaluate while training, on EVAL_ANNOTATIONS
 #   bash run.sh                      again, after an interruption: training goes on from its newest whole checkpoint
 #   bash run.sh train --plan --machine a800-80gb    what the run would take, in memory and time; needs no GPU
 #   DRY_RUN=1 bash run.sh            print the commands, run nothing
@@ -96,6 +97,10 @@ for word in "${train_flags[@]}"; do
     [[ ! $word =~ ^($known_stages)$ || $word_before == --* ]] || fail "$word stands behind the flags of train.py; put stages first"
     word_before=$word
 done
+# What is kept for the evaluation is evaluated while training, too, if that is asked for.
+if [[ " ${train_flags[*]} " =~ " --eval"[_-]"every"[\ =] && ! " ${train_flags[*]} " =~ " --eval"[_-]"annotations"[\ =] && $eval_annotations != none ]]; then
+    train_flags+=(--eval_annotations "$eval_annotations" --eval_image_folder "$eval_image_folder")
+fi
 if [[ $eval_annotations != none ]]; then
     [[ -f $eval_annotations ]] || fail "EVAL_ANNOTATIONS=$eval_annotations: no such file"
     [[ -d $eval_image_folder ]] || fail "EVAL_IMAGE_FOLDER=$eval_image_folder: no such folder"

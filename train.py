@@ -18,6 +18,7 @@ from meme_llava.activation_checkpointing import recompute_layers
 from meme_llava.arguments import TrainArguments, parse_train_arguments
 from meme_llava.checkpoint import RUN_RECORD
 from meme_llava.checkpoint_store import (
+    CheckpointContent,
     hold_output_dir,
     list_checkpoints,
     put_aside_newer,
@@ -57,9 +58,11 @@ from meme_llava.token_lengths import find_default_folder
 from meme_llava.tracker_runs import TrackerRuns, open_tracker_runs
 from meme_llava.trackers import check_trackers
 from meme_llava.trainable import load_projector, load_trained_weights, plan_parameter_groups, prepare_trainable
-from meme_llava.trainer import CheckpointContent, MemeTrainer
+from meme_llava.trainer import MemeTrainer
 from meme_llava.training_arguments import derive_accumulation, make_training_arguments
+from meme_llava.training_evaluation import make_evaluation
 from meme_llava.training_state import OPTIMIZER_PREFIX
+from meme_llava.validation import ValidationData, load_validation
 from meme_llava.vision_features import encode_pictures, remove_features
 
 
@@ -84,9 +87,12 @@ def main(argv: list[str] | None = None) -> None:
         marks.mark("reading the records")
         processing = load_processing(arguments.model)
         data = load_data(arguments, processing)
+        marks.mark("reading the validation records")
+        validation = load_validation(arguments, processing)
         marks.mark("comparing records with the others")
         check_processes_agree([checked.record.place for checked in data.checked.usable])
         run = plan_run_from(arguments, data, engine, start)
+        run.evaluation = None if validation is None else validation.description
         if start.checkpoint is not None and say_how_it_continues(run):
             return
         with hold_output_dir(arguments.output_dir), explain_out_of_memory(arguments, engine, processes):
@@ -95,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
                 share(lambda: put_aside_newer(arguments.output_dir, start.checkpoint))
                 marks.mark("starting trackers")
                 with open_tracker_runs(arguments.report_to, arguments.output_dir, arguments.run_name) as trackers:
-                    train(run, processing, data, trackers, request, marks)
+                    train(run, processing, data, validation, trackers, request, marks)
                 checkpoint = list_checkpoints(arguments.output_dir)[-1]
             share(lambda: finish(arguments.output_dir, checkpoint))
         leave_process_group()
@@ -105,6 +111,7 @@ def train(
     run: TrainingRun,
     processing: Processing,
     data: LoadedData,
+    validation: ValidationData | None,
     trackers: TrackerRuns,
     request: StopRequest,
     marks: ProgressMarks,
@@ -146,6 +153,7 @@ def train(
         quarantined_records=len(data.checked.bad),
         request=request,
         marks=marks,
+        evaluation=make_evaluation(run, validation, processing, collator, trackers, marks),
         model=model,
         args=training_arguments,
         train_dataset=examples,

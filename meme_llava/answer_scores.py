@@ -44,6 +44,19 @@ class AnsweredQuestion:
     stopped: bool | None = None
 
 
+def to_answered_question(described: Mapping) -> AnsweredQuestion:
+    """What is scored of an answer as `generation.describe_answer` describes it."""
+    return AnsweredQuestion(
+        described["answer"],
+        described["truth"],
+        described["text"],
+        described["task"],
+        described["image"],
+        described["tokens"],
+        described["stopped"],
+    )
+
+
 @dataclass(frozen=True)
 class Measure:
     """What a score says. `is_share`: it is shown in percent. `better`: "lower", "higher", or "" where neither is."""

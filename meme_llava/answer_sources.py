@@ -11,7 +11,7 @@ from meme_llava.checkpoint import RUN_RECORD, identify_weights, read_run_record
 from meme_llava.endpoints import find_endpoint
 from meme_llava.errors import UserError
 from meme_llava.fingerprint import fingerprint_folder
-from meme_llava.generation import Answer, Question, load_answerer
+from meme_llava.generation import Question, load_answerer
 from meme_llava.given_answer import GivenAnswer
 from meme_llava.images import open_image
 from meme_llava.sources import resolve_model_folder
@@ -95,7 +95,7 @@ def _load_our_model(folder: Path, arguments: EvaluateArguments) -> Ask:
 
     def ask(questions: list[Question]) -> Iterator[GivenAnswer]:
         images = [open_image(question.image, policy) for question in questions]
-        return map(_keep, answerer.answer_together(images, questions, arguments.max_new_tokens))
+        return map(GivenAnswer.of_model, answerer.answer_together(images, questions, arguments.max_new_tokens))
 
     return ask
 
@@ -107,7 +107,7 @@ def _load_transformers_model(folder: Path, arguments: EvaluateArguments) -> Ask:
 
     def ask(questions: list[Question]) -> Iterator[GivenAnswer]:
         images = [open_image(question.image) for question in questions]
-        return map(_keep, model.answer_together(images, questions, arguments.max_new_tokens))
+        return map(GivenAnswer.of_model, model.answer_together(images, questions, arguments.max_new_tokens))
 
     return ask
 
@@ -115,7 +115,3 @@ def _load_transformers_model(folder: Path, arguments: EvaluateArguments) -> Ask:
 def _load_text_reader() -> Ask:
     reader = TextReader()
     return lambda questions: (GivenAnswer(reader.read(open_image(question.image))) for question in questions)
-
-
-def _keep(answer: Answer) -> GivenAnswer:
-    return GivenAnswer(answer.text, len(answer.token_ids), answer.stopped)

@@ -182,6 +182,25 @@ class TrainArguments(RecordPolicy):
         metadata=describe("trackers: tensorboard, wandb, swanlab, mlflow; or none"),
     )
     run_name: str | None = field(default=None, metadata=describe("the run's name in trackers"))
+    eval_every: int | None = field(
+        default=None,
+        metadata=describe("evaluate on other records every so many steps and at the end; else not while training"),
+    )
+    eval_annotations: Path | None = field(
+        default=None, metadata=describe("with --eval_every: the records that are evaluated, not trained on")
+    )
+    eval_image_folder: Path | None = field(
+        default=None, metadata=describe("with --eval_every: folder that their image paths start from")
+    )
+    eval_limit: int | None = field(
+        default=None, metadata=describe("with --eval_every: only the first so many of their records")
+    )
+    eval_pictures: int = field(
+        default=4, metadata=describe("with --eval_every: pictures whose answers are shown, always the same ones")
+    )
+    eval_max_new_tokens: int = field(
+        default=128, metadata=describe("with --eval_every: an answer stops here if not by itself")
+    )
     resume_from_checkpoint: str | None = field(
         default=None, metadata=describe("a checkpoint folder, or latest for the newest whole one in output_dir")
     )
@@ -228,6 +247,7 @@ class TrainArguments(RecordPolicy):
         check_setting(self, "max_steps", self.max_steps is None or self.max_steps > 0, "at least 1")
         for name in ("warmup_steps", "dataloader_workers"):
             check_setting(self, name, getattr(self, name) is None or getattr(self, name) >= 0, "0 or more")
+        self._check_evaluation()
         check_engine_name(self.engine)
         check_tracker_names(self.report_to)
         check_setting(self, "gpus", self.gpus is None or self.gpus > 0, "at least 1")
@@ -240,6 +260,19 @@ class TrainArguments(RecordPolicy):
             raise UserError("--machine and --gpus belong to --plan, which is not there; add it, or leave them out")
         if self.plan and self.show_batch:
             raise UserError("--plan and --show_batch print different things and stop; pass one of them")
+
+    def _check_evaluation(self) -> None:
+        check_setting(self, "eval_every", self.eval_every is None or self.eval_every > 0, "at least 1")
+        check_setting(self, "eval_limit", self.eval_limit is None or self.eval_limit > 0, "at least 1")
+        check_setting(self, "eval_pictures", self.eval_pictures >= 0, "0 or more")
+        check_setting(self, "eval_max_new_tokens", self.eval_max_new_tokens > 0, "at least 1")
+        for name in ("eval_annotations", "eval_image_folder"):
+            if self.eval_every is not None and getattr(self, name) is None:
+                raise UserError(f"--eval_every needs --{name}, which is not there; add it, or leave --eval_every out")
+        for setting in dataclasses.fields(self):
+            is_set = getattr(self, setting.name) != setting.default
+            if self.eval_every is None and setting.name.startswith("eval_") and is_set:
+                raise UserError(f"--{setting.name} belongs to --eval_every, which is not there; add it")
 
     @property
     def uses_lora(self) -> bool:

@@ -8,6 +8,7 @@ import contextlib
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from meme_llava.checkpoint import bring_to_disk, lock_directory, set_file_modes
@@ -24,6 +25,21 @@ PASSED_OVER_SUFFIX = ".passed_over"
 COMPANION_BYTES = 50_000_000
 # Worker processes of a killed run live on for a few seconds, and its lock with them.
 LOCK_PATIENCE_SECONDS = 15
+
+
+@dataclass(frozen=True)
+class CheckpointContent:
+    """What a checkpoint says of its run.
+
+    Args:
+        write_companions: writes processor and run record of a step into a folder.
+        make_facts: what its manifest says of a step besides the files.
+        keep: so many checkpoints stay.
+    """
+
+    write_companions: Callable[[Path, int], None]
+    make_facts: Callable[[int], Mapping]
+    keep: int
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

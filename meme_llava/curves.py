@@ -15,14 +15,19 @@ def draw_training_curves(log_history: list[dict], path: Path) -> None:
     """Write a PNG with the loss above and every role's learning rate below, over optimizer steps.
 
     Args:
-        log_history: the Trainer's log entries; those with a "loss" are drawn.
+        log_history: the Trainer's log entries; those with a "loss" are drawn, and those with an "eval_loss".
     """
     entries = [entry for entry in log_history if "loss" in entry]
+    evaluated = [entry for entry in log_history if "eval_loss" in entry]
     steps = [entry["step"] for entry in entries]
     roles = sorted({key for entry in entries for key in entry if key.startswith(RATE_PREFIX)})
     figure, (loss_axes, rate_axes) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(2, 1))
-    loss_axes.plot(steps, [entry["loss"] for entry in entries], linewidth=1.2)
-    loss_axes.set_ylabel("training loss")
+    loss_axes.plot(steps, [entry["loss"] for entry in entries], linewidth=1.2, label="training")
+    if evaluated:
+        losses = [entry["eval_loss"] for entry in evaluated]
+        loss_axes.plot([entry["step"] for entry in evaluated], losses, "o-", linewidth=1.8, label="validation")
+        loss_axes.legend()
+    loss_axes.set_ylabel("loss" if evaluated else "training loss")
     loss_axes.set_ylim(bottom=0)
     # Roles often share a rate; dashes of different length on one line keep all of them visible.
     for role, style in zip(roles, itertools.cycle(["-", "--", ":"])):

@@ -2,8 +2,8 @@
 
 import copy
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from meme_llava.images import resolve_image_path, to_pixel_values
 from meme_llava.model import Processing, load_llava, load_processing
 from meme_llava.pictures import PICTURE_SUFFIXES
 from meme_llava.quarantine import read_quarantined_places
-from meme_llava.records import read_records
+from meme_llava.records import Record, read_records
 from meme_llava.trainable import apply_trained_weights
 
 
@@ -47,11 +47,18 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answerer:
-    """A model with everything needed to ask it."""
+    """A model with everything needed to ask it.
+
+    Args:
+        options: what `generate` takes besides inputs and generation_config.
+        device: where inputs go; that of the model's weights, unless an engine keeps those elsewhere.
+    """
 
     model: torch.nn.Module
     processing: Processing
     generation_config: GenerationConfig
+    options: Mapping = field(default_factory=dict)
+    device: torch.device | None = None
 
     def build_inputs(
         self, image: Image.Image, question: str, system: str | None = None, earlier: Sequence[Exchange] = ()
@@ -78,14 +85,15 @@ class Answerer:
             raise PromptTooLong(f"the prompt takes {len(ids)} positions, the model has {positions}; ask less at once")
         input_ids = torch.tensor([ids])
         pixel_values = to_pixel_values(image, self.processing.image_policy)[None]
-        device, dtype = self.model.device, self.model.dtype
+        device, dtype = self.device or self.model.device, self.model.dtype
         return {
             "input_ids": input_ids.to(device),
             "attention_mask": torch.ones_like(input_ids).to(device),
             "pixel_values": pixel_values.to(device, dtype),
         }
 
-    @torch.inference_mode()
+    # Not inference mode: what engines gather of a model that trains must be fit for a backward pass later.
+    @torch.no_grad()
     def answer(
         self,
         image: Image.Image,
@@ -100,7 +108,7 @@ class Answerer:
         inputs = self.build_inputs(image, question, system, earlier)
         return self._generate(inputs, max_new_tokens, streamer, stopping)[0]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def answer_together(
         self, images: list[Image.Image], questions: list["Question"], max_new_tokens: int = 512
     ) -> list[Answer]:
@@ -142,9 +150,8 @@ class Answerer:
         generation_config = copy.copy(self.generation_config)
         generation_config.max_new_tokens = max_new_tokens
         generation_config.pad_token_id = self.padding_id
-        output = self.model.generate(
-            **inputs, generation_config=generation_config, streamer=streamer, stopping_criteria=stopping
-        )
+        options = {"streamer": streamer, "stopping_criteria": stopping, **self.options}
+        output = self.model.generate(**inputs, generation_config=generation_config, **options)
         return [self.read_answer(ids) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
 
     def read_answer(self, new_ids: list[int]) -> Answer:
@@ -174,14 +181,20 @@ def load_answerer(folder: Path, base_model: Path | None = None, device: str = "a
     model_folder = find_base(folder, base_model) if is_adapter else folder
     processing = load_processing(model_folder)
     model = load_llava(model_folder, chosen_dtype)
-    generation_config = model.generation_config
+    generation_config = choose_stops(model.generation_config, processing)
+    if is_adapter:
+        model = apply_trained_weights(model, folder)
+    return Answerer(model.to(chosen_device).eval(), processing, generation_config)
+
+
+def choose_stops(generation_config: GenerationConfig, processing: Processing) -> GenerationConfig:
+    """The same, with the end of a turn among the tokens that end an answer."""
+    generation_config = copy.copy(generation_config)
     # Our directories say so themselves; another LLaVA's folder may not.
     stops = generation_config.eos_token_id
     stops = [stops] if isinstance(stops, int) else list(stops or [])
     generation_config.eos_token_id = list(dict.fromkeys([processing.encoder.turn_end_id, *stops]))
-    if is_adapter:
-        model = apply_trained_weights(model, folder)
-    return Answerer(model.to(chosen_device).eval(), processing, generation_config)
+    return generation_config
 
 
 def choose_device(device: str) -> torch.device:
@@ -235,6 +248,21 @@ def list_file_questions(paths: list[Path], text: str) -> list[Question]:
     return [Question(image, text) for image in images]
 
 
+def find_question(record: Record, image_folder: Path) -> Question | None:
+    """A record's first question with its true answer, if the record begins with one picture and a line break.
+
+    Raises:
+        RecordFault: the picture's path leaves the image folder.
+    """
+    system = record.turns[0].text if record.turns[0].role == "system" else None
+    user, truth = [turn for turn in record.turns if turn.role != "system"][:2]
+    text = user.text.removeprefix(f"{IMAGE_PLACEHOLDER}\n")
+    if text == user.text or IMAGE_PLACEHOLDER in text:
+        return None
+    image = resolve_image_path(record.images[0], image_folder)
+    return Question(image, text, truth.text.strip(), system, record.text, record.task)
+
+
 def list_record_questions(
     annotations: Path, image_folder: Path, limit: int | None, quarantine: Path | None = None
 ) -> list[Question]:
@@ -255,15 +283,11 @@ def list_record_questions(
         records = asked
     questions = []
     for record in records[:limit]:
-        system = record.turns[0].text if record.turns[0].role == "system" else None
-        user, truth = [turn for turn in record.turns if turn.role != "system"][:2]
-        text = user.text.removeprefix(f"{IMAGE_PLACEHOLDER}\n")
-        if text != user.text and IMAGE_PLACEHOLDER not in text:
-            try:
-                image = resolve_image_path(record.images[0], image_folder)
-            except ValueError as error:
-                raise UserError(f"{record.place} (id {record.record_id!r}): {error}") from error
-            questions.append(Question(image, text, truth.text.strip(), system, record.text, record.task))
+        try:
+            question = find_question(record, image_folder)
+        except ValueError as error:
+            raise UserError(f"{record.place} (id {record.record_id!r}): {error}") from error
+        questions += [] if question is None else [question]
     if not questions:
         raise UserError(f"{annotations}: no record begins with {IMAGE_PLACEHOLDER}, a line break and a question")
     if left_out := len(records[:limit]) - len(questions):

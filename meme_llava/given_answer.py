@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from meme_llava.generation import Answer, Question
+
 
 @dataclass(frozen=True)
 class GivenAnswer:
@@ -17,3 +19,23 @@ class GivenAnswer:
     tokens: int | None = None
     stopped: bool | None = None
     problem: str | None = None
+
+    @classmethod
+    def of_model(cls, answer: Answer) -> "GivenAnswer":
+        """What one of our models said."""
+        return cls(answer.text, len(answer.token_ids), answer.stopped)
+
+
+def describe_answer(question: Question, answer: GivenAnswer) -> dict:
+    """An answer beside its question and the truth, as files keep it."""
+    return {
+        "image": str(question.image),
+        "task": question.task,
+        "question": question.text,
+        "answer": answer.text,
+        "truth": question.truth,
+        "text": question.text_in_picture,
+        "tokens": answer.tokens,
+        "stopped": answer.stopped,
+        "problem": answer.problem,
+    }

@@ -10,10 +10,15 @@ import importlib.util
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import MethodType
 
 import torch
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from meme_llava.errors import UserError
 from meme_llava.images import ImagePolicy, normalise
@@ -70,7 +75,11 @@ class PackedLlava(LlavaForConditionalGeneration):
         return {"loss": loss}
 
     def encode_pictures(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The vision tower's features as the projector takes them: uint8 (pictures, 3, size, size) to
+        """Like `encode_normalised`, from uint8 (pictures, 3, size, size)."""
+        return self.encode_normalised(normalise(pixel_values, self.image_policy))
+
+    def encode_normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The vision tower's features as the projector takes them: numbers (pictures, 3, size, size) to
         (pictures, tokens, vision width).
 
         Layers behind the features that are used are not computed. A frozen tower keeps nothing for a backward pass.
@@ -78,7 +87,6 @@ class PackedLlava(LlavaForConditionalGeneration):
         tower = self.model.vision_tower
         learns = any(parameter.requires_grad for parameter in tower.parameters())
         with contextlib.nullcontext() if learns else torch.no_grad():
-            pixels = normalise(pixel_values, self.image_policy)  # float32 (pictures, 3, size, size)
             hidden = tower.embeddings(pixels.to(tower.dtype))  # (pictures, patches and class token, vision width)
             if hasattr(tower, "pre_layrnorm"):
                 hidden = tower.pre_layrnorm(hidden)
@@ -117,6 +125,52 @@ def prepare_packed_llava(model: PackedLlava, image_policy: ImagePolicy, attentio
     model.model.language_model.config._attn_implementation = attention
     if attention == MATMUL:
         model.model.vision_tower.config._attn_implementation = "eager"  # transformers' name for the same
+
+
+def _get_image_features(packed: PackedLlava, pixel_values: torch.Tensor, **options) -> BaseModelOutputWithPooling:
+    """What LlavaModel puts in the place of image tokens, (tokens, width) a picture; no unused layer is computed."""
+    features = packed.model.multi_modal_projector(packed.encode_normalised(pixel_values))
+    return BaseModelOutputWithPooling(pooler_output=list(features))
+
+
+@contextlib.contextmanager
+def answer_unpacked(model: torch.nn.Module) -> Iterator[None]:
+    """While the block lasts, a packed model, bare or wrapped by peft, generates as LlavaForConditionalGeneration does.
+
+    Same parameters, same vision tower, same hooks of engines around every layer; another forward pass of the language
+    model, with a KV cache. Behind the block the model trains on as before.
+    """
+    packed = next(module for module in model.modules() if isinstance(module, PackedLlava))
+    config = packed.model.language_model.config
+    attention = config._attn_implementation
+    forward = packed.__dict__.get("forward")  # accelerate puts its own there where nothing wraps the model
+    layers = list_repeated_layers(packed)
+    # Compiled for packed rows, they would be compiled anew for every length of an answer.
+    compiled = [layer._compiled_call_impl for layer in layers]
+    was_training = model.training
+    model.eval()
+    packed.forward = MethodType(LlavaForConditionalGeneration.forward, packed)
+    packed.model.get_image_features = partial(_get_image_features, packed)
+    config._attn_implementation = "sdpa"
+    for layer in layers:
+        layer._compiled_call_impl = None
+    # FSDP gathers the weights outside its layers for `forward` alone.
+    if "generate" not in model.__dict__:
+        register_fsdp_forward_method(model, "generate")
+    try:
+        yield
+    finally:
+        for layer, call in zip(layers, compiled, strict=True):
+            layer._compiled_call_impl = call
+        config._attn_implementation = attention
+        del packed.model.get_image_features, packed.forward
+        if forward is not None:
+            packed.forward = forward
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # It keeps gathered what a backward pass would need, and would take it for the weights after an update.
+                module.reshard()
+        model.train(was_training)
 
 
 def check_compiler(device: torch.device) -> None:

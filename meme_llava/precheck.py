@@ -12,6 +12,7 @@ from meme_llava.display import print_findings, show_count
 from meme_llava.errors import stop_on_user_error
 from meme_llava.picture_cache import PictureCache, find_default_cache
 from meme_llava.trackers import check_trackers
+from meme_llava.validation import check_validation
 
 
 @stop_on_user_error
@@ -29,6 +30,8 @@ def main(argv: list[str] | None = None) -> None:
         show_progress=show_count,
     )
     stop_on_bad_records(checked, arguments.bad_records)
+    if arguments.eval_every is not None:
+        check_validation(arguments)
     print_findings(checked)
     print(f"settings are sound, {len(checked.usable)} records can be trained on as far as seen without a model")
 

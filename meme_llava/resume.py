@@ -10,11 +10,12 @@ from meme_llava.errors import CheckpointError, UserError
 from meme_llava.manifest import verify_directory
 from meme_llava.quarantine import QUARANTINE
 from meme_llava.tracker_runs import FOLDERS
+from meme_llava.validation import ANSWERS
 from meme_llava.vision_features import VISION_FEATURES
 
 LATEST = "latest"
 # What an interrupted start leaves behind before its first checkpoint is no result.
-LEFTOVERS = {QUARANTINE, VISION_FEATURES, *FOLDERS}
+LEFTOVERS = {QUARANTINE, VISION_FEATURES, ANSWERS, *FOLDERS}
 # Settings that may differ when a run continues: they change neither which records a step trains on nor its update.
 FREE_SETTINGS = {
     "model",
@@ -31,6 +32,12 @@ FREE_SETTINGS = {
     "save_steps",
     "save_total_limit",
     "report_to",
+    "eval_every",
+    "eval_annotations",
+    "eval_image_folder",
+    "eval_limit",
+    "eval_pictures",
+    "eval_max_new_tokens",
     "run_name",
     "dataloader_workers",
     "device_batch_size",

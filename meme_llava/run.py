@@ -44,6 +44,7 @@ class TrainingRun:
     data: dict
     base: dict
     projector: dict | None = None
+    evaluation: dict | None = None  # the validation records, where there are some
     parameter_groups: list[dict] = field(default_factory=list)
     computation: Computation | None = None
 
@@ -102,6 +103,7 @@ class TrainingRun:
                 "engine": self.engine.name,
             },
             "data": self.data,
+            "evaluation": self.evaluation,
             "parameter_groups": self.parameter_groups,
             "computation": None if self.computation is None else self.computation.to_record(),
             "base": self.base,

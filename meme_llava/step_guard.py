@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl
 
 from meme_llava.errors import NonFiniteError, UserError
 from meme_llava.processes import StopRequest, any_process, gather, is_main_process
@@ -72,10 +72,16 @@ class StepGuard(TrainerCallback):
             self._skipped_in_a_row = 0
         else:
             self._report_skipped(state.global_step)
-        if any_process(self._request.name is not None):
-            self.stopped_by = next(name for name in gather(self._request.name) if name is not None)
-            control.should_save = control.should_training_stop = True
+        self.stop_if_asked(control)
         self._marks.mark(f"behind step {state.global_step}")
+
+    def stop_if_asked(self, control: TrainerControl) -> bool:
+        """Whether a signal asks any process to stop; then training saves and stops. All processes call it together."""
+        if not any_process(self._request.name is not None):
+            return False
+        self.stopped_by = next(name for name in gather(self._request.name) if name is not None)
+        control.should_save = control.should_training_stop = True
+        return True
 
     def _report_skipped(self, step: int) -> None:
         self.skipped_in_window += 1

@@ -1,5 +1,6 @@
 """Knows how fast a run goes and what it waits for. Knows nothing about what is trained."""
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -73,6 +74,13 @@ class ThroughputMeter:
         self._useful += sum(batch.pop(USEFUL) for batch in fetched)
         self._steps += 1
         return fetched
+
+    @contextlib.contextmanager
+    def leave_out(self) -> Iterator[None]:
+        """Do something between two steps that is no training, such as evaluating."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
 
     def read(self) -> dict[str, float]:
         """Figures since the last call, for the log; empty if no step was measured.

@@ -7,12 +7,16 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 
 from meme_llava.errors import Stopped
+from meme_llava.images import open_image
 from meme_llava.processes import is_main_process, share
 from meme_llava.trackers import MLFLOW, SWANLAB, TENSORBOARD, WANDB, explain_failure, list_trackers
 
@@ -20,6 +24,28 @@ PROJECT = "meme-llava"
 TENSORBOARD_FOLDER, WANDB_FOLDER, SWANLAB_FOLDER, MLFLOW_FOLDER = "tensorboard", "wandb", "swanlog", "mlflow"
 FOLDERS = {TENSORBOARD_FOLDER, WANDB_FOLDER, SWANLAB_FOLDER, MLFLOW_FOLDER}
 RECORD = "run_record"
+ANSWERS = "answers"
+LONGEST_SIDE = 448  # pixels of a picture beside an answer
+
+
+@dataclass(frozen=True)
+class ShownAnswer:
+    """What a model said about a picture, a file, at some step."""
+
+    image: str
+    question: str
+    truth: str
+    answer: str
+
+    def describe(self) -> str:
+        """Everything but the picture, a line each."""
+        return f"{Path(self.image).name}\nquestion: {self.question}\ntruth: {self.truth}\nanswer: {self.answer}"
+
+    def open_picture(self) -> Image.Image:
+        """The picture, no larger than a page shows it."""
+        picture = open_image(Path(self.image))
+        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+        return picture
 
 
 class _TensorBoard:
@@ -30,6 +56,13 @@ class _TensorBoard:
 
     def attach_record(self, record: dict) -> None:
         self.writer.add_text(RECORD, to_literal_text(json.dumps(record, ensure_ascii=False, indent=2)))
+
+    def report_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+        for number, answer in enumerate(answers, 1):
+            self.writer.add_text(f"{ANSWERS}/{number}", to_literal_text(answer.describe()), step)
+            picture = np.asarray(answer.open_picture())  # uint8 (height, width, 3)
+            self.writer.add_image(f"{ANSWERS}/{number}", picture, step, dataformats="HWC")
+        self.writer.flush()
 
     def finish(self, failed: bool) -> None:
         self.writer.close()
@@ -47,6 +80,16 @@ class _Wandb:
 
     def attach_record(self, record: dict) -> None:
         self._run.config.update({RECORD: record}, allow_val_change=True)
+
+    def report_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+        import wandb
+
+        pictures = {
+            f"{ANSWERS}/{number}": wandb.Image(answer.open_picture(), caption=answer.describe())
+            for number, answer in enumerate(answers, 1)
+        }
+        # The step as the Trainer's callback counts it.
+        self._run.log({**pictures, "train/global_step": step})
 
     def finish(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
@@ -68,6 +111,13 @@ class _SwanLab:
 
     def attach_record(self, record: dict) -> None:
         self._swanlab.config.update({RECORD: record})
+
+    def report_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+        pictures = {
+            f"{ANSWERS}/{number}": self._swanlab.Image(answer.open_picture(), caption=answer.describe())
+            for number, answer in enumerate(answers, 1)
+        }
+        self._swanlab.log(pictures, step=step)
 
     def finish(self, failed: bool) -> None:
         self._swanlab.finish(state="crashed" if failed else "success")
@@ -96,6 +146,12 @@ class _Mlflow:
         # What runs are compared by in a table.
         settings = record["settings"] | {f"schedule.{key}": value for key, value in record["schedule"].items()}
         self._mlflow.log_params({f"{RECORD}.{key}": value for key, value in settings.items()})
+
+    def report_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+        # An image has no caption here; the texts lie beside them.
+        self._mlflow.log_dict([asdict(answer) for answer in answers], f"{ANSWERS}/step_{step:06d}.json")
+        for number, answer in enumerate(answers, 1):
+            self._mlflow.log_image(answer.open_picture(), key=f"{ANSWERS}_{number}", step=step)
 
     def finish(self, failed: bool) -> None:
         self._mlflow.end_run("FAILED" if failed else "FINISHED")
@@ -127,6 +183,11 @@ class TrackerRuns:
         for tracker, run in self._runs.items():
             with explain_failure(tracker):
                 run.attach_record(record)
+
+    def report_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+        """Show pictures with what the model says of them behind an optimizer step."""
+        for run in self._runs.values():
+            run.report_answers(step, answers)
 
     def finish(self, failed: bool) -> None:
         """End the runs, everything written."""

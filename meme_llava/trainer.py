@@ -1,8 +1,8 @@
 """Knows how a step is computed: loss, parameter groups, what is logged and saved. A transformers Trainer underneath."""
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from accelerate.utils import send_to_device
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
-from meme_llava.checkpoint_store import write_checkpoint
+from meme_llava.checkpoint_store import CheckpointContent, write_checkpoint
 from meme_llava.costs import TrainingCosts
 from meme_llava.engines import DEEPSPEED, FSDP, Engine, check_engine_runs
 from meme_llava.errors import NonFiniteError
@@ -22,25 +22,11 @@ from meme_llava.progress_marks import ProgressMarks
 from meme_llava.step_guard import FirstGradientCheck, StepGuard, StepSoundness
 from meme_llava.throughput import RECORD_IDS, ThroughputMeter, find_own_machine
 from meme_llava.trainable import ParameterGroup, save_trained_weights
+from meme_llava.training_evaluation import EvaluationCallback, EvaluationInterrupted, TrainingEvaluation
 from meme_llava.training_state import OPTIMIZER_PREFIX, TrainingState
 
 # Launchers and schedulers end a process 30 seconds after they asked it to stop.
 LONG_SAVE_SECONDS = 20
-
-
-@dataclass(frozen=True)
-class CheckpointContent:
-    """What a checkpoint says of its run.
-
-    Args:
-        write_companions: writes processor and run record of a step into a folder.
-        make_facts: what its manifest says of a step besides the files.
-        keep: so many checkpoints stay.
-    """
-
-    write_companions: Callable[[Path, int], None]
-    make_facts: Callable[[int], Mapping]
-    keep: int
 
 
 class MemeTrainer(Trainer):
@@ -53,6 +39,7 @@ class MemeTrainer(Trainer):
         records_per_step: the global batch.
         content: of a checkpoint.
         request: whether a signal asked this process to stop.
+        evaluation: of the model while it trains, if there is one.
     """
 
     def __init__(
@@ -66,6 +53,7 @@ class MemeTrainer(Trainer):
         quarantined_records: int,
         request: StopRequest,
         marks: ProgressMarks,
+        evaluation: TrainingEvaluation | None = None,
         **options,
     ):
         super().__init__(**options)
@@ -87,6 +75,9 @@ class MemeTrainer(Trainer):
         self._soundness = StepSoundness()
         self._guard = StepGuard(self._soundness, request, marks)
         self.add_callback(self._guard)
+        if evaluation is not None:
+            self._evaluation = evaluation
+            self.add_callback(EvaluationCallback(evaluation, self.evaluate))
         self._group_learning_rates: list[float] = []
         self._names_without_gradient: set[str] | None = None
 
@@ -236,6 +227,29 @@ class MemeTrainer(Trainer):
             del logs["loss"]
         if not self._soundness.gradients_are_finite:
             logs.pop("grad_norm", None)
+
+    def evaluate(self, *unused, **options) -> dict[str, float]:
+        """Evaluate on the validation records; nothing comes of it where the run is asked to stop."""
+        figures = {}
+        with self._meter.leave_out(), contextlib.suppress(EvaluationInterrupted):
+            figures = self._evaluation.evaluate(
+                self.state.global_step,
+                self.model,
+                self.args.device,
+                self._measure,
+                contextlib.nullcontext if self._engine.kind == DEEPSPEED else self.accelerator.autocast,
+                lambda: self._guard.stop_if_asked(self.control),
+            )
+            self.log(figures)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
+
+    def _measure(self, batch: Mapping) -> torch.Tensor:
+        self.model_wrapped.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.model_wrapped(**self._prepare_inputs(batch))["loss"]
+        self.model_wrapped.train()
+        return loss
 
     def _save_checkpoint(self, model, trial) -> None:
         step, start = self.state.global_step, time.monotonic()

@@ -124,6 +124,12 @@ def test_a_complete_command_line_written_out():
         "save_total_limit": 2,
         "report_to": ["tensorboard"],
         "run_name": None,
+        "eval_every": None,
+        "eval_annotations": None,
+        "eval_image_folder": None,
+        "eval_limit": None,
+        "eval_pictures": 4,
+        "eval_max_new_tokens": 128,
         "resume_from_checkpoint": None,
         "allow_changes": False,
         "show_batch": False,
@@ -184,12 +190,13 @@ VALUE_CHECKS = [
       for value in ("0", "-1", "nan", "inf")],
     *[(name, value, "greater than 0") for name in ("lora_r", "model_max_length") for value in ("0", "-1")],
     *[(name, value, "at least 1") for name in
-      ("global_batch_size", "device_batch_size", "logging_steps", "save_steps", "hang_timeout", "max_steps")
+      ("global_batch_size", "device_batch_size", "logging_steps", "save_steps", "hang_timeout", "max_steps",
+       "eval_every", "eval_limit", "eval_max_new_tokens")
       for value in ("0", "-1")],
     *[("save_total_limit", value, "at least 2") for value in ("0", "1")],
     *[(name, value, "0 or more") for name in ("weight_decay", "max_grad_norm") for value in ("-0.1", "nan")],
     ("weight_decay", "inf", "0 or more"),
-    *[(name, "-1", "0 or more") for name in ("dataloader_workers", "warmup_steps", "seed")],
+    *[(name, "-1", "0 or more") for name in ("dataloader_workers", "warmup_steps", "seed", "eval_pictures")],
     *[(name, value, "between 0 and 1") for name in ("warmup_ratio", "lora_dropout") for value in ("-0.1", "1", "nan")],
 ]  # fmt: skip
 

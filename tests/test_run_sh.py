@@ -116,6 +116,20 @@ def test_single_stages_and_passed_on_flags():
     assert [line.split()[1] for line in dry_run("merge", "infer")] == ["merge_lora.py", "infer.py"]
 
 
+def test_training_is_evaluated_on_the_memes_that_are_kept_out_of_it():
+    kept = "--eval_annotations data/unseen/annotations.json --eval_image_folder data/unseen"
+    for flag in ("--eval_every 50", "--eval-every=50"):
+        (line,) = dry_run("train", *flag.split())
+        assert f"{flag} {kept}" in line
+    (line,) = dry_run("train", "--eval_every", "50", "--eval_annotations", "mine.json", "--eval_image_folder", "mine")
+    assert kept not in line and "--eval_annotations mine.json" in line
+    # What --eval_every needs is asked for by train.py.
+    (line,) = dry_run("train", "--eval_every", "50", EVAL_ANNOTATIONS="none")
+    assert "--eval_annotations" not in line
+    (line,) = dry_run("train")
+    assert "--eval" not in line
+
+
 def test_several_machines():
     machine = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "2950"}
     (train,) = dry_run("train", **REAL_RUN | {"GPUS": "4"}, **machine)

@@ -10,6 +10,7 @@ import threading
 
 import pytest
 from conftest import ROOT, train_flags
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
@@ -31,7 +32,10 @@ def train_apart(world, output_dir, tracker: str, folder, **variables) -> str:
     """Train in a process and a working directory of its own; what it printed."""
     pytest.importorskip(tracker, reason=f"{tracker} is not installed; configs/requirements/trackers.txt has it")
     folder.mkdir()
-    flags = train_flags(world, output_dir, report_to=["tensorboard", tracker], max_steps=2, run_name="a name")
+    evaluation = {"eval_every": 2, "eval_annotations": world.annotations, "eval_image_folder": world.image_folder}
+    evaluation |= {"eval_limit": 2, "eval_pictures": 1, "eval_max_new_tokens": 4}
+    trackers = ["tensorboard", tracker]
+    flags = train_flags(world, output_dir, report_to=trackers, max_steps=2, run_name="a name", **evaluation)
     keys = {"WANDB_API_KEY": "CANARY" * 7, "SWANLAB_API_KEY": "CANARY" * 4, "HF_TOKEN": "CANARY_TOKEN"}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **keys, **variables}
     command = [sys.executable, str(ROOT / "train.py"), *flags]
@@ -87,8 +91,10 @@ def test_wandb_offline(world, tmp_path):
     train_apart(world, out, "wandb", tmp_path / "here", WANDB_MODE="offline")
     (run,) = (out / "wandb").glob("offline-run-*/run-*.wandb")
     content = run.read_bytes()
-    for words in (*RATES, "train/loss", "run_record", "parameter_groups", "a name", "meme-llava"):
+    for words in (*RATES, "train/loss", "eval/loss", "run_record", "parameter_groups", "a name", "meme-llava"):
         assert words.encode() in content, words
+    (picture,) = run.parent.rglob("*.png")
+    assert Image.open(picture).size == (40, 30) and b"answers" in content and b"p0.png" in content
     assert read_events(out).Scalars("train/loss")
 
 
@@ -97,8 +103,10 @@ def test_swanlab_offline(world, tmp_path):
     train_apart(world, out, "swanlab", tmp_path / "here", SWANLAB_MODE="offline")
     (run,) = (out / "swanlog").glob("run-*")
     content = next(run.glob("*.swanlab")).read_bytes()
-    for words in (*RATES, "train/loss", "a name", "meme-llava"):
+    for words in (*RATES, "train/loss", "eval/loss", "answers/1", "a name", "meme-llava"):
         assert words.encode() in content, words
+    (picture,) = (run / "media").rglob("*.png")
+    assert Image.open(picture).size == (40, 30) and b"p0.png" in content
     assert "parameter_groups" in (run / "files" / "config.yaml").read_text()
 
 
@@ -115,7 +123,13 @@ def test_mlflow_in_a_file(world, tmp_path):
     history = client.get_metric_history(run.info.run_id, RATES[1].removeprefix("train/"))
     assert [(entry.step, entry.value) for entry in history] == [(1, 1e-2), (2, pytest.approx(5e-3))]
     assert len(client.get_metric_history(run.info.run_id, "loss")) == 2
-    record = json.loads((out / "mlflow" / "artifacts" / run.info.run_id / "artifacts" / "run_record.json").read_text())
+    assert len(client.get_metric_history(run.info.run_id, "eval_loss")) == 1
+    artifacts = out / "mlflow" / "artifacts" / run.info.run_id / "artifacts"
+    (picture,) = artifacts.rglob("*.png")
+    assert Image.open(picture).size == (40, 30)
+    (answer,) = json.loads((artifacts / "answers" / "step_000002.json").read_text())
+    assert answer["image"].endswith("p0.png") and answer["truth"] == "写着“我太难了”。"
+    record = json.loads((artifacts / "run_record.json").read_text())
     assert record["settings"]["low_lr"] == 5e-3
 
 

@@ -1,0 +1,138 @@
+"""Knows the validation records of a run: which there are, how they are split, what is asked of them.
+
+Knows nothing about how a model answers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from meme_llava.arguments import TrainArguments
+from meme_llava.data_check import CheckedData, CheckedRecord, check_data, stop_on_bad_records
+from meme_llava.dataset import MemeDataset, load_dataset
+from meme_llava.display import show_count
+from meme_llava.errors import UserError
+from meme_llava.generation import Question, find_question
+from meme_llava.hashing import hash_file
+from meme_llava.model import Processing
+from meme_llava.picture_cache import PictureCache, find_default_cache
+from meme_llava.processes import count_processes, find_rank, share
+from meme_llava.token_lengths import find_default_folder
+
+Item = TypeVar("Item")
+ANSWERS = "answers.jsonl"  # in output_dir: what the model said at each evaluation
+
+
+@dataclass(frozen=True)
+class ValidationData:
+    """Records that are evaluated while a model trains on others.
+
+    Args:
+        records: so many of the dataset, from its beginning, carry the validation loss.
+        questions: what is asked.
+        shown: places among the questions of those whose answers are shown, each about another picture.
+        description: for the run record.
+    """
+
+    dataset: MemeDataset
+    records: int
+    questions: Sequence[Question]
+    shown: Sequence[int]
+    description: dict
+
+
+def check_validation(arguments: TrainArguments) -> None:
+    """Decode every picture of the validation records, unless it is known to be sound, and see that they can be asked.
+
+    Raises:
+        UserError: a record or picture is bad, or no record asks about a picture.
+    """
+    checked = check_data(
+        arguments.eval_annotations,
+        arguments.eval_image_folder,
+        arguments.severities,
+        arguments.max_pixels,
+        cache=PictureCache(find_default_cache()),
+        show_progress=show_count,
+    )
+    try:
+        stop_on_bad_records(checked, arguments.bad_records)
+    except UserError as error:
+        raise UserError(f"--eval_annotations {error}") from error
+    _list_questions(arguments, checked)
+
+
+def load_validation(arguments: TrainArguments, processing: Processing) -> ValidationData | None:
+    """The validation records, checked; None where nothing is evaluated while training. All processes call it together.
+
+    Raises:
+        UserError: a record does not fit into model_max_length, or another reason of `check_validation`.
+    """
+    if arguments.eval_every is None:
+        return None
+    share(lambda: check_validation(arguments))
+    loaded = load_dataset(
+        arguments.eval_annotations,
+        arguments.eval_image_folder,
+        processing.encoder,
+        processing.image_policy,
+        arguments.model_max_length,
+        arguments.bad_records,
+        arguments.severities,
+        arguments.max_pixels,
+        PictureCache(find_default_cache(), read_only=True),
+        find_default_folder(),
+    )
+    questions = _list_questions(arguments, loaded.checked)
+    records = len(_take_first(arguments, loaded.checked))
+    return ValidationData(
+        loaded.dataset,
+        records,
+        questions,
+        choose_shown(questions, arguments.eval_pictures),
+        {
+            "annotations": str(arguments.eval_annotations.resolve()),
+            "image_folder": str(arguments.eval_image_folder.resolve()),
+            "sha256": hash_file(arguments.eval_annotations),
+            "records": records,
+            "questions": len(questions),
+        },
+    )
+
+
+def _take_first(arguments: TrainArguments, checked: CheckedData) -> list[CheckedRecord]:
+    return checked.usable[: arguments.eval_limit]
+
+
+def _list_questions(arguments: TrainArguments, checked: CheckedData) -> list[Question]:
+    found = [find_question(one.record, arguments.eval_image_folder) for one in _take_first(arguments, checked)]
+    questions = [question for question in found if question is not None]
+    if not questions:
+        raise UserError(
+            f"--eval_annotations {arguments.eval_annotations}: none of its {len(found)} records begins with <image>, a "
+            "line break and a question, so there is nothing to ask"
+        )
+    return questions
+
+
+def choose_shown(questions: Sequence[Question], count: int) -> list[int]:
+    """The places of `count` questions about different pictures, spread evenly over all of them."""
+    first: dict[Path, int] = {}
+    for number, question in enumerate(questions):
+        first.setdefault(question.image, number)
+    places = list(first.values())
+    count = min(count, len(places))
+    return [places[number * len(places) // count] for number in range(count)]
+
+
+def deal(items: Sequence[Item]) -> Iterator[tuple[int | None, Item]]:
+    """This process's share of the items with their places, in as many rounds as every other process has.
+
+    Where a process has none left it gets the last one again, with None for its place: engines that divide the weights
+    need all processes in every forward pass.
+    """
+    processes, rank = count_processes(), find_rank()
+    for start in range(0, len(items), processes):
+        place = start + rank
+        yield (place, items[place]) if place < len(items) else (None, items[-1])
