@@ -1,8 +1,9 @@
 """Knows how a model answers a question about a picture. The prompt comes from `conversation`, as in training."""
 
+import contextlib
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,13 +12,12 @@ from PIL import Image
 from torch.nn import functional
 from transformers import GenerationConfig, StoppingCriteriaList, TextStreamer
 from transformers.generation.streamers import BaseStreamer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from meme_llava.checkpoint import find_base, holds_trained_weights
 from meme_llava.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.errors import UserError
 from meme_llava.images import resolve_image_path, to_pixel_values
-from meme_llava.model import Processing, load_llava, load_processing
+from meme_llava.model import PROJECTOR, Processing, load_llava, load_processing
 from meme_llava.pictures import PICTURE_SUFFIXES
 from meme_llava.quarantine import read_quarantined_places
 from meme_llava.records import Record, read_records
@@ -128,11 +128,21 @@ class Answerer:
             for name, value in (("input_ids", self.padding_id), ("attention_mask", 0))
         }
         pictures = {question.image: inputs["pixel_values"] for question, inputs in zip(questions, batch, strict=True)}
-        pixel_values = torch.cat(list(pictures.values()))  # (pictures, 3, size, size)
-        features = self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
-        of_picture = dict(zip(pictures, features, strict=True))  # (tokens, hidden) each
-        features = BaseModelOutputWithPooling(pooler_output=[of_picture[question.image] for question in questions])
-        return self._generate({**padded, "mm_encoder_outputs": {"image": features}}, max_new_tokens)
+        padded["pixel_values"] = torch.cat(list(pictures.values()))  # (pictures, 3, size, size)
+        places = {path: place for place, path in enumerate(pictures)}
+        with self._repeat_features([places[question.image] for question in questions]):
+            return self._generate(padded, max_new_tokens)
+
+    @contextlib.contextmanager
+    def _repeat_features(self, of_picture: list[int]) -> Iterator[None]:
+        """While the block lasts, the projector gives (questions, tokens, width) in place of (pictures, …)."""
+        # In generate, since engines gather the weights for that.
+        projector = next(module for name, module in self.model.named_modules() if name.endswith(PROJECTOR))
+        handle = projector.register_forward_hook(lambda module, inputs, features: features[of_picture])
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @property
     def padding_id(self) -> int:
