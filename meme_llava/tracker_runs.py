@@ -120,7 +120,10 @@ class _SwanLab:
         self._swanlab.log(pictures, step=step)
 
     def finish(self, failed: bool) -> None:
-        self._swanlab.finish(state="crashed" if failed else "success")
+        if failed:
+            self._swanlab.finish(state="crashed", error="training failed; see what train.py printed")
+        else:
+            self._swanlab.finish()
 
 
 class _Mlflow:
