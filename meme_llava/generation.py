@@ -67,9 +67,6 @@ class Answerer:
 
         The picture stands in front of the first question, as in the sample memes. `earlier` is what was asked and
         answered about it before.
-
-        Raises:
-            PromptTooLong: the model has fewer positions.
         """
         turns = [Turn("system", system)] if system is not None else []
         for exchange in earlier:
@@ -79,11 +76,7 @@ class Answerer:
             raise UserError(f"the question holds {IMAGE_PLACEHOLDER}; the picture is put in front of it by itself")
         first = 0 if system is None else 1
         turns[first] = Turn("user", f"{IMAGE_PLACEHOLDER}\n{turns[first].text}")
-        ids = self.processing.encoder.encode_prompt(turns)
-        positions = self.model.config.get_text_config().max_position_embeddings
-        if len(ids) >= positions:
-            raise PromptTooLong(f"the prompt takes {len(ids)} positions, the model has {positions}; ask less at once")
-        input_ids = torch.tensor([ids])
+        input_ids = torch.tensor([self.processing.encoder.encode_prompt(turns)])
         pixel_values = to_pixel_values(image, self.processing.image_policy)[None]
         device, dtype = self.device or self.model.device, self.model.dtype
         return {
@@ -104,8 +97,16 @@ class Answerer:
         earlier: Sequence[Exchange] = (),
         stopping: StoppingCriteriaList | None = None,
     ) -> Answer:
-        """The greedy answer about one picture; `stopping` may end it before the model does."""
+        """The greedy answer about one picture; `stopping` may end it before the model does.
+
+        Raises:
+            PromptTooLong: the model has no more positions than the prompt takes.
+        """
         inputs = self.build_inputs(image, question, system, earlier)
+        length = inputs["input_ids"].shape[1]
+        positions = self.model.config.get_text_config().max_position_embeddings
+        if length >= positions:
+            raise PromptTooLong(f"the prompt takes {length} positions, the model has {positions}; ask less at once")
         return self._generate(inputs, max_new_tokens, streamer, stopping)[0]
 
     @torch.no_grad()
