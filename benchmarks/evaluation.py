@@ -1,6 +1,8 @@
 """How much faster evaluate.py answers in batches than infer.py one by one, and whether the answers are the same.
 
 python benchmarks/evaluation.py --model output/merged
+python benchmarks/evaluation.py --model output/merged --task description --annotations data/annotations.json \
+    --image_folder data
 
 Both ways answer the same questions in turn, in one process; the fastest of the rounds counts.
 """
@@ -15,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from meme_llava.display import print_table  # noqa: E402
-from meme_llava.errors import stop_on_user_error  # noqa: E402
+from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.generation import Answer, Answerer, Question, list_record_questions, load_answerer  # noqa: E402
 from meme_llava.images import open_image  # noqa: E402
 
@@ -25,7 +27,10 @@ Way = Callable[[Answerer, list[Question], int], list[Answer]]
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    questions = list_record_questions(arguments.annotations, arguments.image_folder, arguments.limit)
+    questions = list_record_questions(arguments.annotations, arguments.image_folder, limit=None)
+    questions = [question for question in questions if arguments.task in (None, question.task)][: arguments.limit]
+    if not questions:
+        raise UserError(f"{arguments.annotations}: no record has the task {arguments.task!r}; leave --task out")
     answerer = load_answerer(arguments.model, None, arguments.device, arguments.dtype)
     ways: dict[str, Way] = {"one by one, as infer.py": answer_alone}
     for batch_size in arguments.batch_sizes:
@@ -57,7 +62,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="merged model, base model or adapter")
     parser.add_argument("--annotations", type=Path, default=ROOT / "data" / "unseen" / "annotations.json")
     parser.add_argument("--image_folder", type=Path, default=ROOT / "data" / "unseen")
-    parser.add_argument("--limit", type=int, default=128, help="only the first so many records")
+    parser.add_argument("--task", help="only records of this task")
+    parser.add_argument("--limit", type=int, default=128, help="only the first so many of them")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)

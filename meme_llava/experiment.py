@@ -155,7 +155,7 @@ def describe_training(training: dict, log_history: list[dict]) -> dict[str, str]
         "schedule": settings["lr_scheduler_type"],
         "global batch": f"{settings['global_batch_size']:,}",
         "model_max_length": f"{settings['model_max_length']:,}",
-        "data": data["annotations"],
+        "data": settings["annotations"],
         "data sha256": data["sha256"][:12],
         "records": f"{data['records']:,}",
         "precision": settings["precision"],
