@@ -4,7 +4,19 @@ import importlib.util
 import json
 
 import pytest
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 pytest.importorskip("openai", reason="configs/requirements/other_models.txt is not installed")
 pytest.importorskip("rapidocr", reason="configs/requirements/other_models.txt is not installed")
@@ -183,3 +195,52 @@ def test_settings_without_use_are_refused(asked, flags, message, capsys):
         evaluate.main([*asked, *flags])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def make_original_llava(folder):
+    """A tiny random model with the parts of llava-hf/llava-1.5-7b-hf: CLIP, Llama, its processor and chat template."""
+    words = Tokenizer(
+        WordLevel({word: place for place, word in enumerate(["<unk>", "<s>", "</s>", "<pad>", "<image>"])})
+    )
+    words.add_tokens([*"USER: ASSISTANT:".split(), *QUESTION, "\n"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=28, patch_size=14, **sizes),
+        text_config=LlamaConfig(vocab_size=len(tokenizer), eos_token_id=2, pad_token_id=3, **sizes),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    model = LlavaForConditionalGeneration(config)
+    # A published model may ask for sampling; scores need the likeliest answer.
+    model.generation_config.update(do_sample=True, temperature=0.2, top_p=0.9, eos_token_id=2)
+    model.save_pretrained(folder)
+    size = {"height": 28, "width": 28}
+    pictures = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
+    template = (
+        "{% for message in messages %}{{ message['role'].upper() }}: {% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %} {% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+    LlavaProcessor(
+        pictures,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        chat_template=template,
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+
+
+def test_the_original_llava_answers_the_same_in_every_batch(asked, tmp_path):
+    make_original_llava(tmp_path / "llava")
+    answers = []
+    for batch_size in ("1", "4"):
+        flags = ["--answer_with", "transformers", "--model", str(tmp_path / "llava"), "--max_new_tokens", "6"]
+        evaluate.main([*asked, *flags, "--batch_size", batch_size, "--overwrite"])
+        answers.append([(row["answer"], row["tokens"]) for row in read_rows(tmp_path)])
+    assert answers[0] == answers[1]
+    assert any(text for text, _ in answers[0])
