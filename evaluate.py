@@ -13,10 +13,11 @@ from pathlib import Path
 
 from meme_llava.answer_scores import Score, describe_measure, list_measures, score_answers, to_answered_question
 from meme_llava.answer_sources import AnswerSource, Ask, choose_questions, choose_source
-from meme_llava.arguments import EvaluateArguments, parse_arguments, to_plain
+from meme_llava.arguments import parse_arguments, to_plain
 from meme_llava.checkpoint import describe_environment
 from meme_llava.display import print_table, show_count
 from meme_llava.errors import UserError, stop_on_user_error
+from meme_llava.evaluation_arguments import EvaluateArguments
 from meme_llava.evaluation_folder import EVALUATE, EvaluationFolder, open_evaluation, read_finished_evaluation
 from meme_llava.generation import Question, list_record_questions
 from meme_llava.given_answer import describe_answer

@@ -13,11 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from meme_llava.answer_scores import Score
-from meme_llava.arguments import JudgeArguments, parse_arguments, to_plain
+from meme_llava.arguments import parse_arguments, to_plain
 from meme_llava.checkpoint import describe_environment
 from meme_llava.display import print_table, show_count
 from meme_llava.endpoints import Endpoint, find_endpoint
 from meme_llava.errors import UserError, stop_on_user_error
+from meme_llava.evaluation_arguments import JudgeArguments
 from meme_llava.evaluation_folder import (
     JUDGE,
     PREDICTIONS,

@@ -7,8 +7,8 @@ Every run is an OUTPUT_DIR of run.sh or an output_dir of evaluate.py, all asked 
 heads its column. The page holds recipes, scores with intervals, curves, and every picture with all answers.
 """
 
-from meme_llava.arguments import parse_report_arguments
 from meme_llava.errors import UserError, stop_on_user_error
+from meme_llava.evaluation_arguments import parse_report_arguments
 from meme_llava.experiment import read_experiments
 from meme_llava.html_page import write_whole
 from meme_llava.report_page import render_report, render_table

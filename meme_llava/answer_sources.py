@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meme_llava.answer_scores import asks_for_text
-from meme_llava.arguments import EvaluateArguments
 from meme_llava.checkpoint import RUN_RECORD, identify_weights, read_run_record
 from meme_llava.endpoints import find_endpoint
 from meme_llava.errors import UserError
+from meme_llava.evaluation_arguments import EvaluateArguments
 from meme_llava.fingerprint import fingerprint_folder
 from meme_llava.generation import Question, load_answerer
 from meme_llava.given_answer import GivenAnswer

@@ -11,7 +11,6 @@ from meme_llava import arguments as settings
 from meme_llava.arguments import (
     DEFAULT_QUESTION,
     BuildArguments,
-    DemoArguments,
     InferArguments,
     MergeArguments,
     TrainArguments,
@@ -21,6 +20,7 @@ from meme_llava.arguments import (
     to_plain,
 )
 from meme_llava.errors import UserError
+from meme_llava.evaluation_arguments import DemoArguments, EvaluateArguments, JudgeArguments, ReportArguments
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = ["freeze_vision", "full", "lora", "projector"]
@@ -222,7 +222,8 @@ def test_the_smallest_meaningful_value_is_accepted(name, value):
 
 
 def test_help_lists_every_setting_of_every_script(capsys):
-    for arguments_class in (BuildArguments, TrainArguments, MergeArguments, InferArguments, DemoArguments):
+    training = (BuildArguments, TrainArguments, MergeArguments, InferArguments)
+    for arguments_class in (*training, EvaluateArguments, JudgeArguments, ReportArguments, DemoArguments):
         with pytest.raises(SystemExit) as caught:
             if arguments_class is TrainArguments:
                 parse_train_arguments(["--help"], description="What it does.")

@@ -22,8 +22,9 @@ from PIL import Image
 import demo
 import infer
 from meme_llava import chat as chat_module
-from meme_llava.arguments import DemoArguments, parse_arguments
+from meme_llava.arguments import parse_arguments
 from meme_llava.chat import CUT_OFF, STOPPED, TOO_LONG, Chat, ChatProblem, Conversation
+from meme_llava.evaluation_arguments import DemoArguments
 from meme_llava.generation import Exchange, load_answerer
 from meme_llava.images import open_image
 

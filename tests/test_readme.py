@@ -15,21 +15,23 @@ import pytest
 from meme_llava import arguments as settings
 from meme_llava.arguments import (
     BuildArguments,
-    DemoArguments,
-    EvaluateArguments,
     InferArguments,
-    JudgeArguments,
     MergeArguments,
-    ReportArguments,
     TrainArguments,
     parse_arguments,
-    parse_report_arguments,
     parse_train_arguments,
 )
 from meme_llava.checkpoint import RUN_RECORD
 from meme_llava.data_summary import CheckArguments
 from meme_llava.describing import REASONS, DescribeArguments
 from meme_llava.endpoints import PRESETS
+from meme_llava.evaluation_arguments import (
+    DemoArguments,
+    EvaluateArguments,
+    JudgeArguments,
+    ReportArguments,
+    parse_report_arguments,
+)
 from meme_llava.findings import ALLOWABLE, KINDS
 from meme_llava.manifest import MANIFEST
 from meme_llava.questions import DESCRIBE, READ
