@@ -62,30 +62,32 @@ class Measure:
     """What a score says. `is_share`: it is shown in percent. `better`: "lower", "higher", or "" where neither is."""
 
     title: str
+    chinese_title: str
     better: str
     is_share: bool = True
 
 
 MEASURES = {
-    "character_error_rate": Measure("character error rate of the text", "lower"),
-    "texts_right": Measure("texts without an error", "higher"),
-    "text_found": Measure("text found in the answer", "higher"),
-    "no_text_right": Measure("pictures without text, told so", "higher"),
-    "text_found_in_captions": Measure("text found in captions", "higher"),
-    "chrf": Measure("chrF of captions", "higher", is_share=False),
-    "bleu": Measure("BLEU of captions", "higher", is_share=False),
-    "rouge_l": Measure("ROUGE-L of captions", "higher"),
-    "stopped": Measure("answers that stop by themselves", "higher"),
-    "looping": Measure("answers that repeat without end", "lower"),
-    "characters": Measure("characters an answer", "", is_share=False),
-    "tokens": Measure("tokens an answer", "", is_share=False),
+    "character_error_rate": Measure("character error rate of the text", "文字的字错率", "lower"),
+    "texts_right": Measure("texts without an error", "文字全对", "higher"),
+    "text_found": Measure("text found in the answer", "回答里找得到的文字", "higher"),
+    "no_text_right": Measure("pictures without text, told so", "没有文字的图，答对", "higher"),
+    "text_found_in_captions": Measure("text found in captions", "描述里找得到的文字", "higher"),
+    "chrf": Measure("chrF of captions", "描述的 chrF", "higher", is_share=False),
+    "bleu": Measure("BLEU of captions", "描述的 BLEU", "higher", is_share=False),
+    "rouge_l": Measure("ROUGE-L of captions", "描述的 ROUGE-L", "higher"),
+    "stopped": Measure("answers that stop by themselves", "自己停下的回答", "higher"),
+    "looping": Measure("answers that repeat without end", "无限重复的回答", "lower"),
+    "characters": Measure("characters an answer", "每个回答的字数", "", is_share=False),
+    "tokens": Measure("tokens an answer", "每个回答的 token 数", "", is_share=False),
 }
 
 
 def describe_measure(name: str) -> Measure:
     """What the score of this name says."""
     if name.startswith(RIGHT):
-        return Measure(f"right to the letter: {name.removeprefix(RIGHT) or 'all'}", "higher")
+        task = name.removeprefix(RIGHT)
+        return Measure(f"right to the letter: {task or 'all'}", f"一字不差：{task or '全部'}", "higher")
     return MEASURES[name]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rapidfuzz.distance import Levenshtein
 
-from meme_llava.answer_scores import describe_measure, list_measures
+from meme_llava.answer_scores import Measure, describe_measure, list_measures
 from meme_llava.captions import normalise_text
 from meme_llava.curves import RATE_PREFIX
 from meme_llava.experiment import Experiment
@@ -104,8 +104,8 @@ def _list_facts(experiments: Sequence[Experiment]) -> Iterator[tuple[str, list[s
         yield label, values, len(set(values) - {MISSING}) > 1
 
 
-def _list_scores(experiments: Sequence[Experiment]) -> Iterator[tuple[str, str, list[_Cell | None], int]]:
-    """Title, which way is better, a cell for every experiment, and how many answers were counted."""
+def _list_scores(experiments: Sequence[Experiment]) -> Iterator[tuple[Measure, list[_Cell | None], int]]:
+    """What a score says, a cell for every experiment, and how many answers were counted."""
     for name in list_measures([experiment.scores for experiment in experiments]):
         measure = describe_measure(name)
         present = [experiment.scores.get(name) for experiment in experiments]
@@ -126,7 +126,7 @@ def _list_scores(experiments: Sequence[Experiment]) -> Iterator[tuple[str, str, 
             )
             for score in present
         ]
-        yield measure.title, measure.better, cells, max(score.count for score in known)
+        yield measure, cells, max(score.count for score in known)
 
 
 def _list_charts(experiments: Sequence[Experiment]) -> Iterator[Chart]:
