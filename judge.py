@@ -16,7 +16,7 @@ from meme_llava.answer_scores import Score
 from meme_llava.arguments import parse_arguments, to_plain
 from meme_llava.checkpoint import describe_environment
 from meme_llava.display import print_table, show_count
-from meme_llava.endpoints import Endpoint, find_endpoint
+from meme_llava.endpoints import Endpoint, check_client, find_endpoint
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.evaluation_arguments import JudgeArguments
 from meme_llava.evaluation_folder import (
@@ -37,6 +37,7 @@ ATTEMPTS = 2  # requests for a verdict in the wanted form
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(JudgeArguments, argv, description=__doc__)
+    check_client()
     endpoint = find_endpoint(arguments.preset, arguments.base_url, arguments.model, arguments.key_variable, os.environ)
     first, second = (read_finished_evaluation(folder) for folder in (arguments.first, arguments.second))
     pairs = list_pairs(arguments)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from meme_llava.answer_scores import asks_for_text
 from meme_llava.checkpoint import RUN_RECORD, identify_weights, read_run_record
-from meme_llava.endpoints import find_endpoint
+from meme_llava.endpoints import check_client, find_endpoint
 from meme_llava.errors import UserError
 from meme_llava.evaluation_arguments import EvaluateArguments
 from meme_llava.fingerprint import fingerprint_folder
@@ -48,6 +48,7 @@ def choose_source(arguments: EvaluateArguments) -> AnswerSource:
         version = check_text_reader()
         return AnswerSource(f"RapidOCR {version}", {"rapidocr": version}, None, _load_text_reader)
     if arguments.answer_with == "endpoint":
+        check_client()
         # openai is installed by those who ask servers.
         from meme_llava.endpoint_answers import Request, ask_endpoint
 

@@ -1,5 +1,6 @@
 """Knows which OpenAI-compatible endpoints there are and what must be said of one. Keys come from the environment."""
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -50,6 +51,12 @@ class Endpoint:
     def host(self) -> str:
         """Host name, with the port where there is one."""
         return urlsplit(self.base_url).netloc
+
+
+def check_client() -> None:
+    """Raise UserError where the package that asks servers is not installed."""
+    if importlib.util.find_spec("openai") is None:
+        raise UserError("asking a server needs openai: pip install -r configs/requirements/other_models.txt")
 
 
 def find_endpoint(

@@ -168,14 +168,20 @@ def test_a_text_recogniser_answers_what_is_written(tmp_path, capsys):
     assert "RapidOCR is asked the 2 of 3 questions whose answer is the text" in capsys.readouterr().out
 
 
-def test_a_missing_text_recogniser_is_named(asked, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("answer_with", "package", "message"),
+    [
+        ("rapidocr", "rapidocr", "--answer_with rapidocr needs rapidocr: pip install -r"),
+        ("endpoint", "openai", "asking a server needs openai: pip install -r"),
+    ],
+)
+def test_a_missing_package_is_named(asked, monkeypatch, answer_with, package, message, capsys):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rapidocr" else find_spec(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
     with pytest.raises(SystemExit) as stop:
-        evaluate.main([*asked, "--answer_with", "rapidocr"])
+        evaluate.main([*asked, "--answer_with", answer_with])
     assert stop.value.code == 2
-    message = "--answer_with rapidocr needs rapidocr: pip install -r configs/requirements/other_models.txt"
-    assert message in capsys.readouterr().err
+    assert f"{message} configs/requirements/other_models.txt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
