@@ -8,20 +8,34 @@ one stood, and shows the scores of a finished one. With `--compare_with` the sco
 them in the table. `--answer_with` asks others than our models: the original LLaVA, a server, a text recogniser.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from meme_llava.answer_scores import Score, describe_measure, list_measures, score_answers, to_answered_question
+from meme_llava.answer_scores import (
+    Score,
+    describe_measure,
+    list_measures,
+    score_answers,
+    show_counts,
+    to_answered_question,
+)
 from meme_llava.answer_sources import AnswerSource, Ask, choose_questions, choose_source
 from meme_llava.arguments import parse_arguments, to_plain
 from meme_llava.checkpoint import describe_environment
 from meme_llava.display import print_table, show_count
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.evaluation_arguments import EvaluateArguments
-from meme_llava.evaluation_folder import EVALUATE, EvaluationFolder, open_evaluation, read_finished_evaluation
+from meme_llava.evaluation_folder import (
+    EVALUATE,
+    EvaluationFolder,
+    find_evaluation,
+    open_evaluation,
+    read_finished_evaluation,
+)
 from meme_llava.generation import Question, list_record_questions
 from meme_llava.given_answer import describe_answer
-from meme_llava.hashing import hash_file
+from meme_llava.hashing import hash_file, hash_files
 from meme_llava.precheck_evaluation import check_pictures
 
 MAX_LISTED = 5
@@ -33,24 +47,27 @@ def main(argv: list[str] | None = None) -> None:
     questions = list_record_questions(arguments.annotations, arguments.image_folder, arguments.limit)
     questions = choose_questions(questions, arguments.annotations, arguments.answer_with)
     source = choose_source(arguments)
-    record = describe_evaluation(arguments, source)
-    others = [read_comparable_scores(folder, record["asked"]) for folder in arguments.compare_with]
+    check_pictures(questions, arguments.annotations, arguments.image_folder)
+    record = describe_evaluation(arguments, source, questions)
+    others = {str(folder): read_comparable_scores(folder, record["asked"]) for folder in arguments.compare_with}
     with open_evaluation(arguments.output_dir, record, arguments.overwrite) as folder:
         if folder.metrics is None:
-            check_pictures(questions, arguments.annotations, arguments.image_folder)
             ask_remaining(source.load(), questions, folder, arguments.batch_size, arguments.image_folder.resolve())
             scores = score_answers([to_answered_question(prediction) for prediction in folder.lines])
             folder.finish(record | {"scores": {name: vars(score) for name, score in scores.items()}})
-    print_scores([*others, (source.title, read_scores(folder.metrics))])
+    head = str(arguments.output_dir) if others else source.title
+    print_scores([*others.items(), (head, read_scores(folder.metrics))])
     print_problems(folder.lines)
     print(f"answers and scores: {arguments.output_dir}")
 
 
-def describe_evaluation(arguments: EvaluateArguments, source: AnswerSource) -> dict:
+def describe_evaluation(arguments: EvaluateArguments, source: AnswerSource, questions: Sequence[Question]) -> dict:
     """The run record: under "asked" what decides about the answers, and the run record of the model."""
     asked = {
         **source.identity,
         "annotations_sha256": hash_file(arguments.annotations),
+        # Two folders may have pictures of the same names.
+        "pictures_sha256": hash_files(question.image for question in questions),
         **{name: getattr(arguments, name) for name in ("answer_with", "limit", "max_new_tokens", "dtype")},
     }
     return {
@@ -81,18 +98,21 @@ def ask_remaining(
                     advance(1)
             except ValueError as error:
                 raise UserError(f"{error}; mend it and start the same command again, which goes on") from error
+            except KeyboardInterrupt:
+                print(f"{len(folder.lines):,} answers are kept; the same command goes on", file=sys.stderr)
+                raise
 
 
-def read_comparable_scores(folder: Path, asked: dict) -> tuple[str, dict[str, Score]]:
-    """The model and the scores of another evaluation. Raises UserError if it answered other questions."""
-    metrics = read_finished_evaluation(folder)
+def read_comparable_scores(folder: Path, asked: dict) -> dict[str, Score]:
+    """The scores of another evaluation. Raises UserError if it answered other questions."""
+    metrics = read_finished_evaluation(find_evaluation(folder))
     for name in ("annotations_sha256", "limit"):
         if metrics["asked"][name] != asked[name]:
             raise UserError(
                 f"--compare_with {folder}: was asked other records than these ({name} is {metrics['asked'][name]!r} "
                 f"there, {asked[name]!r} here); evaluate both models on the same --annotations and --limit"
             )
-    return metrics["title"], read_scores(metrics)
+    return read_scores(metrics)
 
 
 def read_scores(metrics: dict) -> dict[str, Score]:
@@ -100,23 +120,22 @@ def read_scores(metrics: dict) -> dict[str, Score]:
 
 
 def print_scores(columns: Sequence[tuple[str, dict[str, Score]]]) -> None:
-    """The scores as a table, a column for each model."""
+    """The scores as a table, a column for each evaluation."""
     rows = []
     for name in list_measures([scores for _, scores in columns]):
         present = [scores.get(name) for _, scores in columns]
-        # All were asked the same, but not everybody is asked all of it.
-        count = max(score.count for score in present if score is not None)
-        rows.append((describe_measure(name).title, *(show_score(name, score) for score in present), count))
-    print_table("Answers (95 % interval)", ("score", *(model for model, _ in columns), "answers"), rows)
+        cells = [show_score(name, score, with_break=len(columns) > 1) for score in present]
+        rows.append((describe_measure(name).title, *cells, show_counts(present)))
+    print_table("Answers (95 % interval)", ("score", *(head for head, _ in columns), "answers"), rows)
 
 
-def show_score(name: str, score: Score | None) -> str:
-    """The score and its interval, as in "7.0% (5.1–9.2)"."""
+def show_score(name: str, score: Score | None, with_break: bool) -> str:
+    """The score and its interval, as in "7.0% (5.1–9.2)", on two lines where several stand side by side."""
     if score is None:
         return "–"
-    if describe_measure(name).is_share:
-        return f"{score.value:.1%} ({100 * score.low:.1f}–{100 * score.high:.1f})"
-    return f"{score.value:.1f} ({score.low:.1f}–{score.high:.1f})"
+    factor, sign = (100, "%") if describe_measure(name).is_share else (1, "")
+    value, low, high = (f"{factor * number:.1f}" for number in (score.value, score.low, score.high))
+    return f"{value}{sign}\n{low}–{high}" if with_break else f"{value}{sign} ({low}–{high})"
 
 
 def print_problems(predictions: Sequence[dict]) -> None:

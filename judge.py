@@ -23,6 +23,7 @@ from meme_llava.evaluation_folder import (
     JUDGE,
     PREDICTIONS,
     EvaluationFolder,
+    find_evaluation,
     open_evaluation,
     read_finished_evaluation,
     read_predictions,
@@ -39,9 +40,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(JudgeArguments, argv, description=__doc__)
     check_client()
     endpoint = find_endpoint(arguments.preset, arguments.base_url, arguments.model, arguments.key_variable, os.environ)
-    first, second = (read_finished_evaluation(folder) for folder in (arguments.first, arguments.second))
-    pairs = list_pairs(arguments)
-    record = describe_judging(arguments, endpoint, [first["title"], second["title"]])
+    folders = [find_evaluation(folder) for folder in (arguments.first, arguments.second)]
+    first, second = (read_finished_evaluation(folder) for folder in folders)
+    pairs = list_pairs(folders, arguments.task, arguments.limit)
+    record = describe_judging(arguments, endpoint, folders, [first["title"], second["title"]])
     with open_evaluation(arguments.output_dir, record, arguments.overwrite) as folder:
         if folder.metrics is None:
             judge_remaining(endpoint, pairs, Path(first["image_folder"]), folder, arguments)
@@ -50,26 +52,26 @@ def main(argv: list[str] | None = None) -> None:
     print(f"verdicts: {arguments.output_dir}")
 
 
-def list_pairs(arguments: JudgeArguments) -> list[Pair]:
+def list_pairs(folders: list[Path], task: str | None, limit: int | None) -> list[Pair]:
     """The pairs of answers to the same questions. Raises UserError if there is none."""
-    first, second = (read_predictions(folder) for folder in (arguments.first, arguments.second))
-    common = [key for key in first if key in second and arguments.task in (None, first[key]["task"])]
+    first, second = (read_predictions(folder) for folder in folders)
+    common = [key for key in first if key in second and task in (None, first[key]["task"])][:limit]
     if not common:
-        asked = "" if arguments.task is None else f" of task {arguments.task!r}"
+        asked = "" if task is None else f" of task {task!r}"
         raise UserError(
-            f"{arguments.first} and {arguments.second} have no question{asked} in common; evaluate both models on the "
+            f"{folders[0]} and {folders[1]} have no question{asked} in common; evaluate both models on the "
             "same --annotations"
         )
     only = len(first.keys() ^ second.keys())
-    print(f"{len(common):,} questions{f', {only:,} more were asked of one of the two alone' if only else ''}")
+    print(f"{len(common):,} pairs{f'; {only:,} questions were asked of one of the two alone' if only else ''}")
     return [
         Pair(image, question, truth or "", first[key]["text"], first[key]["answer"], second[key]["answer"])
-        for key in common[: arguments.limit]
+        for key in common
         for image, question, truth, _ in [key]
     ]
 
 
-def describe_judging(arguments: JudgeArguments, endpoint: Endpoint, titles: list[str]) -> dict:
+def describe_judging(arguments: JudgeArguments, endpoint: Endpoint, folders: list[Path], titles: list[str]) -> dict:
     """The run record: under "asked" what decides about the verdicts."""
     return {
         "stage": JUDGE,
@@ -77,8 +79,8 @@ def describe_judging(arguments: JudgeArguments, endpoint: Endpoint, titles: list
         "asked": {
             "endpoint": endpoint.host,
             "model": endpoint.model,
-            "first_sha256": hash_file(arguments.first / PREDICTIONS),
-            "second_sha256": hash_file(arguments.second / PREDICTIONS),
+            "first_sha256": hash_file(folders[0] / PREDICTIONS),
+            "second_sha256": hash_file(folders[1] / PREDICTIONS),
             **{name: getattr(arguments, name) for name in ("task", "limit", "max_new_tokens")},
         },
         "settings": to_plain(arguments),
@@ -138,10 +140,12 @@ def judge_batch(endpoint: Endpoint, pairs: list[Pair], image_folder: Path, argum
 
 
 def sum_up(judgements: list[dict]) -> dict[str, dict]:
-    """By criterion how often which answer won. Raises UserError if no pair has a verdict."""
+    """By criterion how often which answer won. Raises UserError if the judge gave no verdict on what it was asked."""
     judged = [judgement for judgement in judgements if judgement["verdict"] is not None]
-    if not judged:
-        raise UserError(f"the judge gave no verdict on any pair, at first: {judgements[0]['problem']}")
+    without = [judgement for judgement in judgements if judgement["verdict"] is None]
+    # Equal answers are ties without a judge.
+    if without and not any(judgement["in_order"] for judgement in judged):
+        raise UserError(f"the judge gave no verdict on any pair it was asked about, at first: {without[0]['problem']}")
     comparisons = compare_pairs(
         [judgement["picture"] for judgement in judged], [judgement["verdict"] for judgement in judged]
     )
@@ -151,6 +155,7 @@ def sum_up(judgements: list[dict]) -> dict[str, dict]:
 def print_comparison(metrics: dict, judgements: list[dict]) -> None:
     """How often which answer won, as a table."""
     first, second = metrics["titles"]
+    judged = sum(judgement["verdict"] is not None for judgement in judgements)
     rows = []
     for criterion, shares in metrics["scores"].items():
         comparison = Comparison(**shares | {"second_preferred": Score(**shares["second_preferred"])})
@@ -159,11 +164,13 @@ def print_comparison(metrics: dict, judgements: list[dict]) -> None:
             (
                 f"{CRITERIA[criterion]} {criterion}",
                 *(f"{getattr(comparison, name):.1%}" for name in ("first", "tie", "second", "unsure")),
-                f"{preferred.value:.1%} ({100 * preferred.low:.1f}–{100 * preferred.high:.1f})",
+                f"{preferred.value:.1%}\n{100 * preferred.low:.1f}–{100 * preferred.high:.1f}",
+                judged,
             )
         )
-    columns = ("criterion", f"first: {first}", "tie", f"second: {second}", "order decided", "second preferred")
+    columns = ("criterion", "first", "tie", "second", "order decided", "second preferred", "pairs")
     print_table(f"Verdicts of {metrics['asked']['model']} (95 % interval)", columns, rows)
+    print(f"first: {first}\nsecond: {second}")
     without = [judgement for judgement in judgements if judgement["verdict"] is None]
     if without:
         print(f"{len(without)} of {len(judgements)} pairs have no verdict, e.g. {without[0]['problem']}")

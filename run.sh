@@ -293,6 +293,7 @@ list_resume_flags() {
 }
 projector_command=()
 mapfile -t train_command < <(list_train_command "$train_dir" "$TRAIN_TYPE" "$EPOCHS" "$HIGH_LR")
+[[ $PROJECTOR_EPOCHS =~ ^[0-9]*\.?[0-9]+$ ]] || fail "PROJECTOR_EPOCHS is '$PROJECTOR_EPOCHS', expected passes over the records, or 0"
 if [[ $PROJECTOR_EPOCHS != 0 ]]; then
     [[ $TRAIN_TYPE != projector ]] || fail "PROJECTOR_EPOCHS=$PROJECTOR_EPOCHS begins with the projector alone, and so does TRAIN_TYPE=projector; set PROJECTOR_EPOCHS=0"
     mapfile -t projector_command < <(list_train_command "$projector_dir" projector "$PROJECTOR_EPOCHS" "$PROJECTOR_LR")
@@ -319,6 +320,11 @@ if [[ $DRY_RUN == 0 && " ${stages[*]} " == *" evaluate "* ]]; then
     python -m meme_llava.precheck_evaluation --annotations "$eval_annotations" --image_folder "$eval_image_folder"
 fi
 
+# announce TEXT: which of two like stages comes now.
+announce() {
+    [[ $DRY_RUN == 1 || " ${stages[*]} " != *" train "* ]] || printf '\n=== %s ===\n' "$1"
+}
+
 # --- build ---
 # Where two towers were trained together, the record of that lies beside their folders.
 base_inputs=$(printf '%s\n' "$LANGUAGE_MODEL/config.json" "$LANGUAGE_MODEL/../run_record.json" "$VISION_MODEL/config.json")
@@ -331,10 +337,12 @@ launcher=("${train_launcher[@]}")
 start_other_machines
 train_inputs=$ANNOTATIONS$'\n'$base_dir/run_record.json
 if ((${#projector_command[@]})); then
+    announce "train 1 of 2: the projector alone"
     resume=("${resume_projector[@]}")
     run_stage train "$projector_dir" "$train_inputs" "${projector_command[@]}"
     train_inputs+=$'\n'$projector_dir/run_record.json
     train_command+=(--projector_from "$projector_dir")
+    announce "train 2 of 2: $TRAIN_TYPE, from that projector"
 fi
 resume=("${resume_training[@]}")
 run_stage train "$train_dir" "$train_inputs" "${train_command[@]}"

@@ -77,7 +77,7 @@ MEASURES = {
     "bleu": Measure("BLEU of captions", "描述的 BLEU", "higher", is_share=False),
     "rouge_l": Measure("ROUGE-L of captions", "描述的 ROUGE-L", "higher"),
     "stopped": Measure("answers that stop by themselves", "自己停下的回答", "higher"),
-    "looping": Measure("answers that repeat without end", "无限重复的回答", "lower"),
+    "looping": Measure("answers in a loop", "陷入重复的回答", "lower"),
     "characters": Measure("characters an answer", "每个回答的字数", "", is_share=False),
     "tokens": Measure("tokens an answer", "每个回答的 token 数", "", is_share=False),
 }
@@ -103,6 +103,12 @@ class Score:
     low: float
     high: float
     count: int
+
+
+def show_counts(scores: Sequence[Score | None]) -> str:
+    """Of how many answers these scores speak, as "400", or "200–400": not everybody is asked everything."""
+    counts = sorted({score.count for score in scores if score is not None})
+    return "–".join(f"{count:,}" for count in (counts if len(counts) == 1 else (counts[0], counts[-1])))
 
 
 @dataclass(frozen=True)

@@ -67,9 +67,18 @@ def choose_source(arguments: EvaluateArguments) -> AnswerSource:
         identity = {"weights": fingerprint_folder(folder)}
         return AnswerSource(arguments.model, identity, None, lambda: _load_transformers_model(folder, arguments))
     folder = Path(arguments.model)
+    check_model_folder(folder)
     record = read_run_record(folder) if (folder / RUN_RECORD).is_file() else None
     identity = {"weights": identify_weights(folder)}
     return AnswerSource(arguments.model, identity, record, lambda: _load_our_model(folder, arguments))
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise UserError where there is no folder, or one with models in it in place of one."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such model folder")
+    if not (folder / "config.json").is_file() and (folder / "merged").is_dir():
+        raise UserError(f"{folder}: holds several models; did you mean {folder / 'merged'}?")
 
 
 def choose_questions(questions: list[Question], annotations: Path, answer_with: str) -> list[Question]:

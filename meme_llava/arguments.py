@@ -268,7 +268,10 @@ class TrainArguments(RecordPolicy):
         check_setting(self, "eval_max_new_tokens", self.eval_max_new_tokens > 0, "at least 1")
         for name in ("eval_annotations", "eval_image_folder"):
             if self.eval_every is not None and getattr(self, name) is None:
-                raise UserError(f"--eval_every needs --{name}, which is not there; add it, or leave --eval_every out")
+                raise UserError(
+                    f"--eval_every needs --{name}, which is not there; add it, or leave --eval_every out (run.sh takes "
+                    "EVAL_ANNOTATIONS and EVAL_IMAGE_FOLDER if neither flag is given)"
+                )
         for setting in dataclasses.fields(self):
             is_set = getattr(self, setting.name) != setting.default
             if self.eval_every is None and setting.name.startswith("eval_") and is_set:
@@ -470,7 +473,8 @@ def check_setting(arguments, name: str, passed: bool, expected: str) -> None:
     """Raise UserError with flag, value and what is `expected`, unless it passed; only max_grad_norm may be infinite."""
     value = getattr(arguments, name)
     if not passed or (isinstance(value, float) and name != "max_grad_norm" and math.isinf(value)):
-        raise UserError(f"--{name} is {getattr(arguments, name)!r}, expected {expected}")
+        shown = str(value) if isinstance(value, Path) else repr(value)
+        raise UserError(f"--{name} is {shown}, expected {expected}")
 
 
 def _check_shard_size(arguments) -> None:

@@ -1,6 +1,7 @@
 """Knows how tables, settings and batches are shown on a terminal."""
 
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from meme_llava.model import Processing
 SUPERVISED_STYLE = "bold green"
 IMAGE_STYLE = "magenta"
 LONGEST_NAME = 40  # characters of a first column that is never broken
+MEASURED = re.compile(r"[\d.,%–\n]+")
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where the output is no terminal
 # Real control tokens; text that merely looks like one keeps the colour of text.
 CONTROL_STYLE = "cyan"
@@ -30,11 +32,17 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence]) ->
     """Print rows under their columns; numbers stand on the right."""
     rows = [[cell if isinstance(cell, str) else f"{cell:,}" for cell in row] for row in rows]
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    # A figure that is broken in its middle reads as another one.
+    measured = [index for index in range(1, len(columns)) if all(MEASURED.fullmatch(row[index]) for row in rows)]
+    has_room = len(measured) < 2
     for index, column in enumerate(columns):
         is_number = all(row[index].replace(",", "").isdigit() for row in rows)
-        is_name = index == 0 and max((len(row[0]) for row in rows), default=0) <= LONGEST_NAME
+        is_name = index == 0 and has_room and max((len(row[0]) for row in rows), default=0) <= LONGEST_NAME
         table.add_column(
-            column, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number or is_name
+            column,
+            justify="right" if is_number else "left",
+            overflow="fold",
+            no_wrap=is_number or is_name or index in measured,
         )
     for row in rows:
         # Cells are plain text: a square bracket in a file name is no markup.

@@ -21,6 +21,7 @@ EVALUATE, JUDGE = "evaluate", "judge"  # the stage of a run record
 PREDICTIONS = "predictions.jsonl"
 LINES = {EVALUATE: PREDICTIONS, JUDGE: "judgements.jsonl"}
 METRICS = "metrics.json"
+SCORES = "scores"  # in an OUTPUT_DIR of run.sh
 
 
 class EvaluationFolder:
@@ -88,7 +89,10 @@ def check_same_questions(folder: Path, stage: str, asked: dict) -> None:
     """Raise UserError unless what is in `folder` asked just this."""
     before = read_evaluation_record(folder, stage)["asked"]
     changes = [
-        f"{name} was {before.get(name)!r}, is {asked.get(name)!r}"
+        # Nobody can read a hash.
+        f"other {name.removesuffix('_sha256')}"
+        if name == "weights" or name.endswith("_sha256")
+        else f"{name} was {before.get(name)!r}, is {asked.get(name)!r}"
         for name in sorted({*before, *asked})
         if before.get(name) != asked.get(name)
     ]
@@ -111,6 +115,23 @@ def read_evaluation_record(folder: Path, stage: str = EVALUATE) -> dict:
             f"{folder}: is no output_dir of {stage}.py ({path.name}: {error}); choose another folder"
         ) from error
     return record
+
+
+def find_evaluation(folder: Path) -> Path:
+    """The evaluation that a folder is, or that run.sh put into it.
+
+    Raises:
+        UserError: there is no such folder, or nothing was evaluated there yet.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give an OUTPUT_DIR of run.sh or an output_dir of evaluate.py")
+    if (folder / RUN_RECORD).is_file():
+        return folder
+    if (folder / SCORES).is_dir():
+        return folder / SCORES
+    if (folder / "merged").is_dir() or (folder / "train").is_dir():
+        raise UserError(f"{folder}: was not evaluated yet; run first: OUTPUT_DIR={folder} bash run.sh evaluate")
+    raise UserError(f"{folder}: holds no {RUN_RECORD}, so it is no output_dir of evaluate.py; choose another folder")
 
 
 def read_finished_evaluation(folder: Path) -> dict:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from meme_llava.answer_scores import Score
 from meme_llava.errors import UserError
-from meme_llava.evaluation_folder import RUN_RECORD, read_finished_evaluation, read_predictions
+from meme_llava.evaluation_folder import RUN_RECORD, find_evaluation, read_finished_evaluation, read_predictions
 
-SCORES = "scores"  # in an OUTPUT_DIR of run.sh
 TRAINER_STATE = "trainer_state.json"
 
 
@@ -48,7 +47,7 @@ def read_experiments(runs: list[str]) -> list[Experiment]:
     names = [experiment.name for experiment in experiments]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"two experiments are called {name!r}; name them, as in before={runs[names.index(name)]}")
+            raise UserError(f"two experiments are called {name!r}; name them differently, as in before=FOLDER")
     first = experiments[0]
     for run, experiment in zip(runs, experiments, strict=True):
         for key in ("annotations_sha256", "limit"):
@@ -64,11 +63,7 @@ def _read_experiment(run: str) -> Experiment:
     name, separator, rest = run.partition("=")
     # A folder may have "=" in its name.
     folder, given_name = (Path(rest), name) if separator and name and not Path(run).exists() else (Path(run), None)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give an OUTPUT_DIR of run.sh or an output_dir of evaluate.py")
-    evaluation = folder
-    if not (folder / RUN_RECORD).is_file() and (folder / SCORES).is_dir():
-        evaluation = folder / SCORES
+    evaluation = find_evaluation(folder)
     metrics = read_finished_evaluation(evaluation)
     training = find_training_record(metrics["model"])
     facts = describe_model(metrics)

@@ -2,6 +2,7 @@
 
 import hashlib
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -9,6 +10,14 @@ def hash_file(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """sha256, in hex, of the contents of several files in their order; of one that comes again, the first time."""
+    whole = hashlib.sha256()
+    for path in dict.fromkeys(paths):
+        whole.update(hash_file(path).encode())
+    return whole.hexdigest()
 
 
 def try_hash_file(path: Path) -> str | None:

@@ -57,9 +57,10 @@ def find_round_marks(highest: float) -> tuple[float, float]:
 
 
 def _list_marks(step: float, end: float) -> Iterator[tuple[float, str]]:
-    """Place in per cent and text of every multiple of the step up to the end of the axis."""
-    for index in range(math.floor(end / step + 1e-9) + 1):
-        value = index * step
+    """Place in per cent and text of every multiple of the step, and of the end of the axis."""
+    values = [index * step for index in range(math.ceil(end / step - 1e-9))]
+    # A mark that would touch the one at the end is left out.
+    for value in [*(value for value in values if end - value > 0.4 * step), end]:
         yield round(100 * value / end, 3), f"{value:,.0f}" if value == round(value) else f"{value:.3g}"
 
 

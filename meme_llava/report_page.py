@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rapidfuzz.distance import Levenshtein
 
-from meme_llava.answer_scores import Measure, describe_measure, list_measures
+from meme_llava.answer_scores import Measure, describe_measure, list_measures, show_counts
 from meme_llava.captions import normalise_text
 from meme_llava.curves import RATE_PREFIX
 from meme_llava.experiment import Experiment
@@ -104,7 +104,7 @@ def _list_facts(experiments: Sequence[Experiment]) -> Iterator[tuple[str, list[s
         yield label, values, len(set(values) - {MISSING}) > 1
 
 
-def _list_scores(experiments: Sequence[Experiment]) -> Iterator[tuple[Measure, list[_Cell | None], int]]:
+def _list_scores(experiments: Sequence[Experiment]) -> Iterator[tuple[Measure, list[_Cell | None], str]]:
     """What a score says, a cell for every experiment, and how many answers were counted."""
     for name in list_measures([experiment.scores for experiment in experiments]):
         measure = describe_measure(name)
@@ -126,7 +126,7 @@ def _list_scores(experiments: Sequence[Experiment]) -> Iterator[tuple[Measure, l
             )
             for score in present
         ]
-        yield measure, cells, max(score.count for score in known)
+        yield measure, cells, show_counts(present)
 
 
 def _list_charts(experiments: Sequence[Experiment]) -> Iterator[Chart]:

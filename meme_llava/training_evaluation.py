@@ -231,7 +231,7 @@ def keep_answers(path: Path, step: int, shown: Sequence[dict]) -> None:
 def print_answers(step: int, figures: Mapping[str, float], shown: Sequence[dict], of: str, seconds: float) -> None:
     """Print a step's answers beside the truth, and what they and all others are worth."""
     rows = [(Path(one["image"]).name, one["question"], one["truth"], one["answer"]) for one in shown]
-    print_table(f"Answers behind step {step}", ("picture", "question", "truth", "answer"), rows)
+    print_table(f"Answers after step {step}", ("picture", "question", "truth", "answer"), rows)
     words = [f"validation loss {figures[LOSS]:.4f}"]
     for name in ("character_error_rate", "text_found", "chrf"):
         if (value := figures.get(f"eval_{name}")) is not None:

@@ -122,6 +122,7 @@ def test_an_interrupted_evaluation_goes_on(flags, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(Answerer, "answer_together", answer_twice)
     with pytest.raises(SystemExit):
         evaluate.main([*flags, "--output_dir", str(broken), "--batch_size", "2"])
+    assert "4 answers are kept; the same command goes on" in capsys.readouterr().err
     assert len(read_rows(broken)) == 4
     assert not (broken / "metrics.json").exists()
     with (broken / "predictions.jsonl").open("a") as file:
@@ -148,10 +149,34 @@ def test_other_settings_need_another_folder(flags, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.main([*flags, "--output_dir", str(output_dir), "--limit", "2"])
     assert stop.value.code == 2
-    assert "was made with other settings (limit was None, is 2)" in capsys.readouterr().err
+    assert "was made with other settings (limit was None, is 2; other pictures)" in capsys.readouterr().err
     assert len(read_rows(output_dir)) == 6
     evaluate.main([*flags, "--output_dir", str(output_dir), "--limit", "2", "--overwrite"])
     assert len(read_rows(output_dir)) == 2
+
+
+def test_pictures_of_the_same_names_are_other_pictures(flags, world, tmp_path, capsys):
+    """As where data and data/unseen are mixed up: the answers are about something else."""
+    others = tmp_path / "others"
+    others.mkdir()
+    for path in world.image_folder.iterdir():
+        Image.new("RGB", (40, 30), "red").save(others / path.name)
+    output_dir = str(tmp_path / "scores")
+    evaluate.main([*flags, "--output_dir", output_dir, "--image_folder", str(others)])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*flags, "--output_dir", output_dir])
+    assert stop.value.code == 2
+    assert "was made with other settings (other pictures)" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_model_is_named(flags, served_model, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "merged").symlink_to(served_model)
+    for model, message in (("gone", "gone: no such model folder"), ("run", "did you mean")):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main([*flags, "--output_dir", str(tmp_path / "scores"), "--model", str(tmp_path / model)])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_left_alone(flags, tmp_path, capsys):
@@ -171,12 +196,14 @@ def test_other_evaluations_stand_beside_it(flags, tmp_path, monkeypatch, capsys)
     metrics["scores"]["character_error_rate"] |= {"value": 0.875, "low": 0.75, "high": 1.0}
     (before / "metrics.json").write_text(json.dumps(metrics))
     capsys.readouterr()
-    evaluate.main([*flags, "--output_dir", str(after), "--compare_with", str(before), str(before)])
-    (row,) = [line for line in capsys.readouterr().out.splitlines() if "character error rate" in line]
-    assert row.count("87.5% (75.0–100.0)") == 2
-    new = read_metrics(after)["scores"]["character_error_rate"]["value"]
-    assert f" {new:.1%} (" in row
-    assert row.split()[-1] == "6"
+    evaluate.main([*flags, "--output_dir", str(after), "--compare_with", str(before)])
+    printed = capsys.readouterr().out.splitlines()
+    (place,) = [place for place, line in enumerate(printed) if "character error rate" in line]
+    new = read_metrics(after)["scores"]["character_error_rate"]
+    assert printed[place].split()[-3:] == ["87.5%", f"{new['value']:.1%}", "6"]
+    assert printed[place + 1].split() == ["75.0–100.0", f"{100 * new['low']:.1f}–{100 * new['high']:.1f}"]
+    heads = "".join(printed[:place])
+    assert "before" in heads and "after" in heads
 
 
 @pytest.mark.parametrize(

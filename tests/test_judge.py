@@ -149,7 +149,11 @@ def test_what_cannot_be_judged_is_refused(judge_with, tmp_path, capsys):
         assert server.requests == []
         with pytest.raises(SystemExit):
             judge_with(server, "--first", str(tmp_path))
-        assert "is no output_dir of evaluate.py" in capsys.readouterr().err
+        assert "it is no output_dir of evaluate.py" in capsys.readouterr().err
+    # One pair is a tie without a judge, which is no verdict of his.
     with CaptionServer(default=answer("嗯")) as server, pytest.raises(SystemExit):
-        judge_with(server, "--task", "task0")
-    assert "the judge gave no verdict on any pair, at first: no verdict in: 嗯" in capsys.readouterr().err
+        judge_with(server, "--limit", "2")
+    assert (
+        "the judge gave no verdict on any pair it was asked about, at first: no verdict in: 嗯"
+        in capsys.readouterr().err
+    )

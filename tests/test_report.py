@@ -79,7 +79,8 @@ def test_curves_that_are_gone_are_named(runs, tmp_path, capsys):
     ("make", "message"),
     [
         (lambda runs, spare: [str(runs / "nothing")], "no such folder; give an OUTPUT_DIR of run.sh"),
-        (lambda runs, spare: [str(runs / "page")], "is no output_dir of evaluate.py"),
+        (lambda runs, spare: [str(runs / "page")], "it is no output_dir of evaluate.py"),
+        (lambda runs, spare: [str(runs / "unfinished")], "was not evaluated yet; run first: OUTPUT_DIR="),
         (lambda runs, spare: [f"a={runs / 'before'}", f"a={runs / 'output'}"], "two experiments are called 'a'"),
         (lambda runs, spare: [str(runs / "before"), f"spare={spare}"], "was asked other records than"),
         (lambda runs, spare: [str(runs / "before"), "--max_answers", "0"], "--max_answers is 0, expected at least 1"),
@@ -87,6 +88,7 @@ def test_curves_that_are_gone_are_named(runs, tmp_path, capsys):
 )
 def test_what_cannot_stand_in_a_report_is_refused(runs, tmp_path, make, message, capsys):
     (runs / "page").mkdir(exist_ok=True)
+    (runs / "unfinished" / "train").mkdir(parents=True, exist_ok=True)
     for name in ("run_record.json", "predictions.jsonl"):
         (tmp_path / name).write_bytes((runs / "before" / name).read_bytes())
     metrics = json.loads((runs / "before" / "metrics.json").read_text())
