@@ -106,7 +106,7 @@ class CaptionClient:
             raise self._sort(error) from None
         except openai.APIError as error:
             cause = error.__cause__ or error
-            hint = f"; is the server at {self.endpoint.host} running?" if self._is_local else ""
+            hint = f"; see whether the server at {self.endpoint.host} runs" if self._is_local else ""
             message = f"the connection failed ({type(cause).__name__}: {cause}){hint}"
             raise PassingFault(self.clean(message)) from None
         return self._read(body)
@@ -116,6 +116,10 @@ class CaptionClient:
         # Local servers take any word as key; such a word is no secret and may stand in a caption.
         is_secret = len(self.endpoint.key) >= SHORTEST_SECRET
         return text.replace(self.endpoint.key, BLOTTED_KEY) if is_secret else text
+
+    def _tell_key(self) -> str:
+        variable = self.endpoint.key_variable
+        return f"key from {variable}" if variable else "no key was sent; --key_variable names one"
 
     def _shorten(self, text: str) -> str:
         words = " ".join(self.clean(text).split())
@@ -131,7 +135,7 @@ class CaptionClient:
         if status in _FATAL or error.code == "insufficient_quota":
             return StopAsking(
                 f"{self.endpoint.host} answered {detail}; {_FATAL.get(status, _FATAL[402])} "
-                f"(model {self.endpoint.model}, key from {self.endpoint.key_variable or 'nowhere'})"
+                f"(model {self.endpoint.model}, {self._tell_key()})"
             )
         if status in _PASSING or status >= 500:
             return PassingFault(detail, parse_retry_after(error.response.headers.get("retry-after"), time.time()))

@@ -67,20 +67,27 @@ class PictureCache:
     def _prepare(self) -> None:
         # Another Pillow may find other faults.
         wanted = f"{CACHE_VERSION} pillow {version('pillow')}"
-        tables = {name for (name,) in self._database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if "maker" in tables and self._database.execute("SELECT version FROM maker").fetchone() == (wanted,):
+        if self._was_made_by(wanted):
             return
         if self._read_only:
             self._database.close()
             self._database = None
             return
         with self._database:
+            self._database.execute("BEGIN IMMEDIATE")
+            # Another process may have done it in between.
+            if self._was_made_by(wanted):
+                return
             for table in ("maker", "files", "contents"):
                 self._database.execute(f"DROP TABLE IF EXISTS {table}")
             self._database.execute("CREATE TABLE maker (version TEXT)")
             self._database.execute("CREATE TABLE files (path BLOB PRIMARY KEY, state TEXT, sha256 TEXT)")
             self._database.execute("CREATE TABLE contents (sha256 TEXT PRIMARY KEY, facts TEXT)")
             self._database.execute("INSERT INTO maker VALUES (?)", (wanted,))
+
+    def _was_made_by(self, maker: str) -> bool:
+        tables = {name for (name,) in self._database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        return "maker" in tables and self._database.execute("SELECT version FROM maker").fetchone() == (maker,)
 
     @property
     def holds_contents(self) -> bool:

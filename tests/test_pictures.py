@@ -210,6 +210,25 @@ def test_the_default_cache_lies_where_the_user_wants_it(tmp_path, monkeypatch):
     assert find_default_cache() == tmp_path / "home" / ".cache" / "meme_llava" / "pictures.sqlite"
 
 
+def test_two_may_make_the_cache_at_the_same_time(tmp_path, monkeypatch, capsys):
+    """The second looks at the file, finds it empty, and gets to write when the first has made the tables."""
+    file = tmp_path / "cache.sqlite"
+    looked = PictureCache._was_made_by
+    answers = []
+
+    def look(cache, maker):
+        answers.append(looked(cache, maker))
+        if len(answers) == 1:
+            PictureCache(file)  # another process, in between
+        return answers[-1]
+
+    monkeypatch.setattr(PictureCache, "_was_made_by", look)
+    PictureCache(file)
+    # The first look of both, the other's before it writes, and ours, which leaves the other's tables alone.
+    assert answers == [False, False, False, True]
+    assert capsys.readouterr().err == ""
+
+
 def test_a_cache_makes_its_folder(folder, tmp_path, inspected):
     look(folder, tmp_path / "new" / "folder" / "cache.sqlite")
     look(folder, tmp_path / "new" / "folder" / "cache.sqlite")
