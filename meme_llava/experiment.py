@@ -4,6 +4,7 @@ Knows nothing about pages.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,8 +70,11 @@ def _read_experiment(run: str) -> Experiment:
     facts = describe_model(metrics)
     log_history = []
     if training is not None:
-        log_history = _read_log_history(folder, metrics, training)
+        log_history = _read_log_history([folder / "train", Path(metrics["settings"]["model"])], training)
         facts |= describe_training(training, log_history)
+        if (projector := training.get("projector")) is not None:
+            earlier = projector["run_record"]
+            facts |= describe_projector(earlier, _read_log_history([folder / "projector"], earlier))
     default_name = metrics["title"] if evaluation == folder else folder.resolve().name
     return Experiment(
         name=given_name or default_name,
@@ -90,10 +94,9 @@ def find_training_record(record: dict | None) -> dict | None:
     return record.get("training")
 
 
-def _read_log_history(run: Path, metrics: dict, training: dict) -> list[dict]:
-    """The Trainer's log of just this training, looked for where run.sh has it and where it was written."""
-    places = [run / "train", Path(training["settings"]["output_dir"]), Path(metrics["settings"]["model"])]
-    for place in places:
+def _read_log_history(places: Sequence[Path], training: dict) -> list[dict]:
+    """The Trainer's log of just this training, from the first of the places that has it."""
+    for place in (*places, Path(training["settings"]["output_dir"])):
         try:
             there = json.loads((place / RUN_RECORD).read_text(encoding="utf-8"))
             if there.get("environment") == training["environment"]:
@@ -138,11 +141,7 @@ def describe_training(training: dict, log_history: list[dict]) -> dict[str, str]
             facts["language LoRA on"] = f"nothing ({settings['language_model_training']})"
     for group in training["parameter_groups"]:
         facts[f"learning rate: {group['role']}"] = f"{group['learning_rate']:g}"
-    projector = training.get("projector")
     facts["projector alone first"] = "no"
-    if projector is not None:
-        earlier = projector["run_record"]["settings"]
-        facts["projector alone first"] = f"{earlier['num_train_epochs']:g} passes at {earlier['high_lr']:g}"
     facts |= {
         "passes": f"{settings['num_train_epochs']:g}" if settings["max_steps"] is None else "as max_steps",
         "steps": f"{training['step']:,}",
@@ -165,6 +164,15 @@ def describe_training(training: dict, log_history: list[dict]) -> dict[str, str]
     if environment.get("git_commit"):
         facts["git commit"] = environment["git_commit"][:10] + (f", {changed} files changed" if changed else "")
     return facts
+
+
+def describe_projector(earlier: dict, log_history: list[dict]) -> dict[str, str]:
+    """The stage in which the projector learned alone, by the run record of that, and the time that it took besides."""
+    settings = earlier["settings"]
+    seconds = measure_training_seconds(log_history, settings["global_batch_size"])
+    time = f", {format_seconds(seconds)} more" if seconds else ""
+    passes = "1 pass" if settings["num_train_epochs"] == 1 else f"{settings['num_train_epochs']:g} passes"
+    return {"projector alone first": f"{passes} at {settings['high_lr']:g}{time}"}
 
 
 def measure_training_seconds(log_history: list[dict], global_batch_size: int) -> float:

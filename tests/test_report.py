@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,13 @@ from PIL import Image
 
 import evaluate
 import report
-from meme_llava.experiment import describe_training, format_seconds, measure_training_seconds
+from meme_llava.experiment import (
+    describe_projector,
+    describe_training,
+    format_seconds,
+    measure_training_seconds,
+    read_experiments,
+)
 from meme_llava.line_chart import find_round_marks
 from meme_llava.report_page import split_differences
 
@@ -122,11 +129,27 @@ def test_training_time_is_that_of_the_steps():
 
 def test_a_projector_that_learned_first_is_told(trained):
     record = json.loads((trained / "run_record.json").read_text())
-    earlier = {"settings": {"num_train_epochs": 2.0, "high_lr": 0.001}}
-    facts = describe_training(record | {"projector": {"run_record": earlier}}, [])
-    assert facts["projector alone first"] == "2 passes at 0.001"
+    facts = describe_training(record, [])
+    assert facts["projector alone first"] == "no"
     assert "training time" not in facts
-    assert describe_training(record, [])["projector alone first"] == "no"
+    earlier = {"settings": {"num_train_epochs": 2.0, "high_lr": 0.001, "global_batch_size": 8}}
+    assert describe_projector(earlier, []) == {"projector alone first": "2 passes at 0.001"}
+    told = describe_projector(earlier, [{"step": 10, "captions_per_second": 2.0}])
+    assert told == {"projector alone first": "2 passes at 0.001, 40 s more"}
+
+
+def test_both_stages_of_a_run_are_told(runs, trained, tmp_path):
+    """An evaluation whose training began with the projector of another one, found through the run record."""
+    scores = tmp_path / "scores"
+    scores.mkdir()
+    for name in ("run_record.json", "predictions.jsonl"):
+        (scores / name).write_bytes((runs / "output" / "scores" / name).read_bytes())
+    metrics = json.loads((runs / "output" / "scores" / "metrics.json").read_text())
+    earlier = json.loads((trained / "run_record.json").read_text())
+    metrics["model"]["training"]["projector"] = {"folder": str(trained), "run_record": earlier}
+    (scores / "metrics.json").write_text(json.dumps(metrics))
+    (experiment,) = read_experiments([f"two={scores}"])
+    assert re.fullmatch(r"1 pass at 0.01, \d+ s more", experiment.facts["projector alone first"])
 
 
 @pytest.mark.parametrize(
