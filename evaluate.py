@@ -1,6 +1,6 @@
 """Ask a model the questions of an annotation file and score its answers.
 
-    python evaluate.py --model output/merged --annotations data/unseen/annotations.json --image_folder data/unseen \
+    python evaluate.py --model output/merged --annotations data/unseen/annotations.json --image_folder data/unseen \\
         --output_dir output/scores
 
 writes every answer to predictions.jsonl and the scores to metrics.json. The same command goes on where an interrupted

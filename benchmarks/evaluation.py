@@ -1,7 +1,7 @@
 """How much faster evaluate.py answers in batches than infer.py one by one, and whether the answers are the same.
 
 python benchmarks/evaluation.py --model output/merged
-python benchmarks/evaluation.py --model output/merged --task description --annotations data/annotations.json \
+python benchmarks/evaluation.py --model output/merged --task description --annotations data/annotations.json \\
     --image_folder data
 
 Both ways answer the same questions in turn, in one process; the fastest of the rounds counts.

@@ -5,6 +5,7 @@ What each way of not answering means stands in `caption_client`.
 
 import asyncio
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +51,12 @@ async def _ask_all(
     endpoint: Endpoint, requests: Sequence[Request], max_new_tokens: int, timeout: float
 ) -> list[GivenAnswer | BaseException]:
     async with CaptionClient(endpoint, max_new_tokens, timeout) as client:
-        return await asyncio.gather(*(_ask(client, request) for request in requests), return_exceptions=True)
+        said: set[str] = set()
+        return await asyncio.gather(*(_ask(client, request, said) for request in requests), return_exceptions=True)
 
 
-async def _ask(client: CaptionClient, request: Request) -> GivenAnswer:
+async def _ask(client: CaptionClient, request: Request, said: set[str]) -> GivenAnswer:
+    """The answer to one request. What a server does not do is told once for all of them, in `said`."""
     jpeg = await asyncio.to_thread(encode_picture, request.picture, MAX_SIDE)
     generator = random.Random()
     for attempt in range(1, ATTEMPTS + 1):
@@ -65,6 +68,9 @@ async def _ask(client: CaptionClient, request: Request) -> GivenAnswer:
                     f"{request.picture}: {client.endpoint.host} gave no answer in {attempt} attempts, the last time: "
                     f"{fault}. What was answered is kept; start the same command again later, which goes on."
                 ) from fault
+            if str(fault) not in said:
+                said.add(str(fault))
+                print(f"{fault}; asking again", file=sys.stderr, flush=True)
             await asyncio.sleep(choose_wait(attempt, fault.wait, generator))
         except PictureRejected as error:
             return GivenAnswer("", problem=f"rejected: {error}")
