@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     with open_evaluation(arguments.output_dir, record, arguments.overwrite) as folder:
         if folder.metrics is None:
             ask_remaining(source.load(), questions, folder, arguments.batch_size, arguments.image_folder.resolve())
+            check_something_was_answered(folder.lines)
             scores = score_answers([to_answered_question(prediction) for prediction in folder.lines])
             folder.finish(record | {"scores": {name: vars(score) for name, score in scores.items()}})
     head = str(arguments.output_dir) if others else source.title
@@ -101,6 +102,15 @@ def ask_remaining(
             except KeyboardInterrupt:
                 print(f"{len(folder.lines):,} answers are kept; the same command goes on", file=sys.stderr)
                 raise
+
+
+def check_something_was_answered(predictions: Sequence[dict]) -> None:
+    """Raise UserError where there is nothing to score."""
+    if all(prediction["problem"] is not None for prediction in predictions):
+        raise UserError(
+            f"no question was answered, at first: {predictions[0]['problem']}. Mend the cause, then start the same "
+            "command with --overwrite."
+        )
 
 
 def read_comparable_scores(folder: Path, asked: dict) -> dict[str, Score]:

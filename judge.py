@@ -46,7 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     record = describe_judging(arguments, endpoint, folders, [first["title"], second["title"]])
     with open_evaluation(arguments.output_dir, record, arguments.overwrite) as folder:
         if folder.metrics is None:
-            judge_remaining(endpoint, pairs, Path(first["image_folder"]), folder, arguments)
+            image_folder = Path(first["image_folder"])
+            check_pictures_are_there(pairs, image_folder)
+            judge_remaining(endpoint, pairs, image_folder, folder, arguments)
             folder.finish(record | {"scores": sum_up(folder.lines)})
     print_comparison(folder.metrics, folder.lines)
     print(f"verdicts: {arguments.output_dir}")
@@ -69,6 +71,17 @@ def list_pairs(folders: list[Path], task: str | None, limit: int | None) -> list
         for key in common
         for image, question, truth, _ in [key]
     ]
+
+
+def check_pictures_are_there(pairs: list[Pair], image_folder: Path) -> None:
+    """Raise UserError where pictures that were evaluated are gone, before a verdict is paid for."""
+    pictures = dict.fromkeys(pair.picture for pair in pairs)
+    gone = [picture for picture in pictures if not (image_folder / picture).is_file()]
+    if gone:
+        raise UserError(
+            f"{image_folder}: {len(gone)} of the pictures that were evaluated are not there, e.g. {gone[0]}; bring "
+            "them back, or evaluate both models anew where the pictures are now"
+        )
 
 
 def describe_judging(arguments: JudgeArguments, endpoint: Endpoint, folders: list[Path], titles: list[str]) -> dict:
@@ -98,7 +111,11 @@ def judge_remaining(
     with show_count("pairs", len(pairs) - done) as advance:
         for start in range(done, len(pairs), arguments.batch_size):
             batch = pairs[start : start + arguments.batch_size]
-            for pair, judgement in zip(batch, judge_batch(endpoint, batch, image_folder, arguments), strict=True):
+            try:
+                judgements = judge_batch(endpoint, batch, image_folder, arguments)
+            except ValueError as error:
+                raise UserError(f"{error}; mend it and start the same command again, which goes on") from error
+            for pair, judgement in zip(batch, judgements, strict=True):
                 folder.append({**asdict(pair), **judgement})
                 advance(1)
 
@@ -145,7 +162,10 @@ def sum_up(judgements: list[dict]) -> dict[str, dict]:
     without = [judgement for judgement in judgements if judgement["verdict"] is None]
     # Equal answers are ties without a judge.
     if without and not any(judgement["in_order"] for judgement in judged):
-        raise UserError(f"the judge gave no verdict on any pair it was asked about, at first: {without[0]['problem']}")
+        raise UserError(
+            f"the judge gave no verdict on any pair it was asked about, at first: {without[0]['problem']} "
+            "(to ask again: --overwrite, perhaps with another --model or a larger --max_new_tokens)"
+        )
     comparisons = compare_pairs(
         [judgement["picture"] for judgement in judged], [judgement["verdict"] for judgement in judged]
     )

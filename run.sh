@@ -295,6 +295,11 @@ projector_command=()
 mapfile -t train_command < <(list_train_command "$train_dir" "$TRAIN_TYPE" "$EPOCHS" "$HIGH_LR")
 [[ $PROJECTOR_EPOCHS =~ ^[0-9]*\.?[0-9]+$ ]] || fail "PROJECTOR_EPOCHS is '$PROJECTOR_EPOCHS', expected passes over the records, or 0"
 if [[ $PROJECTOR_EPOCHS != 0 ]]; then
+    for word in "${train_flags[@]}"; do
+        # They would make the first stage another one, too.
+        [[ ! $word =~ ^--(train[_-]type|num[_-]train[_-]epochs|high[_-]lr|output[_-]dir)(=|$) ]] ||
+            fail "${word%%=*} counts for both stages of PROJECTOR_EPOCHS=$PROJECTOR_EPOCHS; set TRAIN_TYPE, EPOCHS, HIGH_LR or OUTPUT_DIR in its place"
+    done
     [[ $TRAIN_TYPE != projector ]] || fail "PROJECTOR_EPOCHS=$PROJECTOR_EPOCHS begins with the projector alone, and so does TRAIN_TYPE=projector; set PROJECTOR_EPOCHS=0"
     mapfile -t projector_command < <(list_train_command "$projector_dir" projector "$PROJECTOR_EPOCHS" "$PROJECTOR_LR")
 fi
@@ -314,6 +319,12 @@ if ((NODE_RANK > 0)); then
 elif [[ $DRY_RUN == 0 && " ${stages[*]} " == *" train "* && ! -f $train_dir.command ]]; then
     ((${#projector_command[@]} == 0)) || python -m meme_llava.precheck "${projector_command[@]:1}" "${resume_projector[@]}"
     python -m meme_llava.precheck "${train_command[@]:1}" "${resume_training[@]}"
+fi
+# A second stage that was begun without this first one would refuse to go on, but only behind it.
+if ((${#projector_command[@]})) && [[ $DRY_RUN == 0 && " ${stages[*]} " == *" train "* && ! -f $projector_dir.command ]]; then
+    if [[ -f $train_dir.command ]] || compgen -G "$train_dir/checkpoint-[0-9]*" >/dev/null; then
+        fail "$train_dir was trained without the projector of $projector_dir, which is not there; choose another OUTPUT_DIR, or delete $train_dir and $train_dir.command"
+    fi
 fi
 # Neither is a training run to end before memes that cannot be evaluated.
 if [[ $DRY_RUN == 0 && " ${stages[*]} " == *" evaluate "* ]]; then

@@ -163,6 +163,13 @@ def asks_for_text(truth: str, text_in_picture: str | None) -> bool:
     return truth == text if text else truth.endswith(NO_TEXT) and len(truth) < CAPTION_CHARACTERS
 
 
+def is_right(answer: str, truth: str) -> bool:
+    """Whether an answer is the true one, but for what is not compared."""
+    if not normalise_text(truth):
+        return answer.strip() == truth.strip()  # nothing but signs
+    return normalise_text(answer) == normalise_text(truth)
+
+
 def _judge(question: AnsweredQuestion) -> Iterator[_Part]:
     """By what the true answer is: the text itself, that there is none, a caption, or a word."""
     answer, truth = normalise_text(question.answer), normalise_text(question.truth)
@@ -172,7 +179,7 @@ def _judge(question: AnsweredQuestion) -> Iterator[_Part]:
         if text:
             yield _Part("text_found_in_captions", _count_found(text, answer), len(text))
     else:
-        yield _Part(f"{RIGHT}{question.task}", answer == truth)
+        yield _Part(f"{RIGHT}{question.task}", is_right(question.answer, question.truth))
         if text and asks_for_text(question.truth, question.text_in_picture):
             yield _Part("character_error_rate", Levenshtein.distance(answer, truth), len(truth))
             yield _Part("texts_right", answer == truth)

@@ -24,6 +24,14 @@ LONGEST_ASKED_WAIT = 300.0
 ENDED_BY_ITSELF = "stop"
 
 
+class NoAnswer(UserError):
+    """All attempts at a request were in vain."""
+
+    def __init__(self, message: str, fault: PassingFault):
+        super().__init__(message)
+        self.fault = fault
+
+
 @dataclass(frozen=True)
 class Request:
     """A picture and what is asked about it."""
@@ -36,15 +44,23 @@ class Request:
 def ask_endpoint(
     endpoint: Endpoint, requests: Sequence[Request], max_new_tokens: int, timeout: float
 ) -> Iterator[GivenAnswer]:
-    """Ask everything at the same time and give the answers in order. A picture that is not taken has a problem.
+    """Ask everything at the same time and give the answers in order.
+
+    A request that is not taken, or to which no answer comes while others have theirs, has a problem.
 
     Raises:
-        UserError: no answer came to one of the requests; those before it were given.
+        UserError: no answer came to any request, or none will; those before it were given.
     """
-    for outcome in asyncio.run(_ask_all(endpoint, requests, max_new_tokens, timeout)):
-        if isinstance(outcome, BaseException):
+    outcomes = asyncio.run(_ask_all(endpoint, requests, max_new_tokens, timeout))
+    some_came = any(isinstance(outcome, GivenAnswer) for outcome in outcomes)
+    for outcome in outcomes:
+        if isinstance(outcome, NoAnswer) and some_came:
+            # It would stand in the way of all that come behind it, for ever.
+            yield GivenAnswer("", problem=f"unanswered: {outcome.fault}")
+        elif isinstance(outcome, BaseException):
             raise outcome
-        yield outcome
+        else:
+            yield outcome
 
 
 async def _ask_all(
@@ -64,9 +80,10 @@ async def _ask(client: CaptionClient, request: Request, said: set[str]) -> Given
             reply = await client.ask(make_data_url(jpeg), request.prompt, request.system)
         except PassingFault as fault:
             if attempt == ATTEMPTS or (fault.wait or 0) > LONGEST_ASKED_WAIT:
-                raise UserError(
+                raise NoAnswer(
                     f"{request.picture}: {client.endpoint.host} gave no answer in {attempt} attempts, the last time: "
-                    f"{fault}. What was answered is kept; start the same command again later, which goes on."
+                    f"{fault}. What was answered is kept; start the same command again later, which goes on.",
+                    fault,
                 ) from fault
             if str(fault) not in said:
                 said.add(str(fault))
@@ -77,7 +94,11 @@ async def _ask(client: CaptionClient, request: Request, said: set[str]) -> Given
         except StopAsking as error:
             raise UserError(f"{error}. What was answered is kept; the same command goes on.") from error
         else:
-            if reply.refusal:
-                return GivenAnswer("", reply.completion_tokens, problem=f"refused: {reply.refusal}")
+            if reply.refusal or reply.finish_reason == "content_filter":
+                reason = reply.refusal or "stopped by the provider's content filter"
+                return GivenAnswer("", reply.completion_tokens, problem=f"refused: {reason}")
+            if not reply.text:
+                # A model that thinks may spend all of --max_new_tokens on thoughts.
+                return GivenAnswer("", reply.completion_tokens, problem=f"empty: finish_reason {reply.finish_reason!r}")
             return GivenAnswer(reply.text, reply.completion_tokens, reply.finish_reason == ENDED_BY_ITSELF)
     raise AssertionError("the last attempt returns or raises")

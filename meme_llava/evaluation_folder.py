@@ -73,6 +73,9 @@ def open_evaluation(output_dir: Path, record: dict, overwrite: bool) -> Iterator
         check_same_questions(output_dir, record["stage"], record["asked"])
     else:
         check_output_dir(output_dir, overwrite)
+        if (output_dir / RUN_RECORD).is_file():
+            # A model is no evaluation; it is not emptied.
+            read_evaluation_record(output_dir, record["stage"])
     output_dir.mkdir(parents=True, exist_ok=True)
     with lock_directory(output_dir):
         if not goes_on:
@@ -98,8 +101,8 @@ def check_same_questions(folder: Path, stage: str, asked: dict) -> None:
     ]
     if changes:
         raise UserError(
-            f"{folder}: was made with other settings ({'; '.join(changes)}). Choose another --output_dir, or pass "
-            "--overwrite to replace it."
+            f"{folder}: was made with other settings ({'; '.join(changes)}). Choose another --output_dir, "
+            "delete this one, or pass --overwrite to replace it."
         )
 
 
@@ -153,7 +156,8 @@ def read_predictions(folder: Path) -> dict[tuple, dict]:
     predictions: dict[tuple, dict] = {}
     times: Counter[tuple] = Counter()
     try:
-        for content in path.read_text(encoding="utf-8").splitlines():
+        # Text may hold other separators of lines, at which splitlines would cut.
+        for content in filter(None, path.read_text(encoding="utf-8").split("\n")):
             line = json.loads(content)
             question = (line["image"], line["question"], line["truth"])
             # A file may ask the same twice.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rapidfuzz.distance import Levenshtein
 
-from meme_llava.answer_scores import Measure, describe_measure, list_measures, show_counts
+from meme_llava.answer_scores import Measure, describe_measure, is_right, list_measures, show_counts
 from meme_llava.captions import normalise_text
 from meme_llava.curves import RATE_PREFIX
 from meme_llava.experiment import Experiment
@@ -179,7 +179,7 @@ def _judge(column: int, prediction: dict | None) -> _Answer:
     if prediction is None:
         return _Answer(column, "none", [], "not asked")
     answer, truth = prediction["answer"], prediction["truth"] or ""
-    verdict = "right" if normalise_text(answer) == normalise_text(truth) else "wrong"
+    verdict = "right" if is_right(answer, truth) else "wrong"
     note = prediction["problem"] or ("cut off" if prediction["stopped"] is False else "")
     return _Answer(column, verdict, list(split_differences(truth, answer)), note)
 

@@ -218,8 +218,9 @@ def _to_figure(name: str) -> str:
 
 def keep_answers(path: Path, step: int, shown: Sequence[dict]) -> None:
     """Write the answers of a step behind those of earlier ones. Later ones are of a run that was continued before."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    kept = [line for line in lines if json.loads(line)["step"] < step]
+    # Text may hold other separators of lines, at which splitlines would cut.
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    kept = [line for line in lines if line and json.loads(line)["step"] < step]
     for one in shown:
         answer = {"step": step} | {name: one[name] for name in ("image", "question", "truth", "answer", "stopped")}
         kept.append(json.dumps(answer, ensure_ascii=False))

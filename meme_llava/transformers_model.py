@@ -28,10 +28,7 @@ class TransformersModel:
         self, images: list[Image.Image], questions: list[Question], max_new_tokens: int = 512
     ) -> list[Answer]:
         """The greedy answers about several RGB pictures at once; shorter prompts are padded on the left."""
-        prompts = [self._make_prompt(question) for question in questions]
-        inputs = self.processor(
-            images=[[image] for image in images], text=prompts, padding=True, padding_side="left", return_tensors="pt"
-        ).to(self.model.device, self.model.dtype)
+        inputs = self.build_inputs(images, questions).to(self.model.device, self.model.dtype)
         generation_config = copy.copy(self.model.generation_config)
         generation_config.max_new_tokens = max_new_tokens
         generation_config.do_sample = False
@@ -43,6 +40,22 @@ class TransformersModel:
         output = self.model.generate(**inputs, generation_config=generation_config)
         prompt_length = inputs["input_ids"].shape[1]
         return [self._read_answer(ids, stops) for ids in output[:, prompt_length:].tolist()]
+
+    def build_inputs(self, images: list[Image.Image], questions: list[Question]):
+        """What the processor makes of pictures and prompts; input_ids (questions, longest), padded on the left."""
+        prompts = [self._make_prompt(question) for question in questions]
+        start = self.processor.tokenizer.bos_token
+        # Some templates write it themselves; the tokenizer would add another.
+        has_start = bool(start) and all(prompt.startswith(start) for prompt in prompts)
+        options = {"add_special_tokens": False} if has_start else {}
+        return self.processor(
+            images=[[image] for image in images],
+            text=prompts,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            **options,
+        )
 
     def _make_prompt(self, question: Question) -> str:
         messages = [] if question.system is None else [{"role": "system", "content": _make_text(question.system)}]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meme_llava.answer_scores import AnsweredQuestion, asks_for_text, describe_measure, score_answers
+from meme_llava.answer_scores import AnsweredQuestion, asks_for_text, describe_measure, is_right, score_answers
 from meme_llava.captions import normalise_text
 
 
@@ -89,6 +89,11 @@ def test_the_text_is_found_among_other_words():
 )
 def test_which_questions_ask_for_the_text(truth, text, asks):
     assert asks_for_text(truth, text) is asks
+
+
+def test_signs_alone_are_a_truth_too():
+    assert is_right("？？？", "？？？") and not is_right("", "？？？") and not is_right("好", "😂")
+    assert is_right("好耶！", "好耶")
 
 
 def test_what_cannot_be_judged_has_no_score():

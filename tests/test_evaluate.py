@@ -1,6 +1,7 @@
 """Evaluating: the same answers for any batch size, going on after an interruption, what may stand side by side."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from PIL import Image
 
 import evaluate
 from meme_llava import answer_sources, precheck_evaluation
+from meme_llava.evaluation_folder import read_predictions
 from meme_llava.generation import Answerer, Question, load_answerer
 
 
@@ -177,6 +179,26 @@ def test_a_folder_that_is_no_model_is_named(flags, served_model, tmp_path, capsy
             evaluate.main([*flags, "--output_dir", str(tmp_path / "scores"), "--model", str(tmp_path / model)])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_no_model_is_emptied_for_an_evaluation(flags, trained, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(trained, model)
+    files = {path.name for path in model.iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*flags, "--output_dir", str(model), "--overwrite"])
+    assert stop.value.code == 2
+    assert "is no output_dir of evaluate.py" in capsys.readouterr().err
+    assert {path.name for path in model.iterdir()} == files
+
+
+def test_any_character_of_an_answer_can_be_read_again(flags, annotations, tmp_path):
+    records = json.loads(annotations.read_text())
+    records[0]["conversations"][1]["value"] = "一\u2028二\x85三"
+    annotations.write_text(json.dumps(records))
+    evaluate.main([*flags, "--output_dir", str(tmp_path / "scores")])
+    first, *_ = read_predictions(tmp_path / "scores").values()
+    assert first["truth"] == "一\u2028二\x85三"
 
 
 def test_a_folder_of_something_else_is_left_alone(flags, tmp_path, capsys):

@@ -143,6 +143,11 @@ def test_a_judge_goes_on_where_it_stopped(judge_with, capsys):
 
 def test_what_cannot_be_judged_is_refused(judge_with, tmp_path, capsys):
     with CaptionServer(default=Step("no verdict")) as server:
+        (tmp_path / "2.png").rename(tmp_path / "elsewhere.png")
+        with pytest.raises(SystemExit):
+            judge_with(server)
+        assert "1 of the pictures that were evaluated are not there, e.g. 2.png" in capsys.readouterr().err
+        (tmp_path / "elsewhere.png").rename(tmp_path / "2.png")
         with pytest.raises(SystemExit):
             judge_with(server, "--task", "nothing")
         assert "have no question of task 'nothing' in common" in capsys.readouterr().err
@@ -152,7 +157,7 @@ def test_what_cannot_be_judged_is_refused(judge_with, tmp_path, capsys):
         assert "it is no output_dir of evaluate.py" in capsys.readouterr().err
     # One pair is a tie without a judge, which is no verdict of his.
     with CaptionServer(default=answer("嗯")) as server, pytest.raises(SystemExit):
-        judge_with(server, "--limit", "2")
+        judge_with(server, "--limit", "2", "--overwrite")
     assert (
         "the judge gave no verdict on any pair it was asked about, at first: no verdict in: 嗯"
         in capsys.readouterr().err

@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -21,13 +22,14 @@ from transformers import (
 pytest.importorskip("openai", reason="configs/requirements/other_models.txt is not installed")
 pytest.importorskip("rapidocr", reason="configs/requirements/other_models.txt is not installed")
 
-from caption_server import CUT_CONNECTION, CaptionServer, answer, fail  # noqa: E402
+from caption_server import CUT_CONNECTION, CaptionServer, Step, answer, fail  # noqa: E402
 
 import evaluate  # noqa: E402
 from meme_llava import endpoint_answers  # noqa: E402
-from meme_llava.generation import load_answerer  # noqa: E402
+from meme_llava.generation import Question, load_answerer  # noqa: E402
 from meme_llava.images import open_image  # noqa: E402
 from meme_llava.text_reader import NOTHING_FOUND  # noqa: E402
+from meme_llava.transformers_model import load_transformers_model  # noqa: E402
 
 KEY, KEY_VARIABLE = "sk-canary-0123456789abcdef", "EVALUATION_TEST_KEY"
 QUESTION, SYSTEM = "图片里写了什么？", "你只说图里的字。"
@@ -104,7 +106,7 @@ def test_a_server_answers(asked, tmp_path, capsys):
 def test_answers_that_came_are_kept_when_a_server_falls_silent(asked, tmp_path, capsys):
     with CaptionServer({52: [fail(503, "busy")]}) as server:
         with pytest.raises(SystemExit) as stop:
-            ask_server(asked, server)
+            ask_server(asked, server, "--batch_size", "1")
         assert stop.value.code == 2
         printed = capsys.readouterr().err
         assert printed.count("HTTP 503: busy; asking again") == 1
@@ -115,6 +117,27 @@ def test_answers_that_came_are_kept_when_a_server_falls_silent(asked, tmp_path, 
         assert server.count(50) == server.count(51) == 1
     assert len(read_rows(tmp_path)) == 4
     assert "2 of 4 questions are answered already" in capsys.readouterr().out
+
+
+def test_one_picture_without_an_answer_does_not_stand_in_the_way(asked, tmp_path):
+    """A gateway that fails on one picture would fail on it again."""
+    script = {51: [Step('{"choices": []}')], 52: [answer("", finish_reason="length")]}
+    script[53] = [answer("半句", finish_reason="content_filter")]
+    with CaptionServer(script, answer("好耶")) as server:
+        ask_server(asked, server)
+    first, second, third, fourth = read_rows(tmp_path)
+    assert (first["answer"], first["problem"]) == ("好耶", None)
+    assert second["problem"].startswith("unanswered: status 200, but no completion")
+    assert third["problem"] == "empty: finish_reason 'length'"
+    assert fourth["problem"] == "refused: stopped by the provider's content filter"
+
+
+def test_nothing_but_problems_is_no_score(asked, tmp_path, capsys):
+    with CaptionServer(default=fail(400, "no pictures here")) as server, pytest.raises(SystemExit) as stop:
+        ask_server(asked, server)
+    assert stop.value.code == 2
+    assert "no question was answered, at first: rejected: HTTP 400: no pictures here" in capsys.readouterr().err
+    assert not (tmp_path / "scores" / "metrics.json").exists()
 
 
 def test_a_key_that_is_not_accepted_stops_at_once(asked, capsys):
@@ -205,12 +228,13 @@ def test_settings_without_use_are_refused(asked, flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def make_original_llava(folder):
+def make_original_llava(folder, start=""):
     """A tiny random model with the parts of llava-hf/llava-1.5-7b-hf: CLIP, Llama, its processor and chat template."""
     words = Tokenizer(
         WordLevel({word: place for place, word in enumerate(["<unk>", "<s>", "</s>", "<pad>", "<image>"])})
     )
     words.add_tokens([*"USER: ASSISTANT:".split(), *QUESTION, "\n"])
+    words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
@@ -229,6 +253,7 @@ def make_original_llava(folder):
     size = {"height": 28, "width": 28}
     pictures = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
     template = (
+        f"{start}"
         "{% for message in messages %}{{ message['role'].upper() }}: {% for part in message['content'] %}"
         "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %} {% endfor %}"
         "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
@@ -241,6 +266,16 @@ def make_original_llava(folder):
         chat_template=template,
         num_additional_image_tokens=1,
     ).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("start", ["", "<s>"])
+def test_a_prompt_begins_once(tmp_path, start):
+    """Whether the template or the tokenizer writes the token of the beginning."""
+    make_original_llava(tmp_path, start)
+    model = load_transformers_model(tmp_path, "cpu", "float32")
+    image = Image.new("RGB", (40, 30))
+    ids = model.build_inputs([image], [Question(tmp_path / "a.png", QUESTION)])["input_ids"][0].tolist()
+    assert ids[0] == 1 and ids.count(1) == 1
 
 
 def test_the_original_llava_answers_the_same_in_every_batch(asked, tmp_path):

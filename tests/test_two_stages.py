@@ -96,12 +96,26 @@ def test_run_sh_runs_both_stages_and_merges_the_second(world, tmp_path):
     assert [record["settings"]["high_lr"] for record in records] == [1e-2, 2e-3]
     assert records[1]["projector"]["folder"] == str(tmp_path / "projector")
     assert json.loads((tmp_path / "merged" / "run_record.json").read_text())["stage"] == "merge"
+    noted = (tmp_path / "projector.command").read_text()
     again = run("train", "merge", **variables)
     assert again.stdout.count("finished already: ") == 3
+    assert result.stdout.count("=== train 1 of 2: the projector alone ===") == 1
+    # What is gone would be trained anew, only to find that the second stage began with another one.
+    (tmp_path / "projector.command").unlink()
+    lost = run("train", **variables)
+    assert lost.returncode == 2 and "was trained without the projector of" in lost.stderr
+    (tmp_path / "projector.command").write_text(noted)
     # Another first stage would make another second one.
     changed = run("train", **variables | {"PROJECTOR_LR": "2e-2"})
     assert changed.returncode == 2
     assert f"{tmp_path}/projector was made from other settings" in changed.stderr
+
+
+@pytest.mark.parametrize("flag", ["--train_type", "--high-lr", "--num_train_epochs", "--output_dir"])
+def test_a_flag_that_would_change_the_first_stage_too_is_refused(flag):
+    result = run("train", flag, "1", PROJECTOR_EPOCHS="1", GPUS="cpu", DRY_RUN="1")
+    assert result.returncode == 2
+    assert f"error: {flag} counts for both stages of PROJECTOR_EPOCHS=1" in result.stderr
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
