@@ -22,6 +22,7 @@ from meme_llava.model import Processing
 SUPERVISED_STYLE = "bold green"
 IMAGE_STYLE = "magenta"
 LONGEST_NAME = 40  # characters of a first column that is never broken
+WIDEST_HEAD = 14  # characters above a column of figures, which is never broken itself
 MEASURED = re.compile(r"[\d.,%–\n]+")
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where the output is no terminal
 # Real control tokens; text that merely looks like one keeps the colour of text.
@@ -39,7 +40,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence]) ->
         is_number = all(row[index].replace(",", "").isdigit() for row in rows)
         is_name = index == 0 and has_room and max((len(row[0]) for row in rows), default=0) <= LONGEST_NAME
         table.add_column(
-            column,
+            _break_head(column) if index in measured else column,
             justify="right" if is_number else "left",
             overflow="fold",
             no_wrap=is_number or is_name or index in measured,
@@ -48,6 +49,11 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence]) ->
         # Cells are plain text: a square bracket in a file name is no markup.
         table.add_row(*[Text(cell) for cell in row])
     Console(highlight=False).print(table)
+
+
+def _break_head(head: str) -> str:
+    """A long head, such as a folder, in lines that leave room for the other columns."""
+    return "\n".join(head[start : start + WIDEST_HEAD] for start in range(0, len(head), WIDEST_HEAD))
 
 
 def print_findings(checked: CheckedData) -> None:

@@ -112,3 +112,14 @@ def test_a_table_keeps_brackets_and_groups_digits(capsys):
     assert lines[0] == "Found"
     assert lines[1].split() == ["file", "tokens"]
     assert lines[-2:] == ["  a[red].jpg   1,234,567", "  b.jpg                5"]
+
+
+def test_figures_are_whole_under_heads_that_are_longer_than_they(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    heads = [f"/a/very/long/folder/of/experiments/number_{number}/scores" for number in (1, 2)]
+    rows = [("character error rate of the text", "1080.4%\n1001.1–1163.1", "7.0%\n4.7–9.6", "180")]
+    print_table("Answers", ("score", *heads, "answers"), rows)
+    printed = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in printed.splitlines())
+    assert all(f" {figure} " in printed for figure in ("1080.4%", "1001.1–1163.1", "7.0%", "4.7–9.6", "180"))
+    assert "1/scores" in printed and "2/scores" in printed
