@@ -33,8 +33,12 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence]) ->
     """Print rows under their columns; numbers stand on the right."""
     rows = [[cell if isinstance(cell, str) else f"{cell:,}" for cell in row] for row in rows]
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    # A figure that is broken in its middle reads as another one.
-    measured = [index for index in range(1, len(columns)) if all(MEASURED.fullmatch(row[index]) for row in rows)]
+    # A figure over its interval: broken in its middle it would read as another one.
+    measured = [
+        index
+        for index in range(1, len(columns))
+        if any("\n" in row[index] for row in rows) and all(MEASURED.fullmatch(row[index]) for row in rows)
+    ]
     has_room = len(measured) < 2
     for index, column in enumerate(columns):
         is_number = all(row[index].replace(",", "").isdigit() for row in rows)
