@@ -31,7 +31,10 @@ def single(world, tmp_path_factory):
     return output_dir
 
 
-@pytest.fixture(scope="module", params=DIVIDED)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.long) if "offload" in name else name for name in DIVIDED],
+)
 def divided(request, world, tmp_path_factory):
     """The same run on two processes, by engine."""
     output_dir = tmp_path_factory.mktemp("engines") / request.param
