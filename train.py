@@ -27,7 +27,7 @@ from meme_llava.checkpoint_store import (
 from meme_llava.collator import PackingCollator
 from meme_llava.computation import check_machine, plan_computation
 from meme_llava.curves import draw_training_curves
-from meme_llava.dataset import LoadedData, TrainingOrder, load_dataset
+from meme_llava.dataset import LoadedData, TrainingOrder
 from meme_llava.display import print_batch, print_findings
 from meme_llava.engines import Engine, check_muon_runs, choose_engine, load_whole
 from meme_llava.errors import Stopped, stop_on_user_error
@@ -35,7 +35,6 @@ from meme_llava.manifest import read_manifest
 from meme_llava.model import Processing, load_processing
 from meme_llava.out_of_memory import explain_out_of_memory
 from meme_llava.packed_model import compile_layers, load_packed_llava
-from meme_llava.picture_cache import PictureCache, find_default_cache
 from meme_llava.planning import plan_run, print_plan
 from meme_llava.processes import (
     StopRequest,
@@ -53,8 +52,8 @@ from meme_llava.progress_marks import ProgressMarks
 from meme_llava.quarantine import write_quarantine
 from meme_llava.resume import StartPoint, check_continues, choose_start, describe_continuation, is_finished
 from meme_llava.run import TrainingRun, choose_load_dtype, print_run
+from meme_llava.run_data import load_records
 from meme_llava.throughput import CountingCollator
-from meme_llava.token_lengths import find_default_folder
 from meme_llava.tracker_runs import TrackerRuns, open_tracker_runs
 from meme_llava.trackers import check_trackers
 from meme_llava.trainable import load_projector, load_trained_weights, plan_parameter_groups, prepare_trainable
@@ -86,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         start = share(lambda: choose_start(arguments))
         marks.mark("reading the records")
         processing = load_processing(arguments.model)
-        data = load_data(arguments, processing)
+        data = load_records(arguments, arguments.annotations, arguments.image_folder, processing)
         marks.mark("reading the validation records")
         validation = load_validation(arguments, processing)
         marks.mark("comparing records with the others")
@@ -182,7 +181,7 @@ def look_at_run(arguments: TrainArguments) -> None:
     engine = choose_engine(arguments.engine, processes, arguments.plan or torch.cuda.is_available())
     check_muon_runs(engine, arguments.muon_lr)
     processing = load_processing(arguments.model)
-    data = load_data(arguments, processing)
+    data = load_records(arguments, arguments.annotations, arguments.image_folder, processing)
     run = TrainingRun.plan(arguments, data, accumulation, engine, StartPoint())
     collator = make_collator(arguments, processing)
     examples = make_order(run, data, processes)
@@ -232,22 +231,6 @@ def finish(output_dir: Path, checkpoint: Path) -> None:
     write_final(output_dir, checkpoint, names, last=RUN_RECORD)
     remove_features(output_dir)
     print(f"trained weights, run record and curves: {output_dir}", flush=True)
-
-
-def load_data(arguments: TrainArguments, processing: Processing) -> LoadedData:
-    """The records that train, checked."""
-    return load_dataset(
-        arguments.annotations,
-        arguments.image_folder,
-        processing.encoder,
-        processing.image_policy,
-        arguments.model_max_length,
-        arguments.bad_records,
-        arguments.severities,
-        arguments.max_pixels,
-        PictureCache(find_default_cache(), read_only=True),
-        find_default_folder(),
-    )
 
 
 def make_collator(arguments: TrainArguments, processing: Processing) -> PackingCollator:

@@ -7,10 +7,9 @@ python -m meme_llava.precheck <the flags of train.py>
 
 from meme_llava.arguments import parse_train_arguments
 from meme_llava.computation import check_machine
-from meme_llava.data_check import check_data, stop_on_bad_records
-from meme_llava.display import print_findings, show_count
+from meme_llava.display import print_findings
 from meme_llava.errors import stop_on_user_error
-from meme_llava.picture_cache import PictureCache, find_default_cache
+from meme_llava.run_data import check_records
 from meme_llava.trackers import check_trackers
 from meme_llava.validation import check_validation
 
@@ -21,15 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_train_arguments(argv, description=__doc__, prog="train.py")
     check_machine(arguments)
     check_trackers(arguments.report_to)
-    checked = check_data(
-        arguments.annotations,
-        arguments.image_folder,
-        arguments.severities,
-        arguments.max_pixels,
-        cache=PictureCache(find_default_cache()),
-        show_progress=show_count,
-    )
-    stop_on_bad_records(checked, arguments.bad_records)
+    checked = check_records(arguments, arguments.annotations, arguments.image_folder)
     if arguments.eval_every is not None:
         check_validation(arguments)
     print_findings(checked)

@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from meme_llava.arguments import TrainArguments
-from meme_llava.data_check import CheckedData, CheckedRecord, check_data, stop_on_bad_records
-from meme_llava.dataset import MemeDataset, load_dataset
-from meme_llava.display import show_count
+from meme_llava.data_check import CheckedData, CheckedRecord
+from meme_llava.dataset import MemeDataset
 from meme_llava.errors import UserError
 from meme_llava.generation import Question, find_question
 from meme_llava.hashing import hash_file
 from meme_llava.model import Processing
-from meme_llava.picture_cache import PictureCache, find_default_cache
 from meme_llava.processes import count_processes, find_rank, share
-from meme_llava.token_lengths import find_default_folder
+from meme_llava.run_data import check_records, load_records
 
 Item = TypeVar("Item")
 ANSWERS = "answers.jsonl"  # in output_dir: what the model said at each evaluation
@@ -48,16 +46,8 @@ def check_validation(arguments: TrainArguments) -> None:
     Raises:
         UserError: a record or picture is bad, or no record asks about a picture.
     """
-    checked = check_data(
-        arguments.eval_annotations,
-        arguments.eval_image_folder,
-        arguments.severities,
-        arguments.max_pixels,
-        cache=PictureCache(find_default_cache()),
-        show_progress=show_count,
-    )
     try:
-        stop_on_bad_records(checked, arguments.bad_records)
+        checked = check_records(arguments, arguments.eval_annotations, arguments.eval_image_folder)
     except UserError as error:
         raise UserError(f"--eval_annotations {error}") from error
     _list_questions(arguments, checked)
@@ -72,18 +62,7 @@ def load_validation(arguments: TrainArguments, processing: Processing) -> Valida
     if arguments.eval_every is None:
         return None
     share(lambda: check_validation(arguments))
-    loaded = load_dataset(
-        arguments.eval_annotations,
-        arguments.eval_image_folder,
-        processing.encoder,
-        processing.image_policy,
-        arguments.model_max_length,
-        arguments.bad_records,
-        arguments.severities,
-        arguments.max_pixels,
-        PictureCache(find_default_cache(), read_only=True),
-        find_default_folder(),
-    )
+    loaded = load_records(arguments, arguments.eval_annotations, arguments.eval_image_folder, processing)
     questions = _list_questions(arguments, loaded.checked)
     records = len(_take_first(arguments, loaded.checked))
     return ValidationData(

@@ -577,7 +577,7 @@ def test_a_picture_that_breaks_during_training_names_its_record(world, tmp_path,
     ],
 )
 def test_what_a_machine_cannot_do_stops_before_data_is_read(world, tmp_path, capsys, monkeypatch, changes, message):
-    monkeypatch.setattr(precheck, "check_data", lambda *_, **__: pytest.fail("the data was checked first"))
+    monkeypatch.setattr(precheck, "check_records", lambda *_, **__: pytest.fail("the data was checked first"))
     assert message in fail(capsys, train_flags(world, tmp_path / "out", **changes), precheck.main)
 
 

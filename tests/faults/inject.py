@@ -194,10 +194,10 @@ def kill_worker(step: int) -> None:
 
 def damage_picture(step: int) -> None:
     """Pictures that were sound at the start are cut off when training comes to them."""
-    original = train.load_data
+    original = train.load_records
 
-    def load_data(arguments, processing):
-        data = original(arguments, processing)
+    def load_records(*arguments):
+        data = original(*arguments)
         read = data.dataset._read_picture
         trainer_step = [0]
         before_step(0, lambda trainer: trainer_step.__setitem__(0, trainer.state.global_step + 1), every=True)
@@ -210,7 +210,7 @@ def damage_picture(step: int) -> None:
         data.dataset._read_picture = read_picture
         return data
 
-    train.load_data = load_data
+    train.load_records = load_records
 
 
 def compute_in_bf16() -> None:
@@ -220,8 +220,8 @@ def compute_in_bf16() -> None:
 
 def hang_before_start() -> None:
     """This process gets stuck before the first step."""
-    original = train.load_data
-    train.load_data = lambda *arguments: time.sleep(100_000) or original(*arguments)
+    original = train.load_records
+    train.load_records = lambda *arguments: time.sleep(100_000) or original(*arguments)
 
 
 def main() -> None:
