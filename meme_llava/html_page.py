@@ -21,6 +21,7 @@ from markupsafe import Markup
 from meme_llava.images import open_image
 
 STYLE = Path(__file__).with_suffix(".css")
+GALLERY_SCRIPT = Path(__file__).with_name("gallery.js")
 THUMBNAIL_SIDE = 200  # pixels of the longer side
 THUMBNAIL_QUALITY = 75
 # Every thread holds one decoded picture, so this bounds the memory.
@@ -50,7 +51,7 @@ def make_thumbnails(paths: Sequence[Path], max_pixels: int) -> list[Thumbnail]:
 
 
 def render_page(template: Path, filters: dict | None = None, **values) -> str:
-    """The page of a template; every value is escaped, and `style` is the look that all pages share."""
+    """The page of a template; every value is escaped. All pages share the look, `style`, and `gallery_script`."""
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -60,8 +61,11 @@ def render_page(template: Path, filters: dict | None = None, **values) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"sha256": _hash_script, "is_long": _is_long, **(filters or {})}
-    style = Markup(STYLE.read_text(encoding="utf-8"))
-    return environment.from_string(template.read_text(encoding="utf-8")).render(style=style, **values)
+    shared = {
+        name: Markup(path.read_text(encoding="utf-8"))
+        for name, path in (("style", STYLE), ("gallery_script", GALLERY_SCRIPT))
+    }
+    return environment.from_string(template.read_text(encoding="utf-8")).render(**shared, **values)
 
 
 def write_whole(path: Path, text: str) -> None:
