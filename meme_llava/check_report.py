@@ -14,6 +14,7 @@ from meme_llava.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.findings import Finding, Severity
 from meme_llava.html_page import make_thumbnails, render_page, write_whole
 from meme_llava.images import MAX_PIXELS
+from meme_llava.line_chart import find_round_marks
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 SHORT_FACT = 10  # characters that stand in a tile in big print
@@ -186,7 +187,7 @@ def _lay_out(histogram: Histogram) -> dict:
     edges, counts = histogram.edges, histogram.counts
     if len(edges) != len(counts) + 1:
         raise ValueError(f"histogram {histogram.title!r}: {len(edges)} edges for {len(counts)} counts")
-    top, step = _find_scale(max(counts, default=0))
+    top, step = map(round, find_round_marks(max(counts, default=0), smallest_step=1))
     width = 100 / max(len(counts), 1)
     bars = [
         {
@@ -206,15 +207,6 @@ def _lay_out(histogram: Histogram) -> dict:
         "x_ticks": [(round(index * width, 3), _shorten(edges[index])) for index in range(0, len(edges), every)],
         "y_ticks": [(round(100 * value / top, 3), f"{value:,}") for value in range(0, top + 1, step)],
     }
-
-
-def _find_scale(largest: int) -> tuple[int, int]:
-    """The top of an axis from zero, and the step between its marks: a round number, at most four marks above zero."""
-    step = 1
-    while step * 4 < largest:
-        # 1, 2, 5, 10, 20, 50, …
-        step = step * 5 // 2 if str(step).startswith("2") else step * 2
-    return max(step, math.ceil(largest / step) * step), step
 
 
 def _format(value: float) -> str:

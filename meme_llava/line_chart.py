@@ -47,12 +47,13 @@ def lay_out_chart(chart: Chart) -> dict:
     }
 
 
-def find_round_marks(highest: float) -> tuple[float, float]:
+def find_round_marks(highest: float, smallest_step: float = 0.0) -> tuple[float, float]:
     """The top of an axis from zero and the distance of its marks: 1, 2 or 5 times a power of ten, at most five."""
     if highest <= 0:
         return 1.0, 1.0
     power = 10.0 ** math.floor(math.log10(highest))
     step = next(factor * power for factor in (0.2, 0.5, 1, 2) if highest <= 5 * factor * power)
+    step = max(step, smallest_step)
     return math.ceil(highest / step - 1e-9) * step, step
 
 
