@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from meme_llava.answer_scores import asks_for_text
 from meme_llava.checkpoint import RUN_RECORD, identify_weights, read_run_record
 from meme_llava.endpoints import check_client, find_endpoint
@@ -13,7 +15,7 @@ from meme_llava.evaluation_arguments import EvaluateArguments
 from meme_llava.fingerprint import fingerprint_folder
 from meme_llava.generation import Question, load_answerer
 from meme_llava.given_answer import GivenAnswer
-from meme_llava.images import open_image
+from meme_llava.images import ImagePolicy, open_image
 from meme_llava.sources import resolve_model_folder
 from meme_llava.text_reader import TextReader, check_text_reader
 
@@ -104,7 +106,7 @@ def _load_our_model(folder: Path, arguments: EvaluateArguments) -> Ask:
     policy = answerer.processing.image_policy
 
     def ask(questions: list[Question]) -> Iterator[GivenAnswer]:
-        images = [open_image(question.image, policy) for question in questions]
+        images = _open_images(questions, policy)
         return map(GivenAnswer.of_model, answerer.answer_together(images, questions, arguments.max_new_tokens))
 
     return ask
@@ -116,10 +118,16 @@ def _load_transformers_model(folder: Path, arguments: EvaluateArguments) -> Ask:
     model = load_transformers_model(folder, arguments.device, arguments.dtype)
 
     def ask(questions: list[Question]) -> Iterator[GivenAnswer]:
-        images = [open_image(question.image) for question in questions]
+        images = _open_images(questions)
         return map(GivenAnswer.of_model, model.answer_together(images, questions, arguments.max_new_tokens))
 
     return ask
+
+
+def _open_images(questions: list[Question], policy: ImagePolicy | None = None) -> list[Image.Image]:
+    """The picture of each question; files often ask several things about one."""
+    images = {path: open_image(path, policy) for path in dict.fromkeys(question.image for question in questions)}
+    return [images[question.image] for question in questions]
 
 
 def _load_text_reader() -> Ask:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch.nn import functional
-from transformers import GenerationConfig, StoppingCriteriaList, TextStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from meme_llava.checkpoint import find_base, holds_trained_weights
@@ -167,15 +167,19 @@ class Answerer:
 
     def read_answer(self, new_ids: list[int]) -> Answer:
         """The answer that ends at the first end token, if there is one."""
-        ends = self.generation_config.eos_token_id
-        length = next((place + 1 for place, token in enumerate(new_ids) if token in ends), len(new_ids))
-        new_ids = new_ids[:length]
-        text = self.processing.tokenizer.decode(new_ids, skip_special_tokens=True)
-        return Answer(text.strip(), new_ids, new_ids[-1] in ends)
+        return read_answer(new_ids, self.generation_config.eos_token_id, self.processing.tokenizer)
 
     def make_streamer(self) -> TextStreamer:
         """Prints the answer to standard output while it grows."""
         return TextStreamer(self.processing.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def read_answer(new_ids: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
+    """The answer that ends at the first of the `ends`, if one is there; what fills up behind it is left out."""
+    length = next((place + 1 for place, token in enumerate(new_ids) if token in ends), len(new_ids))
+    new_ids = new_ids[:length]
+    text = tokenizer.decode(new_ids, skip_special_tokens=True)
+    return Answer(text.strip(), new_ids, new_ids[-1] in ends)
 
 
 def load_answerer(folder: Path, base_model: Path | None = None, device: str = "auto", dtype: str = "auto") -> Answerer:

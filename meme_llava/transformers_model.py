@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from meme_llava.errors import UserError
-from meme_llava.generation import Answer, Question, choose_device, choose_dtype
+from meme_llava.generation import Answer, Question, choose_device, choose_dtype, read_answer
 from meme_llava.model import quiet_transformers
 
 
@@ -39,7 +39,7 @@ class TransformersModel:
         generation_config.pad_token_id = self.processor.tokenizer.pad_token_id
         output = self.model.generate(**inputs, generation_config=generation_config)
         prompt_length = inputs["input_ids"].shape[1]
-        return [self._read_answer(ids, stops) for ids in output[:, prompt_length:].tolist()]
+        return [read_answer(ids, stops, self.processor.tokenizer) for ids in output[:, prompt_length:].tolist()]
 
     def build_inputs(self, images: list[Image.Image], questions: list[Question]):
         """What the processor makes of pictures and prompts; input_ids (questions, longest), padded on the left."""
@@ -61,12 +61,6 @@ class TransformersModel:
         messages = [] if question.system is None else [{"role": "system", "content": _make_text(question.system)}]
         messages.append({"role": "user", "content": [{"type": "image"}, *_make_text(question.text)]})
         return self.processor.apply_chat_template(messages, add_generation_prompt=True)
-
-    def _read_answer(self, new_ids: list[int], stops: list[int]) -> Answer:
-        length = next((place + 1 for place, token in enumerate(new_ids) if token in stops), len(new_ids))
-        new_ids = new_ids[:length]
-        text = self.processor.tokenizer.decode(new_ids, skip_special_tokens=True)
-        return Answer(text.strip(), new_ids, new_ids[-1] in stops)
 
 
 def _make_text(text: str) -> list[dict]:
