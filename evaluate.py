@@ -8,8 +8,7 @@ one stood, and shows the scores of a finished one. With `--compare_with` the sco
 them in the table. `--answer_with` asks others than our models: the original LLaVA, a server, a text recogniser.
 """
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from meme_llava.answer_scores import (
@@ -20,15 +19,15 @@ from meme_llava.answer_scores import (
     show_counts,
     to_answered_question,
 )
-from meme_llava.answer_sources import AnswerSource, Ask, choose_questions, choose_source
+from meme_llava.answer_sources import AnswerSource, choose_questions, choose_source
 from meme_llava.arguments import parse_arguments, to_plain
 from meme_llava.checkpoint import describe_environment
-from meme_llava.display import print_table, show_count
+from meme_llava.display import print_table
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.evaluation_arguments import EvaluateArguments
 from meme_llava.evaluation_folder import (
     EVALUATE,
-    EvaluationFolder,
+    append_remaining,
     find_evaluation,
     open_evaluation,
     read_finished_evaluation,
@@ -52,7 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     others = {str(folder): read_comparable_scores(folder, record["asked"]) for folder in arguments.compare_with}
     with open_evaluation(arguments.output_dir, record, arguments.overwrite) as folder:
         if folder.metrics is None:
-            ask_remaining(source.load(), questions, folder, arguments.batch_size, arguments.image_folder.resolve())
+            answer = prepare_answering(source, arguments.image_folder)
+            append_remaining(folder, questions, "questions", arguments.batch_size, answer)
             check_something_was_answered(folder.lines)
             scores = score_answers([to_answered_question(prediction) for prediction in folder.lines])
             folder.finish(record | {"scores": {name: vars(score) for name, score in scores.items()}})
@@ -82,26 +82,15 @@ def describe_evaluation(arguments: EvaluateArguments, source: AnswerSource, ques
     }
 
 
-def ask_remaining(
-    ask: Ask, questions: list[Question], folder: EvaluationFolder, batch_size: int, image_folder: Path
-) -> None:
-    """Ask what is not answered yet. Raises UserError for a picture that cannot be read any more."""
-    done = len(folder.lines)
-    if done:
-        print(f"{done:,} of {len(questions):,} questions are answered already")
-    with show_count("answers", len(questions) - done) as advance:
-        for start in range(done, len(questions), batch_size):
-            batch = questions[start : start + batch_size]
-            try:
-                for question, answer in zip(batch, ask(batch), strict=True):
-                    image = str(question.image.relative_to(image_folder))
-                    folder.append(describe_answer(question, answer) | {"image": image})
-                    advance(1)
-            except ValueError as error:
-                raise UserError(f"{error}; mend it and start the same command again, which goes on") from error
-            except KeyboardInterrupt:
-                print(f"{len(folder.lines):,} answers are kept; the same command goes on", file=sys.stderr)
-                raise
+def prepare_answering(source: AnswerSource, image_folder: Path) -> Callable[[Sequence[Question]], Iterator[dict]]:
+    """What gives the lines of predictions.jsonl for some questions."""
+    ask, root = source.load(), image_folder.resolve()
+
+    def answer(questions: Sequence[Question]) -> Iterator[dict]:
+        for question, given in zip(questions, ask(questions), strict=True):
+            yield describe_answer(question, given) | {"image": str(question.image.relative_to(root))}
+
+    return answer
 
 
 def check_something_was_answered(predictions: Sequence[dict]) -> None:

@@ -15,14 +15,14 @@ from pathlib import Path
 from meme_llava.answer_scores import Score
 from meme_llava.arguments import parse_arguments, to_plain
 from meme_llava.checkpoint import describe_environment
-from meme_llava.display import print_table, show_count
+from meme_llava.display import print_table
 from meme_llava.endpoints import Endpoint, check_client, find_endpoint
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.evaluation_arguments import JudgeArguments
 from meme_llava.evaluation_folder import (
     JUDGE,
     PREDICTIONS,
-    EvaluationFolder,
+    append_remaining,
     find_evaluation,
     open_evaluation,
     read_finished_evaluation,
@@ -48,7 +48,13 @@ def main(argv: list[str] | None = None) -> None:
         if folder.metrics is None:
             image_folder = Path(first["image_folder"])
             check_pictures_are_there(pairs, image_folder)
-            judge_remaining(endpoint, pairs, image_folder, folder, arguments)
+            append_remaining(
+                folder,
+                pairs,
+                "pairs",
+                arguments.batch_size,
+                lambda batch: judge_batch(endpoint, batch, image_folder, arguments),
+            )
             folder.finish(record | {"scores": sum_up(folder.lines)})
     print_comparison(folder.metrics, folder.lines)
     print(f"verdicts: {arguments.output_dir}")
@@ -101,27 +107,11 @@ def describe_judging(arguments: JudgeArguments, endpoint: Endpoint, folders: lis
     }
 
 
-def judge_remaining(
-    endpoint: Endpoint, pairs: list[Pair], image_folder: Path, folder: EvaluationFolder, arguments: JudgeArguments
-) -> None:
-    """Have the pairs judged that are not yet, and write every verdict down."""
-    done = len(folder.lines)
-    if done:
-        print(f"{done:,} of {len(pairs):,} pairs are judged already")
-    with show_count("pairs", len(pairs) - done) as advance:
-        for start in range(done, len(pairs), arguments.batch_size):
-            batch = pairs[start : start + arguments.batch_size]
-            try:
-                judgements = judge_batch(endpoint, batch, image_folder, arguments)
-            except ValueError as error:
-                raise UserError(f"{error}; mend it and start the same command again, which goes on") from error
-            for pair, judgement in zip(batch, judgements, strict=True):
-                folder.append({**asdict(pair), **judgement})
-                advance(1)
-
-
 def judge_batch(endpoint: Endpoint, pairs: list[Pair], image_folder: Path, arguments: JudgeArguments) -> list[dict]:
-    """For every pair its verdict in both orders and what they agree on; None, with the problem, where there is none."""
+    """The lines of judgements.jsonl: every pair with its verdict in both orders and what they agree on.
+
+    A verdict is None, with the problem, where there is none.
+    """
     # openai is installed by those who ask servers.
     from meme_llava.endpoint_answers import Request, ask_endpoint
 
@@ -143,7 +133,7 @@ def judge_batch(endpoint: Endpoint, pairs: list[Pair], image_folder: Path, argum
         open_questions = [question for question in open_questions if question not in verdicts]
         if not open_questions:
             break
-    judgements = []
+    lines = []
     for place, pair in enumerate(pairs):
         both = [verdicts.get((place, swapped)) for swapped in (0, 1)]
         if pair.is_same:
@@ -152,8 +142,9 @@ def judge_batch(endpoint: Endpoint, pairs: list[Pair], image_folder: Path, argum
             combined, problem = None, problems[place]
         else:
             combined, problem = combine_verdicts(*both), None
-        judgements.append({"verdict": combined, "in_order": both[0], "swapped": both[1], "problem": problem})
-    return judgements
+        verdict = {"verdict": combined, "in_order": both[0], "swapped": both[1], "problem": problem}
+        lines.append(asdict(pair) | verdict)
+    return lines
 
 
 def sum_up(judgements: list[dict]) -> dict[str, dict]:

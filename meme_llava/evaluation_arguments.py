@@ -56,10 +56,7 @@ class EvaluateArguments:
 
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""
-        for name in ("batch_size", "max_new_tokens"):
-            check_setting(self, name, getattr(self, name) > 0, "at least 1")
-        check_setting(self, "limit", self.limit is None or self.limit > 0, "at least 1")
-        check_setting(self, "timeout", self.timeout > 0, "seconds above 0")
+        _check_amounts(self)
         needs_model = self.answer_with in ("meme_llava", "transformers")
         if needs_model and self.model is None:
             raise UserError(f"--answer_with {self.answer_with} needs --model")
@@ -98,10 +95,7 @@ class JudgeArguments:
 
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""
-        for name in ("batch_size", "max_new_tokens"):
-            check_setting(self, name, getattr(self, name) > 0, "at least 1")
-        check_setting(self, "limit", self.limit is None or self.limit > 0, "at least 1")
-        check_setting(self, "timeout", self.timeout > 0, "seconds above 0")
+        _check_amounts(self)
 
 
 @dataclass
@@ -146,6 +140,13 @@ class DemoArguments:
         """Stop at values that cannot be meant."""
         check_setting(self, "max_new_tokens", self.max_new_tokens > 0, "at least 1")
         check_setting(self, "port", 0 < self.port < 65536, "1 to 65535")
+
+
+def _check_amounts(arguments: EvaluateArguments | JudgeArguments) -> None:
+    for name in ("batch_size", "max_new_tokens"):
+        check_setting(arguments, name, getattr(arguments, name) > 0, "at least 1")
+    check_setting(arguments, "limit", arguments.limit is None or arguments.limit > 0, "at least 1")
+    check_setting(arguments, "timeout", arguments.timeout > 0, "seconds above 0")
 
 
 def parse_report_arguments(argv: list[str] | None, description: str) -> ReportArguments:

@@ -10,11 +10,14 @@ Knows nothing about models and scores.
 import contextlib
 import json
 import os
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from meme_llava.checkpoint import RUN_RECORD, check_output_dir, empty_directory, lock_directory, write_json
+from meme_llava.display import show_count
 from meme_llava.errors import DiskFullError, UserError, means_full_disk
 
 EVALUATE, JUDGE = "evaluate", "judge"  # the stage of a run record
@@ -22,6 +25,7 @@ PREDICTIONS = "predictions.jsonl"
 LINES = {EVALUATE: PREDICTIONS, JUDGE: "judgements.jsonl"}
 METRICS = "metrics.json"
 SCORES = "scores"  # in an OUTPUT_DIR of run.sh
+Item = TypeVar("Item")
 
 
 class EvaluationFolder:
@@ -86,6 +90,39 @@ def open_evaluation(output_dir: Path, record: dict, overwrite: bool) -> Iterator
         yield EvaluationFolder(
             output_dir, LINES[record["stage"]], _read_metrics(metrics) if metrics.is_file() else None
         )
+
+
+def append_remaining(
+    folder: EvaluationFolder,
+    items: Sequence[Item],
+    noun: str,
+    batch_size: int,
+    answer: Callable[[Sequence[Item]], Iterable[dict]],
+) -> None:
+    """Write the lines that are missing, with a progress bar; an interruption keeps those before it.
+
+    Args:
+        items: what the folder gets a line for each; `noun` says what they are.
+        answer: gives the lines of a batch of items. A ValueError says which picture cannot be read.
+
+    Raises:
+        UserError: a picture cannot be read any more.
+    """
+    done = len(folder.lines)
+    if done:
+        print(f"{done:,} of {len(items):,} {noun} are done already")
+    with show_count(noun, len(items) - done) as advance:
+        for start in range(done, len(items), batch_size):
+            try:
+                for line in answer(items[start : start + batch_size]):
+                    folder.append(line)
+                    advance(1)
+            except ValueError as error:
+                raise UserError(f"{error}; mend it and start the same command again, which goes on") from error
+            except KeyboardInterrupt:
+                kept = f"{len(folder.lines):,} of {len(items):,} {noun} are done"
+                print(f"{kept}; the same command goes on", file=sys.stderr)
+                raise
 
 
 def check_same_questions(folder: Path, stage: str, asked: dict) -> None:

@@ -124,7 +124,7 @@ def test_an_interrupted_evaluation_goes_on(flags, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(Answerer, "answer_together", answer_twice)
     with pytest.raises(SystemExit):
         evaluate.main([*flags, "--output_dir", str(broken), "--batch_size", "2"])
-    assert "4 answers are kept; the same command goes on" in capsys.readouterr().err
+    assert "4 of 6 questions are done; the same command goes on" in capsys.readouterr().err
     assert len(read_rows(broken)) == 4
     assert not (broken / "metrics.json").exists()
     with (broken / "predictions.jsonl").open("a") as file:
@@ -132,7 +132,7 @@ def test_an_interrupted_evaluation_goes_on(flags, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(Answerer, "answer_together", answer_together)
     capsys.readouterr()
     evaluate.main([*flags, "--output_dir", str(broken), "--batch_size", "5"])
-    assert "4 of 6 questions are answered already" in capsys.readouterr().out
+    assert "4 of 6 questions are done already" in capsys.readouterr().out
     assert read_rows(broken) == read_rows(whole)
     assert read_metrics(broken)["scores"] == read_metrics(whole)["scores"]
 

@@ -138,7 +138,7 @@ def test_a_judge_goes_on_where_it_stopped(judge_with, capsys):
         lines = judge_with(server, "--batch_size", "1")
         assert server.count(50) == 2
     assert len(lines) == 4
-    assert "2 of 4 pairs are judged already" in capsys.readouterr().out
+    assert "2 of 4 pairs are done already" in capsys.readouterr().out
 
 
 def test_what_cannot_be_judged_is_refused(judge_with, tmp_path, capsys):

@@ -116,7 +116,7 @@ def test_answers_that_came_are_kept_when_a_server_falls_silent(asked, tmp_path, 
         ask_server(asked, server)
         assert server.count(50) == server.count(51) == 1
     assert len(read_rows(tmp_path)) == 4
-    assert "2 of 4 questions are answered already" in capsys.readouterr().out
+    assert "2 of 4 questions are done already" in capsys.readouterr().out
 
 
 def test_one_picture_without_an_answer_does_not_stand_in_the_way(asked, tmp_path):
