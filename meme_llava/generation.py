@@ -103,10 +103,10 @@ class Answerer:
             PromptTooLong: the model has no more positions than the prompt takes.
         """
         inputs = self.build_inputs(image, question, system, earlier)
-        length = inputs["input_ids"].shape[1]
-        positions = self.model.config.get_text_config().max_position_embeddings
-        if length >= positions:
-            raise PromptTooLong(f"the prompt takes {length} positions, the model has {positions}; ask less at once")
+        if (length := inputs["input_ids"].shape[1]) >= self.positions:
+            raise PromptTooLong(
+                f"the prompt takes {length} positions, the model has {self.positions}; ask less at once"
+            )
         return self._generate(inputs, max_new_tokens, streamer, stopping)[0]
 
     @torch.no_grad()
@@ -116,12 +116,21 @@ class Answerer:
         """The greedy answers to several questions at once; shorter prompts are padded on the left.
 
         Files often ask several things about a picture; the vision tower sees it once.
+
+        Raises:
+            PromptTooLong: the model has no more positions than one of the prompts takes.
         """
         batch = [
             self.build_inputs(image, question.text, question.system)
             for image, question in zip(images, questions, strict=True)
         ]
-        longest = max(inputs["input_ids"].shape[1] for inputs in batch)
+        lengths = [inputs["input_ids"].shape[1] for inputs in batch]
+        longest = max(lengths)
+        if longest >= self.positions:
+            image = questions[lengths.index(longest)].image
+            raise PromptTooLong(
+                f"a question about {image} takes {longest} positions, the model has {self.positions}; leave it out"
+            )
         padded = {
             name: torch.cat(
                 [functional.pad(inputs[name], (longest - inputs[name].shape[1], 0), value=value) for inputs in batch]
@@ -144,6 +153,11 @@ class Answerer:
             yield
         finally:
             handle.remove()
+
+    @property
+    def positions(self) -> int:
+        """How many the model has for a prompt and its answer together."""
+        return self.model.config.get_text_config().max_position_embeddings
 
     @property
     def padding_id(self) -> int:

@@ -10,7 +10,7 @@ from PIL import Image
 import evaluate
 from meme_llava import answer_sources, precheck_evaluation
 from meme_llava.evaluation_folder import read_predictions
-from meme_llava.generation import Answerer, Question, load_answerer
+from meme_llava.generation import Answerer, PromptTooLong, Question, load_answerer
 
 
 def test_batches_answer_as_single_questions_do(world, served_model):
@@ -49,6 +49,14 @@ def test_padding_is_not_seen(world, served_model):
     options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True, "do_sample": False}
     logits = [answerer.model.generate(**batch, **options).logits[0] for batch in (inputs, padded)]
     assert torch.allclose(*logits, atol=1e-5)
+
+
+def test_a_question_beyond_the_models_positions_is_named(world, served_model):
+    answerer = load_answerer(served_model, device="cpu", dtype="float32")
+    asked = [Question(world.image_folder / "p0.png", "困"), Question(world.image_folder / "p1.png", "困" * 5000)]
+    images = [Image.open(question.image).convert("RGB") for question in asked]
+    with pytest.raises(PromptTooLong, match=r"a question about \S+/p1.png takes 10030 positions, the model has 4096"):
+        answerer.answer_together(images, asked)
 
 
 @pytest.fixture
