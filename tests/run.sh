@@ -13,4 +13,5 @@ if [[ "${1:-}" == --all ]]; then
     shift
     set -- -m "long or not long" "$@"
 fi
-python -m pytest "$@"
+# Two tests at once, of different files; torch computes each on one core.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} python -m pytest --numprocesses 2 --dist loadfile "$@"
