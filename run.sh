@@ -59,6 +59,9 @@ VENV=${VENV:-.venv}                       # Python environment, made on first us
 
 # ------------------------------------------------------------------------------------------------------------------
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail "this is bash $BASH_VERSION, expected 4.4 or newer"
+source meme_llava/variables.sh
+# shellcheck disable=SC2046
+stop_at_misspelt_variables DRY_RUN $(sed -nE 's/^([A-Z_]+)=\$\{\1:-.*/\1/p' "${BASH_SOURCE[0]}")
 
 : "${DRY_RUN:=0}"
 if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then

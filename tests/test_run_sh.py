@@ -57,6 +57,31 @@ def test_dry_run_prints_the_whole_chain():
     ]
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("EPOCH", "EPOCHS"),
+        ("GPU", "GPUS"),
+        ("LOW_LRS", "LOW_LR"),
+        ("OUTPUT_DIT", "OUTPUT_DIR"),
+        ("LORA_ALHPA", "LORA_ALPHA"),
+        ("DRYRUN", "DRY_RUN"),
+        ("epochs", "EPOCHS"),
+    ],
+)
+def test_a_misspelt_variable_stops_the_run(written, meant):
+    result = run(DRY_RUN="1", **{written: "1"})
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == (
+        f"error: the variable {written} is set, which run.sh does not know; did you mean {meant}? "
+        f"(else: unset {written})\n"
+    )
+
+
+def test_other_variables_are_no_slips():
+    dry_run(ENV="prod", EPOCHE="", LR="1", HIGH="2", RANK="0", MASTER="a", NODE="b", LORA="c", GPU_COUNT="8")
+
+
 def test_memes_of_ones_own_are_evaluated_before_and_after_training():
     *_, infer, before, after, _ = dry_run(EVAL_ANNOTATIONS="data/README.md", EVAL_IMAGE_FOLDER="tests")
     asked = "--annotations data/README.md --image_folder tests"
