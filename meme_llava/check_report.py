@@ -16,7 +16,6 @@ from meme_llava.html_page import make_thumbnails, render_page, write_whole
 from meme_llava.images import MAX_PIXELS
 from meme_llava.line_chart import find_round_marks
 
-TEMPLATE = Path(__file__).with_suffix(".html")
 SHORT_FACT = 10  # characters that stand in a tile in big print
 MAX_EXAMPLES = 2
 MAX_TICKS = 6
@@ -105,9 +104,10 @@ def _render(contents: ReportContents) -> str:
     sources = sorted({entry.source for entry in contents.entries})
     cards = _make_cards(contents.entries, kinds, images, sources)
     return render_page(
-        TEMPLATE,
+        "check_report.html",
+        contents.title,
         {"tone": _find_tone},
-        contents=contents,
+        total_entries=contents.total_entries,
         tiles=tiles,
         details=[fact for fact in contents.facts if fact not in tiles],
         found_kinds=[(place, kind) for place, kind in enumerate(kinds) if kind.count],

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from meme_llava.images import open_image
 
-STYLE = Path(__file__).with_suffix(".css")
-GALLERY_SCRIPT = Path(__file__).with_name("gallery.js")
+FOLDER = Path(__file__).parent
 THUMBNAIL_SIDE = 200  # pixels of the longer side
 THUMBNAIL_QUALITY = 75
 # Every thread holds one decoded picture, so this bounds the memory.
@@ -50,9 +49,10 @@ def make_thumbnails(paths: Sequence[Path], max_pixels: int) -> list[Thumbnail]:
         return list(pool.map(partial(_make_thumbnail, max_pixels=max_pixels), paths))
 
 
-def render_page(template: Path, filters: dict | None = None, **values) -> str:
-    """The page of a template; every value is escaped. All pages share the look, `style`, and `gallery_script`."""
+def render_page(template: str, title: str, filters: dict | None = None, **values) -> str:
+    """The page of a template of this folder, which fills the blocks of html_page.html; every value is escaped."""
     environment = Environment(
+        loader=FileSystemLoader(FOLDER),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_make_visible,
@@ -61,11 +61,11 @@ def render_page(template: Path, filters: dict | None = None, **values) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"sha256": _hash_script, "is_long": _is_long, **(filters or {})}
-    shared = {
-        name: Markup(path.read_text(encoding="utf-8"))
-        for name, path in (("style", STYLE), ("gallery_script", GALLERY_SCRIPT))
+    environment.globals |= {"label": _label} | {
+        name: Markup((FOLDER / file).read_text(encoding="utf-8"))
+        for name, file in (("style", "html_page.css"), ("gallery_script", "gallery.js"))
     }
-    return environment.from_string(template.read_text(encoding="utf-8")).render(**shared, **values)
+    return environment.get_template(template).render(title=title, **values)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -100,6 +100,12 @@ def _make_visible(value):
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
     return _UNSEEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", value)
+
+
+def _label(english: str, chinese: str) -> Markup:
+    """A heading or button in both languages."""
+    template = Markup('<span class="label">{} <span class="zh" lang="zh-CN">{}</span></span>')
+    return template.format(_make_visible(english), _make_visible(chinese))
 
 
 def _hash_script(script: Markup) -> str:

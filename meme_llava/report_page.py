@@ -8,7 +8,6 @@ import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rapidfuzz.distance import Levenshtein
 
@@ -20,7 +19,6 @@ from meme_llava.html_page import make_thumbnails, render_page
 from meme_llava.images import MAX_PIXELS
 from meme_llava.line_chart import Chart, Line, lay_out_chart
 
-TEMPLATE = Path(__file__).with_suffix(".html")
 # A spreadsheet takes a cell that begins so for a formula.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 MISSING = "–"
@@ -71,8 +69,8 @@ def render_report(title: str, experiments: Sequence[Experiment], max_cards: int)
     thumbnails = make_thumbnails([folder / image for image in images], MAX_PIXELS)
     places = {image: place for place, image in enumerate(images)}
     return render_page(
-        TEMPLATE,
-        title=title,
+        "report_page.html",
+        title,
         names=[experiment.name for experiment in experiments],
         questions=max(len(experiment.predictions) for experiment in experiments),
         facts=list(_list_facts(experiments)),
