@@ -6,6 +6,7 @@ devices and for checkpoints is not in it.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -221,9 +222,12 @@ def list_data_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
     padded = captions * arguments.model_max_length
     split = f"{devices} device(s) x {arguments.device_batch_size} x {plan.accumulation} in turn"
     largest = outline.largest["input_ids"].numel()
+    # The last step is evaluated, too.
+    evaluations = 0 if arguments.eval_every is None else math.ceil(outline.steps / arguments.eval_every)
     return [
         ("captions", f"{outline.records:,}"),
         ("optimizer steps", f"{outline.steps:,}, {outline.warmup_steps:,} of them warmup"),
+        *([("evaluations", f"{evaluations:,}, which are not in the time")] if evaluations else []),
         ("captions per step", f"{captions:,} = {split}"),
         ("positions per step", f"{positions:,.0f}, {positions / captions:,.0f} per caption"),
         ("the same padded to model_max_length", f"{padded:,}, {padded / positions:.1f} times as many"),

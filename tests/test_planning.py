@@ -226,7 +226,7 @@ def test_a_printed_plan_says_what_a_run_takes(a800_plan, capsys):
         "not estimated: too little work for the speed of",
     ):
         assert expected in printed
-    assert "does not fit" not in printed
+    assert "does not fit" not in printed and "evaluations" not in printed
 
 
 def test_a_printed_plan_gives_times_of_a_run_with_work_to_do(a800_plan, capsys):
@@ -236,6 +236,16 @@ def test_a_printed_plan_gives_times_of_a_run_with_work_to_do(a800_plan, capsys):
     printed = capsys.readouterr().out
     for expected in ("40% of 312 TFLOP/s per device", format_seconds(2.5), "6.40, 3.20 per device"):
         assert expected in printed
+
+
+def test_a_plan_says_how_often_a_run_is_evaluated(world, a800_plan, capsys):
+    """100 steps: 33 times every 3 of them, and behind the last."""
+    arguments = make_arguments(
+        world, eval_every=3, eval_annotations=world.annotations, eval_image_folder=world.image_folder
+    )
+    print_plan(replace(a800_plan, arguments=arguments))
+
+    assert "34, which are not in the time" in capsys.readouterr().out
 
 
 def test_a_run_that_does_not_fit_gets_advice_that_was_tried(world, projector_estimator, capsys):
