@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import torch
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -22,42 +23,77 @@ from meme_llava.model import Processing
 SUPERVISED_STYLE = "bold green"
 IMAGE_STYLE = "magenta"
 LONGEST_NAME = 40  # characters of a first column that is never broken
-WIDEST_HEAD = 14  # characters above a column of figures, which is never broken itself
-MEASURED = re.compile(r"[\d.,%–\n]+")
+HEAD_WIDTHS = (14, 10, 8)  # characters of the lines above a column of figures, which is never broken itself
+FIGURES = re.compile(r"[\d.,%–\n]+")
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where the output is no terminal
 # Real control tokens; text that merely looks like one keeps the colour of text.
 CONTROL_STYLE = "cyan"
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
-    """Print rows under their columns; numbers stand on the right."""
+    """Print rows under their columns; numbers stand on the right. Figures and words stay whole as long as they can."""
     rows = [[cell if isinstance(cell, str) else f"{cell:,}" for cell in row] for row in rows]
+    console = Console(highlight=False)
+    cells = list(zip(*rows, strict=True)) or [()] * len(columns)
+    # A figure that is broken in its middle would read as another one.
+    figures = [index for index in range(1, len(columns)) if all(map(FIGURES.fullmatch, cells[index]))]
+    heads = _choose_heads(columns, rows, figures, console.width)
+    has_text = any(
+        index not in figures and _measure_width(cells[index]) > LONGEST_NAME for index in range(1, len(columns))
+    )
+    keeps_names = _measure_width(cells[0]) <= LONGEST_NAME and (has_text or _fits(heads, rows, console.width))
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    # A figure over its interval: broken in its middle it would read as another one.
-    measured = [
-        index
-        for index in range(1, len(columns))
-        if any("\n" in row[index] for row in rows) and all(MEASURED.fullmatch(row[index]) for row in rows)
-    ]
-    has_room = len(measured) < 2
-    for index, column in enumerate(columns):
-        is_number = all(row[index].replace(",", "").isdigit() for row in rows)
-        is_name = index == 0 and has_room and max((len(row[0]) for row in rows), default=0) <= LONGEST_NAME
+    for index, head in enumerate(heads):
+        is_number = all(cell.replace(",", "").isdigit() for cell in cells[index])
         table.add_column(
-            _break_head(column) if index in measured else column,
+            head,
             justify="right" if is_number else "left",
             overflow="fold",
-            no_wrap=is_number or is_name or index in measured,
+            no_wrap=is_number or index in figures or (index == 0 and keeps_names),
         )
     for row in rows:
         # Cells are plain text: a square bracket in a file name is no markup.
         table.add_row(*[Text(cell) for cell in row])
-    Console(highlight=False).print(table)
+    console.print(table)
 
 
-def _break_head(head: str) -> str:
-    """A long head, such as a folder, in lines that leave room for the other columns."""
-    return "\n".join(head[start : start + WIDEST_HEAD] for start in range(0, len(head), WIDEST_HEAD))
+def _choose_heads(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], figures: Sequence[int], width: int
+) -> Sequence[str]:
+    """The heads; those of the columns of `figures` in short lines where the table would be too wide."""
+    if _fits(columns, rows, width):
+        return columns
+    for widest in HEAD_WIDTHS:
+        heads = [_break_head(head, widest) if index in figures else head for index, head in enumerate(columns)]
+        # The first column may be broken between its words.
+        words, *others = ([_find_longest_word(first), *rest] for first, *rest in (heads, *rows))
+        if _fits(words, others, width):
+            break
+    return heads
+
+
+def _fits(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> bool:
+    """Whether a table needs no line broken; beside each column stand a blank on both sides and a line."""
+    return sum(_measure_width(column) + 3 for column in zip(heads, *rows, strict=True)) + 1 <= width
+
+
+def _find_longest_word(text: str) -> str:
+    return max(text.split(), key=cell_len, default="")
+
+
+def _measure_width(texts: Sequence[str]) -> int:
+    """Columns of the terminal that the widest line takes."""
+    return max((cell_len(line) for text in texts for line in text.splitlines()), default=0)
+
+
+def _break_head(head: str, widest: int) -> str:
+    """A long head, such as a folder, in lines that leave room for other columns, broken between words where it can."""
+    lines = [""]
+    for word in re.findall(rf"[^ /_-]{{1,{widest - 1}}}[ /_-]?|[ /_-]", head):
+        if len(lines[-1]) + len(word.rstrip()) > widest:
+            lines.append("")
+        lines[-1] += word
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def print_findings(checked: CheckedData) -> None:

@@ -122,4 +122,36 @@ def test_figures_are_whole_under_heads_that_are_longer_than_they(monkeypatch, ca
     printed = capsys.readouterr().out
     assert all(len(line) <= 80 for line in printed.splitlines())
     assert all(f" {figure} " in printed for figure in ("1080.4%", "1001.1–1163.1", "7.0%", "4.7–9.6", "180"))
-    assert "1/scores" in printed and "2/scores" in printed
+    assert " number_1/ " in printed and " number_2/ " in printed
+
+
+def test_words_above_figures_are_whole_and_so_are_short_names(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    heads = ("criterion", "first", "tie", "second", "order decided", "second preferred", "pairs")
+    print_table("Verdicts", heads, [("含义 meaning understood", *["100.0%"] * 4, "50.0%\n40.1–59.9", "400")])
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    del lines[3]  # the rule
+    assert lines == [
+        "Verdicts",
+        "                                                             second",
+        "  criterion       first    tie      second   order decided   preferred   pairs",
+        "  含义 meaning    100.0%   100.0%   100.0%   100.0%          50.0%         400",
+        "  understood                                                 40.1–59.9",
+    ]
+
+
+def test_many_columns_leave_the_words_of_the_first_one_whole(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    heads = ("output/scores_rapidocr", "output/scores", "output_b/scores", "output_c/scores")
+    rows = [("character error rate of the text", "1080.4%\n1001.1–1163.1", *["7.0%\n4.7–9.6"] * 3, "180")]
+    print_table("Answers", ("score", *heads, "answers"), rows)
+    printed = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in printed.splitlines())
+    assert all(f" {word} " in printed for word in ("character", "error", "rapidocr", "output_c/", "scores", "answers"))
+
+
+def test_heads_stay_whole_where_there_is_room(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = [("texts without an error", "0.0%\n0.0–0.0", "75.0%\n68.3–81.7", "180")]
+    print_table("Answers", ("score", "output/scores_before", "output/scores", "answers"), rows)
+    assert " output/scores_before   output/scores " in capsys.readouterr().out
