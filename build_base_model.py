@@ -4,6 +4,11 @@
         --vision_model OFA-Sys/chinese-clip-vit-large-patch14-336px --output_dir output/base
 """
 
+# First, since it says how Ctrl-C ends a script while the others load.
+import meme_llava  # noqa: F401
+
+# isort: split
+
 import torch
 
 from meme_llava.arguments import BuildArguments, parse_arguments, to_plain

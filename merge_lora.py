@@ -5,6 +5,11 @@
 The base and the LoRA settings come from the run record; --base_model is needed only if the base moved.
 """
 
+# First, since it says how Ctrl-C ends a script while the others load.
+import meme_llava  # noqa: F401
+
+# isort: split
+
 import torch
 
 from meme_llava.arguments import MergeArguments, parse_arguments, to_plain

@@ -265,7 +265,7 @@ start_other_machines() {
 # require STAGE DIRECTORY EARLIER: stop unless EARLIER has made the directory that STAGE needs.
 require() {
     [[ $DRY_RUN != 0 || " ${stages[*]} " != *" $1 "* || -f $2/run_record.json ]] ||
-        fail "$1 needs $2, which is not there; run first: bash run.sh $3"
+        fail "$1 needs $2, which is not there; run first, with the same variables: bash run.sh $3"
 }
 
 # --- the training command, checked before anything is built ---
@@ -310,7 +310,7 @@ if ((looks_only)); then
     # What is planned is the run on all GPUs, though one process looks at it.
     [[ ! " ${train_flags[*]} " =~ " --plan " || " ${train_flags[*]} " =~ " --gpus" ]] || train_command+=(--gpus "$all_processes")
     [[ " ${train_flags[*]} " =~ " --help " || -f $base_dir/run_record.json || $DRY_RUN != 0 ]] ||
-        fail "this needs the base model $base_dir; run first: bash run.sh build"
+        fail "this needs the base model $base_dir; run first, with the same variables: bash run.sh build"
     execute python "${train_command[@]}"
     exit
 fi

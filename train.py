@@ -6,6 +6,11 @@
 run.sh gives all settings; `python train.py --help` lists them.
 """
 
+# First, since it says how Ctrl-C ends a script while the others load.
+import meme_llava  # noqa: F401
+
+# isort: split
+
 import json
 from pathlib import Path
 

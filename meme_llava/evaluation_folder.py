@@ -170,7 +170,10 @@ def find_evaluation(folder: Path) -> Path:
     if (folder / SCORES).is_dir():
         return folder / SCORES
     if (folder / "merged").is_dir() or (folder / "train").is_dir():
-        raise UserError(f"{folder}: was not evaluated yet; run first: OUTPUT_DIR={folder} bash run.sh evaluate")
+        raise UserError(
+            f"{folder}: was not evaluated yet; run first, with the other "
+            f"variables of that run: OUTPUT_DIR={folder} bash run.sh evaluate"
+        )
     raise UserError(f"{folder}: holds no {RUN_RECORD}, so it is no output_dir of evaluate.py; choose another folder")
 
 

@@ -1,7 +1,11 @@
 """Every setting has one home, and nothing given by a user is without effect or without a clear message."""
 
 import dataclasses
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -474,3 +478,13 @@ def test_build_and_merge_parse_their_settings():
         parse_arguments(MergeArguments, ["--adapter", "a", "--output_dir", "o", "--adaptor", "a"], "Merge.")
     plain = parse_arguments(MergeArguments, ["--adapter", "a", "--output_dir", "o", "--no_verify"], "Merge.")
     assert plain.verify is False
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in REPOSITORY.glob("*.py")))
+def test_ctrl_c_while_libraries_load_is_no_traceback(script, tmp_path):
+    """A stand-in for torch gets the signal when it is loaded."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, REPOSITORY / script, "--help"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "stopped\n")

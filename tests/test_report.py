@@ -87,7 +87,10 @@ def test_curves_that_are_gone_are_named(runs, tmp_path, capsys):
     [
         (lambda runs, spare: [str(runs / "nothing")], "no such folder; give an OUTPUT_DIR of run.sh"),
         (lambda runs, spare: [str(runs / "page")], "it is no output_dir of evaluate.py"),
-        (lambda runs, spare: [str(runs / "unfinished")], "was not evaluated yet; run first: OUTPUT_DIR="),
+        (
+            lambda runs, spare: [str(runs / "unfinished")],
+            "was not evaluated yet; run first, with the other variables of that run: OUTPUT_DIR=",
+        ),
         (lambda runs, spare: [f"a={runs / 'before'}", f"a={runs / 'output'}"], "two experiments are called 'a'"),
         (lambda runs, spare: [str(runs / "before"), f"spare={spare}"], "was asked other records than"),
         (lambda runs, spare: [str(runs / "before"), "--max_answers", "0"], "--max_answers is 0, expected at least 1"),

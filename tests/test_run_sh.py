@@ -252,14 +252,17 @@ def test_help_explains_run_sh_itself():
 def test_dry_run_0_is_no_dry_run(tmp_path):
     result = run("infer", DRY_RUN="0", OUTPUT_DIR=str(tmp_path))
     assert result.returncode == 2
-    assert f"infer needs {tmp_path}/merged, which is not there; run first: bash run.sh merge" in result.stderr
+    assert (
+        f"infer needs {tmp_path}/merged, which is not there; run first, with the same variables: bash run.sh merge"
+        in result.stderr
+    )
 
 
 @pytest.mark.parametrize(("stage", "earlier"), [("train", "build"), ("merge", "train")])
 def test_a_stage_names_the_one_it_needs(tmp_path, stage, earlier):
     result = run(stage, OUTPUT_DIR=str(tmp_path))
     assert result.returncode == 2
-    assert f"run first: bash run.sh {earlier}" in result.stderr
+    assert f"run first, with the same variables: bash run.sh {earlier}" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -459,7 +462,10 @@ def test_a_run_on_gpus_is_planned_without_them(chain):
 def test_a_plan_without_a_base_says_what_to_run_first(tmp_path):
     result = run("train", "--plan", OUTPUT_DIR=str(tmp_path))
     assert result.returncode == 2
-    assert f"error: this needs the base model {tmp_path}/base; run first: bash run.sh build" in result.stderr
+    assert (
+        f"error: this needs the base model {tmp_path}/base; run first, with the same variables: bash run.sh build"
+        in result.stderr
+    )
 
 
 def test_a_failing_stage_stops_the_chain(tmp_path):
