@@ -21,6 +21,7 @@ CAPTION_CHARACTERS = 10
 FOUND_PIECE = 3
 RESAMPLES = 1000
 RIGHT = "right: "  # in front of a task's name: its answers that are right to the letter
+FIGURE, RIGHT_FIGURE = "eval_", "eval_right/"  # the same and RIGHT in a training's log
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,20 @@ def describe_measure(name: str) -> Measure:
         task = name.removeprefix(RIGHT)
         return Measure(f"right to the letter: {task or 'all'}", f"一字不差：{task or '全部'}", "higher")
     return MEASURES[name]
+
+
+def name_figure(name: str) -> str:
+    """What the score of this name is called in a training's log."""
+    if name.startswith(RIGHT):
+        return f"{RIGHT_FIGURE}{name.removeprefix(RIGHT) or 'all'}"
+    return f"{FIGURE}{name}"
+
+
+def describe_figure(figure: str) -> Measure | None:
+    """What a figure of a training's log says, or None if it is no score."""
+    if figure.startswith(RIGHT_FIGURE):
+        return describe_measure(RIGHT + figure.removeprefix(RIGHT_FIGURE))
+    return MEASURES.get(figure.removeprefix(FIGURE)) if figure.startswith(FIGURE) else None
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
-MAX_POINTS = 240  # of a line; more cannot be seen
+MAX_POINTS = 240  # of a line
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,10 @@ class Chart:
 
 def lay_out_chart(chart: Chart) -> dict:
     """Where everything stands, in per cent of the plot from its upper left corner."""
-    points = [[point for point in _thin(line.points) if math.isfinite(point[1])] for line in chart.lines]
-    right = max((x for line in points for x, _ in line), default=1)
+    right = max((x for line in chart.lines for x, _ in line.points), default=1)
+    # All lines alike: one that is smoothed more than another looks less noisy than it is.
+    steps = math.ceil(right / MAX_POINTS)
+    points = [[point for point in _thin(line.points, steps) if math.isfinite(point[1])] for line in chart.lines]
     highest = max((y for line in points for _, y in line), default=1)
     top, step = find_round_marks(highest)
     return {
@@ -65,8 +68,7 @@ def _list_marks(step: float, end: float) -> Iterator[tuple[float, str]]:
         yield round(100 * value / end, 3), f"{value:,.0f}" if value == round(value) else f"{value:.3g}"
 
 
-def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means of neighbours where there are more points than can be seen."""
-    group = math.ceil(len(points) / MAX_POINTS)
-    groups = [points[start : start + group] for start in range(0, len(points), group or 1)]
-    return [tuple(sum(values) / len(values) for values in zip(*points, strict=True)) for points in groups]
+def _thin(points: Sequence[tuple[float, float]], steps: int) -> list[tuple[float, float]]:
+    """The means of every so many steps, where their last one stands: more points than that cannot be seen."""
+    groups = (list(group) for _, group in groupby(points, key=lambda point: (point[0] - 1) // steps))
+    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]

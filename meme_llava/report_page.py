@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from rapidfuzz.distance import Levenshtein
 
-from meme_llava.answer_scores import Measure, describe_measure, is_right, list_measures, show_counts
+from meme_llava.answer_scores import Measure, describe_figure, describe_measure, is_right, list_measures, show_counts
 from meme_llava.captions import normalise_text
 from meme_llava.curves import RATE_PREFIX
 from meme_llava.experiment import Experiment
@@ -22,7 +22,7 @@ from meme_llava.line_chart import Chart, Line, lay_out_chart
 # A spreadsheet takes a cell that begins so for a formula.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 MISSING = "–"
-LOSS, EVALUATION_PREFIX = "loss", "eval_"
+LOSS, VALIDATION_LOSS = "loss", "eval_loss"
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,10 @@ def _list_charts(experiments: Sequence[Experiment]) -> Iterator[Chart]:
     """Loss and learning rates over the steps, and what was measured on a validation file during training."""
     columns = list(enumerate(experiment.log_history for experiment in experiments))
 
-    def trace(key: str) -> list[Line]:
+    def trace(key: str, factor: float = 1.0) -> list[Line]:
         lines = []
         for column, history in columns:
-            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            points = [(entry["step"], factor * entry[key]) for entry in history if key in entry]
             if points:
                 lines.append(Line(column, points))
         return lines
@@ -145,10 +145,12 @@ def _list_charts(experiments: Sequence[Experiment]) -> Iterator[Chart]:
     rate_keys = [key for key in keys if key.startswith(RATE_PREFIX)]
     for key in rate_keys:
         yield Chart(f"learning rate: {key.removeprefix(RATE_PREFIX)}", "学习率", trace(key))
+    if lines := trace(VALIDATION_LOSS):
+        yield Chart("loss, validation", "验证损失", lines)
     for key in keys:
-        # The Trainer also logs how long an evaluation took.
-        if key.startswith(EVALUATION_PREFIX) and not key.endswith(("_runtime", "_per_second")):
-            yield Chart(key.removeprefix(EVALUATION_PREFIX).replace("_", " ") + ", validation", "验证", trace(key))
+        if (measure := describe_figure(key)) is not None:
+            unit, factor = (", %", 100.0) if measure.is_share else ("", 1.0)
+            yield Chart(f"{measure.title}, validation{unit}", f"验证：{measure.chinese_title}", trace(key, factor))
 
 
 def _make_cards(experiments: Sequence[Experiment]) -> list[_Card]:

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList, TrainerCallback
 
-from meme_llava.answer_scores import RIGHT, describe_measure, score_answers, to_answered_question
+from meme_llava.answer_scores import describe_measure, name_figure, score_answers, to_answered_question
 from meme_llava.collator import PackingCollator
 from meme_llava.display import print_table
 from meme_llava.engines import Engine
@@ -144,7 +144,7 @@ class TrainingEvaluation:
     def _report(self, step: int, loss: float, described: list[dict], start: float) -> dict[str, float]:
         """Show the answers of a step, keep them, and return its figures."""
         scores = score_answers([to_answered_question(one) for one in described])
-        figures = {LOSS: loss} | {_to_figure(name): score.value for name, score in scores.items()}
+        figures = {LOSS: loss} | {name_figure(name): score.value for name, score in scores.items()}
         shown = [described[place] for place in self._data.shown]
         keep_answers(self._output_dir / ANSWERS, step, shown)
         self._trackers.report_answers(
@@ -209,13 +209,6 @@ class _Mark(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def _to_figure(name: str) -> str:
-    """A score's name in the log."""
-    if name.startswith(RIGHT):
-        return f"eval_right/{name.removeprefix(RIGHT) or 'all'}"
-    return f"eval_{name}"
-
-
 def keep_answers(path: Path, step: int, shown: Sequence[dict]) -> None:
     """Write the answers of a step behind those of earlier ones. Later ones are of a run that was continued before."""
     # Text may hold other separators of lines, at which splitlines would cut.
@@ -235,7 +228,7 @@ def print_answers(step: int, figures: Mapping[str, float], shown: Sequence[dict]
     print_table(f"Answers after step {step}", ("picture", "question", "truth", "answer"), rows)
     words = [f"validation loss {figures[LOSS]:.4f}"]
     for name in ("character_error_rate", "text_found", "chrf"):
-        if (value := figures.get(f"eval_{name}")) is not None:
+        if (value := figures.get(name_figure(name))) is not None:
             measure = describe_measure(name)
             words.append(f"{measure.title} {value:.1%}" if measure.is_share else f"{measure.title} {value:.1f}")
     print(f"{', '.join(words)}; {of}, {seconds:.1f} s", flush=True)

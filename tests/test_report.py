@@ -11,14 +11,15 @@ from PIL import Image
 import evaluate
 import report
 from meme_llava.experiment import (
+    Experiment,
     describe_projector,
     describe_training,
     format_seconds,
     measure_training_seconds,
     read_experiments,
 )
-from meme_llava.line_chart import find_round_marks
-from meme_llava.report_page import split_differences
+from meme_llava.line_chart import Chart, Line, find_round_marks, lay_out_chart
+from meme_llava.report_page import render_report, split_differences
 
 ATTACK = '</script></template><script>window.hacked=1</script><img src=x onerror="window.hacked=1">\'"&amp;{{7*7}}'
 QUESTION = "图里写了什么？"
@@ -160,6 +161,32 @@ def test_both_stages_of_a_run_are_told(runs, trained, tmp_path):
 )
 def test_axes_have_round_marks(highest, top, step):
     assert find_round_marks(highest) == pytest.approx((top, step))
+
+
+def test_curves_of_long_and_short_runs_are_smoothed_alike():
+    """Of 480 steps every two are one point, of the 120 steps of the shorter run, too."""
+    lines = [Line(0, [(step, step % 2) for step in range(1, 481)]), Line(1, [(step, 1.0) for step in range(1, 121)])]
+    long, short = (line["points"].split() for line in lay_out_chart(Chart("loss", "损失", lines))["lines"])
+    assert (len(long), len(short)) == (240, 60)
+    assert (long[0], long[-1], short[-1]) == ("0.42,50.00", "100.00,50.00", "25.00,0.00")
+
+
+def test_figures_of_a_training_are_called_what_scores_are(tmp_path):
+    history = [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "eval_loss": 1.5, "eval_character_error_rate": 0.25, "eval_chrf": 30.0, "eval_runtime": 9.0},
+        {"step": 2, "eval_right/mood": 0.5, "eval_right/all": 1.0},
+    ]
+    page = render_report("runs", [Experiment("one", {}, {}, tmp_path, {}, {}, history)], 10)
+    assert re.findall(r'<h3><span class="label">([^<]*) <span', page) == [
+        "training loss",
+        "loss, validation",
+        "character error rate of the text, validation, %",
+        "chrF of captions, validation",
+        "right to the letter: mood, validation, %",
+        "right to the letter: all, validation, %",
+    ]
+    assert "<title>one: 25 at the end</title>" in page and "<title>one: 30 at the end</title>" in page
 
 
 def write_evaluation(folder: Path, title: str, answers: list[str], image_folder: Path) -> Path:
