@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         raise UserError(f"--output {arguments.output}: cannot be written ({error})") from error
     for experiment in experiments:
+        if experiment.doubt:
+            print(experiment.doubt)
         if "train type" in experiment.facts and not experiment.log_history:
             print(f"{experiment.name}: its trainer_state.json is not where it was, so the page has no curves of it")
     print(f"page:  {arguments.output}\ntable: {table}")

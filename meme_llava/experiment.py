@@ -27,6 +27,7 @@ class Experiment:
         asked: what decides about the answers; of two experiments the same annotations and limit.
         facts: label and value of what is known of model and training, in the order to be shown.
         log_history: the Trainer's log entries; empty for a model that we did not train, or where they are gone.
+        doubt: what speaks against its being what the run's name says, or empty.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Experiment:
     asked: dict
     facts: dict[str, str]
     log_history: list[dict]
+    doubt: str = ""
 
 
 def read_experiments(runs: list[str]) -> list[Experiment]:
@@ -84,6 +86,22 @@ def _read_experiment(run: str) -> Experiment:
         asked=metrics["asked"],
         facts=facts,
         log_history=log_history,
+        doubt="" if evaluation == folder else _doubt_training(folder, metrics["title"], training),
+    )
+
+
+def _doubt_training(folder: Path, title: str, training: dict | None) -> str:
+    """That the evaluation in an OUTPUT_DIR of run.sh is of another training than the one there, if it is."""
+    try:
+        there = json.loads((folder / "train" / RUN_RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    # It holds when the training began.
+    if training is not None and training["environment"] == there.get("environment"):
+        return ""
+    return (
+        f"{folder}: the model that was evaluated, {title}, is not of the training in {folder / 'train'}; merge and "
+        "evaluate that one anew"
     )
 
 

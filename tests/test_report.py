@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,20 @@ def test_the_table_holds_recipes_and_scores(runs, world, capsys):
                 score["high"],
             ]
     assert capsys.readouterr().out == f"page:  {page}\ntable: {page.with_suffix('.csv')}\n"
+
+
+def test_an_evaluation_of_another_training_is_named(runs, tmp_path, capsys):
+    """The folder's model was trained anew behind the evaluation, or another model was evaluated into it."""
+    shutil.copytree(runs / "output" / "scores", tmp_path / "scores")
+    shutil.copytree(runs / "output" / "train", tmp_path / "train")
+    write_report(runs, f"same={tmp_path}")
+    assert "evaluate" not in capsys.readouterr().out
+    record = json.loads((tmp_path / "train" / "run_record.json").read_text())
+    record["environment"]["time"] = "2001-01-01T00:00:00+00:00"
+    (tmp_path / "train" / "run_record.json").write_text(json.dumps(record))
+    write_report(runs, f"other={tmp_path}")
+    printed = capsys.readouterr().out
+    assert f"is not of the training in {tmp_path}/train; merge and evaluate that one anew" in printed
 
 
 def test_curves_that_are_gone_are_named(runs, tmp_path, capsys):
