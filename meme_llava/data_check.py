@@ -22,7 +22,7 @@ from meme_llava.records import Record, read_records
 from meme_llava.token_lengths import Conversation, RecordLengths, Sharing, measure_tokens
 
 # A list of a hundred thousand findings helps nobody; the count is always given in full.
-MAX_LISTED = 50
+MAX_LISTED, MAX_LISTED_OF_ONE_CAUSE = 50, 5
 SMALLEST_RECALL = 0.5  # of the characters known to stand in a picture; a caption may quote them in part
 # Short answers ("有", "图片里没有文字。") may well answer two questions about one picture.
 SHORT_ANSWER = 10  # characters that are letters or digits
@@ -159,16 +159,18 @@ def stop_on_bad_records(checked: CheckedData, bad_records: str) -> None:
     Raises:
         UserError: listing the first findings.
     """
-    bad = list(checked.bad.values())
-    listed = "\n".join(f"  {_describe_record(findings)}" for findings in bad[:MAX_LISTED])
-    more = f"\n  … and {len(bad) - MAX_LISTED} more" if len(bad) > MAX_LISTED else ""
+    bad, suggestion = list(checked.bad.values()), suggest_folder(checked)
+    # One wrong folder explains them all.
+    most = MAX_LISTED_OF_ONE_CAUSE if suggestion else MAX_LISTED
+    listed = "\n".join(f"  {_describe_record(findings)}" for findings in bad[:most])
+    more = f"\n  … and {len(bad) - most} more" if len(bad) > most else ""
     if bad and bad_records == "error":
         raise UserError(
             f"{checked.annotations}: {len(bad)} of {checked.total} records cannot be trained on:\n{listed}{more}"
-            f"{suggest_folder(checked)}\nMend them, or pass --bad_records quarantine to train without them."
+            f"{suggestion}\nMend them, or pass --bad_records quarantine to train without them."
         )
     if not checked.usable:
-        why = f"; all {checked.total} are unusable:\n{listed}{more}{suggest_folder(checked)}" if checked.total else ""
+        why = f"; all {checked.total} are unusable:\n{listed}{more}{suggestion}" if checked.total else ""
         raise UserError(f"{checked.annotations}: no record to train on{why}")
 
 
@@ -193,7 +195,8 @@ def suggest_folder(checked: CheckedData) -> str:
     """A line that asks about the image folder if most pictures are missing, else nothing."""
     missing = sum(finding.kind == "missing_picture" for finding in checked.findings)
     if missing * 2 > len(checked.records):
-        return f"\n{missing} pictures are missing; is --image_folder the folder that the records' paths start from?"
+        question = "is --image_folder the folder that the records' paths start from?"
+        return f"\nPictures of {missing} records are missing; {question}"
     return ""
 
 

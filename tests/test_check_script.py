@@ -114,7 +114,9 @@ def test_a_wrong_image_folder_is_asked_about(folder, capsys):
         record["image"] = f"elsewhere/{record['image']}"
     error = fail(capsys, folder, records)
     assert "holds no record that can be trained on, e.g. memes.json record 0 (id 'r0'): " in error
-    assert "3 pictures are missing; is --image_folder the folder that the records' paths start from?" in error
+    assert (
+        "Pictures of 3 records are missing; is --image_folder the folder that the records' paths start from?" in error
+    )
 
 
 def test_bad_records_end_in_an_error_after_the_report_is_written(folder, capsys):

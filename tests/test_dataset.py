@@ -386,15 +386,24 @@ def test_error_mode_lists_all_problems_and_stops(tmp_path, image_folder, encoder
 
 
 def test_a_long_list_of_problems_is_cut_after_fifty_and_counted_in_full(tmp_path, image_folder, encoder):
-    values = [make_record(f"r{index}", image=f"gone_{index}.png") for index in range(73)] + [make_record("fine")]
+    values = [{"id": f"r{index}"} for index in range(73)] + [make_record("fine")]
     with pytest.raises(UserError) as caught:
         load(write_json(tmp_path / "memes.json", values), image_folder, encoder)
     lines = str(caught.value).splitlines()
     assert lines[0].endswith("memes.json: 73 of 74 records cannot be trained on:")
     assert [line.split("'")[1] for line in lines[1:51]] == [f"r{index}" for index in range(50)]
     assert lines[51] == "  … and 23 more"
-    assert lines[52].startswith("73 pictures are missing; is --image_folder the folder")
-    assert len(lines) == 54
+    assert len(lines) == 53
+
+
+def test_a_wrong_image_folder_is_asked_about_under_a_few_examples(tmp_path, image_folder, encoder):
+    values = [make_record(f"r{index}", image=f"gone_{index}.png") for index in range(7)] + [make_record("fine")]
+    with pytest.raises(UserError) as caught:
+        load(write_json(tmp_path / "memes.json", values), image_folder, encoder)
+    lines = str(caught.value).splitlines()
+    assert [line.split("'")[1] for line in lines[1:6]] == [f"r{index}" for index in range(5)]
+    assert lines[6] == "  … and 2 more"
+    assert lines[7].startswith("Pictures of 7 records are missing; is --image_folder the folder")
 
 
 def test_quarantine_that_leaves_nothing_says_why(tmp_path, image_folder, encoder):
