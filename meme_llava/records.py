@@ -80,9 +80,6 @@ def parse_record(value, place: str) -> Record:
             f"has {len(images)} image(s) but {placeholders} {IMAGE_PLACEHOLDER} in its human turns; write one "
             f"{IMAGE_PLACEHOLDER} for every image",
         )
-    for key in ("text", "task"):
-        if isinstance(value.get(key), str):
-            _check_characters(value[key], key)
     text, repeat, sources = value.get("text"), value.get("repeat"), value.get("sources")
     return Record(
         record_id=_read_id(value, place),
@@ -117,17 +114,13 @@ def _parse_turn(turn, index: int) -> Turn:
         raise RecordFault("malformed", f"{where}.value is {turn['value']!r}, expected text")
     if not turn["value"].strip():
         raise RecordFault("empty_text", f"{where}.value is {turn['value']!r}, expected text")
-    _check_characters(turn["value"], f"{where}.value")
-    return Turn(ROLES[turn["from"]], turn["value"])
-
-
-def _check_characters(text: str, where: str) -> None:
-    """Raise RecordFault at half a surrogate pair (a cut emoji), which JSON can spell and no tokenizer or file takes."""
     try:
-        text.encode()
+        turn["value"].encode()
     except UnicodeEncodeError as error:
+        # JSON can spell half a surrogate pair (a cut emoji); no tokenizer takes it.
         half = error.object[error.start : error.end]
-        raise RecordFault("half_character", f"{where} holds half a character: {half!r}") from error
+        raise RecordFault("half_character", f"{where}.value holds half a character: {half!r}") from error
+    return Turn(ROLES[turn["from"]], turn["value"])
 
 
 def _check_turn_order(turns: tuple[Turn, ...]) -> None:

@@ -485,8 +485,6 @@ RECORDS = {
     "question empty": (make_record(image=[], question=""), {"empty_text"}),
     "half a character in the answer": (asked("好\ud83d耶"), {"half_character"}),
     "half a character in the question": (make_record(question="<image>\udc00"), {"half_character"}),
-    "half a character in the known text": (make_record(text="好\ud83d"), {"half_character"}),
-    "half a character in the task": (make_record(task="\udc00"), {"half_character"}),
     # Turns.
     "an answer first": (make_record(conversations=turns("a", "b")["conversations"][::-1]), {"bad_turn_order"}),
     "no answer": (make_record(**turns(QUESTION)), {"bad_turn_order"}),
