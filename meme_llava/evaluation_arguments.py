@@ -101,7 +101,10 @@ class JudgeArguments:
 @dataclass
 class ReportArguments:
     runs: list[str] = field(
-        metadata=describe("OUTPUT_DIRs of run.sh and output_dirs of evaluate.py, as FOLDER or NAME=FOLDER")
+        metadata=describe(
+            "OUTPUT_DIRs of run.sh and output_dirs of evaluate.py, as FOLDER or NAME=FOLDER; --runs may be left out in "
+            "front of them"
+        )
     )
     output: Path = field(
         default=Path("report.html"), metadata=describe("gets the page; its tables go beside it, as .csv")
@@ -154,4 +157,6 @@ def parse_report_arguments(argv: list[str] | None, description: str) -> ReportAr
     words = sys.argv[1:] if argv is None else argv
     if words and not words[0].startswith("-"):
         words = ["--runs", *words]
+    elif not any(word.partition("=")[0] in ("--runs", "-h", "--help") for word in words):
+        raise UserError("which runs? For example: python report.py output output_b")
     return parse_arguments(ReportArguments, words, description)

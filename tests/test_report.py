@@ -101,6 +101,7 @@ def test_curves_that_are_gone_are_named(runs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda runs, spare: [], "which runs? For example: python report.py output output_b"),
         (lambda runs, spare: [str(runs / "nothing")], "no such folder; give an OUTPUT_DIR of run.sh"),
         (lambda runs, spare: [str(runs / "page")], "it is no output_dir of evaluate.py"),
         (
