@@ -17,6 +17,7 @@ from meme_llava.answer_scores import (
     list_measures,
     score_answers,
     show_counts,
+    show_score,
     to_answered_question,
 )
 from meme_llava.answer_sources import AnswerSource, choose_questions, choose_source
@@ -123,18 +124,17 @@ def print_scores(columns: Sequence[tuple[str, dict[str, Score]]]) -> None:
     rows = []
     for name in list_measures([scores for _, scores in columns]):
         present = [scores.get(name) for _, scores in columns]
-        cells = [show_score(name, score, with_break=len(columns) > 1) for score in present]
+        cells = [make_cell(name, score, with_break=len(columns) > 1) for score in present]
         rows.append((describe_measure(name).title, *cells, show_counts(present)))
     print_table("Answers (95 % interval)", ("score", *(head for head, _ in columns), "answers"), rows)
 
 
-def show_score(name: str, score: Score | None, with_break: bool) -> str:
+def make_cell(name: str, score: Score | None, with_break: bool) -> str:
     """The score and its interval, as in "7.0% (5.1–9.2)", on two lines where several stand side by side."""
     if score is None:
         return "–"
-    factor, sign = (100, "%") if describe_measure(name).is_share else (1, "")
-    value, low, high = (f"{factor * number:.1f}" for number in (score.value, score.low, score.high))
-    return f"{value}{sign}\n{low}–{high}" if with_break else f"{value}{sign} ({low}–{high})"
+    value, interval = show_score(describe_measure(name), score)
+    return f"{value}\n{interval}" if with_break else f"{value} ({interval})"
 
 
 def print_problems(predictions: Sequence[dict]) -> None:

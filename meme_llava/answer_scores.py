@@ -120,6 +120,13 @@ class Score:
     count: int
 
 
+def show_score(measure: Measure, score: Score) -> tuple[str, str]:
+    """The score and its interval, as "7.0%" and "5.1–9.2"."""
+    factor, sign = (100, "%") if measure.is_share else (1, "")
+    value, low, high = (f"{factor * number:.1f}" for number in (score.value, score.low, score.high))
+    return f"{value}{sign}", f"{low}–{high}"
+
+
 def show_counts(scores: Sequence[Score | None]) -> str:
     """Of how many answers these scores speak, as "400", or "200–400": not everybody is asked everything."""
     counts = sorted({score.count for score in scores if score is not None})

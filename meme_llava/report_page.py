@@ -11,7 +11,15 @@ from dataclasses import dataclass
 
 from rapidfuzz.distance import Levenshtein
 
-from meme_llava.answer_scores import Measure, describe_figure, describe_measure, is_right, list_measures, show_counts
+from meme_llava.answer_scores import (
+    Measure,
+    describe_figure,
+    describe_measure,
+    is_right,
+    list_measures,
+    show_counts,
+    show_score,
+)
 from meme_llava.captions import normalise_text
 from meme_llava.curves import RATE_PREFIX
 from meme_llava.experiment import Experiment
@@ -112,13 +120,11 @@ def _list_scores(experiments: Sequence[Experiment]) -> Iterator[tuple[Measure, l
         choose = {"lower": min, "higher": max}.get(measure.better)
         values = {score.value for score in known}
         best = choose(values) if choose and len(values) > 1 else None
-        factor, sign = (100, "%") if measure.is_share else (1, "")
         cells = [
             None
             if score is None
             else _Cell(
-                f"{factor * score.value:.1f}{sign}",
-                f"{factor * score.low:.1f}–{factor * score.high:.1f}",
+                *show_score(measure, score),
                 score.value == best,
                 *(round(100 * value / top, 2) for value in (score.low, score.high, score.value)),
             )
