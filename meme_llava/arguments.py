@@ -24,10 +24,11 @@ from meme_llava.engines import check_engine_name
 from meme_llava.errors import UserError
 from meme_llava.findings import Severities
 from meme_llava.images import MAX_PIXELS, Resize
+from meme_llava.paths import CONFIGS
 from meme_llava.tensor_writer import DEFAULT_SHARD_SIZE
 from meme_llava.trackers import check_tracker_names
 
-RECIPE_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "train"
+RECIPE_FOLDER = CONFIGS / "train"
 Arguments = TypeVar("Arguments")
 DEFAULT_QUESTION = "这张表情包写了什么，是什么意思？"
 RoleTraining = Literal["frozen", "lora", "full"]

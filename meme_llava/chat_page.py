@@ -19,8 +19,9 @@ from PIL import Image
 from meme_llava.arguments import DEFAULT_QUESTION
 from meme_llava.chat import Chat, ChatProblem, Conversation, Reply
 from meme_llava.errors import UserError
+from meme_llava.paths import DATA
 
-EXAMPLE_FOLDER = Path(__file__).resolve().parent.parent / "data" / "unseen" / "images"
+EXAMPLE_FOLDER = DATA / "unseen" / "images"
 EXAMPLES = 6
 SUGGESTED_QUESTIONS = (
     DEFAULT_QUESTION,

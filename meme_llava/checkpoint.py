@@ -20,6 +20,7 @@ from meme_llava.errors import CheckpointError, DiskFullError, UserError, means_f
 from meme_llava.fingerprint import fingerprint_folder
 from meme_llava.hashing import hash_file
 from meme_llava.manifest import MANIFEST, verify_directory
+from meme_llava.paths import ROOT
 
 RUN_RECORD = "run_record.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -169,9 +170,8 @@ def set_file_modes(directory: Path) -> None:
 
 def describe_environment() -> dict:
     """Library versions, Python and the git commit of this code, for a run record."""
-    root = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "-C", root, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run(["git", "-C", ROOT, "status", "--porcelain"], capture_output=True, text=True, check=False)
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),

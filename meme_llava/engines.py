@@ -18,8 +18,8 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from meme_llava.errors import ProcessError, UserError
+from meme_llava.paths import CONFIGS
 
-CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 AUTO, SINGLE, DDP = "auto", "single", "ddp"
 DEEPSPEED, FSDP = "deepspeed", "fsdp"
 DEFAULT_DIVIDED = "zero2"
@@ -62,7 +62,7 @@ class Engine:
 
 def list_engines() -> dict[str, Path | None]:
     """Every engine's name with its file, None where it has none."""
-    files = [*sorted((CONFIG_FOLDER / DEEPSPEED).glob("*.json")), *sorted((CONFIG_FOLDER / FSDP).glob("*.json"))]
+    files = [*sorted((CONFIGS / DEEPSPEED).glob("*.json")), *sorted((CONFIGS / FSDP).glob("*.json"))]
     return {SINGLE: None, DDP: None, **{path.stem: path for path in files}}
 
 

@@ -16,6 +16,7 @@ from meme_llava.images import normalise
 from meme_llava.merging import PEFT_PREFIX, TrainedWeights
 from meme_llava.model import LANGUAGE_MODEL, Processing, load_llava, load_processing, load_strictly, make_empty_model
 from meme_llava.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights
+from meme_llava.paths import DATA
 from meme_llava.source_models import HEAD
 from meme_llava.tensor_reader import TensorReader, open_model_tensors
 from meme_llava.trainable import add_adapter, apply_trained_weights
@@ -26,7 +27,6 @@ from meme_llava.weights import find_stored, to_disk_name, to_memory_name
 MAX_LOGIT_DIFFERENCE = 1e-4
 # In peft's name of a parameter that learned in full; the adapter's file leaves it out.
 MODULES_TO_SAVE = ".modules_to_save.default."
-SAMPLE_MEMES = Path(__file__).resolve().parent.parent / "data"
 VERIFIED_RECORDS = 2
 VERIFIED_NEW_TOKENS = 32
 # Offloaded, each token reads the whole model from the disk again.
@@ -205,7 +205,7 @@ def _load_prompts(training: dict, processing: Processing) -> tuple[list[dict], P
     annotations, image_folder = Path(training["data"]["annotations"]), Path(training["data"]["image_folder"])
     max_length = training["settings"]["model_max_length"]
     if not annotations.is_file():
-        annotations, image_folder = SAMPLE_MEMES / "annotations.json", SAMPLE_MEMES
+        annotations, image_folder = DATA / "annotations.json", DATA
     encoder, policy = processing.encoder, processing.image_policy
     dataset = load_dataset(annotations, image_folder, encoder, policy, max_length, "quarantine").dataset
     prompts = []

@@ -178,7 +178,7 @@ def test_an_engine_is_chosen_by_one_word():
 def test_a_deepspeed_file_that_would_overrule_the_learning_rates_is_refused(tmp_path, monkeypatch, content, message):
     (tmp_path / "deepspeed").mkdir()
     (tmp_path / "deepspeed" / "mine.json").write_text(content)
-    monkeypatch.setattr(engines, "CONFIG_FOLDER", tmp_path)
+    monkeypatch.setattr(engines, "CONFIGS", tmp_path)
     with pytest.raises(UserError, match=f"mine.json: {message}"):
         choose_engine("mine", 2, on_gpu=True)
 
