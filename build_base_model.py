@@ -14,7 +14,10 @@ import torch
 from meme_llava.arguments import BuildArguments, parse_arguments, to_plain
 from meme_llava.assembly import open_parts, write_llava
 from meme_llava.assembly_verification import verify_assembled
-from meme_llava.checkpoint import (
+from meme_llava.display import print_table, show_bytes
+from meme_llava.errors import stop_on_user_error
+from meme_llava.storage.fingerprint import fingerprint_folder
+from meme_llava.storage.folders import (
     RUN_RECORD,
     check_apart,
     check_output_dir,
@@ -22,10 +25,7 @@ from meme_llava.checkpoint import (
     write_directory,
     write_json,
 )
-from meme_llava.display import print_table, show_bytes
-from meme_llava.errors import stop_on_user_error
-from meme_llava.fingerprint import fingerprint_folder
-from meme_llava.sources import resolve_model_folder
+from meme_llava.storage.hub import resolve_model_folder
 
 
 @stop_on_user_error

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from meme_llava.arguments import parse_arguments
 from meme_llava.chat import Chat
-from meme_llava.checkpoint import holds_trained_weights
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.evaluation_arguments import DemoArguments
 from meme_llava.generation import Answerer, load_answerer
+from meme_llava.storage.folders import holds_trained_weights
 
 LOOPBACK = ("127.0.0.1", "localhost")
 

@@ -22,7 +22,6 @@ from meme_llava.answer_scores import (
 )
 from meme_llava.answer_sources import AnswerSource, choose_questions, choose_source
 from meme_llava.arguments import parse_arguments, to_plain
-from meme_llava.checkpoint import describe_environment
 from meme_llava.display import print_table
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.evaluation_arguments import EvaluateArguments
@@ -35,8 +34,9 @@ from meme_llava.evaluation_folder import (
 )
 from meme_llava.generation import Question, list_record_questions
 from meme_llava.given_answer import describe_answer
-from meme_llava.hashing import hash_file, hash_files
 from meme_llava.precheck_evaluation import check_pictures
+from meme_llava.storage.folders import describe_environment
+from meme_llava.storage.hashing import hash_file, hash_files
 
 MAX_LISTED = 5
 

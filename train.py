@@ -21,7 +21,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from meme_llava.activation_checkpointing import recompute_layers
 from meme_llava.arguments import TrainArguments, parse_train_arguments
-from meme_llava.checkpoint import RUN_RECORD
 from meme_llava.checkpoint_store import (
     CheckpointContent,
     hold_output_dir,
@@ -36,7 +35,6 @@ from meme_llava.dataset import LoadedData, TrainingOrder
 from meme_llava.display import print_batch, print_findings
 from meme_llava.engines import Engine, check_muon_runs, choose_engine, load_whole
 from meme_llava.errors import Stopped, stop_on_user_error
-from meme_llava.manifest import read_manifest
 from meme_llava.model import Processing, load_processing
 from meme_llava.out_of_memory import explain_out_of_memory
 from meme_llava.packed_model import compile_layers, load_packed_llava
@@ -58,6 +56,8 @@ from meme_llava.quarantine import write_quarantine
 from meme_llava.resume import StartPoint, check_continues, choose_start, describe_continuation, is_finished
 from meme_llava.run import TrainingRun, choose_load_dtype, print_run
 from meme_llava.run_data import load_records
+from meme_llava.storage.folders import RUN_RECORD
+from meme_llava.storage.manifest import read_manifest
 from meme_llava.throughput import CountingCollator
 from meme_llava.tracker_runs import TrackerRuns, open_tracker_runs
 from meme_llava.trackers import check_trackers

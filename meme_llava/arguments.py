@@ -25,7 +25,7 @@ from meme_llava.errors import UserError
 from meme_llava.findings import Severities
 from meme_llava.images import MAX_PIXELS, Resize
 from meme_llava.paths import CONFIGS
-from meme_llava.tensor_writer import DEFAULT_SHARD_SIZE
+from meme_llava.storage.tensor_writer import DEFAULT_SHARD_SIZE
 from meme_llava.trackers import check_tracker_names
 
 RECIPE_FOLDER = CONFIGS / "train"

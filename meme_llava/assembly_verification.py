@@ -23,7 +23,7 @@ from meme_llava.model import (
 )
 from meme_llava.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights
 from meme_llava.source_models import EMBEDDING, HEAD, OTHER_TOWER_PREFIXES, Source
-from meme_llava.tensor_reader import TensorReader, open_model_tensors
+from meme_llava.storage.tensor_reader import TensorReader, open_model_tensors
 from meme_llava.weights import check_same_names, find_stored, to_disk_name
 
 PROOF_CHAT = [

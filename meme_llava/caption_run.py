@@ -15,9 +15,9 @@ from meme_llava.caption_client import CaptionClient, PassingFault, PictureReject
 from meme_llava.caption_ledger import CaptionLedger
 from meme_llava.captions import find_loop, find_refusal
 from meme_llava.describing import UNANSWERED, DescribeArguments, Progress, Prompt
-from meme_llava.hashing import try_hash_file
 from meme_llava.images import resolve_image_path
 from meme_llava.picture_upload import encode_picture, make_data_url
+from meme_llava.storage.hashing import try_hash_file
 
 # So many pictures set aside one after the other, none answered between them, are no accident of the pictures.
 LONGEST_BAD_RUN = 10

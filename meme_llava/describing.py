@@ -20,8 +20,8 @@ from meme_llava.caption_ledger import CaptionLedger
 from meme_llava.display import SECONDS_BETWEEN_LINES, print_table
 from meme_llava.endpoints import PRESETS
 from meme_llava.errors import UserError
-from meme_llava.hashing import try_hash_file
 from meme_llava.pictures import PICTURE_SUFFIXES
+from meme_llava.storage.hashing import try_hash_file
 
 # The words first: they are what a reader of memes must learn. A model that may say "unreadable" invents less.
 DEFAULT_PROMPT = """请用中文描述这张表情包，写成一段通顺的话，依次说清三件事：

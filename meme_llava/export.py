@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from transformers import AutoImageProcessor, ChineseCLIPVisionModel, CLIPVisionModel, LlavaConfig
 
-from meme_llava.checkpoint import write_json
 from meme_llava.errors import UserError
 from meme_llava.images import open_image, to_pixel_values
 from meme_llava.model import load_processing, make_empty_model, quiet_transformers
 from meme_llava.offloading import offload_weights
 from meme_llava.paths import DATA
-from meme_llava.tensor_reader import open_model_tensors
+from meme_llava.storage.folders import write_json
+from meme_llava.storage.tensor_reader import open_model_tensors
 from meme_llava.weights import to_disk_name
 
 CHINESE_CLIP, CLIP = "chinese_clip_vision_model", "clip_vision_model"

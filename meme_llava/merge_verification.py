@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from meme_llava.checkpoint import ADAPTER_CONFIG
 from meme_llava.dataset import load_dataset
 from meme_llava.errors import UserError
 from meme_llava.images import normalise
@@ -18,7 +17,8 @@ from meme_llava.model import LANGUAGE_MODEL, Processing, load_llava, load_proces
 from meme_llava.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights
 from meme_llava.paths import DATA
 from meme_llava.source_models import HEAD
-from meme_llava.tensor_reader import TensorReader, open_model_tensors
+from meme_llava.storage.folders import ADAPTER_CONFIG
+from meme_llava.storage.tensor_reader import TensorReader, open_model_tensors
 from meme_llava.trainable import add_adapter, apply_trained_weights
 from meme_llava.weights import find_stored, to_disk_name, to_memory_name
 

@@ -12,12 +12,12 @@ import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 
-from meme_llava.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS, read_run_record, write_json
 from meme_llava.errors import UserError
-from meme_llava.hashing import hash_file
 from meme_llava.model import PROJECTOR
-from meme_llava.tensor_reader import WEIGHTS, WEIGHTS_INDEX, TensorReader, open_model_tensors
-from meme_llava.tensor_writer import PlannedTensor, count_bytes, write_tensors
+from meme_llava.storage.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS, read_run_record, write_json
+from meme_llava.storage.hashing import hash_file
+from meme_llava.storage.tensor_reader import WEIGHTS, WEIGHTS_INDEX, TensorReader, open_model_tensors
+from meme_llava.storage.tensor_writer import PlannedTensor, count_bytes, write_tensors
 from meme_llava.weights import Rounding, plan_rounded, to_disk_name
 
 PEFT_PREFIX = "base_model.model."

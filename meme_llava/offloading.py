@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from meme_llava.model import set_parameter
-from meme_llava.tensor_reader import TensorReader
+from meme_llava.storage.tensor_reader import TensorReader
 
 # How a comparison says where its models ran.
 IN_MEMORY, OFFLOADED = "in memory", "layer by layer from the disk"

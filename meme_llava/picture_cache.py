@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from meme_llava.hashing import describe_state
+from meme_llava.storage.hashing import describe_state
 
 # Raise it when inspection finds more or other things than before: results of older code are then looked up anew.
 CACHE_VERSION = 1

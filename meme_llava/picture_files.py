@@ -13,9 +13,9 @@ from pathlib import Path
 
 from meme_llava.data_check import check_image_folder
 from meme_llava.errors import UserError
-from meme_llava.hashing import hash_file
 from meme_llava.images import resolve_image_path
 from meme_llava.pictures import PICTURE_SUFFIXES
+from meme_llava.storage.hashing import hash_file
 
 # Looking for the nearest of 10,000 names takes half a second.
 _SUGGESTIONS = 50

@@ -8,7 +8,16 @@ import torch
 from transformers import TrainingArguments
 
 from meme_llava.arguments import TrainArguments, to_plain
-from meme_llava.checkpoint import (
+from meme_llava.computation import Computation
+from meme_llava.dataset import LoadedData
+from meme_llava.display import print_table
+from meme_llava.engines import Engine
+from meme_llava.errors import CheckpointError
+from meme_llava.model import Processing, quiet_transformers
+from meme_llava.processes import count_processes
+from meme_llava.resume import StartPoint
+from meme_llava.storage.fingerprint import fingerprint_folder
+from meme_llava.storage.folders import (
     RUN_RECORD,
     describe_environment,
     identify_weights,
@@ -16,16 +25,7 @@ from meme_llava.checkpoint import (
     read_trained_record,
     write_json,
 )
-from meme_llava.computation import Computation
-from meme_llava.dataset import LoadedData
-from meme_llava.display import print_table
-from meme_llava.engines import Engine
-from meme_llava.errors import CheckpointError
-from meme_llava.fingerprint import fingerprint_folder
-from meme_llava.hashing import hash_file
-from meme_llava.model import Processing, quiet_transformers
-from meme_llava.processes import count_processes
-from meme_llava.resume import StartPoint
+from meme_llava.storage.hashing import hash_file
 from meme_llava.training_arguments import count_steps
 
 MAX_LISTED_CUTS = 20

@@ -17,10 +17,10 @@ from transformers import ChineseCLIPConfig, ChineseCLIPModel, Qwen2Config, Qwen2
 from transformers.models.chinese_clip.image_processing_pil_chinese_clip import ChineseCLIPImageProcessorPil
 
 from meme_llava.arguments import parse_arguments, to_plain
-from meme_llava.checkpoint import RUN_RECORD, describe_environment, write_directory, write_json
 from meme_llava.conversation import DEFAULT_SYSTEM
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.model import quiet_transformers
+from meme_llava.storage.folders import RUN_RECORD, describe_environment, write_directory, write_json
 
 ALPHABET_WEIGHT = 50
 PROMPT_WORDS_WEIGHT = 100  # the words of every prompt count like those of a hundred records

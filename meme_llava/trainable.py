@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from meme_llava.arguments import TrainArguments
-from meme_llava.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS, set_file_modes
 from meme_llava.errors import UserError
 from meme_llava.model import (
     LANGUAGE_MODEL,
@@ -24,6 +23,7 @@ from meme_llava.model import (
     is_unused_vision_parameter,
     role_of,
 )
+from meme_llava.storage.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS, set_file_modes
 from meme_llava.weights import check_same_names, to_disk_name, to_memory_name
 
 

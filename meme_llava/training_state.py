@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from meme_llava.engines import DEEPSPEED, FSDP, Engine
 from meme_llava.errors import CheckpointError
 from meme_llava.muon import MOMENTUM_BUFFER
-from meme_llava.tensor_writer import PlannedTensor, write_file
+from meme_llava.storage.tensor_writer import PlannedTensor, write_file
 from meme_llava.trainable import ParameterGroup
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from meme_llava.errors import UserError
-from meme_llava.tensor_reader import TensorReader
-from meme_llava.tensor_writer import PlannedTensor
+from meme_llava.storage.tensor_reader import TensorReader
+from meme_llava.storage.tensor_writer import PlannedTensor
 
 # (in memory, on disk); the first match wins.
 _PREFIXES = (

@@ -372,7 +372,7 @@ def test_wrong_sources_stop_with_a_sentence(world, tmp_path, capsys):
 
 def test_unknown_hub_id_stops_with_a_sentence(world, tmp_path, capsys):
     error = run_and_read_error(capsys, "nobody/no-such-model", world.vision_tower, tmp_path / "out")
-    # The tests run offline; tests/test_sources.py has the messages of a hub that answers.
+    # The tests run offline; tests/storage/test_hub.py has the messages of a hub that answers.
     assert "nobody/no-such-model: is no folder here, HF_HUB_OFFLINE is set, and the cache" in error
 
 

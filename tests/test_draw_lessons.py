@@ -13,8 +13,8 @@ from PIL import Image
 from transformers import AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
 
 from meme_llava import tiny_towers
-from meme_llava.checkpoint import read_run_record
 from meme_llava.model import load_strictly
+from meme_llava.storage.folders import read_run_record
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 sys.path.insert(0, str(DATA))

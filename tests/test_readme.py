@@ -21,7 +21,6 @@ from meme_llava.arguments import (
     parse_arguments,
     parse_train_arguments,
 )
-from meme_llava.checkpoint import RUN_RECORD
 from meme_llava.data_summary import CheckArguments
 from meme_llava.describing import REASONS, DescribeArguments
 from meme_llava.endpoints import PRESETS
@@ -33,9 +32,10 @@ from meme_llava.evaluation_arguments import (
     parse_report_arguments,
 )
 from meme_llava.findings import ALLOWABLE, KINDS
-from meme_llava.manifest import MANIFEST
 from meme_llava.questions import DESCRIBE, READ
 from meme_llava.records import parse_record
+from meme_llava.storage.folders import RUN_RECORD
+from meme_llava.storage.manifest import MANIFEST
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = {"README": ("README.md", "README.zh-CN.md"), "data": ("data/README.md", "data/README.zh-CN.md")}

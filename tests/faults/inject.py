@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 
 import train  # noqa: E402
-from meme_llava import checkpoint_store, tensor_writer, training_arguments, training_state  # noqa: E402
+from meme_llava import checkpoint_store, training_arguments, training_state  # noqa: E402
 from meme_llava.processes import find_rank, run_and_leave  # noqa: E402
+from meme_llava.storage import tensor_writer  # noqa: E402
 from meme_llava.trainer import MemeTrainer  # noqa: E402
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from meme_llava.errors import CheckpointError
-from meme_llava.hashing import hash_file
+from meme_llava.storage.hashing import hash_file
 
 MANIFEST = "manifest.json"
 _OWN_HASH = "manifest_sha256"

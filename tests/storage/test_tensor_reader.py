@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_build_base_model import build, run_and_read_error
 
-from meme_llava import tensor_reader
 from meme_llava.errors import UserError
-from meme_llava.tensor_reader import DTYPE_NAMES, TensorReader, open_model_tensors
+from meme_llava.storage import tensor_reader
+from meme_llava.storage.tensor_reader import DTYPE_NAMES, TensorReader, open_model_tensors
 
 SHAPES = {"matrix": (5, 7), "one_row": (1, 3), "one_column": (4, 1), "vector": (6,), "scalar": (), "empty": (0, 3)}
 

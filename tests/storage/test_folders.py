@@ -17,9 +17,9 @@ from test_build_base_model import BASE_FILES
 
 import build_base_model
 import merge_lora
-from meme_llava import tensor_writer
-from meme_llava.checkpoint import write_directory
 from meme_llava.errors import UserError
+from meme_llava.storage import tensor_writer
+from meme_llava.storage.folders import write_directory
 
 OLD = {
     "run_record.json": b"{}",

@@ -17,10 +17,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from meme_llava.errors import CheckpointError, DiskFullError, UserError, means_full_disk
-from meme_llava.fingerprint import fingerprint_folder
-from meme_llava.hashing import hash_file
-from meme_llava.manifest import MANIFEST, verify_directory
 from meme_llava.paths import ROOT
+from meme_llava.storage.fingerprint import fingerprint_folder
+from meme_llava.storage.hashing import hash_file
+from meme_llava.storage.manifest import MANIFEST, verify_directory
 
 RUN_RECORD = "run_record.json"
 ADAPTER_CONFIG = "adapter_config.json"

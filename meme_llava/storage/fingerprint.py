@@ -10,9 +10,9 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from meme_llava.hashing import describe_state
 from meme_llava.picture_cache import find_default_cache
-from meme_llava.tensor_reader import open_model_tensors, view_bytes
+from meme_llava.storage.hashing import describe_state
+from meme_llava.storage.tensor_reader import open_model_tensors, view_bytes
 
 THREADS = 4
 

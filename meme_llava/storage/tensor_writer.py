@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from meme_llava.errors import DiskFullError, UserError, means_full_disk
-from meme_llava.tensor_reader import DTYPE_NAMES, WEIGHTS_INDEX, view_bytes
+from meme_llava.storage.tensor_reader import DTYPE_NAMES, WEIGHTS_INDEX, view_bytes
 
 DEFAULT_SHARD_SIZE = "5GB"
 _NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPE_NAMES.items()}

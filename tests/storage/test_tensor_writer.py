@@ -21,8 +21,8 @@ from transformers import LlavaForConditionalGeneration
 
 import merge_lora
 from meme_llava.errors import UserError
-from meme_llava.tensor_reader import open_model_tensors
-from meme_llava.tensor_writer import PlannedTensor, count_bytes, write_tensors
+from meme_llava.storage.tensor_reader import open_model_tensors
+from meme_llava.storage.tensor_writer import PlannedTensor, count_bytes, write_tensors
 
 INDEX = "model.safetensors.index.json"
 
@@ -259,7 +259,7 @@ def test_a_failing_write_is_not_lost_in_the_writing_thread(tmp_path, monkeypatch
         while len(view):
             view = view[file.write(view) :]
 
-    monkeypatch.setattr("meme_llava.tensor_writer._write_bytes", refuse)
+    monkeypatch.setattr("meme_llava.storage.tensor_writer._write_bytes", refuse)
     with pytest.raises(UserError) as error:
         write_tensors(plan_all({"a": floats(100), "b": floats(2)}), tmp_path)
     assert str(error.value) == f"{tmp_path / 'model.safetensors'}: cannot be written (No space left on device)"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from meme_llava.errors import UserError
-from meme_llava.sources import resolve_model_folder
+from meme_llava.storage.hub import resolve_model_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -49,7 +49,7 @@ MODELS = {
 PROGRAM = """
 import json, sys
 from meme_llava.errors import UserError
-from meme_llava.sources import resolve_model_folder
+from meme_llava.storage.hub import resolve_model_folder
 results = {}
 for name in sys.argv[1:]:
     try:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from meme_llava import fingerprint
-from meme_llava.fingerprint import fingerprint_folder
+from meme_llava.storage import fingerprint
+from meme_llava.storage.fingerprint import fingerprint_folder
 
 
 @pytest.fixture
