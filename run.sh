@@ -271,7 +271,7 @@ require() {
 # --- the training command, checked before anything is built ---
 [[ $NODE_RANK =~ ^[0-9]+$ ]] && ((NODE_RANK < NNODES)) || fail "NODE_RANK is '$NODE_RANK', expected 0 to $((NNODES - 1)), below NNODES=$NNODES"
 [[ -z $MASTER_PORT ]] || { [[ $MASTER_PORT =~ ^[1-9][0-9]{0,4}$ ]] && ((MASTER_PORT < 65536)); } || fail "MASTER_PORT is '$MASTER_PORT', expected 1 to 65535"
-train_launcher=(python -m meme_llava.launch --die_with_parent --processes "$processes")
+train_launcher=(python -m meme_llava.distributed.launch --die_with_parent --processes "$processes")
 if ((NNODES > 1)); then
     # Machine 0 may have to download and build the base model first.
     train_launcher+=(--nodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" --start_timeout 7200)

@@ -1,6 +1,6 @@
 """Train a LLaVA on memes: LoRA on both towers and the whole projector, or another recipe of configs/train.
 
-    python -m meme_llava.launch --processes 8 train.py --model output/base --annotations data/annotations.json \
+    python -m meme_llava.distributed.launch --processes 8 train.py --model output/base --annotations data/annotations.json \
         --image_folder data --output_dir output/train --train_type lora --high_lr 1e-3 --low_lr 2e-5 …
 
 run.sh gives all settings; `python train.py --help` lists them.
@@ -33,13 +33,9 @@ from meme_llava.computation import check_machine, plan_computation
 from meme_llava.curves import draw_training_curves
 from meme_llava.dataset import LoadedData, TrainingOrder
 from meme_llava.display import print_batch, print_findings
-from meme_llava.engines import Engine, check_muon_runs, choose_engine, load_whole
-from meme_llava.errors import Stopped, stop_on_user_error
-from meme_llava.model import Processing, load_processing
-from meme_llava.out_of_memory import explain_out_of_memory
-from meme_llava.packed_model import compile_layers, load_packed_llava
-from meme_llava.planning import plan_run, print_plan
-from meme_llava.processes import (
+from meme_llava.distributed.engines import Engine, check_muon_runs, choose_engine, load_whole
+from meme_llava.distributed.heartbeat import ProgressMarks
+from meme_llava.distributed.processes import (
     StopRequest,
     check_processes_agree,
     count_processes,
@@ -50,8 +46,12 @@ from meme_llava.processes import (
     share,
     start_process_group,
 )
+from meme_llava.errors import Stopped, stop_on_user_error
+from meme_llava.model import Processing, load_processing
+from meme_llava.out_of_memory import explain_out_of_memory
+from meme_llava.packed_model import compile_layers, load_packed_llava
+from meme_llava.planning import plan_run, print_plan
 from meme_llava.progress import ProgressBar, show_progress_with
-from meme_llava.progress_marks import ProgressMarks
 from meme_llava.quarantine import write_quarantine
 from meme_llava.resume import StartPoint, check_continues, choose_start, describe_continuation, is_finished
 from meme_llava.run import TrainingRun, choose_load_dtype, print_run

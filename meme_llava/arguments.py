@@ -20,7 +20,7 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser
 
 from meme_llava.collator import LossAverage
-from meme_llava.engines import check_engine_name
+from meme_llava.distributed.engines import check_engine_name
 from meme_llava.errors import UserError
 from meme_llava.findings import Severities
 from meme_llava.images import MAX_PIXELS, Resize

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from meme_llava.distributed.processes import any_process, gather, is_main_process, share, wait_for_all
 from meme_llava.errors import CheckpointError, DiskFullError, UserError, means_full_disk
-from meme_llava.processes import any_process, gather, is_main_process, share, wait_for_all
 from meme_llava.storage.folders import bring_to_disk, lock_directory, set_file_modes
 from meme_llava.storage.manifest import MANIFEST, describe_file, verify_directory, write_manifest
 from meme_llava.storage.tensor_writer import check_free_space

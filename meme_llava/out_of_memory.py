@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from meme_llava.arguments import TrainArguments
-from meme_llava.engines import DDP, SINGLE, Engine
+from meme_llava.distributed.engines import DDP, SINGLE, Engine
 from meme_llava.errors import OutOfMemoryError
 
 _SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")

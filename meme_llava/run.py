@@ -11,10 +11,10 @@ from meme_llava.arguments import TrainArguments, to_plain
 from meme_llava.computation import Computation
 from meme_llava.dataset import LoadedData
 from meme_llava.display import print_table
-from meme_llava.engines import Engine
+from meme_llava.distributed.engines import Engine
+from meme_llava.distributed.processes import count_processes
 from meme_llava.errors import CheckpointError
 from meme_llava.model import Processing, quiet_transformers
-from meme_llava.processes import count_processes
 from meme_llava.resume import StartPoint
 from meme_llava.storage.fingerprint import fingerprint_folder
 from meme_llava.storage.folders import (

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainerCallback, TrainerControl
 
+from meme_llava.distributed.heartbeat import ProgressMarks
+from meme_llava.distributed.processes import StopRequest, any_process, gather, is_main_process
 from meme_llava.errors import NonFiniteError, UserError
-from meme_llava.processes import StopRequest, any_process, gather, is_main_process
-from meme_llava.progress_marks import ProgressMarks
 
 MAX_SKIPPED_IN_A_ROW = 3
 MAX_LISTED_RECORDS = 8

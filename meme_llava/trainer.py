@@ -13,11 +13,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from meme_llava.checkpoint_store import CheckpointContent, write_checkpoint
 from meme_llava.costs import TrainingCosts
-from meme_llava.engines import DEEPSPEED, FSDP, Engine, check_engine_runs
+from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine, check_engine_runs
+from meme_llava.distributed.heartbeat import ProgressMarks
+from meme_llava.distributed.processes import StopRequest, ignore_stop_signals, is_main_process
 from meme_llava.errors import NonFiniteError
 from meme_llava.muon import MuonWithAdamW
-from meme_llava.processes import StopRequest, ignore_stop_signals, is_main_process
-from meme_llava.progress_marks import ProgressMarks
 from meme_llava.step_guard import FirstGradientCheck, StepGuard, StepSoundness
 from meme_llava.storage.manifest import read_manifest
 from meme_llava.throughput import RECORD_IDS, ThroughputMeter, find_own_machine

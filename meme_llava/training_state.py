@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from meme_llava.engines import DEEPSPEED, FSDP, Engine
+from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine
 from meme_llava.errors import CheckpointError
 from meme_llava.muon import MOMENTUM_BUFFER
 from meme_llava.storage.tensor_writer import PlannedTensor, write_file

@@ -11,10 +11,10 @@ from typing import TypeVar
 from meme_llava.arguments import TrainArguments
 from meme_llava.data_check import CheckedData, CheckedRecord
 from meme_llava.dataset import MemeDataset
+from meme_llava.distributed.processes import count_processes, find_rank, share
 from meme_llava.errors import UserError
 from meme_llava.generation import Question, find_question
 from meme_llava.model import Processing
-from meme_llava.processes import count_processes, find_rank, share
 from meme_llava.run_data import check_records, load_records
 from meme_llava.storage.hashing import hash_file
 

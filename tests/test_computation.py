@@ -13,7 +13,7 @@ from meme_llava.arguments import parse_train_arguments
 from meme_llava.collator import PackingCollator
 from meme_llava.computation import bound_memory, plan_computation
 from meme_llava.dataset import TrainingOrder, load_dataset
-from meme_llava.engines import choose_engine
+from meme_llava.distributed.engines import choose_engine
 from meme_llava.model import load_processing
 from meme_llava.step_memory import StateDivision, StepEstimator
 from meme_llava.training_arguments import make_training_arguments

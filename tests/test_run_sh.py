@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from conftest import ROOT, read_losses
 
-LAUNCHER = "python -m meme_llava.launch --die_with_parent --processes"
+LAUNCHER = "python -m meme_llava.distributed.launch --die_with_parent --processes"
 DEFAULT_TRAINING = (
     f"{LAUNCHER} 1 train.py --model output/base --annotations data/annotations.json --image_folder data "
     "--output_dir output/train --train_type lora --num_train_epochs 3 --high_lr 2e-3 --low_lr 5e-4 "

@@ -1,4 +1,4 @@
-"""train.py with a fault: python -m meme_llava.launch tests/faults/inject.py <flags of train.py>
+"""train.py with a fault: python -m meme_llava.distributed.launch tests/faults/inject.py <flags of train.py>
 
 FAULTS in the environment is a JSON list of {"kind": a function of this file, "rank": the process that it strikes, …}.
 """
@@ -20,7 +20,7 @@ import torch  # noqa: E402
 
 import train  # noqa: E402
 from meme_llava import checkpoint_store, training_arguments, training_state  # noqa: E402
-from meme_llava.processes import find_rank, run_and_leave  # noqa: E402
+from meme_llava.distributed.processes import find_rank, run_and_leave  # noqa: E402
 from meme_llava.storage import tensor_writer  # noqa: E402
 from meme_llava.trainer import MemeTrainer  # noqa: E402
 

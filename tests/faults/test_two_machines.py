@@ -218,7 +218,7 @@ def test_the_slurm_script_builds_trains_and_merges(hosts, tmp_path):
     process = start(command, log=tmp_path / "log", **variables)
     assert wait_until(lambda: (tmp_path / "out/train/checkpoint-5").exists(), 90), (tmp_path / "log").read_text()
     for launcher in find_processes(tmp_path / "out" / "train"):
-        if "meme_llava.launch" in launcher.cmdline():
+        if "meme_llava.distributed.launch" in launcher.cmdline():
             launcher.send_signal(signal.SIGTERM)
             break
     assert process.wait(60) == 0

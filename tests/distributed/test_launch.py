@@ -11,7 +11,7 @@ import psutil
 import pytest
 from conftest import ROOT
 
-from meme_llava.cluster import join_cluster
+from meme_llava.distributed.cluster import join_cluster
 from meme_llava.errors import ProcessError
 
 REPORT_ENVIRONMENT = """
@@ -39,7 +39,7 @@ time.sleep(600)
 def make_command(tmp_path, script: str, *arguments, processes=1, flags=()) -> list[str]:
     path = tmp_path / "script.py"
     path.write_text(script)
-    launcher = [sys.executable, "-m", "meme_llava.launch", "--processes", str(processes), *flags]
+    launcher = [sys.executable, "-m", "meme_llava.distributed.launch", "--processes", str(processes), *flags]
     return [*launcher, str(path), *map(str, arguments)]
 
 
@@ -276,7 +276,7 @@ def test_a_process_that_shows_no_progress_is_found(tmp_path):
     """Two report every 0.2 s; one stops after five reports, and the other waits for it then."""
     script = """
 import os, sys, time
-from meme_llava.progress_marks import ProgressMarks
+from meme_llava.distributed.heartbeat import ProgressMarks
 marks = ProgressMarks(hang_timeout=2)
 marks.trains = True
 for count in range(5 if os.environ["RANK"] == "1" else 6):

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 import infer
 import merge_lora
 import train
-from meme_llava import engines
-from meme_llava.engines import check_engine_runs, choose_engine, list_engines
+from meme_llava.distributed import engines
+from meme_llava.distributed.engines import check_engine_runs, choose_engine, list_engines
 from meme_llava.errors import ProcessError, UserError
 
 DIVIDED = ("ddp", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2")

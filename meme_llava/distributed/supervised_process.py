@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from meme_llava.progress_marks import PROGRESS_DESCRIPTOR, parse_progress
+from meme_llava.distributed.heartbeat import PROGRESS_DESCRIPTOR, parse_progress
 
 LAST_LINES = 12
 PIPE_BYTES = 65536

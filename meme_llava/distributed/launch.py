@@ -1,7 +1,7 @@
 """Starts a run's processes on this machine, one a GPU, and watches them: a dead or stuck one ends them all.
 
-python -m meme_llava.launch --processes 8 train.py …
-python -m meme_llava.launch --processes 8 --nodes 2 --node_rank 1 --master_addr 10.0.0.1 train.py …
+python -m meme_llava.distributed.launch --processes 8 train.py …
+python -m meme_llava.distributed.launch --processes 8 --nodes 2 --node_rank 1 --master_addr 10.0.0.1 train.py …
 
 Sets the environment that torch.distributed reads (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, …). A signal to this
 process is handed on, so that the run saves its state and ends with exit code 75.
@@ -16,9 +16,9 @@ import signal
 import sys
 import time
 
-from meme_llava.cluster import Cluster, join_cluster
+from meme_llava.distributed.cluster import Cluster, join_cluster
+from meme_llava.distributed.supervised_process import SupervisedProcess
 from meme_llava.errors import EXIT_MEANINGS, LOST_PROCESS, ProcessError, Stopped, UserError, stop_on_user_error
-from meme_llava.supervised_process import SupervisedProcess
 
 PR_SET_PDEATHSIG = 1
 # Once a process has failed, the others have so long to end by themselves; each may have something to say.
@@ -40,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
 def parse_launch_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The launcher's own flags stand in front of the script; everything behind it belongs to the script."""
     parser = _Parser(
-        prog="python -m meme_llava.launch",
+        prog="python -m meme_llava.distributed.launch",
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
