@@ -14,6 +14,7 @@ from pathlib import Path
 
 from meme_llava.answer_scores import Score
 from meme_llava.arguments import parse_arguments, to_plain
+from meme_llava.dataset.images import resolve_image_path
 from meme_llava.display import print_table
 from meme_llava.endpoints import Endpoint, check_client, find_endpoint
 from meme_llava.errors import UserError, stop_on_user_error
@@ -27,7 +28,6 @@ from meme_llava.evaluation_folder import (
     read_finished_evaluation,
     read_predictions,
 )
-from meme_llava.images import resolve_image_path
 from meme_llava.judging import CRITERIA, Comparison, Pair, combine_verdicts, compare_pairs, read_verdict
 from meme_llava.storage.folders import describe_environment
 from meme_llava.storage.hashing import hash_file

@@ -28,10 +28,11 @@ from meme_llava.checkpoint_store import (
     put_aside_newer,
     write_final,
 )
-from meme_llava.collator import PackingCollator
 from meme_llava.computation import check_machine, plan_computation
 from meme_llava.curves import draw_training_curves
-from meme_llava.dataset import LoadedData, TrainingOrder
+from meme_llava.dataset.collator import PackingCollator
+from meme_llava.dataset.dataset import LoadedData, TrainingOrder
+from meme_llava.dataset.quarantine import write_quarantine
 from meme_llava.display import print_batch, print_findings
 from meme_llava.distributed.engines import Engine, check_muon_runs, choose_engine, load_whole
 from meme_llava.distributed.heartbeat import ProgressMarks
@@ -52,7 +53,6 @@ from meme_llava.out_of_memory import explain_out_of_memory
 from meme_llava.packed_model import compile_layers, load_packed_llava
 from meme_llava.planning import plan_run, print_plan
 from meme_llava.progress import ProgressBar, show_progress_with
-from meme_llava.quarantine import write_quarantine
 from meme_llava.resume import StartPoint, check_continues, choose_start, describe_continuation, is_finished
 from meme_llava.run import TrainingRun, choose_load_dtype, print_run
 from meme_llava.run_data import load_records

@@ -32,11 +32,11 @@ from transformers import (  # noqa: E402
 )
 
 from meme_llava.arguments import parse_train_arguments  # noqa: E402
-from meme_llava.dataset import load_dataset  # noqa: E402
+from meme_llava.dataset.dataset import load_dataset  # noqa: E402
+from meme_llava.dataset.records import read_records  # noqa: E402
 from meme_llava.distributed.engines import SINGLE, choose_engine  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model import load_processing, quiet_transformers  # noqa: E402
-from meme_llava.records import read_records  # noqa: E402
 from meme_llava.resume import StartPoint  # noqa: E402
 from meme_llava.run import TrainingRun  # noqa: E402
 from meme_llava.storage.folders import write_directory, write_json  # noqa: E402

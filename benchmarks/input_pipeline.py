@@ -27,16 +27,16 @@ import torch  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-from meme_llava import images  # noqa: E402
-from meme_llava.collator import PackingCollator  # noqa: E402
-from meme_llava.conversation import IMAGE_PLACEHOLDER, ConversationEncoder  # noqa: E402
-from meme_llava.dataset import LoadedData, TrainingOrder, load_dataset  # noqa: E402
+from meme_llava.dataset import images  # noqa: E402
+from meme_llava.dataset.collator import PackingCollator  # noqa: E402
+from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, ConversationEncoder  # noqa: E402
+from meme_llava.dataset.dataset import LoadedData, TrainingOrder, load_dataset  # noqa: E402
+from meme_llava.dataset.findings import Severities  # noqa: E402
+from meme_llava.dataset.images import ImagePolicy  # noqa: E402
+from meme_llava.dataset.records import read_records  # noqa: E402
 from meme_llava.display import print_table  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
-from meme_llava.findings import Severities  # noqa: E402
-from meme_llava.images import ImagePolicy  # noqa: E402
 from meme_llava.model import load_processing  # noqa: E402
-from meme_llava.records import read_records  # noqa: E402
 
 # Chinese-CLIP ViT-L/14-336.
 SIZE, TOKENS_PER_IMAGE = 336, 576

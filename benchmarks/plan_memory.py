@@ -27,10 +27,10 @@ from transformers import ChineseCLIPVisionConfig, LlavaConfig, Qwen2Config  # no
 
 from meme_llava.activation_checkpointing import recompute_layers  # noqa: E402
 from meme_llava.arguments import TrainArguments, parse_train_arguments  # noqa: E402
-from meme_llava.collator import PackingCollator  # noqa: E402
-from meme_llava.conversation import IGNORED_LABEL  # noqa: E402
+from meme_llava.dataset.collator import PackingCollator  # noqa: E402
+from meme_llava.dataset.conversation import IGNORED_LABEL  # noqa: E402
+from meme_llava.dataset.images import ImagePolicy  # noqa: E402
 from meme_llava.display import print_table  # noqa: E402
-from meme_llava.images import ImagePolicy  # noqa: E402
 from meme_llava.machines import GIB  # noqa: E402
 from meme_llava.model import count_image_tokens  # noqa: E402
 from meme_llava.packed_attention import SDPA  # noqa: E402

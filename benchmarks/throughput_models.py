@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import ChineseCLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
 from meme_llava.arguments import TrainArguments, read_recipe
-from meme_llava.images import ImagePolicy
+from meme_llava.dataset.images import ImagePolicy
 from meme_llava.loss import CrossEntropyHead
 from meme_llava.model import count_image_tokens, make_empty_model, set_parameter
 from meme_llava.packed_attention import choose_attention

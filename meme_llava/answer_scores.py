@@ -12,7 +12,7 @@ from rapidfuzz.distance import Levenshtein
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
-from meme_llava.captions import find_loop, normalise_text
+from meme_llava.dataset.text_quality import find_loop, normalise_text
 
 NO_TEXT = "没有文字"  # how an answer says that a picture holds no words
 # A true answer of so many letters, other than the picture's text, is a caption, which is compared by likeness.

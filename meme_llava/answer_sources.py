@@ -8,12 +8,12 @@ from pathlib import Path
 from PIL import Image
 
 from meme_llava.answer_scores import asks_for_text
+from meme_llava.dataset.images import ImagePolicy, open_image
 from meme_llava.endpoints import check_client, find_endpoint
 from meme_llava.errors import UserError
 from meme_llava.evaluation_arguments import EvaluateArguments
 from meme_llava.generation import Question, load_answerer
 from meme_llava.given_answer import GivenAnswer
-from meme_llava.images import ImagePolicy, open_image
 from meme_llava.storage.fingerprint import fingerprint_folder
 from meme_llava.storage.folders import RUN_RECORD, identify_weights, read_run_record
 from meme_llava.storage.hub import resolve_model_folder

@@ -19,11 +19,11 @@ from typing import Literal, TypeVar
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
-from meme_llava.collator import LossAverage
+from meme_llava.dataset.collator import LossAverage
+from meme_llava.dataset.findings import Severities
+from meme_llava.dataset.images import MAX_PIXELS, Resize
 from meme_llava.distributed.engines import check_engine_name
 from meme_llava.errors import UserError
-from meme_llava.findings import Severities
-from meme_llava.images import MAX_PIXELS, Resize
 from meme_llava.paths import CONFIGS
 from meme_llava.storage.tensor_writer import DEFAULT_SHARD_SIZE
 from meme_llava.trackers import check_tracker_names

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from meme_llava.assembly import VISION_FEATURE_LAYER, Parts
-from meme_llava.conversation import IMAGE_PLACEHOLDER, Turn
+from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
+from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
-from meme_llava.images import ImagePolicy
 from meme_llava.model import (
     LANGUAGE_MODEL,
     VISION_TOWER,

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from meme_llava.conversation import IMAGE_PLACEHOLDER
-from meme_llava.findings import RecordFault
+from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
+from meme_llava.dataset.findings import RecordFault
+from meme_llava.dataset.images import MAX_PIXELS, ImagePolicy, open_image
 from meme_llava.generation import Answerer, Exchange, PromptTooLong
-from meme_llava.images import MAX_PIXELS, ImagePolicy, open_image
 from meme_llava.streaming import stream_answer
 
 # A page that is sent every token of a fast model lags behind it.

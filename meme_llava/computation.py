@@ -9,7 +9,7 @@ from transformers import LlavaConfig, TrainingArguments
 
 from meme_llava.activation_checkpointing import RecomputedLayers
 from meme_llava.arguments import TrainArguments
-from meme_llava.images import ImagePolicy
+from meme_llava.dataset.images import ImagePolicy
 from meme_llava.machines import GIB
 from meme_llava.packed_attention import NAMES, choose_attention
 from meme_llava.packed_model import check_compiler

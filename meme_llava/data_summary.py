@@ -9,9 +9,9 @@ import numpy as np
 
 from meme_llava.arguments import RecordPolicy, check_setting, describe
 from meme_llava.check_report import GalleryEntry, Histogram, KindCount, ReportContents
-from meme_llava.data_check import CheckedData, CheckedRecord
+from meme_llava.dataset.check import CheckedData, CheckedRecord
+from meme_llava.dataset.findings import KINDS, Finding, Severities
 from meme_llava.display import print_findings, print_table
-from meme_llava.findings import KINDS, Finding, Severities
 
 FINDINGS = "findings.jsonl"
 REPORT = "report.html"

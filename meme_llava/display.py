@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from meme_llava.conversation import IGNORED_LABEL
-from meme_llava.data_check import CheckedData, doubt_pairing
-from meme_llava.findings import KINDS
+from meme_llava.dataset.check import CheckedData, doubt_pairing
+from meme_llava.dataset.conversation import IGNORED_LABEL
+from meme_llava.dataset.findings import KINDS
 from meme_llava.model import Processing
 
 SUPERVISED_STYLE = "bold green"

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers import AutoImageProcessor, ChineseCLIPVisionModel, CLIPVisionModel, LlavaConfig
 
+from meme_llava.dataset.images import open_image, to_pixel_values
 from meme_llava.errors import UserError
-from meme_llava.images import open_image, to_pixel_values
 from meme_llava.model import load_processing, make_empty_model, quiet_transformers
 from meme_llava.offloading import offload_weights
 from meme_llava.paths import DATA

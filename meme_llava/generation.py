@@ -13,13 +13,13 @@ from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from meme_llava.conversation import IMAGE_PLACEHOLDER, Turn
+from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
+from meme_llava.dataset.image_inspection import PICTURE_SUFFIXES
+from meme_llava.dataset.images import resolve_image_path, to_pixel_values
+from meme_llava.dataset.quarantine import read_quarantined_places
+from meme_llava.dataset.records import Record, read_records
 from meme_llava.errors import UserError
-from meme_llava.images import resolve_image_path, to_pixel_values
 from meme_llava.model import PROJECTOR, Processing, load_llava, load_processing
-from meme_llava.pictures import PICTURE_SUFFIXES
-from meme_llava.quarantine import read_quarantined_places
-from meme_llava.records import Record, read_records
 from meme_llava.storage.folders import find_base, holds_trained_weights
 from meme_llava.trainable import apply_trained_weights
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from meme_llava.images import open_image
+from meme_llava.dataset.images import open_image
 
 FOLDER = Path(__file__).parent
 THUMBNAIL_SIDE = 200  # pixels of the longer side

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from meme_llava.dataset import load_dataset
+from meme_llava.dataset.dataset import load_dataset
+from meme_llava.dataset.images import normalise
 from meme_llava.errors import UserError
-from meme_llava.images import normalise
 from meme_llava.merging import PEFT_PREFIX, TrainedWeights
 from meme_llava.model import LANGUAGE_MODEL, Processing, load_llava, load_processing, load_strictly, make_empty_model
 from meme_llava.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights

@@ -17,9 +17,9 @@ from torch import nn
 from transformers import AutoProcessor, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from meme_llava.conversation import IMAGE_PLACEHOLDER, ConversationEncoder
+from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, ConversationEncoder
+from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
-from meme_llava.images import ImagePolicy
 from meme_llava.storage.tensor_reader import open_model_tensors
 from meme_llava.weights import check_same_names, find_stored
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from meme_llava.data_check import check_image_folder
+from meme_llava.dataset.check import check_image_folder
+from meme_llava.dataset.image_inspection import PICTURE_SUFFIXES
+from meme_llava.dataset.images import resolve_image_path
 from meme_llava.errors import UserError
-from meme_llava.images import resolve_image_path
-from meme_llava.pictures import PICTURE_SUFFIXES
 from meme_llava.storage.hashing import hash_file
 
 # Looking for the nearest of 10,000 names takes half a second.

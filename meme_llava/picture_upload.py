@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from meme_llava.images import open_image
+from meme_llava.dataset.images import open_image
 
 JPEG_QUALITY = 90
 

@@ -16,10 +16,10 @@ from transformers import LlavaConfig
 from meme_llava.activation_checkpointing import RecomputedLayers
 from meme_llava.arguments import TrainArguments
 from meme_llava.costs import StepCounts, TrainingCosts, count_batch
-from meme_llava.dataset import TrainingOrder
+from meme_llava.dataset.dataset import TrainingOrder
+from meme_llava.dataset.images import ImagePolicy
 from meme_llava.display import print_table
 from meme_llava.errors import UserError
-from meme_llava.images import ImagePolicy
 from meme_llava.machines import CPU, GIB, Machine, find_machine, find_own_device
 from meme_llava.plan_advice import MemoryPlan, plan_memory, try_changes
 from meme_llava.run import TrainingRun

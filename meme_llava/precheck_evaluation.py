@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from meme_llava.arguments import describe, parse_arguments
+from meme_llava.dataset.image_cache import PictureCache, find_default_cache
+from meme_llava.dataset.image_inspection import inspect_pictures
+from meme_llava.dataset.images import MAX_PIXELS
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.generation import Question, list_record_questions
-from meme_llava.images import MAX_PIXELS
-from meme_llava.picture_cache import PictureCache, find_default_cache
-from meme_llava.pictures import inspect_pictures
 
 MAX_LISTED = 10
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from meme_llava.dataset.findings import RecordFault
+from meme_llava.dataset.records import iterate_values
 from meme_llava.errors import UserError
-from meme_llava.findings import RecordFault
-from meme_llava.records import iterate_values
 
 
 @dataclass(frozen=True)

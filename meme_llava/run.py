@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from meme_llava.arguments import TrainArguments, to_plain
 from meme_llava.computation import Computation
-from meme_llava.dataset import LoadedData
+from meme_llava.dataset.dataset import LoadedData
 from meme_llava.display import print_table
 from meme_llava.distributed.engines import Engine
 from meme_llava.distributed.processes import count_processes

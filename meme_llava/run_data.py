@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from meme_llava.arguments import TrainArguments
-from meme_llava.data_check import CheckedData, check_data, stop_on_bad_records
-from meme_llava.dataset import LoadedData, load_dataset
+from meme_llava.dataset.check import CheckedData, check_data, stop_on_bad_records
+from meme_llava.dataset.dataset import LoadedData, load_dataset
+from meme_llava.dataset.image_cache import PictureCache, find_default_cache
+from meme_llava.dataset.token_lengths import find_default_folder
 from meme_llava.display import show_count
 from meme_llava.model import Processing
-from meme_llava.picture_cache import PictureCache, find_default_cache
-from meme_llava.token_lengths import find_default_folder
 
 
 def check_records(arguments: TrainArguments, annotations: Path, image_folder: Path) -> CheckedData:

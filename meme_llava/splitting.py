@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from meme_llava.arguments import describe
-from meme_llava.data_check import check_image_folder
+from meme_llava.dataset.check import check_image_folder
+from meme_llava.dataset.images import resolve_image_path
+from meme_llava.dataset.records import parse_record
 from meme_llava.errors import UserError
-from meme_llava.images import resolve_image_path
 from meme_llava.mixing import draw_fitting
 from meme_llava.near_duplicates import Groups, PictureHash, find_smallest_distance, hash_pictures, join_near
 from meme_llava.preparation import AnnotationWriter, SourceSettings, check_not_input, check_output
-from meme_llava.records import parse_record
 from meme_llava.row_files import read_json_rows
 
 # Of 881 memes, pairs at distance 2 to 4 are one drawing with other words in 19 of 21 cases, at 6 in 17 of 20, at 8 in

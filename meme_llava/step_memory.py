@@ -19,8 +19,8 @@ from meme_llava.activation_checkpointing import (
     recompute_layers,
 )
 from meme_llava.arguments import TrainArguments
+from meme_llava.dataset.images import ImagePolicy
 from meme_llava.distributed.engines import DEEPSPEED, FSDP, choose_engine
-from meme_llava.images import ImagePolicy
 from meme_llava.step_trace import Arithmetic, Trace, outline_model, set_depths, trace_step
 from meme_llava.trainable import is_vision_layer_matrix
 

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import LlavaConfig
 
 from meme_llava.arguments import TrainArguments
-from meme_llava.images import ImagePolicy
+from meme_llava.dataset.images import ImagePolicy
 from meme_llava.model import count_used_vision_layers, make_empty_model, set_parameter
 from meme_llava.packed_attention import NAMES, choose_attention
 from meme_llava.packed_model import PackedLlava, prepare_packed_llava

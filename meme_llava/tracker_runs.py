@@ -15,9 +15,9 @@ from PIL import Image
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 
+from meme_llava.dataset.images import open_image
 from meme_llava.distributed.processes import is_main_process, share
 from meme_llava.errors import Stopped
-from meme_llava.images import open_image
 from meme_llava.trackers import MLFLOW, SWANLAB, TENSORBOARD, WANDB, explain_failure, list_trackers
 
 PROJECT = "meme-llava"

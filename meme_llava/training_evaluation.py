@@ -15,7 +15,8 @@ from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList, TrainerCallback
 
 from meme_llava.answer_scores import describe_measure, name_figure, score_answers, to_answered_question
-from meme_llava.collator import PackingCollator
+from meme_llava.dataset.collator import PackingCollator
+from meme_llava.dataset.images import open_image
 from meme_llava.display import print_table
 from meme_llava.distributed.engines import Engine
 from meme_llava.distributed.heartbeat import ProgressMarks
@@ -23,7 +24,6 @@ from meme_llava.distributed.processes import count_processes, gather, share
 from meme_llava.errors import UserError
 from meme_llava.generation import Answerer, choose_stops
 from meme_llava.given_answer import GivenAnswer, describe_answer
-from meme_llava.images import open_image
 from meme_llava.model import Processing
 from meme_llava.packed_model import answer_unpacked
 from meme_llava.run import TrainingRun

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from meme_llava.arguments import TrainArguments
-from meme_llava.data_check import CheckedData, CheckedRecord
-from meme_llava.dataset import MemeDataset
+from meme_llava.dataset.check import CheckedData, CheckedRecord
+from meme_llava.dataset.dataset import MemeDataset
 from meme_llava.distributed.processes import count_processes, find_rank, share
 from meme_llava.errors import UserError
 from meme_llava.generation import Question, find_question

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from meme_llava.dataset.images import ImagePolicy, read_pixels
 from meme_llava.display import show_count
 from meme_llava.distributed.heartbeat import ProgressMarks
 from meme_llava.distributed.processes import wait_for_all
 from meme_llava.errors import DiskFullError, UserError
-from meme_llava.images import ImagePolicy, read_pixels
 from meme_llava.model import count_image_tokens
 from meme_llava.packed_model import PackedLlava
 

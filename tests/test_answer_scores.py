@@ -3,7 +3,7 @@
 import pytest
 
 from meme_llava.answer_scores import AnsweredQuestion, asks_for_text, describe_measure, is_right, score_answers
-from meme_llava.captions import normalise_text
+from meme_llava.dataset.text_quality import normalise_text
 
 
 def ask(answer, truth, text=None, task="", picture="a.png", tokens=None, stopped=None):

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from meme_llava.check_report import GalleryEntry, Histogram, KindCount, ReportContents, write_check_report
-from meme_llava.conversation import Turn
-from meme_llava.findings import Finding
+from meme_llava.dataset.conversation import Turn
+from meme_llava.dataset.findings import Finding
 
 ATTACK = (
     '</script></template><script>window.hacked=1</script><img src=x onerror="window.hacked=1">\'"&amp;{{7*7}}\u2028'

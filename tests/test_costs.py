@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from meme_llava.arguments import parse_train_arguments
-from meme_llava.collator import PackingCollator
-from meme_llava.conversation import IGNORED_LABEL
 from meme_llava.costs import Flops, StepCounts, TrainingCosts, count_batch
+from meme_llava.dataset.collator import PackingCollator
+from meme_llava.dataset.conversation import IGNORED_LABEL
 from meme_llava.errors import UserError
 from meme_llava.machines import find_machine, measure_ceiling, recognise_machine
 from meme_llava.model import load_processing

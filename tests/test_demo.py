@@ -24,9 +24,9 @@ import infer
 from meme_llava import chat as chat_module
 from meme_llava.arguments import parse_arguments
 from meme_llava.chat import CUT_OFF, STOPPED, TOO_LONG, Chat, ChatProblem, Conversation
+from meme_llava.dataset.images import open_image
 from meme_llava.evaluation_arguments import DemoArguments
 from meme_llava.generation import Exchange, load_answerer
-from meme_llava.images import open_image
 
 NEW_TOKENS = 12  # a model of two training steps never stops by itself
 LONG = 3000

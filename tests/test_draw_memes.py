@@ -10,9 +10,9 @@ import pytest
 from conftest import run_drawing
 from PIL import Image
 
-from meme_llava.conversation import ConversationEncoder
-from meme_llava.dataset import load_dataset
-from meme_llava.images import ImagePolicy
+from meme_llava.dataset.conversation import ConversationEncoder
+from meme_llava.dataset.dataset import load_dataset
+from meme_llava.dataset.images import ImagePolicy
 from meme_llava.tiny_towers import train_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))

@@ -9,8 +9,8 @@ from conftest import train_flags
 import infer
 import merge_lora
 import train
+from meme_llava.dataset.images import open_image
 from meme_llava.generation import load_answerer
-from meme_llava.images import open_image
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ import build_base_model
 import merge_lora
 import train
 from meme_llava import export, merge_verification, merging, offloading
+from meme_llava.dataset.images import open_image, to_pixel_values
 from meme_llava.generation import load_answerer
-from meme_llava.images import open_image, to_pixel_values
 from meme_llava.merging import TrainedWeights
 from meme_llava.model import load_llava, load_processing
 from meme_llava.storage import tensor_reader

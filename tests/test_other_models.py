@@ -26,8 +26,8 @@ from caption_server import CUT_CONNECTION, CaptionServer, Step, answer, fail  # 
 
 import evaluate  # noqa: E402
 from meme_llava import endpoint_answers  # noqa: E402
+from meme_llava.dataset.images import open_image  # noqa: E402
 from meme_llava.generation import Question, load_answerer  # noqa: E402
-from meme_llava.images import open_image  # noqa: E402
 from meme_llava.text_reader import NOTHING_FOUND  # noqa: E402
 from meme_llava.transformers_model import load_transformers_model  # noqa: E402
 

@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from meme_llava import packed_attention
 from meme_llava.arguments import parse_train_arguments
-from meme_llava.collator import PackingCollator
-from meme_llava.conversation import Turn
+from meme_llava.dataset.collator import PackingCollator
+from meme_llava.dataset.conversation import Turn
+from meme_llava.dataset.images import open_image, read_pixels, to_pixel_values
 from meme_llava.errors import UserError
-from meme_llava.images import open_image, read_pixels, to_pixel_values
 from meme_llava.loss import CHUNK, CrossEntropyHead
 from meme_llava.model import load_llava, load_processing
 from meme_llava.packed_attention import FLASH_ATTENTION_2, MATMUL, SDPA, VARLEN, choose_attention

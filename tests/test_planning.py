@@ -11,8 +11,8 @@ from transformers import LlavaConfig
 
 from meme_llava.activation_checkpointing import RecomputedLayers, recompute_layers
 from meme_llava.arguments import parse_train_arguments
-from meme_llava.collator import PackingCollator
 from meme_llava.costs import TrainingCosts, count_batch
+from meme_llava.dataset.collator import PackingCollator
 from meme_llava.errors import UserError
 from meme_llava.machines import GIB, Machine, find_machine
 from meme_llava.model import load_processing

@@ -22,6 +22,8 @@ from meme_llava.arguments import (
     parse_train_arguments,
 )
 from meme_llava.data_summary import CheckArguments
+from meme_llava.dataset.findings import ALLOWABLE, KINDS
+from meme_llava.dataset.records import parse_record
 from meme_llava.describing import REASONS, DescribeArguments
 from meme_llava.endpoints import PRESETS
 from meme_llava.evaluation_arguments import (
@@ -31,9 +33,7 @@ from meme_llava.evaluation_arguments import (
     ReportArguments,
     parse_report_arguments,
 )
-from meme_llava.findings import ALLOWABLE, KINDS
 from meme_llava.questions import DESCRIBE, READ
-from meme_llava.records import parse_record
 from meme_llava.storage.folders import RUN_RECORD
 from meme_llava.storage.manifest import MANIFEST
 

@@ -4,7 +4,7 @@ import base64
 
 import pytest
 
-from meme_llava.images import open_image
+from meme_llava.dataset.images import open_image
 
 openai = pytest.importorskip("openai", reason="needs the packages of data/requirements.txt")
 

@@ -6,10 +6,10 @@ import threading
 import pytest
 from PIL import Image
 
-from meme_llava.conversation import IMAGE_PLACEHOLDER, Turn
+from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
+from meme_llava.dataset.images import open_image
 from meme_llava.errors import UserError
 from meme_llava.generation import Exchange, PromptTooLong
-from meme_llava.images import open_image
 from meme_llava.streaming import stream_answer
 
 QUESTION = "图里写了什么？"

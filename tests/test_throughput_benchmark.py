@@ -19,8 +19,8 @@ from throughput_rounds import Bench  # noqa: E402
 from throughput_ways import LADDER, PUBLISHED, Training  # noqa: E402
 
 from meme_llava.costs import TrainingCosts  # noqa: E402
+from meme_llava.dataset.sampling import BatchShape  # noqa: E402
 from meme_llava.errors import UserError  # noqa: E402
-from meme_llava.sampling import BatchShape  # noqa: E402
 
 CPU = Platform(torch.device("cpu"), torch.float32)
 STEPS = 3

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from meme_llava.sampling import BatchShape, PackedLengths, plan_shared_order, shuffle_families, shuffle_records
-from meme_llava.token_lengths import Sharing
+from meme_llava.dataset.sampling import BatchShape, PackedLengths, plan_shared_order, shuffle_families, shuffle_records
+from meme_llava.dataset.token_lengths import Sharing
 
 
 def make_records(sizes: list[int], own=lambda number: 100, prefix: int = 600) -> tuple[np.ndarray, Sharing]:

@@ -14,12 +14,12 @@ import pytest
 from conftest import SHARED_DATA
 from PIL import Image
 
-from meme_llava.conversation import ConversationEncoder
-from meme_llava.data_check import CheckedData, check_data, stop_on_bad_records
+from meme_llava.dataset.check import CheckedData, check_data, stop_on_bad_records
+from meme_llava.dataset.conversation import ConversationEncoder
+from meme_llava.dataset.findings import KINDS, UNTRAINABLE, Severities, Severity
+from meme_llava.dataset.image_inspection import inspect_picture, judge_picture
+from meme_llava.dataset.quarantine import write_quarantine
 from meme_llava.errors import UserError
-from meme_llava.findings import KINDS, UNTRAINABLE, Severities, Severity
-from meme_llava.pictures import inspect_picture, judge_picture
-from meme_llava.quarantine import write_quarantine
 from meme_llava.tiny_towers import train_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")

@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from meme_llava.conversation import IGNORED_LABEL, ConversationEncoder, DoesNotFit, Turn, make_chat_template
+from meme_llava.dataset.conversation import IGNORED_LABEL, ConversationEncoder, DoesNotFit, Turn, make_chat_template
 from meme_llava.errors import UserError
 from meme_llava.generation import Answerer
 from meme_llava.model import load_processing

@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from meme_llava import dataset as dataset_module
-from meme_llava.collator import PackingCollator
-from meme_llava.conversation import ConversationEncoder, Turn
-from meme_llava.dataset import MemeDataset, TrainingOrder, load_dataset
+from meme_llava.dataset import dataset as dataset_module
+from meme_llava.dataset.collator import PackingCollator
+from meme_llava.dataset.conversation import ConversationEncoder, Turn
+from meme_llava.dataset.dataset import MemeDataset, TrainingOrder, load_dataset
+from meme_llava.dataset.findings import Severities
+from meme_llava.dataset.images import ImagePolicy
+from meme_llava.dataset.quarantine import write_quarantine
+from meme_llava.dataset.records import read_records
 from meme_llava.errors import UserError
-from meme_llava.findings import Severities
-from meme_llava.images import ImagePolicy
-from meme_llava.quarantine import write_quarantine
-from meme_llava.records import read_records
 from meme_llava.tiny_towers import train_tokenizer
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, World
 from PIL import Image
 
-from meme_llava import pictures
+from meme_llava.dataset import image_inspection as pictures
 
 spec = importlib.util.spec_from_file_location("check_script", ROOT / "data" / "check.py")
 check_script = importlib.util.module_from_spec(spec)

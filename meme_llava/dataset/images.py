@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from meme_llava.dataset.file_signatures import START_LENGTH, describe_stranger
+from meme_llava.dataset.findings import RecordFault
 from meme_llava.errors import UserError
-from meme_llava.file_signatures import START_LENGTH, describe_stranger
-from meme_llava.findings import RecordFault
 
 # Only parsers for pictures that memes come in; PostScript, PSD and the like stay closed.
 ACCEPTED_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")

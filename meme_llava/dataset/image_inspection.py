@@ -18,9 +18,9 @@ from typing import TypeVar
 
 from PIL import Image
 
-from meme_llava.findings import RecordFault
-from meme_llava.images import PARSER_ERRORS, list_header_notes, open_header, open_image
-from meme_llava.picture_cache import PictureCache, PictureFacts
+from meme_llava.dataset.findings import RecordFault
+from meme_llava.dataset.image_cache import PictureCache, PictureFacts
+from meme_llava.dataset.images import PARSER_ERRORS, list_header_notes, open_header, open_image
 from meme_llava.storage.hashing import hash_file, try_hash_file
 
 SMALLEST_SIDE = 4  # pixels; less is a tracking dot, no picture

@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from meme_llava.conversation import IGNORED_LABEL
-from meme_llava.token_lengths import count_common_prefix
+from meme_llava.dataset.conversation import IGNORED_LABEL
+from meme_llava.dataset.token_lengths import count_common_prefix
 
 LossAverage = Literal["token", "caption"]
 

@@ -17,10 +17,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 import build_base_model
-from meme_llava.dataset import load_dataset
-from meme_llava.errors import UserError
-from meme_llava.generation import load_answerer
-from meme_llava.images import (
+from meme_llava.dataset.dataset import load_dataset
+from meme_llava.dataset.images import (
     ImagePolicy,
     normalise,
     open_header,
@@ -29,6 +27,8 @@ from meme_llava.images import (
     resolve_image_path,
     to_pixel_values,
 )
+from meme_llava.errors import UserError
+from meme_llava.generation import load_answerer
 from meme_llava.model import load_processing
 
 ODD_IMAGES = Path(__file__).resolve().parents[2] / "shared" / "data" / "odd_images"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meme_llava.token_lengths import Sharing
+from meme_llava.dataset.token_lengths import Sharing
 
 # Device batches of a step are evened out until the longest is this much above the mean, or by so many exchanges.
 TOLERANCE = 0.02

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from meme_llava.captions import find_loop, find_refusal, measure_recall, normalise_text
-from meme_llava.conversation import CONTROL_TOKENS, IMAGE_PLACEHOLDER, ConversationEncoder
+from meme_llava.dataset.conversation import CONTROL_TOKENS, IMAGE_PLACEHOLDER, ConversationEncoder
+from meme_llava.dataset.findings import KINDS, Finding, RecordFault, Severities
+from meme_llava.dataset.image_cache import PictureCache, PictureFacts
+from meme_llava.dataset.image_inspection import inspect_picture, inspect_pictures, judge_picture
+from meme_llava.dataset.images import MAX_PIXELS, resolve_image_path
+from meme_llava.dataset.records import Record, read_records
+from meme_llava.dataset.text_quality import find_loop, find_refusal, measure_recall, normalise_text
+from meme_llava.dataset.token_lengths import Conversation, RecordLengths, Sharing, measure_tokens
 from meme_llava.errors import UserError
-from meme_llava.findings import KINDS, Finding, RecordFault, Severities
-from meme_llava.images import MAX_PIXELS, resolve_image_path
-from meme_llava.picture_cache import PictureCache, PictureFacts
-from meme_llava.pictures import inspect_picture, inspect_pictures, judge_picture
-from meme_llava.records import Record, read_records
-from meme_llava.token_lengths import Conversation, RecordLengths, Sharing, measure_tokens
 
 # A list of a hundred thousand findings helps nobody; the count is always given in full.
 MAX_LISTED, MAX_LISTED_OF_ONE_CAUSE = 50, 5

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from meme_llava import picture_cache, pictures
-from meme_llava.findings import KINDS
-from meme_llava.picture_cache import PictureCache, PictureFacts, find_default_cache
-from meme_llava.pictures import (
+from meme_llava.dataset import image_cache as picture_cache
+from meme_llava.dataset import image_inspection as pictures
+from meme_llava.dataset.findings import KINDS
+from meme_llava.dataset.image_cache import PictureCache, PictureFacts, find_default_cache
+from meme_llava.dataset.image_inspection import (
     EXTENSIONS,
     PICTURE_SUFFIXES,
     inspect_picture,

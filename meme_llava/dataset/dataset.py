@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from meme_llava.conversation import ConversationEncoder
-from meme_llava.data_check import CheckedData, CheckedRecord, check_data, stop_on_bad_records
+from meme_llava.dataset.check import CheckedData, CheckedRecord, check_data, stop_on_bad_records
+from meme_llava.dataset.conversation import ConversationEncoder
+from meme_llava.dataset.findings import Severities
+from meme_llava.dataset.image_cache import PictureCache
+from meme_llava.dataset.images import MAX_PIXELS, ImagePolicy, read_pixels
+from meme_llava.dataset.sampling import BatchShape, PackedLengths, plan_shared_order, shuffle_records
+from meme_llava.dataset.token_lengths import Sharing, find_default_folder
 from meme_llava.errors import UserError
-from meme_llava.findings import Severities
-from meme_llava.images import MAX_PIXELS, ImagePolicy, read_pixels
-from meme_llava.picture_cache import PictureCache
-from meme_llava.sampling import BatchShape, PackedLengths, plan_shared_order, shuffle_records
-from meme_llava.token_lengths import Sharing, find_default_folder
 from meme_llava.vision_features import VisionFeatures
 
 

@@ -11,9 +11,15 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from meme_llava import token_lengths
-from meme_llava.conversation import ConversationEncoder, Turn
-from meme_llava.token_lengths import Conversation, RecordLengths, TokenLengths, find_default_folder, measure_tokens
+from meme_llava.dataset import token_lengths
+from meme_llava.dataset.conversation import ConversationEncoder, Turn
+from meme_llava.dataset.token_lengths import (
+    Conversation,
+    RecordLengths,
+    TokenLengths,
+    find_default_folder,
+    measure_tokens,
+)
 
 LETTERS = "\nabcdefghijklmnopqrstuvwxyz"
 P, Q = Path("/images/p.png"), Path("/images/q.png")

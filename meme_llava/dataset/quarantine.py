@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from meme_llava.data_check import CheckedData
+from meme_llava.dataset.check import CheckedData
+from meme_llava.dataset.findings import RecordFault
+from meme_llava.dataset.records import iterate_values
 from meme_llava.errors import UserError
-from meme_llava.findings import RecordFault
-from meme_llava.records import iterate_values
 
 QUARANTINE = "quarantine.jsonl"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from meme_llava.collator import PackingCollator
+from meme_llava.dataset.collator import PackingCollator
 
 A, B, C, D, E, Q = 11, 12, 13, 14, 15, 16
 IMAGE, NONE = 90, -100

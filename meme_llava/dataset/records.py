@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from meme_llava.conversation import IMAGE_PLACEHOLDER, Turn
+from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
+from meme_llava.dataset.findings import Finding, RecordFault
 from meme_llava.errors import UserError
-from meme_llava.findings import Finding, RecordFault
 
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 FORMAT_HELP = "See data/README.md for the record format."
