@@ -19,7 +19,6 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from meme_llava.activation_checkpointing import recompute_layers
 from meme_llava.arguments import TrainArguments, parse_train_arguments
 from meme_llava.checkpoint_store import (
     CheckpointContent,
@@ -48,9 +47,11 @@ from meme_llava.distributed.processes import (
     start_process_group,
 )
 from meme_llava.errors import Stopped, stop_on_user_error
-from meme_llava.model import Processing, load_processing
+from meme_llava.model.activation_checkpointing import recompute_layers
+from meme_llava.model.llava import Processing, load_processing
+from meme_llava.model.packed_llava import compile_layers, load_packed_llava
+from meme_llava.model.trainable import load_projector, load_trained_weights, plan_parameter_groups, prepare_trainable
 from meme_llava.out_of_memory import explain_out_of_memory
-from meme_llava.packed_model import compile_layers, load_packed_llava
 from meme_llava.planning import plan_run, print_plan
 from meme_llava.progress import ProgressBar, show_progress_with
 from meme_llava.resume import StartPoint, check_continues, choose_start, describe_continuation, is_finished
@@ -61,7 +62,6 @@ from meme_llava.storage.manifest import read_manifest
 from meme_llava.throughput import CountingCollator
 from meme_llava.tracker_runs import TrackerRuns, open_tracker_runs
 from meme_llava.trackers import check_trackers
-from meme_llava.trainable import load_projector, load_trained_weights, plan_parameter_groups, prepare_trainable
 from meme_llava.trainer import MemeTrainer
 from meme_llava.training_arguments import derive_accumulation, make_training_arguments
 from meme_llava.training_evaluation import make_evaluation

@@ -36,7 +36,7 @@ from meme_llava.dataset.images import ImagePolicy  # noqa: E402
 from meme_llava.dataset.records import read_records  # noqa: E402
 from meme_llava.display import print_table  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
-from meme_llava.model import load_processing  # noqa: E402
+from meme_llava.model.llava import load_processing  # noqa: E402
 
 # Chinese-CLIP ViT-L/14-336.
 SIZE, TOKENS_PER_IMAGE = 336, 576

@@ -31,7 +31,7 @@ from meme_llava.dataset.quarantine import QUARANTINE, write_quarantine  # noqa: 
 from meme_llava.dataset.token_lengths import find_default_folder  # noqa: E402
 from meme_llava.display import show_count  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
-from meme_llava.model import load_processing  # noqa: E402
+from meme_llava.model.llava import load_processing  # noqa: E402
 from meme_llava.storage.folders import RUN_RECORD, describe_environment, write_directory, write_json  # noqa: E402
 from meme_llava.storage.hashing import hash_file  # noqa: E402
 

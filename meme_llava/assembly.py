@@ -15,11 +15,11 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, TURN_END, TURN_START, make_chat_template
 from meme_llava.dataset.images import Resize
-from meme_llava.model import count_image_tokens, has_class_token, quiet_transformers
+from meme_llava.model.llava import count_image_tokens, has_class_token, quiet_transformers
+from meme_llava.model.tensor_names import Rounding, plan_copy, plan_rounded
 from meme_llava.source_models import EMBEDDING, HEAD, Source, open_language_model, open_vision_tower
 from meme_llava.storage.folders import write_json
 from meme_llava.storage.tensor_writer import PlannedTensor, count_bytes, write_tensors
-from meme_llava.weights import Rounding, plan_copy, plan_rounded
 
 # The features of the last layer but one, as LLaVA takes them: the last one is tuned for the contrastive loss.
 VISION_FEATURE_LAYER = -2

@@ -13,7 +13,7 @@ from meme_llava.assembly import VISION_FEATURE_LAYER, Parts
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
-from meme_llava.model import (
+from meme_llava.model.llava import (
     LANGUAGE_MODEL,
     VISION_TOWER,
     Processing,
@@ -21,10 +21,10 @@ from meme_llava.model import (
     load_strictly,
     make_empty_model,
 )
+from meme_llava.model.tensor_names import check_same_names, find_stored, to_disk_name
 from meme_llava.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights
 from meme_llava.source_models import EMBEDDING, HEAD, OTHER_TOWER_PREFIXES, Source
 from meme_llava.storage.tensor_reader import TensorReader, open_model_tensors
-from meme_llava.weights import check_same_names, find_stored, to_disk_name
 
 PROOF_CHAT = [
     Turn("user", "你好！“加班使我快乐”是什么意思？"),

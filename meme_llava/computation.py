@@ -7,12 +7,12 @@ import psutil
 import torch
 from transformers import LlavaConfig, TrainingArguments
 
-from meme_llava.activation_checkpointing import RecomputedLayers
 from meme_llava.arguments import TrainArguments
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.machines import GIB
-from meme_llava.packed_attention import NAMES, choose_attention
-from meme_llava.packed_model import check_compiler
+from meme_llava.model.activation_checkpointing import RecomputedLayers
+from meme_llava.model.packed_attention import NAMES, choose_attention
+from meme_llava.model.packed_llava import check_compiler
 from meme_llava.step_memory import StateDivision, StepEstimator, StepMemory, find_usable
 from meme_llava.training_arguments import choose_bf16
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 from torch import nn
 
-from meme_llava.model import (
+from meme_llava.model.llava import (
     LANGUAGE_MODEL,
     PROJECTOR,
     VISION_TOWER,

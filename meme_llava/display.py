@@ -18,7 +18,7 @@ from tqdm import tqdm
 from meme_llava.dataset.check import CheckedData, doubt_pairing
 from meme_llava.dataset.conversation import IGNORED_LABEL
 from meme_llava.dataset.findings import KINDS
-from meme_llava.model import Processing
+from meme_llava.model.llava import Processing
 
 SUPERVISED_STYLE = "bold green"
 IMAGE_STYLE = "magenta"

@@ -19,9 +19,9 @@ from meme_llava.dataset.images import resolve_image_path, to_pixel_values
 from meme_llava.dataset.quarantine import read_quarantined_places
 from meme_llava.dataset.records import Record, read_records
 from meme_llava.errors import UserError
-from meme_llava.model import PROJECTOR, Processing, load_llava, load_processing
+from meme_llava.model.llava import PROJECTOR, Processing, load_llava, load_processing
+from meme_llava.model.trainable import apply_trained_weights
 from meme_llava.storage.folders import find_base, holds_trained_weights
-from meme_llava.trainable import apply_trained_weights
 
 
 class PromptTooLong(UserError):

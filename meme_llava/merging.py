@@ -13,12 +13,12 @@ from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 
 from meme_llava.errors import UserError
-from meme_llava.model import PROJECTOR
+from meme_llava.model.llava import PROJECTOR
+from meme_llava.model.tensor_names import Rounding, plan_rounded, to_disk_name
 from meme_llava.storage.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS, read_run_record, write_json
 from meme_llava.storage.hashing import hash_file
 from meme_llava.storage.tensor_reader import WEIGHTS, WEIGHTS_INDEX, TensorReader, open_model_tensors
 from meme_llava.storage.tensor_writer import PlannedTensor, count_bytes, write_tensors
-from meme_llava.weights import Rounding, plan_rounded, to_disk_name
 
 PEFT_PREFIX = "base_model.model."
 # float32 elements of a piece: a few such pieces fit in a processor's cache.

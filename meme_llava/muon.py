@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from meme_llava.trainable import ParameterGroup
+from meme_llava.model.trainable import ParameterGroup
 
 MOMENTUM_BUFFER = "momentum_buffer"
 MOMENTUM = 0.95

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import nn
 
-from meme_llava.model import set_parameter
+from meme_llava.model.llava import set_parameter
 from meme_llava.storage.tensor_reader import TensorReader
 
 # How a comparison says where its models ran.

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import LlavaConfig
 
-from meme_llava.activation_checkpointing import RecomputedLayers
 from meme_llava.arguments import TrainArguments
 from meme_llava.costs import StepCounts, TrainingCosts, count_batch
 from meme_llava.dataset.dataset import TrainingOrder
@@ -21,6 +20,7 @@ from meme_llava.dataset.images import ImagePolicy
 from meme_llava.display import print_table
 from meme_llava.errors import UserError
 from meme_llava.machines import CPU, GIB, Machine, find_machine, find_own_device
+from meme_llava.model.activation_checkpointing import RecomputedLayers
 from meme_llava.plan_advice import MemoryPlan, plan_memory, try_changes
 from meme_llava.run import TrainingRun
 from meme_llava.step_memory import StateDivision, StepEstimator

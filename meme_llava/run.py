@@ -14,7 +14,7 @@ from meme_llava.display import print_table
 from meme_llava.distributed.engines import Engine
 from meme_llava.distributed.processes import count_processes
 from meme_llava.errors import CheckpointError
-from meme_llava.model import Processing, quiet_transformers
+from meme_llava.model.llava import Processing, quiet_transformers
 from meme_llava.resume import StartPoint
 from meme_llava.storage.fingerprint import fingerprint_folder
 from meme_llava.storage.folders import (

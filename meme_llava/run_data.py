@@ -8,7 +8,7 @@ from meme_llava.dataset.dataset import LoadedData, load_dataset
 from meme_llava.dataset.image_cache import PictureCache, find_default_cache
 from meme_llava.dataset.token_lengths import find_default_folder
 from meme_llava.display import show_count
-from meme_llava.model import Processing
+from meme_llava.model.llava import Processing
 
 
 def check_records(arguments: TrainArguments, annotations: Path, image_folder: Path) -> CheckedData:

@@ -16,9 +16,9 @@ from transformers import AutoImageProcessor, AutoTokenizer, ChineseCLIPModel, Qw
 
 from meme_llava.arguments import check_setting, describe, parse_arguments, to_plain
 from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.model import load_llava, load_strictly, quiet_transformers
+from meme_llava.model.llava import load_llava, load_strictly, quiet_transformers
+from meme_llava.model.tensor_names import Rounding
 from meme_llava.storage.folders import RUN_RECORD, describe_environment, write_directory, write_json
-from meme_llava.weights import Rounding
 
 
 @dataclass

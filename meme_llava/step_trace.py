@@ -21,10 +21,10 @@ from transformers import LlavaConfig
 
 from meme_llava.arguments import TrainArguments
 from meme_llava.dataset.images import ImagePolicy
-from meme_llava.model import count_used_vision_layers, make_empty_model, set_parameter
-from meme_llava.packed_attention import NAMES, choose_attention
-from meme_llava.packed_model import PackedLlava, prepare_packed_llava
-from meme_llava.trainable import prepare_trainable
+from meme_llava.model.llava import count_used_vision_layers, make_empty_model, set_parameter
+from meme_llava.model.packed_attention import NAMES, choose_attention
+from meme_llava.model.packed_llava import PackedLlava, prepare_packed_llava
+from meme_llava.model.trainable import prepare_trainable
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers.models.chinese_clip.image_processing_pil_chinese_clip import C
 from meme_llava.arguments import parse_arguments, to_plain
 from meme_llava.dataset.conversation import DEFAULT_SYSTEM
 from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.model import quiet_transformers
+from meme_llava.model.llava import quiet_transformers
 from meme_llava.storage.folders import RUN_RECORD, describe_environment, write_directory, write_json
 
 ALPHABET_WEIGHT = 50

@@ -17,11 +17,11 @@ from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine, check_engine
 from meme_llava.distributed.heartbeat import ProgressMarks
 from meme_llava.distributed.processes import StopRequest, ignore_stop_signals, is_main_process
 from meme_llava.errors import NonFiniteError
+from meme_llava.model.trainable import ParameterGroup, save_trained_weights
 from meme_llava.muon import MuonWithAdamW
 from meme_llava.step_guard import FirstGradientCheck, StepGuard, StepSoundness
 from meme_llava.storage.manifest import read_manifest
 from meme_llava.throughput import RECORD_IDS, ThroughputMeter, find_own_machine
-from meme_llava.trainable import ParameterGroup, save_trained_weights
 from meme_llava.training_evaluation import EvaluationCallback, EvaluationInterrupted, TrainingEvaluation
 from meme_llava.training_state import OPTIMIZER_PREFIX, TrainingState
 

@@ -24,8 +24,8 @@ from meme_llava.distributed.processes import count_processes, gather, share
 from meme_llava.errors import UserError
 from meme_llava.generation import Answerer, choose_stops
 from meme_llava.given_answer import GivenAnswer, describe_answer
-from meme_llava.model import Processing
-from meme_llava.packed_model import answer_unpacked
+from meme_llava.model.llava import Processing
+from meme_llava.model.packed_llava import answer_unpacked
 from meme_llava.run import TrainingRun
 from meme_llava.tracker_runs import ShownAnswer, TrackerRuns
 from meme_llava.validation import ANSWERS, ValidationData, deal

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from meme_llava.errors import UserError
 from meme_llava.generation import Answer, Question, choose_device, choose_dtype, read_answer
-from meme_llava.model import quiet_transformers
+from meme_llava.model.llava import quiet_transformers
 
 
 @dataclass(frozen=True)

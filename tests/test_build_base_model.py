@@ -28,7 +28,7 @@ from transformers import (
 import build_base_model
 from meme_llava import assembly, offloading
 from meme_llava.errors import UserError
-from meme_llava.model import load_processing
+from meme_llava.model.llava import load_processing
 
 BASE_FILES = {
     "chat_template.jinja",

@@ -8,13 +8,13 @@ from transformers import LlavaConfig
 
 import train
 from meme_llava import computation, machines
-from meme_llava.activation_checkpointing import RecomputedLayers
 from meme_llava.arguments import parse_train_arguments
 from meme_llava.computation import bound_memory, plan_computation
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import TrainingOrder, load_dataset
 from meme_llava.distributed.engines import choose_engine
-from meme_llava.model import load_processing
+from meme_llava.model.activation_checkpointing import RecomputedLayers
+from meme_llava.model.llava import load_processing
 from meme_llava.step_memory import StateDivision, StepEstimator
 from meme_llava.training_arguments import make_training_arguments
 

@@ -15,10 +15,10 @@ from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.conversation import IGNORED_LABEL
 from meme_llava.errors import UserError
 from meme_llava.machines import find_machine, measure_ceiling, recognise_machine
-from meme_llava.model import load_processing
-from meme_llava.packed_attention import SDPA
-from meme_llava.packed_model import load_packed_llava
-from meme_llava.trainable import prepare_trainable
+from meme_llava.model.llava import load_processing
+from meme_llava.model.packed_attention import SDPA
+from meme_llava.model.packed_llava import load_packed_llava
+from meme_llava.model.trainable import prepare_trainable
 
 TOKENS_PER_IMAGE = 4
 

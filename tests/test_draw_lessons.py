@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
 
 from meme_llava import tiny_towers
-from meme_llava.model import load_strictly
+from meme_llava.model.llava import load_strictly
 from meme_llava.storage.folders import read_run_record
 
 DATA = Path(__file__).resolve().parent.parent / "data"

@@ -8,7 +8,7 @@ from conftest import ROOT
 from transformers import AutoTokenizer
 
 import build_base_model
-from meme_llava.model import load_llava
+from meme_llava.model.llava import load_llava
 
 sys.path.insert(0, str(ROOT / "data"))
 from meme_lines import list_alphabet  # noqa: E402

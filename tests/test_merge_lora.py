@@ -28,11 +28,11 @@ from meme_llava import export, merge_verification, merging, offloading
 from meme_llava.dataset.images import open_image, to_pixel_values
 from meme_llava.generation import load_answerer
 from meme_llava.merging import TrainedWeights
-from meme_llava.model import load_llava, load_processing
+from meme_llava.model.llava import load_llava, load_processing
+from meme_llava.model.tensor_names import to_disk_name
+from meme_llava.model.trainable import apply_trained_weights, save_trained_weights
 from meme_llava.storage import tensor_reader
 from meme_llava.storage.folders import holds_trained_weights
-from meme_llava.trainable import apply_trained_weights, save_trained_weights
-from meme_llava.weights import to_disk_name
 
 
 @pytest.fixture(scope="module")

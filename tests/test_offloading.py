@@ -23,10 +23,10 @@ from transformers import (
 from meme_llava import offloading
 from meme_llava.merge_verification import _add_adapter, _read_unmerged
 from meme_llava.merging import TrainedWeights
-from meme_llava.model import load_llava, make_empty_model
+from meme_llava.model.llava import load_llava, make_empty_model
+from meme_llava.model.trainable import apply_trained_weights
 from meme_llava.offloading import fits_in_memory, measure_available_memory, offload_weights
 from meme_llava.storage.tensor_reader import TensorReader, open_model_tensors
-from meme_llava.trainable import apply_trained_weights
 
 VISION = {**VISION_DIMENSIONS, "image_size": 28, "patch_size": 14}
 IDS = torch.tensor([[5, 3, 8, 1, 0, 63]])

@@ -9,13 +9,13 @@ from conftest import IMAGE_SIZE, train_flags
 from test_costs import TOKENS_PER_IMAGE, load_prepared, make_batch, make_example
 from transformers import LlavaConfig
 
-from meme_llava.activation_checkpointing import RecomputedLayers, recompute_layers
 from meme_llava.arguments import parse_train_arguments
 from meme_llava.costs import TrainingCosts, count_batch
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.errors import UserError
 from meme_llava.machines import GIB, Machine, find_machine
-from meme_llava.model import load_processing
+from meme_llava.model.activation_checkpointing import RecomputedLayers, recompute_layers
+from meme_llava.model.llava import load_processing
 from meme_llava.plan_advice import shrink_batch
 from meme_llava.planning import RunOutline, format_seconds, plan_training, print_plan
 from meme_llava.step_memory import StateDivision, StepEstimator, find_usable

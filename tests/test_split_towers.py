@@ -11,7 +11,7 @@ import build_base_model
 import merge_lora
 import train
 from meme_llava import split_towers
-from meme_llava.model import load_llava, load_strictly
+from meme_llava.model.llava import load_llava, load_strictly
 from meme_llava.tiny_towers import make_language_model
 
 

@@ -15,9 +15,9 @@ from meme_llava import vision_features
 from meme_llava.dataset.images import read_pixels
 from meme_llava.distributed.heartbeat import ProgressMarks
 from meme_llava.errors import UserError
-from meme_llava.model import load_processing
-from meme_llava.packed_attention import SDPA
-from meme_llava.packed_model import PackedLlava, load_packed_llava
+from meme_llava.model.llava import load_processing
+from meme_llava.model.packed_attention import SDPA
+from meme_llava.model.packed_llava import PackedLlava, load_packed_llava
 from meme_llava.vision_features import encode_pictures
 
 

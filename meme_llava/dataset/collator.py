@@ -1,6 +1,6 @@
 """Knows how examples become one batch: a packed row without padding. Knows nothing about files, prompts or models.
 
-The collator is the only place that decides a batch's layout; meme_llava/packed_model.py is its only reader.
+The collator is the only place that decides a batch's layout; meme_llava/model/packed_llava.py is its only reader.
 """
 
 from collections.abc import Iterable

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from meme_llava.dataset.conversation import IGNORED_LABEL, ConversationEncoder, DoesNotFit, Turn, make_chat_template
 from meme_llava.errors import UserError
 from meme_llava.generation import Answerer
-from meme_llava.model import load_processing
+from meme_llava.model.llava import load_processing
 
 # The tokenizer of the written-out example: every word is one token, its id is its place in this list.
 WORDS = ["\n", "system", "user", "assistant", "看图", "写了", "什么", "？", "我太难", "了", "谢啦", "不", "客气", "！"]

@@ -29,7 +29,7 @@ from meme_llava.dataset.images import (
 )
 from meme_llava.errors import UserError
 from meme_llava.generation import load_answerer
-from meme_llava.model import load_processing
+from meme_llava.model.llava import load_processing
 
 ODD_IMAGES = Path(__file__).resolve().parents[2] / "shared" / "data" / "odd_images"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

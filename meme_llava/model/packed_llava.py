@@ -22,9 +22,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from meme_llava.dataset.images import ImagePolicy, normalise
 from meme_llava.errors import UserError
-from meme_llava.loss import CrossEntropyHead
-from meme_llava.model import count_used_vision_layers, load_llava
-from meme_llava.packed_attention import MATMUL, Packing
+from meme_llava.model.llava import count_used_vision_layers, load_llava
+from meme_llava.model.loss import CrossEntropyHead
+from meme_llava.model.packed_attention import MATMUL, Packing
 
 
 class PackedLlava(LlavaForConditionalGeneration):

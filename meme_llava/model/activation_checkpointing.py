@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlavaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from meme_llava.model import LANGUAGE_MODEL, VISION_TOWER, count_used_vision_layers
+from meme_llava.model.llava import LANGUAGE_MODEL, VISION_TOWER, count_used_vision_layers
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,17 @@ from conftest import train_flags
 from torch._dynamo.utils import counters
 from torch.nn import functional
 
-from meme_llava import packed_attention
 from meme_llava.arguments import parse_train_arguments
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.conversation import Turn
 from meme_llava.dataset.images import open_image, read_pixels, to_pixel_values
 from meme_llava.errors import UserError
-from meme_llava.loss import CHUNK, CrossEntropyHead
-from meme_llava.model import load_llava, load_processing
-from meme_llava.packed_attention import FLASH_ATTENTION_2, MATMUL, SDPA, VARLEN, choose_attention
-from meme_llava.packed_model import check_compiler, compile_layers, load_packed_llava, prepare_packed_llava
-from meme_llava.trainable import prepare_trainable
+from meme_llava.model import packed_attention
+from meme_llava.model.llava import load_llava, load_processing
+from meme_llava.model.loss import CHUNK, CrossEntropyHead
+from meme_llava.model.packed_attention import FLASH_ATTENTION_2, MATMUL, SDPA, VARLEN, choose_attention
+from meme_llava.model.packed_llava import check_compiler, compile_layers, load_packed_llava, prepare_packed_llava
+from meme_llava.model.trainable import prepare_trainable
 
 ASK = "<image>\n图里写了什么？"
 # Per case: (pictures, question, answer, question, answer, …) of every record.

@@ -15,7 +15,7 @@ from torch import nn
 
 from meme_llava.arguments import TrainArguments
 from meme_llava.errors import UserError
-from meme_llava.model import (
+from meme_llava.model.llava import (
     LANGUAGE_MODEL,
     PROJECTOR,
     ROLES,
@@ -23,8 +23,8 @@ from meme_llava.model import (
     is_unused_vision_parameter,
     role_of,
 )
+from meme_llava.model.tensor_names import check_same_names, to_disk_name, to_memory_name
 from meme_llava.storage.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS, set_file_modes
-from meme_llava.weights import check_same_names, to_disk_name, to_memory_name
 
 
 @dataclass(frozen=True)

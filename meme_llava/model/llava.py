@@ -20,8 +20,8 @@ from transformers.utils import logging as transformers_logging
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, ConversationEncoder
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
+from meme_llava.model.tensor_names import check_same_names, find_stored
 from meme_llava.storage.tensor_reader import open_model_tensors
-from meme_llava.weights import check_same_names, find_stored
 
 VISION_TOWER = "vision_tower"
 PROJECTOR = "multi_modal_projector"

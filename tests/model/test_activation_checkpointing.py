@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_costs import load_prepared, make_batch
 
-from meme_llava.activation_checkpointing import (
+from meme_llava.model.activation_checkpointing import (
     RecomputedLayers,
     choose_recomputed_layers,
     count_layers,
