@@ -12,8 +12,8 @@ import meme_llava  # noqa: F401
 import torch
 
 from meme_llava.arguments import BuildArguments, parse_arguments, to_plain
-from meme_llava.assembly import open_parts, write_llava
-from meme_llava.assembly_verification import verify_assembled
+from meme_llava.convert.build import open_parts, write_llava
+from meme_llava.convert.build_check import verify_assembled
 from meme_llava.display import print_table, show_bytes
 from meme_llava.errors import stop_on_user_error
 from meme_llava.storage.fingerprint import fingerprint_folder

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from meme_llava.convert.merge import PEFT_PREFIX, TrainedWeights
+from meme_llava.convert.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights
+from meme_llava.convert.towers import HEAD
 from meme_llava.dataset.dataset import load_dataset
 from meme_llava.dataset.images import normalise
 from meme_llava.errors import UserError
-from meme_llava.merging import PEFT_PREFIX, TrainedWeights
 from meme_llava.model.llava import (
     LANGUAGE_MODEL,
     Processing,
@@ -23,9 +25,7 @@ from meme_llava.model.llava import (
 )
 from meme_llava.model.tensor_names import find_stored, to_disk_name, to_memory_name
 from meme_llava.model.trainable import add_adapter, apply_trained_weights
-from meme_llava.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights
 from meme_llava.paths import DATA
-from meme_llava.source_models import HEAD
 from meme_llava.storage.folders import ADAPTER_CONFIG
 from meme_llava.storage.tensor_reader import TensorReader, open_model_tensors
 

@@ -20,12 +20,12 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from meme_llava import offloading
-from meme_llava.merge_verification import _add_adapter, _read_unmerged
-from meme_llava.merging import TrainedWeights
+from meme_llava.convert import offloading
+from meme_llava.convert.merge import TrainedWeights
+from meme_llava.convert.merge_check import _add_adapter, _read_unmerged
+from meme_llava.convert.offloading import fits_in_memory, measure_available_memory, offload_weights
 from meme_llava.model.llava import load_llava, make_empty_model
 from meme_llava.model.trainable import apply_trained_weights
-from meme_llava.offloading import fits_in_memory, measure_available_memory, offload_weights
 from meme_llava.storage.tensor_reader import TensorReader, open_model_tensors
 
 VISION = {**VISION_DIMENSIONS, "image_size": 28, "patch_size": 14}

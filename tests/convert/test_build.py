@@ -26,7 +26,8 @@ from transformers import (
 )
 
 import build_base_model
-from meme_llava import assembly, offloading
+from meme_llava.convert import build as assembly
+from meme_llava.convert import offloading
 from meme_llava.errors import UserError
 from meme_llava.model.llava import load_processing
 

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from meme_llava.assembly import VISION_FEATURE_LAYER, Parts
+from meme_llava.convert.build import VISION_FEATURE_LAYER, Parts
+from meme_llava.convert.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights
+from meme_llava.convert.towers import EMBEDDING, HEAD, OTHER_TOWER_PREFIXES, Source
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
@@ -22,8 +24,6 @@ from meme_llava.model.llava import (
     make_empty_model,
 )
 from meme_llava.model.tensor_names import check_same_names, find_stored, to_disk_name
-from meme_llava.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights
-from meme_llava.source_models import EMBEDDING, HEAD, OTHER_TOWER_PREFIXES, Source
 from meme_llava.storage.tensor_reader import TensorReader, open_model_tensors
 
 PROOF_CHAT = [
