@@ -13,10 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from meme_llava.arguments import parse_arguments
-from meme_llava.chat import Chat
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.evaluation_arguments import DemoArguments
-from meme_llava.generation import Answerer, load_answerer
+from meme_llava.inference.chat import Chat
+from meme_llava.inference.generation import Answerer, load_answerer
 from meme_llava.storage.folders import holds_trained_weights
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"warning: --host {arguments.host}: whoever reaches this machine can ask; there is no password")
     with tempfile.TemporaryDirectory(prefix="meme_llava_demo_") as folder:
         keep_uploads_in(folder)
-        from meme_llava.chat_page import build_page, list_examples, serve_until_stopped
+        from meme_llava.inference.chat_page import build_page, list_examples, serve_until_stopped
 
         page = build_page(chat, [str(folder) for folder in folders], list_examples())
         serve_until_stopped(page, arguments.host, arguments.port, on_stop=chat.close)

@@ -32,8 +32,8 @@ from meme_llava.evaluation_folder import (
     open_evaluation,
     read_finished_evaluation,
 )
-from meme_llava.generation import Question, list_record_questions
-from meme_llava.given_answer import describe_answer
+from meme_llava.inference.answers import describe_answer
+from meme_llava.inference.generation import Question, list_record_questions
 from meme_llava.precheck_evaluation import check_pictures
 from meme_llava.storage.folders import describe_environment
 from meme_llava.storage.hashing import hash_file, hash_files

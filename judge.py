@@ -16,7 +16,6 @@ from meme_llava.answer_scores import Score
 from meme_llava.arguments import parse_arguments, to_plain
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.display import print_table
-from meme_llava.endpoints import Endpoint, check_client, find_endpoint
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.evaluation_arguments import JudgeArguments
 from meme_llava.evaluation_folder import (
@@ -28,6 +27,7 @@ from meme_llava.evaluation_folder import (
     read_finished_evaluation,
     read_predictions,
 )
+from meme_llava.inference.endpoints import Endpoint, check_client, find_endpoint
 from meme_llava.judging import CRITERIA, Comparison, Pair, combine_verdicts, compare_pairs, read_verdict
 from meme_llava.storage.folders import describe_environment
 from meme_llava.storage.hashing import hash_file
@@ -113,7 +113,7 @@ def judge_batch(endpoint: Endpoint, pairs: list[Pair], image_folder: Path, argum
     A verdict is None, with the problem, where there is none.
     """
     # openai is installed by those who ask servers.
-    from meme_llava.endpoint_answers import Request, ask_endpoint
+    from meme_llava.inference.endpoint_answers import Request, ask_endpoint
 
     open_questions = [(place, swapped) for place, pair in enumerate(pairs) if not pair.is_same for swapped in (0, 1)]
     verdicts: dict[tuple[int, int], dict[str, str]] = {}

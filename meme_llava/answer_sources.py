@@ -9,15 +9,15 @@ from PIL import Image
 
 from meme_llava.answer_scores import asks_for_text
 from meme_llava.dataset.images import ImagePolicy, open_image
-from meme_llava.endpoints import check_client, find_endpoint
 from meme_llava.errors import UserError
 from meme_llava.evaluation_arguments import EvaluateArguments
-from meme_llava.generation import Question, load_answerer
-from meme_llava.given_answer import GivenAnswer
+from meme_llava.inference.answers import GivenAnswer
+from meme_llava.inference.endpoints import check_client, find_endpoint
+from meme_llava.inference.generation import Question, load_answerer
+from meme_llava.inference.ocr import TextReader, check_text_reader
 from meme_llava.storage.fingerprint import fingerprint_folder
 from meme_llava.storage.folders import RUN_RECORD, identify_weights, read_run_record
 from meme_llava.storage.hub import resolve_model_folder
-from meme_llava.text_reader import TextReader, check_text_reader
 
 # Answers to some questions, in their order, as they come. Raises ValueError for a picture that cannot be read.
 Ask = Callable[[list[Question]], Iterator[GivenAnswer]]
@@ -52,7 +52,7 @@ def choose_source(arguments: EvaluateArguments) -> AnswerSource:
     if arguments.answer_with == "endpoint":
         check_client()
         # openai is installed by those who ask servers.
-        from meme_llava.endpoint_answers import Request, ask_endpoint
+        from meme_llava.inference.endpoint_answers import Request, ask_endpoint
 
         endpoint = find_endpoint(
             arguments.preset, arguments.base_url, arguments.model, arguments.key_variable, os.environ
@@ -113,7 +113,7 @@ def _load_our_model(folder: Path, arguments: EvaluateArguments) -> Ask:
 
 
 def _load_transformers_model(folder: Path, arguments: EvaluateArguments) -> Ask:
-    from meme_llava.transformers_model import load_transformers_model
+    from meme_llava.inference.transformers_model import load_transformers_model
 
     model = load_transformers_model(folder, arguments.device, arguments.dtype)
 

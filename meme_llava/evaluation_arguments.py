@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from meme_llava.arguments import check_setting, describe, parse_arguments
-from meme_llava.endpoints import PRESETS
 from meme_llava.errors import UserError
+from meme_llava.inference.endpoints import PRESETS
 
 
 @dataclass

@@ -22,8 +22,8 @@ from meme_llava.distributed.engines import Engine
 from meme_llava.distributed.heartbeat import ProgressMarks
 from meme_llava.distributed.processes import count_processes, gather, share
 from meme_llava.errors import UserError
-from meme_llava.generation import Answerer, choose_stops
-from meme_llava.given_answer import GivenAnswer, describe_answer
+from meme_llava.inference.answers import GivenAnswer, describe_answer
+from meme_llava.inference.generation import Answerer, choose_stops
 from meme_llava.model.llava import Processing
 from meme_llava.model.packed_llava import answer_unpacked
 from meme_llava.run import TrainingRun

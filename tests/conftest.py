@@ -24,7 +24,7 @@ import build_base_model  # noqa: E402
 import merge_lora  # noqa: E402
 import train  # noqa: E402
 from meme_llava.errors import CheckpointError  # noqa: E402
-from meme_llava.generation import load_answerer  # noqa: E402
+from meme_llava.inference.generation import load_answerer  # noqa: E402
 from meme_llava.storage.manifest import MANIFEST, describe_file, verify_directory, write_manifest  # noqa: E402
 from meme_llava.tiny_towers import make_language_model, make_vision_tower  # noqa: E402
 

@@ -10,7 +10,7 @@ from PIL import Image
 import evaluate
 from meme_llava import answer_sources, precheck_evaluation
 from meme_llava.evaluation_folder import read_predictions
-from meme_llava.generation import Answerer, PromptTooLong, Question, load_answerer
+from meme_llava.inference.generation import Answerer, PromptTooLong, Question, load_answerer
 
 
 def test_batches_answer_as_single_questions_do(world, served_model):

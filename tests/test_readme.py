@@ -25,7 +25,6 @@ from meme_llava.data_summary import CheckArguments
 from meme_llava.dataset.findings import ALLOWABLE, KINDS
 from meme_llava.dataset.records import parse_record
 from meme_llava.describing import REASONS, DescribeArguments
-from meme_llava.endpoints import PRESETS
 from meme_llava.evaluation_arguments import (
     DemoArguments,
     EvaluateArguments,
@@ -33,6 +32,7 @@ from meme_llava.evaluation_arguments import (
     ReportArguments,
     parse_report_arguments,
 )
+from meme_llava.inference.endpoints import PRESETS
 from meme_llava.questions import DESCRIBE, READ
 from meme_llava.storage.folders import RUN_RECORD
 from meme_llava.storage.manifest import MANIFEST
@@ -270,7 +270,7 @@ def test_other_commands_are_known():
         "export GEMINI_API_KEY=your-key",
         "tensorboard --logdir output/train/tensorboard",
         "pip install -r configs/requirements/trackers.txt",
-        # tests/test_serve.py starts the same server with the same flags.
+        # tests/inference/test_serve.py starts the same server with the same flags.
         "pip install 'openai>=3.54,<4' 'fastapi>=0.165,<1' 'uvicorn>=0.54,<1'",
         "transformers serve output/merged --host 127.0.0.1 --port 8000 --device cpu --dtype float32 "
         "--chat-template-kwargs '{\"sanitize_control_tokens\": true}'",

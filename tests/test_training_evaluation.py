@@ -19,7 +19,7 @@ from meme_llava import curves, precheck
 from meme_llava.dataset.images import open_image, to_pixel_values
 from meme_llava.dataset.records import read_records
 from meme_llava.distributed.heartbeat import ProgressMarks
-from meme_llava.generation import Answer, Answerer, Question, load_answerer
+from meme_llava.inference.generation import Answer, Answerer, Question, load_answerer
 from meme_llava.training_evaluation import TrainingEvaluation
 from meme_llava.validation import choose_shown
 

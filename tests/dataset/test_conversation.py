@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from meme_llava.dataset.conversation import IGNORED_LABEL, ConversationEncoder, DoesNotFit, Turn, make_chat_template
 from meme_llava.errors import UserError
-from meme_llava.generation import Answerer
+from meme_llava.inference.generation import Answerer
 from meme_llava.model.llava import load_processing
 
 # The tokenizer of the written-out example: every word is one token, its id is its place in this list.

@@ -28,7 +28,7 @@ from meme_llava.dataset.images import (
     to_pixel_values,
 )
 from meme_llava.errors import UserError
-from meme_llava.generation import load_answerer
+from meme_llava.inference.generation import load_answerer
 from meme_llava.model.llava import load_processing
 
 ODD_IMAGES = Path(__file__).resolve().parents[2] / "shared" / "data" / "odd_images"

@@ -17,8 +17,8 @@ import gradio
 from PIL import Image
 
 from meme_llava.arguments import DEFAULT_QUESTION
-from meme_llava.chat import Chat, ChatProblem, Conversation, Reply
 from meme_llava.errors import UserError
+from meme_llava.inference.chat import Chat, ChatProblem, Conversation, Reply
 from meme_llava.paths import DATA
 
 EXAMPLE_FOLDER = DATA / "unseen" / "images"

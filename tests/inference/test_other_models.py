@@ -25,11 +25,11 @@ pytest.importorskip("rapidocr", reason="configs/requirements/other_models.txt is
 from caption_server import CUT_CONNECTION, CaptionServer, Step, answer, fail  # noqa: E402
 
 import evaluate  # noqa: E402
-from meme_llava import endpoint_answers  # noqa: E402
 from meme_llava.dataset.images import open_image  # noqa: E402
-from meme_llava.generation import Question, load_answerer  # noqa: E402
-from meme_llava.text_reader import NOTHING_FOUND  # noqa: E402
-from meme_llava.transformers_model import load_transformers_model  # noqa: E402
+from meme_llava.inference import endpoint_answers  # noqa: E402
+from meme_llava.inference.generation import Question, load_answerer  # noqa: E402
+from meme_llava.inference.ocr import NOTHING_FOUND  # noqa: E402
+from meme_llava.inference.transformers_model import load_transformers_model  # noqa: E402
 
 KEY, KEY_VARIABLE = "sk-canary-0123456789abcdef", "EVALUATION_TEST_KEY"
 QUESTION, SYSTEM = "图片里写了什么？", "你只说图里的字。"

@@ -21,12 +21,12 @@ from PIL import Image
 
 import demo
 import infer
-from meme_llava import chat as chat_module
 from meme_llava.arguments import parse_arguments
-from meme_llava.chat import CUT_OFF, STOPPED, TOO_LONG, Chat, ChatProblem, Conversation
 from meme_llava.dataset.images import open_image
 from meme_llava.evaluation_arguments import DemoArguments
-from meme_llava.generation import Exchange, load_answerer
+from meme_llava.inference import chat as chat_module
+from meme_llava.inference.chat import CUT_OFF, STOPPED, TOO_LONG, Chat, ChatProblem, Conversation
+from meme_llava.inference.generation import Exchange, load_answerer
 
 NEW_TOKENS = 12  # a model of two training steps never stops by itself
 LONG = 3000
@@ -232,7 +232,7 @@ def test_base_model_is_for_the_adapter_beside_a_merged_model(world, served_model
 
 def load_page_module():
     pytest.importorskip("gradio", reason="needs the packages of configs/requirements/demo.txt")
-    return importlib.import_module("meme_llava.chat_page")
+    return importlib.import_module("meme_llava.inference.chat_page")
 
 
 def test_the_page_reports_nothing_and_shows_texts_as_texts(chat):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from meme_llava.generation import Answer, Question
+from meme_llava.inference.generation import Answer, Question
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import openai
 
-from meme_llava.endpoints import LOOPBACK, Endpoint
+from meme_llava.inference.endpoints import LOOPBACK, Endpoint
 
 LONGEST_DETAIL = 300  # characters of a server's message that are kept
 FIRST_WAIT_SECONDS = 1.0

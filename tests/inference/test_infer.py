@@ -10,7 +10,7 @@ import infer
 import merge_lora
 import train
 from meme_llava.dataset.images import open_image
-from meme_llava.generation import load_answerer
+from meme_llava.inference.generation import load_answerer
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from meme_llava.errors import UserError
-from meme_llava.generation import Answer, Question, choose_device, choose_dtype, read_answer
+from meme_llava.inference.generation import Answer, Question, choose_device, choose_dtype, read_answer
 from meme_llava.model.llava import quiet_transformers
 
 

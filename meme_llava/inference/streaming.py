@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from meme_llava.generation import Answer, Answerer, Exchange
+from meme_llava.inference.generation import Answer, Answerer, Exchange
 
 HALF_CHARACTER = "\ufffd"
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from meme_llava.caption_client import CaptionClient, PassingFault, PictureRejected, StopAsking, choose_wait
-from meme_llava.endpoints import Endpoint
 from meme_llava.errors import UserError
-from meme_llava.given_answer import GivenAnswer
-from meme_llava.picture_upload import encode_picture, make_data_url
+from meme_llava.inference.answers import GivenAnswer
+from meme_llava.inference.endpoint_client import CaptionClient, PassingFault, PictureRejected, StopAsking, choose_wait
+from meme_llava.inference.endpoints import Endpoint
+from meme_llava.inference.image_upload import encode_picture, make_data_url
 
 MAX_SIDE = 1024  # pixels; the services scale larger pictures down themselves
 ATTEMPTS = 5  # requests while none brings an answer
