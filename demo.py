@@ -14,7 +14,7 @@ from pathlib import Path
 
 from meme_llava.arguments import parse_arguments
 from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.evaluation_arguments import DemoArguments
+from meme_llava.evaluate.settings import DemoArguments
 from meme_llava.inference.chat import Chat
 from meme_llava.inference.generation import Answerer, load_answerer
 from meme_llava.storage.folders import holds_trained_weights

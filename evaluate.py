@@ -11,7 +11,19 @@ them in the table. `--answer_with` asks others than our models: the original LLa
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from meme_llava.answer_scores import (
+from meme_llava.arguments import parse_arguments, to_plain
+from meme_llava.display import print_table
+from meme_llava.errors import UserError, stop_on_user_error
+from meme_llava.evaluate.answer_sources import AnswerSource, choose_questions, choose_source
+from meme_llava.evaluate.precheck import check_pictures
+from meme_llava.evaluate.results_folder import (
+    EVALUATE,
+    append_remaining,
+    find_evaluation,
+    open_evaluation,
+    read_finished_evaluation,
+)
+from meme_llava.evaluate.scores import (
     Score,
     describe_measure,
     list_measures,
@@ -20,21 +32,9 @@ from meme_llava.answer_scores import (
     show_score,
     to_answered_question,
 )
-from meme_llava.answer_sources import AnswerSource, choose_questions, choose_source
-from meme_llava.arguments import parse_arguments, to_plain
-from meme_llava.display import print_table
-from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.evaluation_arguments import EvaluateArguments
-from meme_llava.evaluation_folder import (
-    EVALUATE,
-    append_remaining,
-    find_evaluation,
-    open_evaluation,
-    read_finished_evaluation,
-)
+from meme_llava.evaluate.settings import EvaluateArguments
 from meme_llava.inference.answers import describe_answer
 from meme_llava.inference.generation import Question, list_record_questions
-from meme_llava.precheck_evaluation import check_pictures
 from meme_llava.storage.folders import describe_environment
 from meme_llava.storage.hashing import hash_file, hash_files
 

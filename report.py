@@ -8,7 +8,7 @@ heads its column. The page holds recipes, scores with intervals, curves, and eve
 """
 
 from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.evaluation_arguments import parse_report_arguments
+from meme_llava.evaluate.settings import parse_report_arguments
 from meme_llava.experiment import read_experiments
 from meme_llava.html_page import write_whole
 from meme_llava.report_page import render_report, render_table

@@ -331,7 +331,7 @@ if ((${#projector_command[@]})) && [[ $DRY_RUN == 0 && " ${stages[*]} " == *" tr
 fi
 # Neither is a training run to end before memes that cannot be evaluated.
 if [[ $DRY_RUN == 0 && " ${stages[*]} " == *" evaluate "* ]]; then
-    python -m meme_llava.precheck_evaluation --annotations "$eval_annotations" --image_folder "$eval_image_folder"
+    python -m meme_llava.evaluate.precheck --annotations "$eval_annotations" --image_folder "$eval_image_folder"
 fi
 
 # announce TEXT: which of two like stages comes now.

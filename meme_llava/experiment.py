@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from meme_llava.answer_scores import Score
 from meme_llava.errors import UserError
-from meme_llava.evaluation_folder import RUN_RECORD, find_evaluation, read_finished_evaluation, read_predictions
+from meme_llava.evaluate.results_folder import RUN_RECORD, find_evaluation, read_finished_evaluation, read_predictions
+from meme_llava.evaluate.scores import Score
 
 TRAINER_STATE = "trainer_state.json"
 

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 from rapidfuzz.distance import Levenshtein
 
-from meme_llava.answer_scores import (
+from meme_llava.curves import RATE_PREFIX
+from meme_llava.dataset.images import MAX_PIXELS
+from meme_llava.dataset.text_quality import normalise_text
+from meme_llava.evaluate.scores import (
     Measure,
     describe_figure,
     describe_measure,
@@ -20,9 +23,6 @@ from meme_llava.answer_scores import (
     show_counts,
     show_score,
 )
-from meme_llava.curves import RATE_PREFIX
-from meme_llava.dataset.images import MAX_PIXELS
-from meme_llava.dataset.text_quality import normalise_text
 from meme_llava.experiment import Experiment
 from meme_llava.html_page import make_thumbnails, render_page
 from meme_llava.line_chart import Chart, Line, lay_out_chart

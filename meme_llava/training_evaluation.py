@@ -14,7 +14,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList, TrainerCallback
 
-from meme_llava.answer_scores import describe_measure, name_figure, score_answers, to_answered_question
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.images import open_image
 from meme_llava.display import print_table
@@ -22,6 +21,7 @@ from meme_llava.distributed.engines import Engine
 from meme_llava.distributed.heartbeat import ProgressMarks
 from meme_llava.distributed.processes import count_processes, gather, share
 from meme_llava.errors import UserError
+from meme_llava.evaluate.scores import describe_measure, name_figure, score_answers, to_answered_question
 from meme_llava.inference.answers import GivenAnswer, describe_answer
 from meme_llava.inference.generation import Answerer, choose_stops
 from meme_llava.model.llava import Processing

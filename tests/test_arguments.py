@@ -24,7 +24,7 @@ from meme_llava.arguments import (
     to_plain,
 )
 from meme_llava.errors import UserError
-from meme_llava.evaluation_arguments import DemoArguments, EvaluateArguments, JudgeArguments, ReportArguments
+from meme_llava.evaluate.settings import DemoArguments, EvaluateArguments, JudgeArguments, ReportArguments
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = ["freeze_vision", "full", "lora", "projector"]

@@ -25,7 +25,7 @@ from meme_llava.data_summary import CheckArguments
 from meme_llava.dataset.findings import ALLOWABLE, KINDS
 from meme_llava.dataset.records import parse_record
 from meme_llava.describing import REASONS, DescribeArguments
-from meme_llava.evaluation_arguments import (
+from meme_llava.evaluate.settings import (
     DemoArguments,
     EvaluateArguments,
     JudgeArguments,

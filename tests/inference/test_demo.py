@@ -23,7 +23,7 @@ import demo
 import infer
 from meme_llava.arguments import parse_arguments
 from meme_llava.dataset.images import open_image
-from meme_llava.evaluation_arguments import DemoArguments
+from meme_llava.evaluate.settings import DemoArguments
 from meme_llava.inference import chat as chat_module
 from meme_llava.inference.chat import CUT_OFF, STOPPED, TOO_LONG, Chat, ChatProblem, Conversation
 from meme_llava.inference.generation import Exchange, load_answerer

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from meme_llava.answer_scores import asks_for_text
 from meme_llava.dataset.images import ImagePolicy, open_image
 from meme_llava.errors import UserError
-from meme_llava.evaluation_arguments import EvaluateArguments
+from meme_llava.evaluate.scores import asks_for_text
+from meme_llava.evaluate.settings import EvaluateArguments
 from meme_llava.inference.answers import GivenAnswer
 from meme_llava.inference.endpoints import check_client, find_endpoint
 from meme_llava.inference.generation import Question, load_answerer

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 import evaluate
-from meme_llava import answer_sources, precheck_evaluation
-from meme_llava.evaluation_folder import read_predictions
+from meme_llava.evaluate import answer_sources
+from meme_llava.evaluate import precheck as precheck_evaluation
+from meme_llava.evaluate.results_folder import read_predictions
 from meme_llava.inference.generation import Answerer, PromptTooLong, Question, load_answerer
 
 

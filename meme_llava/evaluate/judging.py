@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from meme_llava.answer_scores import Score, estimate_mean
+from meme_llava.evaluate.scores import Score, estimate_mean
 
 # What is judged, as the judge is told and as tables name it.
 CRITERIA = {

@@ -11,8 +11,8 @@ pytest.importorskip("openai", reason="configs/requirements/other_models.txt is n
 from caption_server import CaptionServer, Step, answer, fail  # noqa: E402
 
 import judge  # noqa: E402
+from meme_llava.evaluate.judging import CRITERIA, Pair, combine_verdicts, compare_pairs, read_verdict  # noqa: E402
 from meme_llava.inference import endpoint_answers  # noqa: E402
-from meme_llava.judging import CRITERIA, Pair, combine_verdicts, compare_pairs, read_verdict  # noqa: E402
 
 KEY, KEY_VARIABLE = "sk-canary-0123456789abcdef", "JUDGE_TEST_KEY"
 QUESTION = "图里写了什么？"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from meme_llava.answer_scores import AnsweredQuestion, asks_for_text, describe_measure, is_right, score_answers
 from meme_llava.dataset.text_quality import normalise_text
+from meme_llava.evaluate.scores import AnsweredQuestion, asks_for_text, describe_measure, is_right, score_answers
 
 
 def ask(answer, truth, text=None, task="", picture="a.png", tokens=None, stopped=None):

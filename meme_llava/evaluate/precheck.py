@@ -1,6 +1,6 @@
 """Finds what would stop evaluate.py, as far as it can be seen without a model; run.sh asks before it builds one.
 
-python -m meme_llava.precheck_evaluation --annotations memes.json --image_folder memes
+python -m meme_llava.evaluate.precheck --annotations memes.json --image_folder memes
 """
 
 from dataclasses import dataclass, field
