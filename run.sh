@@ -320,8 +320,8 @@ mapfile -t resume_training < <(list_resume_flags "$train_dir")
 if ((NODE_RANK > 0)); then
     stages=(train)
 elif [[ $DRY_RUN == 0 && " ${stages[*]} " == *" train "* && ! -f $train_dir.command ]]; then
-    ((${#projector_command[@]} == 0)) || python -m meme_llava.precheck "${projector_command[@]:1}" "${resume_projector[@]}"
-    python -m meme_llava.precheck "${train_command[@]:1}" "${resume_training[@]}"
+    ((${#projector_command[@]} == 0)) || python -m meme_llava.train.precheck "${projector_command[@]:1}" "${resume_projector[@]}"
+    python -m meme_llava.train.precheck "${train_command[@]:1}" "${resume_training[@]}"
 fi
 # A second stage that was begun without this first one would refuse to go on, but only behind it.
 if ((${#projector_command[@]})) && [[ $DRY_RUN == 0 && " ${stages[*]} " == *" train "* && ! -f $projector_dir.command ]]; then

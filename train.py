@@ -20,14 +20,6 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from meme_llava.arguments import TrainArguments, parse_train_arguments
-from meme_llava.checkpoint_store import (
-    CheckpointContent,
-    hold_output_dir,
-    list_checkpoints,
-    put_aside_newer,
-    write_final,
-)
-from meme_llava.computation import check_machine, plan_computation
 from meme_llava.curves import draw_training_curves
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import LoadedData, TrainingOrder
@@ -51,23 +43,31 @@ from meme_llava.model.activation_checkpointing import recompute_layers
 from meme_llava.model.llava import Processing, load_processing
 from meme_llava.model.packed_llava import compile_layers, load_packed_llava
 from meme_llava.model.trainable import load_projector, load_trained_weights, plan_parameter_groups, prepare_trainable
-from meme_llava.out_of_memory import explain_out_of_memory
 from meme_llava.planning import plan_run, print_plan
-from meme_llava.progress import ProgressBar, show_progress_with
-from meme_llava.resume import StartPoint, check_continues, choose_start, describe_continuation, is_finished
-from meme_llava.run import TrainingRun, choose_load_dtype, print_run
-from meme_llava.run_data import load_records
 from meme_llava.storage.folders import RUN_RECORD
 from meme_llava.storage.manifest import read_manifest
-from meme_llava.throughput import CountingCollator
-from meme_llava.tracker_runs import TrackerRuns, open_tracker_runs
-from meme_llava.trackers import check_trackers
-from meme_llava.trainer import MemeTrainer
-from meme_llava.training_arguments import derive_accumulation, make_training_arguments
-from meme_llava.training_evaluation import make_evaluation
-from meme_llava.training_state import OPTIMIZER_PREFIX
-from meme_llava.validation import ValidationData, load_validation
-from meme_llava.vision_features import encode_pictures, remove_features
+from meme_llava.train.checkpoints import (
+    CheckpointContent,
+    hold_output_dir,
+    list_checkpoints,
+    put_aside_newer,
+    write_final,
+)
+from meme_llava.train.computation import check_machine, plan_computation
+from meme_llava.train.evaluation import make_evaluation
+from meme_llava.train.hf_arguments import derive_accumulation, make_training_arguments
+from meme_llava.train.optimizer_state import OPTIMIZER_PREFIX
+from meme_llava.train.out_of_memory import explain_out_of_memory
+from meme_llava.train.progress import ProgressBar, show_progress_with
+from meme_llava.train.records import load_records
+from meme_llava.train.resume import StartPoint, check_continues, choose_start, describe_continuation, is_finished
+from meme_llava.train.run import TrainingRun, choose_load_dtype, print_run
+from meme_llava.train.throughput import CountingCollator
+from meme_llava.train.tracker_runs import TrackerRuns, open_tracker_runs
+from meme_llava.train.trackers import check_trackers
+from meme_llava.train.trainer import MemeTrainer
+from meme_llava.train.validation import ValidationData, load_validation
+from meme_llava.train.vision_features import encode_pictures, remove_features
 
 
 @stop_on_user_error

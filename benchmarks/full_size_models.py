@@ -38,12 +38,12 @@ from meme_llava.distributed.engines import SINGLE, choose_engine  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model.llava import load_processing, quiet_transformers  # noqa: E402
 from meme_llava.model.trainable import plan_parameter_groups, prepare_trainable, save_trained_weights  # noqa: E402
-from meme_llava.resume import StartPoint  # noqa: E402
-from meme_llava.run import TrainingRun  # noqa: E402
 from meme_llava.storage.folders import write_directory, write_json  # noqa: E402
 from meme_llava.storage.manifest import describe_file, write_manifest  # noqa: E402
 from meme_llava.tiny_towers import make_vision_tower, train_tokenizer  # noqa: E402
-from meme_llava.training_arguments import derive_accumulation  # noqa: E402
+from meme_llava.train.hf_arguments import derive_accumulation  # noqa: E402
+from meme_llava.train.resume import StartPoint  # noqa: E402
+from meme_llava.train.run import TrainingRun  # noqa: E402
 
 SCALE_RECORD = "benchmark_scale.json"
 ANNOTATIONS = ROOT / "data" / "annotations.json"

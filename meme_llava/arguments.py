@@ -26,7 +26,7 @@ from meme_llava.distributed.engines import check_engine_name
 from meme_llava.errors import UserError
 from meme_llava.paths import CONFIGS
 from meme_llava.storage.tensor_writer import DEFAULT_SHARD_SIZE
-from meme_llava.trackers import check_tracker_names
+from meme_llava.train.trackers import check_tracker_names
 
 RECIPE_FOLDER = CONFIGS / "train"
 Arguments = TypeVar("Arguments")

@@ -22,8 +22,8 @@ from meme_llava.errors import UserError
 from meme_llava.machines import CPU, GIB, Machine, find_machine, find_own_device
 from meme_llava.model.activation_checkpointing import RecomputedLayers
 from meme_llava.plan_advice import MemoryPlan, plan_memory, try_changes
-from meme_llava.run import TrainingRun
 from meme_llava.step_memory import StateDivision, StepEstimator
+from meme_llava.train.run import TrainingRun
 
 # Shares of a device's peak that training is assumed to reach: a GPU's of its datasheet, a CPU's of what was measured.
 GPU_UTILISATION, CPU_UTILISATION = 0.40, 0.60

@@ -18,7 +18,7 @@ from meme_llava.dataset.images import MAX_PIXELS, ImagePolicy, read_pixels
 from meme_llava.dataset.sampling import BatchShape, PackedLengths, plan_shared_order, shuffle_records
 from meme_llava.dataset.token_lengths import Sharing, find_default_folder
 from meme_llava.errors import UserError
-from meme_llava.vision_features import VisionFeatures
+from meme_llava.train.vision_features import VisionFeatures
 
 
 class MemeDataset(Dataset):

@@ -19,10 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 
 import train  # noqa: E402
-from meme_llava import checkpoint_store, training_arguments, training_state  # noqa: E402
 from meme_llava.distributed.processes import find_rank, run_and_leave  # noqa: E402
 from meme_llava.storage import tensor_writer  # noqa: E402
-from meme_llava.trainer import MemeTrainer  # noqa: E402
+from meme_llava.train import checkpoints as checkpoint_store  # noqa: E402
+from meme_llava.train import hf_arguments as training_arguments  # noqa: E402
+from meme_llava.train import optimizer_state as training_state  # noqa: E402
+from meme_llava.train.trainer import MemeTrainer  # noqa: E402
 
 
 def before_step(step: int, act, every: bool = False) -> None:
@@ -140,7 +142,7 @@ def kill_in_save(save: int, event: int) -> None:
         count()
 
     checkpoint_store.bring_to_disk = bring_to_disk
-    sys.modules["meme_llava.trainer"].write_checkpoint = write_checkpoint
+    sys.modules["meme_llava.train.trainer"].write_checkpoint = write_checkpoint
 
 
 def fail_to_write(save: int) -> None:

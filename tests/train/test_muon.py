@@ -13,7 +13,7 @@ from meme_llava.arguments import parse_train_arguments
 from meme_llava.errors import UserError
 from meme_llava.model.llava import load_llava
 from meme_llava.model.trainable import ParameterGroup, plan_parameter_groups, prepare_trainable
-from meme_llava.muon import MuonWithAdamW
+from meme_llava.train.muon import MuonWithAdamW
 
 FULL = {"train_type": "full", "muon_lr": 2e-2}
 

@@ -26,9 +26,9 @@ from meme_llava.inference.answers import GivenAnswer, describe_answer
 from meme_llava.inference.generation import Answerer, choose_stops
 from meme_llava.model.llava import Processing
 from meme_llava.model.packed_llava import answer_unpacked
-from meme_llava.run import TrainingRun
-from meme_llava.tracker_runs import ShownAnswer, TrackerRuns
-from meme_llava.validation import ANSWERS, ValidationData, deal
+from meme_llava.train.run import TrainingRun
+from meme_llava.train.tracker_runs import ShownAnswer, TrackerRuns
+from meme_llava.train.validation import ANSWERS, ValidationData, deal
 
 LOSS = "eval_loss"
 

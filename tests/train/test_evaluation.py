@@ -15,13 +15,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional
 
 import train
-from meme_llava import curves, precheck
+from meme_llava import curves
 from meme_llava.dataset.images import open_image, to_pixel_values
 from meme_llava.dataset.records import read_records
 from meme_llava.distributed.heartbeat import ProgressMarks
 from meme_llava.inference.generation import Answer, Answerer, Question, load_answerer
-from meme_llava.training_evaluation import TrainingEvaluation
-from meme_llava.validation import choose_shown
+from meme_llava.train import precheck
+from meme_llava.train.evaluation import TrainingEvaluation
+from meme_llava.train.validation import choose_shown
 
 QUESTION = "读出文字。"
 # Truths are the texts of the pictures; one record is text only and carries loss alone.

@@ -14,7 +14,7 @@ from meme_llava.model.activation_checkpointing import RecomputedLayers
 from meme_llava.model.packed_attention import NAMES, choose_attention
 from meme_llava.model.packed_llava import check_compiler
 from meme_llava.step_memory import StateDivision, StepEstimator, StepMemory, find_usable
-from meme_llava.training_arguments import choose_bf16
+from meme_llava.train.hf_arguments import choose_bf16
 
 # Float32 numbers that a layer keeps for each position, at most, as multiples of its width and of its MLP's.
 KEPT_WIDTHS, KEPT_MLP_WIDTHS = 40, 20

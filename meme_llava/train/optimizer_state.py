@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine
 from meme_llava.errors import CheckpointError
 from meme_llava.model.trainable import ParameterGroup
-from meme_llava.muon import MOMENTUM_BUFFER
 from meme_llava.storage.tensor_writer import PlannedTensor, write_file
+from meme_llava.train.muon import MOMENTUM_BUFFER
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OPTIMIZER_PREFIX = "optimizer-"

@@ -8,14 +8,12 @@ import torch
 from transformers import TrainingArguments
 
 from meme_llava.arguments import TrainArguments, to_plain
-from meme_llava.computation import Computation
 from meme_llava.dataset.dataset import LoadedData
 from meme_llava.display import print_table
 from meme_llava.distributed.engines import Engine
 from meme_llava.distributed.processes import count_processes
 from meme_llava.errors import CheckpointError
 from meme_llava.model.llava import Processing, quiet_transformers
-from meme_llava.resume import StartPoint
 from meme_llava.storage.fingerprint import fingerprint_folder
 from meme_llava.storage.folders import (
     RUN_RECORD,
@@ -26,7 +24,9 @@ from meme_llava.storage.folders import (
     write_json,
 )
 from meme_llava.storage.hashing import hash_file
-from meme_llava.training_arguments import count_steps
+from meme_llava.train.computation import Computation
+from meme_llava.train.hf_arguments import count_steps
+from meme_llava.train.resume import StartPoint
 
 MAX_LISTED_CUTS = 20
 

@@ -15,8 +15,8 @@ from meme_llava.distributed.processes import count_processes, find_rank, share
 from meme_llava.errors import UserError
 from meme_llava.inference.generation import Question, find_question
 from meme_llava.model.llava import Processing
-from meme_llava.run_data import check_records, load_records
 from meme_llava.storage.hashing import hash_file
+from meme_llava.train.records import check_records, load_records
 
 Item = TypeVar("Item")
 ANSWERS = "answers.jsonl"  # in output_dir: what the model said at each evaluation

@@ -11,19 +11,19 @@ from accelerate.utils import send_to_device
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
-from meme_llava.checkpoint_store import CheckpointContent, write_checkpoint
 from meme_llava.costs import TrainingCosts
 from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine, check_engine_runs
 from meme_llava.distributed.heartbeat import ProgressMarks
 from meme_llava.distributed.processes import StopRequest, ignore_stop_signals, is_main_process
 from meme_llava.errors import NonFiniteError
 from meme_llava.model.trainable import ParameterGroup, save_trained_weights
-from meme_llava.muon import MuonWithAdamW
-from meme_llava.step_guard import FirstGradientCheck, StepGuard, StepSoundness
 from meme_llava.storage.manifest import read_manifest
-from meme_llava.throughput import RECORD_IDS, ThroughputMeter, find_own_machine
-from meme_llava.training_evaluation import EvaluationCallback, EvaluationInterrupted, TrainingEvaluation
-from meme_llava.training_state import OPTIMIZER_PREFIX, TrainingState
+from meme_llava.train.checkpoints import CheckpointContent, write_checkpoint
+from meme_llava.train.evaluation import EvaluationCallback, EvaluationInterrupted, TrainingEvaluation
+from meme_llava.train.muon import MuonWithAdamW
+from meme_llava.train.optimizer_state import OPTIMIZER_PREFIX, TrainingState
+from meme_llava.train.step_guard import FirstGradientCheck, StepGuard, StepSoundness
+from meme_llava.train.throughput import RECORD_IDS, ThroughputMeter, find_own_machine
 
 # Launchers and schedulers end a process 30 seconds after they asked it to stop.
 LONG_SAVE_SECONDS = 20

@@ -18,7 +18,7 @@ from transformers.integrations import TensorBoardCallback
 from meme_llava.dataset.images import open_image
 from meme_llava.distributed.processes import is_main_process, share
 from meme_llava.errors import Stopped
-from meme_llava.trackers import MLFLOW, SWANLAB, TENSORBOARD, WANDB, explain_failure, list_trackers
+from meme_llava.train.trackers import MLFLOW, SWANLAB, TENSORBOARD, WANDB, explain_failure, list_trackers
 
 PROJECT = "meme-llava"
 TENSORBOARD_FOLDER, WANDB_FOLDER, SWANLAB_FOLDER, MLFLOW_FOLDER = "tensorboard", "wandb", "swanlog", "mlflow"

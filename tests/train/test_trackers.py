@@ -14,8 +14,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from meme_llava import precheck
-from meme_llava.trackers import check_trackers
+from meme_llava.train import precheck
+from meme_llava.train.trackers import check_trackers
 
 RATES = ("train/learning_rate/vision_tower", "train/learning_rate/multi_modal_projector")
 # What a user may have set, and one process of the tests leaves behind for the next test.
@@ -195,7 +195,7 @@ def test_a_server_that_does_not_answer_is_named(tmp_path, tracker, variables):
 
 def check_apart(folder, tracker: str, variables: dict) -> str:
     """The error of `check_trackers` in a process of its own."""
-    code = f"from meme_llava.trackers import check_trackers; check_trackers([{tracker!r}])"
+    code = f"from meme_llava.train.trackers import check_trackers; check_trackers([{tracker!r}])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     terminal, keyboard = os.openpty()
     result = subprocess.run(

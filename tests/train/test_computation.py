@@ -7,16 +7,17 @@ from conftest import train_flags
 from transformers import LlavaConfig
 
 import train
-from meme_llava import computation, machines
+from meme_llava import machines
 from meme_llava.arguments import parse_train_arguments
-from meme_llava.computation import bound_memory, plan_computation
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import TrainingOrder, load_dataset
 from meme_llava.distributed.engines import choose_engine
 from meme_llava.model.activation_checkpointing import RecomputedLayers
 from meme_llava.model.llava import load_processing
 from meme_llava.step_memory import StateDivision, StepEstimator
-from meme_llava.training_arguments import make_training_arguments
+from meme_llava.train import computation
+from meme_llava.train.computation import bound_memory, plan_computation
+from meme_llava.train.hf_arguments import make_training_arguments
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,14 @@ from PIL import Image
 from test_train import run_with_torchrun
 
 import train
-from meme_llava import vision_features
 from meme_llava.dataset.images import read_pixels
 from meme_llava.distributed.heartbeat import ProgressMarks
 from meme_llava.errors import UserError
 from meme_llava.model.llava import load_processing
 from meme_llava.model.packed_attention import SDPA
 from meme_llava.model.packed_llava import PackedLlava, load_packed_llava
-from meme_llava.vision_features import encode_pictures
+from meme_llava.train import vision_features
+from meme_llava.train.vision_features import encode_pictures
 
 
 @pytest.mark.parametrize(

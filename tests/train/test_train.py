@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 import train
-from meme_llava import precheck
 from meme_llava.arguments import parse_train_arguments
 from meme_llava.dataset.conversation import Turn
 from meme_llava.dataset.image_cache import PictureCache, find_default_cache
@@ -26,7 +25,8 @@ from meme_llava.dataset.images import open_image, to_pixel_values
 from meme_llava.model import trainable
 from meme_llava.model.llava import load_llava, load_processing
 from meme_llava.model.packed_llava import load_packed_llava
-from meme_llava.trainer import MemeTrainer
+from meme_llava.train import precheck
+from meme_llava.train.trainer import MemeTrainer
 
 ADAPTER_FILES = {
     "adapter_config.json",
@@ -410,7 +410,7 @@ def test_resuming_with_another_recipe_is_refused(world, trained, tmp_path, capsy
 
 def test_a_cpu_that_multiplies_bf16_may_train_in_bf16(world, tmp_path, monkeypatch, capsys):
     """Steps compute in bf16 with plain matrix products; what learns is kept in float32 and comes out nearly alike."""
-    monkeypatch.setattr("meme_llava.training_arguments.multiplies_bf16", lambda: True)
+    monkeypatch.setattr("meme_llava.train.hf_arguments.multiplies_bf16", lambda: True)
     losses = {}
     for precision in ("fp32", "bf16"):
         train.main(train_flags(world, tmp_path / precision, precision=precision, max_steps=2, logging_steps=1))
@@ -451,7 +451,7 @@ def test_wrong_settings_stop_before_the_model_loads(world, trained, tmp_path, mo
     assert "--engine zero7: no such engine; there are auto, single, ddp, " in message(engine="zero7")
     assert "--engine fsdp2 divides state among several processes, and there is one" in message(engine="fsdp2")
     assert "--save_total_limit is 1, expected at least 2" in message(save_total_limit=1)
-    monkeypatch.setattr("meme_llava.training_arguments.multiplies_bf16", lambda: False)
+    monkeypatch.setattr("meme_llava.train.hf_arguments.multiplies_bf16", lambda: False)
     assert "--precision bf16 needs a GPU here: on a CPU without AMX or AVX512_BF16" in message(precision="bf16")
     assert "--precision tf32 needs a GPU here: no CPU has it" in message(precision="tf32")
     assert "--attention varlen needs a GPU" in message(attention="varlen")
