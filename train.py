@@ -43,7 +43,6 @@ from meme_llava.model.activation_checkpointing import recompute_layers
 from meme_llava.model.llava import Processing, load_processing
 from meme_llava.model.packed_llava import compile_layers, load_packed_llava
 from meme_llava.model.trainable import load_projector, load_trained_weights, plan_parameter_groups, prepare_trainable
-from meme_llava.planning import plan_run, print_plan
 from meme_llava.storage.folders import RUN_RECORD
 from meme_llava.storage.manifest import read_manifest
 from meme_llava.train.checkpoints import (
@@ -58,6 +57,7 @@ from meme_llava.train.evaluation import make_evaluation
 from meme_llava.train.hf_arguments import derive_accumulation, make_training_arguments
 from meme_llava.train.optimizer_state import OPTIMIZER_PREFIX
 from meme_llava.train.out_of_memory import explain_out_of_memory
+from meme_llava.train.planning.plan import plan_run, print_plan
 from meme_llava.train.progress import ProgressBar, show_progress_with
 from meme_llava.train.records import load_records
 from meme_llava.train.resume import StartPoint, check_continues, choose_start, describe_continuation, is_finished

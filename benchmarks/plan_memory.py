@@ -30,13 +30,13 @@ from meme_llava.dataset.collator import PackingCollator  # noqa: E402
 from meme_llava.dataset.conversation import IGNORED_LABEL  # noqa: E402
 from meme_llava.dataset.images import ImagePolicy  # noqa: E402
 from meme_llava.display import print_table  # noqa: E402
-from meme_llava.machines import GIB  # noqa: E402
 from meme_llava.model.activation_checkpointing import recompute_layers  # noqa: E402
 from meme_llava.model.llava import count_image_tokens  # noqa: E402
 from meme_llava.model.packed_attention import SDPA  # noqa: E402
 from meme_llava.model.packed_llava import PackedLlava, prepare_packed_llava  # noqa: E402
 from meme_llava.model.trainable import prepare_trainable  # noqa: E402
-from meme_llava.step_memory import StateDivision, StepEstimator  # noqa: E402
+from meme_llava.train.planning.accelerators import GIB  # noqa: E402
+from meme_llava.train.planning.memory import StateDivision, StepEstimator  # noqa: E402
 
 CASES = {
     "lora": ["--train_type", "lora", "--gradient_checkpointing", "none"],

@@ -9,12 +9,12 @@ from transformers import LlavaConfig, TrainingArguments
 
 from meme_llava.arguments import TrainArguments
 from meme_llava.dataset.images import ImagePolicy
-from meme_llava.machines import GIB
 from meme_llava.model.activation_checkpointing import RecomputedLayers
 from meme_llava.model.packed_attention import NAMES, choose_attention
 from meme_llava.model.packed_llava import check_compiler
-from meme_llava.step_memory import StateDivision, StepEstimator, StepMemory, find_usable
 from meme_llava.train.hf_arguments import choose_bf16
+from meme_llava.train.planning.accelerators import GIB
+from meme_llava.train.planning.memory import StateDivision, StepEstimator, StepMemory, find_usable
 
 # Float32 numbers that a layer keeps for each position, at most, as multiples of its width and of its MLP's.
 KEPT_WIDTHS, KEPT_MLP_WIDTHS = 40, 20

@@ -8,8 +8,8 @@ from dataclasses import astuple, dataclass
 
 import torch
 
-from meme_llava.costs import StepCounts, TrainingCosts, count_batch
-from meme_llava.machines import Machine, recognise_machine
+from meme_llava.train.planning.accelerators import Machine, recognise_machine
+from meme_llava.train.planning.flops import StepCounts, TrainingCosts, count_batch
 
 COUNTS, USEFUL, RECORD_IDS = "counts", "useful_positions", "record_ids"
 

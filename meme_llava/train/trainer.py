@@ -11,7 +11,6 @@ from accelerate.utils import send_to_device
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
-from meme_llava.costs import TrainingCosts
 from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine, check_engine_runs
 from meme_llava.distributed.heartbeat import ProgressMarks
 from meme_llava.distributed.processes import StopRequest, ignore_stop_signals, is_main_process
@@ -22,6 +21,7 @@ from meme_llava.train.checkpoints import CheckpointContent, write_checkpoint
 from meme_llava.train.evaluation import EvaluationCallback, EvaluationInterrupted, TrainingEvaluation
 from meme_llava.train.muon import MuonWithAdamW
 from meme_llava.train.optimizer_state import OPTIMIZER_PREFIX, TrainingState
+from meme_llava.train.planning.flops import TrainingCosts
 from meme_llava.train.step_guard import FirstGradientCheck, StepGuard, StepSoundness
 from meme_llava.train.throughput import RECORD_IDS, ThroughputMeter, find_own_machine
 

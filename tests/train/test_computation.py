@@ -7,17 +7,17 @@ from conftest import train_flags
 from transformers import LlavaConfig
 
 import train
-from meme_llava import machines
 from meme_llava.arguments import parse_train_arguments
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import TrainingOrder, load_dataset
 from meme_llava.distributed.engines import choose_engine
 from meme_llava.model.activation_checkpointing import RecomputedLayers
 from meme_llava.model.llava import load_processing
-from meme_llava.step_memory import StateDivision, StepEstimator
 from meme_llava.train import computation
 from meme_llava.train.computation import bound_memory, plan_computation
 from meme_llava.train.hf_arguments import make_training_arguments
+from meme_llava.train.planning import accelerators as machines
+from meme_llava.train.planning.memory import StateDivision, StepEstimator
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_auto_on_a_small_machine_computes_layers_twice(world, processing, larges
     engine = StateDivision.of_run(arguments, 1, on_gpu=False)
     estimator = StepEstimator(config, processing.image_policy, arguments, engine, largest_batch)
     kept = estimator.estimate(RecomputedLayers()).total
-    monkeypatch.setattr("meme_llava.step_memory.find_usable", lambda memory: memory)
+    monkeypatch.setattr("meme_llava.train.planning.memory.find_usable", lambda memory: memory)
     monkeypatch.setattr(computation, "find_usable", lambda memory: memory)
     monkeypatch.setattr(computation, "measure_memory", lambda *_: kept - 1)
     chosen = plan(world, processing, largest_batch, tmp_path)

@@ -10,15 +10,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from meme_llava.arguments import parse_train_arguments
-from meme_llava.costs import Flops, StepCounts, TrainingCosts, count_batch
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.conversation import IGNORED_LABEL
 from meme_llava.errors import UserError
-from meme_llava.machines import find_machine, measure_ceiling, recognise_machine
 from meme_llava.model.llava import load_processing
 from meme_llava.model.packed_attention import SDPA
 from meme_llava.model.packed_llava import load_packed_llava
 from meme_llava.model.trainable import prepare_trainable
+from meme_llava.train.planning.accelerators import find_machine, measure_ceiling, recognise_machine
+from meme_llava.train.planning.flops import Flops, StepCounts, TrainingCosts, count_batch
 
 TOKENS_PER_IMAGE = 4
 

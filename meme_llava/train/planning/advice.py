@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from transformers import LlavaConfig
 
-from meme_llava.machines import GIB, MACHINES, Machine
 from meme_llava.model.activation_checkpointing import RecomputedLayers
 from meme_llava.model.llava import count_image_tokens
-from meme_llava.step_memory import StateDivision, StepEstimator, StepMemory, find_usable
+from meme_llava.train.planning.accelerators import GIB, MACHINES, Machine
+from meme_llava.train.planning.memory import StateDivision, StepEstimator, StepMemory, find_usable
 
 MUCH_LARGER = 1.2  # memory of a device that is worth trying, as a multiple
 

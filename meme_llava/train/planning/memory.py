@@ -22,7 +22,7 @@ from meme_llava.model.activation_checkpointing import (
     recompute_layers,
 )
 from meme_llava.model.trainable import is_vision_layer_matrix
-from meme_llava.step_trace import Arithmetic, Trace, outline_model, set_depths, trace_step
+from meme_llava.train.planning.trace import Arithmetic, Trace, outline_model, set_depths, trace_step
 
 FEW, MORE = 2, 3  # layers of the models that are run
 # DeepSpeed's own values where a file of configs/deepspeed leaves them out, in elements.

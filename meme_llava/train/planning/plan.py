@@ -14,15 +14,15 @@ import numpy as np
 from transformers import LlavaConfig
 
 from meme_llava.arguments import TrainArguments
-from meme_llava.costs import StepCounts, TrainingCosts, count_batch
 from meme_llava.dataset.dataset import TrainingOrder
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.display import print_table
 from meme_llava.errors import UserError
-from meme_llava.machines import CPU, GIB, Machine, find_machine, find_own_device
 from meme_llava.model.activation_checkpointing import RecomputedLayers
-from meme_llava.plan_advice import MemoryPlan, plan_memory, try_changes
-from meme_llava.step_memory import StateDivision, StepEstimator
+from meme_llava.train.planning.accelerators import CPU, GIB, Machine, find_machine, find_own_device
+from meme_llava.train.planning.advice import MemoryPlan, plan_memory, try_changes
+from meme_llava.train.planning.flops import StepCounts, TrainingCosts, count_batch
+from meme_llava.train.planning.memory import StateDivision, StepEstimator
 from meme_llava.train.run import TrainingRun
 
 # Shares of a device's peak that training is assumed to reach: a GPU's of its datasheet, a CPU's of what was measured.
