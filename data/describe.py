@@ -24,9 +24,12 @@ except ModuleNotFoundError:
     sys.exit(2)
 
 from meme_llava.arguments import parse_arguments  # noqa: E402
-from meme_llava.caption_ledger import TORN_SUFFIX, CaptionLedger, open_ledger  # noqa: E402
-from meme_llava.caption_run import CaptionRun  # noqa: E402
-from meme_llava.describing import (  # noqa: E402
+from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
+from meme_llava.inference.endpoint_client import CaptionClient  # noqa: E402
+from meme_llava.inference.endpoints import Endpoint, find_endpoint  # noqa: E402
+from meme_llava.prepare.caption_file import TORN_SUFFIX, CaptionLedger, open_ledger  # noqa: E402
+from meme_llava.prepare.captioning import CaptionRun  # noqa: E402
+from meme_llava.prepare.describing import (  # noqa: E402
     DESCRIBED,
     NOT_ASKED,
     UNANSWERED,
@@ -39,9 +42,6 @@ from meme_llava.describing import (  # noqa: E402
     print_summary,
     read_prompt,
 )
-from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
-from meme_llava.inference.endpoint_client import CaptionClient  # noqa: E402
-from meme_llava.inference.endpoints import Endpoint, find_endpoint  # noqa: E402
 
 
 @stop_on_user_error

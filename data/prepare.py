@@ -21,15 +21,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from meme_llava.annotation_sources import (  # noqa: E402
+from meme_llava.arguments import parse_arguments  # noqa: E402
+from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
+from meme_llava.prepare.annotation_sources import (  # noqa: E402
     FileNameSettings,
     LlavaSettings,
     prepare_chinese_bqb,
     prepare_file_names,
     prepare_llava,
 )
-from meme_llava.arguments import parse_arguments  # noqa: E402
-from meme_llava.caption_sources import (  # noqa: E402
+from meme_llava.prepare.caption_sources import (  # noqa: E402
     CaptionsSettings,
     EmoVisualSettings,
     TableSettings,
@@ -37,10 +38,9 @@ from meme_llava.caption_sources import (  # noqa: E402
     prepare_emo_visual,
     prepare_table,
 )
-from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
-from meme_llava.mixing import MixSettings, prepare_mix  # noqa: E402
-from meme_llava.parquet_source import ParquetSettings, prepare_parquet  # noqa: E402
-from meme_llava.splitting import SplitSettings, prepare_split  # noqa: E402
+from meme_llava.prepare.mixing import MixSettings, prepare_mix  # noqa: E402
+from meme_llava.prepare.parquet_source import ParquetSettings, prepare_parquet  # noqa: E402
+from meme_llava.prepare.splitting import SplitSettings, prepare_split  # noqa: E402
 
 COMMANDS = {
     "captions": (CaptionsSettings, prepare_captions),

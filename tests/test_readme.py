@@ -24,7 +24,6 @@ from meme_llava.arguments import (
 from meme_llava.data_summary import CheckArguments
 from meme_llava.dataset.findings import ALLOWABLE, KINDS
 from meme_llava.dataset.records import parse_record
-from meme_llava.describing import REASONS, DescribeArguments
 from meme_llava.evaluate.settings import (
     DemoArguments,
     EvaluateArguments,
@@ -33,7 +32,8 @@ from meme_llava.evaluate.settings import (
     parse_report_arguments,
 )
 from meme_llava.inference.endpoints import PRESETS
-from meme_llava.questions import DESCRIBE, READ
+from meme_llava.prepare.describing import REASONS, DescribeArguments
+from meme_llava.prepare.questions import DESCRIBE, READ
 from meme_llava.storage.folders import RUN_RECORD
 from meme_llava.storage.manifest import MANIFEST
 

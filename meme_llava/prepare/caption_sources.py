@@ -12,10 +12,10 @@ from pathlib import Path, PurePosixPath
 from meme_llava.arguments import describe
 from meme_llava.dataset.text_quality import normalise_text
 from meme_llava.errors import UserError
-from meme_llava.file_name_text import read_bqb_name
-from meme_llava.picture_files import FoundPicture, PictureIndex
-from meme_llava.preparation import AnnotationWriter, DrawingSettings, UniqueIds, check_not_input, finish, make_record
-from meme_llava.row_files import Row, read_csv_rows, read_json_rows, read_table_rows
+from meme_llava.prepare.file_name_text import read_bqb_name
+from meme_llava.prepare.image_index import FoundPicture, PictureIndex
+from meme_llava.prepare.row_files import Row, read_csv_rows, read_json_rows, read_table_rows
+from meme_llava.prepare.writer import AnnotationWriter, DrawingSettings, UniqueIds, check_not_input, finish, make_record
 
 PICTURES_HELP = "subfolders of the image folder with the pictures, searched recursively"
 

@@ -16,11 +16,11 @@ from typing import Literal
 from tqdm import tqdm
 
 from meme_llava.arguments import check_setting, describe
-from meme_llava.caption_ledger import CaptionLedger
 from meme_llava.dataset.image_inspection import PICTURE_SUFFIXES
 from meme_llava.display import SECONDS_BETWEEN_LINES, print_table
 from meme_llava.errors import UserError
 from meme_llava.inference.endpoints import PRESETS
+from meme_llava.prepare.caption_file import CaptionLedger
 from meme_llava.storage.hashing import try_hash_file
 
 # The words first: they are what a reader of memes must learn. A model that may say "unreadable" invents less.

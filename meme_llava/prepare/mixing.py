@@ -14,8 +14,8 @@ from pathlib import Path
 from meme_llava.arguments import describe
 from meme_llava.dataset.records import parse_record
 from meme_llava.errors import UserError
-from meme_llava.preparation import AnnotationWriter, OutputSettings, UniqueIds, check_not_input, finish
-from meme_llava.row_files import Row, read_json_rows
+from meme_llava.prepare.row_files import Row, read_json_rows
+from meme_llava.prepare.writer import AnnotationWriter, OutputSettings, UniqueIds, check_not_input, finish
 
 
 @dataclass(kw_only=True)

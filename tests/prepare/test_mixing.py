@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT, SHARED_DATA
 from PIL import Image
 
-from meme_llava.mixing import draw_fitting, draw_nearest
-from meme_llava.near_duplicates import hash_picture
+from meme_llava.prepare.mixing import draw_fitting, draw_nearest
+from meme_llava.prepare.near_duplicates import hash_picture
 
 sys.path.insert(0, str(ROOT / "data"))
 

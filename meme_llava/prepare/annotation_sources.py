@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from meme_llava.arguments import describe
-from meme_llava.caption_sources import PICTURES_HELP
 from meme_llava.dataset.check import check_image_folder
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.records import parse_record
-from meme_llava.file_name_text import read_bqb_name, read_plain_name
-from meme_llava.picture_files import FoundPicture, PictureIndex
-from meme_llava.preparation import (
+from meme_llava.prepare.caption_sources import PICTURES_HELP
+from meme_llava.prepare.file_name_text import read_bqb_name, read_plain_name
+from meme_llava.prepare.image_index import FoundPicture, PictureIndex
+from meme_llava.prepare.row_files import Row, read_json_rows
+from meme_llava.prepare.writer import (
     AnnotationWriter,
     DrawingSettings,
     SourceSettings,
@@ -20,7 +21,6 @@ from meme_llava.preparation import (
     finish,
     make_record,
 )
-from meme_llava.row_files import Row, read_json_rows
 
 
 @dataclass(kw_only=True)

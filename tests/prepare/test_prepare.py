@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "data"))
 
 import prepare  # noqa: E402
 
-from meme_llava.questions import DESCRIBE, READ  # noqa: E402
+from meme_llava.prepare.questions import DESCRIBE, READ  # noqa: E402
 
 
 def draw(path, color=(200, 30, 30)):

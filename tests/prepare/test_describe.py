@@ -40,14 +40,15 @@ from caption_server import (  # noqa: E402
     http_date,
 )
 
-from meme_llava import caption_ledger, caption_run  # noqa: E402
 from meme_llava.dataset.images import open_image  # noqa: E402
-from meme_llava.describing import DEFAULT_PROMPT, Prompt  # noqa: E402
 from meme_llava.errors import UserError  # noqa: E402
 from meme_llava.inference import endpoint_client as caption_client  # noqa: E402
 from meme_llava.inference.endpoint_client import choose_wait, parse_retry_after  # noqa: E402
 from meme_llava.inference.endpoints import PRESETS, find_endpoint  # noqa: E402
 from meme_llava.inference.image_upload import encode_picture  # noqa: E402
+from meme_llava.prepare import caption_file as caption_ledger  # noqa: E402
+from meme_llava.prepare import captioning as caption_run  # noqa: E402
+from meme_llava.prepare.describing import DEFAULT_PROMPT, Prompt  # noqa: E402
 
 SCRIPT = Path(__file__).resolve().parent.parent / "data" / "describe.py"
 CANARY = "sk-canary-0123456789abcdef"

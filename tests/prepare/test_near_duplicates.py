@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from meme_llava import near_duplicates
 from meme_llava.errors import UserError
-from meme_llava.near_duplicates import Groups, find_smallest_distance, hash_picture, hash_pictures, join_near
+from meme_llava.prepare import near_duplicates
+from meme_llava.prepare.near_duplicates import Groups, find_smallest_distance, hash_picture, hash_pictures, join_near
 
 
 def draw(path, seed, **save):

@@ -11,10 +11,8 @@ import signal
 import time
 from collections.abc import Iterator
 
-from meme_llava.caption_ledger import CaptionLedger
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.text_quality import find_loop, find_refusal
-from meme_llava.describing import UNANSWERED, DescribeArguments, Progress, Prompt
 from meme_llava.inference.endpoint_client import (
     CaptionClient,
     PassingFault,
@@ -24,6 +22,8 @@ from meme_llava.inference.endpoint_client import (
     choose_wait,
 )
 from meme_llava.inference.image_upload import encode_picture, make_data_url
+from meme_llava.prepare.caption_file import CaptionLedger
+from meme_llava.prepare.describing import UNANSWERED, DescribeArguments, Progress, Prompt
 from meme_llava.storage.hashing import try_hash_file
 
 # So many pictures set aside one after the other, none answered between them, are no accident of the pictures.

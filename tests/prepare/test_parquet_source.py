@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "data"))
 
 import prepare  # noqa: E402
 
-from meme_llava.questions import DESCRIBE, READ  # noqa: E402
+from meme_llava.prepare.questions import DESCRIBE, READ  # noqa: E402
 
 datasets = pytest.importorskip("datasets", reason="data/requirements.txt is not installed")
 import pyarrow as pa  # noqa: E402

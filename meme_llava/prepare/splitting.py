@@ -16,10 +16,10 @@ from meme_llava.dataset.check import check_image_folder
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.records import parse_record
 from meme_llava.errors import UserError
-from meme_llava.mixing import draw_fitting
-from meme_llava.near_duplicates import Groups, PictureHash, find_smallest_distance, hash_pictures, join_near
-from meme_llava.preparation import AnnotationWriter, SourceSettings, check_not_input, check_output
-from meme_llava.row_files import read_json_rows
+from meme_llava.prepare.mixing import draw_fitting
+from meme_llava.prepare.near_duplicates import Groups, PictureHash, find_smallest_distance, hash_pictures, join_near
+from meme_llava.prepare.row_files import read_json_rows
+from meme_llava.prepare.writer import AnnotationWriter, SourceSettings, check_not_input, check_output
 
 # Of 881 memes, pairs at distance 2 to 4 are one drawing with other words in 19 of 21 cases, at 6 in 17 of 20, at 8 in
 # 22 of 40, at 10 in about 17 of 40. The largest group grows from 5 (distance 6) to 8, 17 and 30 (12) as chains form.

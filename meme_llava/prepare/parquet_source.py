@@ -21,8 +21,8 @@ from meme_llava.arguments import check_setting, describe
 from meme_llava.dataset.file_signatures import START_LENGTH, describe_stranger
 from meme_llava.dataset.images import ACCEPTED_FORMATS, PARSER_ERRORS, resolve_image_path
 from meme_llava.errors import UserError
-from meme_llava.parquet_columns import PRESETS, Columns, Preset, find_columns, read_text
-from meme_llava.preparation import AnnotationWriter, DrawingSettings, finish, make_record
+from meme_llava.prepare.parquet_columns import PRESETS, Columns, Preset, find_columns, read_text
+from meme_llava.prepare.writer import AnnotationWriter, DrawingSettings, finish, make_record
 from meme_llava.storage.hashing import hash_file
 
 ENDINGS = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "WEBP": "webp", "BMP": "bmp"}
