@@ -20,7 +20,6 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from meme_llava.arguments import TrainArguments, parse_train_arguments
-from meme_llava.curves import draw_training_curves
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import LoadedData, TrainingOrder
 from meme_llava.dataset.quarantine import write_quarantine
@@ -43,6 +42,7 @@ from meme_llava.model.activation_checkpointing import recompute_layers
 from meme_llava.model.llava import Processing, load_processing
 from meme_llava.model.packed_llava import compile_layers, load_packed_llava
 from meme_llava.model.trainable import load_projector, load_trained_weights, plan_parameter_groups, prepare_trainable
+from meme_llava.report.curves import draw_training_curves
 from meme_llava.storage.folders import RUN_RECORD
 from meme_llava.storage.manifest import read_manifest
 from meme_llava.train.checkpoints import (

@@ -21,7 +21,6 @@ from meme_llava.arguments import (
     parse_arguments,
     parse_train_arguments,
 )
-from meme_llava.data_summary import CheckArguments
 from meme_llava.dataset.findings import ALLOWABLE, KINDS
 from meme_llava.dataset.records import parse_record
 from meme_llava.evaluate.settings import (
@@ -34,6 +33,7 @@ from meme_llava.evaluate.settings import (
 from meme_llava.inference.endpoints import PRESETS
 from meme_llava.prepare.describing import REASONS, DescribeArguments
 from meme_llava.prepare.questions import DESCRIBE, READ
+from meme_llava.report.check_summary import CheckArguments
 from meme_llava.storage.folders import RUN_RECORD
 from meme_llava.storage.manifest import MANIFEST
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import evaluate
 import report
-from meme_llava.experiment import (
+from meme_llava.report.experiment import (
     Experiment,
     describe_projector,
     describe_training,
@@ -19,8 +19,8 @@ from meme_llava.experiment import (
     measure_training_seconds,
     read_experiments,
 )
-from meme_llava.line_chart import Chart, Line, find_round_marks, lay_out_chart
-from meme_llava.report_page import render_report, split_differences
+from meme_llava.report.line_chart import Chart, Line, find_round_marks, lay_out_chart
+from meme_llava.report.report_page import render_report, split_differences
 
 ATTACK = '</script></template><script>window.hacked=1</script><img src=x onerror="window.hacked=1">\'"&amp;{{7*7}}'
 QUESTION = "图里写了什么？"

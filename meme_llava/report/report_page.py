@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from rapidfuzz.distance import Levenshtein
 
-from meme_llava.curves import RATE_PREFIX
 from meme_llava.dataset.images import MAX_PIXELS
 from meme_llava.dataset.text_quality import normalise_text
 from meme_llava.evaluate.scores import (
@@ -23,9 +22,10 @@ from meme_llava.evaluate.scores import (
     show_counts,
     show_score,
 )
-from meme_llava.experiment import Experiment
-from meme_llava.html_page import make_thumbnails, render_page
-from meme_llava.line_chart import Chart, Line, lay_out_chart
+from meme_llava.report.curves import RATE_PREFIX
+from meme_llava.report.experiment import Experiment
+from meme_llava.report.html_page import make_thumbnails, render_page
+from meme_llava.report.line_chart import Chart, Line, lay_out_chart
 
 # A spreadsheet takes a cell that begins so for a formula.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")

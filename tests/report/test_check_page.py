@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from meme_llava.check_report import GalleryEntry, Histogram, KindCount, ReportContents, write_check_report
 from meme_llava.dataset.conversation import Turn
 from meme_llava.dataset.findings import Finding
+from meme_llava.report.check_page import GalleryEntry, Histogram, KindCount, ReportContents, write_check_report
 
 ATTACK = (
     '</script></template><script>window.hacked=1</script><img src=x onerror="window.hacked=1">\'"&amp;{{7*7}}\u2028'
