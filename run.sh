@@ -16,7 +16,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 fail() { echo "error: $*" >&2; exit 2; }
-source meme_llava/presets.sh
+source scripts/presets.sh
 
 # --- preset ---
 PRESET=${PRESET:-}                        # none, or a file of configs/presets, whose values come before those below: v1 | v2 | two_stages | openai_clip | chinese_clip_huge
@@ -59,7 +59,7 @@ VENV=${VENV:-.venv}                       # Python environment, made on first us
 
 # ------------------------------------------------------------------------------------------------------------------
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail "this is bash $BASH_VERSION, expected 4.4 or newer"
-source meme_llava/variables.sh
+source scripts/variables.sh
 # shellcheck disable=SC2046
 stop_at_misspelt_variables DRY_RUN $(sed -nE 's/^([A-Z_]+)=\$\{\1:-.*/\1/p' "${BASH_SOURCE[0]}")
 
@@ -119,7 +119,7 @@ looks_only=0
     fail "ENGINE is '$ENGINE', expected auto, single, ddp or a file of configs/deepspeed or configs/fsdp: $(basename -s .json configs/{deepspeed,fsdp}/*.json | paste -sd ' ')"
 [[ ! -e $OUTPUT_DIR || -d $OUTPUT_DIR ]] || fail "OUTPUT_DIR=$OUTPUT_DIR is a file, expected a folder"
 
-source meme_llava/environment.sh
+source scripts/environment.sh
 if [[ $DRY_RUN == 0 ]]; then
     activate_environment requirements.txt
     python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("transformers") is None)' ||

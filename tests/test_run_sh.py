@@ -476,5 +476,5 @@ def test_a_failing_stage_stops_the_chain(tmp_path):
 
 
 def test_shell_scripts_have_no_syntax_error():
-    for script in ("run.sh", "tests/run.sh", ".ci/run", "meme_llava/environment.sh"):
+    for script in ("run.sh", "tests/run.sh", ".ci/run", "scripts/environment.sh"):
         subprocess.run(["bash", "-n", str(ROOT / script)], check=True)

@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 WORK_DIR=${WORK_DIR:-output/pretrain}
 export VENV=${VENV:-.venv}
 
-source meme_llava/environment.sh
+source scripts/environment.sh
 activate_environment requirements.txt data/requirements.txt
 # Two processes of one thread each are faster on two cores than one process of two threads.
 export OMP_NUM_THREADS=1
