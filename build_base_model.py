@@ -11,10 +11,9 @@ import meme_llava  # noqa: F401
 
 import torch
 
-from meme_llava.arguments import BuildArguments, parse_arguments, to_plain
+from meme_llava.cli import BuildArguments, parse_arguments, to_plain
 from meme_llava.convert.build import open_parts, write_llava
 from meme_llava.convert.build_check import verify_assembled
-from meme_llava.display import print_table, show_bytes
 from meme_llava.errors import stop_on_user_error
 from meme_llava.storage.fingerprint import fingerprint_folder
 from meme_llava.storage.folders import (
@@ -26,6 +25,7 @@ from meme_llava.storage.folders import (
     write_json,
 )
 from meme_llava.storage.hub import resolve_model_folder
+from meme_llava.terminal import print_table, show_bytes
 
 
 @stop_on_user_error

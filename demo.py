@@ -12,7 +12,7 @@ import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from meme_llava.arguments import parse_arguments
+from meme_llava.cli import parse_arguments
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.evaluate.settings import DemoArguments
 from meme_llava.inference.chat import Chat

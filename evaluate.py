@@ -11,8 +11,7 @@ them in the table. `--answer_with` asks others than our models: the original LLa
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from meme_llava.arguments import parse_arguments, to_plain
-from meme_llava.display import print_table
+from meme_llava.cli import parse_arguments, to_plain
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.evaluate.answer_sources import AnswerSource, choose_questions, choose_source
 from meme_llava.evaluate.precheck import check_pictures
@@ -37,6 +36,7 @@ from meme_llava.inference.answers import describe_answer
 from meme_llava.inference.generation import Question, list_record_questions
 from meme_llava.storage.folders import describe_environment
 from meme_llava.storage.hashing import hash_file, hash_files
+from meme_llava.terminal import print_table
 
 MAX_LISTED = 5
 

@@ -12,9 +12,8 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from meme_llava.arguments import parse_arguments, to_plain
+from meme_llava.cli import parse_arguments, to_plain
 from meme_llava.dataset.images import resolve_image_path
-from meme_llava.display import print_table
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.evaluate.judging import CRITERIA, Comparison, Pair, combine_verdicts, compare_pairs, read_verdict
 from meme_llava.evaluate.results_folder import (
@@ -31,6 +30,7 @@ from meme_llava.evaluate.settings import JudgeArguments
 from meme_llava.inference.endpoints import Endpoint, check_client, find_endpoint
 from meme_llava.storage.folders import describe_environment
 from meme_llava.storage.hashing import hash_file
+from meme_llava.terminal import print_table
 
 ATTEMPTS = 2  # requests for a verdict in the wanted form
 

@@ -12,11 +12,10 @@ import meme_llava  # noqa: F401
 
 import torch
 
-from meme_llava.arguments import MergeArguments, parse_arguments, to_plain
+from meme_llava.cli import MergeArguments, parse_arguments, to_plain
 from meme_llava.convert.export import check_exportable, export_clip_tower, verify_exported
 from meme_llava.convert.merge import TrainedWeights, write_merged
 from meme_llava.convert.merge_check import verify_merged
-from meme_llava.display import print_table, show_bytes
 from meme_llava.errors import stop_on_user_error
 from meme_llava.storage.fingerprint import fingerprint_folder
 from meme_llava.storage.folders import (
@@ -29,6 +28,7 @@ from meme_llava.storage.folders import (
     write_directory,
     write_json,
 )
+from meme_llava.terminal import print_table, show_bytes
 
 
 @stop_on_user_error

@@ -19,11 +19,10 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from meme_llava.arguments import TrainArguments, parse_train_arguments
+from meme_llava.cli import TrainArguments, parse_train_arguments
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import LoadedData, TrainingOrder
 from meme_llava.dataset.quarantine import write_quarantine
-from meme_llava.display import print_batch, print_findings
 from meme_llava.distributed.engines import Engine, check_muon_runs, choose_engine, load_whole
 from meme_llava.distributed.heartbeat import ProgressMarks
 from meme_llava.distributed.processes import (
@@ -45,6 +44,7 @@ from meme_llava.model.trainable import load_projector, load_trained_weights, pla
 from meme_llava.report.curves import draw_training_curves
 from meme_llava.storage.folders import RUN_RECORD
 from meme_llava.storage.manifest import read_manifest
+from meme_llava.terminal import print_batch, print_findings
 from meme_llava.train.checkpoints import (
     CheckpointContent,
     hold_output_dir,

@@ -31,7 +31,7 @@ from transformers import (  # noqa: E402
     Qwen2ForCausalLM,
 )
 
-from meme_llava.arguments import parse_train_arguments  # noqa: E402
+from meme_llava.cli import parse_train_arguments  # noqa: E402
 from meme_llava.dataset.dataset import load_dataset  # noqa: E402
 from meme_llava.dataset.records import read_records  # noqa: E402
 from meme_llava.distributed.engines import SINGLE, choose_engine  # noqa: E402

@@ -34,9 +34,9 @@ from meme_llava.dataset.dataset import LoadedData, TrainingOrder, load_dataset  
 from meme_llava.dataset.findings import Severities  # noqa: E402
 from meme_llava.dataset.images import ImagePolicy  # noqa: E402
 from meme_llava.dataset.records import read_records  # noqa: E402
-from meme_llava.display import print_table  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model.llava import load_processing  # noqa: E402
+from meme_llava.terminal import print_table  # noqa: E402
 
 # Chinese-CLIP ViT-L/14-336.
 SIZE, TOKENS_PER_IMAGE = 336, 576

@@ -33,9 +33,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
-from meme_llava.display import print_table  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model.llava import check_llava_folder  # noqa: E402
+from meme_llava.terminal import print_table  # noqa: E402
 
 READER = Path(__file__).resolve().parent / "read_logits.py"
 LOADING_FAULTS = {

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import ChineseCLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
-from meme_llava.arguments import TrainArguments, read_recipe
+from meme_llava.cli import TrainArguments, read_recipe
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.model.llava import count_image_tokens, make_empty_model, set_parameter
 from meme_llava.model.loss import CrossEntropyHead

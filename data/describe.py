@@ -23,7 +23,7 @@ except ModuleNotFoundError:
     print("error: the package openai is not installed; pip install -r data/requirements.txt", file=sys.stderr)
     sys.exit(2)
 
-from meme_llava.arguments import parse_arguments  # noqa: E402
+from meme_llava.cli import parse_arguments  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.inference.endpoint_client import CaptionClient  # noqa: E402
 from meme_llava.inference.endpoints import Endpoint, find_endpoint  # noqa: E402

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from meme_llava.arguments import parse_arguments  # noqa: E402
+from meme_llava.cli import parse_arguments  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.prepare.annotation_sources import (  # noqa: E402
     FileNameSettings,

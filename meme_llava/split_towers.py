@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
 
-from meme_llava.arguments import check_setting, describe, parse_arguments, to_plain
+from meme_llava.cli import check_setting, describe, parse_arguments, to_plain
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.model.llava import load_llava, load_strictly, quiet_transformers
 from meme_llava.model.tensor_names import Rounding

@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import ChineseCLIPConfig, ChineseCLIPModel, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.models.chinese_clip.image_processing_pil_chinese_clip import ChineseCLIPImageProcessorPil
 
-from meme_llava.arguments import parse_arguments, to_plain
+from meme_llava.cli import parse_arguments, to_plain
 from meme_llava.dataset.conversation import DEFAULT_SYSTEM
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.model.llava import quiet_transformers

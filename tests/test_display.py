@@ -8,8 +8,8 @@ from rich.console import Console
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.conversation import ConversationEncoder
 from meme_llava.dataset.images import ImagePolicy
-from meme_llava.display import print_batch, print_table
 from meme_llava.model.llava import Processing
+from meme_llava.terminal import print_batch, print_table
 from meme_llava.tiny_towers import train_tokenizer
 
 

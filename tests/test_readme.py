@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from meme_llava import arguments as settings
-from meme_llava.arguments import (
+from meme_llava import cli as settings
+from meme_llava.cli import (
     BuildArguments,
     InferArguments,
     MergeArguments,

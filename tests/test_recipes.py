@@ -10,7 +10,7 @@ from PIL import Image
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import recipes  # noqa: E402
 
-from meme_llava.arguments import parse_train_arguments  # noqa: E402
+from meme_llava.cli import parse_train_arguments  # noqa: E402
 from meme_llava.errors import UserError  # noqa: E402
 
 

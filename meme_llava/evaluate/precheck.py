@@ -6,7 +6,7 @@ python -m meme_llava.evaluate.precheck --annotations memes.json --image_folder m
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from meme_llava.arguments import describe, parse_arguments
+from meme_llava.cli import describe, parse_arguments
 from meme_llava.dataset.image_cache import PictureCache, find_default_cache
 from meme_llava.dataset.image_inspection import inspect_pictures
 from meme_llava.dataset.images import MAX_PIXELS

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from meme_llava.arguments import check_setting, describe, parse_arguments
+from meme_llava.cli import check_setting, describe, parse_arguments
 from meme_llava.errors import UserError
 from meme_llava.inference.endpoints import PRESETS
 

@@ -13,7 +13,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from meme_llava.arguments import TrainArguments
+from meme_llava.cli import TrainArguments
 from meme_llava.errors import UserError
 from meme_llava.model.llava import (
     LANGUAGE_MODEL,

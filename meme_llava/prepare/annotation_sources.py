@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from meme_llava.arguments import describe
+from meme_llava.cli import describe
 from meme_llava.dataset.check import check_image_folder
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.records import parse_record

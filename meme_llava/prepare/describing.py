@@ -15,13 +15,13 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from meme_llava.arguments import check_setting, describe
+from meme_llava.cli import check_setting, describe
 from meme_llava.dataset.image_inspection import PICTURE_SUFFIXES
-from meme_llava.display import SECONDS_BETWEEN_LINES, print_table
 from meme_llava.errors import UserError
 from meme_llava.inference.endpoints import PRESETS
 from meme_llava.prepare.caption_file import CaptionLedger
 from meme_llava.storage.hashing import try_hash_file
+from meme_llava.terminal import SECONDS_BETWEEN_LINES, print_table
 
 # The words first: they are what a reader of memes must learn. A model that may say "unreadable" invents less.
 DEFAULT_PROMPT = """请用中文描述这张表情包，写成一段通顺的话，依次说清三件事：

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from meme_llava.arguments import describe
+from meme_llava.cli import describe
 from meme_llava.dataset.records import parse_record
 from meme_llava.errors import UserError
 from meme_llava.prepare.row_files import Row, read_json_rows

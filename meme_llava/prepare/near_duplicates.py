@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from meme_llava.dataset.images import open_image
-from meme_llava.display import show_count
 from meme_llava.errors import UserError
 from meme_llava.storage.hashing import hash_file
+from meme_llava.terminal import show_count
 
 # 64-bit distances computed at once; 8 bytes each, and a few copies of that.
 _PAIRS_AT_ONCE = 4_000_000

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from PIL import Image
 
-from meme_llava.arguments import check_setting, describe
+from meme_llava.cli import check_setting, describe
 from meme_llava.dataset.file_signatures import START_LENGTH, describe_stranger
 from meme_llava.dataset.images import ACCEPTED_FORMATS, PARSER_ERRORS, resolve_image_path
 from meme_llava.errors import UserError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from meme_llava.arguments import describe
+from meme_llava.cli import describe
 from meme_llava.dataset.check import check_image_folder
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.records import parse_record

@@ -16,15 +16,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from meme_llava.arguments import describe
+from meme_llava.cli import describe
 from meme_llava.dataset.check import MAX_LISTED as MAX_LISTED_PROBLEMS
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
 from meme_llava.dataset.records import name_source, parse_record
-from meme_llava.display import print_table
 from meme_llava.errors import UserError
 from meme_llava.prepare.questions import DESCRIBE, READ, draw_question
 from meme_llava.storage.folders import describe_environment
 from meme_llava.storage.hashing import hash_file
+from meme_llava.terminal import print_table
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ import psutil
 import torch
 from transformers import LlavaConfig, TrainingArguments
 
-from meme_llava.arguments import TrainArguments
+from meme_llava.cli import TrainArguments
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.model.activation_checkpointing import RecomputedLayers
 from meme_llava.model.packed_attention import NAMES, choose_attention

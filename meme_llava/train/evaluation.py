@@ -16,7 +16,6 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TrainerCallback
 
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.images import open_image
-from meme_llava.display import print_table
 from meme_llava.distributed.engines import Engine
 from meme_llava.distributed.heartbeat import ProgressMarks
 from meme_llava.distributed.processes import count_processes, gather, share
@@ -26,6 +25,7 @@ from meme_llava.inference.answers import GivenAnswer, describe_answer
 from meme_llava.inference.generation import Answerer, choose_stops
 from meme_llava.model.llava import Processing
 from meme_llava.model.packed_llava import answer_unpacked
+from meme_llava.terminal import print_table
 from meme_llava.train.run import TrainingRun
 from meme_llava.train.tracker_runs import ShownAnswer, TrackerRuns
 from meme_llava.train.validation import ANSWERS, ValidationData, deal

@@ -6,7 +6,7 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 
-from meme_llava.arguments import TrainArguments
+from meme_llava.cli import TrainArguments
 from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine, allow_fsdp_on_cpu, prepare_environment
 from meme_llava.distributed.processes import count_processes
 from meme_llava.errors import ProcessError, UserError

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from meme_llava.arguments import TrainArguments
+from meme_llava.cli import TrainArguments
 from meme_llava.distributed.engines import DDP, SINGLE, Engine
 from meme_llava.errors import OutOfMemoryError
 

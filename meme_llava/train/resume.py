@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from meme_llava.arguments import TrainArguments
+from meme_llava.cli import TrainArguments
 from meme_llava.dataset.quarantine import QUARANTINE
 from meme_llava.errors import CheckpointError, UserError
 from meme_llava.storage.folders import RUN_RECORD, read_run_record

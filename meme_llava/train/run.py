@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from meme_llava.arguments import TrainArguments, to_plain
+from meme_llava.cli import TrainArguments, to_plain
 from meme_llava.dataset.dataset import LoadedData
-from meme_llava.display import print_table
 from meme_llava.distributed.engines import Engine
 from meme_llava.distributed.processes import count_processes
 from meme_llava.errors import CheckpointError
@@ -24,6 +23,7 @@ from meme_llava.storage.folders import (
     write_json,
 )
 from meme_llava.storage.hashing import hash_file
+from meme_llava.terminal import print_table
 from meme_llava.train.computation import Computation
 from meme_llava.train.hf_arguments import count_steps
 from meme_llava.train.resume import StartPoint

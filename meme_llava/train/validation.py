@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from meme_llava.arguments import TrainArguments
+from meme_llava.cli import TrainArguments
 from meme_llava.dataset.check import CheckedData, CheckedRecord
 from meme_llava.dataset.dataset import MemeDataset
 from meme_llava.distributed.processes import count_processes, find_rank, share

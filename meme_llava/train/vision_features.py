@@ -13,12 +13,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from meme_llava.dataset.images import ImagePolicy, read_pixels
-from meme_llava.display import show_count
 from meme_llava.distributed.heartbeat import ProgressMarks
 from meme_llava.distributed.processes import wait_for_all
 from meme_llava.errors import DiskFullError, UserError
 from meme_llava.model.llava import count_image_tokens
 from meme_llava.model.packed_llava import PackedLlava
+from meme_llava.terminal import show_count
 
 VISION_FEATURES = "vision_features"
 PICTURES_AT_ONCE = 16

@@ -21,7 +21,7 @@ from PIL import Image
 
 import demo
 import infer
-from meme_llava.arguments import parse_arguments
+from meme_llava.cli import parse_arguments
 from meme_llava.dataset.images import open_image
 from meme_llava.evaluate.settings import DemoArguments
 from meme_llava.inference import chat as chat_module

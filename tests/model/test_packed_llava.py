@@ -9,7 +9,7 @@ from conftest import train_flags
 from torch._dynamo.utils import counters
 from torch.nn import functional
 
-from meme_llava.arguments import parse_train_arguments
+from meme_llava.cli import parse_train_arguments
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.conversation import Turn
 from meme_llava.dataset.images import open_image, read_pixels, to_pixel_values

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import infer
 import merge_lora
 import train
-from meme_llava.arguments import parse_train_arguments
+from meme_llava.cli import parse_train_arguments
 from meme_llava.errors import CheckpointError, DiskFullError, UserError
 from meme_llava.storage import tensor_writer
 from meme_llava.storage.manifest import read_manifest, verify_directory, write_manifest

@@ -7,7 +7,7 @@ from conftest import train_flags
 from transformers import LlavaConfig
 
 import train
-from meme_llava.arguments import parse_train_arguments
+from meme_llava.cli import parse_train_arguments
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import TrainingOrder, load_dataset
 from meme_llava.distributed.engines import choose_engine

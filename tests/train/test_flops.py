@@ -9,7 +9,7 @@ from conftest import IMAGE_SIZE, train_flags
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from meme_llava.arguments import parse_train_arguments
+from meme_llava.cli import parse_train_arguments
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.conversation import IGNORED_LABEL
 from meme_llava.errors import UserError

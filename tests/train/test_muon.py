@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train
-from meme_llava.arguments import parse_train_arguments
+from meme_llava.cli import parse_train_arguments
 from meme_llava.errors import UserError
 from meme_llava.model.llava import load_llava
 from meme_llava.model.trainable import ParameterGroup, plan_parameter_groups, prepare_trainable

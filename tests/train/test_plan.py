@@ -9,7 +9,7 @@ from conftest import IMAGE_SIZE, train_flags
 from test_costs import TOKENS_PER_IMAGE, load_prepared, make_batch, make_example
 from transformers import LlavaConfig
 
-from meme_llava.arguments import parse_train_arguments
+from meme_llava.cli import parse_train_arguments
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.errors import UserError
 from meme_llava.model.activation_checkpointing import RecomputedLayers, recompute_layers

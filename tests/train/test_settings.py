@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from meme_llava import arguments as settings
-from meme_llava.arguments import (
+from meme_llava import cli as settings
+from meme_llava.cli import (
     DEFAULT_QUESTION,
     BuildArguments,
     InferArguments,

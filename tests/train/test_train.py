@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 import train
-from meme_llava.arguments import parse_train_arguments
+from meme_llava.cli import parse_train_arguments
 from meme_llava.dataset.conversation import Turn
 from meme_llava.dataset.image_cache import PictureCache, find_default_cache
 from meme_llava.dataset.image_inspection import inspect_pictures

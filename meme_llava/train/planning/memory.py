@@ -12,7 +12,7 @@ from functools import cached_property
 from torch import nn
 from transformers import LlavaConfig
 
-from meme_llava.arguments import TrainArguments
+from meme_llava.cli import TrainArguments
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.distributed.engines import DEEPSPEED, FSDP, choose_engine
 from meme_llava.model.activation_checkpointing import (

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import LlavaConfig
 
-from meme_llava.arguments import TrainArguments
+from meme_llava.cli import TrainArguments
 from meme_llava.dataset.dataset import TrainingOrder
 from meme_llava.dataset.images import ImagePolicy
-from meme_llava.display import print_table
 from meme_llava.errors import UserError
 from meme_llava.model.activation_checkpointing import RecomputedLayers
+from meme_llava.terminal import print_table
 from meme_llava.train.planning.accelerators import CPU, GIB, Machine, find_machine, find_own_device
 from meme_llava.train.planning.advice import MemoryPlan, plan_memory, try_changes
 from meme_llava.train.planning.flops import StepCounts, TrainingCosts, count_batch
