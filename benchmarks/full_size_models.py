@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny" / "making")]
 
 import torch  # noqa: E402
 from huggingface_hub import split_torch_state_dict_into_shards  # noqa: E402
+from make_towers import make_vision_tower, train_tokenizer  # noqa: E402
 from transformers import (  # noqa: E402
     AutoTokenizer,
     ChineseCLIPVisionConfig,
@@ -40,7 +41,6 @@ from meme_llava.model.llava import load_processing, quiet_transformers  # noqa: 
 from meme_llava.model.trainable import plan_parameter_groups, prepare_trainable, save_trained_weights  # noqa: E402
 from meme_llava.storage.folders import write_directory, write_json  # noqa: E402
 from meme_llava.storage.manifest import describe_file, write_manifest  # noqa: E402
-from meme_llava.tiny_towers import make_vision_tower, train_tokenizer  # noqa: E402
 from meme_llava.train.hf_arguments import derive_accumulation  # noqa: E402
 from meme_llava.train.resume import StartPoint  # noqa: E402
 from meme_llava.train.run import TrainingRun  # noqa: E402

@@ -18,6 +18,7 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="meme_llava_tests_")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from make_towers import make_language_model, make_vision_tower  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
 import build_base_model  # noqa: E402
@@ -26,7 +27,6 @@ import train  # noqa: E402
 from meme_llava.errors import CheckpointError  # noqa: E402
 from meme_llava.inference.generation import load_answerer  # noqa: E402
 from meme_llava.storage.manifest import MANIFEST, describe_file, verify_directory, write_manifest  # noqa: E402
-from meme_llava.tiny_towers import make_language_model, make_vision_tower  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"

@@ -40,7 +40,7 @@ from meme_llava.storage.manifest import MANIFEST
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = {"README": ("README.md", "README.zh-CN.md"), "data": ("data/README.md", "data/README.zh-CN.md")}
 DOCUMENTS = [name for pair in PAIRS.values() for name in pair]
-DRAWING = ("data/draw_memes.py", "data/draw_lessons.py")
+DRAWING = ("data/tiny/making/draw_memes.py", "data/tiny/making/draw_lessons.py")
 PLAIN_SCRIPTS = {
     "build_base_model.py": BuildArguments,
     "merge_lora.py": MergeArguments,
@@ -117,7 +117,7 @@ def list_known_flags() -> set[str]:
     flags = {f"--{field.name}" for field in fields}
     flags |= {f"--no_{field.name}" for field in fields if field.default is True}
     flags |= {flag for script in (*DRAWING, *BENCHMARKS) for flag in re.findall(r'"(--\w+)",', read(script))}
-    return flags | {f"--{lesson}" for lesson in load_script("data/draw_lessons.py").LESSONS}
+    return flags | {f"--{lesson}" for lesson in load_script("data/tiny/making/draw_lessons.py").LESSONS}
 
 
 def read_run_sh_variables() -> dict[str, tuple[str, str | None]]:
@@ -300,7 +300,7 @@ def test_variables_named_in_commands_exist():
 
 @pytest.mark.parametrize("document", PAIRS["README"])
 def test_quoted_messages_are_in_the_code(document):
-    sources = [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("meme_llava/*.py"), *ROOT.glob("meme_llava/*.sh")]
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("meme_llava/**/*.py"), *ROOT.glob("scripts/*.sh")]
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     code = re.sub(r'"\s*\n\s*f?"', "", code)  # a message that spans two literals is one
     code = code.replace("{RUN_RECORD}", RUN_RECORD).replace("{MANIFEST}", MANIFEST)

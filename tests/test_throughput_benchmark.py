@@ -7,11 +7,9 @@ import sys
 
 import numpy as np
 import pytest
+import throughput  # noqa: E402
 import torch
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import throughput  # noqa: E402
 from throughput_data import LengthScale, assign_pictures, draw_caption_lengths  # noqa: E402
 from throughput_devices import LiveTensors, Platform  # noqa: E402
 from throughput_models import SHAPES, make_models, measure_proportions  # noqa: E402

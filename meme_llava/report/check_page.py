@@ -104,7 +104,7 @@ def _render(contents: ReportContents) -> str:
     sources = sorted({entry.source for entry in contents.entries})
     cards = _make_cards(contents.entries, kinds, images, sources)
     return render_page(
-        "check_report.html",
+        "check_page.html",
         contents.title,
         {"tone": _find_tone},
         total_entries=contents.total_entries,

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SHARED_DATA
+from make_towers import train_tokenizer
 from PIL import Image
 
 from meme_llava.dataset.check import CheckedData, check_data, stop_on_bad_records
@@ -20,7 +21,6 @@ from meme_llava.dataset.findings import KINDS, UNTRAINABLE, Severities, Severity
 from meme_llava.dataset.image_inspection import inspect_picture, judge_picture
 from meme_llava.dataset.quarantine import write_quarantine
 from meme_llava.errors import UserError
-from meme_llava.tiny_towers import train_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 

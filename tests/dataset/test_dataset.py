@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SHARED_DATA
+from make_towers import train_tokenizer
 from PIL import Image
 
 from meme_llava.dataset import dataset as dataset_module
@@ -19,9 +21,7 @@ from meme_llava.dataset.images import ImagePolicy
 from meme_llava.dataset.quarantine import write_quarantine
 from meme_llava.dataset.records import read_records
 from meme_llava.errors import UserError
-from meme_llava.tiny_towers import train_tokenizer
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TOKENS_PER_IMAGE = 4
 POLICY = ImagePolicy(size=2, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # pixel values are colours / 255
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import World
+from conftest import SHARED_DATA, World
 from PIL import Image, ImageDraw
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -31,7 +31,7 @@ from meme_llava.errors import UserError
 from meme_llava.inference.generation import load_answerer
 from meme_llava.model.llava import load_processing
 
-ODD_IMAGES = Path(__file__).resolve().parents[2] / "shared" / "data" / "odd_images"
+ODD_IMAGES = SHARED_DATA / "odd_images"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 pytest.importorskip("openai", reason="describe.py asks through it")
@@ -50,7 +51,7 @@ from meme_llava.prepare import caption_file as caption_ledger  # noqa: E402
 from meme_llava.prepare import captioning as caption_run  # noqa: E402
 from meme_llava.prepare.describing import DEFAULT_PROMPT, Prompt  # noqa: E402
 
-SCRIPT = Path(__file__).resolve().parent.parent / "data" / "describe.py"
+SCRIPT = ROOT / "data" / "describe.py"
 CANARY = "sk-canary-0123456789abcdef"
 KEY_VARIABLE = "CAPTION_TEST_KEY"
 NEW_TOKENS = 16  # a model of two training steps never stops by itself

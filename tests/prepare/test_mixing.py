@@ -3,19 +3,15 @@
 import json
 import random
 import shutil
-import sys
 
 import numpy as np
+import prepare  # noqa: E402
 import pytest
-from conftest import ROOT, SHARED_DATA
+from conftest import SHARED_DATA
 from PIL import Image
 
 from meme_llava.prepare.mixing import draw_fitting, draw_nearest
 from meme_llava.prepare.near_duplicates import hash_picture
-
-sys.path.insert(0, str(ROOT / "data"))
-
-import prepare  # noqa: E402
 
 
 def make_record(record_id, image=None, **more):

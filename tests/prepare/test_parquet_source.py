@@ -4,15 +4,10 @@ import builtins
 import hashlib
 import io
 import json
-import sys
-
-import pytest
-from conftest import ROOT
-from PIL import Image
-
-sys.path.insert(0, str(ROOT / "data"))
 
 import prepare  # noqa: E402
+import pytest
+from PIL import Image
 
 from meme_llava.prepare.questions import DESCRIBE, READ  # noqa: E402
 

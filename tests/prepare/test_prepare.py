@@ -5,17 +5,13 @@ import errno
 import hashlib
 import json
 import shutil
-import sys
 import unicodedata
 from pathlib import Path
 
-import pytest
-from conftest import ROOT, SHARED_DATA
-from PIL import Image
-
-sys.path.insert(0, str(ROOT / "data"))
-
 import prepare  # noqa: E402
+import pytest
+from conftest import SHARED_DATA
+from PIL import Image
 
 from meme_llava.prepare.questions import DESCRIBE, READ  # noqa: E402
 

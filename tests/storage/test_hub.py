@@ -12,11 +12,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from meme_llava.errors import UserError
 from meme_llava.storage.hub import resolve_model_folder
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = ROOT
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # What the hub holds. Chinese-CLIP is published as pytorch_model.bin only, Qwen2 as safetensors only, CLIP as both.
 MODELS = {

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from meme_llava import cli as settings
 from meme_llava.cli import (
@@ -26,7 +27,7 @@ from meme_llava.cli import (
 from meme_llava.errors import UserError
 from meme_llava.evaluate.settings import DemoArguments, EvaluateArguments, JudgeArguments, ReportArguments
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = ROOT
 RECIPES = ["freeze_vision", "full", "lora", "projector"]
 # What run.sh gives; a command line without it is not complete.
 GIVEN = {

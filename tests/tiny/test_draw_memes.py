@@ -3,24 +3,22 @@
 import json
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_drawing
+from conftest import ROOT, run_drawing
+from draw_lessons import list_lesson_alphabet  # noqa: E402
+from make_towers import train_tokenizer
+from meme_characters import MOODS  # noqa: E402
+from meme_lines import LINES, LineSource, is_unseen, list_alphabet, list_readable  # noqa: E402
 from PIL import Image
 
 from meme_llava.dataset.conversation import ConversationEncoder
 from meme_llava.dataset.dataset import load_dataset
 from meme_llava.dataset.images import ImagePolicy
-from meme_llava.tiny_towers import train_tokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
-from draw_lessons import list_lesson_alphabet  # noqa: E402
-from meme_characters import MOODS  # noqa: E402
-from meme_lines import LINES, LineSource, is_unseen, list_alphabet, list_readable  # noqa: E402
-
-DATA = Path(__file__).resolve().parent.parent / "data"
+DATA = ROOT / "data"
+MAKING = DATA / "tiny" / "making"
 
 
 def load(folder: Path, max_length: int = 512):
@@ -92,7 +90,7 @@ def test_the_committed_texts_differ(committed):
 
 
 def test_the_committed_alphabet_is_that_of_the_lessons():
-    assert (DATA / "alphabet.txt").read_text(encoding="utf-8") == list_lesson_alphabet() + "\n"
+    assert (MAKING / "alphabet.txt").read_text(encoding="utf-8") == list_lesson_alphabet() + "\n"
 
 
 def test_no_line_of_the_unseen_memes_is_trained_on():

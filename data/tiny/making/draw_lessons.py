@@ -1,6 +1,6 @@
-"""Draws the lessons from which small towers (`meme_llava.tiny_towers`) learn to read.
+"""Draws the lessons from which small towers (`make_towers.py`) learn to read.
 
-    python data/draw_lessons.py --output_dir /tmp/lessons --crowded_fields 1000 --memes 500 --seed 7
+    python data/tiny/making/draw_lessons.py --output_dir /tmp/lessons --crowded_fields 1000 --memes 500 --seed 7
 
 writes images/, annotations.json and alphabet.txt, the characters that can occur. What is asked about a page of letters
 is its field, or its text; `meme_pages.py` says what these are. Pages come as pictures, or spelled out where the image

@@ -1,6 +1,6 @@
 """Draws memes of our own without end: sticker pictures with a short Chinese line, and the truth about each.
 
-    python data/draw_memes.py --output_dir /tmp/memes --count 1000 --seed 7
+    python data/tiny/making/draw_memes.py --output_dir /tmp/memes --count 1000 --seed 7
 
 writes images/ and annotations.json. `meme_lines.py` knows what memes say, `meme_characters.py` how the figures look,
 `meme_pictures.py` how both make a picture, `meme_fonts.py` which fonts there are. This file deals them out and knows

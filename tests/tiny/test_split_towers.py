@@ -3,16 +3,16 @@
 import shutil
 
 import pytest
+import split_towers
 import torch
 from conftest import IMAGE_SIZE, LANGUAGE_DIMENSIONS, train_flags
+from make_towers import make_language_model
 from transformers import AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
 
 import build_base_model
 import merge_lora
 import train
-from meme_llava import split_towers
 from meme_llava.model.llava import load_llava, load_strictly
-from meme_llava.tiny_towers import make_language_model
 
 
 @pytest.fixture(scope="module")

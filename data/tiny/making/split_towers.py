@@ -1,11 +1,12 @@
 """Knows how to take a trained LLaVA apart: its language model and vision tower become folders as a hub has them.
 
-    python -m meme_llava.split_towers --model output/merged --towers output/towers --output_dir data/tiny
+    python data/tiny/making/split_towers.py --model output/merged --towers output/towers --output_dir data/tiny
 
 The towers that the LLaVA was built from give configuration and tokenizer; only their weights are replaced. The
 multi_modal_projector is left behind: who builds a model from the two gets a fresh one.
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,11 +15,14 @@ import torch
 from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
 
-from meme_llava.cli import check_setting, describe, parse_arguments, to_plain
-from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.model.llava import load_llava, load_strictly, quiet_transformers
-from meme_llava.model.tensor_names import Rounding
-from meme_llava.storage.folders import RUN_RECORD, describe_environment, write_directory, write_json
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT))
+
+from meme_llava.cli import check_setting, describe, parse_arguments, to_plain  # noqa: E402
+from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
+from meme_llava.model.llava import load_llava, load_strictly, quiet_transformers  # noqa: E402
+from meme_llava.model.tensor_names import Rounding  # noqa: E402
+from meme_llava.storage.folders import RUN_RECORD, describe_environment, write_directory, write_json  # noqa: E402
 
 
 @dataclass

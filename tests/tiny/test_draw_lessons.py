@@ -3,21 +3,19 @@
 import json
 import random
 import subprocess
-import sys
 from pathlib import Path
 
+import make_towers
 import numpy as np
 import pytest
-from conftest import run_drawing
+from conftest import ROOT, run_drawing
 from PIL import Image
 from transformers import AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
 
-from meme_llava import tiny_towers
 from meme_llava.model.llava import load_strictly
 from meme_llava.storage.folders import read_run_record
 
-DATA = Path(__file__).resolve().parent.parent / "data"
-sys.path.insert(0, str(DATA))
+MAKING = ROOT / "data" / "tiny" / "making"
 from meme_characters import MOODS  # noqa: E402
 from meme_groups import Group, draw_group  # noqa: E402
 from meme_lines import list_alphabet  # noqa: E402
@@ -251,7 +249,7 @@ def test_a_folder_with_pictures_is_left_alone(lessons):
 @pytest.fixture(scope="module")
 def towers(lessons, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("towers") / "random"
-    tiny_towers.main(["--alphabet", str(lessons / "alphabet.txt"), "--output_dir", str(folder)])
+    make_towers.main(["--alphabet", str(lessons / "alphabet.txt"), "--output_dir", str(folder)])
     return folder
 
 
@@ -283,7 +281,7 @@ def test_random_towers_can_be_built_again_and_say_how_they_were_made(towers):
 
 def test_a_copier_has_one_layer_with_one_head(lessons, tmp_path):
     flags = ["--alphabet", str(lessons / "alphabet.txt"), "--output_dir", str(tmp_path / "towers"), "--copier"]
-    tiny_towers.main(flags)
+    make_towers.main(flags)
     config = load_strictly(Qwen2ForCausalLM, tmp_path / "towers" / "language_model").config
     assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (1, 1, 1)
     assert config.intermediate_size == 64
@@ -295,7 +293,7 @@ def test_an_alphabet_without_characters_is_refused(tmp_path, capsys, content, me
     if content is not None:
         path.write_text(content)
     with pytest.raises(SystemExit) as stop:
-        tiny_towers.main(["--alphabet", str(path), "--output_dir", str(tmp_path / "towers")])
+        make_towers.main(["--alphabet", str(path), "--output_dir", str(tmp_path / "towers")])
     assert stop.value.code == 2
     assert f"--alphabet {path} {message}" in capsys.readouterr().err
     assert not (tmp_path / "towers").exists()

@@ -1,17 +1,14 @@
 """The embedded towers of data/tiny are whole and small, know their alphabet, and build a model."""
 
 import json
-import sys
 
 import torch
 from conftest import ROOT
+from meme_lines import list_alphabet  # noqa: E402
 from transformers import AutoTokenizer
 
 import build_base_model
 from meme_llava.model.llava import load_llava
-
-sys.path.insert(0, str(ROOT / "data"))
-from meme_lines import list_alphabet  # noqa: E402
 
 TINY = ROOT / "data" / "tiny"
 TOWERS = TINY / "language_model", TINY / "vision_tower"

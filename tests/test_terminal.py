@@ -3,6 +3,7 @@
 import io
 
 import torch
+from make_towers import train_tokenizer
 from rich.console import Console
 
 from meme_llava.dataset.collator import PackingCollator
@@ -10,7 +11,6 @@ from meme_llava.dataset.conversation import ConversationEncoder
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.model.llava import Processing
 from meme_llava.terminal import print_batch, print_table
-from meme_llava.tiny_towers import train_tokenizer
 
 
 class Processor:

@@ -1,13 +1,14 @@
 """Knows how to make a tiny random language model and vision tower, laid out as the hub's real ones are.
 
 Qwen2's architecture and tokenizer format, and a two-tower Chinese-CLIP in a `pytorch_model.bin`. Those of the command
-line can learn to read every character of an alphabet; data/tiny/pretrain.sh makes them and teaches them:
+line can learn to read every character of an alphabet; data/tiny/making/pretrain.sh makes them and teaches them:
 
-    python -m meme_llava.tiny_towers --alphabet alphabet.txt --output_dir output/towers
+    python data/tiny/making/make_towers.py --alphabet alphabet.txt --output_dir output/towers
 """
 
 import json
 import string
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,11 +17,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import ChineseCLIPConfig, ChineseCLIPModel, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.models.chinese_clip.image_processing_pil_chinese_clip import ChineseCLIPImageProcessorPil
 
-from meme_llava.cli import parse_arguments, to_plain
-from meme_llava.dataset.conversation import DEFAULT_SYSTEM
-from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.model.llava import quiet_transformers
-from meme_llava.storage.folders import RUN_RECORD, describe_environment, write_directory, write_json
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT))
+
+from meme_llava.cli import parse_arguments, to_plain  # noqa: E402
+from meme_llava.dataset.conversation import DEFAULT_SYSTEM  # noqa: E402
+from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
+from meme_llava.model.llava import quiet_transformers  # noqa: E402
+from meme_llava.storage.folders import RUN_RECORD, describe_environment, write_directory, write_json  # noqa: E402
 
 ALPHABET_WEIGHT = 50
 PROMPT_WORDS_WEIGHT = 100  # the words of every prompt count like those of a hundred records

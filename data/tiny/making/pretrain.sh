@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Teaches two small towers to read, from random weights, with the lessons of data/draw_lessons.py:
+# Teaches two small towers to read, from random weights, with the lessons of data/tiny/making/draw_lessons.py:
 #
-#   bash data/tiny/pretrain.sh
+#   bash data/tiny/making/pretrain.sh
 #
 # makes language_model and vision_tower in output/pretrain/fluent/towers. Run it again after an interruption: finished
 # stages are skipped, a broken one goes on from its newest checkpoint. WORK_DIR=… puts everything elsewhere; VENV as in
 # run.sh.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 WORK_DIR=${WORK_DIR:-output/pretrain}
 export VENV=${VENV:-.venv}
 
@@ -24,7 +24,7 @@ draw_lessons() {
     shift
     [[ ! -d $folder ]] || return 0
     rm -rf "$folder.partial"
-    python data/draw_lessons.py --output_dir "$folder.partial" --processes "$processes" "$@"
+    python data/tiny/making/draw_lessons.py --output_dir "$folder.partial" --processes "$processes" "$@"
     mv "$folder.partial" "$folder"
 }
 
@@ -45,7 +45,7 @@ teach() {
 make_towers() {
     local name=$1
     shift
-    [[ -d $WORK_DIR/$name/random ]] || python -m meme_llava.tiny_towers \
+    [[ -d $WORK_DIR/$name/random ]] || python data/tiny/making/make_towers.py \
         --alphabet "$WORK_DIR/$name/lessons/alphabet.txt" --output_dir "$WORK_DIR/$name/random" "$@"
 }
 
@@ -58,7 +58,7 @@ build() {
 split_towers() {
     local name=$1 random=$2
     shift 2
-    [[ -d $WORK_DIR/$name/towers ]] || python -m meme_llava.split_towers \
+    [[ -d $WORK_DIR/$name/towers ]] || python data/tiny/making/split_towers.py \
         --model "$WORK_DIR/$name/merged" --towers "$random" --output_dir "$WORK_DIR/$name/towers" "$@"
 }
 
