@@ -1,7 +1,8 @@
 """Train a LLaVA on memes: LoRA on both towers and the whole projector, or another recipe of configs/train.
 
     python -m meme_llava.distributed.launch --processes 8 train.py --model output/base \
-        --annotations data/annotations.json --image_folder data --output_dir output/train --train_type lora --high_lr 1e-3 --low_lr 2e-5 …
+        --annotations data/annotations.json --image_folder data --output_dir output/train --train_type lora \
+        --high_lr 1e-3 --low_lr 2e-5 …
 
 run.sh gives all settings; `python train.py --help` lists them.
 """

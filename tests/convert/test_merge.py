@@ -11,7 +11,7 @@ import torch
 from conftest import LANGUAGE_DIMENSIONS, ROOT, reseal, train_flags
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_build_base_model import BASE_FILES, Bars, build, make_clip, save_language_model
+from test_build import BASE_FILES, Bars, build, make_clip, save_language_model
 from transformers import (
     AutoProcessor,
     ChineseCLIPVisionModel,

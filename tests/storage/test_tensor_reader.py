@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_build_base_model import build, run_and_read_error
+from test_build import build, run_and_read_error
 
 from meme_llava.errors import UserError
 from meme_llava.storage import tensor_reader

@@ -14,8 +14,8 @@ import torch
 from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_build_base_model import BASE_FILES, build, run_and_read_error
-from test_merge_lora import fail
+from test_build import BASE_FILES, build, run_and_read_error
+from test_merge import fail
 from test_tensor_reader import bits, draw_all
 from transformers import LlavaForConditionalGeneration
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import IMAGE_SIZE, train_flags
-from test_costs import TOKENS_PER_IMAGE, load_prepared, make_batch, make_example
+from test_flops import TOKENS_PER_IMAGE, load_prepared, make_batch, make_example
 from transformers import LlavaConfig
 
 from meme_llava.cli import parse_train_arguments
