@@ -16,15 +16,9 @@ from meme_llava.convert.build import open_parts, write_llava
 from meme_llava.convert.build_check import verify_assembled
 from meme_llava.errors import stop_on_user_error
 from meme_llava.storage.fingerprint import fingerprint_folder
-from meme_llava.storage.folders import (
-    RUN_RECORD,
-    check_apart,
-    check_output_dir,
-    describe_environment,
-    write_directory,
-    write_json,
-)
+from meme_llava.storage.folders import check_apart, check_output_dir, write_directory, write_json
 from meme_llava.storage.hub import resolve_model_folder
+from meme_llava.storage.run_record import RUN_RECORD, describe_environment
 from meme_llava.terminal import print_table, show_bytes
 
 

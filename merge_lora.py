@@ -18,16 +18,8 @@ from meme_llava.convert.merge import TrainedWeights, write_merged
 from meme_llava.convert.merge_check import verify_merged
 from meme_llava.errors import stop_on_user_error
 from meme_llava.storage.fingerprint import fingerprint_folder
-from meme_llava.storage.folders import (
-    RUN_RECORD,
-    check_apart,
-    check_output_dir,
-    describe_environment,
-    find_base,
-    read_run_record,
-    write_directory,
-    write_json,
-)
+from meme_llava.storage.folders import check_apart, check_output_dir, write_directory, write_json
+from meme_llava.storage.run_record import RUN_RECORD, describe_environment, find_base, read_run_record
 from meme_llava.terminal import print_table, show_bytes
 
 

@@ -43,8 +43,8 @@ from meme_llava.model.llava import Processing, load_processing
 from meme_llava.model.packed_llava import compile_layers, load_packed_llava
 from meme_llava.model.trainable import load_projector, load_trained_weights, plan_parameter_groups, prepare_trainable
 from meme_llava.report.curves import draw_training_curves
-from meme_llava.storage.folders import RUN_RECORD
 from meme_llava.storage.manifest import read_manifest
+from meme_llava.storage.run_record import RUN_RECORD
 from meme_llava.terminal import print_batch, print_findings
 from meme_llava.train.checkpoints import (
     CheckpointContent,

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from meme_llava.cli import parse_arguments, to_plain  # noqa: E402
 from meme_llava.dataset.check import check_data, suggest_folder  # noqa: E402
-from meme_llava.dataset.image_cache import PictureCache, find_default_cache  # noqa: E402
+from meme_llava.dataset.image_cache import PictureCache  # noqa: E402
 from meme_llava.dataset.quarantine import QUARANTINE, write_quarantine  # noqa: E402
 from meme_llava.dataset.token_lengths import find_default_folder  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
@@ -31,8 +31,10 @@ from meme_llava.report.check_summary import (  # noqa: E402
     print_summary,
     write_findings,
 )
-from meme_llava.storage.folders import RUN_RECORD, describe_environment, write_directory, write_json  # noqa: E402
+from meme_llava.storage.cache import find_default_cache  # noqa: E402
+from meme_llava.storage.folders import write_directory, write_json  # noqa: E402
 from meme_llava.storage.hashing import hash_file  # noqa: E402
+from meme_llava.storage.run_record import RUN_RECORD, describe_environment  # noqa: E402
 from meme_llava.terminal import show_count  # noqa: E402
 
 

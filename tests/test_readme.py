@@ -34,8 +34,8 @@ from meme_llava.inference.endpoints import PRESETS
 from meme_llava.prepare.describing import REASONS, DescribeArguments
 from meme_llava.prepare.questions import DESCRIBE, READ
 from meme_llava.report.check_summary import CheckArguments
-from meme_llava.storage.folders import RUN_RECORD
 from meme_llava.storage.manifest import MANIFEST
+from meme_llava.storage.run_record import RUN_RECORD
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = {"README": ("README.md", "README.zh-CN.md"), "data": ("data/README.md", "data/README.zh-CN.md")}

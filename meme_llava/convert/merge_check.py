@@ -26,7 +26,7 @@ from meme_llava.model.llava import (
 from meme_llava.model.tensor_names import find_stored, to_disk_name, to_memory_name
 from meme_llava.model.trainable import add_adapter, apply_trained_weights
 from meme_llava.paths import DATA
-from meme_llava.storage.folders import ADAPTER_CONFIG
+from meme_llava.storage.run_record import ADAPTER_CONFIG
 from meme_llava.storage.tensor_reader import TensorReader, open_model_tensors
 
 # Merged and unmerged weights round differently; in float32 a model of any size stays below, measured in units of its

@@ -138,11 +138,6 @@ class PictureCache:
         self._unwritten = []
 
 
-def find_default_cache() -> Path:
-    """Where checked pictures are remembered unless the user says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meme_llava" / "pictures.sqlite"
-
-
 def _parse_facts(row: tuple | None) -> PictureFacts | None:
     if row is None:
         return None

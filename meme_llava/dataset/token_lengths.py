@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from meme_llava.dataset.conversation import ConversationEncoder, DoesNotFit, Turn
-from meme_llava.dataset.image_cache import find_default_cache
+from meme_llava.storage.cache import find_default_cache
 
 # Raise it when the same conversation is counted otherwise than before: results of older code are then counted anew.
 CACHE_VERSION = 1

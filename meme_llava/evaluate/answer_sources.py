@@ -16,8 +16,8 @@ from meme_llava.inference.endpoints import check_client, find_endpoint
 from meme_llava.inference.generation import Question, load_answerer
 from meme_llava.inference.ocr import TextReader, check_text_reader
 from meme_llava.storage.fingerprint import fingerprint_folder
-from meme_llava.storage.folders import RUN_RECORD, identify_weights, read_run_record
 from meme_llava.storage.hub import resolve_model_folder
+from meme_llava.storage.run_record import RUN_RECORD, identify_weights, read_run_record
 
 # Answers to some questions, in their order, as they come. Raises ValueError for a picture that cannot be read.
 Ask = Callable[[list[Question]], Iterator[GivenAnswer]]

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from meme_llava.cli import describe, parse_arguments
-from meme_llava.dataset.image_cache import PictureCache, find_default_cache
+from meme_llava.dataset.image_cache import PictureCache
 from meme_llava.dataset.image_inspection import inspect_pictures
 from meme_llava.dataset.images import MAX_PIXELS
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.inference.generation import Question, list_record_questions
+from meme_llava.storage.cache import find_default_cache
 
 MAX_LISTED = 10
 

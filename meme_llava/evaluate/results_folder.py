@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from meme_llava.errors import DiskFullError, UserError, means_full_disk
-from meme_llava.storage.folders import RUN_RECORD, check_output_dir, empty_directory, lock_directory, write_json
+from meme_llava.storage.folders import check_output_dir, empty_directory, lock_directory, write_json
+from meme_llava.storage.run_record import RUN_RECORD
 from meme_llava.terminal import show_count
 
 EVALUATE, JUDGE = "evaluate", "judge"  # the stage of a run record

@@ -21,7 +21,7 @@ from meme_llava.dataset.records import Record, read_records
 from meme_llava.errors import UserError
 from meme_llava.model.llava import PROJECTOR, Processing, load_llava, load_processing
 from meme_llava.model.trainable import apply_trained_weights
-from meme_llava.storage.folders import find_base, holds_trained_weights
+from meme_llava.storage.run_record import find_base, holds_trained_weights
 
 
 class PromptTooLong(UserError):

@@ -24,7 +24,8 @@ from meme_llava.model.llava import (
     role_of,
 )
 from meme_llava.model.tensor_names import check_same_names, to_disk_name, to_memory_name
-from meme_llava.storage.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS, set_file_modes
+from meme_llava.storage.folders import set_file_modes
+from meme_llava.storage.run_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
 from meme_llava.dataset.records import name_source, parse_record
 from meme_llava.errors import UserError
 from meme_llava.prepare.questions import DESCRIBE, READ, draw_question
-from meme_llava.storage.folders import describe_environment
 from meme_llava.storage.hashing import hash_file
+from meme_llava.storage.run_record import describe_environment
 from meme_llava.terminal import print_table
 
 

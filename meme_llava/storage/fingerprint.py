@@ -10,7 +10,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from meme_llava.dataset.image_cache import find_default_cache
+from meme_llava.storage.cache import find_default_cache
 from meme_llava.storage.hashing import describe_state
 from meme_llava.storage.tensor_reader import open_model_tensors, view_bytes
 

@@ -7,36 +7,13 @@ import contextlib
 import fcntl
 import json
 import os
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from meme_llava.errors import CheckpointError, DiskFullError, UserError, means_full_disk
-from meme_llava.paths import ROOT
-from meme_llava.storage.fingerprint import fingerprint_folder
-from meme_llava.storage.hashing import hash_file
-from meme_llava.storage.manifest import MANIFEST, verify_directory
-
-RUN_RECORD = "run_record.json"
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# What learned in full, for train types without LoRA: the classic names of design, only trained tensors.
-TRAINED_WEIGHTS = "trained_weights.safetensors"
-RECORDED_LIBRARIES = (
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "deepspeed",
-    "safetensors",
-    "tokenizers",
-    "pillow",
-)
+from meme_llava.errors import DiskFullError, UserError, means_full_disk
+from meme_llava.storage.run_record import RUN_RECORD
 
 
 @contextlib.contextmanager
@@ -168,96 +145,6 @@ def set_file_modes(directory: Path) -> None:
         path.chmod(0o666 & ~umask)
 
 
-def describe_environment() -> dict:
-    """Library versions, Python and the git commit of this code, for a run record."""
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "-C", ROOT, "status", "--porcelain"], capture_output=True, text=True, check=False)
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "libraries": {name: _find_version(name) for name in RECORDED_LIBRARIES},
-        "git_commit": commit.stdout.strip() or None,
-        "git_changed_files": len(changed.stdout.splitlines()),
-    }
-
-
-def _find_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def write_json(path: Path, value) -> None:
     """Write readable UTF-8 JSON."""
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def read_run_record(directory: Path) -> dict:
-    """The run record of a directory that one of our scripts wrote.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
-    """
-    path = directory / RUN_RECORD
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory")
-    if not path.is_file():
-        raise UserError(f"{directory}: has no {RUN_RECORD}, so it is not a finished output of our scripts")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is damaged ({error})") from error
-
-
-def holds_trained_weights(directory: Path) -> bool:
-    """Whether `directory` is an output or checkpoint of train.py, which needs its base model."""
-    return (directory / ADAPTER_WEIGHTS).is_file() or (directory / TRAINED_WEIGHTS).is_file()
-
-
-def identify_weights(folder: Path) -> str:
-    """64 hexadecimal digits that are others whenever the weights are: of a whole model, or of trained weights and base.
-
-    Raises:
-        UserError: the folder holds neither.
-    """
-    # The manifest of trained weights lists their hash and that of their run record, which names the base.
-    return hash_file(folder / MANIFEST) if holds_trained_weights(folder) else fingerprint_folder(folder)
-
-
-def read_trained_record(folder: Path) -> dict:
-    """The run record of an output or checkpoint of train.py, of which every byte is as it was written.
-
-    Raises:
-        UserError: `folder` holds no trained weights or is damaged.
-    """
-    record = read_run_record(folder)
-    if not holds_trained_weights(folder):
-        raise UserError(
-            f"{folder}: holds neither {ADAPTER_WEIGHTS} nor {TRAINED_WEIGHTS}; expected an output_dir or checkpoint "
-            "of train.py"
-        )
-    verify_directory(folder)
-    return record
-
-
-def find_base(adapter: Path, base_model: Path | None) -> Path:
-    """The base model that trained weights belong to.
-
-    Args:
-        adapter: output or checkpoint of train.py.
-        base_model: where the base is now, if it moved since training.
-
-    Raises:
-        UserError: `adapter` holds no trained weights, is damaged, or its base is missing or another one.
-    """
-    record = read_trained_record(adapter)
-    folder = base_model or Path(record["base"]["folder"])
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: the base model of {adapter} is not there; say where it is with --base_model")
-    if fingerprint_folder(folder) != record["base"]["fingerprint"]:
-        raise CheckpointError(
-            f"{folder}: is not the base model that {adapter} was trained on (their weights differ); give the right "
-            "one with --base_model"
-        )
-    return folder

@@ -34,7 +34,7 @@ from meme_llava.model.llava import load_llava, load_processing
 from meme_llava.model.tensor_names import to_disk_name
 from meme_llava.model.trainable import apply_trained_weights, save_trained_weights
 from meme_llava.storage import tensor_reader
-from meme_llava.storage.folders import holds_trained_weights
+from meme_llava.storage.run_record import holds_trained_weights
 
 
 @pytest.fixture(scope="module")

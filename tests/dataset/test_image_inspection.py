@@ -12,7 +12,7 @@ from PIL import Image
 from meme_llava.dataset import image_cache as picture_cache
 from meme_llava.dataset import image_inspection as pictures
 from meme_llava.dataset.findings import KINDS
-from meme_llava.dataset.image_cache import PictureCache, PictureFacts, find_default_cache
+from meme_llava.dataset.image_cache import PictureCache, PictureFacts
 from meme_llava.dataset.image_inspection import (
     EXTENSIONS,
     PICTURE_SUFFIXES,
@@ -20,6 +20,7 @@ from meme_llava.dataset.image_inspection import (
     inspect_pictures,
     judge_picture,
 )
+from meme_llava.storage.cache import find_default_cache
 
 LIMIT = 50_000_000
 

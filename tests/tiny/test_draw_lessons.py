@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
 
 from meme_llava.model.llava import load_strictly
-from meme_llava.storage.folders import read_run_record
+from meme_llava.storage.run_record import read_run_record
 
 MAKING = ROOT / "data" / "tiny" / "making"
 from meme_characters import MOODS  # noqa: E402
