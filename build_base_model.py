@@ -11,9 +11,10 @@ import meme_llava  # noqa: F401
 
 import torch
 
-from meme_llava.cli import BuildArguments, parse_arguments, to_plain
+from meme_llava.cli import parse_arguments, to_plain
 from meme_llava.convert.build import open_parts, write_llava
 from meme_llava.convert.build_check import verify_assembled
+from meme_llava.convert.settings import BuildArguments
 from meme_llava.errors import stop_on_user_error
 from meme_llava.storage.fingerprint import fingerprint_folder
 from meme_llava.storage.folders import check_apart, check_output_dir, write_directory, write_json

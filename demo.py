@@ -14,9 +14,9 @@ from pathlib import Path
 
 from meme_llava.cli import parse_arguments
 from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.evaluate.settings import DemoArguments
 from meme_llava.inference.chat import Chat
 from meme_llava.inference.generation import Answerer, load_answerer
+from meme_llava.inference.settings import DemoArguments
 from meme_llava.storage.run_record import holds_trained_weights
 
 LOOPBACK = ("127.0.0.1", "localhost")

@@ -8,10 +8,11 @@ python infer.py --model output/merged --annotations data/annotations.json --imag
 import json
 import sys
 
-from meme_llava.cli import InferArguments, parse_arguments
+from meme_llava.cli import parse_arguments
 from meme_llava.dataset.images import open_image
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.inference.generation import Answer, Question, list_file_questions, list_record_questions, load_answerer
+from meme_llava.inference.settings import InferArguments
 
 MAX_LISTED_WRONG = 10
 

@@ -12,10 +12,11 @@ import meme_llava  # noqa: F401
 
 import torch
 
-from meme_llava.cli import MergeArguments, parse_arguments, to_plain
+from meme_llava.cli import parse_arguments, to_plain
 from meme_llava.convert.export import check_exportable, export_clip_tower, verify_exported
 from meme_llava.convert.merge import TrainedWeights, write_merged
 from meme_llava.convert.merge_check import verify_merged
+from meme_llava.convert.settings import MergeArguments
 from meme_llava.errors import stop_on_user_error
 from meme_llava.storage.fingerprint import fingerprint_folder
 from meme_llava.storage.folders import check_apart, check_output_dir, write_directory, write_json

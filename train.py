@@ -20,7 +20,6 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from meme_llava.cli import TrainArguments, parse_train_arguments
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import LoadedData, TrainingOrder
 from meme_llava.dataset.quarantine import write_quarantine
@@ -63,6 +62,7 @@ from meme_llava.train.progress import ProgressBar, show_progress_with
 from meme_llava.train.records import load_records
 from meme_llava.train.resume import StartPoint, check_continues, choose_start, describe_continuation, is_finished
 from meme_llava.train.run import TrainingRun, choose_load_dtype, print_run
+from meme_llava.train.settings import TrainArguments, parse_train_arguments
 from meme_llava.train.throughput import CountingCollator
 from meme_llava.train.tracker_runs import TrackerRuns, open_tracker_runs
 from meme_llava.train.trackers import check_trackers

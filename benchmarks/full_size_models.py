@@ -32,7 +32,6 @@ from transformers import (  # noqa: E402
     Qwen2ForCausalLM,
 )
 
-from meme_llava.cli import parse_train_arguments  # noqa: E402
 from meme_llava.dataset.dataset import load_dataset  # noqa: E402
 from meme_llava.dataset.records import read_records  # noqa: E402
 from meme_llava.distributed.engines import SINGLE, choose_engine  # noqa: E402
@@ -44,6 +43,7 @@ from meme_llava.storage.manifest import describe_file, write_manifest  # noqa: E
 from meme_llava.train.hf_arguments import derive_accumulation  # noqa: E402
 from meme_llava.train.resume import StartPoint  # noqa: E402
 from meme_llava.train.run import TrainingRun  # noqa: E402
+from meme_llava.train.settings import parse_train_arguments  # noqa: E402
 
 SCALE_RECORD = "benchmark_scale.json"
 ANNOTATIONS = ROOT / "data" / "annotations.json"

@@ -25,7 +25,6 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from transformers import ChineseCLIPVisionConfig, LlavaConfig, Qwen2Config  # noqa: E402
 
-from meme_llava.cli import TrainArguments, parse_train_arguments  # noqa: E402
 from meme_llava.dataset.collator import PackingCollator  # noqa: E402
 from meme_llava.dataset.conversation import IGNORED_LABEL  # noqa: E402
 from meme_llava.dataset.images import ImagePolicy  # noqa: E402
@@ -37,6 +36,7 @@ from meme_llava.model.trainable import prepare_trainable  # noqa: E402
 from meme_llava.terminal import print_table  # noqa: E402
 from meme_llava.train.planning.accelerators import GIB  # noqa: E402
 from meme_llava.train.planning.memory import StateDivision, StepEstimator  # noqa: E402
+from meme_llava.train.settings import TrainArguments, parse_train_arguments  # noqa: E402
 
 CASES = {
     "lora": ["--train_type", "lora", "--gradient_checkpointing", "none"],

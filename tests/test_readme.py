@@ -13,29 +13,19 @@ from pathlib import Path
 import pytest
 
 from meme_llava import cli as settings
-from meme_llava.cli import (
-    BuildArguments,
-    InferArguments,
-    MergeArguments,
-    TrainArguments,
-    parse_arguments,
-    parse_train_arguments,
-)
+from meme_llava.cli import parse_arguments
+from meme_llava.convert.settings import BuildArguments, MergeArguments
 from meme_llava.dataset.findings import ALLOWABLE, KINDS
 from meme_llava.dataset.records import parse_record
-from meme_llava.evaluate.settings import (
-    DemoArguments,
-    EvaluateArguments,
-    JudgeArguments,
-    ReportArguments,
-    parse_report_arguments,
-)
+from meme_llava.evaluate.settings import EvaluateArguments, JudgeArguments, ReportArguments, parse_report_arguments
 from meme_llava.inference.endpoints import PRESETS
+from meme_llava.inference.settings import DemoArguments, InferArguments
 from meme_llava.prepare.describing import REASONS, DescribeArguments
 from meme_llava.prepare.questions import DESCRIBE, READ
 from meme_llava.report.check_summary import CheckArguments
 from meme_llava.storage.manifest import MANIFEST
 from meme_llava.storage.run_record import RUN_RECORD
+from meme_llava.train.settings import TrainArguments, parse_train_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = {"README": ("README.md", "README.zh-CN.md"), "data": ("data/README.md", "data/README.zh-CN.md")}

@@ -7,8 +7,8 @@ import recipes  # noqa: E402
 from conftest import ROOT
 from PIL import Image
 
-from meme_llava.cli import parse_train_arguments  # noqa: E402
 from meme_llava.errors import UserError  # noqa: E402
+from meme_llava.train.settings import parse_train_arguments  # noqa: E402
 
 
 def list_differences(name, tmp_path):

@@ -120,31 +120,6 @@ class ReportArguments:
         check_setting(self, "max_answers", self.max_answers > 0, "at least 1")
 
 
-@dataclass
-class DemoArguments:
-    model: Path = field(metadata=describe("merged model, base model, or output_dir / checkpoint of train.py"))
-    compare_with: Path | None = field(
-        default=None, metadata=describe("a second model, which answers every question beside the first")
-    )
-    base_model: Path | None = field(default=None, metadata=describe("an adapter's base, only if it moved"))
-    host: str = field(
-        default="127.0.0.1",
-        metadata=describe("address to listen on; 0.0.0.0: every one, for whoever reaches this machine"),
-    )
-    port: int = field(default=7860, metadata=describe("port to listen on"))
-    system: str | None = field(default=None, metadata=describe("system turn in place of the default one"))
-    max_new_tokens: int = field(default=512, metadata=describe("an answer stops here if not by itself"))
-    device: str = field(default="auto", metadata=describe("auto: the GPU if there is one, else the CPU"))
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata=describe("auto: bfloat16 on a GPU that has it, float32 on a CPU")
-    )
-
-    def __post_init__(self) -> None:
-        """Stop at values that cannot be meant."""
-        check_setting(self, "max_new_tokens", self.max_new_tokens > 0, "at least 1")
-        check_setting(self, "port", 0 < self.port < 65536, "1 to 65535")
-
-
 def _check_amounts(arguments: EvaluateArguments | JudgeArguments) -> None:
     for name in ("batch_size", "max_new_tokens"):
         check_setting(arguments, name, getattr(arguments, name) > 0, "at least 1")

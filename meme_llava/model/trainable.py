@@ -13,7 +13,6 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from meme_llava.cli import TrainArguments
 from meme_llava.errors import UserError
 from meme_llava.model.llava import (
     LANGUAGE_MODEL,
@@ -26,6 +25,7 @@ from meme_llava.model.llava import (
 from meme_llava.model.tensor_names import check_same_names, to_disk_name, to_memory_name
 from meme_llava.storage.folders import set_file_modes
 from meme_llava.storage.run_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS
+from meme_llava.train.settings import TrainArguments
 
 
 @dataclass(frozen=True)

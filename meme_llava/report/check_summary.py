@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from meme_llava.cli import RecordPolicy, check_setting, describe
+from meme_llava.cli import check_setting, describe
 from meme_llava.dataset.check import CheckedData, CheckedRecord
 from meme_llava.dataset.findings import KINDS, Finding, Severities
+from meme_llava.dataset.policy import RecordPolicy
 from meme_llava.report.check_page import GalleryEntry, Histogram, KindCount, ReportContents
 from meme_llava.terminal import print_findings, print_table
 

@@ -7,7 +7,6 @@ import psutil
 import torch
 from transformers import LlavaConfig, TrainingArguments
 
-from meme_llava.cli import TrainArguments
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.model.activation_checkpointing import RecomputedLayers
 from meme_llava.model.packed_attention import NAMES, choose_attention
@@ -15,6 +14,7 @@ from meme_llava.model.packed_llava import check_compiler
 from meme_llava.train.hf_arguments import choose_bf16
 from meme_llava.train.planning.accelerators import GIB
 from meme_llava.train.planning.memory import StateDivision, StepEstimator, StepMemory, find_usable
+from meme_llava.train.settings import TrainArguments
 
 # Float32 numbers that a layer keeps for each position, at most, as multiples of its width and of its MLP's.
 KEPT_WIDTHS, KEPT_MLP_WIDTHS = 40, 20

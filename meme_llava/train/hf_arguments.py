@@ -6,11 +6,11 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 
-from meme_llava.cli import TrainArguments
 from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine, allow_fsdp_on_cpu, prepare_environment
 from meme_llava.distributed.processes import count_processes
 from meme_llava.errors import ProcessError, UserError
 from meme_llava.train.planning.accelerators import multiplies_bf16
+from meme_llava.train.settings import TrainArguments
 
 WORKERS_PER_GPU = 2
 PREFETCHED_BATCHES = 4  # device batches that each worker process holds ready

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import torch
 
-from meme_llava.cli import TrainArguments
 from meme_llava.distributed.engines import DDP, SINGLE, Engine
 from meme_llava.errors import OutOfMemoryError
+from meme_llava.train.settings import TrainArguments
 
 _SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _WORKER_SIGN = "is killed by signal: Killed"

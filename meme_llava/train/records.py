@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from meme_llava.cli import TrainArguments
 from meme_llava.dataset.check import CheckedData, check_data, stop_on_bad_records
 from meme_llava.dataset.dataset import LoadedData, load_dataset
 from meme_llava.dataset.image_cache import PictureCache
@@ -10,6 +9,7 @@ from meme_llava.dataset.token_lengths import find_default_folder
 from meme_llava.model.llava import Processing
 from meme_llava.storage.cache import find_default_cache
 from meme_llava.terminal import show_count
+from meme_llava.train.settings import TrainArguments
 
 
 def check_records(arguments: TrainArguments, annotations: Path, image_folder: Path) -> CheckedData:

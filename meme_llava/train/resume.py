@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from meme_llava.cli import TrainArguments
 from meme_llava.dataset.quarantine import QUARANTINE
 from meme_llava.errors import CheckpointError, UserError
 from meme_llava.storage.manifest import verify_directory
 from meme_llava.storage.run_record import RUN_RECORD, read_run_record
 from meme_llava.train.checkpoints import PASSED_OVER_SUFFIX, find_newest, list_checkpoints
+from meme_llava.train.settings import TrainArguments
 from meme_llava.train.tracker_runs import FOLDERS
 from meme_llava.train.validation import ANSWERS
 from meme_llava.train.vision_features import VISION_FEATURES

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from meme_llava.cli import TrainArguments, to_plain
+from meme_llava.cli import to_plain
 from meme_llava.dataset.dataset import LoadedData
 from meme_llava.distributed.engines import Engine
 from meme_llava.distributed.processes import count_processes
@@ -27,6 +27,7 @@ from meme_llava.terminal import print_table
 from meme_llava.train.computation import Computation
 from meme_llava.train.hf_arguments import count_steps
 from meme_llava.train.resume import StartPoint
+from meme_llava.train.settings import TrainArguments
 
 MAX_LISTED_CUTS = 20
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from meme_llava.cli import TrainArguments
 from meme_llava.dataset.check import CheckedData, CheckedRecord
 from meme_llava.dataset.dataset import MemeDataset
 from meme_llava.distributed.processes import count_processes, find_rank, share
@@ -17,6 +16,7 @@ from meme_llava.inference.generation import Question, find_question
 from meme_llava.model.llava import Processing
 from meme_llava.storage.hashing import hash_file
 from meme_llava.train.records import check_records, load_records
+from meme_llava.train.settings import TrainArguments
 
 Item = TypeVar("Item")
 ANSWERS = "answers.jsonl"  # in output_dir: what the model said at each evaluation

@@ -23,10 +23,10 @@ import demo
 import infer
 from meme_llava.cli import parse_arguments
 from meme_llava.dataset.images import open_image
-from meme_llava.evaluate.settings import DemoArguments
 from meme_llava.inference import chat as chat_module
 from meme_llava.inference.chat import CUT_OFF, STOPPED, TOO_LONG, Chat, ChatProblem, Conversation
 from meme_llava.inference.generation import Exchange, load_answerer
+from meme_llava.inference.settings import DemoArguments
 
 NEW_TOKENS = 12  # a model of two training steps never stops by itself
 LONG = 3000

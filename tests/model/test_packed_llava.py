@@ -9,7 +9,6 @@ from conftest import train_flags
 from torch._dynamo.utils import counters
 from torch.nn import functional
 
-from meme_llava.cli import parse_train_arguments
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.conversation import Turn
 from meme_llava.dataset.images import open_image, read_pixels, to_pixel_values
@@ -20,6 +19,7 @@ from meme_llava.model.loss import CHUNK, CrossEntropyHead
 from meme_llava.model.packed_attention import FLASH_ATTENTION_2, MATMUL, SDPA, VARLEN, choose_attention
 from meme_llava.model.packed_llava import check_compiler, compile_layers, load_packed_llava, prepare_packed_llava
 from meme_llava.model.trainable import prepare_trainable
+from meme_llava.train.settings import parse_train_arguments
 
 ASK = "<image>\n图里写了什么？"
 # Per case: (pictures, question, answer, question, answer, …) of every record.

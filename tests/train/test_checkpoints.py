@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 import infer
 import merge_lora
 import train
-from meme_llava.cli import parse_train_arguments
 from meme_llava.errors import CheckpointError, DiskFullError, UserError
 from meme_llava.storage import tensor_writer
 from meme_llava.storage.manifest import read_manifest, verify_directory, write_manifest
 from meme_llava.train import checkpoints as checkpoint_store
 from meme_llava.train.checkpoints import find_newest, hold_output_dir, list_checkpoints, write_checkpoint
 from meme_llava.train.hf_arguments import count_steps
+from meme_llava.train.settings import parse_train_arguments
 
 CHECKPOINT_FILES = (
     "adapter_config.json",

@@ -7,7 +7,6 @@ from conftest import train_flags
 from transformers import LlavaConfig
 
 import train
-from meme_llava.cli import parse_train_arguments
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import TrainingOrder, load_dataset
 from meme_llava.distributed.engines import choose_engine
@@ -18,6 +17,7 @@ from meme_llava.train.computation import bound_memory, plan_computation
 from meme_llava.train.hf_arguments import make_training_arguments
 from meme_llava.train.planning import accelerators as machines
 from meme_llava.train.planning.memory import StateDivision, StepEstimator
+from meme_llava.train.settings import parse_train_arguments
 
 
 @pytest.fixture(scope="module")

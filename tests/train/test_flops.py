@@ -9,7 +9,6 @@ from conftest import IMAGE_SIZE, train_flags
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from meme_llava.cli import parse_train_arguments
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.conversation import IGNORED_LABEL
 from meme_llava.errors import UserError
@@ -19,6 +18,7 @@ from meme_llava.model.packed_llava import load_packed_llava
 from meme_llava.model.trainable import prepare_trainable
 from meme_llava.train.planning.accelerators import find_machine, measure_ceiling, recognise_machine
 from meme_llava.train.planning.flops import Flops, StepCounts, TrainingCosts, count_batch
+from meme_llava.train.settings import parse_train_arguments
 
 TOKENS_PER_IMAGE = 4
 

@@ -9,7 +9,6 @@ from conftest import IMAGE_SIZE, train_flags
 from test_flops import TOKENS_PER_IMAGE, load_prepared, make_batch, make_example
 from transformers import LlavaConfig
 
-from meme_llava.cli import parse_train_arguments
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.errors import UserError
 from meme_llava.model.activation_checkpointing import RecomputedLayers, recompute_layers
@@ -20,6 +19,7 @@ from meme_llava.train.planning.flops import TrainingCosts, count_batch
 from meme_llava.train.planning.memory import StateDivision, StepEstimator, find_usable
 from meme_llava.train.planning.plan import RunOutline, format_seconds, plan_training, print_plan
 from meme_llava.train.planning.trace import Arithmetic, outline_model, set_depths, trace_step
+from meme_llava.train.settings import parse_train_arguments
 
 FLOAT32_ON_CPU = Arithmetic(on_gpu=False, uses_bf16=False, keeps_float32=True)
 BF16_ON_GPU = Arithmetic(on_gpu=True, uses_bf16=True, keeps_float32=True)

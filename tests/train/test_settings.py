@@ -13,19 +13,12 @@ import yaml
 from conftest import ROOT
 
 from meme_llava import cli as settings
-from meme_llava.cli import (
-    DEFAULT_QUESTION,
-    BuildArguments,
-    InferArguments,
-    MergeArguments,
-    TrainArguments,
-    parse_arguments,
-    parse_train_arguments,
-    read_recipe,
-    to_plain,
-)
+from meme_llava.cli import parse_arguments, to_plain
+from meme_llava.convert.settings import BuildArguments, MergeArguments
 from meme_llava.errors import UserError
-from meme_llava.evaluate.settings import DemoArguments, EvaluateArguments, JudgeArguments, ReportArguments
+from meme_llava.evaluate.settings import EvaluateArguments, JudgeArguments, ReportArguments
+from meme_llava.inference.settings import DEFAULT_QUESTION, DemoArguments, InferArguments
+from meme_llava.train.settings import TrainArguments, parse_train_arguments, read_recipe
 
 REPOSITORY = ROOT
 RECIPES = ["freeze_vision", "full", "lora", "projector"]

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 import train
-from meme_llava.cli import parse_train_arguments
 from meme_llava.dataset.conversation import Turn
 from meme_llava.dataset.image_cache import PictureCache
 from meme_llava.dataset.image_inspection import inspect_pictures
@@ -27,6 +26,7 @@ from meme_llava.model.llava import load_llava, load_processing
 from meme_llava.model.packed_llava import load_packed_llava
 from meme_llava.storage.cache import find_default_cache
 from meme_llava.train import precheck
+from meme_llava.train.settings import parse_train_arguments
 from meme_llava.train.trainer import MemeTrainer
 
 ADAPTER_FILES = {

@@ -12,7 +12,6 @@ from functools import cached_property
 from torch import nn
 from transformers import LlavaConfig
 
-from meme_llava.cli import TrainArguments
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.distributed.engines import DEEPSPEED, FSDP, choose_engine
 from meme_llava.model.activation_checkpointing import (
@@ -23,6 +22,7 @@ from meme_llava.model.activation_checkpointing import (
 )
 from meme_llava.model.trainable import is_vision_layer_matrix
 from meme_llava.train.planning.trace import Arithmetic, Trace, outline_model, set_depths, trace_step
+from meme_llava.train.settings import TrainArguments
 
 FEW, MORE = 2, 3  # layers of the models that are run
 # DeepSpeed's own values where a file of configs/deepspeed leaves them out, in elements.

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import LlavaConfig
 
-from meme_llava.cli import TrainArguments
 from meme_llava.dataset.dataset import TrainingOrder
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
@@ -24,6 +23,7 @@ from meme_llava.train.planning.advice import MemoryPlan, plan_memory, try_change
 from meme_llava.train.planning.flops import StepCounts, TrainingCosts, count_batch
 from meme_llava.train.planning.memory import StateDivision, StepEstimator
 from meme_llava.train.run import TrainingRun
+from meme_llava.train.settings import TrainArguments
 
 # Shares of a device's peak that training is assumed to reach: a GPU's of its datasheet, a CPU's of what was measured.
 GPU_UTILISATION, CPU_UTILISATION = 0.40, 0.60
