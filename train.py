@@ -20,6 +20,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from meme_llava.dataset.check import print_findings
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import LoadedData, TrainingOrder
 from meme_llava.dataset.quarantine import write_quarantine
@@ -44,7 +45,6 @@ from meme_llava.model.trainable import load_projector, load_trained_weights, pla
 from meme_llava.report.curves import draw_training_curves
 from meme_llava.storage.manifest import read_manifest
 from meme_llava.storage.run_record import RUN_RECORD
-from meme_llava.terminal import print_batch, print_findings
 from meme_llava.train.checkpoints import (
     CheckpointContent,
     hold_output_dir,
@@ -63,6 +63,7 @@ from meme_llava.train.records import load_records
 from meme_llava.train.resume import StartPoint, check_continues, choose_start, describe_continuation, is_finished
 from meme_llava.train.run import TrainingRun, choose_load_dtype, print_run
 from meme_llava.train.settings import TrainArguments, parse_train_arguments
+from meme_llava.train.show_batch import print_batch
 from meme_llava.train.throughput import CountingCollator
 from meme_llava.train.tracker_runs import TrackerRuns, open_tracker_runs
 from meme_llava.train.trackers import check_trackers

@@ -5,9 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise
 
-import torch
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
@@ -15,19 +13,10 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from meme_llava.dataset.check import CheckedData, doubt_pairing
-from meme_llava.dataset.conversation import IGNORED_LABEL
-from meme_llava.dataset.findings import KINDS
-from meme_llava.model.llava import Processing
-
-SUPERVISED_STYLE = "bold green"
-IMAGE_STYLE = "magenta"
 LONGEST_NAME = 40  # characters of a first column that is never broken
 HEAD_WIDTHS = (14, 10, 8)  # characters of the lines above a column of figures, which is never broken itself
 FIGURES = re.compile(r"[\d.,%–\n]+")
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where the output is no terminal
-# Real control tokens; text that merely looks like one keeps the colour of text.
-CONTROL_STYLE = "cyan"
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
@@ -96,17 +85,6 @@ def _break_head(head: str, widest: int) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def print_findings(checked: CheckedData) -> None:
-    """Print how many findings of every kind there are, and whether they keep their records from training."""
-    rows = [
-        (kind, checked.severities.judge(kind), count, KINDS[kind].meaning) for kind, count in checked.counts.items()
-    ]
-    if rows:
-        print_table("Findings", ("kind", "severity", "records", "meaning"), rows)
-    if doubt := doubt_pairing(checked):
-        print(doubt)
-
-
 @contextlib.contextmanager
 def show_bytes(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar in bytes with speed and time left; plain lines where standard error is no terminal.
@@ -161,61 +139,3 @@ def _format_count(count: float) -> str:
 
 def _format_bytes(count: float) -> str:
     return tqdm.format_sizeof(count, "B")
-
-
-def print_batch(batch: dict[str, torch.Tensor], processing: Processing, console: Console | None = None) -> None:
-    """Print a packed batch as a person reads it: supervised tokens in green and brackets, real control tokens in
-    cyan, a picture as one word; of a record that shares its beginning with one above, only what it adds.
-
-    Args:
-        batch: what `PackingCollator` returns.
-    """
-    console = console or Console(highlight=False, soft_wrap=True)
-    ids, segments, paths = (batch[name].tolist() for name in ("input_ids", "segment_starts", "path_starts"))
-    ids, path_index = ids[0], batch["path_index"].tolist()
-    pictures, supervised = len(set(batch["image_runs"].tolist())), len(batch["loss_targets"])
-    console.print(f"one packed row of {len(ids)} positions, {pictures} pictures, {supervised} supervised positions")
-    learnt = set(zip(batch["loss_positions"].tolist(), batch["loss_targets"].tolist(), strict=True))
-    for (start, end), (path_start, path_end) in zip(pairwise(segments), pairwise(paths), strict=True):
-        path = path_index[path_start:path_end]
-        shared = len(path) - (end - start)
-        # What comes before a position on its path predicts it.
-        before = {after: position for position, after in pairwise(path)}
-        labels = [
-            ids[position] if (before.get(position), ids[position]) in learnt else IGNORED_LABEL
-            for position in range(start, end)
-        ]
-        count = sum(label != IGNORED_LABEL for label in labels)
-        where = f", goes on behind position {path[shared - 1]}, sharing {shared} positions" if shared else ""
-        console.print(f"\n[bold]positions {start} to {end - 1}[/bold]: {count} supervised{where}")
-        console.print(_describe_tokens(ids[start:end], labels, processing, start))
-
-
-def _describe_tokens(ids: list[int], labels: list[int], processing: Processing, first_position: int) -> Text:
-    controls = {processing.encoder.turn_start_id, processing.encoder.turn_end_id}
-    kinds = [(_kind(token, label, processing), token in controls) for token, label in zip(ids, labels, strict=True)]
-    text, start = Text(), 0
-    for end in range(1, len(ids) + 1):
-        if end < len(ids) and kinds[end] == kinds[start]:
-            continue
-        (kind, is_control), follows = kinds[start], kinds[end][0] if end < len(ids) else None
-        if kind == "image":
-            # Pictures that stand side by side are one run of tokens.
-            count = (end - start) // processing.tokens_per_image
-            name = "image" if count == 1 else f"{count} images"
-            text.append(f"<{name}: {end - start} tokens at {first_position + start}>", style=IMAGE_STYLE)
-        else:
-            is_supervised = kind == "supervised"
-            words = processing.tokenizer.decode(ids[start:end], skip_special_tokens=False)
-            opens = is_supervised and (start == 0 or kinds[start - 1][0] != kind)
-            style = CONTROL_STYLE if is_control else SUPERVISED_STYLE if is_supervised else ""
-            text.append("【" * opens + words, style)
-            text.append("】" if is_supervised and follows != kind else "", SUPERVISED_STYLE)
-        start = end
-    return text
-
-
-def _kind(token: int, label: int, processing: Processing) -> str:
-    if token == processing.encoder.image_token_id:
-        return "image"
-    return "supervised" if label != IGNORED_LABEL else "prompt"

@@ -10,7 +10,8 @@ from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.conversation import ConversationEncoder
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.model.llava import Processing
-from meme_llava.terminal import print_batch, print_table
+from meme_llava.terminal import print_table
+from meme_llava.train.show_batch import print_batch
 
 
 class Processor:

@@ -13,11 +13,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from meme_llava.convert.rounding import Rounding, plan_copy, plan_rounded
 from meme_llava.convert.towers import EMBEDDING, HEAD, Source, open_language_model, open_vision_tower
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, TURN_END, TURN_START, make_chat_template
 from meme_llava.dataset.images import Resize
 from meme_llava.model.llava import count_image_tokens, has_class_token, quiet_transformers
-from meme_llava.model.tensor_names import Rounding, plan_copy, plan_rounded
 from meme_llava.storage.folders import write_json
 from meme_llava.storage.tensor_writer import PlannedTensor, count_bytes, write_tensors
 

@@ -20,6 +20,7 @@ from meme_llava.dataset.records import Record, read_records
 from meme_llava.dataset.text_quality import find_loop, find_refusal, measure_recall, normalise_text
 from meme_llava.dataset.token_lengths import Conversation, RecordLengths, Sharing, measure_tokens
 from meme_llava.errors import UserError
+from meme_llava.terminal import print_table
 
 # A list of a hundred thousand findings helps nobody; the count is always given in full.
 MAX_LISTED, MAX_LISTED_OF_ONE_CAUSE = 50, 5
@@ -297,3 +298,14 @@ def _make_caption_key(checked: CheckedRecord) -> tuple:
     questions = tuple(turn.text for turn in turns if turn.role != "assistant")
     is_long = bool(checked.image_paths) and all(len(answer) >= SHORT_ANSWER for answer in answers)
     return checked.image_paths, answers, () if is_long else questions
+
+
+def print_findings(checked: CheckedData) -> None:
+    """Print how many findings of every kind there are, and whether they keep their records from training."""
+    rows = [
+        (kind, checked.severities.judge(kind), count, KINDS[kind].meaning) for kind, count in checked.counts.items()
+    ]
+    if rows:
+        print_table("Findings", ("kind", "severity", "records", "meaning"), rows)
+    if doubt := doubt_pairing(checked):
+        print(doubt)

@@ -5,8 +5,8 @@ Every picture is decoded here, and remembered, so train.py need not.
 python -m meme_llava.train.precheck <the flags of train.py>
 """
 
+from meme_llava.dataset.check import print_findings
 from meme_llava.errors import stop_on_user_error
-from meme_llava.terminal import print_findings
 from meme_llava.train.computation import check_machine
 from meme_llava.train.records import check_records
 from meme_llava.train.settings import parse_train_arguments

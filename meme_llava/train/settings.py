@@ -9,7 +9,7 @@ from typing import Literal
 
 import yaml
 
-from meme_llava.cli import make_parser, Parser, check_setting, describe
+from meme_llava.cli import Parser, check_setting, describe, make_parser
 from meme_llava.dataset.collator import LossAverage
 from meme_llava.dataset.policy import RecordPolicy
 from meme_llava.distributed.engines import check_engine_name
