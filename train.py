@@ -55,9 +55,10 @@ from meme_llava.train.checkpoints import (
 from meme_llava.train.computation import check_machine, plan_computation
 from meme_llava.train.evaluation import make_evaluation
 from meme_llava.train.hf_arguments import derive_accumulation, make_training_arguments
+from meme_llava.train.look import plan_run
 from meme_llava.train.optimizer_state import OPTIMIZER_PREFIX
 from meme_llava.train.out_of_memory import explain_out_of_memory
-from meme_llava.train.planning.plan import plan_run, print_plan
+from meme_llava.train.planning.plan import print_plan
 from meme_llava.train.progress import ProgressBar, show_progress_with
 from meme_llava.train.records import load_records
 from meme_llava.train.resume import StartPoint, check_continues, choose_start, describe_continuation, is_finished

@@ -3,6 +3,7 @@
 Knows nothing about batches or models.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from meme_llava.dataset.images import MAX_PIXELS, ImagePolicy, read_pixels
 from meme_llava.dataset.sampling import BatchShape, PackedLengths, plan_shared_order, shuffle_records
 from meme_llava.dataset.token_lengths import Sharing, find_default_folder
 from meme_llava.errors import UserError
-from meme_llava.train.vision_features import VisionFeatures
 
 
 class MemeDataset(Dataset):
@@ -49,7 +49,7 @@ class MemeDataset(Dataset):
         self._image_policy = image_policy
         self._max_pixels = max_pixels
         # Where every picture was encoded once, before training, items hold its features in place of pixels.
-        self.vision_features: VisionFeatures | None = None
+        self.vision_features: Mapping[Path, torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self._records)

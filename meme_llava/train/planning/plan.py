@@ -7,22 +7,19 @@ devices and for checkpoints is not in it.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from transformers import LlavaConfig
 
-from meme_llava.dataset.dataset import TrainingOrder
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
 from meme_llava.model.activation_checkpointing import RecomputedLayers
 from meme_llava.terminal import print_table
-from meme_llava.train.planning.accelerators import CPU, GIB, Machine, find_machine, find_own_device
+from meme_llava.train.planning.accelerators import GIB, Machine
 from meme_llava.train.planning.advice import MemoryPlan, plan_memory, try_changes
-from meme_llava.train.planning.flops import StepCounts, TrainingCosts, count_batch
+from meme_llava.train.planning.flops import StepCounts, TrainingCosts
 from meme_llava.train.planning.memory import StateDivision, StepEstimator
-from meme_llava.train.run import TrainingRun
 from meme_llava.train.settings import TrainArguments
 
 # Shares of a device's peak that training is assumed to reach: a GPU's of its datasheet, a CPU's of what was measured.
@@ -140,34 +137,6 @@ def plan_training(
         memories=memories,
         advice=[] if chosen.fits else try_changes(estimator, machine),
     )
-
-
-def plan_run(
-    run: TrainingRun, image_policy: ImagePolicy, examples: TrainingOrder, collate: Callable, processes: int
-) -> TrainingPlan:
-    """Plan the run that train.py would start with these settings.
-
-    Raises:
-        UserError: the machine is not known or cannot compute in the precision of the settings.
-    """
-    arguments = run.arguments
-    if processes > 1 and arguments.machine is None and find_own_device() == CPU:
-        raise UserError(f"this plan is for {processes} GPUs, and there is none here; name one with --machine")
-    batches = len(examples) // arguments.device_batch_size
-    count = min(batches, max(1, SAMPLED_RECORDS // arguments.device_batch_size))
-    sample = np.linspace(0, batches - 1, count, dtype=np.int64)
-    read = (count + 1) * arguments.device_batch_size
-    print(f"planning: reads {read:,} records, then follows the largest batch through the model", flush=True)
-    outline = RunOutline(
-        records=run.data["records"],
-        steps=run.steps,
-        warmup_steps=run.warmup_steps,
-        counts=[count_batch(collate(examples.fetch_batch(int(number)))) for number in sample],
-        largest=collate(examples.fetch_largest_batch()),
-    )
-    machine = find_machine(arguments.machine or find_own_device())
-    config = LlavaConfig.from_pretrained(arguments.model, local_files_only=True)
-    return plan_training(config, image_policy, arguments, outline, machine, processes)
 
 
 def average_counts(counts: Sequence[StepCounts]) -> dict[str, float]:
