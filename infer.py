@@ -11,7 +11,8 @@ import sys
 from meme_llava.cli import parse_arguments
 from meme_llava.dataset.images import open_image
 from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.inference.generation import Answer, Question, list_file_questions, list_record_questions, load_answerer
+from meme_llava.inference.answers import Answer
+from meme_llava.inference.questions import Question, list_file_questions, list_record_questions
 from meme_llava.inference.settings import InferArguments
 
 MAX_LISTED_WRONG = 10
@@ -26,6 +27,9 @@ def main(argv: list[str] | None = None) -> None:
         )
     else:
         questions = list_file_questions(arguments.image, arguments.question)
+    # Torch takes seconds to load; what is wrong with the flags is said before.
+    from meme_llava.inference.generation import load_answerer
+
     answerer = load_answerer(arguments.model, arguments.base_model, arguments.device, arguments.dtype)
 
     streams = not arguments.json and arguments.annotations is None

@@ -24,7 +24,8 @@ from meme_llava.dataset.check import print_findings
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import LoadedData, TrainingOrder
 from meme_llava.dataset.quarantine import write_quarantine
-from meme_llava.distributed.engines import Engine, check_muon_runs, choose_engine, load_whole
+from meme_llava.distributed.engine_setup import load_whole
+from meme_llava.distributed.engines import Engine, check_muon_runs, choose_engine
 from meme_llava.distributed.heartbeat import ProgressMarks
 from meme_llava.distributed.processes import (
     StopRequest,

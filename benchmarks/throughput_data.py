@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from meme_llava.dataset.conversation import IGNORED_LABEL
-from meme_llava.dataset.images import ImagePolicy, open_image, to_pixels
+from meme_llava.dataset.images import ImagePolicy, open_image
+from meme_llava.dataset.pixels import to_pixels
 
 # Positions of a record's picture, and of the prompt before and behind it.
 IMAGE_TOKENS = 576

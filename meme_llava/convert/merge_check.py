@@ -13,7 +13,7 @@ from meme_llava.convert.merge import PEFT_PREFIX, TrainedWeights
 from meme_llava.convert.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights
 from meme_llava.convert.towers import HEAD
 from meme_llava.dataset.dataset import load_dataset
-from meme_llava.dataset.images import normalise
+from meme_llava.dataset.pixels import normalise
 from meme_llava.errors import UserError
 from meme_llava.model.llava import (
     LANGUAGE_MODEL,

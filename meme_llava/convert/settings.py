@@ -7,7 +7,8 @@ from typing import Literal
 
 from meme_llava.cli import check_setting, describe
 from meme_llava.dataset.images import Resize
-from meme_llava.storage.tensor_writer import DEFAULT_SHARD_SIZE
+
+DEFAULT_SHARD_SIZE = "5GB"
 
 
 @dataclass

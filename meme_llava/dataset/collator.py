@@ -5,15 +5,13 @@ The collator is the only place that decides a batch's layout; meme_llava/model/p
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 
 from meme_llava.dataset.conversation import IGNORED_LABEL
+from meme_llava.dataset.policy import LossAverage
 from meme_llava.dataset.token_lengths import count_common_prefix
-
-LossAverage = Literal["token", "caption"]
 
 
 @dataclass(frozen=True)

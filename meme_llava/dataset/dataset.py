@@ -15,7 +15,8 @@ from meme_llava.dataset.check import CheckedData, CheckedRecord, check_data, sto
 from meme_llava.dataset.conversation import ConversationEncoder
 from meme_llava.dataset.findings import Severities
 from meme_llava.dataset.image_cache import PictureCache
-from meme_llava.dataset.images import MAX_PIXELS, ImagePolicy, read_pixels
+from meme_llava.dataset.images import MAX_PIXELS, ImagePolicy
+from meme_llava.dataset.pixels import read_pixels
 from meme_llava.dataset.sampling import BatchShape, PackedLengths, plan_shared_order, shuffle_records
 from meme_llava.dataset.token_lengths import Sharing, find_default_folder
 from meme_llava.errors import UserError

@@ -32,3 +32,6 @@ class RecordPolicy:
     def severities(self) -> Severities:
         """Which findings keep a record from training."""
         return Severities(tuple(self.allow), tuple(self.refuse))
+
+
+LossAverage = Literal["token", "caption"]

@@ -13,11 +13,10 @@ from meme_llava.evaluate.scores import asks_for_text
 from meme_llava.evaluate.settings import EvaluateArguments
 from meme_llava.inference.answers import GivenAnswer
 from meme_llava.inference.endpoints import check_client, find_endpoint
-from meme_llava.inference.generation import Question, load_answerer
 from meme_llava.inference.ocr import TextReader, check_text_reader
-from meme_llava.storage.fingerprint import fingerprint_folder
+from meme_llava.inference.questions import Question
 from meme_llava.storage.hub import resolve_model_folder
-from meme_llava.storage.run_record import RUN_RECORD, identify_weights, read_run_record
+from meme_llava.storage.run_record import RUN_RECORD, read_run_record
 
 # Answers to some questions, in their order, as they come. Raises ValueError for a picture that cannot be read.
 Ask = Callable[[list[Question]], Iterator[GivenAnswer]]
@@ -64,6 +63,9 @@ def choose_source(arguments: EvaluateArguments) -> AnswerSource:
 
         identity = {"endpoint": endpoint.host, "model": endpoint.model}
         return AnswerSource(f"{endpoint.model} at {endpoint.host}", identity, None, lambda: ask)
+    # Not on top, since torch takes seconds to load and a wrong flag is answered before.
+    from meme_llava.storage.fingerprint import fingerprint_folder, identify_weights
+
     if arguments.answer_with == "transformers":
         folder = resolve_model_folder(arguments.model)
         identity = {"weights": fingerprint_folder(folder)}
@@ -102,6 +104,8 @@ def choose_questions(questions: list[Question], annotations: Path, answer_with: 
 
 
 def _load_our_model(folder: Path, arguments: EvaluateArguments) -> Ask:
+    from meme_llava.inference.generation import load_answerer
+
     answerer = load_answerer(folder, arguments.base_model, arguments.device, arguments.dtype)
     policy = answerer.processing.image_policy
 

@@ -11,7 +11,7 @@ from meme_llava.dataset.image_cache import PictureCache
 from meme_llava.dataset.image_inspection import inspect_pictures
 from meme_llava.dataset.images import MAX_PIXELS
 from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.inference.generation import Question, list_record_questions
+from meme_llava.inference.questions import Question, list_record_questions
 from meme_llava.storage.cache import find_default_cache
 
 MAX_LISTED = 10

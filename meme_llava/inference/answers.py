@@ -2,7 +2,24 @@
 
 from dataclasses import dataclass
 
-from meme_llava.inference.generation import Answer, Question
+from meme_llava.inference.questions import Question
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """An earlier question about the picture and what the model answered."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said. `stopped` is False when it was cut off at the limit."""
+
+    text: str
+    token_ids: list[int]
+    stopped: bool
 
 
 @dataclass(frozen=True)

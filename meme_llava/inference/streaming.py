@@ -12,7 +12,8 @@ from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from meme_llava.inference.generation import Answer, Answerer, Exchange
+from meme_llava.inference.answers import Answer, Exchange
+from meme_llava.inference.generation import Answerer
 
 HALF_CHARACTER = "\ufffd"
 

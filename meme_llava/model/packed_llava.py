@@ -20,7 +20,8 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from meme_llava.dataset.images import ImagePolicy, normalise
+from meme_llava.dataset.images import ImagePolicy
+from meme_llava.dataset.pixels import normalise
 from meme_llava.errors import UserError
 from meme_llava.model.llava import count_used_vision_layers, load_llava
 from meme_llava.model.loss import CrossEntropyHead

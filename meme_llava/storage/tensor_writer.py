@@ -19,7 +19,6 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from meme_llava.errors import DiskFullError, UserError, means_full_disk
 from meme_llava.storage.tensor_reader import DTYPE_NAMES, WEIGHTS_INDEX, view_bytes
 
-DEFAULT_SHARD_SIZE = "5GB"
 _NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPE_NAMES.items()}
 
 
@@ -47,7 +46,7 @@ def count_bytes(planned: dict[str, PlannedTensor]) -> int:
 def write_tensors(
     planned: dict[str, PlannedTensor],
     folder: Path,
-    max_shard_size: str = DEFAULT_SHARD_SIZE,
+    max_shard_size: str = "5GB",
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Write `model.safetensors`, or shards of at most `max_shard_size` with their index, and bring them to the disk.

@@ -13,16 +13,10 @@ from meme_llava.distributed.engines import Engine
 from meme_llava.distributed.processes import count_processes
 from meme_llava.errors import CheckpointError
 from meme_llava.model.llava import Processing, quiet_transformers
-from meme_llava.storage.fingerprint import fingerprint_folder
+from meme_llava.storage.fingerprint import fingerprint_folder, identify_weights
 from meme_llava.storage.folders import write_json
 from meme_llava.storage.hashing import hash_file
-from meme_llava.storage.run_record import (
-    RUN_RECORD,
-    describe_environment,
-    identify_weights,
-    read_run_record,
-    read_trained_record,
-)
+from meme_llava.storage.run_record import RUN_RECORD, describe_environment, read_run_record, read_trained_record
 from meme_llava.terminal import print_table
 from meme_llava.train.computation import Computation
 from meme_llava.train.hf_arguments import count_steps

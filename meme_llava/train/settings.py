@@ -1,4 +1,9 @@
-"""Settings of train.py: command line over recipe over default."""
+"""Settings of train.py.
+
+Every setting has one home. Those without a default are the user's: run.sh or the command line gives them. What makes a
+train type stands in configs/train/<train_type>.yaml. The rest has its default here. Command line > recipe > default;
+an unknown or contradictory setting is an error.
+"""
 
 import argparse
 import dataclasses
@@ -10,8 +15,7 @@ from typing import Literal
 import yaml
 
 from meme_llava.cli import Parser, check_setting, describe, make_parser
-from meme_llava.dataset.collator import LossAverage
-from meme_llava.dataset.policy import RecordPolicy
+from meme_llava.dataset.policy import LossAverage, RecordPolicy
 from meme_llava.distributed.engines import check_engine_name
 from meme_llava.errors import UserError
 from meme_llava.paths import CONFIGS
@@ -285,6 +289,6 @@ def read_recipe(train_type: str) -> dict:
 
 
 def _parse_one(action: argparse.Action, words: list[str]) -> argparse.Namespace:
-    parser = Parser([], prog="recipe", allow_abbrev=False, add_help=False)
+    parser = Parser(prog="recipe", allow_abbrev=False, add_help=False)
     parser._add_action(action)
     return parser.parse_args([action.option_strings[0], *words])

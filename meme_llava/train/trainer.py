@@ -11,7 +11,8 @@ from accelerate.utils import send_to_device
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
-from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine, check_engine_runs
+from meme_llava.distributed.engine_setup import check_engine_runs
+from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine
 from meme_llava.distributed.heartbeat import ProgressMarks
 from meme_llava.distributed.processes import StopRequest, ignore_stop_signals, is_main_process
 from meme_llava.errors import NonFiniteError

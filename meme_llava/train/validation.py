@@ -12,7 +12,7 @@ from meme_llava.dataset.check import CheckedData, CheckedRecord
 from meme_llava.dataset.dataset import MemeDataset
 from meme_llava.distributed.processes import count_processes, find_rank, share
 from meme_llava.errors import UserError
-from meme_llava.inference.generation import Question, find_question
+from meme_llava.inference.questions import Question, find_question
 from meme_llava.model.llava import Processing
 from meme_llava.storage.hashing import hash_file
 from meme_llava.train.records import check_records, load_records

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from meme_llava.dataset.images import ImagePolicy, read_pixels
+from meme_llava.dataset.images import ImagePolicy
+from meme_llava.dataset.pixels import read_pixels
 from meme_llava.distributed.heartbeat import ProgressMarks
 from meme_llava.distributed.processes import wait_for_all
 from meme_llava.errors import DiskFullError, UserError

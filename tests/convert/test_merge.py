@@ -28,7 +28,8 @@ from meme_llava.convert import export, offloading
 from meme_llava.convert import merge as merging
 from meme_llava.convert import merge_check as merge_verification
 from meme_llava.convert.merge import TrainedWeights
-from meme_llava.dataset.images import open_image, to_pixel_values
+from meme_llava.dataset.images import open_image
+from meme_llava.dataset.pixels import to_pixel_values
 from meme_llava.inference.generation import load_answerer
 from meme_llava.model.llava import load_llava, load_processing
 from meme_llava.model.tensor_names import to_disk_name

@@ -18,15 +18,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 import build_base_model
 from meme_llava.dataset.dataset import load_dataset
-from meme_llava.dataset.images import (
-    ImagePolicy,
-    normalise,
-    open_header,
-    open_image,
-    read_pixels,
-    resolve_image_path,
-    to_pixel_values,
-)
+from meme_llava.dataset.images import ImagePolicy, open_header, open_image, resolve_image_path
+from meme_llava.dataset.pixels import normalise, read_pixels, to_pixel_values
 from meme_llava.errors import UserError
 from meme_llava.inference.generation import load_answerer
 from meme_llava.model.llava import load_processing

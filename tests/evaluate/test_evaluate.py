@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 import evaluate
-from meme_llava.evaluate import answer_sources
 from meme_llava.evaluate import precheck as precheck_evaluation
 from meme_llava.evaluate.results_folder import read_predictions
-from meme_llava.inference.generation import Answerer, PromptTooLong, Question, load_answerer
+from meme_llava.inference.generation import Answerer, PromptTooLong, load_answerer
+from meme_llava.inference.questions import Question
 
 
 def test_batches_answer_as_single_questions_do(world, served_model):
@@ -149,7 +149,7 @@ def test_an_interrupted_evaluation_goes_on(flags, tmp_path, monkeypatch, capsys)
 def test_a_finished_evaluation_shows_its_scores_again(flags, tmp_path, monkeypatch, capsys):
     evaluate.main([*flags, "--output_dir", str(tmp_path / "scores")])
     first = capsys.readouterr().out
-    monkeypatch.setattr(answer_sources, "load_answerer", None)  # no model is loaded
+    monkeypatch.setattr("meme_llava.inference.generation.load_answerer", None)  # no model is loaded
     evaluate.main([*flags, "--output_dir", str(tmp_path / "scores")])
     assert capsys.readouterr().out == first
 

@@ -27,8 +27,9 @@ from caption_server import CUT_CONNECTION, CaptionServer, Step, answer, fail  # 
 import evaluate  # noqa: E402
 from meme_llava.dataset.images import open_image  # noqa: E402
 from meme_llava.inference import endpoint_answers  # noqa: E402
-from meme_llava.inference.generation import Question, load_answerer  # noqa: E402
+from meme_llava.inference.generation import load_answerer  # noqa: E402
 from meme_llava.inference.ocr import NOTHING_FOUND  # noqa: E402
+from meme_llava.inference.questions import Question  # noqa: E402
 from meme_llava.inference.transformers_model import load_transformers_model  # noqa: E402
 
 KEY, KEY_VARIABLE = "sk-canary-0123456789abcdef", "EVALUATION_TEST_KEY"

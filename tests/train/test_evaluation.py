@@ -15,10 +15,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional
 
 import train
-from meme_llava.dataset.images import open_image, to_pixel_values
+from meme_llava.dataset.images import open_image
+from meme_llava.dataset.pixels import to_pixel_values
 from meme_llava.dataset.records import read_records
 from meme_llava.distributed.heartbeat import ProgressMarks
-from meme_llava.inference.generation import Answer, Answerer, Question, load_answerer
+from meme_llava.inference.answers import Answer
+from meme_llava.inference.generation import Answerer, load_answerer
+from meme_llava.inference.questions import Question
 from meme_llava.report import curves
 from meme_llava.train import precheck
 from meme_llava.train.evaluation import TrainingEvaluation

@@ -11,7 +11,7 @@ from PIL import Image
 from test_train import run_with_torchrun
 
 import train
-from meme_llava.dataset.images import read_pixels
+from meme_llava.dataset.pixels import read_pixels
 from meme_llava.distributed.heartbeat import ProgressMarks
 from meme_llava.errors import UserError
 from meme_llava.model.llava import load_processing
