@@ -22,6 +22,14 @@ from meme_llava.paths import CONFIGS
 from meme_llava.train.trackers import check_tracker_names
 
 RECIPE_FOLDER = CONFIGS / "train"
+# Settings that change neither which records a step trains on nor its update: a run resumes with others, and a finished
+# one stays what it is.
+FREE_SETTINGS = {
+    *("device_batch_size", "engine", "hang_timeout", "attention", "gradient_checkpointing", "torch_compile"),
+    *("dataloader_workers", "cache_vision_features", "logging_steps", "save_steps", "save_total_limit", "report_to"),
+    *("run_name", "eval_every", "eval_annotations", "eval_image_folder", "eval_limit", "eval_pictures"),
+    *("eval_max_new_tokens", "resume_from_checkpoint", "allow_changes", "show_batch", "plan", "machine", "gpus"),
+}
 RoleTraining = Literal["frozen", "lora", "full"]
 
 
