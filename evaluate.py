@@ -14,7 +14,7 @@ from pathlib import Path
 from meme_llava.cli import parse_arguments, to_plain
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.evaluate.answer_sources import AnswerSource, choose_questions, choose_source
-from meme_llava.evaluate.precheck import check_pictures
+from meme_llava.evaluate.precheck import check_images
 from meme_llava.evaluate.results_folder import (
     EVALUATE,
     append_remaining,
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     questions = list_record_questions(arguments.annotations, arguments.image_folder, arguments.limit)
     questions = choose_questions(questions, arguments.annotations, arguments.answer_with)
     source = choose_source(arguments)
-    check_pictures(questions, arguments.annotations, arguments.image_folder)
+    check_images(questions, arguments.annotations, arguments.image_folder)
     record = describe_evaluation(arguments, source, questions)
     others = {str(folder): read_comparable_scores(folder, record["asked"]) for folder in arguments.compare_with}
     with open_evaluation(arguments.output_dir, record, arguments.overwrite) as folder:
@@ -68,8 +68,8 @@ def describe_evaluation(arguments: EvaluateArguments, source: AnswerSource, ques
     asked = {
         **source.identity,
         "annotations_sha256": hash_file(arguments.annotations),
-        # Two folders may have pictures of the same names.
-        "pictures_sha256": hash_files(question.image for question in questions),
+        # Two folders may have images of the same names.
+        "images_sha256": hash_files(question.image for question in questions),
         **{name: getattr(arguments, name) for name in ("answer_with", "limit", "max_new_tokens", "dtype")},
     }
     return {

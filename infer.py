@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         if 0 < len(wrong) <= MAX_LISTED_WRONG:
             print(f"wrong: {', '.join(wrong)}", file=sys.stderr, flush=True)
     if unreadable:
-        raise UserError(f"{unreadable} of {len(questions)} pictures could not be read")
+        raise UserError(f"{unreadable} of {len(questions)} images could not be read")
 
 
 def report(question: Question, answer: Answer, arguments: InferArguments) -> None:
@@ -81,7 +81,7 @@ def report(question: Question, answer: Answer, arguments: InferArguments) -> Non
 
 
 def report_unreadable(question: Question, reason: str, as_json: bool) -> None:
-    """Say which picture could not be read and why."""
+    """Say which image could not be read and why."""
     if as_json:
         print(json.dumps({"image": str(question.image), "error": reason}, ensure_ascii=False), flush=True)
     else:

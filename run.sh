@@ -6,7 +6,7 @@
 #   bash run.sh train --save_steps 100    flags behind the stages go to train.py
 #   bash run.sh train --eval_every 50     evaluate while training, on EVAL_ANNOTATIONS
 #   bash run.sh                      again, after an interruption: training goes on from its newest whole checkpoint
-#   bash run.sh train --plan --machine a800-80gb    what the run would take, in memory and time; needs no GPU
+#   bash run.sh train --plan --accelerator a800-80gb    what the run would take, in memory and time; needs no GPU
 #   DRY_RUN=1 bash run.sh            print the commands, run nothing
 #
 # Edit the values below, or set them for one run: LOW_LR=1e-5 OUTPUT_DIR=output_b bash run.sh
@@ -25,7 +25,7 @@ PRESET=${PRESET:-}                        # none, or a file of configs/presets, 
 # --- models and data ---
 LANGUAGE_MODEL=${LANGUAGE_MODEL:-data/tiny/language_model}    # folder, hub id, modelscope:ORG/MODEL. real run: Qwen/Qwen2-7B-Instruct
 VISION_MODEL=${VISION_MODEL:-data/tiny/vision_tower}    # likewise. real run: OFA-Sys/chinese-clip-vit-large-patch14-336px
-IMAGE_POLICY=${IMAGE_POLICY:-squash}      # how pictures become square: squash | pad | crop (cuts words off wide memes). real run: squash
+IMAGE_POLICY=${IMAGE_POLICY:-squash}      # how images become square: squash | pad | crop (cuts words off wide memes). real run: squash
 ANNOTATIONS=${ANNOTATIONS:-data/annotations.json}    # .json or .jsonl, format in data/README.md
 IMAGE_FOLDER=${IMAGE_FOLDER:-data}        # the records' image paths start here
 EVAL_ANNOTATIONS=${EVAL_ANNOTATIONS:-auto}    # memes not in ANNOTATIONS, on which base and merged model are compared | none | auto = those of data/unseen with the sample memes, else none
@@ -69,7 +69,7 @@ if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
     exit
 fi
 
-# Which memes are kept for the evaluation, and where their pictures are.
+# Which memes are kept for the evaluation, and where their images are.
 eval_annotations=$EVAL_ANNOTATIONS eval_image_folder=$EVAL_IMAGE_FOLDER
 if [[ $eval_annotations == auto ]]; then
     eval_annotations=none

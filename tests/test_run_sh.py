@@ -450,13 +450,13 @@ def test_a_run_on_gpus_is_planned_without_them(chain):
     """GPUs, ZeRO stage and batch are run.sh's, although one process on a CPU looks at them."""
     output, variables, _ = chain
     variables = {**variables, "GPUS": "4", "GLOBAL_BATCH": "16", "DEVICE_BATCH": "2"}
-    result = run("train", "--plan", "--machine", "a800-80gb", **variables)
+    result = run("train", "--plan", "--accelerator", "a800-80gb", **variables)
     assert result.returncode == 0, result.stderr
     assert "16 = 4 device(s) x 2 x 2 in turn" in result.stdout
     assert "4 x a800-80gb, ZeRO-2" in result.stdout
     result = run("train", "--plan", **variables)
     assert result.returncode == 2
-    assert "this plan is for 4 GPUs, and there is none here; name one with --machine" in result.stderr
+    assert "this plan is for 4 GPUs, and there is none here; name one with --accelerator" in result.stderr
 
 
 def test_a_plan_without_a_base_says_what_to_run_first(tmp_path):

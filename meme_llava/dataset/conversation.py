@@ -1,7 +1,7 @@
 """Knows what a prompt looks like and which tokens carry loss. Training and inference both build token ids here.
 
 The format is ChatML, as Qwen2 uses it. The prompt for an answer is, token for token, the beginning of the training
-example with that answer. Knows nothing about files, pictures or batches: a picture is a run of image tokens.
+example with that answer. Knows nothing about files, images or batches: an image is a run of image tokens.
 """
 
 import json
@@ -38,7 +38,7 @@ _CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn; `role` is system, user or assistant. In a user turn every `<image>` stands for a picture."""
+    """One turn; `role` is system, user or assistant. In a user turn every `<image>` stands for an image."""
 
     role: str
     text: str
@@ -54,7 +54,7 @@ class Example:
 
 
 class DoesNotFit(ValueError):
-    """A conversation whose prompt and pictures leave no room for an answer."""
+    """A conversation whose prompt and images leave no room for an answer."""
 
 
 class ConversationEncoder:
@@ -62,7 +62,7 @@ class ConversationEncoder:
 
     Args:
         tokenizer: a transformers tokenizer with ChatML's tokens and `<image>`.
-        tokens_per_image: how many positions one picture takes.
+        tokens_per_image: how many positions one image takes.
         source: names the model folder in errors.
     """
 
@@ -99,7 +99,7 @@ class ConversationEncoder:
         the limit; that answer's tail is cut, its end token stands. Image tokens are never cut.
 
         Raises:
-            DoesNotFit: no answer can begin within `max_length`, or a picture stands behind the last one that can.
+            DoesNotFit: no answer can begin within `max_length`, or an image stands behind the last one that can.
         """
         input_ids: list[int] = list(self._prefix_ids)
         supervised: list[bool] = [False] * len(input_ids)
@@ -134,7 +134,7 @@ class ConversationEncoder:
             )
         start, length = possible[-1]
         if self.image_token_id in input_ids[start + length :]:
-            raise DoesNotFit(f"a picture stands behind model_max_length {max_length}; pictures are never cut")
+            raise DoesNotFit(f"an image stands behind model_max_length {max_length}; images are never cut")
         return min(start + length + 1, max_length)
 
     def _encode_content(self, turn: Turn) -> list[int]:

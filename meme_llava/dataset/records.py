@@ -1,6 +1,6 @@
 """Knows what may stand in the annotation file: the form of a record.
 
-Knows nothing about files of pictures, tokens or training.
+Knows nothing about files of images, tokens or training.
 """
 
 import json
@@ -19,9 +19,9 @@ CAPTIONS_HELP = "A line of a caption file: python data/prepare.py captions turns
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation about zero or more pictures. `place` says where it stands, for messages.
+    """One conversation about zero or more images. `place` says where it stands, for messages.
 
-    `text` is what is known to stand in the picture ("" = nothing), `repeat` counts deliberate copies from 1, `task` is
+    `text` is what is known to stand in the image ("" = nothing), `repeat` counts deliberate copies from 1, `task` is
     the record's own name for what is asked.
     """
 

@@ -1,6 +1,6 @@
-"""Knows what a caption is worth as text: refusals, endless loops, and whether it repeats the words of the picture.
+"""Knows what a caption is worth as text: refusals, endless loops, and whether it repeats the words of the image.
 
-The patterns come from reading real captions of GPT-4o, Gemini and Yi-Vision. Knows nothing about records or pictures.
+The patterns come from reading real captions of GPT-4o, Gemini and Yi-Vision. Knows nothing about records or images.
 """
 
 import re
@@ -59,7 +59,7 @@ def measure_recall(truth: str, answer: str) -> float:
 
 
 def find_refusal(text: str) -> str | None:
-    """The words by which a caption refuses to describe its picture, or None.
+    """The words by which a caption refuses to describe its image, or None.
 
     Looks at the speaker's own words, to the end, since filters cut in there as well; what stands in quotation marks is
     the meme's.

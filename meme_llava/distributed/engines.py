@@ -42,7 +42,7 @@ class Engine:
         return self.zero_options.get("stage", 0) if self.kind == DEEPSPEED else None
 
     @property
-    def divides_weights(self) -> bool:
+    def shards_weights(self) -> bool:
         """Whether a forward pass gathers weights from all processes, so that all must make it."""
         return self.kind == FSDP or self.zero_stage == 3
 

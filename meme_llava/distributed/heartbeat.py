@@ -10,11 +10,11 @@ PROGRESS_DESCRIPTOR = "MEME_LLAVA_PROGRESS_DESCRIPTOR"
 START_PATIENCE = 6
 
 
-class ProgressMarks:
+class Heartbeat:
     """Tells the launcher, if there is one, how far this process is, so that it can notice one that is stuck.
 
     Args:
-        hang_timeout: seconds without a mark in any process after which the launcher ends the run; before training
+        hang_timeout: seconds without a beat in any process after which the launcher ends the run; before training
             begins, six times as many.
     """
 
@@ -27,7 +27,7 @@ class ProgressMarks:
         if self._descriptor is not None:
             os.set_blocking(self._descriptor, False)
 
-    def mark(self, activity: str) -> None:
+    def beat(self, activity: str) -> None:
         """Say that something was reached, and what comes now."""
         if self._descriptor is None:
             return
@@ -39,5 +39,5 @@ class ProgressMarks:
 
 
 def parse_progress(line: bytes) -> Sequence:
-    """Count, hang timeout and activity of a mark."""
+    """Count, hang timeout and activity of a beat."""
     return json.loads(line)

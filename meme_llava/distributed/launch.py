@@ -18,7 +18,7 @@ import time
 
 from meme_llava.distributed.cluster import Cluster, join_cluster
 from meme_llava.distributed.supervised_process import SupervisedProcess
-from meme_llava.errors import EXIT_MEANINGS, LOST_PROCESS, ProcessError, Stopped, UserError, stop_on_user_error
+from meme_llava.errors import EXIT_MEANINGS, PEER_FAILED, ProcessError, Stopped, UserError, stop_on_user_error
 
 PR_SET_PDEATHSIG = 1
 # Once a process has failed, the others have so long to end by themselves; each may have something to say.
@@ -197,7 +197,7 @@ class Supervisor:
 
     def _lost_machine(self) -> bool:
         """Whether nothing failed here but for want of a process on another machine; its silence will tell which."""
-        return self._cluster.nodes > 1 and {process.exit_code for process in self._list_failed()} == {LOST_PROCESS}
+        return self._cluster.nodes > 1 and {process.exit_code for process in self._list_failed()} == {PEER_FAILED}
 
     def _is_over(self) -> bool:
         if any(process.runs for process in self._processes):
@@ -238,7 +238,7 @@ class Supervisor:
             return None
         known = [process for process in failed if process.exit_code in EXIT_MEANINGS]
         killed = [process for process in failed if process.exit_code < 0]
-        own_fault = [process for process in failed if process.exit_code != LOST_PROCESS]
+        own_fault = [process for process in failed if process.exit_code != PEER_FAILED]
         if not own_fault and any(process.runs for process in self._processes):
             return self._explain_silence([process for process in self._processes if process.runs])
         first = min(known or killed or own_fault or failed, key=lambda process: process.ended_at)
@@ -249,7 +249,7 @@ class Supervisor:
             meaning = f"process {first.rank} stopped: {EXIT_MEANINGS[first.exit_code]}; see its message above"
             return _with_code(UserError, meaning if whole_run else "", first.exit_code)
         ended = f"; all processes were ended. {RESTART}"
-        unexpected = first.exit_code > 0 and first.exit_code != LOST_PROCESS
+        unexpected = first.exit_code > 0 and first.exit_code != PEER_FAILED
         text = f"{first.describe_end()}{ended}{first.quote_last_words()}"
         return _with_code(ProcessError, text, first.exit_code if unexpected else ProcessError.exit_code)
 

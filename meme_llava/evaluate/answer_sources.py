@@ -18,7 +18,7 @@ from meme_llava.inference.questions import Question
 from meme_llava.storage.hub import resolve_model_folder
 from meme_llava.storage.run_record import RUN_RECORD, read_run_record
 
-# Answers to some questions, in their order, as they come. Raises ValueError for a picture that cannot be read.
+# Answers to some questions, in their order, as they come. Raises ValueError for an image that cannot be read.
 Ask = Callable[[list[Question]], Iterator[GivenAnswer]]
 
 
@@ -86,17 +86,17 @@ def check_model_folder(folder: Path) -> None:
 
 
 def choose_questions(questions: list[Question], annotations: Path, answer_with: str) -> list[Question]:
-    """Those that make sense to ask: a text recogniser knows the words of a picture and nothing else.
+    """Those that make sense to ask: a text recogniser knows the words of an image and nothing else.
 
     Raises:
         UserError: there is none.
     """
     if answer_with != "rapidocr":
         return questions
-    about_text = [question for question in questions if asks_for_text(question.truth, question.text_in_picture)]
+    about_text = [question for question in questions if asks_for_text(question.truth, question.text_in_image)]
     if not about_text:
         raise UserError(
-            f'{annotations}: no record asks for the text of its picture and has it as "text"; --answer_with rapidocr '
+            f'{annotations}: no record asks for the text of its image and has it as "text"; --answer_with rapidocr '
             "can answer nothing else"
         )
     print(f"RapidOCR is asked the {len(about_text):,} of {len(questions):,} questions whose answer is the text")
@@ -129,7 +129,7 @@ def _load_transformers_model(folder: Path, arguments: EvaluateArguments) -> Ask:
 
 
 def _open_images(questions: list[Question], policy: ImagePolicy | None = None) -> list[Image.Image]:
-    """The picture of each question; files often ask several things about one."""
+    """The image of each question; files often ask several things about one."""
     images = {path: open_image(path, policy) for path in dict.fromkeys(question.image for question in questions)}
     return [images[question.image] for question in questions]
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from meme_llava.errors import DiskFullError, UserError, means_full_disk
+from meme_llava.errors import DiskFullError, UserError, is_disk_full
 from meme_llava.storage.folders import check_output_dir, empty_directory, lock_directory, write_json
 from meme_llava.storage.run_record import RUN_RECORD
 from meme_llava.terminal import show_count
@@ -104,10 +104,10 @@ def append_remaining(
 
     Args:
         items: what the folder gets a line for each; `noun` says what they are.
-        answer: gives the lines of a batch of items. A ValueError says which picture cannot be read.
+        answer: gives the lines of a batch of items. A ValueError says which image cannot be read.
 
     Raises:
-        UserError: a picture cannot be read any more.
+        UserError: an image cannot be read any more.
     """
     done = len(folder.lines)
     if done:
@@ -238,7 +238,7 @@ def _telling_full_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if means_full_disk(error):
+        if is_disk_full(error):
             raise DiskFullError(
                 f"{folder}: the disk is full. Free some and start the same command again; answers are kept."
             ) from error

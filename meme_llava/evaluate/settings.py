@@ -17,7 +17,7 @@ from meme_llava.inference.endpoints import PRESETS
 @dataclass
 class EvaluateArguments:
     annotations: Path = field(metadata=describe("records with the questions and their true answers"))
-    image_folder: Path = field(metadata=describe("where their pictures are"))
+    image_folder: Path = field(metadata=describe("where their images are"))
     output_dir: Path = field(metadata=describe("gets predictions.jsonl and metrics.json; goes on there"))
     model: str | None = field(
         default=None,
@@ -82,7 +82,7 @@ class JudgeArguments:
         default=None, metadata=describe("base URL, model and key variable of the judge's provider")
     )
     base_url: str | None = field(default=None, metadata=describe("another OpenAI-compatible endpoint"))
-    model: str | None = field(default=None, metadata=describe("another model of the endpoint; it must see pictures"))
+    model: str | None = field(default=None, metadata=describe("another model of the endpoint; it must see images"))
     key_variable: str | None = field(
         default=None, metadata=describe("name of the environment variable that holds the key")
     )

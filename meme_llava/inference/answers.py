@@ -7,7 +7,7 @@ from meme_llava.inference.questions import Question
 
 @dataclass(frozen=True)
 class Exchange:
-    """An earlier question about the picture and what the model answered."""
+    """An earlier question about the image and what the model answered."""
 
     question: str
     answer: str
@@ -24,7 +24,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class GivenAnswer:
-    """An answer to a question about a picture.
+    """An answer to a question about an image.
 
     Args:
         tokens: its length, or None where it is not known.
@@ -51,7 +51,7 @@ def describe_answer(question: Question, answer: GivenAnswer) -> dict:
         "question": question.text,
         "answer": answer.text,
         "truth": question.truth,
-        "text": question.text_in_picture,
+        "text": question.text_in_image,
         "tokens": answer.tokens,
         "stopped": answer.stopped,
         "problem": answer.problem,

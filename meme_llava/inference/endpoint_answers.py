@@ -12,11 +12,17 @@ from pathlib import Path
 
 from meme_llava.errors import UserError
 from meme_llava.inference.answers import GivenAnswer
-from meme_llava.inference.endpoint_client import CaptionClient, PassingFault, PictureRejected, StopAsking, choose_wait
+from meme_llava.inference.endpoint_client import (
+    CaptionClient,
+    ImageRejected,
+    StopAsking,
+    TransientError,
+    backoff_seconds,
+)
 from meme_llava.inference.endpoints import Endpoint
-from meme_llava.inference.image_upload import encode_picture, make_data_url
+from meme_llava.inference.image_upload import encode_image, make_data_url
 
-MAX_SIDE = 1024  # pixels; the services scale larger pictures down themselves
+MAX_SIDE = 1024  # pixels; the services scale larger images down themselves
 ATTEMPTS = 5  # requests while none brings an answer
 # A server that asks for a longer wait means another day.
 LONGEST_ASKED_WAIT = 300.0
@@ -27,16 +33,16 @@ ENDED_BY_ITSELF = "stop"
 class NoAnswer(UserError):
     """All attempts at a request were in vain."""
 
-    def __init__(self, message: str, fault: PassingFault):
+    def __init__(self, message: str, fault: TransientError):
         super().__init__(message)
         self.fault = fault
 
 
 @dataclass(frozen=True)
 class Request:
-    """A picture and what is asked about it."""
+    """An image and what is asked about it."""
 
-    picture: Path
+    image: Path
     prompt: str
     system: str | None = None
 
@@ -73,23 +79,23 @@ async def _ask_all(
 
 async def _ask(client: CaptionClient, request: Request, said: set[str]) -> GivenAnswer:
     """The answer to one request. What a server does not do is told once for all of them, in `said`."""
-    jpeg = await asyncio.to_thread(encode_picture, request.picture, MAX_SIDE)
+    jpeg = await asyncio.to_thread(encode_image, request.image, MAX_SIDE)
     generator = random.Random()
     for attempt in range(1, ATTEMPTS + 1):
         try:
             reply = await client.ask(make_data_url(jpeg), request.prompt, request.system)
-        except PassingFault as fault:
+        except TransientError as fault:
             if attempt == ATTEMPTS or (fault.wait or 0) > LONGEST_ASKED_WAIT:
                 raise NoAnswer(
-                    f"{request.picture}: {client.endpoint.host} gave no answer in {attempt} attempts, the last time: "
+                    f"{request.image}: {client.endpoint.host} gave no answer in {attempt} attempts, the last time: "
                     f"{fault}. What was answered is kept; start the same command again later, which goes on.",
                     fault,
                 ) from fault
             if str(fault) not in said:
                 said.add(str(fault))
                 print(f"{fault}; asking again", file=sys.stderr, flush=True)
-            await asyncio.sleep(choose_wait(attempt, fault.wait, generator))
-        except PictureRejected as error:
+            await asyncio.sleep(backoff_seconds(attempt, fault.wait, generator))
+        except ImageRejected as error:
             return GivenAnswer("", problem=f"rejected: {error}")
         except StopAsking as error:
             raise UserError(f"{error}. What was answered is kept; the same command goes on.") from error

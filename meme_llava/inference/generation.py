@@ -1,4 +1,4 @@
-"""Knows how a model answers a question about a picture. The prompt comes from `conversation`, as in training."""
+"""Knows how a model answers a question about an image. The prompt comes from `conversation`, as in training."""
 
 import contextlib
 import copy
@@ -47,7 +47,7 @@ class Answerer:
     ) -> dict[str, torch.Tensor]:
         """Inputs of one question: input_ids and attention_mask (1, length), pixel_values (1, 3, size, size).
 
-        The picture stands in front of the first question, as in the sample memes. `earlier` is what was asked and
+        The image stands in front of the first question, as in the sample memes. `earlier` is what was asked and
         answered about it before.
         """
         turns = [Turn("system", system)] if system is not None else []
@@ -55,7 +55,7 @@ class Answerer:
             turns += [Turn("user", exchange.question), Turn("assistant", exchange.answer)]
         turns.append(Turn("user", question))
         if any(IMAGE_PLACEHOLDER in turn.text for turn in turns if turn.role == "user"):
-            raise UserError(f"the question holds {IMAGE_PLACEHOLDER}; the picture is put in front of it by itself")
+            raise UserError(f"the question holds {IMAGE_PLACEHOLDER}; the image is put in front of it by itself")
         first = 0 if system is None else 1
         turns[first] = Turn("user", f"{IMAGE_PLACEHOLDER}\n{turns[first].text}")
         input_ids = torch.tensor([self.processing.encoder.encode_prompt(turns)])
@@ -79,7 +79,7 @@ class Answerer:
         earlier: Sequence[Exchange] = (),
         stopping: StoppingCriteriaList | None = None,
     ) -> Answer:
-        """The greedy answer about one picture; `stopping` may end it before the model does.
+        """The greedy answer about one image; `stopping` may end it before the model does.
 
         Raises:
             PromptTooLong: the model has no more positions than the prompt takes.
@@ -97,7 +97,7 @@ class Answerer:
     ) -> list[Answer]:
         """The greedy answers to several questions at once; shorter prompts are padded on the left.
 
-        Files often ask several things about a picture; the vision tower sees it once.
+        Files often ask several things about an image; the vision tower sees it once.
 
         Raises:
             PromptTooLong: the model has no more positions than one of the prompts takes.
@@ -119,18 +119,18 @@ class Answerer:
             )  # (questions, longest)
             for name, value in (("input_ids", self.padding_id), ("attention_mask", 0))
         }
-        pictures = {question.image: inputs["pixel_values"] for question, inputs in zip(questions, batch, strict=True)}
-        padded["pixel_values"] = torch.cat(list(pictures.values()))  # (pictures, 3, size, size)
-        places = {path: place for place, path in enumerate(pictures)}
+        pixels = {question.image: inputs["pixel_values"] for question, inputs in zip(questions, batch, strict=True)}
+        padded["pixel_values"] = torch.cat(list(pixels.values()))  # (images, 3, size, size)
+        places = {path: place for place, path in enumerate(pixels)}
         with self._repeat_features([places[question.image] for question in questions]):
             return self._generate(padded, max_new_tokens)
 
     @contextlib.contextmanager
-    def _repeat_features(self, of_picture: list[int]) -> Iterator[None]:
-        """While the block lasts, the projector gives (questions, tokens, width) in place of (pictures, …)."""
+    def _repeat_features(self, of_image: list[int]) -> Iterator[None]:
+        """While the block lasts, the projector gives (questions, tokens, width) in place of (images, …)."""
         # In generate, since engines gather the weights for that.
         projector = next(module for name, module in self.model.named_modules() if name.endswith(PROJECTOR))
-        handle = projector.register_forward_hook(lambda module, inputs, features: features[of_picture])
+        handle = projector.register_forward_hook(lambda module, inputs, features: features[of_image])
         try:
             yield
         finally:

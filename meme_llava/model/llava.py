@@ -60,7 +60,7 @@ def has_class_token(vision_config) -> bool:
 
 
 def count_image_tokens(config: LlavaConfig) -> int:
-    """Positions one picture takes: one per patch, plus the class token where the config keeps it."""
+    """Positions one image takes: one per patch, plus the class token where the config keeps it."""
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     keeps_class_token = config.vision_feature_select_strategy == "full" and has_class_token(config.vision_config)
     return patches + int(keeps_class_token)

@@ -1,7 +1,7 @@
-"""Knows the file that bought captions are kept in: one JSON line a picture, added whole or not at all.
+"""Knows the file that bought captions are kept in: one JSON line an image, added whole or not at all.
 
-A line is written in one piece and brought to the disk as soon as its picture is settled, so a run that was killed goes
-on where it stood. Knows nothing about servers or pictures.
+A line is written in one piece and brought to the disk as soon as its image is settled, so a run that was killed goes
+on where it stood. Knows nothing about servers or images.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 from meme_llava.errors import UserError
 
 TORN_SUFFIX = ".torn"
-# What makes two captions of a picture the same purchase; a file holds captions of one kind only.
+# What makes two captions of an image the same purchase; a file holds captions of one kind only.
 SETTINGS = ("model", "prompt")
 _STRINGS = ("picName", *SETTINGS)
 
@@ -25,7 +25,7 @@ class CaptionLedger:
     """The lines of an open file. Made by `open_ledger`, which holds its lock.
 
     Attributes:
-        entries: the last line of every picture, by picName.
+        entries: the last line of every image, by picName.
         torn_bytes: how many bytes of a line that was not written to its end were moved to the .torn file.
     """
 

@@ -7,7 +7,7 @@
 //   onApply(wanted)        the filters were applied
 function openGallery({ cardsAtOnce, matches, compare = () => null, onShow = () => {}, onApply = () => {} }) {
   const find = (id) => document.getElementById(id);
-  const pictures = JSON.parse(find("pictures").textContent);
+  const images = JSON.parse(find("images").textContent);
   const cards = [...find("cards").content.children];
   const gallery = find("gallery");
   const filters = find("filters");
@@ -44,7 +44,7 @@ function openGallery({ cardsAtOnce, matches, compare = () => null, onShow = () =
   function showMore() {
     const next = matching.slice(shown, shown + cardsAtOnce);
     for (const image of next.flatMap((card) => [...card.querySelectorAll("img:not([src])")])) {
-      image.src = pictures[image.dataset.picture];
+      image.src = images[image.dataset.image];
     }
     gallery.append(...next);
     shown += next.length;

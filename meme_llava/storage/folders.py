@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from meme_llava.errors import DiskFullError, UserError, means_full_disk
+from meme_llava.errors import DiskFullError, UserError, is_disk_full
 from meme_llava.storage.run_record import RUN_RECORD
 
 
@@ -42,11 +42,11 @@ def write_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
             yield temporary
             set_file_modes(temporary)
             for path in (*sorted(temporary.rglob("*")), temporary):
-                bring_to_disk(path)
+                fsync_path(path)
             check_output_dir(output_dir, overwrite)  # again: it took a while
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError) and means_full_disk(error):
+            if isinstance(error, OSError) and is_disk_full(error):
                 raise DiskFullError(
                     f"{temporary}: the disk is full. Free some, or choose another --output_dir."
                 ) from error
@@ -54,7 +54,7 @@ def write_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
         if output_dir.exists():
             output_dir.rename(replaced)
         temporary.rename(output_dir)
-        bring_to_disk(output_dir.parent)
+        fsync_path(output_dir.parent)
         _remove(replaced)
 
 
@@ -104,7 +104,7 @@ def _remove(replaced: Path) -> None:
         shutil.rmtree(removed, ignore_errors=True)
 
 
-def bring_to_disk(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Return when a file's or directory's content would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -17,8 +17,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TrainerCallback
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.images import open_image
 from meme_llava.distributed.engines import Engine
-from meme_llava.distributed.heartbeat import ProgressMarks
-from meme_llava.distributed.processes import count_processes, gather, share
+from meme_llava.distributed.heartbeat import Heartbeat
+from meme_llava.distributed.processes import broadcast_from_main, count_processes, gather
 from meme_llava.errors import UserError
 from meme_llava.evaluate.scores import describe_measure, name_figure, score_answers, to_answered_question
 from meme_llava.inference.answers import GivenAnswer, describe_answer
@@ -28,7 +28,7 @@ from meme_llava.model.packed_llava import answer_unpacked
 from meme_llava.terminal import print_table
 from meme_llava.train.run import TrainingRun
 from meme_llava.train.tracker_runs import ShownAnswer, TrackerRuns
-from meme_llava.train.validation import ANSWERS, ValidationData, deal
+from meme_llava.train.validation import ANSWERS, ValidationData, shard_for_rank
 
 LOSS = "eval_loss"
 
@@ -43,7 +43,7 @@ class TrainingEvaluation:
     Args:
         every: optimizer steps between two evaluations; there is one behind the last step, too.
         batch_size: records, and questions, that a device computes at once.
-        marks: a long evaluation is no hang.
+        heartbeat: a long evaluation is no hang.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class TrainingEvaluation:
         max_new_tokens: int,
         output_dir: Path,
         trackers: TrackerRuns,
-        marks: ProgressMarks,
+        heartbeat: Heartbeat,
     ):
         self._every = every
         self._data, self._processing, self._collator = data, processing, collator
         self._engine, self._batch_size, self._max_new_tokens = engine, batch_size, max_new_tokens
-        self._output_dir, self._trackers, self._marks = output_dir, trackers, marks
+        self._output_dir, self._trackers, self._heartbeat = output_dir, trackers, heartbeat
 
     def is_due(self, step: int, last_step: int) -> bool:
         """Whether there is an evaluation behind an optimizer step."""
@@ -93,14 +93,14 @@ class TrainingEvaluation:
         loss = self._measure_loss(measure, is_stopping)
         with answer_unpacked(model), autocast():
             described = self._ask(model, device, is_stopping)
-        self._marks.mark("scoring answers")
-        return share(lambda: self._report(step, loss, described, start))
+        self._heartbeat.beat("scoring answers")
+        return broadcast_from_main(lambda: self._report(step, loss, described, start))
 
     def _measure_loss(self, measure: Callable[[Mapping], torch.Tensor], is_stopping: Callable[[], bool]) -> float:
         """The mean loss over the validation records, weighed as in training."""
         batches = self._cut(range(self._data.records))
         own = []
-        for place, numbers in deal(batches):
+        for place, numbers in shard_for_rank(batches):
             self._pause(f"measuring the validation loss, batch {place}", is_stopping)
             batch = self._collator(self._data.dataset.__getitems__(list(numbers)))
             weight = batch["loss_weights"].sum(dtype=torch.float64).item()
@@ -113,14 +113,14 @@ class TrainingEvaluation:
 
     def _ask(self, model: nn.Module, device: torch.device, is_stopping: Callable[[], bool]) -> list[dict]:
         """Every question with its answer, in order."""
-        divided = self._engine.divides_weights and count_processes() > 1
-        marking = StoppingCriteriaList([_Mark(self._marks)])
+        divided = self._engine.shards_weights and count_processes() > 1
+        marking = StoppingCriteriaList([_Beat(self._heartbeat)])
         generation_config = choose_stops(model.generation_config, self._processing)
         generation_config.use_cache = True  # which training turns off
         options = {"synced_gpus": divided, "stopping_criteria": marking}
         answerer = Answerer(model, self._processing, generation_config, options, device)
         own = []
-        for place, questions in deal(self._cut(self._data.questions)):
+        for place, questions in shard_for_rank(self._cut(self._data.questions)):
             self._pause("asking the validation questions", is_stopping)
             try:
                 images = [open_image(question.image, self._processing.image_policy) for question in questions]
@@ -137,7 +137,7 @@ class TrainingEvaluation:
         return [items[start : start + self._batch_size] for start in range(0, len(items), self._batch_size)]
 
     def _pause(self, activity: str, is_stopping: Callable[[], bool]) -> None:
-        self._marks.mark(activity)
+        self._heartbeat.beat(activity)
         if is_stopping():
             raise EvaluationInterrupted
 
@@ -163,7 +163,7 @@ def make_evaluation(
     processing: Processing,
     collator: PackingCollator,
     trackers: TrackerRuns,
-    marks: ProgressMarks,
+    heartbeat: Heartbeat,
 ) -> TrainingEvaluation | None:
     """What evaluates a run's model while it trains; None without validation records."""
     if data is None:
@@ -179,7 +179,7 @@ def make_evaluation(
         arguments.eval_max_new_tokens,
         arguments.output_dir,
         trackers,
-        marks,
+        heartbeat,
     )
 
 
@@ -198,14 +198,14 @@ class EvaluationCallback(TrainerCallback):
         control.should_evaluate = self._evaluation.is_due(state.global_step, state.max_steps)
 
 
-class _Mark(StoppingCriteria):
+class _Beat(StoppingCriteria):
     """Stops nothing; a token is a sign of progress."""
 
-    def __init__(self, marks: ProgressMarks):
-        self._marks = marks
+    def __init__(self, heartbeat: Heartbeat):
+        self._heartbeat = heartbeat
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        self._marks.mark("answering validation questions")
+        self._heartbeat.beat("answering validation questions")
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -225,7 +225,7 @@ def keep_answers(path: Path, step: int, shown: Sequence[dict]) -> None:
 def print_answers(step: int, figures: Mapping[str, float], shown: Sequence[dict], of: str, seconds: float) -> None:
     """Print a step's answers beside the truth, and what they and all others are worth."""
     rows = [(Path(one["image"]).name, one["question"], one["truth"], one["answer"]) for one in shown]
-    print_table(f"Answers after step {step}", ("picture", "question", "truth", "answer"), rows)
+    print_table(f"Answers after step {step}", ("image", "question", "truth", "answer"), rows)
     words = [f"validation loss {figures[LOSS]:.4f}"]
     for name in ("character_error_rate", "text_found", "chrf"):
         if (value := figures.get(name_figure(name))) is not None:

@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass
 
 import torch
 
-from meme_llava.train.planning.accelerators import Machine, recognise_machine
+from meme_llava.train.planning.accelerators import Accelerator, recognise_accelerator
 from meme_llava.train.planning.flops import StepCounts, TrainingCosts, count_batch
 
 COUNTS, USEFUL, RECORD_IDS = "counts", "useful_positions", "record_ids"
@@ -27,7 +27,7 @@ class CountingCollator:
         return {
             **batch,
             COUNTS: count_batch(batch),
-            USEFUL: len(batch["path_index"].unique()),
+            USEFUL: len(batch["kv_index"].unique()),
             RECORD_IDS: [str(example["record_id"]) for example in examples],
         }
 
@@ -38,7 +38,7 @@ class ThroughputMeter:
     Args:
         costs: FLOPs of the model that trains.
         records_per_step: the global batch.
-        machine: this device, where it is one whose peak is known.
+        accelerator: this device, where it is one whose peak is known.
         processes: how many devices share a step.
         sum_over_processes: adds a tensor up over all processes; all of them call it at the same time.
     """
@@ -47,13 +47,13 @@ class ThroughputMeter:
         self,
         costs: TrainingCosts,
         records_per_step: int,
-        machine: Machine | None,
+        accelerator: Accelerator | None,
         processes: int,
         sum_over_processes: Callable[[torch.Tensor], torch.Tensor],
     ):
         self._costs = costs
         self._records_per_step = records_per_step
-        self._machine = machine
+        self._accelerator = accelerator
         self._processes = processes
         self._sum_over_processes = sum_over_processes
         self._reset()
@@ -102,17 +102,17 @@ class ThroughputMeter:
             "captions_per_second": captions / seconds,
             "tokens_per_second": counts.positions / seconds,
             "positions_per_caption": counts.positions / captions,
-            "pictures_per_caption": counts.pictures / captions,
+            "images_per_caption": counts.images / captions,
             "useful_token_share": useful / counts.positions,
             "data_wait_share": self._waited / seconds,
             "model_tflops_per_second": teraflops,
         }
-        if self._machine is not None and self._machine.peak_tflops is not None:
-            figures["mfu"] = teraflops / (self._processes * self._machine.peak_tflops)
+        if self._accelerator is not None and self._accelerator.peak_tflops is not None:
+            figures["mfu"] = teraflops / (self._processes * self._accelerator.peak_tflops)
         self._reset()
         return figures
 
 
-def find_own_machine(device: torch.device) -> Machine | None:
-    """The machine this process computes on; None where its bf16 peak is unknown, as a CPU's is."""
-    return recognise_machine(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+def find_own_accelerator(device: torch.device) -> Accelerator | None:
+    """The accelerator this process computes on; None where its bf16 peak is unknown, as a CPU's is."""
+    return recognise_accelerator(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

@@ -16,7 +16,7 @@ from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 
 from meme_llava.dataset.images import open_image
-from meme_llava.distributed.processes import is_main_process, share
+from meme_llava.distributed.processes import broadcast_from_main, is_main_process
 from meme_llava.errors import Stopped
 from meme_llava.train.trackers import MLFLOW, SWANLAB, TENSORBOARD, WANDB, explain_failure, list_trackers
 
@@ -25,12 +25,12 @@ TENSORBOARD_FOLDER, WANDB_FOLDER, SWANLAB_FOLDER, MLFLOW_FOLDER = "tensorboard",
 FOLDERS = {TENSORBOARD_FOLDER, WANDB_FOLDER, SWANLAB_FOLDER, MLFLOW_FOLDER}
 RECORD = "run_record"
 ANSWERS = "answers"
-LONGEST_SIDE = 448  # pixels of a picture beside an answer
+LONGEST_SIDE = 448  # pixels of an image beside an answer
 
 
 @dataclass(frozen=True)
 class ShownAnswer:
-    """What a model said about a picture, a file, at some step."""
+    """What a model said about an image, a file, at some step."""
 
     image: str
     question: str
@@ -38,14 +38,14 @@ class ShownAnswer:
     answer: str
 
     def describe(self) -> str:
-        """Everything but the picture, a line each."""
+        """Everything but the image, a line each."""
         return f"{Path(self.image).name}\nquestion: {self.question}\ntruth: {self.truth}\nanswer: {self.answer}"
 
-    def open_picture(self) -> Image.Image:
-        """The picture, no larger than a page shows it."""
-        picture = open_image(Path(self.image))
-        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-        return picture
+    def open_shown_image(self) -> Image.Image:
+        """The image, no larger than a page shows it."""
+        image = open_image(Path(self.image))
+        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+        return image
 
 
 class _TensorBoard:
@@ -60,8 +60,8 @@ class _TensorBoard:
     def report_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
         for number, answer in enumerate(answers, 1):
             self.writer.add_text(f"{ANSWERS}/{number}", to_literal_text(answer.describe()), step)
-            picture = np.asarray(answer.open_picture())  # uint8 (height, width, 3)
-            self.writer.add_image(f"{ANSWERS}/{number}", picture, step, dataformats="HWC")
+            image = np.asarray(answer.open_shown_image())  # uint8 (height, width, 3)
+            self.writer.add_image(f"{ANSWERS}/{number}", image, step, dataformats="HWC")
         self.writer.flush()
 
     def finish(self, failed: bool) -> None:
@@ -84,12 +84,12 @@ class _Wandb:
     def report_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
         import wandb
 
-        pictures = {
-            f"{ANSWERS}/{number}": wandb.Image(answer.open_picture(), caption=answer.describe())
+        images = {
+            f"{ANSWERS}/{number}": wandb.Image(answer.open_shown_image(), caption=answer.describe())
             for number, answer in enumerate(answers, 1)
         }
         # The step as the Trainer's callback counts it.
-        self._run.log({**pictures, "train/global_step": step})
+        self._run.log({**images, "train/global_step": step})
 
     def finish(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
@@ -113,11 +113,11 @@ class _SwanLab:
         self._swanlab.config.update({RECORD: record})
 
     def report_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
-        pictures = {
-            f"{ANSWERS}/{number}": self._swanlab.Image(answer.open_picture(), caption=answer.describe())
+        images = {
+            f"{ANSWERS}/{number}": self._swanlab.Image(answer.open_shown_image(), caption=answer.describe())
             for number, answer in enumerate(answers, 1)
         }
-        self._swanlab.log(pictures, step=step)
+        self._swanlab.log(images, step=step)
 
     def finish(self, failed: bool) -> None:
         if failed:
@@ -154,7 +154,7 @@ class _Mlflow:
         # An image has no caption here; the texts lie beside them.
         self._mlflow.log_dict([asdict(answer) for answer in answers], f"{ANSWERS}/step_{step:06d}.json")
         for number, answer in enumerate(answers, 1):
-            self._mlflow.log_image(answer.open_picture(), key=f"{ANSWERS}_{number}", step=step)
+            self._mlflow.log_image(answer.open_shown_image(), key=f"{ANSWERS}_{number}", step=step)
 
     def finish(self, failed: bool) -> None:
         self._mlflow.end_run("FAILED" if failed else "FINISHED")
@@ -188,7 +188,7 @@ class TrackerRuns:
                 run.attach_record(record)
 
     def report_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
-        """Show pictures with what the model says of them behind an optimizer step."""
+        """Show images with what the model says of them behind an optimizer step."""
         for run in self._runs.values():
             run.report_answers(step, answers)
 
@@ -208,7 +208,7 @@ def open_tracker_runs(report_to: Sequence[str], output_dir: Path, run_name: str 
     """
     runs, failed = TrackerRuns(), True
     try:
-        share(lambda: runs.open(list_trackers(report_to), output_dir, run_name or str(output_dir)))
+        broadcast_from_main(lambda: runs.open(list_trackers(report_to), output_dir, run_name or str(output_dir)))
         yield runs
         failed = False
     except Stopped:

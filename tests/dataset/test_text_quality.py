@@ -59,7 +59,7 @@ def test_recall_counted_by_hand(truth, answer, recall):
         ("一只小猫。很抱歉，我暂时不能提供您所需的回答。如有其他需要，请随时提问。", "抱歉，我暂时不能"),
         ("抱歉，我无法提供此类信息，换个话题吧。", "抱歉，我无法"),
         ("I'm sorry, but I can't help with that.", "I'm sorry"),
-        ("Sorry, as an AI I do not see pictures.", "as an AI"),
+        ("Sorry, as an AI I do not see images.", "as an AI"),
         ("I cannot identify people.", "I cannot identify"),
     ],
 )

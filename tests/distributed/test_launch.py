@@ -276,11 +276,11 @@ def test_a_process_that_shows_no_progress_is_found(tmp_path):
     """Two report every 0.2 s; one stops after five reports, and the other waits for it then."""
     script = """
 import os, sys, time
-from meme_llava.distributed.heartbeat import ProgressMarks
-marks = ProgressMarks(hang_timeout=2)
-marks.trains = True
+from meme_llava.distributed.heartbeat import Heartbeat
+heartbeat = Heartbeat(hang_timeout=2)
+heartbeat.trains = True
 for count in range(5 if os.environ["RANK"] == "1" else 6):
-    marks.mark(f"at mark {count}")
+    heartbeat.beat(f"at mark {count}")
     time.sleep(0.2)
 time.sleep(600)
 """

@@ -58,7 +58,7 @@ def test_a_preference_that_the_order_decides_is_a_tie():
 
 
 def write_evaluation(folder, title, answers):
-    """A finished evaluation; the pictures are as wide as their place tells, by which the server knows them."""
+    """A finished evaluation; the images are as wide as their place tells, by which the server knows them."""
     folder.mkdir()
     record = {"stage": "evaluate", "title": title, "asked": {}, "settings": {}, "scores": {}}
     record["image_folder"] = str(folder.parent)
@@ -76,7 +76,7 @@ def write_evaluation(folder, title, answers):
 def judge_with(tmp_path, monkeypatch):
     """Judge two evaluations of four answers each with a server; gives back the lines of judgements.jsonl."""
     monkeypatch.setenv(KEY_VARIABLE, KEY)
-    monkeypatch.setattr(endpoint_answers, "choose_wait", lambda *arguments: 0.01)
+    monkeypatch.setattr(endpoint_answers, "backoff_seconds", lambda *arguments: 0.01)
     write_evaluation(tmp_path / "one", "one", ["好", "同样", "对的", "好呀"])
     write_evaluation(tmp_path / "two", "two", ["好耶", "同样", "错的", "坏呀"])
 
@@ -94,7 +94,7 @@ def judge_with(tmp_path, monkeypatch):
 
 
 class OrderedServer(CaptionServer):
-    """Prefers the answer 好耶 wherever it stands, and whatever stands first in the picture of width 52."""
+    """Prefers the answer 好耶 wherever it stands, and whatever stands first in the image of width 52."""
 
     def open_request(self, body, headers):
         width, step = super().open_request(body, headers)
@@ -146,7 +146,7 @@ def test_what_cannot_be_judged_is_refused(judge_with, tmp_path, capsys):
         (tmp_path / "2.png").rename(tmp_path / "elsewhere.png")
         with pytest.raises(SystemExit):
             judge_with(server)
-        assert "1 of the pictures that were evaluated are not there, e.g. 2.png" in capsys.readouterr().err
+        assert "1 of the images that were evaluated are not there, e.g. 2.png" in capsys.readouterr().err
         (tmp_path / "elsewhere.png").rename(tmp_path / "2.png")
         with pytest.raises(SystemExit):
             judge_with(server, "--task", "nothing")

@@ -6,8 +6,8 @@ from meme_llava.dataset.text_quality import normalise_text
 from meme_llava.evaluate.scores import AnsweredQuestion, asks_for_text, describe_measure, is_right, score_answers
 
 
-def ask(answer, truth, text=None, task="", picture="a.png", tokens=None, stopped=None):
-    return AnsweredQuestion(answer, truth, text, task, picture, tokens, stopped)
+def ask(answer, truth, text=None, task="", image="a.png", tokens=None, stopped=None):
+    return AnsweredQuestion(answer, truth, text, task, image, tokens, stopped)
 
 
 def test_only_letters_and_digits_are_compared():
@@ -51,10 +51,10 @@ def test_captions_by_hand():
     assert [same[name].value for name in ("chrf", "bleu", "rouge_l")] == pytest.approx([100, 100, 1])
 
 
-def test_scores_of_captions_have_intervals_by_picture():
-    """Half of the pictures have a caption that shares nothing with the truth; a draw of these alone scores zero."""
+def test_scores_of_captions_have_intervals_by_image():
+    """Half of the images have a caption that shares nothing with the truth; a draw of these alone scores zero."""
     truth = "图片里画着一只坐在窗边的小猫"
-    once = [ask(truth if row % 2 else "别的", truth, picture=f"{row}.png") for row in range(4)]
+    once = [ask(truth if row % 2 else "别的", truth, image=f"{row}.png") for row in range(4)]
     for name in ("chrf", "bleu", "rouge_l"):
         one, ten = (score_answers(answered)[name] for answered in (once, once * 10))
         assert (one.low, one.high) == pytest.approx((ten.low, ten.high))
@@ -103,15 +103,15 @@ def test_what_cannot_be_judged_has_no_score():
 def test_how_answers_end():
     endless = "哈" * 100
     scores = score_answers(
-        [ask("好", "好", tokens=2, stopped=True), ask(endless, "好", tokens=128, stopped=False, picture="b.png")]
+        [ask("好", "好", tokens=2, stopped=True), ask(endless, "好", tokens=128, stopped=False, image="b.png")]
     )
     assert scores["looping"].value == 0.5
     assert scores["stopped"].value == 0.5
     assert scores["tokens"].value == 65
 
 
-def test_intervals_come_from_drawing_pictures():
-    """100 pictures of which half are read: binomial with a standard deviation of 5 %. Ten answers about each picture
+def test_intervals_come_from_drawing_images():
+    """100 images of which half are read: binomial with a standard deviation of 5 %. Ten answers about each image
     say no more than one."""
     once = [ask("好" if row % 2 else "坏", "好", "好", "text", f"{row}.png") for row in range(100)]
     for answered in (once, once * 10):

@@ -206,7 +206,7 @@ def test_figures_of_a_training_are_called_what_scores_are(tmp_path):
 
 
 def write_evaluation(folder: Path, title: str, answers: list[str], image_folder: Path) -> Path:
-    """A finished evaluation of three questions about one picture."""
+    """A finished evaluation of three questions about one image."""
     truths = ["好耶", "没有", ATTACK]
     folder.mkdir()
     asked = {"annotations_sha256": "0", "limit": None}

@@ -1,9 +1,9 @@
-"""Draws memes of our own without end: sticker pictures with a short Chinese line, and the truth about each.
+"""Draws memes of our own without end: sticker images with a short Chinese line, and the truth about each.
 
     python data/tiny/making/draw_memes.py --output_dir /tmp/memes --count 1000 --seed 7
 
 writes images/ and annotations.json. `meme_lines.py` knows what memes say, `meme_characters.py` how the figures look,
-`meme_pictures.py` how both make a picture, `meme_fonts.py` which fonts there are. This file deals them out and knows
+`meme_pictures.py` how both make an image, `meme_fonts.py` which fonts there are. This file deals them out and knows
 the questions and answers. The same seed, fonts, numpy and Pillow version give the same files.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from meme_characters import CHARACTERS, MOODS, PROPS
 from meme_fonts import FontFace, find_fonts
 from meme_lines import LineSource, list_alphabet
-from meme_pictures import Meme, draw_meme, save_picture
+from meme_pictures import Meme, draw_meme, save_image
 
 TEXTLESS_SHARE = 10  # one meme in so many carries no words
 FORMATS = ("jpeg",) * 16 + ("png", "palette", "transparent")
@@ -124,10 +124,10 @@ def write_turns(meme: Meme, task: str, rng: random.Random) -> tuple[str, str]:
 
 
 def draw_one(job: tuple[Meme, int, Path, list[FontFace]]) -> None:
-    """Draw and save one picture; everything about it follows from seed and identifier."""
+    """Draw and save one image; everything about it follows from seed and identifier."""
     meme, seed, folder, faces = job
     rng = random.Random(f"{seed} {meme.identifier}")
-    save_picture(rng, draw_meme(rng, meme, faces), meme, folder / meme.file_name)
+    save_image(rng, draw_meme(rng, meme, faces), meme, folder / meme.file_name)
 
 
 def draw_all(draw: Callable[[tuple], None], jobs: Iterable[tuple], processes: int) -> None:
@@ -151,7 +151,7 @@ def write_annotations(folder: Path, records: list[dict]) -> None:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draw memes and their annotations.", allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, default=Path("data"), help="gets images/ and annotations.json")
-    parser.add_argument("--count", type=int, default=400, help="number of pictures")
+    parser.add_argument("--count", type=int, default=400, help="number of images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--lines", choices=("seen", "unseen"), default="seen", help="unseen: no line that seen ever has"

@@ -23,7 +23,7 @@ ALPHABET = PUNCTUATION + (
     "请起身车边过还这道里钱锅错难静饭"
 )
 LONGEST_LINE = 12  # characters
-UNSEEN_SHARE = 8  # one line in so many is kept for pictures that no model has trained on
+UNSEEN_SHARE = 8  # one line in so many is kept for images that no model has trained on
 
 # What a meme of each mood says.
 LINES = {
@@ -101,7 +101,7 @@ def list_readable(texts: Iterable[str]) -> list[str]:
 
 
 def is_unseen(line: str) -> bool:
-    """Whether a line is kept for pictures that no model has trained on; the line itself decides it for good."""
+    """Whether a line is kept for images that no model has trained on; the line itself decides it for good."""
     return zlib.crc32(line.replace("|", "").encode()) % UNSEEN_SHARE == 0
 
 

@@ -28,7 +28,7 @@ from meme_llava.train.settings import TrainArguments
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class Precision:
     """What a step computes with.
 
     Args:
@@ -76,7 +76,7 @@ def set_depths(config: LlavaConfig, language: int, vision: int) -> LlavaConfig:
 
 
 def outline_model(
-    config: LlavaConfig, image_policy: ImagePolicy, arguments: TrainArguments, arithmetic: Arithmetic
+    config: LlavaConfig, image_policy: ImagePolicy, arguments: TrainArguments, arithmetic: Precision
 ) -> nn.Module:
     """The model as train.py prepares it for training, with parameters that have shape and dtype but no storage."""
     dtype = torch.bfloat16 if arithmetic.uses_bf16 else torch.float32
@@ -97,7 +97,7 @@ def outline_model(
     return model
 
 
-def trace_step(model: nn.Module, batch: Mapping, arithmetic: Arithmetic) -> Trace:
+def trace_step(model: nn.Module, batch: Mapping, arithmetic: Precision) -> Trace:
     """Run a step forward and backward on a model of `outline_model`, and count what would be alive."""
     for parameter in model.parameters():
         if parameter.requires_grad:
