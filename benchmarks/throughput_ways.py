@@ -1,4 +1,4 @@
-"""Knows the ways of training that throughput.py compares: the published one, and ours with one step after another.
+"""The ways of training that throughput.py compares: the published one, and ours with one step after another.
 
 A way is what becomes of the records of an optimizer step: how images are read, how records become batches, and how a
 batch becomes a loss. Model, records and their order are the same for all.

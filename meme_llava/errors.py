@@ -1,5 +1,4 @@
-"""Knows how a script stops when the user has to act: one clear message, an exit code that says of what kind, no
-traceback."""
+"""Errors that a user can act on: one clear message, an exit code for each kind, no traceback."""
 
 import errno
 import functools

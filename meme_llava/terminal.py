@@ -1,4 +1,4 @@
-"""Knows how tables, settings and batches are shown on a terminal."""
+"""Tables and progress on a terminal."""
 
 import contextlib
 import re

@@ -1,4 +1,4 @@
-"""Knows how a language model and a vision tower become one LLaVA directory, tensor by tensor."""
+"""Assembly of a language model and a vision tower into one LLaVA directory, tensor by tensor."""
 
 import copy
 import json

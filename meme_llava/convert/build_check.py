@@ -1,4 +1,4 @@
-"""Knows how to prove that an assembled model computes what its sources compute, also where memory is short."""
+"""The proof that an assembled model computes what its sources compute, also where memory is short."""
 
 import contextlib
 import gc

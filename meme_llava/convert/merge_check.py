@@ -1,4 +1,4 @@
-"""Knows how to prove that a merged model answers like base + adapter, also where memory is short."""
+"""The proof that a merged model answers like base + adapter, also where memory is short."""
 
 import gc
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Knows the folders a LLaVA is assembled from: which models they may hold, and that every tensor is there and fits."""
+"""The folders a LLaVA is assembled from: which models they may hold, and that every tensor is there and fits."""
 
 from dataclasses import dataclass
 from pathlib import Path

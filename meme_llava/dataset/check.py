@@ -1,7 +1,7 @@
-"""Knows everything that is wrong or unusual about an annotation file and its images, record by record.
+"""The data check: everything that is wrong or unusual about an annotation file and its images, record by record.
 
 data/check.py, run.sh before it builds, and train.py before it loads a model all ask here. Nothing is dropped or
-replaced silently: every bad record is listed with its place, kind and reason. Knows nothing about models.
+replaced silently: every bad record is listed with its place, kind and reason. Nothing about models.
 """
 
 from collections import Counter

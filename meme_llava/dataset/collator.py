@@ -1,4 +1,4 @@
-"""Knows how examples become one batch: a packed row without padding. Knows nothing about files, prompts or models.
+"""Batches: examples packed into one row without padding. Nothing about files, prompts or models.
 
 The collator is the only place that decides a batch's layout; meme_llava/model/packed_llava.py is its only reader.
 """

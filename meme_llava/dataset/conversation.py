@@ -1,7 +1,8 @@
-"""Knows what a prompt looks like and which tokens carry loss. Training and inference both build token ids here.
+"""Prompt format and labels: which tokens a conversation becomes, and which of them carry loss. Training and inference
+both build token ids here.
 
 The format is ChatML, as Qwen2 uses it. The prompt for an answer is, token for token, the beginning of the training
-example with that answer. Knows nothing about files, images or batches: an image is a run of image tokens.
+example with that answer. Nothing about files, images or batches: an image is a run of image tokens.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""Knows the records that train as a data set: token ids and pixels, in the order of training.
+"""The records that train as a data set: token ids and pixels, in the order of training.
 
-Knows nothing about batches or models.
+Nothing about batches or models.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Knows what a file that is no image of an accepted format is, by the way it begins."""
+"""Names of file types by the way a file begins, for files that are not images of an accepted format."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,6 @@
-"""Knows what can be wrong or unusual about a record, by name, and which of it keeps a record from training.
+"""What can be wrong or unusual about a record, by name, and which of it keeps a record from training.
 
-Data preparation, the data check and training speak of the same kinds. Knows nothing about how they are found.
+Data preparation, the data check and training speak of the same kinds. Nothing about how they are found.
 """
 
 import difflib

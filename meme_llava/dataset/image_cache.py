@@ -1,6 +1,6 @@
-"""Knows how what was found in image files is remembered, by the hash of their contents.
+"""A cache of what was found in image files, by the hash of their contents.
 
-Knows nothing about how images are looked at.
+Nothing about how images are looked at.
 """
 
 import json

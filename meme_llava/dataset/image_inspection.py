@@ -1,6 +1,6 @@
-"""Knows what is found by opening image files: many in parallel, each content once.
+"""Inspection of image files: many in parallel, each content once.
 
-Results are kept by the hash of a file's contents, so a second look at the same files takes seconds. Knows nothing about
+Results are kept by the hash of a file's contents, so a second look at the same files takes seconds. Nothing about
 records.
 """
 

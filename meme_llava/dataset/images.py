@@ -1,7 +1,7 @@
-"""Knows how an image file becomes pixels: formats, transparency, EXIF, animation, size.
+"""Image files, opened: formats, transparency, EXIF, animation, size.
 
 The same functions serve preparation, check, training and inference, so a model sees in use what it saw in training.
-Knows nothing about prompts or batches.
+Nothing about prompts or batches.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""Knows what may stand in the annotation file: the form of a record.
+"""The annotation file: the form of a record.
 
-Knows nothing about files of images, tokens or training.
+Nothing about files of images, tokens or training.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""Knows in which order records train, and which of them meet in a device batch.
+"""The order in which records train, and which of them meet in a device batch.
 
-Every process plans the whole run alike, from the seed and what records share. Knows nothing about tokens or pixels.
+Every process plans the whole run alike, from the seed and what records share. Nothing about tokens or pixels.
 """
 
 import heapq

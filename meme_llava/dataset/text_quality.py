@@ -1,6 +1,6 @@
-"""Knows what a caption is worth as text: refusals, endless loops, and whether it repeats the words of the image.
+"""What a caption is worth as text: refusals, endless loops, and whether it repeats the words of the image.
 
-The patterns come from reading real captions of GPT-4o, Gemini and Yi-Vision. Knows nothing about records or images.
+The patterns come from reading real captions of GPT-4o, Gemini and Yi-Vision. Nothing about records or images.
 """
 
 import re

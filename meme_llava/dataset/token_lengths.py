@@ -1,6 +1,6 @@
-"""Knows how many positions every record takes, and how many of them it shares with others about the same image.
+"""How many positions every record takes, and how many of them it shares with others about the same image.
 
-Tokenising a hundred thousand records takes minutes, so what was counted is kept in a file. Knows nothing about batches.
+Tokenising a hundred thousand records takes minutes, so what was counted is kept in a file. Nothing about batches.
 """
 
 import hashlib

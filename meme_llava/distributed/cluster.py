@@ -1,4 +1,4 @@
-"""Knows the machines of a run: how they meet, and whether all of them are still there.
+"""The nodes of a run: how they meet, and whether all of them are still there.
 
 Machine 0 keeps a `torch.distributed.TCPStore`, which the run's processes meet at, too. Every machine writes a sign of
 life into it every few seconds. A machine that vanishes without a word, as when it loses its power or its network, is

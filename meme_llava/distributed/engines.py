@@ -1,4 +1,4 @@
-"""Knows the engines that can train: one process, copies on several devices, or state divided among them.
+"""The engines that can train: one process, copies on several devices, or state sharded among them.
 
 An engine is one word: `single`, `ddp`, or the name of a file in configs/deepspeed or configs/fsdp.
 """

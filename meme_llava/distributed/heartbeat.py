@@ -1,4 +1,4 @@
-"""Knows the marks by which a process shows its launcher how far it is, so that one that is stuck is noticed."""
+"""The heartbeat by which a process shows its launcher how far it is, so that one that is stuck is noticed."""
 
 import contextlib
 import json

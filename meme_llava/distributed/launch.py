@@ -1,4 +1,5 @@
-"""Starts a run's processes on this machine, one a GPU, and watches them: a dead or stuck one ends them all.
+"""The launcher: it starts a run's processes on this machine, one a GPU, and watches them; a dead or stuck one ends them
+all.
 
 python -m meme_llava.distributed.launch --processes 8 train.py …
 python -m meme_llava.distributed.launch --processes 8 --nodes 2 --node_rank 1 --master_addr 10.0.0.1 train.py …

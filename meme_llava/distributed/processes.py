@@ -1,6 +1,6 @@
-"""Knows how the processes of a run act together: how they meet, agree, and hear of a signal.
+"""Processes of a run acting together: how they meet, agree, and hear of a signal.
 
-Knows nothing about what they compute.
+Nothing about what they compute.
 """
 
 import atexit

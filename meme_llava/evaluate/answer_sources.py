@@ -1,4 +1,4 @@
-"""Knows who can answer the questions of an evaluation: our models, any of transformers, a server, a text recogniser."""
+"""Who can answer the questions of an evaluation: our models, any of transformers, a server, a text recogniser."""
 
 import os
 from collections.abc import Callable, Iterator

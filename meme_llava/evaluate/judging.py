@@ -1,7 +1,7 @@
-"""Knows how a model judges two answers about an image: by which rubric, in both orders, and what its words mean.
+"""The judge's rubric: how a model compares two answers about an image, in both orders, and what its words mean.
 
 Judges prefer what stands first, so every pair is shown twice, the second time the other way round; a preference that
-does not survive that is a tie. Knows nothing about servers.
+does not survive that is a tie. Nothing about servers.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Finds what would stop evaluate.py, as far as it can be seen without a model; run.sh asks before it builds one.
+"""What would stop evaluate.py, found without a model; run.sh asks before it builds one.
 
 python -m meme_llava.evaluate.precheck --annotations memes.json --image_folder memes
 """

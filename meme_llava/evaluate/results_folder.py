@@ -1,10 +1,10 @@
-"""Knows what the folder of an evaluation or of a judge holds, and how an interrupted one goes on.
+"""The folder of an evaluation or of a judge, and how an interrupted one goes on.
 
     run_record.json     what was asked and of whom, written first
     predictions.jsonl   a line for every answer, as it comes; of a judge judgements.jsonl
     metrics.json        the scores, written last: a folder that has them is finished
 
-Knows nothing about models and scores.
+Nothing about models and scores.
 """
 
 import contextlib

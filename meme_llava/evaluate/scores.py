@@ -1,4 +1,4 @@
-"""Knows how good answers about images are, in numbers with intervals. Knows nothing about models.
+"""Scores of answers about images, with intervals. Nothing about models.
 
 Words are compared after NFKC and in lower case, letters and digits only: punctuation, spaces and line breaks do not
 count. Captions are compared as they are, Chinese by characters.

@@ -1,4 +1,4 @@
-"""Knows the settings of what looks at finished models: evaluation, judge, report and chat.
+"""Settings of evaluate.py, judge.py and report.py.
 
 How settings are parsed stands in `arguments`.
 """

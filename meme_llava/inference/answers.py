@@ -1,4 +1,4 @@
-"""Knows what is kept of an answer, whoever gave it."""
+"""Answers, whoever gave them."""
 
 from dataclasses import dataclass
 

@@ -1,5 +1,5 @@
-"""Knows a conversation about an image that a visitor holds with one model or two, and what a visitor is told when
-something cannot be done. Knows nothing about pages.
+"""A visitor's conversation about an image with one model or two, and the notices for what cannot be done. Nothing about
+pages.
 """
 
 import contextlib

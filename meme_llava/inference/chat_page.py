@@ -1,4 +1,4 @@
-"""Knows how a chat looks in a browser, made with gradio, and how its server runs and ends.
+"""The chat page, made with gradio, and its server.
 
 Nothing is fetched from elsewhere, nothing is reported to anybody, and no text of a visitor or a model becomes HTML.
 """

@@ -1,4 +1,4 @@
-"""Knows how the requests of an evaluation are made of a server: several at a time, again where that helps.
+"""Requests of an evaluation to a server: several at a time, repeated where that helps.
 
 What each way of not answering means stands in `caption_client`.
 """

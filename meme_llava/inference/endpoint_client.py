@@ -1,4 +1,4 @@
-"""Knows how a vision model behind an OpenAI-compatible endpoint is asked, and what each way of not answering means.
+"""A client for a vision model behind an OpenAI-compatible endpoint, and what each way of not answering means.
 
 Retries, files and images are the caller's. A key goes into the request and nowhere else: every text that leaves this
 module has it blotted out.

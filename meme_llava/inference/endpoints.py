@@ -1,4 +1,4 @@
-"""Knows which OpenAI-compatible endpoints there are and what must be said of one. Keys come from the environment."""
+"""Known OpenAI-compatible endpoints and what must be said of another. Keys come from the environment."""
 
 import importlib.util
 from collections.abc import Mapping

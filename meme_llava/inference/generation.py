@@ -1,4 +1,4 @@
-"""Knows how a model answers a question about an image. The prompt comes from `conversation`, as in training."""
+"""Answers of our models to questions about an image. The prompt comes from `conversation`, as in training."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""Knows how an image is sent to a server: as training sees it, as JPEG, in a data URL."""
+"""Images on their way to a server: as training sees them, as JPEG, in a data URL."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Knows how the words in an image are read by RapidOCR, a text recogniser that is no language model."""
+"""RapidOCR, a text recogniser that is not a language model, reading the words in an image."""
 
 import importlib.util
 from importlib.metadata import version

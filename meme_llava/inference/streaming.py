@@ -1,6 +1,6 @@
-"""Knows how an answer is handed out while it grows, and how it is ended before its time.
+"""Answers handed out while they grow, and ended before their time.
 
-Knows nothing about prompts or pages.
+Nothing about prompts or pages.
 """
 
 import queue

@@ -1,4 +1,4 @@
-"""Knows how any image-text-to-text model of transformers, such as the original LLaVA-1.5, is asked about images.
+"""Any image-text-to-text model of transformers, such as the original LLaVA-1.5, asked about images.
 
 Our own models are asked through `generation`, which knows their prompt; these bring a chat template.
 """

@@ -1,6 +1,7 @@
-"""Knows which layers keep their activations for the backward pass and which compute them again to save memory.
+"""Activation checkpointing: which layers keep their activations for the backward pass and which recompute them to save
+memory.
 
-Knows nothing about how much memory there is: `choose_recomputed_layers` asks a function that does.
+Nothing about how much memory there is: `choose_recomputed_layers` asks a function that does.
 """
 
 from collections.abc import Callable

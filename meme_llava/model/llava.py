@@ -1,4 +1,4 @@
-"""Knows the parts of a LLaVA by role, and how a saved one is loaded without anything missing.
+"""The parts of a LLaVA by role, and strict loading of a saved one.
 
 Roles, not key prefixes, name the parts: "vision_tower", "multi_modal_projector", "language_model".
 """

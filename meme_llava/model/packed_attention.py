@@ -1,8 +1,8 @@
-"""Knows how the records of a packed row attend: each to its own path and to nothing else.
+"""Attention kernels for packed rows: each record attends to its own path and to nothing else.
 
 A packed row needs no mask over all its positions. Each segment attends, causally, to its path, whose last positions are
 the segment itself; that is what kernels for sequences of varying length compute when they align queries and keys at
-their ends. Knows nothing about models beyond the attention interface of transformers.
+their ends. Nothing about models beyond the attention interface of transformers.
 """
 
 import importlib.util

@@ -1,8 +1,8 @@
-"""Knows how a packed batch goes through a LLaVA: each image encoded once, each record attending to its own path, the
-loss at supervised positions only.
+"""The forward pass of a packed batch: each image encoded once, each record attending to its own path, the loss at
+supervised positions only.
 
 The parameters and their names are those of transformers' LlavaForConditionalGeneration; so is the loss, as if each
-record had gone through it alone. Knows nothing about files, prompts or optimizers.
+record had gone through it alone. Nothing about files, prompts or optimizers.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Knows what a train type means: what is frozen, what gets LoRA, what learns in full, and at which learning rate.
+"""What a train type means: what is frozen, what gets LoRA, what trains in full, and at which learning rate.
 
 Also how the trained part alone is written and put back on its base.
 """

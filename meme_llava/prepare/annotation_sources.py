@@ -1,4 +1,4 @@
-"""Knows the sources that bring their own pairs: names that are the text, and LLaVA files as they are."""
+"""Sources that bring their own pairs: names that are the text, and LLaVA files as they are."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

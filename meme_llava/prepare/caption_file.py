@@ -1,7 +1,7 @@
-"""Knows the file that bought captions are kept in: one JSON line an image, added whole or not at all.
+"""The file that bought captions are kept in: one JSON line an image, added whole or not at all.
 
 A line is written in one piece and brought to the disk as soon as its image is settled, so a run that was killed goes
-on where it stood. Knows nothing about servers or images.
+on where it stood. Nothing about servers or images.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Knows the sources whose captions stand in files of their own and are joined with images by name.
+"""Sources whose captions stand in files of their own and are joined with images by name.
 
 These are the recipe's caption files (JSONL of picName and description), emo-visual-data's own data.json or CSV
 (filename and content), and any CSV or JSONL table. Captions of one image stay adjacent and share its `image`.

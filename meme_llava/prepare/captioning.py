@@ -1,4 +1,4 @@
-"""Knows how one run asks about its images: several at a time, again where that helps, and when to stop.
+"""One run of requests about images: several at a time, repeated where that helps, and when to stop.
 
 How a server is talked to stands in `caption_client`, how lines are kept in `caption_ledger`, what is asked in
 `describing`.

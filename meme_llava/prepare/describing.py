@@ -1,4 +1,4 @@
-"""Knows what is asked about which images of a folder, and how a run shows what it does.
+"""Settings, prompt and progress of data/describe.py: what is asked about which images of a folder.
 
 The asking stands in `caption_run`, the captions file in `caption_ledger`.
 """

@@ -1,4 +1,4 @@
-"""Knows which words of an image stand in its file name, and which names say nothing.
+"""Words of an image that stand in its file name, and names that say nothing.
 
 Two customs: ChineseBQB's (`滑稽大佬00109-少来这套.jpg`) and names that are the text (`有点意思，说下去.jpg`).
 """

@@ -1,4 +1,4 @@
-"""Knows which image files lie in the folders of a data set, and finds them by the names that captions call them.
+"""The image files in the folders of a data set, found by the names that captions call them.
 
 Names match in any Unicode normalisation: macOS writes é and が in two characters, everyone else in one.
 """

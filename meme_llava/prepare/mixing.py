@@ -1,4 +1,4 @@
-"""Knows how annotation files become one, each with its weight.
+"""Several annotation files mixed into one, each with its weight.
 
 Weight 2 takes every record twice, 0.3 a share of about 30 % drawn by whole images, 1.3 both. All records of an image
 are adjacent in the result, copies and those of other files too: batches that share images can encode them once.

@@ -1,7 +1,7 @@
-"""Knows which images are the same or nearly the same: equal bytes, or perceptual hashes a few bits apart.
+"""Images that are the same or nearly the same: equal bytes, or perceptual hashes a few bits apart.
 
 The hash is ImageHash's phash (64 bits of a DCT of the image in grey, 32x32) of the image as training sees it.
-Knows nothing about records.
+Nothing about records.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Knows which columns of a data set hold images, words, answers and questions, and how words stand in them."""
+"""Columns of a data set that hold images, words, answers and questions, and how words stand in them."""
 
 import json
 from dataclasses import dataclass, replace

@@ -1,8 +1,8 @@
-"""Knows how data sets with an image column, on the Hugging Face hub or in parquet files, become files and annotations.
+"""Data sets with an image column, on the Hugging Face hub or in parquet files, as image files and annotations.
 
 Rows are streamed: neither the images nor the annotations are held in memory, only one row group of the parquet file
 (100 or 1,000 rows in sets of the hub). The bytes of an image are written unchanged, under a name made of their sha256,
-so equal images are stored once and a second run writes none again. Knows nothing about other sources.
+so equal images are stored once and a second run writes none again. Nothing about other sources.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Knows how the questions of prepared records are worded, and which wording a record gets.
+"""Wordings of the questions of prepared records, and which wording a record gets.
 
 A model asked in one wording only stumbles over every other, so each record draws its own. The draw depends on seed and
 record id alone: adding a file changes no other record.

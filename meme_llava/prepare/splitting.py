@@ -1,4 +1,4 @@
-"""Knows how records are divided into training and validation without an image, or one nearly like it, on both sides.
+"""Training and validation records, divided without an image, or one nearly like it, on both sides.
 
 Records stay together that share an image: the same path, equal bytes, or perceptual hashes at most `near_distance` of
 64 bits apart; and so on along the chain. Split before mixing: copies made by weights would count in validation too.

@@ -1,8 +1,8 @@
-"""Knows how a prepared annotation file is written: records, what was left out, and the manifest that tells its story.
+"""The writer of prepared annotation files: records, what was left out, and the manifest that tells their story.
 
 Every record is checked before it is written. What cannot become a record is a problem, which stops the run or is
 quarantined; what carries nothing to learn from (a name without words) is left out. Both are counted, and stand with
-place, reason and original content in `NAME.left_out.jsonl`. Knows nothing about sources.
+place, reason and original content in `NAME.left_out.jsonl`. Nothing about sources.
 """
 
 import contextlib

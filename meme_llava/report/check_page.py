@@ -1,6 +1,6 @@
-"""Knows how the findings of a data check become one self-contained HTML page, with small images inside.
+"""The page of a data check: one self-contained HTML file, with small images inside.
 
-The page needs no network, and its content security policy lets no script run but its own. Knows nothing about how
+The page needs no network, and its content security policy lets no script run but its own. Nothing about how
 records are checked.
 """
 

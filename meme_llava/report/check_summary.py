@@ -1,4 +1,4 @@
-"""Knows what a checked annotation file amounts to: lengths, steps, and what data/check.py prints and reports of it."""
+"""The summary of a checked annotation file: lengths, steps, and what data/check.py prints and reports of it."""
 
 import json
 import math

@@ -1,6 +1,6 @@
-"""Knows what an experiment is to a report: an evaluation, with what is known of the run that made the model.
+"""An experiment as a report sees it: an evaluation, with what is known of the run that made the model.
 
-Knows nothing about pages.
+Nothing about pages.
 """
 
 import json

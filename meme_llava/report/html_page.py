@@ -1,4 +1,4 @@
-"""Knows what our self-contained HTML pages have in common: escaping, small images, look, and writing them whole.
+"""What our self-contained HTML pages have in common: escaping, small images, look, and writing them whole.
 
 A page needs no network, and its content security policy lets no script run but its own.
 """

@@ -1,4 +1,4 @@
-"""Knows where the lines and marks of a chart stand on a page. Knows nothing about what is drawn."""
+"""The layout of a line chart: where its lines and ticks stand on a page. Nothing about what is drawn."""
 
 import math
 from collections.abc import Iterator, Sequence

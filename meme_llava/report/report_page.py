@@ -1,4 +1,4 @@
-"""Knows how experiments become one self-contained HTML page and a table for spreadsheets.
+"""The page of a report: experiments as one self-contained HTML file and a table for spreadsheets.
 
 What an experiment is stands in `experiment`, what all pages share in `html_page`.
 """

@@ -1,4 +1,4 @@
-"""Knows what a directory that we write holds: file names, the run record, complete or absent.
+"""Output folders, written whole or not at all.
 
 Every directory stands alone: it loads without any other, and its run record says how it came to be.
 """

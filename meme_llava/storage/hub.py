@@ -1,4 +1,4 @@
-"""Knows where a language model or vision tower comes from: a folder, the Hugging Face hub, or ModelScope."""
+"""Where a language model or vision tower comes from: a folder, the Hugging Face hub, or ModelScope."""
 
 import os
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Knows where each tensor lies in safetensors or `.bin` files, and reads it whole, by rows or in pieces.
+"""Tensors in safetensors or `.bin` files, read whole, by rows or in pieces.
 
-Nothing stays in memory, whatever the size of the files. Knows nothing about models.
+Nothing stays in memory, whatever the size of the files. Nothing about models.
 
 The safetensors format (https://github.com/huggingface/safetensors#format): 8 bytes with the header's length, little
 endian; the header, JSON that maps each name to `dtype`, `shape` and `data_offsets` [begin, end) counted from the end of

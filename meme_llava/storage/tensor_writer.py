@@ -1,6 +1,6 @@
-"""Knows how tensors that are made piece by piece become safetensors files: disk space, shards, index.
+"""Tensors made piece by piece and written to safetensors files: disk space, shards, index.
 
-Nothing here holds more than a few pieces at a time. Knows nothing about models. The format stands in `tensor_reader`.
+Nothing here holds more than a few pieces at a time. Nothing about models. The format stands in `tensor_reader`.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Knows how this machine will compute a run's steps: which attention kernel, and which layers twice to save memory."""
+"""How this machine computes a run's steps: which attention kernel, and which layers are recomputed to save memory."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""Knows how a model is evaluated while it trains: validation loss, scores of its answers, some of them to look at.
+"""Evaluation of a model while it trains: validation loss, scores of its answers, some of them to look at.
 
 Training does not feel it: no random number is drawn, no gradient is kept.
 """

@@ -1,4 +1,4 @@
-"""Knows our settings as the Trainer's: steps, precision, engine. Knows nothing about models."""
+"""Our settings as the Trainer's: steps, precision, engine. Nothing about models."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Knows what to say when a step does not fit into memory: what to lower, in which order, keeping the global batch."""
+"""What to say when a step does not fit into memory: what to lower, in which order, keeping the global batch."""
 
 import contextlib
 from collections.abc import Iterator

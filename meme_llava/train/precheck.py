@@ -1,4 +1,4 @@
-"""Finds what would stop train.py, as far as it can be seen without a model; run.sh asks before it builds one.
+"""What would stop train.py, found without a model; run.sh asks before it builds one.
 
 Every image is decoded here, and remembered, so train.py need not.
 

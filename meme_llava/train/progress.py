@@ -1,4 +1,4 @@
-"""Knows how a training run shows where it stands while it runs."""
+"""The progress of a training run, shown while it runs."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""Knows how a run's settings say to check and load records, those that train and those that validate."""
+"""The records of a run, checked and loaded as its settings say, for training and for validation."""
 
 from pathlib import Path
 

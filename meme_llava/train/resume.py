@@ -1,4 +1,4 @@
-"""Knows where a run starts: at the beginning, or behind a checkpoint that belongs to it."""
+"""Where a run starts: at the beginning, or after a checkpoint that belongs to it."""
 
 from dataclasses import dataclass
 from pathlib import Path

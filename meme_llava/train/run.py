@@ -1,4 +1,4 @@
-"""Knows one training run as a whole: how long it is and what is recorded of it."""
+"""One training run as a whole: how long it is and what is recorded of it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

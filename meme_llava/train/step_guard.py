@@ -1,5 +1,5 @@
-"""Knows what has to be seen to between two optimizer steps: whether the last one was sound, whether to stop, and that
-all processes think the same of it. Knows nothing about models.
+"""Checks between two optimizer steps: whether the last one was finite, whether to stop, and that all processes agree.
+Nothing about models.
 """
 
 from collections.abc import Sequence

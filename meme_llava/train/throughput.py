@@ -1,4 +1,4 @@
-"""Knows how fast a run goes and what it waits for. Knows nothing about what is trained."""
+"""How fast a run goes and what it waits for. Nothing about what is trained."""
 
 import contextlib
 import itertools

@@ -1,4 +1,4 @@
-"""Knows what each tracker is given of a run besides what the Trainer logs: a name, a place, the run record.
+"""What each tracker is given of a run besides what the Trainer logs: a name, a place, the run record.
 
 One process of a run, the main one, opens them. The Trainer's own callbacks find the run that was opened here.
 """

@@ -1,6 +1,6 @@
-"""Knows which trackers a run can be reported to, and whether each can be used here, before anything is loaded.
+"""The trackers a run can be reported to, and whether each can be used here, before anything is loaded.
 
-What they are given is in meme_llava/train/tracker_runs.py. Knows nothing about models.
+What they are given is in meme_llava/train/tracker_runs.py. Nothing about models.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Knows how a step is computed: loss, parameter groups, what is logged and saved. A transformers Trainer underneath."""
+"""The training step: loss, parameter groups, what is logged and saved, on a transformers Trainer."""
 
 import contextlib
 import time

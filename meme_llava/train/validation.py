@@ -1,6 +1,6 @@
-"""Knows the validation records of a run: which there are, how they are split, what is asked of them.
+"""The validation records of a run: which there are, how they are split, what is asked of them.
 
-Knows nothing about how a model answers.
+Nothing about how a model answers.
 """
 
 from collections.abc import Iterator, Sequence

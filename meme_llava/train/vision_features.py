@@ -1,6 +1,6 @@
-"""Knows how the features of a frozen vision tower are computed once and kept in a file while a run trains.
+"""The features of a frozen vision tower, computed once and kept in a file while a run trains.
 
-Knows nothing about records or prompts.
+Nothing about records or prompts.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Draws the lessons from which small towers (`make_towers.py`) learn to read.
+"""The lessons from which small towers (`make_towers.py`) learn to read, drawn.
 
     python data/tiny/making/draw_lessons.py --output_dir /tmp/lessons --crowded_fields 1000 --memes 500 --seed 7
 

@@ -1,4 +1,4 @@
-"""Draws memes of our own without end: sticker images with a short Chinese line, and the truth about each.
+"""Memes of our own without end: sticker images with a short Chinese line, and the reference answers about each.
 
     python data/tiny/making/draw_memes.py --output_dir /tmp/memes --count 1000 --seed 7
 

@@ -1,4 +1,4 @@
-"""Knows which fonts draw Chinese here. All of those known may be redistributed; none is part of this repository."""
+"""The fonts that draw Chinese here. All of those named may be redistributed; none is part of this repository."""
 
 import functools
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Knows images of several figures, from which a model learns moods sooner than from memes, which show one each."""
+"""Images of several figures, from which a model learns moods sooner than from memes, which show one each."""
 
 import random
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Knows what memes say: lines for every mood, and an endless supply made from our own words and common characters.
+"""What memes say: lines for every mood, and an endless supply made from our own words and common characters.
 
 A line is *written* (a phrase of ours), *composed* (a pattern filled with words), or *mixed* (words or single characters
 without a meaning, which teach reading where guessing does not help). A bar marks where a long line breaks in two.

@@ -1,4 +1,4 @@
-"""Knows pages of text: images of 160 x 160 pixels full of letters, from which a model learns to read before memes.
+"""Pages of text: images of 160 x 160 pixels full of letters, from which a model learns to read before memes.
 
 A page knows the place of each of its letters, so it can be asked in two ways. The field is what stands at each of the
 tower's 10 x 10 patches, row by row: the letter whose middle lies there, the mark of a figure's mood, or BLANK. Answer

@@ -1,4 +1,4 @@
-"""Knows how a line and a figure stand in one image, and what an image goes through before it is seen.
+"""A line and a figure in one image, and what an image goes through before it is seen.
 
 An image is composed a little too large and then made smaller, which smooths its edges; after that come the blur, the
 lost resolution and the JPEG damage that a meme collects on its way through chats. The tower sees every image as a

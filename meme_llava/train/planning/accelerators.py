@@ -1,4 +1,4 @@
-"""Knows the accelerators a run may be planned for or run on: their bf16 peak and their memory. Knows nothing of models.
+"""The accelerators a run may be planned for or run on: their bf16 peak and their memory. Nothing about models.
 
 Peaks are the datasheets' dense bf16 figures in TFLOP/s (no sparsity, float32 sums), memory is what torch reports as a
 device's total, in GiB. A CPU has no such datasheet: its ceiling is measured by multiplying matrices.

@@ -1,4 +1,4 @@
-"""Knows what to change when a run does not fit in memory, by trying: less at once, state divided, other devices."""
+"""What to change when a run does not fit in memory, found by trying: less at once, state sharded, other devices."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

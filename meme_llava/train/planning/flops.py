@@ -1,5 +1,5 @@
-"""Knows how many floating point operations a training step takes, from the model, what of it learns, and a batch's
-counts. Knows nothing about time or devices.
+"""Floating point operations of a training step, from the model, its trainable parameters, and a batch's counts. Nothing
+about time or devices.
 
 Counted are model FLOPs as the field counts them: matrix multiplications, convolutions and attention, a multiplication
 and an addition as two. Nothing that is recomputed to save memory counts, nor norms, activations and the optimizer. A

@@ -1,4 +1,4 @@
-"""Knows what one training step holds in memory, part by part, before anything is loaded. Knows nothing about time.
+"""Memory of one training step, part by part, before anything is loaded. Nothing about time.
 
 Activations are counted by running the model's own code (step_trace.py), the rest follows from what learns and from how
 devices divide it. Layers of a tower are alike: models of two and three layers are run, and the rest is extrapolated.

@@ -1,7 +1,7 @@
-"""Knows what is alive while a training step runs: the model's own code, run on tensors without storage.
+"""What is alive while a training step runs: the model's own code, run on tensors without storage.
 
-So the figures follow the code when it changes, and neither a GPU nor the memory of the model is needed. Knows nothing
-about optimizers and devices that share their work.
+So the figures follow the code when it changes, and neither a GPU nor the memory of the model is needed. Nothing about
+optimizers and devices that share their work.
 """
 
 import contextlib
