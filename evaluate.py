@@ -98,7 +98,7 @@ def check_something_was_answered(predictions: Sequence[dict]) -> None:
     """Raise UserError where there is nothing to score."""
     if all(prediction["problem"] is not None for prediction in predictions):
         raise UserError(
-            f"no question was answered, at first: {predictions[0]['problem']}. Mend the cause, then start the same "
+            f"no question was answered, at first: {predictions[0]['problem']}. Fix the cause, then start the same "
             "command with --overwrite."
         )
 

@@ -73,9 +73,9 @@ def list_pairs(folders: list[Path], task: str | None, limit: int | None) -> list
     only = len(first.keys() ^ second.keys())
     print(f"{len(common):,} pairs{f'; {only:,} questions were asked of one of the two alone' if only else ''}")
     return [
-        Pair(image, question, truth or "", first[key]["text"], first[key]["answer"], second[key]["answer"])
+        Pair(image, question, reference or "", first[key]["text"], first[key]["answer"], second[key]["answer"])
         for key in common
-        for image, question, truth, _ in [key]
+        for image, question, reference, _ in [key]
     ]
 
 

@@ -112,7 +112,7 @@ elif [[ " ${stages[*]} " == *" evaluate "* ]]; then
     fail "evaluate needs EVAL_ANNOTATIONS, an annotation file of memes that are not trained on"
 fi
 [[ $IMAGE_POLICY =~ ^(squash|pad|crop)$ ]] || fail "IMAGE_POLICY is '$IMAGE_POLICY', expected squash, pad or crop"
-# These look at the run and train nothing, so no GPU is needed and a finished run is no obstacle.
+# These look at the run and train nothing, so no GPU is needed and a finished run is not an obstacle.
 looks_only=0
 [[ ! " ${train_flags[*]} " =~ " --"(plan|show[_-]batch|help)" " ]] || looks_only=1
 [[ $ENGINE == auto || $ENGINE == single || $ENGINE == ddp || -f configs/deepspeed/$ENGINE.json || -f configs/fsdp/$ENGINE.json ]] ||
@@ -323,7 +323,7 @@ elif [[ $DRY_RUN == 0 && " ${stages[*]} " == *" train "* && ! -f $train_dir.comm
     ((${#projector_command[@]} == 0)) || python -m meme_llava.train.precheck "${projector_command[@]:1}" "${resume_projector[@]}"
     python -m meme_llava.train.precheck "${train_command[@]:1}" "${resume_training[@]}"
 fi
-# A second stage that was begun without this first one would refuse to go on, but only behind it.
+# A second stage that was begun without this first one would refuse to go on, but only after it.
 if ((${#projector_command[@]})) && [[ $DRY_RUN == 0 && " ${stages[*]} " == *" train "* && ! -f $projector_dir.command ]]; then
     if [[ -f $train_dir.command ]] || compgen -G "$train_dir/checkpoint-[0-9]*" >/dev/null; then
         fail "$train_dir was trained without the projector of $projector_dir, which is not there; choose another OUTPUT_DIR, or delete $train_dir and $train_dir.command"
@@ -376,7 +376,7 @@ run_stage merge "$merged_dir" "$train_dir/run_record.json" \
 if [[ " ${stages[*]} " == *" infer "* ]]; then
     require infer "$merged_dir" merge
     if [[ $eval_annotations == none ]]; then
-        # What was left out of training is no true answer to ask for.
+        # What was left out of training is not a reference answer to ask for.
         asked=(--annotations "$ANNOTATIONS" --image_folder "$IMAGE_FOLDER" --limit 100)
         [[ ! -f $train_dir/quarantine.jsonl ]] || asked+=(--quarantine "$train_dir/quarantine.jsonl")
     else

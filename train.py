@@ -178,7 +178,7 @@ def train(
         step = trainer.state.global_step
         leave_process_group()
         raise Stopped(
-            f"by {trainer.stopped_by} behind step {step} of {run.steps}; "
+            f"by {trainer.stopped_by} after step {step} of {run.steps}; "
             f"{list_checkpoints(arguments.output_dir)[-1]} is whole. Start the same command again to go on "
             "(run.sh by itself, train.py with --resume_from_checkpoint latest)."
         )

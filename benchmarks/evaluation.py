@@ -65,7 +65,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--annotations", type=Path, default=ROOT / "data" / "unseen" / "annotations.json")
     parser.add_argument("--image_folder", type=Path, default=ROOT / "data" / "unseen")
     parser.add_argument("--task", help="only records of this task")
-    parser.add_argument("--limit", type=int, default=128, help="only the first so many of them")
+    parser.add_argument("--limit", type=int, default=128, help="only the first N of them")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)

@@ -86,7 +86,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, help="base model, for its tokenizer and image policy")
     source.add_argument("--tokenizer", type=Path, help=f"tokenizer folder; images become {SIZE}x{SIZE} pixels")
-    parser.add_argument("--captions_per_image", type=float, help="simulate so many records an image")
+    parser.add_argument("--captions_per_image", type=float, help="simulate N records an image")
     parser.add_argument("--captions", type=Path, help="JSONL with 'description', the answers of simulated records")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--device_batch_size", type=int, default=8)

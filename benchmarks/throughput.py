@@ -92,14 +92,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} is {getattr(arguments, name)}, expected at least 1")
     if arguments.global_batch_size % arguments.device_batch_size:
         parser.error(
-            f"--global_batch_size {arguments.global_batch_size} is no multiple of --device_batch_size "
+            f"--global_batch_size {arguments.global_batch_size} is not a multiple of --device_batch_size "
             f"{arguments.device_batch_size}"
         )
     return arguments
 
 
 def make_workload(shapes: Shapes, shape: BatchShape, steps: int, folder: Path, seed: int) -> tuple[Workload, str]:
-    """Records for so many steps, their images in `folder`; and where the lengths of their captions come from."""
+    """Records for a number of steps, their images in `folder`; and where the lengths of their captions come from."""
     lengths, source = None, "the built-in histogram"
     if CAPTIONS.is_dir() and TOKENIZER.is_dir():
         lengths = read_caption_lengths(CAPTIONS, TOKENIZER)

@@ -18,7 +18,7 @@ from meme_llava.dataset.conversation import IGNORED_LABEL
 from meme_llava.dataset.images import ImagePolicy, open_image
 from meme_llava.dataset.pixels import to_pixels
 
-# Positions of a record's image, and of the prompt before and behind it.
+# Positions of a record's image, and of the prompt before and after it.
 IMAGE_TOKENS = 576
 TOKENS_BEFORE_IMAGE = 14
 TOKENS_BEHIND_IMAGE = 15
@@ -104,7 +104,7 @@ def draw_evenly(values: np.ndarray, count: int, generator: np.random.Generator) 
 def draw_caption_lengths(
     count: int, scale: LengthScale, generator: np.random.Generator, real: np.ndarray | None = None
 ) -> np.ndarray:
-    """Tokens that carry loss in so many records: a caption's and the end token behind it. int64 (count,).
+    """Supervised tokens in a number of records: a caption's and the end token after it. int64 (count,).
 
     Args:
         real: tokens of real captions; the histogram of them when None.

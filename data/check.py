@@ -84,9 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     listed = f"{len(checked.bad):,} of {checked.total:,} records are bad"
     listed += f"; {arguments.output_dir / QUARANTINE} holds them with the reasons"
     if arguments.bad_records == "error":
-        raise UserError(
-            f"{listed}. Mend them, or train without them: --bad_records quarantine{suggest_folder(checked)}"
-        )
+        raise UserError(f"{listed}. Fix them, or train without them: --bad_records quarantine{suggest_folder(checked)}")
     print(f"{listed}. train.py --bad_records quarantine leaves them out")
 
 

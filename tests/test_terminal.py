@@ -60,7 +60,7 @@ def show(*rows: list) -> str:
 
 def test_a_batch_shows_images_as_one_word_and_what_is_learnt_in_brackets():
     first = [("ab", False), ("IMAGE", False), ("cd", False), ("ef", True), ("END", True)]
-    # Two answers in one row; a square bracket in a text is no command to the terminal.
+    # Two answers in one row; a square bracket in a text is not a command to the terminal.
     second = [("[b]", False), ("x", True), ("END", True), ("y", False), ("z", True)]
     assert show(first, second) == (
         "one packed row of 17 positions, 1 images, 6 supervised positions\n"
@@ -89,7 +89,7 @@ def test_of_a_second_caption_only_what_it_adds_is_shown():
         "positions 0 to 6: 3 supervised\n"
         "<image: 3 tokens at 0>q【xa<|im_end|>】\n"
         "\n"
-        "positions 7 to 9: 3 supervised, goes on behind position 4, sharing 5 positions\n"
+        "positions 7 to 9: 3 supervised, continues after position 4, sharing 5 positions\n"
         "【bb<|im_end|>】\n"
     )
 

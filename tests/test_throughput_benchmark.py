@@ -170,4 +170,4 @@ def test_live_tensors_count_what_is_held_at_a_time():
 def test_sizes_that_do_not_divide_are_refused(capsys):
     with pytest.raises(SystemExit):
         throughput.main(["--global_batch_size", "12", "--device_batch_size", "8"])
-    assert "--global_batch_size 12 is no multiple of --device_batch_size 8" in capsys.readouterr().err
+    assert "--global_batch_size 12 is not a multiple of --device_batch_size 8" in capsys.readouterr().err

@@ -87,7 +87,7 @@ def verify_assembled(
             answer_logits = model(input_ids=prompt_ids, pixel_values=pixel_values, logits_to_keep=1).logits
     image_tokens = int((prompt_ids == processing.encoder.image_token_id).sum())
     is_finite = bool(torch.isfinite(answer_logits).all())
-    # Rows that new tokens took, and rows behind the source's own, have nothing to be compared with.
+    # Rows that new tokens took, and rows after the source's own, have nothing to be compared with.
     compared = [row for row in range(expected_logits.shape[-1]) if row not in parts.copied_rows]
     logits, expected_logits = logits[..., compared], expected_logits[..., compared]
     checks = [

@@ -104,7 +104,7 @@ def verify_merged(
 def _compare_models(
     models: Iterator[nn.Module], prompts: list[dict], new_tokens: int, processing: Processing
 ) -> tuple[list[tuple[float, int]], int, float]:
-    """What `_compare` finds for every model behind the first; the answer tokens compared; the largest logit."""
+    """What `_compare` finds for every model after the first; the answer tokens compared; the largest logit."""
     unmerged = next(models)
     expected = [_reply(unmerged, prompt, new_tokens, processing) for prompt in prompts]
     del unmerged

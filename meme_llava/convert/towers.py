@@ -120,7 +120,7 @@ def _check_source(source: Source) -> Source:
 
 def _load_config(folder: Path):
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: has no config.json, so it is no model folder")
+        raise UserError(f"{folder}: has no config.json, so it is not a model folder")
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

@@ -275,7 +275,7 @@ def _check_length(checked: CheckedRecord) -> None:
 
 
 def _find_duplicates(data: CheckedData) -> None:
-    """Of records that share an id or a caption the first usable one stays; a record that is left out is no original."""
+    """Of records that share an id or a caption the first usable one stays; one that is left out does not count."""
     ids: dict[str, str] = {}
     captions: dict[tuple, str] = {}
     for checked in data.records:

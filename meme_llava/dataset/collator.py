@@ -18,7 +18,7 @@ from meme_llava.dataset.token_lengths import count_common_prefix
 class PackingCollator:
     """Packs examples into one row in which records about the same image share the beginning that they have in common.
 
-    Two records ask about one image of 2 image tokens (I) and part behind it; a third is text only. One letter is a
+    Two records ask about one image of 2 image tokens (I) and part after it; a third is text only. One letter is a
     token, capitals carry loss:
 
         records             I I q A B          I I q C            d E
@@ -55,7 +55,7 @@ class PackingCollator:
         Returns:
             input_ids, position_ids: int64 (1, positions).
             cu_seqlens_q: int32 (segments + 1,), where each segment begins, and the end of the row.
-            kv_index: int64 (keys,), the row positions of all paths, one path behind the other.
+            kv_index: int64 (keys,), the row positions of all paths, one path after the other.
             cu_seqlens_k: int32 (segments + 1,), where each path begins in kv_index, and its end.
             max_seqlen_q, max_seqlen_k: positions, as plain numbers.
             pixel_values: uint8 (images, 3, size, size); or vision_features (images, tokens, width) where the
@@ -92,7 +92,7 @@ class PackingCollator:
         for number, example in enumerate(examples):
             key_ids = example["input_ids"].numpy().copy()
             is_image = key_ids == self.image_token_id
-            # Negative numbers are no tokens: image tokens are equal only if they show the same image.
+            # Negative numbers are not tokens: image tokens are equal only if they show the same image.
             key_ids[is_image] = -1 - np.repeat(images.numbers[number], self.tokens_per_image)
             images.keys.append(key_ids)
             first = images.numbers[number][0] if len(images.numbers[number]) else f"text {number}"

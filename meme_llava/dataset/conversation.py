@@ -94,13 +94,13 @@ class ConversationEncoder:
         return ids + self._open_turn("assistant")
 
     def encode_example(self, turns: list[Turn], max_length: int | None = None) -> Example:
-        """Ids and labels of a conversation: every assistant text and the end token behind it carries loss.
+        """Ids and labels of a conversation: every assistant text and the end token after it carries loss.
 
         Longer than `max_length` positions (image tokens counted), it ends with the last answer that can begin within
         the limit; that answer's tail is cut, its end token stands. Image tokens are never cut.
 
         Raises:
-            DoesNotFit: no answer can begin within `max_length`, or an image stands behind the last one that can.
+            DoesNotFit: no answer can begin within `max_length`, or an image comes after the last one that can.
         """
         input_ids: list[int] = list(self._prefix_ids)
         supervised: list[bool] = [False] * len(input_ids)
@@ -127,7 +127,7 @@ class ConversationEncoder:
         return Example(input_ids, labels, cut_tokens=whole_length - end)
 
     def _find_cut(self, input_ids: list[int], answers: list[tuple[int, int]], max_length: int) -> int:
-        """Where a conversation that is too long ends: behind the end token of its last answer that can begin."""
+        """Where a conversation that is too long ends: after the end token of its last answer that can begin."""
         possible = [(start, length) for start, length in answers if start + min(length, 1) + 1 <= max_length]
         if not possible:
             raise DoesNotFit(
@@ -135,7 +135,7 @@ class ConversationEncoder:
             )
         start, length = possible[-1]
         if self.image_token_id in input_ids[start + length :]:
-            raise DoesNotFit(f"an image stands behind model_max_length {max_length}; images are never cut")
+            raise DoesNotFit(f"an image lies beyond model_max_length {max_length}; images are never cut")
         return min(start + length + 1, max_length)
 
     def _encode_content(self, turn: Turn) -> list[int]:

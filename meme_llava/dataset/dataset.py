@@ -141,7 +141,7 @@ def load_dataset(
     """Read and check every record, and count its tokens, before anything is trained.
 
     Images that an earlier check decoded are known from the cache; of the others the header is read, and one that is
-    damaged behind it stops the run when it is reached.
+    damaged after its header stops the run when it is reached.
 
     Args:
         max_length: positions a record may take, image tokens counted.
@@ -178,7 +178,7 @@ class TrainingOrder(Dataset):
         steps: optimizer steps of the whole run.
         shared_images: draw images with all their records, and keep those in one device batch, where they share
             what they have in common; else every record is drawn, and takes positions, for itself.
-        first_step: steps that a checkpoint has behind it; the order leaves their places to record 0, unused.
+        first_step: steps that a checkpoint has done; the order leaves their places to record 0, unused.
         first_record: records that those steps trained on.
     """
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 START_LENGTH = 32  # bytes that tell
 SHOWN_LENGTH = 16
-# What a file that is no image starts with, and what it then is.
+# What a file that is not an image starts with, and what it then is.
 SIGNATURES = (
     (b"<!doctype html", "a web page: a failed download"),
     (b"<html", "a web page: a failed download"),
@@ -38,7 +38,7 @@ def identify_file_type(start: bytes, accepted_formats: Sequence[str]) -> tuple[s
     """The kind of finding about a file that Pillow does not know, and what it is.
 
     Args:
-        start: its first bytes, `START_LENGTH` of them if it has so many.
+        start: its first bytes, `START_LENGTH` of them if it has that many.
         accepted_formats: what it should have been.
     """
     if not start:

@@ -45,7 +45,7 @@ _BAD = {
     "missing_image": "there is no such file",
     "unreadable_file": "the file may not be read, or is a folder, pipe or device",
     "empty_file": "the file is empty",
-    "not_an_image": "the file is no image, such as a web page saved under an image's name",
+    "not_an_image": "the file is not an image, such as a web page saved under an image's name",
     "unaccepted_format": "an image in a format that is not accepted",
     "damaged_image": "the image is truncated or damaged",
     "too_many_pixels": "the image has more pixels than the limit",
@@ -88,7 +88,7 @@ class Finding:
 
 
 class RecordFault(ValueError):
-    """Why a record or an image is found at fault, with the kind of fault, and the record's text if it is no JSON."""
+    """Why a record or an image is found at fault, with the kind of fault, and the record's text if it is not JSON."""
 
     def __init__(self, kind: str, detail: str, content: str | None = None):
         super().__init__(detail)
@@ -123,7 +123,7 @@ class Severities:
             raise UserError(f"--refuse {idle[0]}: such records are bad anyway; leave it out")
         if impossible := [name for name in self.allowed if name in UNTRAINABLE]:
             raise UserError(
-                f"--allow {impossible[0]}: such a record cannot be trained on; mend it, or leave it out with "
+                f"--allow {impossible[0]}: such a record cannot be trained on; fix it, or leave it out with "
                 "--bad_records quarantine"
             )
 

@@ -29,7 +29,7 @@ MAX_PIXELS = 50_000_000
 Image.MAX_IMAGE_PIXELS = None
 WHITE = (255, 255, 255)
 ORIENTATION_TAG = 0x0112
-# How an image is turned upright, by its orientation tag; 0 is no value of the standard, and common.
+# How an image is turned upright, by its orientation tag; 0 is not a value of the standard, and common.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -104,7 +104,7 @@ def resolve_image_path(image: str, image_folder: Path) -> Path:
     """The file of a record's `image`, which must lie inside `image_folder` (symbolic links followed).
 
     Raises:
-        RecordFault: the path is absolute, a URL, leaves the folder, or is no name that a file can have.
+        RecordFault: the path is absolute, a URL, leaves the folder, or is not a name that a file can have.
     """
     if "\0" in image or "://" in image or "\\" in image or os.path.isabs(image):
         raise RecordFault("unsafe_path", f"image {image!r} is not a path relative to the image folder")

@@ -41,7 +41,7 @@ def read_records(annotations: Path) -> tuple[list[Record], list[Finding]]:
     Returns the well-formed records and one finding for every other record.
 
     Raises:
-        UserError: the file is missing, not UTF-8, or is no JSON array / JSONL.
+        UserError: the file is missing, not UTF-8, or is not JSON array / JSONL.
     """
     records, findings = [], []
     for place, value in iterate_values(annotations):
@@ -137,7 +137,7 @@ def iterate_values(annotations: Path) -> Iterator[tuple[str, object]]:
     """Every value of a JSON array or JSONL file with its place; a RecordFault for a line that is not JSON.
 
     Raises:
-        UserError: the file is missing, not UTF-8, or is no JSON array / JSONL.
+        UserError: the file is missing, not UTF-8, or is not JSON array / JSONL.
     """
     try:
         # Excel and Notepad put a byte order mark in front; utf-8-sig takes the file either way.

@@ -97,7 +97,7 @@ def plan_shared_order(
     records goes to process i % processes; the batches of a round are alike, those of a step balanced over processes.
 
     Args:
-        first_record: records of the run that lie behind these steps.
+        first_record: records of the run that were trained on before these steps.
     """
     packed = PackedLengths(positions, sharing)
     end = first_record + steps * shape.global_batch_size

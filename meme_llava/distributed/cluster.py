@@ -235,7 +235,7 @@ def _listen(family: int, address: str, port: int, master_addr: str) -> socket.so
                 "one machine none, which takes a free one"
             ) from error
         raise ProcessError(
-            f"MASTER_ADDR={master_addr} is no address of this machine ({error.strerror}), which NODE_RANK=0 makes it"
+            f"MASTER_ADDR={master_addr} is not an address of this node ({error.strerror}), which NODE_RANK=0 makes it"
         ) from error
     return listener
 

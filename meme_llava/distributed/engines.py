@@ -69,7 +69,7 @@ def choose_engine(name: str, processes: int, on_gpu: bool) -> Engine:
     """The engine of that name; `auto` is one process where there is one, ZeRO-2 on several GPUs, else DDP.
 
     Raises:
-        UserError: there is none of that name, it does not go with so many processes, or its file is wrong.
+        UserError: there is none of that name, it does not go with that many processes, or its file is wrong.
     """
     if name == AUTO:
         name = SINGLE if processes == 1 else DEFAULT_DIVIDED if on_gpu else DDP

@@ -34,7 +34,7 @@ class Heartbeat:
         self._count += 1
         timeout = self._hang_timeout * (1 if self.trains else START_PATIENCE)
         line = json.dumps([self._count, timeout, activity], ensure_ascii=True) + "\n"
-        with contextlib.suppress(OSError):  # a launcher that is gone or does not read is no reason to wait
+        with contextlib.suppress(OSError):  # a launcher that is gone or does not read is not reason to wait
             os.write(self._descriptor, line.encode())
 
 

@@ -39,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_launch_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The launcher's own flags stand in front of the script; everything behind it belongs to the script."""
+    """The launcher's own flags come before the script; everything after it belongs to the script."""
     parser = _Parser(
         prog="python -m meme_llava.distributed.launch",
         description=__doc__,
@@ -257,7 +257,7 @@ class Supervisor:
     def _explain_silence(self, silent: list[SupervisedProcess]) -> UserError:
         """The error of processes that kept the others waiting until those gave up."""
         states = "; ".join(process.describe_state() for process in silent)
-        return ProcessError(f"the others waited in vain: {states}. {RESTART}")
+        return ProcessError(f"the others timed out: {states}. {RESTART}")
 
     def _end_all(self, failure: UserError | None) -> None:
         if failure is not None:

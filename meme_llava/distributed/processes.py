@@ -66,7 +66,7 @@ def start_process_group(hang_timeout: float, needs_group: bool) -> None:
                 f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); lower GPUS"
             )
         torch.cuda.set_device(local_rank)
-    # What the processes tell each other about the run is no business of the GPU's.
+    # What the processes tell each other about the run is not business of the GPU's.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     timeout = timedelta(seconds=hang_timeout + COLLECTIVE_MARGIN_SECONDS)
     if "RANK" in os.environ:

@@ -93,7 +93,7 @@ def choose_questions(questions: list[Question], annotations: Path, answer_with: 
     """
     if answer_with != "rapidocr":
         return questions
-    about_text = [question for question in questions if asks_for_text(question.truth, question.text_in_image)]
+    about_text = [question for question in questions if asks_for_text(question.reference, question.text_in_image)]
     if not about_text:
         raise UserError(
             f'{annotations}: no record asks for the text of its image and has it as "text"; --answer_with rapidocr '

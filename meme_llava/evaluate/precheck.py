@@ -19,7 +19,7 @@ MAX_LISTED = 10
 
 @dataclass
 class PrecheckEvaluationArguments:
-    annotations: Path = field(metadata=describe("records with the questions and their true answers"))
+    annotations: Path = field(metadata=describe("records with the questions and their reference answers"))
     image_folder: Path = field(metadata=describe("where their images are"))
 
 

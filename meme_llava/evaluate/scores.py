@@ -15,18 +15,18 @@ from sacrebleu.metrics import BLEU, CHRF
 from meme_llava.dataset.text_quality import find_loop, normalise_text
 
 NO_TEXT = "没有文字"  # how an answer says that an image holds no words
-# A true answer of so many letters, other than the image's text, is a caption, which is compared by likeness.
+# A reference of this many letters, other than the image's text, is a caption, which is compared by likeness.
 CAPTION_CHARACTERS = 10
 # A shorter piece of the text stands in a long answer by chance.
 FOUND_PIECE = 3
 RESAMPLES = 1000
-RIGHT = "right: "  # in front of a task's name: its answers that are right to the letter
+RIGHT = "right: "  # in front of a task's name: its exact matches
 FIGURE, RIGHT_FIGURE = "eval_", "eval_right/"  # the same and RIGHT in a training's log
 
 
 @dataclass(frozen=True)
 class AnsweredQuestion:
-    """An answer beside the truth.
+    """An answer beside the reference.
 
     Args:
         text_in_image: None where it is not known, "" where there is none.
@@ -37,7 +37,7 @@ class AnsweredQuestion:
     """
 
     answer: str
-    truth: str
+    reference: str
     text_in_image: str | None
     task: str
     image: str
@@ -49,7 +49,7 @@ def to_answered_question(described: Mapping) -> AnsweredQuestion:
     """What is scored of an answer as `generation.describe_answer` describes it."""
     return AnsweredQuestion(
         described["answer"],
-        described["truth"],
+        described["reference"],
         described["text"],
         described["task"],
         described["image"],
@@ -72,7 +72,7 @@ MEASURES = {
     "character_error_rate": Measure("character error rate of the text", "文字的字错率", "lower"),
     "texts_right": Measure("texts without an error", "文字全对", "higher"),
     "text_found": Measure("text found in the answer", "回答里找得到的文字", "higher"),
-    "no_text_right": Measure("images without text, told so", "没有文字的图，答对", "higher"),
+    "no_text_right": Measure("images without text, correctly reported", "没有文字的图，答对", "higher"),
     "text_found_in_captions": Measure("text found in captions", "描述里找得到的文字", "higher"),
     "chrf": Measure("chrF of captions", "描述的 chrF", "higher", is_share=False),
     "bleu": Measure("BLEU of captions", "描述的 BLEU", "higher", is_share=False),
@@ -88,7 +88,7 @@ def describe_measure(name: str) -> Measure:
     """What the score of this name says."""
     if name.startswith(RIGHT):
         task = name.removeprefix(RIGHT)
-        return Measure(f"right to the letter: {task or 'all'}", f"一字不差：{task or '全部'}", "higher")
+        return Measure(f"exact match: {task or 'all'}", f"一字不差：{task or '全部'}", "higher")
     return MEASURES[name]
 
 
@@ -100,7 +100,7 @@ def name_figure(name: str) -> str:
 
 
 def describe_figure(figure: str) -> Measure | None:
-    """What a figure of a training's log says, or None if it is no score."""
+    """What a figure of a training's log says, or None if it is not a score."""
     if figure.startswith(RIGHT_FIGURE):
         return describe_measure(RIGHT + figure.removeprefix(RIGHT_FIGURE))
     return MEASURES.get(figure.removeprefix(FIGURE)) if figure.startswith(FIGURE) else None
@@ -176,37 +176,37 @@ def list_measures(columns: Sequence[Mapping[str, Score]]) -> list[str]:
     return [name for name in MEASURES if name in names] + sorted(names - MEASURES.keys())
 
 
-def asks_for_text(truth: str, text_in_image: str | None) -> bool:
-    """Whether the true answer is the image's text and nothing else, or says that there is none."""
+def asks_for_text(reference: str, text_in_image: str | None) -> bool:
+    """Whether the reference answer is the image's text and nothing else, or says that there is none."""
     if text_in_image is None:
         return False
-    truth, text = normalise_text(truth), normalise_text(text_in_image)
+    reference, text = normalise_text(reference), normalise_text(text_in_image)
     # A caption may end so, too.
-    return truth == text if text else truth.endswith(NO_TEXT) and len(truth) < CAPTION_CHARACTERS
+    return reference == text if text else reference.endswith(NO_TEXT) and len(reference) < CAPTION_CHARACTERS
 
 
-def is_right(answer: str, truth: str) -> bool:
-    """Whether an answer is the true one, but for what is not compared."""
-    if not normalise_text(truth):
-        return answer.strip() == truth.strip()  # nothing but signs
-    return normalise_text(answer) == normalise_text(truth)
+def is_right(answer: str, reference: str) -> bool:
+    """Whether an answer is the reference, but for what is not compared."""
+    if not normalise_text(reference):
+        return answer.strip() == reference.strip()  # nothing but signs
+    return normalise_text(answer) == normalise_text(reference)
 
 
 def _judge(question: AnsweredQuestion) -> Iterator[_Part]:
-    """By what the true answer is: the text itself, that there is none, a caption, or a word."""
-    answer, truth = normalise_text(question.answer), normalise_text(question.truth)
+    """By what the reference answer is: the text itself, that there is none, a caption, or a word."""
+    answer, reference = normalise_text(question.answer), normalise_text(question.reference)
     text = None if question.text_in_image is None else normalise_text(question.text_in_image)
     if _is_caption(question):
-        yield _Part("rouge_l", _ROUGE.score(question.truth, question.answer)["rougeL"].fmeasure)
+        yield _Part("rouge_l", _ROUGE.score(question.reference, question.answer)["rougeL"].fmeasure)
         if text:
             yield _Part("text_found_in_captions", _count_found(text, answer), len(text))
     else:
-        yield _Part(f"{RIGHT}{question.task}", is_right(question.answer, question.truth))
-        if text and asks_for_text(question.truth, question.text_in_image):
-            yield _Part("character_error_rate", Levenshtein.distance(answer, truth), len(truth))
-            yield _Part("texts_right", answer == truth)
+        yield _Part(f"{RIGHT}{question.task}", is_right(question.answer, question.reference))
+        if text and asks_for_text(question.reference, question.text_in_image):
+            yield _Part("character_error_rate", Levenshtein.distance(answer, reference), len(reference))
+            yield _Part("texts_right", answer == reference)
             yield _Part("text_found", _count_found(text, answer), len(text))
-        elif asks_for_text(question.truth, question.text_in_image):
+        elif asks_for_text(question.reference, question.text_in_image):
             yield _Part("no_text_right", NO_TEXT in answer)
     yield _Part("looping", find_loop(question.answer) is not None)
     yield _Part("characters", len(question.answer))
@@ -217,8 +217,8 @@ def _judge(question: AnsweredQuestion) -> Iterator[_Part]:
 
 
 def _is_caption(question: AnsweredQuestion) -> bool:
-    truth, text = normalise_text(question.truth), normalise_text(question.text_in_image or "")
-    return len(truth) >= CAPTION_CHARACTERS and truth != text
+    reference, text = normalise_text(question.reference), normalise_text(question.text_in_image or "")
+    return len(reference) >= CAPTION_CHARACTERS and reference != text
 
 
 def _count_found(text: str, answer: str) -> int:
@@ -239,7 +239,7 @@ def _compare_captions(answered: Sequence[AnsweredQuestion]) -> dict[str, Score]:
     if not captions:
         return {}
     images = [question.image for question in captions]
-    answers, truths = [question.answer for question in captions], [[question.truth for question in captions]]
+    answers, truths = [question.answer for question in captions], [[question.reference for question in captions]]
     scores = {}
     for name, metric in (("chrf", CHRF()), ("bleu", BLEU(tokenize="zh"))):
         # sacrebleu's own bootstrap draws answers, not images, and fails where a drawn BLEU is zero.

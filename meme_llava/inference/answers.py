@@ -44,13 +44,13 @@ class GivenAnswer:
 
 
 def describe_answer(question: Question, answer: GivenAnswer) -> dict:
-    """An answer beside its question and the truth, as files keep it."""
+    """An answer beside its question and the reference, as files keep it."""
     return {
         "image": str(question.image),
         "task": question.task,
         "question": question.text,
         "answer": answer.text,
-        "truth": question.truth,
+        "reference": question.reference,
         "text": question.text_in_image,
         "tokens": answer.tokens,
         "stopped": answer.stopped,

@@ -91,7 +91,7 @@ class Chat:
         """Begin a conversation about another image. Returns it to be shown, at most 1024 pixels a side.
 
         Raises:
-            ChatProblem: the file is no image that can be opened; the conversation stays as it is.
+            ChatProblem: the file is not an image that can be opened; the conversation stays as it is.
         """
         image = open_for_visitor(path)
         conversation.begin(path)
@@ -134,7 +134,7 @@ class Chat:
             return conversation.stop_asked or self._is_closing.is_set()
 
         reply = column[-1]
-        # What gave no answer is no turn that a model was trained to go on from.
+        # What gave no answer is not a turn that a model was trained to go on from.
         earlier = [Exchange(earlier.question, earlier.text) for earlier in column[:-1] if earlier.text]
         arguments = (image, reply.question, self._system, self._max_new_tokens, earlier, should_stop)
         is_whole = False

@@ -31,7 +31,7 @@ ENDED_BY_ITSELF = "stop"
 
 
 class NoAnswer(UserError):
-    """All attempts at a request were in vain."""
+    """All attempts at a request failed."""
 
     def __init__(self, message: str, fault: TransientError):
         super().__init__(message)
@@ -61,7 +61,7 @@ def ask_endpoint(
     some_came = any(isinstance(outcome, GivenAnswer) for outcome in outcomes)
     for outcome in outcomes:
         if isinstance(outcome, NoAnswer) and some_came:
-            # It would stand in the way of all that come behind it, for ever.
+            # It would stand in the way of all that come after it, for ever.
             yield GivenAnswer("", problem=f"unanswered: {outcome.fault}")
         elif isinstance(outcome, BaseException):
             raise outcome

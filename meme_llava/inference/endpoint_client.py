@@ -113,7 +113,7 @@ class CaptionClient:
 
     def clean(self, text: str) -> str:
         """A server's text without the key."""
-        # Local servers take any word as key; such a word is no secret and may stand in a caption.
+        # Local servers take any word as key; such a word is not a secret and may stand in a caption.
         is_secret = len(self.endpoint.key) >= SHORTEST_SECRET
         return text.replace(self.endpoint.key, BLOTTED_KEY) if is_secret else text
 
@@ -196,7 +196,7 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
 
 
 def backoff_seconds(faults: int, asked_wait: float | None, generator: random.Random) -> float:
-    """Seconds to wait after so many faults of an image: twice as long each time, shortened by chance by up to half.
+    """Seconds to wait after a number of faults of an image: twice as long each time, shortened by chance by up to half.
 
     Never less than the server asked for. Chance keeps requests that failed together from coming back together.
     """

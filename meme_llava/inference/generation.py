@@ -24,7 +24,7 @@ from meme_llava.storage.run_record import holds_trained_weights
 
 
 class PromptTooLong(UserError):
-    """A prompt behind which the model has no position left for an answer."""
+    """A prompt that leaves the model no position for an answer."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Answerer:
 
 
 def read_answer(new_ids: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
-    """The answer that ends at the first of the `ends`, if one is there; what fills up behind it is left out."""
+    """The answer that ends at the first of the `ends`, if one is there; the padding after it is left out."""
     length = next((place + 1 for place, token in enumerate(new_ids) if token in ends), len(new_ids))
     new_ids = new_ids[:length]
     text = tokenizer.decode(new_ids, skip_special_tokens=True)

@@ -15,7 +15,7 @@ def encode_image(path: Path, max_side: int) -> bytes:
     """The image as training sees it, scaled down to `max_side` pixels if it is larger, as JPEG.
 
     Raises:
-        ValueError: the file is no image; with the reason.
+        ValueError: the file is not an image; with the reason.
     """
     image = open_image(path)
     longest = max(image.size)

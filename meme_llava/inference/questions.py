@@ -14,11 +14,11 @@ from meme_llava.errors import UserError
 
 @dataclass(frozen=True)
 class Question:
-    """What to ask about one image, and the true answer where it is known."""
+    """What to ask about one image, and the reference answer where it is known."""
 
     image: Path
     text: str
-    truth: str | None = None
+    reference: str | None = None
     system: str | None = None
     text_in_image: str | None = None  # None where it is not known, "" where there is none
     task: str = ""
@@ -45,24 +45,24 @@ def list_file_questions(paths: list[Path], text: str) -> list[Question]:
 
 
 def find_question(record: Record, image_folder: Path) -> Question | None:
-    """A record's first question with its true answer, if the record begins with one image and a line break.
+    """A record's first question with its reference answer, if the record begins with one image and a line break.
 
     Raises:
         RecordFault: the image's path leaves the image folder.
     """
     system = record.turns[0].text if record.turns[0].role == "system" else None
-    user, truth = [turn for turn in record.turns if turn.role != "system"][:2]
+    user, reference = [turn for turn in record.turns if turn.role != "system"][:2]
     text = user.text.removeprefix(f"{IMAGE_PLACEHOLDER}\n")
     if text == user.text or IMAGE_PLACEHOLDER in text:
         return None
     image = resolve_image_path(record.images[0], image_folder)
-    return Question(image, text, truth.text.strip(), system, record.text, record.task)
+    return Question(image, text, reference.text.strip(), system, record.text, record.task)
 
 
 def list_record_questions(
     annotations: Path, image_folder: Path, limit: int | None, quarantine: Path | None = None
 ) -> list[Question]:
-    """The first question of every record that begins with one image, with its true answer.
+    """The first question of every record that begins with one image, with its reference answer.
 
     Malformed records and those of `quarantine` are not asked; they are counted on standard error.
 

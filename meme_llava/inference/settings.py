@@ -15,10 +15,11 @@ class InferArguments:
     model: Path = field(metadata=describe("merged model, base model, or output_dir / checkpoint of train.py"))
     image: list[Path] = field(default_factory=list, metadata=describe("image files, or folders of images"))
     annotations: Path | None = field(
-        default=None, metadata=describe("in place of --image: ask the records' own questions and show the true answers")
+        default=None,
+        metadata=describe("in place of --image: ask the records' own questions and show the reference answers"),
     )
     image_folder: Path | None = field(default=None, metadata=describe("with --annotations: where its images are"))
-    limit: int | None = field(default=None, metadata=describe("with --annotations: only the first so many records"))
+    limit: int | None = field(default=None, metadata=describe("with --annotations: only the first N records"))
     quarantine: Path | None = field(
         default=None, metadata=describe("with --annotations: quarantine.jsonl of training; its records are not asked")
     )

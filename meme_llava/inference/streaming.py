@@ -29,7 +29,7 @@ def stream_answer(
 ) -> Iterator[Answer]:
     """The greedy answer as it grows, token by token; the last one is what `Answerer.answer` gives.
 
-    The model asks `should_stop` behind every token, whether anybody iterates or not. Closing the iterator ends its
+    The model asks `should_stop` after every token, whether anybody iterates or not. Closing the iterator ends its
     work, too. Its errors are raised here.
     """
     tokens = _TokenQueue()

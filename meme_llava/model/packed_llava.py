@@ -83,7 +83,7 @@ class PackedLlava(LlavaForConditionalGeneration):
         """The vision tower's features as the projector takes them: numbers (images, 3, size, size) to
         (images, tokens, vision width).
 
-        Layers behind the features that are used are not computed. A frozen tower keeps nothing for a backward pass.
+        Layers after the features that are used are not computed. A frozen tower keeps nothing for a backward pass.
         """
         tower = self.model.vision_tower
         learns = any(parameter.requires_grad for parameter in tower.parameters())

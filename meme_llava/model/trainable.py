@@ -63,7 +63,7 @@ def prepare_trainable(model: nn.Module, arguments: TrainArguments) -> nn.Module:
 
     (DeepSpeed in bf16 rounds them again and keeps float32 masters of its own.)
 
-    The projector always learns in full. Vision layers behind the used features stay frozen: no gradient reaches them.
+    The projector always learns in full. Vision layers after the used features stay frozen: no gradient reaches them.
 
     Raises:
         UserError: a LoRA module name matches nothing.

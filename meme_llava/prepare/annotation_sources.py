@@ -46,7 +46,7 @@ def prepare_chinese_bqb(settings: FileNameSettings) -> None:
 def prepare_file_names(settings: FileNameSettings) -> None:
     """Images whose names are the text → reading records; names that no person chose are left out.
 
-    Only a number in brackets behind a name is taken off. Names leave out, add and mistype: of 821 memes named by people
+    Only a number in brackets after a name is taken off. Names leave out, add and mistype: of 821 memes named by people
     651 have exactly the words of the image as their name.
     """
     _prepare_names(settings, read_plain_name)
@@ -55,7 +55,7 @@ def prepare_file_names(settings: FileNameSettings) -> None:
 def prepare_llava(settings: LlavaSettings) -> None:
     """A LLaVA file → the same records with paths from the image folder and a `sources` field.
 
-    The text stays as it is: LLaVA-Pretrain puts `<image>` before or behind the question, and may go on doing so.
+    The text stays as it is: LLaVA-Pretrain puts `<image>` before or after the question, and may go on doing so.
     """
     check_not_input([settings.output], [settings.annotations])
     check_image_folder(settings.image_folder)

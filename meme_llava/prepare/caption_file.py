@@ -115,7 +115,7 @@ def _read(descriptor: int, path: Path) -> tuple[list[dict], int]:
         os.write(descriptor, b"\n")
         return [*entries, entry], 0
     if not lines and not rest.startswith(b"{"):
-        raise UserError(f"--output {path}: is no captions file; choose another --output")
+        raise UserError(f"--output {path}: is not a captions file; choose another --output")
     with path.with_name(path.name + TORN_SUFFIX).open("ab") as torn:
         torn.write(rest + b"\n")
     os.ftruncate(descriptor, len(content) - len(rest))
@@ -128,7 +128,7 @@ def _parse(line: bytes, path: Path, number: int) -> dict:
         entry = json.loads(line)
     except ValueError as error:
         raise UserError(
-            f"--output {path}: line {number} is not JSON ({error}); mend or remove the line, or choose another --output"
+            f"--output {path}: line {number} is not JSON ({error}); fix or remove the line, or choose another --output"
         ) from error
     known = entry if isinstance(entry, dict) else {}
     if not all(isinstance(known.get(name), str) for name in _STRINGS) or ("description" in known) == (

@@ -26,7 +26,7 @@ from meme_llava.prepare.caption_file import CaptionLedger
 from meme_llava.prepare.describing import UNANSWERED, DescribeArguments, Progress, Prompt
 from meme_llava.storage.hashing import try_hash_file
 
-# So many images set aside one after the other, none answered between them, are no accident of the images.
+# This many images set aside in a row, with none answered between them, are not an accident.
 LONGEST_BAD_RUN = 10
 # A server that asks for a longer wait means another day.
 LONGEST_ASKED_WAIT = 300.0
@@ -34,7 +34,7 @@ GRACE_SECONDS = 5.0  # for answers on their way when a person stops the run: the
 
 
 def classify_reply(reply: Reply) -> tuple[str, str] | None:
-    """Why a reply is no caption, as a reason and the words that show it; None if it is one."""
+    """Why a reply is not a caption, as a reason and the words that show it; None if it is one."""
     if reply.refusal or reply.finish_reason == "content_filter":
         return "refusal", reply.refusal or "stopped by the provider's content filter"
     if refused := find_refusal(reply.text):
@@ -59,7 +59,7 @@ class RequestStats:
         self.completion_tokens: int | None = None
         self.faults = 0
         self.rejected_replies = 0
-        self.bad: tuple[str, str, str] | None = None  # reason, detail and text of the last answer that is no caption
+        self.bad: tuple[str, str, str] | None = None  # reason, detail and text of the last answer that is not a caption
 
     def add(self, reply: Reply) -> None:
         """Count a reply's tokens."""
@@ -173,7 +173,7 @@ class CaptionRun:
             again = "" if reason == UNANSWERED else " with --retry_set_aside"
             self.stop(
                 f"{LONGEST_BAD_RUN} images in a row were set aside, the last as {reason}: {entry['detail']}; "
-                f"mend the cause, then start the same command again{again}, or one with another --model and --output"
+                f"fix the cause, then start the same command again{again}, or one with another --model and --output"
             )
         counts = (entry["prompt_tokens"], entry["completion_tokens"])
         if self.arguments.max_tokens_total is not None and "description" in entry and None in counts:
@@ -194,7 +194,7 @@ class CaptionRun:
             path = resolve_image_path(name, self.arguments.images)
             jpeg = await asyncio.to_thread(encode_image, path, self.arguments.max_side)
         except ValueError as error:
-            # Where the folder lies on this machine is no business of the file's readers.
+            # Where the folder lies on this machine is not business of the file's readers.
             return self._set_aside(name, digest, purchase, "unreadable", str(error).removeprefix(f"{path}: "))
         data_url = make_data_url(jpeg)
         wait = 0.0

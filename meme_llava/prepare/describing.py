@@ -63,9 +63,9 @@ class DescribeArguments:
     )
     prompt_file: Path | None = field(default=None, metadata=describe("UTF-8 text to ask in place of our prompt"))
     use_file_name: bool = field(default=False, metadata=describe("tell the model the file's name, as a hint"))
-    max_images: int | None = field(default=None, metadata=describe("only the first so many images of the folder"))
+    max_images: int | None = field(default=None, metadata=describe("only the first N images of the folder"))
     max_tokens_total: int | None = field(
-        default=None, metadata=describe("start no image once --output has cost so many tokens, all runs together")
+        default=None, metadata=describe("start no image once --output has cost this many tokens, all runs together")
     )
     max_new_tokens: int = field(default=1024, metadata=describe("an answer is cut off here; then it is set aside"))
     max_side: int = field(default=1024, metadata=describe("larger images are scaled to this many pixels a side"))

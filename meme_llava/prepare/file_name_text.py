@@ -44,7 +44,7 @@ def read_bqb_name(stem: str) -> str | None:
 def read_plain_name(stem: str) -> str | None:
     """The text that a name without its ending is, or None for names that cameras, chat programs and hashes make.
 
-    Only a number in brackets behind the name (`好的(1)`, `好的（2）`) is taken off, which file managers put there. A
+    Only a number in brackets after the name (`好的(1)`, `好的（2）`) is taken off, which file managers put there. A
     letter or digit that keeps names apart (`说人话B`) cannot be told from the text and stays.
     """
     if is_machine_name(stem.strip()):

@@ -34,7 +34,7 @@ class ImageIndex:
     """The images in subfolders of the image folder, by name."""
 
     def __init__(self, image_folder: Path, subfolders: Sequence[str]):
-        """Walk the subfolders; hidden files and folders, and files that are no images by name, are passed over.
+        """Walk the subfolders; hidden files and folders, and files that are not images by name, are passed over.
 
         Raises:
             UserError: a folder is missing, lies outside the image folder, or no image is in them.
@@ -96,7 +96,7 @@ class ImageIndex:
     def _resolve(self, image: FoundImage) -> Path:
         path = resolve_image_path(image.image, self.image_folder)
         if not path.is_file():
-            raise ValueError(f"{image.image} is no file")
+            raise ValueError(f"{image.image} is not a file")
         return path
 
     def _suggest(self, name: str) -> str:

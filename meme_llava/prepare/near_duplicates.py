@@ -31,7 +31,7 @@ class ImageHash:
 
 
 def hash_image(path: Path) -> ImageHash:
-    """Raises ValueError, with the reason, for a file that is no image."""
+    """Raises ValueError, with the reason, for a file that is not an image."""
     try:
         import imagehash
     except ImportError as error:
@@ -41,7 +41,7 @@ def hash_image(path: Path) -> ImageHash:
 
 
 def hash_images(paths: Sequence[Path]) -> list[ImageHash | ValueError]:
-    """Hash many images on all cores; the error in place of the hash for a file that is no image."""
+    """Hash many images on all cores; the error in place of the hash for a file that is not an image."""
 
     def hash_or_error(path: Path) -> ImageHash | ValueError:
         try:

@@ -42,7 +42,7 @@ class ParquetSettings(DrawingSettings):
         default=None, metadata=describe("column of answers, if not the words themselves")
     )
     question_column: str | None = field(default=None, metadata=describe("column of questions; without it one is drawn"))
-    limit: int | None = field(default=None, metadata=describe("only the first so many rows"))
+    limit: int | None = field(default=None, metadata=describe("only the first N rows"))
 
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""

@@ -33,7 +33,7 @@ class SplitSettings(SourceSettings):
     validation: float = field(default=0.05, metadata=describe("share of the records for validation, at most"))
     near_distance: int = field(
         default=NEAR_DISTANCE,
-        metadata=describe("images stay together whose perceptual hashes differ in at most so many of 64 bits"),
+        metadata=describe("images stay together whose perceptual hashes differ in at most N of 64 bits"),
     )
     seed: int = field(default=0, metadata=describe("draws the validation side"))
 

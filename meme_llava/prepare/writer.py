@@ -70,7 +70,7 @@ def make_record(
 
 
 class UniqueIds:
-    """Gives every record an id of its own: the wanted one, or that with a number behind it."""
+    """Gives every record an id of its own: the wanted one, or that with a number after it."""
 
     def __init__(self):
         self._taken = set()
@@ -190,7 +190,7 @@ class AnnotationWriter:
         if self.rows_with_problems and self.bad_records == "error":
             raise UserError(
                 f"{self.rows_with_problems:,} problems, nothing was written:\n{listed}{hint}\n"
-                f"Mend them, or pass --bad_records quarantine to leave them out (listed in {self.left_out_file.name})."
+                f"Fix them, or pass --bad_records quarantine to leave them out (listed in {self.left_out_file.name})."
             )
         if not self.records:
             counts = ", ".join(f"{count:,} {kind}" for kind, count in self.left_out.items()) or "nothing was found"

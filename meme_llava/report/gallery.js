@@ -19,7 +19,7 @@ function openGallery({ cardsAtOnce, matches, compare = () => null, onShow = () =
 
   function readText(card) {
     if (!texts.has(card)) {
-      // What an answer lacks stands in it, too, and is no part of it.
+      // What an answer lacks stands in it, too, and is not a part of it.
       const parts = [...card.querySelectorAll("[data-text]")].map((part) =>
         [...part.childNodes].filter((node) => node.nodeName !== "DEL").map((node) => node.textContent).join(""));
       texts.set(card, normalise(parts.join("\n")));

@@ -125,15 +125,15 @@ def check_apart(output_dir: Path, inputs: dict[str, Path]) -> None:
 def check_output_dir(output_dir: Path, overwrite: bool) -> None:
     """Raise UserError unless something may be written to `output_dir`; --overwrite replaces only what we wrote."""
     if output_dir.name in ("", ".."):
-        raise UserError(f"{output_dir}: is no name for a new directory; give --output_dir one of its own")
+        raise UserError(f"{output_dir}: is not a name for a new directory; give --output_dir one of its own")
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{output_dir}: is a file, expected a directory to write to")
     if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
         raise UserError(f"{output_dir}: is not empty. Choose another --output_dir, or pass --overwrite to replace it.")
     if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / RUN_RECORD).is_file():
         raise UserError(
-            f"{output_dir}: has no {RUN_RECORD}, so it is no output of ours and --overwrite leaves it alone. Choose "
-            "another --output_dir, or delete it yourself."
+            f"{output_dir}: has no {RUN_RECORD}, so it is not an output of ours and --overwrite leaves it alone. "
+            "Choose another --output_dir, or delete it yourself."
         )
 
 

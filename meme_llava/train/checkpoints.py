@@ -34,7 +34,7 @@ class CheckpointContent:
     Args:
         write_sidecars: writes processor and run record of a step into a folder.
         make_manifest_metadata: what its manifest says of a step besides the files.
-        keep: so many checkpoints stay.
+        keep: how many checkpoints stay.
     """
 
     write_sidecars: Callable[[Path, int], None]
@@ -68,7 +68,7 @@ def find_newest(output_dir: Path) -> Path | None:
 
 
 def archive_newer_checkpoints(output_dir: Path, checkpoint: Path | None) -> None:
-    """Rename checkpoints behind the one that a run goes on from; their names will be needed."""
+    """Rename checkpoints newer than the one that a run goes on from; their names will be needed."""
     for newer in list_checkpoints(output_dir):
         if checkpoint is None or read_step(newer) > read_step(checkpoint):
             aside = newer.with_name(newer.name + CORRUPT_SUFFIX)
@@ -91,7 +91,7 @@ def write_checkpoint(
         tensor_bytes: what its tensors take.
         write_files: writes this process's files into a folder and returns them.
         make_manifest_metadata: what the manifest says besides the files; called in the main process.
-        keep: so many of the newest checkpoints stay.
+        keep: how many of the newest checkpoints stay.
 
     Raises:
         UserError: it could not be written; older checkpoints are untouched. The same in every process.
@@ -143,7 +143,7 @@ def _to_user_error(error: Exception | None, folder: Path, needed: int) -> UserEr
         free = shutil.disk_usage(folder.parent).free
         reason += f"; it takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
     return kind(
-        f"{folder}: the checkpoint could not be written ({reason}). Free some room or mend the disk, then start the "
+        f"{folder}: the checkpoint could not be written ({reason}). Free some room or fix the disk, then start the "
         f"same command again. {_describe_kept(folder.parent)}"
     )
 

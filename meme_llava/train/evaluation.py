@@ -41,9 +41,9 @@ class TrainingEvaluation:
     """Evaluates a model on the validation records; all processes call it together.
 
     Args:
-        every: optimizer steps between two evaluations; there is one behind the last step, too.
+        every: optimizer steps between two evaluations; there is one after the last step, too.
         batch_size: records, and questions, that a device computes at once.
-        heartbeat: a long evaluation is no hang.
+        heartbeat: a long evaluation is not a hang.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class TrainingEvaluation:
         self._output_dir, self._trackers, self._heartbeat = output_dir, trackers, heartbeat
 
     def is_due(self, step: int, last_step: int) -> bool:
-        """Whether there is an evaluation behind an optimizer step."""
+        """Whether there is an evaluation after an optimizer step."""
         return step > 0 and (step % self._every == 0 or step == last_step)
 
     def evaluate(
@@ -149,7 +149,7 @@ class TrainingEvaluation:
         keep_answers(self._output_dir / ANSWERS, step, shown)
         self._trackers.report_answers(
             step,
-            [ShownAnswer(one["image"], one["question"], one["truth"], one["answer"]) for one in shown],
+            [ShownAnswer(one["image"], one["question"], one["reference"], one["answer"]) for one in shown],
         )
         seconds = time.perf_counter() - start
         with tqdm.external_write_mode():
@@ -210,12 +210,12 @@ class _Beat(StoppingCriteria):
 
 
 def keep_answers(path: Path, step: int, shown: Sequence[dict]) -> None:
-    """Write the answers of a step behind those of earlier ones. Later ones are of a run that was continued before."""
+    """Append the answers of a step to those of earlier ones. Later ones are of a run that was continued before."""
     # Text may hold other separators of lines, at which splitlines would cut.
     lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
     kept = [line for line in lines if line and json.loads(line)["step"] < step]
     for one in shown:
-        answer = {"step": step} | {name: one[name] for name in ("image", "question", "truth", "answer", "stopped")}
+        answer = {"step": step} | {name: one[name] for name in ("image", "question", "reference", "answer", "stopped")}
         kept.append(json.dumps(answer, ensure_ascii=False))
     temporary = path.with_name(f".{path.name}.incomplete")
     temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
@@ -223,9 +223,9 @@ def keep_answers(path: Path, step: int, shown: Sequence[dict]) -> None:
 
 
 def print_answers(step: int, figures: Mapping[str, float], shown: Sequence[dict], of: str, seconds: float) -> None:
-    """Print a step's answers beside the truth, and what they and all others are worth."""
-    rows = [(Path(one["image"]).name, one["question"], one["truth"], one["answer"]) for one in shown]
-    print_table(f"Answers after step {step}", ("image", "question", "truth", "answer"), rows)
+    """Print a step's answers beside the reference, and what they and all others are worth."""
+    rows = [(Path(one["image"]).name, one["question"], one["reference"], one["answer"]) for one in shown]
+    print_table(f"Answers after step {step}", ("image", "question", "reference", "answer"), rows)
     words = [f"validation loss {figures[LOSS]:.4f}"]
     for name in ("character_error_rate", "text_found", "chrf"):
         if (value := figures.get(name_figure(name))) is not None:

@@ -151,7 +151,7 @@ class TrainingState:
         for held in self._list_held():
             state = self._adam.state[held]
             if not state:
-                # ZeRO's flat pieces are no parameters of ours; only Adam comes with it.
+                # ZeRO's flat pieces are not parameters of ours; only Adam comes with it.
                 moments = moments_of.get(id(held), MOMENTS)
                 if moments == MOMENTS:
                     state["step"] = torch.zeros((), dtype=torch.float32, device=held.device)

@@ -10,7 +10,7 @@ SECONDS_BETWEEN_LINES = 5  # of progress, where the output is a file
 
 
 class ProgressBar(TrainerCallback):
-    """A bar with loss, speed and time left; plain lines where the output is no terminal."""
+    """A bar with loss, speed and time left; plain lines where the output is not a terminal."""
 
     def __init__(self):
         self._bar = None

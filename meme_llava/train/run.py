@@ -107,7 +107,7 @@ class TrainingRun:
         }
 
     def count_records(self, step: int) -> int:
-        """Records that an optimizer step has behind it."""
+        """Records trained on up to an optimizer step."""
         return self.start.records + (step - self.start.step) * self.arguments.global_batch_size
 
     def make_manifest_metadata(self, step: int) -> dict:

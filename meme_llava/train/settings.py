@@ -121,7 +121,7 @@ class TrainArguments(RecordPolicy):
     run_name: str | None = field(default=None, metadata=describe("the run's name in trackers"))
     eval_every: int | None = field(
         default=None,
-        metadata=describe("evaluate on other records every so many steps and at the end; else not while training"),
+        metadata=describe("evaluate on other records every N steps and at the end; else not while training"),
     )
     eval_annotations: Path | None = field(
         default=None, metadata=describe("with --eval_every: the records that are evaluated, not trained on")
@@ -130,7 +130,7 @@ class TrainArguments(RecordPolicy):
         default=None, metadata=describe("with --eval_every: folder that their image paths start from")
     )
     eval_limit: int | None = field(
-        default=None, metadata=describe("with --eval_every: only the first so many of their records")
+        default=None, metadata=describe("with --eval_every: only the first N of their records")
     )
     eval_images: int = field(
         default=4, metadata=describe("with --eval_every: images whose answers are shown, always the same ones")

@@ -38,7 +38,7 @@ def print_batch(batch: dict[str, torch.Tensor], processing: Processing, console:
             for position in range(start, end)
         ]
         count = sum(label != IGNORED_LABEL for label in labels)
-        where = f", goes on behind position {path[shared - 1]}, sharing {shared} positions" if shared else ""
+        where = f", continues after position {path[shared - 1]}, sharing {shared} positions" if shared else ""
         console.print(f"\n[bold]positions {start} to {end - 1}[/bold]: {count} supervised{where}")
         console.print(_describe_tokens(ids[start:end], labels, processing, start))
 

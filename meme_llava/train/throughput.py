@@ -66,7 +66,7 @@ class ThroughputMeter:
         """Take the device batches of an optimizer step from the loader, and note how long that took."""
         start = time.perf_counter()
         if self._steps == 0:
-            # What happened since the last line, such as writing a checkpoint, is no training.
+            # What happened since the last line, such as writing a checkpoint, is not training.
             self._start = start
         fetched = list(itertools.islice(batches, count))
         self._waited += time.perf_counter() - start
@@ -77,7 +77,7 @@ class ThroughputMeter:
 
     @contextlib.contextmanager
     def leave_out(self) -> Iterator[None]:
-        """Do something between two steps that is no training, such as evaluating."""
+        """Do something between two steps that is not training, such as evaluating."""
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
@@ -87,7 +87,7 @@ class ThroughputMeter:
 
         captions_per_second, tokens_per_second and model_tflops_per_second are over all devices; a token is a position
         that was computed. data_wait_share is the share of the time in which this process waited for its batches;
-        useful_token_share the share of computed positions that belong to a record and are no padding. mfu, the model
+        useful_token_share the share of computed positions that belong to a record and are not padding. mfu, the model
         FLOPs utilisation, is the share of the devices' bf16 peak that the model's own arithmetic makes up.
         """
         if not self._steps:

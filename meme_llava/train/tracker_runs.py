@@ -34,12 +34,12 @@ class ShownAnswer:
 
     image: str
     question: str
-    truth: str
+    reference: str
     answer: str
 
     def describe(self) -> str:
         """Everything but the image, a line each."""
-        return f"{Path(self.image).name}\nquestion: {self.question}\ntruth: {self.truth}\nanswer: {self.answer}"
+        return f"{Path(self.image).name}\nquestion: {self.question}\ntruth: {self.reference}\nanswer: {self.answer}"
 
     def open_shown_image(self) -> Image.Image:
         """The image, no larger than a page shows it."""
@@ -188,7 +188,7 @@ class TrackerRuns:
                 run.attach_record(record)
 
     def report_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
-        """Show images with what the model says of them behind an optimizer step."""
+        """Show images with what the model says of them after an optimizer step."""
         for run in self._runs.values():
             run.report_answers(step, answers)
 

@@ -33,7 +33,7 @@ def check_tracker_names(names: Sequence[str]) -> None:
 
 
 def list_trackers(names: Sequence[str]) -> list[str]:
-    """The trackers that --report_to asks for; none is no tracker."""
+    """The trackers that --report_to asks for; none is not a tracker."""
     return [name for name in names if name != NONE]
 
 
@@ -94,7 +94,7 @@ def _check_reachable(name: str, address: str, remedy: str) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(
-            f"--report_to {name}: {address} does not answer ({reason}); mend the connection, {remedy}, "
+            f"--report_to {name}: {address} does not answer ({reason}); fix the connection, {remedy}, "
             f"or leave {name} out"
         ) from error
 

@@ -27,7 +27,7 @@ class ValidationData:
     """Records that are evaluated while a model trains on others.
 
     Args:
-        records: so many of the dataset, from its beginning, carry the validation loss.
+        records: how many of the dataset, from its beginning, carry the validation loss.
         questions: what is asked.
         shown: places among the questions of those whose answers are shown, each about another image.
         description: for the run record.

@@ -29,7 +29,7 @@ class VisionFeatures:
     """Features of images in one file, each (tokens, vision width), read where they are needed.
 
     Args:
-        path: a file of (images, tokens, width) numbers of `dtype`, one behind the other.
+        path: a file of (images, tokens, width) numbers of `dtype`, one after the other.
         image_paths: the images in the order of the file.
     """
 

@@ -372,7 +372,7 @@ def test_comparison_layer_by_layer(request, tmp_path, monkeypatch, no_memory, ca
 
 
 def test_a_tied_head_stays_tied(world, trained_tied, tmp_path):
-    """In memory; embedding and head are no targets of LoRA, so both are the base's."""
+    """In memory; embedding and head are not targets of LoRA, so both are the base's."""
     merge(["--adapter", str(trained_tied), "--output_dir", str(tmp_path / "out"), "--dtype", "float32"])
     assert read_checks(tmp_path / "out")["the models ran"] == "in memory"
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")

@@ -572,7 +572,7 @@ RECORDS = {
     "the words in another width and case": (make_record(answer="图里写着ＯＫ，猫咪很开心。", text="o.k!"), set()),
     "half of the words": (make_record(text="好耶加油"), set()),
     "no words": (make_record(text=""), set()),
-    "a text that is no text": (make_record(text=5), set()),
+    "a text that is not a text": (make_record(text=5), set()),
     "the same answer about another image": (make_neighbour(1) | {"id": "bad", "image": "blue.png"}, set()),
     "a deliberate copy": (make_neighbour(1) | {"id": "good 1#2", "repeat": 2}, set()),
     "no id": ({**turns("你好", "喵")}, set()),
@@ -765,7 +765,7 @@ def test_kinds_are_allowed_and_refused(tmp_path, image_folder):
         (("refusal",), ("refusal", "loop"), "refusal: both in --allow and in --refuse; choose one"),
         (("text_disagrees",), (), "--allow text_disagrees: such records are trained on anyway; leave it out"),
         ((), ("refusal",), "--refuse refusal: such records are bad anyway; leave it out"),
-        (("damaged_image",), (), "--allow damaged_image: such a record cannot be trained on; mend it, or leave it"),
+        (("damaged_image",), (), "--allow damaged_image: such a record cannot be trained on; fix it, or leave it"),
     ],
 )
 def test_kinds_that_cannot_be_meant_are_refused(allowed, refused, message):

@@ -121,7 +121,7 @@ def test_bad_records_end_in_an_error_after_the_report_is_written(folder, capsys)
     error = fail(capsys, folder, spoil(make_records()))
     output_dir = folder.parent / "out"
     assert error.endswith(
-        f"error: 3 of 4 records are bad; {output_dir / 'quarantine.jsonl'} holds them with the reasons. Mend them, or "
+        f"error: 3 of 4 records are bad; {output_dir / 'quarantine.jsonl'} holds them with the reasons. Fix them, or "
         "train without them: --bad_records quarantine\n"
     )
     assert {path.name for path in output_dir.iterdir()} == {
@@ -192,7 +192,7 @@ def test_a_strangers_folder_is_left_alone(folder, capsys):
     output_dir.mkdir()
     (output_dir / "thesis.txt").write_text("mine")
     error = fail(capsys, folder, make_records())
-    assert f"{output_dir}: has no run_record.json, so it is no output of ours" in error
+    assert f"{output_dir}: has no run_record.json, so it is not an output of ours" in error
     assert [path.name for path in output_dir.iterdir()] == ["thesis.txt"]
 
 

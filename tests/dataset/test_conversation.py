@@ -180,7 +180,7 @@ def test_no_room_for_an_answer_is_refused(word_encoder):
 
 def test_an_image_behind_the_limit_is_refused(word_encoder):
     chat = [*CHAT[:3], Turn("user", "<image>\n谢啦"), Turn("assistant", "不客气！")]
-    with pytest.raises(DoesNotFit, match="an image stands behind model_max_length 30"):
+    with pytest.raises(DoesNotFit, match="an image lies beyond model_max_length 30"):
         word_encoder.encode_example(chat, 30)
 
 

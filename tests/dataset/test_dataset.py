@@ -317,7 +317,7 @@ def test_every_allowed_kind_of_record_is_read(tmp_path):
     ]
 
 
-# ---- Files that are no annotations at all ----
+# ---- Files that are not annotations at all ----
 
 GOOD_LINE = json.dumps(make_record("a"), ensure_ascii=False)
 UNUSABLE_FILES = {

@@ -244,7 +244,7 @@ def test_without_a_file_nothing_is_remembered(folder, inspected):
 
 
 def make_damaged(file: Path) -> None:
-    file.write_bytes(b"this is no database" * 100)
+    file.write_bytes(b"this is not a database" * 100)
 
 
 def make_directory(file: Path) -> None:

@@ -99,14 +99,14 @@ def test_writes_answers_and_scores(flags, served_model, tmp_path, capsys):
         "task",
         "question",
         "answer",
-        "truth",
+        "reference",
         "text",
         "tokens",
         "stopped",
         "problem",
     }
     assert predictions[0]["image"] == "p0.png"
-    assert predictions[0]["truth"] == predictions[0]["text"] == "写着“我太难了”。"
+    assert predictions[0]["reference"] == predictions[0]["text"] == "写着“我太难了”。"
     metrics = read_metrics(output_dir)
     assert metrics["stage"] == "evaluate"
     assert metrics["scores"]["character_error_rate"]["count"] == 6
@@ -115,7 +115,7 @@ def test_writes_answers_and_scores(flags, served_model, tmp_path, capsys):
     printed = capsys.readouterr().out
     rate = metrics["scores"]["character_error_rate"]
     assert f"{rate['value']:.1%} ({100 * rate['low']:.1f}–{100 * rate['high']:.1f})" in printed
-    assert "right to the letter: text" in printed
+    assert "exact match: text" in printed
 
 
 def test_an_interrupted_evaluation_goes_on(flags, tmp_path, monkeypatch, capsys):
@@ -197,7 +197,7 @@ def test_no_model_is_emptied_for_an_evaluation(flags, trained, tmp_path, capsys)
     with pytest.raises(SystemExit) as stop:
         evaluate.main([*flags, "--output_dir", str(model), "--overwrite"])
     assert stop.value.code == 2
-    assert "is no output_dir of evaluate.py" in capsys.readouterr().err
+    assert "is not an output_dir of evaluate.py" in capsys.readouterr().err
     assert {path.name for path in model.iterdir()} == files
 
 
@@ -207,7 +207,7 @@ def test_any_character_of_an_answer_can_be_read_again(flags, annotations, tmp_pa
     annotations.write_text(json.dumps(records))
     evaluate.main([*flags, "--output_dir", str(tmp_path / "scores")])
     first, *_ = read_predictions(tmp_path / "scores").values()
-    assert first["truth"] == "一\u2028二\x85三"
+    assert first["reference"] == "一\u2028二\x85三"
 
 
 def test_a_folder_of_something_else_is_left_alone(flags, tmp_path, capsys):
@@ -215,7 +215,7 @@ def test_a_folder_of_something_else_is_left_alone(flags, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.main([*flags, "--output_dir", str(tmp_path), "--overwrite"])
     assert stop.value.code == 2
-    assert "is no output of ours and --overwrite leaves it alone" in capsys.readouterr().err
+    assert "is not an output of ours and --overwrite leaves it alone" in capsys.readouterr().err
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

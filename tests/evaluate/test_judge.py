@@ -33,8 +33,8 @@ def test_the_prompt_shows_both_orders():
         assert all(f"{criterion}：" in prompt for criterion in CRITERIA)
     assert "图中没有文字。" in Pair("a.png", QUESTION, "没有", "", "1", "2").write_prompt(False)
     assert "图中文字" not in Pair("a.png", QUESTION, "没有", None, "1", "2").write_prompt(False).split("问题：")[1]
-    # Braces of an answer are no places to be filled.
-    assert "{truth}" in Pair("a.png", QUESTION, "好", None, "{truth}", "2").write_prompt(False)
+    # Braces of an answer are not places to be filled.
+    assert "{reference}" in Pair("a.png", QUESTION, "好", None, "{reference}", "2").write_prompt(False)
 
 
 def test_verdicts_by_hand():
@@ -65,7 +65,13 @@ def write_evaluation(folder, title, answers):
     lines = []
     for place, text in enumerate(answers):
         Image.new("RGB", (50 + place, 40)).save(folder.parent / f"{place}.png")
-        line = {"image": f"{place}.png", "question": QUESTION, "truth": "好耶", "text": "好耶", "task": f"task{place}"}
+        line = {
+            "image": f"{place}.png",
+            "question": QUESTION,
+            "reference": "好耶",
+            "text": "好耶",
+            "task": f"task{place}",
+        }
         lines.append(json.dumps({**line, "answer": text}))
     (folder / "run_record.json").write_text(json.dumps(record))
     (folder / "metrics.json").write_text(json.dumps(record))
@@ -154,8 +160,8 @@ def test_what_cannot_be_judged_is_refused(judge_with, tmp_path, capsys):
         assert server.requests == []
         with pytest.raises(SystemExit):
             judge_with(server, "--first", str(tmp_path))
-        assert "it is no output_dir of evaluate.py" in capsys.readouterr().err
-    # One pair is a tie without a judge, which is no verdict of his.
+        assert "it is not an output_dir of evaluate.py" in capsys.readouterr().err
+    # One pair is a tie without a judge, which is not a verdict of his.
     with CaptionServer(default=answer("嗯")) as server, pytest.raises(SystemExit):
         judge_with(server, "--limit", "2", "--overwrite")
     assert (

@@ -6,8 +6,8 @@ from meme_llava.dataset.text_quality import normalise_text
 from meme_llava.evaluate.scores import AnsweredQuestion, asks_for_text, describe_measure, is_right, score_answers
 
 
-def ask(answer, truth, text=None, task="", image="a.png", tokens=None, stopped=None):
-    return AnsweredQuestion(answer, truth, text, task, image, tokens, stopped)
+def ask(answer, reference, text=None, task="", image="a.png", tokens=None, stopped=None):
+    return AnsweredQuestion(answer, reference, text, task, image, tokens, stopped)
 
 
 def test_only_letters_and_digits_are_compared():
@@ -52,9 +52,9 @@ def test_captions_by_hand():
 
 
 def test_scores_of_captions_have_intervals_by_image():
-    """Half of the images have a caption that shares nothing with the truth; a draw of these alone scores zero."""
-    truth = "图片里画着一只坐在窗边的小猫"
-    once = [ask(truth if row % 2 else "别的", truth, image=f"{row}.png") for row in range(4)]
+    """Half of the images have a caption that shares nothing with the reference; a draw of these alone scores zero."""
+    reference = "图片里画着一只坐在窗边的小猫"
+    once = [ask(reference if row % 2 else "别的", reference, image=f"{row}.png") for row in range(4)]
     for name in ("chrf", "bleu", "rouge_l"):
         one, ten = (score_answers(answered)[name] for answered in (once, once * 10))
         assert (one.low, one.high) == pytest.approx((ten.low, ten.high))
@@ -78,7 +78,7 @@ def test_the_text_is_found_among_other_words():
 
 
 @pytest.mark.parametrize(
-    ("truth", "text", "asks"),
+    ("reference", "text", "asks"),
     [
         ("我太难了", "我太难了！", True),
         ("图片里没有文字。", "", True),
@@ -87,8 +87,8 @@ def test_the_text_is_found_among_other_words():
         ("这是一张猫咪的表情包，图中没有文字", "", False),
     ],
 )
-def test_which_questions_ask_for_the_text(truth, text, asks):
-    assert asks_for_text(truth, text) is asks
+def test_which_questions_ask_for_the_text(reference, text, asks):
+    assert asks_for_text(reference, text) is asks
 
 
 def test_signs_alone_are_a_truth_too():
@@ -124,6 +124,6 @@ def test_intervals_come_from_drawing_images():
 
 
 def test_every_score_has_a_title():
-    assert describe_measure("right: mood").title == "right to the letter: mood"
-    assert describe_measure("right: ").title == "right to the letter: all"
+    assert describe_measure("right: mood").title == "exact match: mood"
+    assert describe_measure("right: ").title == "exact match: all"
     assert describe_measure("character_error_rate").better == "lower"

@@ -43,7 +43,7 @@ def signals(number, rank, step=3):
 
 
 TERMINATED, INTERRUPTED = (
-    f"stopped: by {name} behind step 3 of 6; .*checkpoint-3 is whole. Start the same command again"
+    f"stopped: by {name} after step 3 of 6; .*checkpoint-3 is whole. Start the same command again"
     for name in ("SIGTERM", "SIGINT")
 )
 FAULTS = [

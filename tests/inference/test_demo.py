@@ -145,7 +145,7 @@ def test_stopping_ends_the_answer_and_the_next_question_is_answered(answerer, ba
     image = open_image(world.image_folder / "p0.png")
     wanted = answerer.answer(image, NEXT_QUESTION, max_new_tokens=NEW_TOKENS, earlier=earlier)
     assert conversation.columns[0][1].text == wanted.text
-    # An answer that never began is no turn of the conversation.
+    # An answer that never began is not a turn of the conversation.
     wanted = base_answerer.answer(image, NEXT_QUESTION, max_new_tokens=NEW_TOKENS)
     assert conversation.columns[1][1].text == wanted.text
 

@@ -92,12 +92,14 @@ def test_records_are_asked_their_own_question_beside_the_truth(world, merged, ca
     flags = ("--annotations", world.annotations, "--image_folder", world.image_folder)
     result = ask(capsys, "--model", merged, *flags)
     # r2 shows two images and r3 none; the other six begin with one.
-    assert result.out.count("[right]") == 6 and result.out.count("truth:") == 6
+    assert result.out.count("[right]") == 6 and result.out.count("reference:") == 6
     assert "2 records do not begin with one image and are not asked" in result.err
-    assert "6 of 6 answers are right to the letter" in result.err
-    assert "\n  question: 图里写了什么？\n  answer:   写着“我太难了”。\n  truth:    写着“我太难了”。\n" in result.out
+    assert "6 of 6 answers match the reference exactly" in result.err
+    assert (
+        "\n  question: 图里写了什么？\n  answer:   写着“我太难了”。\n  reference:    写着“我太难了”。\n" in result.out
+    )
     result = ask(capsys, "--model", merged, *flags, "--limit", 1, "--json")
-    assert json.loads(result.out)["truth"] == "写着“我太难了”。"
+    assert json.loads(result.out)["reference"] == "写着“我太难了”。"
 
 
 def test_records_that_training_left_out_are_not_asked(world, merged, tmp_path, capsys):

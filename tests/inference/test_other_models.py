@@ -43,8 +43,8 @@ def environment(monkeypatch):
     monkeypatch.setattr(endpoint_answers, "backoff_seconds", lambda *arguments: 0.01)
 
 
-def make_record(name, text, truth=None, system=None):
-    turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": truth or text}]
+def make_record(name, text, reference=None, system=None):
+    turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": reference or text}]
     if system is not None:
         turns.insert(0, {"from": "system", "value": system})
     return {"id": name, "image": name, "text": text, "task": "text", "conversations": turns}

@@ -84,7 +84,7 @@ def test_transcriptions_become_reading_records_and_bytes_stay(tmp_path, text_fil
     assert manifest["inputs"][1]["sha256"] == hashlib.sha256(text_file.read_bytes()).hexdigest()
 
 
-def test_a_second_run_writes_no_image_again_and_mends_a_damaged_one(tmp_path, text_file):
+def test_a_second_run_writes_no_image_again_and_fixes_a_damaged_one(tmp_path, text_file):
     first = run(tmp_path, "--dataset", text_file)
     folder = tmp_path / "root/set/images"
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -132,8 +132,8 @@ def test_lists_of_answers_give_the_first_and_count_the_others(tmp_path):
 
 
 def test_ground_truth_json_of_donut_sets(tmp_path):
-    truth = json.dumps({"gt_parse": {"text_sequence": "一行字"}})
-    path = write_parquet(tmp_path / "d.parquet", [{"image": RED, "ground_truth": truth}], ["ground_truth"])
+    reference = json.dumps({"gt_parse": {"text_sequence": "一行字"}})
+    path = write_parquet(tmp_path / "d.parquet", [{"image": RED, "ground_truth": reference}], ["ground_truth"])
     assert run(tmp_path, "--dataset", path)[0]["text"] == "一行字"
 
 

@@ -47,7 +47,7 @@ def finished(world, tmp_path_factory) -> Path:
 
 
 def interrupt(finished, output_dir) -> Path:
-    """The directory as it was behind step 4, the last two checkpoints there."""
+    """The directory as it was after step 4, the last two checkpoints there."""
     output_dir.mkdir()
     for step in (2, 4):
         shutil.copytree(finished / f"checkpoint-{step}", output_dir / f"checkpoint-{step}")

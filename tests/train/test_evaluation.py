@@ -30,7 +30,7 @@ from meme_llava.train.validation import choose_shown
 QUESTION = "读出文字。"
 # Truths are the texts of the images; one record is text only and carries loss alone.
 VALIDATION = (("p0.png", "我太难了"), ("p4.png", "今天也要加油鸭"), (None, "好的"), ("p1.png", "好耶"))
-# Dropout is on, a step takes two rounds, and the last step is no multiple of two.
+# Dropout is on, a step takes two rounds, and the last step is not a multiple of two.
 RECIPE = {"max_steps": 5, "save_steps": 2, "save_total_limit": 3, "lora_dropout": 0.1, "device_batch_size": 2}
 STEPS = [2, 4, 5]
 
@@ -62,7 +62,7 @@ def eval_settings(world, validation, **changes) -> dict:
 
 @pytest.fixture(scope="module")
 def evaluated(world, validation, tmp_path_factory):
-    """One process, evaluated behind steps 2, 4 and 5."""
+    """One process, evaluated after steps 2, 4 and 5."""
     output_dir = tmp_path_factory.mktemp("evaluated") / "out"
     train.main(train_flags(world, output_dir, report_to="tensorboard", **RECIPE, **eval_settings(world, validation)))
     return output_dir
@@ -102,7 +102,7 @@ def test_answers_are_those_of_the_checkpoint_of_that_step(world, evaluated):
     answers = read_answers(evaluated)
     images = [str(world.image_folder / name) for name in ("p0.png", "p4.png")]
     assert [(one["step"], one["image"]) for one in answers] == [(step, image) for step in STEPS for image in images]
-    assert [(one["question"], one["truth"]) for one in answers[:2]] == [
+    assert [(one["question"], one["reference"]) for one in answers[:2]] == [
         (QUESTION, "我太难了"),
         (QUESTION, "今天也要加油鸭"),
     ]
@@ -188,7 +188,7 @@ def test_everything_is_on_the_terminal_and_in_the_tracker(world, validation, eva
     texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("answers/2/text_summary")]
     answers = [one["answer"] for one in read_answers(evaluated) if one["image"].endswith("p4.png")]
     assert all(f"    answer: {answer.splitlines()[0]}" in text for text, answer in zip(texts, answers, strict=True))
-    assert all("    truth: 今天也要加油鸭\n" in text for text in texts)
+    assert all("    reference: 今天也要加油鸭\n" in text for text in texts)
 
 
 def test_the_run_record_names_the_validation_records(validation, evaluated):
@@ -267,7 +267,7 @@ def test_a_signal_in_an_evaluation_saves_at_once_and_it_is_made_up_for(
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainingEvaluation, "_ask", ask_and_stop)
-        assert "stopped: by SIGTERM behind step 2 of 5" in fail(capsys, flags, code=75)
+        assert "stopped: by SIGTERM after step 2 of 5" in fail(capsys, flags, code=75)
     assert not (tmp_path / "out" / "answers.jsonl").exists()
     train.main([*flags, "--resume_from_checkpoint", "latest"])
     assert weights_equal(tmp_path / "out", evaluated)

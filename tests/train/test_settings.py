@@ -150,7 +150,7 @@ def test_every_form_of_a_flag_is_understood():
         (["--sedd=5"], "unknown setting --sedd (did you mean --seed?)"),
         (["--per_device_train_batch_size", "5"], "unknown setting --per_device_train_batch_size"),
         (["stray"], "unrecognized arguments: stray"),
-        # An abbreviation is no spelling of its own: it would change its meaning with the next new setting.
+        # An abbreviation is not a spelling of its own: it would change its meaning with the next new setting.
         (["--high", "5"], "unknown setting --high"),
         (["--gradient_check"], "unknown setting --gradient_check"),
         (["--high_lr", "fast"], "argument --high_lr: invalid float value: 'fast'"),

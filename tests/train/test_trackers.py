@@ -128,7 +128,7 @@ def test_mlflow_in_a_file(world, tmp_path):
     (image,) = artifacts.rglob("*.png")
     assert Image.open(image).size == (40, 30)
     (answer,) = json.loads((artifacts / "answers" / "step_000002.json").read_text())
-    assert answer["image"].endswith("p0.png") and answer["truth"] == "写着“我太难了”。"
+    assert answer["image"].endswith("p0.png") and answer["reference"] == "写着“我太难了”。"
     record = json.loads((artifacts / "run_record.json").read_text())
     assert record["settings"]["low_lr"] == 5e-3
 

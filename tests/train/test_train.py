@@ -552,7 +552,7 @@ def test_after_the_precheck_a_damaged_image_stops_the_run_before_the_model_is_lo
     train.main([*flags, "--bad_records", "quarantine", "--max_steps", "1"])
     printed = capsys.readouterr().out
     assert "1 bad records are left out" in printed and "never decoded" not in printed
-    # The file is mended: nothing that was found before holds it back.
+    # The file is fixed: nothing that was found before holds it back.
     Image.new("RGB", (40, 30)).save(images / "p5.png")
     precheck.main(flags)
     assert "settings are sound, 8 records can be trained on" in capsys.readouterr().out

@@ -161,7 +161,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--share_patches", action="store_true", help="texts may have several letters in a patch")
     parser.add_argument("--plain", type=float, default=0, help="share of pages dark on white, with nothing worn")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=1, help="draw with so many")
+    parser.add_argument("--processes", type=int, default=1, help="draw with N processes")
     arguments = parser.parse_args(argv)
     if not any(getattr(arguments, lesson) for lesson in LESSONS):
         parser.error("no lesson is asked for; give at least one of " + ", ".join(f"--{lesson}" for lesson in LESSONS))

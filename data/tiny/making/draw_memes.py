@@ -21,7 +21,7 @@ from meme_fonts import FontFace, find_fonts
 from meme_lines import LineSource, list_alphabet
 from meme_pictures import Meme, draw_meme, save_image
 
-TEXTLESS_SHARE = 10  # one meme in so many carries no words
+TEXTLESS_SHARE = 10  # one meme in N carries no words
 FORMATS = ("jpeg",) * 16 + ("png", "palette", "transparent")
 NO_TEXT = "图片里没有文字"
 TASKS = ("text", "mood", "description")
@@ -85,7 +85,7 @@ def dealer(rng: random.Random, values: list) -> Iterator:
 
 def write_records(meme: Meme, tasks: list[str], rng: random.Random) -> list[dict]:
     """A record for each task."""
-    truth = {"text": meme.text, "character": meme.character, "mood": meme.mood, "prop": meme.prop}
+    reference = {"text": meme.text, "character": meme.character, "mood": meme.mood, "prop": meme.prop}
     records = []
     for task in tasks:
         question, answer = write_turns(meme, task, rng)
@@ -94,7 +94,7 @@ def write_records(meme: Meme, tasks: list[str], rng: random.Random) -> list[dict
                 "id": f"{meme.identifier}_{task}",
                 "image": f"images/{meme.file_name}",
                 "task": task,
-                **truth,
+                **reference,
                 "conversations": [
                     {"from": "human", "value": f"<image>\n{question}"},
                     {"from": "gpt", "value": answer},
@@ -157,7 +157,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--lines", choices=("seen", "unseen"), default="seen", help="unseen: no line that seen ever has"
     )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="records for each meme")
-    parser.add_argument("--processes", type=int, default=1, help="draw with so many")
+    parser.add_argument("--processes", type=int, default=1, help="draw with N processes")
     parser.add_argument(
         "--font",
         type=Path,

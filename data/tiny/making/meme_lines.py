@@ -23,7 +23,7 @@ ALPHABET = PUNCTUATION + (
     "请起身车边过还这道里钱锅错难静饭"
 )
 LONGEST_LINE = 12  # characters
-UNSEEN_SHARE = 8  # one line in so many is kept for images that no model has trained on
+UNSEEN_SHARE = 8  # one line in N is kept for images that no model has trained on
 
 # What a meme of each mood says.
 LINES = {

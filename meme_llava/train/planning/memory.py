@@ -62,7 +62,7 @@ class ShardingPlan:
         return cls(processes, Precision(on_gpu, uses_bf16, keeps_float32=True), stage, is_fsdp=engine.kind == FSDP)
 
     def with_zero(self, stage: int, processes: int) -> "ShardingPlan":
-        """The same under another ZeRO stage, on so many devices."""
+        """The same under another ZeRO stage, on that many devices."""
         arithmetic = replace(self.arithmetic, keeps_float32=not self.arithmetic.uses_bf16)
         return ShardingPlan(processes, arithmetic, stage, self.zero_options)
 
@@ -268,7 +268,7 @@ class _TracedDepths:
         return self.deeper_vision - self.base
 
     def extrapolate(self, layers: CheckpointedLayers) -> Trace:
-        """The step of a model with so many layers; a frozen tower, which keeps nothing, counts none."""
+        """The step of a model with the given layers; a frozen tower, which keeps nothing, counts none."""
         vision = layers.vision or FEW
         return self.base + self.per_language_layer * (layers.language - FEW) + self.per_vision_layer * (vision - FEW)
 

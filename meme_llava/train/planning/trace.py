@@ -62,7 +62,7 @@ class Trace:
 
 
 def set_depths(config: LlavaConfig, language: int, vision: int) -> LlavaConfig:
-    """The same LLaVA with so many language layers and used vision layers."""
+    """The same LLaVA with the given numbers of language layers and used vision layers."""
     config = copy.deepcopy(config)
     unused = config.vision_config.num_hidden_layers - count_used_vision_layers(config)
     config.vision_config.num_hidden_layers = vision + unused
