@@ -15,8 +15,8 @@ from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.text_quality import find_loop, find_refusal
 from meme_llava.inference.endpoint_client import (
     CaptionClient,
-    ImageRejected,
     Completion,
+    ImageRejected,
     StopAsking,
     TransientError,
     backoff_seconds,
