@@ -3,7 +3,7 @@
 python demo.py --model output/merged
 python demo.py --model output/merged --compare_with output/base
 
-opens a page on this machine, http://127.0.0.1:7860: drop or paste a picture and ask, in several turns. With a second
+opens a page on this machine, http://127.0.0.1:7860: drop or paste an image and ask, in several turns. With a second
 model each question goes to both, and the answers stand beside each other.
 """
 

@@ -4,7 +4,7 @@
 #   bash run.sh                          every stage; what is finished is skipped, training resumes
 #   bash run.sh train merge              only these stages
 #   bash run.sh train --save_steps 100   flags after the stages go to train.py (train --help)
-#   bash run.sh train --plan --machine a800-80gb     memory and time of the run; needs no GPU
+#   bash run.sh train --plan --accelerator a800-80gb    memory and time of the run; needs no GPU
 #   LOW_LR=1e-5 OUTPUT_DIR=output_b bash run.sh      other settings for one run
 #   PRESET=v2 bash run.sh                a published recipe of configs/presets
 #   DRY_RUN=1 bash run.sh                print the commands, run nothing

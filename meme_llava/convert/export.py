@@ -1,4 +1,4 @@
-"""Knows how a merged model is written for serving engines, and how to prove that it still sees the same.
+"""Merged models written for serving engines, and the proof that they still see the same.
 
 vLLM, SGLang and LMDeploy take CLIP, SigLIP and Pixtral towers in a LLaVA and refuse `chinese_clip_vision_model`.
 Chinese-CLIP's vision tower is CLIP's in all but name: the same settings, layers and tensor names.

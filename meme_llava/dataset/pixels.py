@@ -15,7 +15,7 @@ def read_pixels(path: Path, policy: ImagePolicy, max_pixels: int = MAX_PIXELS) -
 
 
 def to_pixels(image: Image.Image, policy: ImagePolicy) -> torch.Tensor:
-    """Resize an RGB picture. Returns uint8 of shape (3, size, size)."""
+    """Resize an RGB image. Returns uint8 of shape (3, size, size)."""
     pixels = np.asarray(fit_to_square(image, policy))  # (size, size, 3)
     # Copied by NumPy, which starts no threads: loader processes share the CPUs already.
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
@@ -31,5 +31,5 @@ def normalise(pixels: torch.Tensor, policy: ImagePolicy) -> torch.Tensor:
 
 
 def to_pixel_values(image: Image.Image, policy: ImagePolicy) -> torch.Tensor:
-    """Resize and normalise an RGB picture. Returns float32 of shape (3, size, size)."""
+    """Resize and normalise an RGB image. Returns float32 of shape (3, size, size)."""
     return normalise(to_pixels(image, policy), policy)

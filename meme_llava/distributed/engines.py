@@ -1,4 +1,4 @@
-"""Knows the engines that can train: one process, copies on several devices, or state divided among them.
+"""The engines that can train: one process, copies on several devices, or state sharded among them.
 
 An engine is one word: `single`, `ddp`, or the name of a file in configs/deepspeed or configs/fsdp.
 """
@@ -42,7 +42,7 @@ class Engine:
         return self.zero_options.get("stage", 0) if self.kind == DEEPSPEED else None
 
     @property
-    def divides_weights(self) -> bool:
+    def shards_weights(self) -> bool:
         """Whether a forward pass gathers weights from all processes, so that all must make it."""
         return self.kind == FSDP or self.zero_stage == 3
 
@@ -69,7 +69,7 @@ def choose_engine(name: str, processes: int, on_gpu: bool) -> Engine:
     """The engine of that name; `auto` is one process where there is one, ZeRO-2 on several GPUs, else DDP.
 
     Raises:
-        UserError: there is none of that name, it does not go with so many processes, or its file is wrong.
+        UserError: there is none of that name, it does not go with that many processes, or its file is wrong.
     """
     if name == AUTO:
         name = SINGLE if processes == 1 else DEFAULT_DIVIDED if on_gpu else DDP

@@ -1,4 +1,4 @@
-"""Knows how a model answers a question about a picture. The prompt comes from `conversation`, as in training."""
+"""Answers of our models to questions about an image. The prompt comes from `conversation`, as in training."""
 
 import contextlib
 import copy
@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.dataset.pixels import to_pixel_values
 from meme_llava.errors import UserError
-from meme_llava.inference.answers import Answer, Exchange
+from meme_llava.inference.predictions import Answer, Exchange
 from meme_llava.inference.questions import Question
 from meme_llava.model.llava import PROJECTOR, Processing, load_llava, load_processing
 from meme_llava.model.trainable import apply_trained_weights
@@ -24,7 +24,7 @@ from meme_llava.storage.run_record import holds_trained_weights
 
 
 class PromptTooLong(UserError):
-    """A prompt behind which the model has no position left for an answer."""
+    """A prompt that leaves the model no position for an answer."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Answerer:
     ) -> dict[str, torch.Tensor]:
         """Inputs of one question: input_ids and attention_mask (1, length), pixel_values (1, 3, size, size).
 
-        The picture stands in front of the first question, as in the sample memes. `earlier` is what was asked and
+        The image stands in front of the first question, as in the sample memes. `earlier` is what was asked and
         answered about it before.
         """
         turns = [Turn("system", system)] if system is not None else []
@@ -55,7 +55,7 @@ class Answerer:
             turns += [Turn("user", exchange.question), Turn("assistant", exchange.answer)]
         turns.append(Turn("user", question))
         if any(IMAGE_PLACEHOLDER in turn.text for turn in turns if turn.role == "user"):
-            raise UserError(f"the question holds {IMAGE_PLACEHOLDER}; the picture is put in front of it by itself")
+            raise UserError(f"the question holds {IMAGE_PLACEHOLDER}; the image is put in front of it by itself")
         first = 0 if system is None else 1
         turns[first] = Turn("user", f"{IMAGE_PLACEHOLDER}\n{turns[first].text}")
         input_ids = torch.tensor([self.processing.encoder.encode_prompt(turns)])
@@ -79,7 +79,7 @@ class Answerer:
         earlier: Sequence[Exchange] = (),
         stopping: StoppingCriteriaList | None = None,
     ) -> Answer:
-        """The greedy answer about one picture; `stopping` may end it before the model does.
+        """The greedy answer about one image; `stopping` may end it before the model does.
 
         Raises:
             PromptTooLong: the model has no more positions than the prompt takes.
@@ -97,7 +97,7 @@ class Answerer:
     ) -> list[Answer]:
         """The greedy answers to several questions at once; shorter prompts are padded on the left.
 
-        Files often ask several things about a picture; the vision tower sees it once.
+        Files often ask several things about an image; the vision tower sees it once.
 
         Raises:
             PromptTooLong: the model has no more positions than one of the prompts takes.
@@ -119,18 +119,18 @@ class Answerer:
             )  # (questions, longest)
             for name, value in (("input_ids", self.padding_id), ("attention_mask", 0))
         }
-        pictures = {question.image: inputs["pixel_values"] for question, inputs in zip(questions, batch, strict=True)}
-        padded["pixel_values"] = torch.cat(list(pictures.values()))  # (pictures, 3, size, size)
-        places = {path: place for place, path in enumerate(pictures)}
+        pixels = {question.image: inputs["pixel_values"] for question, inputs in zip(questions, batch, strict=True)}
+        padded["pixel_values"] = torch.cat(list(pixels.values()))  # (images, 3, size, size)
+        places = {path: place for place, path in enumerate(pixels)}
         with self._repeat_features([places[question.image] for question in questions]):
             return self._generate(padded, max_new_tokens)
 
     @contextlib.contextmanager
-    def _repeat_features(self, of_picture: list[int]) -> Iterator[None]:
-        """While the block lasts, the projector gives (questions, tokens, width) in place of (pictures, …)."""
+    def _repeat_features(self, of_image: list[int]) -> Iterator[None]:
+        """While the block lasts, the projector gives (questions, tokens, width) in place of (images, …)."""
         # In generate, since engines gather the weights for that.
         projector = next(module for name, module in self.model.named_modules() if name.endswith(PROJECTOR))
-        handle = projector.register_forward_hook(lambda module, inputs, features: features[of_picture])
+        handle = projector.register_forward_hook(lambda module, inputs, features: features[of_image])
         try:
             yield
         finally:
@@ -171,11 +171,11 @@ class Answerer:
 
 
 def read_answer(new_ids: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
-    """The answer that ends at the first of the `ends`, if one is there; what fills up behind it is left out."""
+    """The answer that ends at the first of the `ends`, if one is there; the padding after it is left out."""
     length = next((place + 1 for place, token in enumerate(new_ids) if token in ends), len(new_ids))
     new_ids = new_ids[:length]
     text = tokenizer.decode(new_ids, skip_special_tokens=True)
-    return Answer(text.strip(), new_ids, new_ids[-1] in ends)
+    return Answer(text.strip(), len(new_ids), new_ids[-1] in ends, token_ids=tuple(new_ids))
 
 
 def load_answerer(folder: Path, base_model: Path | None = None, device: str = "auto", dtype: str = "auto") -> Answerer:

@@ -1,4 +1,4 @@
-"""Knows a model's weights by a fingerprint, whatever files they are divided into.
+"""Fingerprints of a model's weights, whatever files they are divided into, and the base that belongs to an adapter.
 
 A sha256 over every tensor's name, shape, dtype and bytes. 15 GB take seconds to hash, so what was found is remembered
 together with the state of the files it was found in.

@@ -7,7 +7,7 @@ from meme_llava.dataset.quarantine import QUARANTINE
 from meme_llava.errors import CheckpointError, UserError
 from meme_llava.storage.manifest import verify_directory
 from meme_llava.storage.run_record import RUN_RECORD, read_run_record
-from meme_llava.train.checkpoints import PASSED_OVER_SUFFIX, find_newest, list_checkpoints
+from meme_llava.train.checkpoints import CORRUPT_SUFFIX, find_newest, list_checkpoints
 from meme_llava.train.settings import FREE_SETTINGS, TrainArguments
 from meme_llava.train.tracker_runs import FOLDERS
 from meme_llava.train.validation import ANSWERS
@@ -80,7 +80,7 @@ def _list_results(output_dir: Path) -> list[str]:
     if not output_dir.is_dir():
         return []
     names = {path.name for path in output_dir.iterdir()} - LEFTOVERS
-    return sorted(name for name in names if not name.startswith(".") and not name.endswith(PASSED_OVER_SUFFIX))
+    return sorted(name for name in names if not name.startswith(".") and not name.endswith(CORRUPT_SUFFIX))
 
 
 def is_finished(output_dir: Path) -> bool:
