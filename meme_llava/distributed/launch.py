@@ -60,6 +60,8 @@ def parse_launch_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--processes and --nodes must be at least 1")
     if not 0 <= arguments.node_rank < arguments.nodes:
         raise UserError(f"--node_rank is {arguments.node_rank}, expected 0 to {arguments.nodes - 1}, below --nodes")
+    if not 0 <= arguments.master_port < 65536:
+        raise UserError(f"--master_port is {arguments.master_port}, expected 0 to 65535")
     if arguments.nodes > 1 and arguments.master_port == 0:
         raise UserError("--master_port is needed with several machines; they must agree on it")
     return arguments

@@ -1,4 +1,4 @@
-"""Knows where a run starts: at the beginning, or behind a checkpoint that belongs to it."""
+"""Where a run starts: at the beginning, or after a checkpoint that belongs to it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from meme_llava.train.validation import ANSWERS
 from meme_llava.train.vision_features import VISION_FEATURES
 
 LATEST = "latest"
-# What an interrupted start leaves behind before its first checkpoint is no result.
+# What an interrupted start leaves behind before its first checkpoint is not a result.
 LEFTOVERS = {QUARANTINE, VISION_FEATURES, ANSWERS, *FOLDERS}
 # Where a run's input and output lie may change; what lies there is compared.
 PLACES = {"model", "annotations", "image_folder", "output_dir"}
@@ -31,7 +31,7 @@ FIXED_SETTINGS = {
 
 @dataclass(frozen=True)
 class StartPoint:
-    """Where a run starts: optimizer steps and records that a checkpoint has behind it, and its run record."""
+    """Where a run starts: optimizer steps and records that a checkpoint has done, and its run record."""
 
     checkpoint: Path | None = None
     step: int = 0
@@ -112,7 +112,7 @@ def check_continues(start: StartPoint, ours: dict, allow_changes: bool) -> list[
         changed["base"] = "the base model is another one"
     if theirs["step"] >= ours["schedule"]["steps"] and not theirs["finished"]:
         raise CheckpointError(
-            f"{start.checkpoint} has {theirs['step']} steps behind it, and this run is to have "
+            f"{start.checkpoint} has done {theirs['step']} steps, and this run is to have "
             f"{ours['schedule']['steps']}; raise --num_train_epochs or --max_steps, or continue an earlier checkpoint"
         )
     fixed = [text for name, text in changed.items() if name in FIXED_SETTINGS]
@@ -131,7 +131,7 @@ def check_continues(start: StartPoint, ours: dict, allow_changes: bool) -> list[
 
 def describe_continuation(start: StartPoint, ours: dict, changes: list[str]) -> str:
     """What a user should know about a run that goes on."""
-    lines = [f"continuing from {start.checkpoint}: {start.step} steps, {start.records:,} records behind it"]
+    lines = [f"continuing from {start.checkpoint}, after {start.step} steps and {start.records:,} records"]
     before, now = start.record["schedule"], ours["schedule"]
     if before["processes"] != now["processes"]:
         lines.append(
