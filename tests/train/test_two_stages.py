@@ -157,7 +157,7 @@ def test_a_preset_can_be_planned(world, tmp_path, path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("EPOCHS: 5\nEPOCH: 3\n", "line 2 sets EPOCH, which no preset can"),
+        ("EPOCHS: 5\nEPOCH: 3\n", "line 2 sets EPOCH, which is no setting of run.sh"),
         ("EPOCHS = 5\n", "line 1 is 'EPOCHS = 5', expected NAME: value"),
         ("EPOCHS: 5 # passes\n", "line 1 is 'EPOCHS: 5 # passes', expected NAME: value"),
     ],
