@@ -221,7 +221,7 @@ def _load_prompts(training: dict, processing: Processing) -> tuple[list[dict], P
         input_ids = example["input_ids"][None, : int((example["labels"] >= 0).nonzero()[0])]  # (1, prompt)
         images = int((input_ids == encoder.image_token_id).sum()) // processing.tokens_per_image
         # (images, 3, size, size); a later turn's images are not part of the first question.
-        pixel_values = normalise(torch.stack(example["images"][:images]), policy) if images else None
+        pixel_values = normalise(torch.stack(example["pixel_values"][:images]), policy) if images else None
         prompts.append({"input_ids": input_ids, "pixel_values": pixel_values})
     return prompts, annotations
 

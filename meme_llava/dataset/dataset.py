@@ -26,7 +26,7 @@ class MemeDataset(Dataset):
     """Records as token ids and pixels; tokenised and decoded when asked for, in the process that asks.
 
     An item is {"record_id", "input_ids" int64 (length,), "labels" int64 (length,), "image_paths" one file for every run
-    of image tokens, "images" their pixels, uint8 (3, size, size) each, or features, (tokens, vision width)}.
+    of image tokens, "pixel_values" their pixels, uint8 (3, size, size) each, or features, (tokens, vision width)}.
 
     Args:
         records: with known lengths.

@@ -707,5 +707,5 @@ def test_tokens_and_pixels_are_the_same_in_training_and_in_use(world: World, bas
         prompt = inputs["input_ids"][0]
         assert torch.equal(item["input_ids"][: len(prompt)], prompt), name
         assert item["labels"][: len(prompt)].eq(-100).all() and item["labels"][len(prompt)] != -100
-        pixel_values = normalise(torch.stack(item["images"]), processing.image_policy)
+        pixel_values = normalise(torch.stack(item["pixel_values"]), processing.image_policy)
         assert torch.equal(pixel_values, inputs["pixel_values"]), name
