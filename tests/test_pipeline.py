@@ -200,6 +200,8 @@ def test_every_engine_is_one_word(dry_run, engine):
         ([], {"LOW_LR": "-1"}, "error: LOW_LR is -1.0, expected greater than 0"),
         (["train", "--low_lr", "-1"], {}, "error: --low_lr is -1.0, expected greater than 0"),
         ([], {"PROJECTOR_EPOCHS": "1", "PROJECTOR_LR": "fast"}, "error: PROJECTOR_LR: invalid float value: 'fast'"),
+        (["train", "--output_dir", "b"], {"PROJECTOR_EPOCHS": "1"}, "error: --output_dir counts for both stages of"),
+        ([], {"PROJECTOR_EPOCHS": "1", "TRAIN_TYPE": "projector"}, "train the same; set PROJECTOR_EPOCHS=0"),
         ([], {"MASTER_PORT": "http"}, "error: MASTER_PORT: invalid int value: 'http'"),
         ([], {"IMAGE_POLICY": "padd"}, "error: IMAGE_POLICY: invalid choice: 'padd'"),
     ],
