@@ -44,14 +44,19 @@ TOP = """\
 
 <!-- Written by docs/make_tables.py from run.sh and the code. Do not edit: change the code and run it again. -->
 
-A setting has one home. Values that users edit are variables of `run.sh`. What makes a train type is in `configs/train`, and the values of published recipes are in `configs/presets`. Everything else has its default in the code.
+A setting has one home. Values that users edit are variables of `run.sh`. What makes a train type is in \
+`configs/train`, and the values of published recipes are in `configs/presets`. Everything else has its default in \
+the code.
 
-The command line wins over a recipe, and a recipe wins over a default. `run.sh` puts its variables on the command line. An unknown flag or key is an error, and so is a misspelt variable of `run.sh` such as `EPOCH`; `run.sh` does not notice a variable with an entirely different name.
+The command line wins over a recipe, and a recipe wins over a default. `run.sh` puts its variables on the command \
+line. An unknown flag or key is an error, and so is a misspelt variable of `run.sh` such as `EPOCH`; `run.sh` does \
+not notice a variable with an entirely different name.
 Every run prints its settings and writes them to `run_record.json` beside the weights.
 
 ## run.sh
 
-Edit the values in `run.sh`, or set them for one run in front of the command: `EPOCHS=5 bash run.sh`. Flags after the stages go to `train.py`. "Published" is the value of the published 8×A800 run.
+Edit the values in `run.sh`, or set them for one run in front of the command: `EPOCHS=5 bash run.sh`. Flags after \
+the stages go to `train.py`. "Published" is the value of the published 8×A800 run.
 
 """
 MORE = """\
