@@ -6,7 +6,7 @@
 #   bash run.sh train --save_steps 100    flags behind the stages go to train.py
 #   bash run.sh train --eval_every 50     evaluate while training, on EVAL_ANNOTATIONS
 #   bash run.sh                      again, after an interruption: training goes on from its newest whole checkpoint
-#   bash run.sh train --plan --machine a800-80gb    what the run would take, in memory and time; needs no GPU
+#   bash run.sh train --plan --accelerator a800-80gb    what the run would take, in memory and time; needs no GPU
 #   DRY_RUN=1 bash run.sh            print the commands, run nothing
 #
 # Edit the values below, or set them for one run: LOW_LR=1e-5 OUTPUT_DIR=output_b bash run.sh
@@ -25,7 +25,7 @@ PRESET=${PRESET:-}                        # none, or a file of configs/presets, 
 # --- models and data ---
 LANGUAGE_MODEL=${LANGUAGE_MODEL:-data/tiny/language_model}    # folder, hub id, modelscope:ORG/MODEL. real run: Qwen/Qwen2-7B-Instruct
 VISION_MODEL=${VISION_MODEL:-data/tiny/vision_tower}    # likewise. real run: OFA-Sys/chinese-clip-vit-large-patch14-336px
-IMAGE_POLICY=${IMAGE_POLICY:-squash}      # how pictures become square: squash | pad | crop (cuts words off wide memes). real run: squash
+IMAGE_POLICY=${IMAGE_POLICY:-squash}      # how images become square: squash | pad | crop (cuts words off wide memes). real run: squash
 ANNOTATIONS=${ANNOTATIONS:-data/annotations.json}    # .json or .jsonl, format in data/README.md
 IMAGE_FOLDER=${IMAGE_FOLDER:-data}        # the records' image paths start here
 EVAL_ANNOTATIONS=${EVAL_ANNOTATIONS:-auto}    # memes not in ANNOTATIONS, on which base and merged model are compared | none | auto = those of data/unseen with the sample memes, else none
@@ -69,7 +69,7 @@ if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
     exit
 fi
 
-# Which memes are kept for the evaluation, and where their pictures are.
+# Which memes are kept for the evaluation, and where their images are.
 eval_annotations=$EVAL_ANNOTATIONS eval_image_folder=$EVAL_IMAGE_FOLDER
 if [[ $eval_annotations == auto ]]; then
     eval_annotations=none
@@ -112,7 +112,7 @@ elif [[ " ${stages[*]} " == *" evaluate "* ]]; then
     fail "evaluate needs EVAL_ANNOTATIONS, an annotation file of memes that are not trained on"
 fi
 [[ $IMAGE_POLICY =~ ^(squash|pad|crop)$ ]] || fail "IMAGE_POLICY is '$IMAGE_POLICY', expected squash, pad or crop"
-# These look at the run and train nothing, so no GPU is needed and a finished run is no obstacle.
+# These look at the run and train nothing, so no GPU is needed and a finished run is not an obstacle.
 looks_only=0
 [[ ! " ${train_flags[*]} " =~ " --"(plan|show[_-]batch|help)" " ]] || looks_only=1
 [[ $ENGINE == auto || $ENGINE == single || $ENGINE == ddp || -f configs/deepspeed/$ENGINE.json || -f configs/fsdp/$ENGINE.json ]] ||
@@ -323,7 +323,7 @@ elif [[ $DRY_RUN == 0 && " ${stages[*]} " == *" train "* && ! -f $train_dir.comm
     ((${#projector_command[@]} == 0)) || python -m meme_llava.train.precheck "${projector_command[@]:1}" "${resume_projector[@]}"
     python -m meme_llava.train.precheck "${train_command[@]:1}" "${resume_training[@]}"
 fi
-# A second stage that was begun without this first one would refuse to go on, but only behind it.
+# A second stage that was begun without this first one would refuse to go on, but only after it.
 if ((${#projector_command[@]})) && [[ $DRY_RUN == 0 && " ${stages[*]} " == *" train "* && ! -f $projector_dir.command ]]; then
     if [[ -f $train_dir.command ]] || compgen -G "$train_dir/checkpoint-[0-9]*" >/dev/null; then
         fail "$train_dir was trained without the projector of $projector_dir, which is not there; choose another OUTPUT_DIR, or delete $train_dir and $train_dir.command"
@@ -376,7 +376,7 @@ run_stage merge "$merged_dir" "$train_dir/run_record.json" \
 if [[ " ${stages[*]} " == *" infer "* ]]; then
     require infer "$merged_dir" merge
     if [[ $eval_annotations == none ]]; then
-        # What was left out of training is no true answer to ask for.
+        # What was left out of training is not a reference answer to ask for.
         asked=(--annotations "$ANNOTATIONS" --image_folder "$IMAGE_FOLDER" --limit 100)
         [[ ! -f $train_dir/quarantine.jsonl ]] || asked+=(--quarantine "$train_dir/quarantine.jsonl")
     else

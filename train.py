@@ -24,17 +24,18 @@ from meme_llava.dataset.check import print_findings
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import LoadedData, TrainingOrder
 from meme_llava.dataset.quarantine import write_quarantine
-from meme_llava.distributed.engines import Engine, check_muon_runs, choose_engine, load_whole
-from meme_llava.distributed.heartbeat import ProgressMarks
+from meme_llava.distributed.engine_setup import load_whole
+from meme_llava.distributed.engines import Engine, check_muon_runs, choose_engine
+from meme_llava.distributed.heartbeat import Heartbeat
 from meme_llava.distributed.processes import (
     StopRequest,
+    broadcast_from_main,
     check_processes_agree,
     count_processes,
-    hear_signals,
+    handle_stop_signals,
     is_main_process,
     leave_process_group,
     run_and_leave,
-    share,
     start_process_group,
 )
 from meme_llava.errors import Stopped, stop_on_user_error
@@ -47,12 +48,12 @@ from meme_llava.storage.manifest import read_manifest
 from meme_llava.storage.run_record import RUN_RECORD
 from meme_llava.train.checkpoints import (
     CheckpointContent,
+    archive_newer_checkpoints,
     hold_output_dir,
     list_checkpoints,
-    put_aside_newer,
     write_final,
 )
-from meme_llava.train.computation import check_machine, plan_computation
+from meme_llava.train.computation import check_device, plan_computation
 from meme_llava.train.evaluation import make_evaluation
 from meme_llava.train.hf_arguments import derive_accumulation, make_training_arguments
 from meme_llava.train.look import plan_run
@@ -70,7 +71,7 @@ from meme_llava.train.tracker_runs import TrackerRuns, open_tracker_runs
 from meme_llava.train.trackers import check_trackers
 from meme_llava.train.trainer import MemeTrainer
 from meme_llava.train.validation import ValidationData, load_validation
-from meme_llava.train.vision_features import encode_pictures, remove_features
+from meme_llava.train.vision_features import encode_images, remove_features
 
 
 @stop_on_user_error
@@ -83,20 +84,20 @@ def main(argv: list[str] | None = None) -> None:
     engine = choose_engine(arguments.engine, processes, torch.cuda.is_available())
     check_muon_runs(engine, arguments.muon_lr)
     derive_accumulation(arguments, processes)
-    check_machine(arguments)
-    marks = ProgressMarks(arguments.hang_timeout)
-    with hear_signals() as request:
-        marks.mark("meeting the other processes")
+    check_device(arguments)
+    heartbeat = Heartbeat(arguments.hang_timeout)
+    with handle_stop_signals() as request:
+        heartbeat.beat("meeting the other processes")
         start_process_group(arguments.hang_timeout, engine.needs_process_group)
-        share(lambda: check_trackers(arguments.report_to))
-        marks.mark("verifying checkpoints")
-        start = share(lambda: choose_start(arguments))
-        marks.mark("reading the records")
+        broadcast_from_main(lambda: check_trackers(arguments.report_to))
+        heartbeat.beat("verifying checkpoints")
+        start = broadcast_from_main(lambda: choose_start(arguments))
+        heartbeat.beat("reading the records")
         processing = load_processing(arguments.model)
         data = load_records(arguments, arguments.annotations, arguments.image_folder, processing)
-        marks.mark("reading the validation records")
+        heartbeat.beat("reading the validation records")
         validation = load_validation(arguments, processing)
-        marks.mark("comparing records with the others")
+        heartbeat.beat("comparing records with the others")
         check_processes_agree([checked.record.place for checked in data.checked.usable])
         run = plan_run_from(arguments, data, engine, start)
         run.evaluation = None if validation is None else validation.description
@@ -105,12 +106,12 @@ def main(argv: list[str] | None = None) -> None:
         with hold_output_dir(arguments.output_dir), explain_out_of_memory(arguments, engine, processes):
             checkpoint = start.checkpoint
             if start.step < run.steps:
-                share(lambda: put_aside_newer(arguments.output_dir, start.checkpoint))
-                marks.mark("starting trackers")
+                broadcast_from_main(lambda: archive_newer_checkpoints(arguments.output_dir, start.checkpoint))
+                heartbeat.beat("starting trackers")
                 with open_tracker_runs(arguments.report_to, arguments.output_dir, arguments.run_name) as trackers:
-                    train(run, processing, data, validation, trackers, request, marks)
+                    train(run, processing, data, validation, trackers, request, heartbeat)
                 checkpoint = list_checkpoints(arguments.output_dir)[-1]
-            share(lambda: finish(arguments.output_dir, checkpoint))
+            broadcast_from_main(lambda: finish(arguments.output_dir, checkpoint))
         leave_process_group()
 
 
@@ -121,7 +122,7 @@ def train(
     validation: ValidationData | None,
     trackers: TrackerRuns,
     request: StopRequest,
-    marks: ProgressMarks,
+    heartbeat: Heartbeat,
 ) -> None:
     """Train from the start point to the last step. Raises Stopped when a signal ends it before that, state saved."""
     arguments = run.arguments
@@ -131,17 +132,17 @@ def train(
     run.computation = plan_computation(
         arguments, processing.image_policy, collator(examples.fetch_largest_batch()), training_arguments
     )
-    marks.mark("loading the model")
+    heartbeat.beat("loading the model")
     model = prepare_model(run, training_arguments, processing)
     if arguments.cache_vision_features:
-        data.dataset.vision_features = encode_pictures(
+        data.dataset.vision_features = encode_images(
             model.to(training_arguments.device),
             data.dataset.image_paths,
             arguments.output_dir,
             arguments.max_pixels,
             training_arguments.dataloader_num_workers,
             training_arguments.bf16,
-            marks,
+            heartbeat,
         )
     groups = plan_parameter_groups(
         model, arguments.high_lr, arguments.low_lr, arguments.weight_decay, arguments.muon_lr
@@ -156,11 +157,13 @@ def train(
         engine=run.engine,
         epochs_per_step=arguments.global_batch_size / len(data.dataset),
         records_per_step=arguments.global_batch_size,
-        content=CheckpointContent(run.make_companion_writer(processing), run.make_facts, arguments.save_total_limit),
+        content=CheckpointContent(
+            run.make_sidecar_writer(processing), run.make_manifest_metadata, arguments.save_total_limit
+        ),
         quarantined_records=len(data.checked.bad),
         request=request,
-        marks=marks,
-        evaluation=make_evaluation(run, validation, processing, collator, trackers, marks),
+        heartbeat=heartbeat,
+        evaluation=make_evaluation(run, validation, processing, collator, trackers, heartbeat),
         model=model,
         args=training_arguments,
         train_dataset=examples,
@@ -169,13 +172,13 @@ def train(
     )
     show_progress_with(trainer, ProgressBar())
     trackers.join(trainer)
-    share(lambda: trackers.attach_record(run.to_record(run.start.step)))
+    broadcast_from_main(lambda: trackers.attach_record(run.to_record(run.start.step)))
     trainer.train(resume_from_checkpoint=str(run.start.checkpoint) if run.start.checkpoint else None)
     if trainer.stopped_by is not None:
         step = trainer.state.global_step
         leave_process_group()
         raise Stopped(
-            f"by {trainer.stopped_by} behind step {step} of {run.steps}; "
+            f"by {trainer.stopped_by} after step {step} of {run.steps}; "
             f"{list_checkpoints(arguments.output_dir)[-1]} is whole. Start the same command again to go on "
             "(run.sh by itself, train.py with --resume_from_checkpoint latest)."
         )
@@ -225,7 +228,7 @@ def make_order(run: TrainingRun, data: LoadedData, processes: int) -> TrainingOr
         arguments.device_batch_size,
         processes,
         arguments.seed,
-        arguments.shared_pictures,
+        arguments.shared_images,
         run.start.step,
         run.start.records,
     )
@@ -248,7 +251,7 @@ def make_collator(arguments: TrainArguments, processing: Processing) -> PackingC
         processing.tokens_per_image,
         processing.image_policy.size,
         arguments.loss_average,
-        arguments.shared_pictures,
+        arguments.shared_images,
     )
 
 
@@ -275,7 +278,7 @@ def print_left_out(output_dir: Path, data: LoadedData) -> None:
     if path := write_quarantine(output_dir, data.checked):
         print(f"{len(data.checked.bad)} bad records are left out; they are listed in {path}")
     if data.checked.undecoded:
-        print(f"{data.checked.undecoded} pictures were never decoded whole; data/check.py does that before a run")
+        print(f"{data.checked.undecoded} images were never decoded whole; data/check.py does that before a run")
 
 
 if __name__ == "__main__":

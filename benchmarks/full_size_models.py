@@ -157,9 +157,9 @@ def make_adapter(folder: Path, base: Path, seed: int) -> None:
         for name, parameter in zip(group.names, group.parameters, strict=True)
     }
     save_trained_weights(model, folder, drawn)
-    run.make_companion_writer(processing)(folder, run.steps)
+    run.make_sidecar_writer(processing)(folder, run.steps)
     files = {path.name: describe_file(path) for path in folder.iterdir()}
-    write_manifest(folder, files, run.make_facts(run.steps))
+    write_manifest(folder, files, run.make_manifest_metadata(run.steps))
 
 
 def compute_sizes(scale: Scale) -> dict[str, int]:

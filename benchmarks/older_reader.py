@@ -4,7 +4,7 @@
     python benchmarks/older_reader.py --model output/merged --transformers 4.57 --environment FOLDER
 
 Both versions load the directory in float32 on the CPU, one after the other (4 bytes a parameter), and answer the same
-question about the same drawn picture. No key may be missing, unexpected or of another shape; input ids and greedy
+question about the same drawn image. No key may be missing, unexpected or of another shape; input ids and greedy
 answer must be equal, pixels and logits equal but for rounding. The exit code is 0 if so, 1 if not, and 2 for a wrong
 setting.
 

@@ -1,4 +1,4 @@
-"""Knows what differs between the devices that throughput.py runs on: precision, waiting, and how memory is measured."""
+"""What differs between the devices of throughput.py: precision, waiting, and how memory is measured."""
 
 import contextlib
 import weakref

@@ -132,10 +132,10 @@ class LadderLlava(PackedLlava):
         super().__init__(config)
         self.lm_head = LadderHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
 
-    def encode_pictures(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """As `PackedLlava.encode_pictures` for uint8; pixels that are float32 already go through all layers."""
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """As `PackedLlava.encode_images` for uint8; pixels that are float32 already go through all layers."""
         if pixel_values.dtype == torch.uint8:
-            return super().encode_pictures(pixel_values)
+            return super().encode_images(pixel_values)
         outputs = self.model.vision_tower(pixel_values.to(self.model.vision_tower.dtype), output_hidden_states=True)
         return outputs.hidden_states[self.config.vision_feature_layer][:, 1:]
 

@@ -10,7 +10,7 @@ from throughput_models import Models
 from throughput_ways import LADDER, PUBLISHED, WORKERS, Training, Way, Workload
 
 from meme_llava.errors import UserError
-from meme_llava.model.activation_checkpointing import RecomputedLayers, count_layers, recompute_layers
+from meme_llava.model.activation_checkpointing import CheckpointedLayers, count_layers, recompute_layers
 from meme_llava.train.planning.accelerators import GIB, measure_ceiling
 from meme_llava.train.planning.flops import TrainingCosts
 
@@ -92,8 +92,8 @@ class Bench:
 
     def _set_checkpointing(self, way: Way) -> None:
         model = self.models.packed if way.packs else self.models.plain
-        everything = count_layers(model.config, vision_learns=True)
-        recompute_layers(model, everything if way.name in self.checkpointed else RecomputedLayers())
+        everything = count_layers(model.config, vision_trainable=True)
+        recompute_layers(model, everything if way.name in self.checkpointed else CheckpointedLayers())
 
     def measure_memory(self, way: Way) -> int:
         """Bytes that a step takes at its peak: on a GPU all of them, on a CPU those beside the weights."""

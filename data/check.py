@@ -1,9 +1,9 @@
-"""Check an annotation file and all its pictures before anything is trained on them.
+"""Check an annotation file and all its images before anything is trained on them.
 
 python data/check.py --annotations data/annotations.json --image_folder data
 python data/check.py --annotations train.json --image_folder /data/memes --model output_7b/base --bad_records quarantine
 
-Every picture is decoded, every record is looked at; output/check/report.html shows what was found.
+Every image is decoded, every record is looked at; output/check/report.html shows what was found.
 """
 
 import sys
@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from meme_llava.cli import parse_arguments, to_plain  # noqa: E402
 from meme_llava.dataset.check import check_data, suggest_folder  # noqa: E402
-from meme_llava.dataset.image_cache import PictureCache  # noqa: E402
+from meme_llava.dataset.image_cache import ImageCache  # noqa: E402
 from meme_llava.dataset.quarantine import QUARANTINE, write_quarantine  # noqa: E402
 from meme_llava.dataset.token_lengths import find_default_folder  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments.max_pixels,
         processing.encoder if processing else None,
         arguments.model_max_length,
-        PictureCache(find_default_cache()),
+        ImageCache(find_default_cache()),
         workers=arguments.workers,
         show_progress=show_count,
         length_folder=find_default_folder(),
@@ -84,9 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     listed = f"{len(checked.bad):,} of {checked.total:,} records are bad"
     listed += f"; {arguments.output_dir / QUARANTINE} holds them with the reasons"
     if arguments.bad_records == "error":
-        raise UserError(
-            f"{listed}. Mend them, or train without them: --bad_records quarantine{suggest_folder(checked)}"
-        )
+        raise UserError(f"{listed}. Fix them, or train without them: --bad_records quarantine{suggest_folder(checked)}")
     print(f"{listed}. train.py --bad_records quarantine leaves them out")
 
 

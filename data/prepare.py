@@ -1,9 +1,9 @@
 """Turns what can be downloaded into annotation files, one command per source.
 
-    python data/prepare.py captions      the recipe's caption files + pictures of emo-visual-data and ChineseBQB
+    python data/prepare.py captions      the recipe's caption files + images of emo-visual-data and ChineseBQB
     python data/prepare.py emo_visual    emo-visual-data's own data.json or data.csv
     python data/prepare.py chinese_bqb   ChineseBQB, whose file names carry the text
-    python data/prepare.py file_names    a folder of pictures whose names are the text
+    python data/prepare.py file_names    a folder of images whose names are the text
     python data/prepare.py table         a CSV or JSONL of captions
     python data/prepare.py parquet       data sets with an image column, from the Hugging Face hub or parquet files
     python data/prepare.py llava         LLaVA JSON as it is

@@ -1,9 +1,6 @@
-"""Knows which settings exist and what command line, recipe file and defaults resolve to.
+"""Command lines: a dataclass of settings becomes a parser whose mistakes are one clear sentence.
 
-Every setting has one home. Those without a default are the user's: run.sh or the command line gives them. What makes a
-train type stands in configs/train/<train_type>.yaml. The rest has its default here. Command line > recipe > default;
-an unknown or contradictory setting is an error. Settings of what looks at finished models stand in
-`evaluation_arguments`.
+Which settings there are stands in the settings.py of the room that uses them.
 """
 
 import argparse
@@ -13,9 +10,8 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import TypeVar
-
-from transformers.hf_argparser import HfArgumentParser
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from meme_llava.errors import UserError
 
@@ -27,7 +23,7 @@ def describe(text: str, **metadata) -> dict:
     return {"help": text, **metadata}
 
 
-class Parser(HfArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse that stops with a `UserError` and suggests the nearest flag."""
 
     def parse_known_args(self, args=None, namespace=None):
@@ -46,6 +42,13 @@ class Parser(HfArgumentParser):
         raise UserError(f"{self.prog}: {message}. --help lists all settings.")
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of a description, and shows only defaults that are one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
 def parse_arguments(
     arguments_class: type[Arguments], argv: list[str] | None, description: str, prog: str | None = None
 ) -> Arguments:
@@ -60,22 +63,50 @@ def parse_arguments(
     return arguments_class(**vars(make_parser(arguments_class, description, prog).parse_args(argv)))
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of a description, and shows only defaults that are one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, []) else super()._get_help_string(action)
-
-
 def make_parser(arguments_class: type, description: str, prog: str | None = None) -> Parser:
-    parser = Parser(
-        arguments_class, description=description, prog=prog, allow_abbrev=False, formatter_class=_HelpFormatter
-    )
-    for action in parser._actions:
-        if action.option_strings and action.option_strings[0].startswith("--no_"):
-            # Its twin's help would say the opposite of what it does.
-            action.help = f"do not: {action.help}"
+    """A flag `--a_name` (or `--a-name`) for every field of a dataclass; `--no_a_name` for those that are on."""
+    parser = Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    types = get_type_hints(arguments_class)
+    for setting in dataclasses.fields(arguments_class):
+        _add_setting(parser, setting, types[setting.name])
     return parser
+
+
+def _add_setting(parser: Parser, setting: dataclasses.Field, kind: Any) -> None:
+    options = dict(setting.metadata)
+    if setting.default_factory is not dataclasses.MISSING:
+        options["default"] = setting.default_factory()
+    elif setting.default is not dataclasses.MISSING:
+        options["default"] = setting.default
+    else:
+        options["required"] = True
+    # Literal[…] | None is a Union, str | None a UnionType.
+    if get_origin(kind) in (Union, UnionType):
+        kind = next(part for part in get_args(kind) if part is not NoneType)
+    if get_origin(kind) is Literal:
+        options["choices"] = get_args(kind)
+    elif get_origin(kind) is list:
+        options |= {"type": get_args(kind)[0], "nargs": "+"}
+    elif kind is bool:
+        options |= {"type": _read_bool, "nargs": "?", "const": True}
+    else:
+        options["type"] = kind
+    parser.add_argument(*_spell_flag(setting.name), **options)
+    if setting.default is True:
+        help_text = f"do not: {setting.metadata['help']}"
+        parser.add_argument(
+            *_spell_flag(f"no_{setting.name}"), dest=setting.name, action="store_false", default=True, help=help_text
+        )
+
+
+def _spell_flag(name: str) -> list[str]:
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+
+
+def _read_bool(word: str) -> bool:
+    if word.lower() not in ("true", "yes", "1", "false", "no", "0"):
+        raise argparse.ArgumentTypeError(f"is {word!r}, expected true or false")
+    return word.lower() in ("true", "yes", "1")
 
 
 def check_setting(arguments, name: str, passed: bool, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""Knows how tables, settings and batches are shown on a terminal."""
+"""Tables and progress on a terminal."""
 
 import contextlib
 import re
@@ -16,7 +16,7 @@ from tqdm import tqdm
 LONGEST_NAME = 40  # characters of a first column that is never broken
 HEAD_WIDTHS = (14, 10, 8)  # characters of the lines above a column of figures, which is never broken itself
 FIGURES = re.compile(r"[\d.,%–\n]+")
-SECONDS_BETWEEN_LINES = 10.0  # of progress, where the output is no terminal
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where the output is not a terminal
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
@@ -41,7 +41,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence]) ->
             no_wrap=is_number or index in figures or (index == 0 and keeps_names),
         )
     for row in rows:
-        # Cells are plain text: a square bracket in a file name is no markup.
+        # Cells are plain text: a square bracket in a file name is not markup.
         table.add_row(*[Text(cell) for cell in row])
     console.print(table)
 
@@ -87,7 +87,7 @@ def _break_head(head: str, widest: int) -> str:
 
 @contextlib.contextmanager
 def show_bytes(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar in bytes with speed and time left; plain lines where standard error is no terminal.
+    """A bar in bytes with speed and time left; plain lines where standard error is not a terminal.
 
     Yields the function that takes how many bytes were done.
     """

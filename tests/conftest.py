@@ -1,4 +1,4 @@
-"""A tiny world built with the product's own code: pictures, records, two towers, a base model, a trained adapter."""
+"""A tiny world built with the product's own code: images, records, two towers, a base model, a trained adapter."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# What tests find in pictures is remembered for this session alone.
+# What tests find in images is remembered for this session alone.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="meme_llava_tests_")
 
 import pytest  # noqa: E402
@@ -69,7 +69,7 @@ class World:
 
 
 def make_records() -> list[dict]:
-    """Eight records: one picture each, but for a two-turn one, one with two pictures and one of text only."""
+    """Eight records: one image each, but for a two-turn one, one with two images and one of text only."""
     records = []
     for index, line in enumerate(LINES):
         records.append(
@@ -245,8 +245,8 @@ def read_losses(output_dir: Path) -> list[float]:
 
 
 def run_drawing(script: str, folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    """Draw with a script of data/ into `folder`; the test skips where no font can draw Chinese."""
-    command = [sys.executable, str(ROOT / "data" / script), "--output_dir", str(folder), *flags]
+    """Draw with a script of data/tiny/making into `folder`; the test skips where no font can draw Chinese."""
+    command = [sys.executable, str(ROOT / "data" / "tiny" / "making" / script), "--output_dir", str(folder), *flags]
     process = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if "No font with Chinese characters" in process.stderr:
         pytest.skip("no Chinese font is installed; apt install fonts-noto-cjk")

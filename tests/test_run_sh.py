@@ -330,7 +330,7 @@ def test_whole_chain_ends_with_answers_and_places(chain):
     assert {path.name for path in output.iterdir() if path.is_dir()} == {
         *("base", "train", "merged", "scores_before", "scores")
     }
-    assert result.stdout.count("truth:") == 20
+    assert result.stdout.count("reference:") == 20
     assert f"standalone model    {output}/merged" in result.stdout
     assert f"scores, answers     {output}/scores, before training {output}/scores_before" in result.stdout
     assert f"page to look at     {output}/report.html" in result.stdout
@@ -363,7 +363,7 @@ def test_finished_stages_are_not_done_again(chain):
 
 
 def test_a_result_that_is_gone_is_made_again(chain, tmp_path):
-    """The note beside it is no result."""
+    """The note beside it is not a result."""
     output, variables, _ = chain
     (output / "merged").rename(tmp_path / "merged")
     result = run("merge", **variables)
@@ -409,7 +409,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert run("build", **variables).returncode == 0
     flags = ("train", "--save_steps", "2")
     assert run(*flags, **variables).returncode == 0
-    # As if it had been stopped behind step 2: no final files, no note that the stage is finished.
+    # As if it had been stopped after step 2: no final files, no note that the stage is finished.
     for path in (tmp_path / "train").iterdir():
         if path.is_file():
             path.unlink()
@@ -450,13 +450,13 @@ def test_a_run_on_gpus_is_planned_without_them(chain):
     """GPUs, ZeRO stage and batch are run.sh's, although one process on a CPU looks at them."""
     output, variables, _ = chain
     variables = {**variables, "GPUS": "4", "GLOBAL_BATCH": "16", "DEVICE_BATCH": "2"}
-    result = run("train", "--plan", "--machine", "a800-80gb", **variables)
+    result = run("train", "--plan", "--accelerator", "a800-80gb", **variables)
     assert result.returncode == 0, result.stderr
     assert "16 = 4 device(s) x 2 x 2 in turn" in result.stdout
     assert "4 x a800-80gb, ZeRO-2" in result.stdout
     result = run("train", "--plan", **variables)
     assert result.returncode == 2
-    assert "this plan is for 4 GPUs, and there is none here; name one with --machine" in result.stderr
+    assert "this plan is for 4 GPUs, and there is none here; name one with --accelerator" in result.stderr
 
 
 def test_a_plan_without_a_base_says_what_to_run_first(tmp_path):

@@ -39,13 +39,13 @@ def make_example(processing: Processing, *pieces: tuple[str, bool]) -> dict:
         ids = special.get(text) or processing.tokenizer.convert_tokens_to_ids(list(text))
         input_ids += ids
         labels += ids if supervised else [-100] * len(ids)
-    pictures = sum(text == "IMAGE" for text, _ in pieces)
+    images = sum(text == "IMAGE" for text, _ in pieces)
     return {
         "record_id": "r",
         "input_ids": torch.tensor(input_ids),
         "labels": torch.tensor(labels),
-        "image_paths": ("p.png",) * pictures,
-        "pictures": [torch.zeros(3, 2, 2, dtype=torch.uint8)] * pictures,
+        "image_paths": ("p.png",) * images,
+        "pixel_values": [torch.zeros(3, 2, 2, dtype=torch.uint8)] * images,
     }
 
 
@@ -58,12 +58,12 @@ def show(*rows: list) -> str:
     return file.getvalue()
 
 
-def test_a_batch_shows_pictures_as_one_word_and_what_is_learnt_in_brackets():
+def test_a_batch_shows_images_as_one_word_and_what_is_learnt_in_brackets():
     first = [("ab", False), ("IMAGE", False), ("cd", False), ("ef", True), ("END", True)]
-    # Two answers in one row; a square bracket in a text is no command to the terminal.
+    # Two answers in one row; a square bracket in a text is not a command to the terminal.
     second = [("[b]", False), ("x", True), ("END", True), ("y", False), ("z", True)]
     assert show(first, second) == (
-        "one packed row of 17 positions, 1 pictures, 6 supervised positions\n"
+        "one packed row of 17 positions, 1 images, 6 supervised positions\n"
         "\n"
         "positions 0 to 9: 3 supervised\n"
         "ab<image: 3 tokens at 2>cd【ef<|im_end|>】\n"
@@ -73,28 +73,28 @@ def test_a_batch_shows_pictures_as_one_word_and_what_is_learnt_in_brackets():
     )
 
 
-def test_a_batch_without_pictures_does_not_show_the_blank_one():
+def test_a_batch_without_images_does_not_show_the_blank_one():
     assert show([("a", False), ("b", True)]) == (
-        "one packed row of 2 positions, 0 pictures, 1 supervised positions\n\npositions 0 to 1: 1 supervised\na【b】\n"
+        "one packed row of 2 positions, 0 images, 1 supervised positions\n\npositions 0 to 1: 1 supervised\na【b】\n"
     )
 
 
 def test_of_a_second_caption_only_what_it_adds_is_shown():
-    """Both begin with the picture, a question and an x, which the first teaches and the second too."""
+    """Both begin with the image, a question and an x, which the first teaches and the second too."""
     first = [("IMAGE", False), ("q", False), ("xa", True), ("END", True)]
     second = [("IMAGE", False), ("q", False), ("xbb", True), ("END", True)]
     assert show(first, second) == (
-        "one packed row of 10 positions, 1 pictures, 7 supervised positions\n"
+        "one packed row of 10 positions, 1 images, 7 supervised positions\n"
         "\n"
         "positions 0 to 6: 3 supervised\n"
         "<image: 3 tokens at 0>q【xa<|im_end|>】\n"
         "\n"
-        "positions 7 to 9: 3 supervised, goes on behind position 4, sharing 5 positions\n"
+        "positions 7 to 9: 3 supervised, continues after position 4, sharing 5 positions\n"
         "【bb<|im_end|>】\n"
     )
 
 
-def test_two_pictures_of_a_row_are_shown_where_they_stand():
+def test_two_images_of_a_row_are_shown_where_they_stand():
     row = [("IMAGE", False), ("a", False), ("IMAGE", False), ("b", True)]
     assert show(row).splitlines()[-1] == "<image: 3 tokens at 0>a<image: 3 tokens at 4>【b】"
 

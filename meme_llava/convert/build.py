@@ -1,4 +1,4 @@
-"""Knows how a language model and a vision tower become one LLaVA directory, tensor by tensor."""
+"""Assembly of a language model and a vision tower into one LLaVA directory, tensor by tensor."""
 
 import copy
 import json
@@ -222,7 +222,7 @@ def _make_image_processor(
 
 
 def _make_generation_config(parts: Parts) -> GenerationConfig:
-    # Greedy: reading the words in a picture needs no luck. A repetition penalty, which Qwen2 ships, would garble
+    # Greedy: reading the words in an image needs no luck. A repetition penalty, which Qwen2 ships, would garble
     # memes that repeat a character on purpose (哈哈哈哈).
     source = _read_stops(parts.language_model)
     stops = [parts.tokenizer.convert_tokens_to_ids(TURN_END)]

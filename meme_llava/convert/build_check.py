@@ -1,4 +1,4 @@
-"""Knows how to prove that an assembled model computes what its sources compute, also where memory is short."""
+"""The proof that an assembled model computes what its sources compute, also where memory is short."""
 
 import contextlib
 import gc
@@ -87,7 +87,7 @@ def verify_assembled(
             answer_logits = model(input_ids=prompt_ids, pixel_values=pixel_values, logits_to_keep=1).logits
     image_tokens = int((prompt_ids == processing.encoder.image_token_id).sum())
     is_finite = bool(torch.isfinite(answer_logits).all())
-    # Rows that new tokens took, and rows behind the source's own, have nothing to be compared with.
+    # Rows that new tokens took, and rows after the source's own, have nothing to be compared with.
     compared = [row for row in range(expected_logits.shape[-1]) if row not in parts.copied_rows]
     logits, expected_logits = logits[..., compared], expected_logits[..., compared]
     checks = [
@@ -96,10 +96,10 @@ def verify_assembled(
         ("text-only logits equal the language model's", *_compare_bits(logits, expected_logits)),
         ("vision features equal the vision tower's", *_compare_bits(features, expected_features)),
         ("one <image> token per feature", len(projected) == image_tokens, f"{len(projected)} = {image_tokens}"),
-        ("logits about a picture are finite", is_finite, str(tuple(answer_logits.shape))),
+        ("logits about an image are finite", is_finite, str(tuple(answer_logits.shape))),
         ("config, tokenizer, processor agree on <image>", True, f"id {processing.encoder.image_token_id}"),
         _check_chat(processing),
-        ("pictures", True, _describe_pictures(processing.image_policy)),
+        ("images", True, _describe_images(processing.image_policy)),
     ]
     failed = [f"{name} ({finding})" for name, passed, finding in checks if not passed]
     if failed:
@@ -170,7 +170,7 @@ def _check_chat(processing: Processing) -> tuple[str, bool, str]:
     return "a Chinese chat round-trips through the template", survives, f"{len(ids)} tokens"
 
 
-def _describe_pictures(policy: ImagePolicy) -> str:
+def _describe_images(policy: ImagePolicy) -> str:
     mean, std = (" ".join(f"{value:.2f}" for value in values) for values in (policy.mean, policy.std))
     return f"{policy.resize} to {policy.size} x {policy.size}\nmean {mean}\nstd {std}"
 

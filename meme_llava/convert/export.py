@@ -1,4 +1,4 @@
-"""Knows how a merged model is written for serving engines, and how to prove that it still sees the same.
+"""Merged models written for serving engines, and the proof that they still see the same.
 
 vLLM, SGLang and LMDeploy take CLIP, SigLIP and Pixtral towers in a LLaVA and refuse `chinese_clip_vision_model`.
 Chinese-CLIP's vision tower is CLIP's in all but name: the same settings, layers and tensor names.
@@ -11,7 +11,8 @@ import torch
 from transformers import AutoImageProcessor, ChineseCLIPVisionModel, CLIPVisionModel, LlavaConfig
 
 from meme_llava.convert.offloading import offload_weights
-from meme_llava.dataset.images import open_image, to_pixel_values
+from meme_llava.dataset.images import open_image
+from meme_llava.dataset.pixels import to_pixel_values
 from meme_llava.errors import UserError
 from meme_llava.model.llava import load_processing, make_empty_model, quiet_transformers
 from meme_llava.model.tensor_names import to_disk_name

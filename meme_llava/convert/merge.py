@@ -1,4 +1,4 @@
-"""Knows how base and trained weights become one standalone model, tensor by tensor."""
+"""Merging of a base and trained weights into one standalone model, tensor by tensor."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Knows how to prove that a merged model answers like base + adapter, also where memory is short."""
+"""The proof that a merged model answers like base + adapter, also where memory is short."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from meme_llava.convert.merge import PEFT_PREFIX, TrainedWeights
 from meme_llava.convert.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights
 from meme_llava.convert.towers import HEAD
 from meme_llava.dataset.dataset import load_dataset
-from meme_llava.dataset.images import normalise
+from meme_llava.dataset.pixels import normalise
 from meme_llava.errors import UserError
 from meme_llava.model.llava import (
     LANGUAGE_MODEL,
@@ -41,7 +41,7 @@ OFFLOADED_NEW_TOKENS = 4
 
 
 @dataclass(frozen=True)
-class Reply:
+class Generation:
     """A prompt, a greedy answer to it, and the logits (tokens, vocabulary) that each of its tokens was chosen from."""
 
     prompt: dict[str, torch.Tensor]
@@ -58,7 +58,7 @@ def verify_merged(
     training: dict,
     show_progress: Callable,
 ) -> list[tuple[str, str]]:
-    """Compare base + adapter with the merged weights, in float32 and as stored, on records with pictures.
+    """Compare base + adapter with the merged weights, in float32 and as stored, on records with images.
 
     Args:
         trained: what `adapter` holds, as it was merged.
@@ -104,7 +104,7 @@ def verify_merged(
 def _compare_models(
     models: Iterator[nn.Module], prompts: list[dict], new_tokens: int, processing: Processing
 ) -> tuple[list[tuple[float, int]], int, float]:
-    """What `_compare` finds for every model behind the first; the answer tokens compared; the largest logit."""
+    """What `_compare` finds for every model after the first; the answer tokens compared; the largest logit."""
     unmerged = next(models)
     expected = [_reply(unmerged, prompt, new_tokens, processing) for prompt in prompts]
     del unmerged
@@ -117,7 +117,7 @@ def _compare_models(
 
 
 def _count_read_bytes(base: TensorReader, stored: TensorReader, prompts: list[dict]) -> int:
-    """What the offloaded models read if every answer takes all its tokens; vision only where there is a picture."""
+    """What the offloaded models read if every answer takes all its tokens; vision only where there is an image."""
     total = 0
     for tensors, later_passes in ((base, OFFLOADED_NEW_TOKENS - 1), (base, 0), (stored, 0)):
         # A tied head is the embedding, read a second time.
@@ -220,14 +220,14 @@ def _load_prompts(training: dict, processing: Processing) -> tuple[list[dict], P
         example = dataset[index]
         input_ids = example["input_ids"][None, : int((example["labels"] >= 0).nonzero()[0])]  # (1, prompt)
         images = int((input_ids == encoder.image_token_id).sum()) // processing.tokens_per_image
-        # (images, 3, size, size); a later turn's pictures are not part of the first question.
-        pixel_values = normalise(torch.stack(example["pictures"][:images]), policy) if images else None
+        # (images, 3, size, size); a later turn's images are not part of the first question.
+        pixel_values = normalise(torch.stack(example["pixel_values"][:images]), policy) if images else None
         prompts.append({"input_ids": input_ids, "pixel_values": pixel_values})
     return prompts, annotations
 
 
-def _reply(model: nn.Module, prompt: dict[str, torch.Tensor], new_tokens: int, processing: Processing) -> Reply:
-    # generate encodes whatever pictures it is given, None too.
+def _reply(model: nn.Module, prompt: dict[str, torch.Tensor], new_tokens: int, processing: Processing) -> Generation:
+    # generate encodes whatever images it is given, None too.
     given = {name: tensor for name, tensor in prompt.items() if tensor is not None}
     output = model.generate(
         **given,
@@ -238,13 +238,13 @@ def _reply(model: nn.Module, prompt: dict[str, torch.Tensor], new_tokens: int, p
         return_dict_in_generate=True,
     )
     tokens = output.sequences[0, prompt["input_ids"].shape[1] :]
-    # An untrained model may say <image>; given back to it, that would ask for a picture. The last token is not given.
-    pictures = (tokens == processing.encoder.image_token_id).nonzero()
-    kept = int(pictures[0]) + 1 if len(pictures) else len(tokens)
-    return Reply(prompt, tokens[:kept], torch.cat(output.logits[:kept]).float())
+    # An untrained model may say <image>; given back to it, that would ask for an image. The last token is not given.
+    images = (tokens == processing.encoder.image_token_id).nonzero()
+    kept = int(images[0]) + 1 if len(images) else len(tokens)
+    return Generation(prompt, tokens[:kept], torch.cat(output.logits[:kept]).float())
 
 
-def _compare(model: nn.Module, expected: list[Reply]) -> tuple[float, int]:
+def _compare(model: nn.Module, expected: list[Generation]) -> tuple[float, int]:
     """Largest logit difference, and how many greedy answers are the same.
 
     The answer is given to the model, and each of its tokens must be the model's own choice: then it would have said

@@ -1,4 +1,4 @@
-"""Knows how a model runs that is larger than memory: each module's weights are read when it is called, then dropped.
+"""Models larger than memory: each module's weights are read when it is called, then dropped.
 
 The modules and their arithmetic are transformers' own; only where their weights live differs.
 """

@@ -7,7 +7,8 @@ from typing import Literal
 
 from meme_llava.cli import check_setting, describe
 from meme_llava.dataset.images import Resize
-from meme_llava.storage.tensor_writer import DEFAULT_SHARD_SIZE
+
+DEFAULT_SHARD_SIZE = "5GB"
 
 
 @dataclass
@@ -19,7 +20,7 @@ class BuildArguments:
     output_dir: Path = field(metadata=describe("where the assembled LLaVA goes"))
     image_policy: Resize = field(
         default="squash",
-        metadata=describe("how pictures become square: squash the whole, pad it, or crop it (cuts words off)"),
+        metadata=describe("how images become square: squash the whole, pad it, or crop it (cuts words off)"),
     )
     seed: int = field(default=0, metadata=describe("draws the fresh multi_modal_projector"))
     dtype: Literal["source", "float16", "bfloat16", "float32"] = field(

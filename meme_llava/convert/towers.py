@@ -1,4 +1,4 @@
-"""Knows the folders a LLaVA is assembled from: which models they may hold, and that every tensor is there and fits."""
+"""The folders a LLaVA is assembled from: which models they may hold, and that every tensor is there and fits."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +120,7 @@ def _check_source(source: Source) -> Source:
 
 def _load_config(folder: Path):
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: has no config.json, so it is no model folder")
+        raise UserError(f"{folder}: has no config.json, so it is not a model folder")
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

@@ -1,7 +1,7 @@
-"""Knows everything that is wrong or unusual about an annotation file and its pictures, record by record.
+"""The data check: everything that is wrong or unusual about an annotation file and its images, record by record.
 
 data/check.py, run.sh before it builds, and train.py before it loads a model all ask here. Nothing is dropped or
-replaced silently: every bad record is listed with its place, kind and reason. Knows nothing about models.
+replaced silently: every bad record is listed with its place, kind and reason. Nothing about models.
 """
 
 from collections import Counter
@@ -13,19 +13,19 @@ import numpy as np
 
 from meme_llava.dataset.conversation import CONTROL_TOKENS, IMAGE_PLACEHOLDER, ConversationEncoder
 from meme_llava.dataset.findings import KINDS, Finding, RecordFault, Severities
-from meme_llava.dataset.image_cache import PictureCache, PictureFacts
-from meme_llava.dataset.image_inspection import inspect_picture, inspect_pictures, judge_picture
+from meme_llava.dataset.image_cache import ImageCache, ImageFacts
+from meme_llava.dataset.image_inspection import check_image, inspect_image, inspect_images
 from meme_llava.dataset.images import MAX_PIXELS, resolve_image_path
 from meme_llava.dataset.records import Record, read_records
 from meme_llava.dataset.text_quality import find_loop, find_refusal, measure_recall, normalise_text
-from meme_llava.dataset.token_lengths import Conversation, RecordLengths, Sharing, measure_tokens
+from meme_llava.dataset.token_lengths import Conversation, PrefixSharing, RecordLengths, measure_tokens
 from meme_llava.errors import UserError
 from meme_llava.terminal import print_table
 
 # A list of a hundred thousand findings helps nobody; the count is always given in full.
 MAX_LISTED, MAX_LISTED_OF_ONE_CAUSE = 50, 5
-SMALLEST_RECALL = 0.5  # of the characters known to stand in a picture; a caption may quote them in part
-# Short answers ("有", "图片里没有文字。") may well answer two questions about one picture.
+SMALLEST_RECALL = 0.5  # of the characters known to stand in an image; a caption may quote them in part
+# Short answers ("有", "图片里没有文字。") may well answer two questions about one image.
 SHORT_ANSWER = 10  # characters that are letters or digits
 
 
@@ -50,8 +50,8 @@ class CheckedData:
     severities: Severities
     records: list[CheckedRecord]
     malformed: list[Finding]
-    facts: dict[Path, PictureFacts]
-    sharing: Sharing | None = None
+    facts: dict[Path, ImageFacts]
+    sharing: PrefixSharing | None = None
 
     @property
     def total(self) -> int:
@@ -73,7 +73,7 @@ class CheckedData:
         return [checked for checked in self.records if self.is_usable(checked)]
 
     @property
-    def usable_sharing(self) -> Sharing:
+    def usable_sharing(self) -> PrefixSharing:
         """How the `usable` records share positions; an encoder must have been given."""
         usable = [number for number, checked in enumerate(self.records) if self.is_usable(checked)]
         return self.sharing.select(np.array(usable, np.int64))
@@ -95,7 +95,7 @@ class CheckedData:
 
     @property
     def undecoded(self) -> int:
-        """Pictures of which only the header was read."""
+        """Images of which only the header was read."""
         return sum(not facts.decoded and facts.fault is None for facts in self.facts.values())
 
 
@@ -106,7 +106,7 @@ def check_data(
     max_pixels: int = MAX_PIXELS,
     encoder: ConversationEncoder | None = None,
     max_length: int | None = None,
-    cache: PictureCache | None = None,
+    cache: ImageCache | None = None,
     decode: bool = True,
     workers: int | None = None,
     show_progress: Callable | None = None,
@@ -117,7 +117,7 @@ def check_data(
     Args:
         encoder: with it, it is known how records are encoded to at most `max_length` positions (image tokens counted);
             without it, nothing is known about lengths.
-        decode: open every picture whole, in parallel, unless the cache knows it; if False, look at the header of those
+        decode: open every image whole, in parallel, unless the cache knows it; if False, look at the header of those
             that the cache does not know.
         show_progress: `display.show_count`.
         length_folder: where counted lengths are kept; None counts anew.
@@ -129,8 +129,8 @@ def check_data(
     records, malformed = read_records(annotations)
     checked_records = [_resolve_images(record, image_folder) for record in records]
     paths = list(dict.fromkeys(path for checked in checked_records for path in checked.image_paths))
-    facts = _look_at_pictures(paths, max_pixels, cache or PictureCache(None), decode, workers, show_progress)
-    judged = {path: judge_picture(path, facts[path], max_pixels) for path in paths}
+    facts = _look_at_images(paths, max_pixels, cache or ImageCache(None), decode, workers, show_progress)
+    judged = {path: check_image(path, facts[path], max_pixels) for path in paths}
     originals = _find_first_copies(facts)
     sharing = None
     if encoder is not None:
@@ -140,7 +140,7 @@ def check_data(
             for kind, detail in judged[path]:
                 _add(checked, kind, detail)
             if originals.get(path, path) != path:
-                _add(checked, "duplicate_picture", f"{path}: has the bytes of {originals[path]}")
+                _add(checked, "duplicate_image", f"{path}: has the bytes of {originals[path]}")
         _check_text(checked, encoder)
         _check_length(checked)
     checked_data = CheckedData(annotations, severities, checked_records, malformed, facts, sharing)
@@ -175,15 +175,15 @@ def stop_on_bad_records(checked: CheckedData, bad_records: str) -> None:
         raise UserError(f"{checked.annotations}: no record to train on{why}")
 
 
-def doubt_pairing(checked: CheckedData) -> str:
-    """A question to the user if most answers lack the words known to stand in their pictures, else nothing."""
+def describe_mispairing(checked: CheckedData) -> str:
+    """A question to the user if most answers lack the words known to stand in their images, else nothing."""
     with_text = [record for record in checked.records if record.record.text]
     disagreeing = sum(any(f.kind == "text_disagrees" for f in record.findings) for record in with_text)
     if disagreeing * 2 <= len(with_text):
         return ""
     return (
-        f"{disagreeing:,} of {len(with_text):,} answers lack most of the words known to stand in their pictures; do "
-        "the captions belong to these pictures?"
+        f"{disagreeing:,} of {len(with_text):,} answers lack most of the words known to stand in their images; do "
+        "the captions belong to these images?"
     )
 
 
@@ -193,11 +193,11 @@ def _describe_record(findings: list[Finding]) -> str:
 
 
 def suggest_folder(checked: CheckedData) -> str:
-    """A line that asks about the image folder if most pictures are missing, else nothing."""
-    missing = sum(finding.kind == "missing_picture" for finding in checked.findings)
+    """A line that asks about the image folder if most images are missing, else nothing."""
+    missing = sum(finding.kind == "missing_image" for finding in checked.findings)
     if missing * 2 > len(checked.records):
         question = "is --image_folder the folder that the records' paths start from?"
-        return f"\nPictures of {missing} records are missing; {question}"
+        return f"\nImages of {missing} records are missing; {question}"
     return ""
 
 
@@ -217,16 +217,16 @@ def _resolve_images(record: Record, image_folder: Path) -> CheckedRecord:
         return CheckedRecord(record, (), [Finding(fault.kind, record.place, record.record_id, str(fault))])
 
 
-def _look_at_pictures(paths, max_pixels, cache, decode, workers, show_progress) -> dict[Path, PictureFacts]:
+def _look_at_images(paths, max_pixels, cache, decode, workers, show_progress) -> dict[Path, ImageFacts]:
     if not decode:
-        return {path: cache.look_up(path) or inspect_picture(path, max_pixels, decode=False) for path in paths}
+        return {path: cache.look_up(path) or inspect_image(path, max_pixels, decode=False) for path in paths}
     if show_progress is None:
-        return inspect_pictures(paths, max_pixels, cache, workers)
-    with show_progress("pictures", len(paths)) as advance:
-        return inspect_pictures(paths, max_pixels, cache, workers, advance)
+        return inspect_images(paths, max_pixels, cache, workers)
+    with show_progress("images", len(paths)) as advance:
+        return inspect_images(paths, max_pixels, cache, workers, advance)
 
 
-def _find_first_copies(facts: dict[Path, PictureFacts]) -> dict[Path, Path]:
+def _find_first_copies(facts: dict[Path, ImageFacts]) -> dict[Path, Path]:
     """Every file whose contents are known: the first file with the same bytes."""
     first: dict[str, Path] = {}
     return {path: first.setdefault(fact.sha256, path) for path, fact in facts.items() if fact.sha256 is not None}
@@ -256,7 +256,7 @@ def _check_text(checked: CheckedRecord, encoder: ConversationEncoder | None) -> 
             _add(checked, "text_disagrees", f"{recall:.0%} of the characters of {text!r} are in the answer")
 
 
-def _measure_tokens(checked_records, encoder, max_length, length_folder, workers) -> Sharing:
+def _measure_tokens(checked_records, encoder, max_length, length_folder, workers) -> PrefixSharing:
     conversations = [Conversation(checked.record.turns, checked.image_paths) for checked in checked_records]
     measured = measure_tokens(conversations, encoder, max_length, length_folder, workers)
     for checked, lengths in zip(checked_records, measured.records, strict=True):
@@ -275,7 +275,7 @@ def _check_length(checked: CheckedRecord) -> None:
 
 
 def _find_duplicates(data: CheckedData) -> None:
-    """Of records that share an id or a caption the first usable one stays; a record that is left out is no original."""
+    """Of records that share an id or a caption the first usable one stays; one that is left out does not count."""
     ids: dict[str, str] = {}
     captions: dict[tuple, str] = {}
     for checked in data.records:
@@ -292,7 +292,7 @@ def _find_duplicates(data: CheckedData) -> None:
 
 
 def _make_caption_key(checked: CheckedRecord) -> tuple:
-    """What two records share if they teach the same: pictures and answers, and questions where an answer is short."""
+    """What two records share if they teach the same: images and answers, and questions where an answer is short."""
     turns = checked.record.turns
     answers = tuple(normalise_text(turn.text) or turn.text for turn in turns if turn.role == "assistant")
     questions = tuple(turn.text for turn in turns if turn.role != "assistant")
@@ -303,9 +303,10 @@ def _make_caption_key(checked: CheckedRecord) -> tuple:
 def print_findings(checked: CheckedData) -> None:
     """Print how many findings of every kind there are, and whether they keep their records from training."""
     rows = [
-        (kind, checked.severities.judge(kind), count, KINDS[kind].meaning) for kind, count in checked.counts.items()
+        (kind, checked.severities.severity_of(kind), count, KINDS[kind].meaning)
+        for kind, count in checked.counts.items()
     ]
     if rows:
         print_table("Findings", ("kind", "severity", "records", "meaning"), rows)
-    if doubt := doubt_pairing(checked):
+    if doubt := describe_mispairing(checked):
         print(doubt)

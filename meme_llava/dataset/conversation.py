@@ -1,7 +1,8 @@
-"""Knows what a prompt looks like and which tokens carry loss. Training and inference both build token ids here.
+"""Prompt format and labels: which tokens a conversation becomes, and which of them carry loss. Training and inference
+both build token ids here.
 
 The format is ChatML, as Qwen2 uses it. The prompt for an answer is, token for token, the beginning of the training
-example with that answer. Knows nothing about files, pictures or batches: a picture is a run of image tokens.
+example with that answer. Nothing about files, images or batches: an image is a run of image tokens.
 """
 
 import json
@@ -38,7 +39,7 @@ _CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn; `role` is system, user or assistant. In a user turn every `<image>` stands for a picture."""
+    """One turn; `role` is system, user or assistant. In a user turn every `<image>` stands for an image."""
 
     role: str
     text: str
@@ -54,7 +55,7 @@ class Example:
 
 
 class DoesNotFit(ValueError):
-    """A conversation whose prompt and pictures leave no room for an answer."""
+    """A conversation whose prompt and images leave no room for an answer."""
 
 
 class ConversationEncoder:
@@ -62,7 +63,7 @@ class ConversationEncoder:
 
     Args:
         tokenizer: a transformers tokenizer with ChatML's tokens and `<image>`.
-        tokens_per_image: how many positions one picture takes.
+        tokens_per_image: how many positions one image takes.
         source: names the model folder in errors.
     """
 
@@ -93,13 +94,13 @@ class ConversationEncoder:
         return ids + self._open_turn("assistant")
 
     def encode_example(self, turns: list[Turn], max_length: int | None = None) -> Example:
-        """Ids and labels of a conversation: every assistant text and the end token behind it carries loss.
+        """Ids and labels of a conversation: every assistant text and the end token after it carries loss.
 
         Longer than `max_length` positions (image tokens counted), it ends with the last answer that can begin within
         the limit; that answer's tail is cut, its end token stands. Image tokens are never cut.
 
         Raises:
-            DoesNotFit: no answer can begin within `max_length`, or a picture stands behind the last one that can.
+            DoesNotFit: no answer can begin within `max_length`, or an image comes after the last one that can.
         """
         input_ids: list[int] = list(self._prefix_ids)
         supervised: list[bool] = [False] * len(input_ids)
@@ -126,7 +127,7 @@ class ConversationEncoder:
         return Example(input_ids, labels, cut_tokens=whole_length - end)
 
     def _find_cut(self, input_ids: list[int], answers: list[tuple[int, int]], max_length: int) -> int:
-        """Where a conversation that is too long ends: behind the end token of its last answer that can begin."""
+        """Where a conversation that is too long ends: after the end token of its last answer that can begin."""
         possible = [(start, length) for start, length in answers if start + min(length, 1) + 1 <= max_length]
         if not possible:
             raise DoesNotFit(
@@ -134,7 +135,7 @@ class ConversationEncoder:
             )
         start, length = possible[-1]
         if self.image_token_id in input_ids[start + length :]:
-            raise DoesNotFit(f"a picture stands behind model_max_length {max_length}; pictures are never cut")
+            raise DoesNotFit(f"an image lies beyond model_max_length {max_length}; images are never cut")
         return min(start + length + 1, max_length)
 
     def _encode_content(self, turn: Turn) -> list[int]:

@@ -1,6 +1,6 @@
-"""Knows the records that train as a data set: token ids and pixels, in the order of training.
+"""The records that train as a data set: token ids and pixels, in the order of training.
 
-Knows nothing about batches or models.
+Nothing about batches or models.
 """
 
 from collections.abc import Mapping
@@ -14,10 +14,11 @@ from torch.utils.data import Dataset
 from meme_llava.dataset.check import CheckedData, CheckedRecord, check_data, stop_on_bad_records
 from meme_llava.dataset.conversation import ConversationEncoder
 from meme_llava.dataset.findings import Severities
-from meme_llava.dataset.image_cache import PictureCache
-from meme_llava.dataset.images import MAX_PIXELS, ImagePolicy, read_pixels
+from meme_llava.dataset.image_cache import ImageCache
+from meme_llava.dataset.images import MAX_PIXELS, ImagePolicy
+from meme_llava.dataset.pixels import read_pixels
 from meme_llava.dataset.sampling import BatchShape, PackedLengths, plan_shared_order, shuffle_records
-from meme_llava.dataset.token_lengths import Sharing, find_default_folder
+from meme_llava.dataset.token_lengths import PrefixSharing, find_default_folder
 from meme_llava.errors import UserError
 
 
@@ -25,7 +26,7 @@ class MemeDataset(Dataset):
     """Records as token ids and pixels; tokenised and decoded when asked for, in the process that asks.
 
     An item is {"record_id", "input_ids" int64 (length,), "labels" int64 (length,), "image_paths" one file for every run
-    of image tokens, "pictures" their pixels, uint8 (3, size, size) each, or features, (tokens, vision width)}.
+    of image tokens, "pixel_values" their pixels, uint8 (3, size, size) each, or features, (tokens, vision width)}.
 
     Args:
         records: with known lengths.
@@ -36,7 +37,7 @@ class MemeDataset(Dataset):
     def __init__(
         self,
         records: list[CheckedRecord],
-        sharing: Sharing,
+        sharing: PrefixSharing,
         encoder: ConversationEncoder,
         max_length: int,
         image_policy: ImagePolicy,
@@ -48,7 +49,7 @@ class MemeDataset(Dataset):
         self._max_length = max_length
         self._image_policy = image_policy
         self._max_pixels = max_pixels
-        # Where every picture was encoded once, before training, items hold its features in place of pixels.
+        # Where every image was encoded once, before training, items hold its features in place of pixels.
         self.vision_features: Mapping[Path, torch.Tensor] | None = None
 
     def __len__(self) -> int:
@@ -58,15 +59,15 @@ class MemeDataset(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
-        """The items of a batch; a picture that several of them show is decoded once."""
-        pictures: dict[Path, torch.Tensor] = {}
-        return [self._make_item(self._records[index], pictures) for index in indices]
+        """The items of a batch; an image that several of them show is decoded once."""
+        images: dict[Path, torch.Tensor] = {}
+        return [self._make_item(self._records[index], images) for index in indices]
 
-    def _make_item(self, checked: CheckedRecord, pictures: dict[Path, torch.Tensor]) -> dict:
+    def _make_item(self, checked: CheckedRecord, images: dict[Path, torch.Tensor]) -> dict:
         try:
             for path in checked.image_paths:
-                if path not in pictures:
-                    pictures[path] = self._read_picture(path)
+                if path not in images:
+                    images[path] = self._read_image(path)
         except ValueError as error:
             # Replacing the record would change the data order without a word, so the run stops and names it.
             raise UserError(f"{checked.record.place} (id {checked.record.record_id!r}): {error}") from error
@@ -83,17 +84,17 @@ class MemeDataset(Dataset):
             "input_ids": torch.from_numpy(np.array(example.input_ids, np.int64)),
             "labels": torch.from_numpy(np.array(example.labels, np.int64)),
             "image_paths": checked.image_paths,
-            "pictures": [pictures[path] for path in checked.image_paths],
+            "pixel_values": [images[path] for path in checked.image_paths],
         }
 
-    def _read_picture(self, path: Path) -> torch.Tensor:
+    def _read_image(self, path: Path) -> torch.Tensor:
         if self.vision_features is not None:
             return self.vision_features[path]
         return read_pixels(path, self._image_policy, self._max_pixels)
 
     @property
     def image_paths(self) -> list[Path]:
-        """Every different picture, in the order of the records."""
+        """Every different image, in the order of the records."""
         return list(dict.fromkeys(path for checked in self._records for path in checked.image_paths))
 
     @property
@@ -108,7 +109,7 @@ class MemeDataset(Dataset):
 
     @property
     def image_counts(self) -> np.ndarray:
-        """Pictures of every record: int64 (records,)."""
+        """Images of every record: int64 (records,)."""
         return np.array([len(checked.image_paths) for checked in self._records], np.int64)
 
 
@@ -134,13 +135,13 @@ def load_dataset(
     bad_records: str,
     severities: Severities | None = None,
     max_pixels: int = MAX_PIXELS,
-    cache: PictureCache | None = None,
+    cache: ImageCache | None = None,
     length_folder: Path | None = None,
 ) -> LoadedData:
     """Read and check every record, and count its tokens, before anything is trained.
 
-    Pictures that an earlier check decoded are known from the cache; of the others the header is read, and one that is
-    damaged behind it stops the run when it is reached.
+    Images that an earlier check decoded are known from the cache; of the others the header is read, and one that is
+    damaged after its header stops the run when it is reached.
 
     Args:
         max_length: positions a record may take, image tokens counted.
@@ -175,9 +176,9 @@ class TrainingOrder(Dataset):
 
     Args:
         steps: optimizer steps of the whole run.
-        shared_pictures: draw pictures with all their records, and keep those in one device batch, where they share
+        shared_images: draw images with all their records, and keep those in one device batch, where they share
             what they have in common; else every record is drawn, and takes positions, for itself.
-        first_step: steps that a checkpoint has behind it; the order leaves their places to record 0, unused.
+        first_step: steps that a checkpoint has done; the order leaves their places to record 0, unused.
         first_record: records that those steps trained on.
     """
 
@@ -189,14 +190,14 @@ class TrainingOrder(Dataset):
         device_batch_size: int,
         processes: int,
         seed: int,
-        shared_pictures: bool,
+        shared_images: bool,
         first_step: int = 0,
         first_record: int = 0,
     ):
         self._dataset = dataset
         self._shape = BatchShape(global_batch_size, device_batch_size, processes)
-        self._sharing = dataset.sharing if shared_pictures else None
-        if shared_pictures:
+        self._sharing = dataset.sharing if shared_images else None
+        if shared_images:
             to_come = plan_shared_order(
                 dataset.lengths, dataset.sharing, steps - first_step, self._shape, seed, first_record
             )
@@ -213,7 +214,7 @@ class TrainingOrder(Dataset):
         return self._dataset[int(self.order[index])]
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
-        """The items of a batch; a picture that several of them show is decoded once."""
+        """The items of a batch; an image that several of them show is decoded once."""
         return self._dataset.__getitems__(self.order[indices].tolist())
 
     def fetch_batch(self, number: int) -> list[dict]:

@@ -1,10 +1,10 @@
-"""Knows what a file that is no picture of an accepted format is, by the way it begins."""
+"""Names of file types by the way a file begins, for files that are not images of an accepted format."""
 
 from collections.abc import Sequence
 
 START_LENGTH = 32  # bytes that tell
 SHOWN_LENGTH = 16
-# What a file that is no picture starts with, and what it then is.
+# What a file that is not an image starts with, and what it then is.
 SIGNATURES = (
     (b"<!doctype html", "a web page: a failed download"),
     (b"<html", "a web page: a failed download"),
@@ -19,7 +19,7 @@ SIGNATURES = (
 )
 # What the accepted formats start with: if Pillow does not know such a file, its header is damaged.
 ACCEPTED_MARKS = ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n", "PNG"), (b"GIF8", "GIF"), (b"RIFF", "WEBP"))
-# Pictures of formats whose parsers stay closed: (place of the mark, mark, name).
+# Images of formats whose parsers stay closed: (place of the mark, mark, name).
 CLOSED_FORMATS = (
     (0, b"8bps", "PSD"),
     (0, b"ii*\x00", "TIFF"),
@@ -34,11 +34,11 @@ CLOSED_FORMATS = (
 )
 
 
-def describe_stranger(start: bytes, accepted_formats: Sequence[str]) -> tuple[str, str]:
+def identify_file_type(start: bytes, accepted_formats: Sequence[str]) -> tuple[str, str]:
     """The kind of finding about a file that Pillow does not know, and what it is.
 
     Args:
-        start: its first bytes, `START_LENGTH` of them if it has so many.
+        start: its first bytes, `START_LENGTH` of them if it has that many.
         accepted_formats: what it should have been.
     """
     if not start:
@@ -48,11 +48,11 @@ def describe_stranger(start: bytes, accepted_formats: Sequence[str]) -> tuple[st
     text = lower.removeprefix(b"\xef\xbb\xbf").lstrip()
     for mark, what in SIGNATURES:
         if text.startswith(mark):
-            return "not_a_picture", f"not a {accepted} picture but {what}"
+            return "not_an_image", f"not a {accepted} image but {what}"
     for mark, name in ACCEPTED_MARKS:
         if start.startswith(mark):
-            return "damaged_picture", f"a {name} picture whose header is truncated or damaged"
+            return "damaged_image", f"a {name} image whose header is truncated or damaged"
     for place, mark, name in CLOSED_FORMATS:
         if lower[place:].startswith(mark):
-            return "unaccepted_format", f"a {name} picture; convert it to one of {', '.join(accepted_formats)}"
-    return "not_a_picture", f"not a {accepted} picture (starts with {start[:SHOWN_LENGTH]!r})"
+            return "unaccepted_format", f"a {name} image; convert it to one of {', '.join(accepted_formats)}"
+    return "not_an_image", f"not a {accepted} image (starts with {start[:SHOWN_LENGTH]!r})"

@@ -1,6 +1,6 @@
-"""Knows what can be wrong or unusual about a record, by name, and which of it keeps a record from training.
+"""What can be wrong or unusual about a record, by name, and which of it keeps a record from training.
 
-Data preparation, the data check and training speak of the same kinds. Knows nothing about how they are found.
+Data preparation, the data check and training speak of the same kinds. Nothing about how they are found.
 """
 
 import difflib
@@ -33,30 +33,30 @@ _BAD = {
     "bad_turn_order": "the turns do not alternate human, gpt and end with gpt",
     "empty_text": "a question or an answer is empty",
     "half_character": "a text holds half a character (a cut emoji)",
-    "placeholder_mismatch": "the number of <image> differs from the number of pictures",
+    "placeholder_mismatch": "the number of <image> differs from the number of images",
     "too_long": "no answer can begin within model_max_length",
     "duplicate_id": "an earlier record has the same id",
     # What the record says.
-    "duplicate_caption": "an earlier record gives the same answer about the same picture",
-    "refusal": "an answer refuses to describe the picture",
+    "duplicate_caption": "an earlier record gives the same answer about the same image",
+    "refusal": "an answer refuses to describe the image",
     "loop": "an answer repeats itself without end",
-    # Its pictures.
+    # Its images.
     "unsafe_path": "the path is absolute, a URL, or leaves the image folder",
-    "missing_picture": "there is no such file",
+    "missing_image": "there is no such file",
     "unreadable_file": "the file may not be read, or is a folder, pipe or device",
     "empty_file": "the file is empty",
-    "not_a_picture": "the file is no picture, such as a web page saved under a picture's name",
-    "unaccepted_format": "a picture in a format that is not accepted",
-    "damaged_picture": "the picture is truncated or damaged",
-    "too_many_pixels": "the picture has more pixels than the limit",
-    "too_small": "a side of the picture has less than 4 pixels",
-    "extreme_shape": "one side of the picture is more than 50 times the other",
+    "not_an_image": "the file is not an image, such as a web page saved under an image's name",
+    "unaccepted_format": "an image in a format that is not accepted",
+    "damaged_image": "the image is truncated or damaged",
+    "too_many_pixels": "the image has more pixels than the limit",
+    "too_small": "a side of the image has less than 4 pixels",
+    "extreme_shape": "one side of the image is more than 50 times the other",
 }
 _NOTED = {
     "cut_answer": "the last answer is cut to model_max_length",
     "control_text": "a text spells a control token; it is trained on as plain text",
-    "text_disagrees": "an answer holds less than half of the characters known to stand in the picture",
-    "duplicate_picture": "another file has the same bytes",
+    "text_disagrees": "an answer holds less than half of the characters known to stand in the image",
+    "duplicate_image": "another file has the same bytes",
     "wrong_extension": "the file's name does not end as its format's names do; the contents decide",
     "animated": "an animation, of which the first frame is used",
     "damaged_animation": "an animation whose later frames are damaged; the first frame is sound",
@@ -67,7 +67,7 @@ _NOTED = {
     "exif_rotation": "turned upright as its EXIF tag says",
     "broken_exif": "a damaged EXIF block, which is ignored",
     "stretched_shape": "one side is more than 4 times the other, so the model sees the words squashed",
-    "low_resolution": "a side of the picture has less than 64 pixels, so words may be unreadable",
+    "low_resolution": "a side of the image has less than 64 pixels, so words may be unreadable",
 }
 KINDS = {name: Kind(name, Severity.BAD, meaning) for name, meaning in _BAD.items()} | {
     name: Kind(name, Severity.NOTED, meaning) for name, meaning in _NOTED.items()
@@ -88,7 +88,7 @@ class Finding:
 
 
 class RecordFault(ValueError):
-    """Why a record or a picture is found at fault, with the kind of fault, and the record's text if it is no JSON."""
+    """Why a record or an image is found at fault, with the kind of fault, and the record's text if it is not JSON."""
 
     def __init__(self, kind: str, detail: str, content: str | None = None):
         super().__init__(detail)
@@ -123,11 +123,11 @@ class Severities:
             raise UserError(f"--refuse {idle[0]}: such records are bad anyway; leave it out")
         if impossible := [name for name in self.allowed if name in UNTRAINABLE]:
             raise UserError(
-                f"--allow {impossible[0]}: such a record cannot be trained on; mend it, or leave it out with "
+                f"--allow {impossible[0]}: such a record cannot be trained on; fix it, or leave it out with "
                 "--bad_records quarantine"
             )
 
-    def judge(self, kind: str) -> Severity:
+    def severity_of(self, kind: str) -> Severity:
         """The severity of a kind in this run."""
         if kind in self.refused:
             return Severity.BAD
@@ -135,7 +135,7 @@ class Severities:
 
     def is_bad(self, kind: str) -> bool:
         """Whether a finding of this kind keeps its record from training."""
-        return self.judge(kind) is Severity.BAD
+        return self.severity_of(kind) is Severity.BAD
 
 
 # Bad kinds that one may train on nevertheless; without any of the others there is something to train on.

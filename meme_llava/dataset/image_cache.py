@@ -1,6 +1,6 @@
-"""Knows how what was found in picture files is remembered, by the hash of their contents.
+"""A cache of what was found in image files, by the hash of their contents.
 
-Knows nothing about how pictures are looked at.
+Nothing about how images are looked at.
 """
 
 import json
@@ -19,7 +19,7 @@ FILES_PER_COMMIT = 500  # so that a check that is stopped goes on from there
 
 
 @dataclass(frozen=True)
-class PictureFacts:
+class ImageFacts:
     """What the contents of one file are, whatever its name and whatever limits a run has.
 
     `fault` is (kind of finding, detail) if it cannot be used. `decoded` is False if only the header was read.
@@ -34,7 +34,7 @@ class PictureFacts:
     decoded: bool = False
 
 
-class PictureCache:
+class ImageCache:
     """What was found in files before, by the hash of their contents; a file's hash is kept by its size and times.
 
     Args:
@@ -61,7 +61,7 @@ class PictureCache:
 
     def _give_up(self, error: Exception) -> None:
         # A read-only home must not keep anybody from training; the check only takes longer.
-        print(f"{self._file}: checked pictures cannot be remembered there ({error})", file=sys.stderr, flush=True)
+        print(f"{self._file}: checked images cannot be remembered there ({error})", file=sys.stderr, flush=True)
         self._database = None
 
     def _prepare(self) -> None:
@@ -94,7 +94,7 @@ class PictureCache:
         """Whether anything is known."""
         return self._read("SELECT 1 FROM contents LIMIT 1", ()) is not None
 
-    def look_up(self, path: Path) -> PictureFacts | None:
+    def look_up(self, path: Path) -> ImageFacts | None:
         """What is known about a file, or None if it is unknown or changed since."""
         state = describe_state(path)
         if state is None:
@@ -102,7 +102,7 @@ class PictureCache:
         query = "SELECT facts FROM files JOIN contents USING (sha256) WHERE path = ? AND state = ?"
         return _parse_facts(self._read(query, (os.fsencode(path), state)))
 
-    def look_up_contents(self, sha256: str | None) -> PictureFacts | None:
+    def look_up_contents(self, sha256: str | None) -> ImageFacts | None:
         """What is known about contents, whatever file they are in."""
         return _parse_facts(self._read("SELECT facts FROM contents WHERE sha256 = ?", (sha256,)))
 
@@ -115,7 +115,7 @@ class PictureCache:
             self._give_up(error)
             return None
 
-    def remember(self, path: Path, facts: PictureFacts) -> None:
+    def remember(self, path: Path, facts: ImageFacts) -> None:
         """Keep what was found in a file; written with `commit`, or when there is much of it."""
         state = describe_state(path)
         if self._database is None or self._read_only or facts.sha256 is None or state is None:
@@ -138,11 +138,11 @@ class PictureCache:
         self._unwritten = []
 
 
-def _parse_facts(row: tuple | None) -> PictureFacts | None:
+def _parse_facts(row: tuple | None) -> ImageFacts | None:
     if row is None:
         return None
     values = json.loads(row[0])
     fault = values["fault"]
-    return PictureFacts(
+    return ImageFacts(
         **values | {"notes": tuple(map(tuple, values["notes"])), "fault": tuple(fault) if fault else None}
     )

@@ -1,6 +1,6 @@
-"""Knows what is found by opening picture files: many in parallel, each content once.
+"""Inspection of image files: many in parallel, each content once.
 
-Results are kept by the hash of a file's contents, so a second look at the same files takes seconds. Knows nothing about
+Results are kept by the hash of a file's contents, so a second look at the same files takes seconds. Nothing about
 records.
 """
 
@@ -19,11 +19,11 @@ from typing import TypeVar
 from PIL import Image
 
 from meme_llava.dataset.findings import RecordFault
-from meme_llava.dataset.image_cache import PictureCache, PictureFacts
+from meme_llava.dataset.image_cache import ImageCache, ImageFacts
 from meme_llava.dataset.images import PARSER_ERRORS, list_header_notes, open_header, open_image
 from meme_llava.storage.hashing import hash_file, try_hash_file
 
-SMALLEST_SIDE = 4  # pixels; less is a tracking dot, no picture
+SMALLEST_SIDE = 4  # pixels; less is a tracking dot, no image
 LOW_RESOLUTION = 64  # pixels; a line of words needs more
 EXTREME_RATIO = 50  # of the sides
 STRETCHED_RATIO = 4
@@ -34,12 +34,12 @@ EXTENSIONS = {
     "WEBP": {".webp"},
     "BMP": {".bmp", ".dib"},
 }
-PICTURE_SUFFIXES = frozenset().union(*EXTENSIONS.values())
+IMAGE_SUFFIXES = frozenset().union(*EXTENSIONS.values())
 FILES_PER_TASK = 16
 Result = TypeVar("Result")
 
 
-def inspect_picture(path: Path, max_pixels: int, decode: bool = True) -> PictureFacts:
+def inspect_image(path: Path, max_pixels: int, decode: bool = True) -> ImageFacts:
     """Open a file and say what it is, after decoding it whole unless it has more than `max_pixels`.
 
     Without `decode` only the header is read: its format and size are known then, nothing else.
@@ -48,32 +48,32 @@ def inspect_picture(path: Path, max_pixels: int, decode: bool = True) -> Picture
         with warnings.catch_warnings(record=True, action="always") as caught, open_header(path, sys.maxsize) as image:
             width, height = image.size
             if not decode:
-                return PictureFacts(None, image.format, width, height)
+                return ImageFacts(None, image.format, width, height)
             sha256 = hash_file(path)
             if width * height > max_pixels:
-                return PictureFacts(sha256, image.format, width, height)
+                return ImageFacts(sha256, image.format, width, height)
             notes = _list_notes(image)
             # Pillow reads EXIF blocks with its parser for TIFF.
             broken = [str(warning.message) for warning in caught if "TiffImagePlugin" in warning.filename]
             if broken:
                 notes.append(("broken_exif", broken[0]))
         open_image(path, max_pixels=max_pixels)
-        return PictureFacts(sha256, image.format, width, height, tuple(notes), decoded=True)
+        return ImageFacts(sha256, image.format, width, height, tuple(notes), decoded=True)
     except RecordFault as fault:
-        has_contents = decode and fault.kind not in ("missing_picture", "unreadable_file")
+        has_contents = decode and fault.kind not in ("missing_image", "unreadable_file")
         # The same contents may stand under another name.
         detail = str(fault).removeprefix(f"{path}: ")
-        return PictureFacts(hash_file(path) if has_contents else None, fault=(fault.kind, detail), decoded=decode)
+        return ImageFacts(hash_file(path) if has_contents else None, fault=(fault.kind, detail), decoded=decode)
 
 
 def _list_notes(image: Image.Image) -> list[tuple[str, str]]:
     try:
         return list(list_header_notes(image))
     except PARSER_ERRORS as error:
-        raise RecordFault("damaged_picture", f"the picture is damaged ({error})") from error
+        raise RecordFault("damaged_image", f"the image is damaged ({error})") from error
 
 
-def judge_picture(path: Path, facts: PictureFacts, max_pixels: int) -> list[tuple[str, str]]:
+def check_image(path: Path, facts: ImageFacts, max_pixels: int) -> list[tuple[str, str]]:
     """The findings about a file, as (kind, detail), under this run's limits."""
     if facts.fault is not None:
         return [(facts.fault[0], f"{path}: {facts.fault[1]}")]
@@ -95,23 +95,23 @@ def judge_picture(path: Path, facts: PictureFacts, max_pixels: int) -> list[tupl
     return found
 
 
-def inspect_pictures(
+def inspect_images(
     paths: Iterable[Path],
     max_pixels: int,
-    cache: PictureCache,
+    cache: ImageCache,
     workers: int | None = None,
     advance: Callable[[int], object] = lambda count: None,
-) -> dict[Path, PictureFacts]:
+) -> dict[Path, ImageFacts]:
     """Open and decode every file that the cache does not know, in parallel.
 
     Args:
         workers: processes; None takes the CPUs this process may use.
         advance: takes how many files were done.
     """
-    found: dict[Path, PictureFacts] = {}
+    found: dict[Path, ImageFacts] = {}
     workers = workers or len(os.sched_getaffinity(0))
 
-    def is_settled(path: Path, facts: PictureFacts | None) -> bool:
+    def is_settled(path: Path, facts: ImageFacts | None) -> bool:
         if facts is None or not (facts.decoded or facts.width * facts.height > max_pixels):
             return False
         found[path] = facts
@@ -128,7 +128,7 @@ def inspect_pictures(
                 if is_settled(path, facts := cache.look_up_contents(sha256)):
                     cache.remember(path, facts)
             unknown = [path for path in unknown if path not in found]
-        inspect = partial(inspect_picture, max_pixels=max_pixels)
+        inspect = partial(inspect_image, max_pixels=max_pixels)
         for path, facts in _map_in_processes(inspect, unknown, workers, _blame):
             found[path] = facts
             cache.remember(path, facts)
@@ -167,5 +167,5 @@ def _start_processes(count: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(count, multiprocessing.get_context("fork"))
 
 
-def _blame(path: Path) -> PictureFacts:
-    return PictureFacts(None, fault=("damaged_picture", "decoding it kills the program that does it"), decoded=True)
+def _blame(path: Path) -> ImageFacts:
+    return ImageFacts(None, fault=("damaged_image", "decoding it kills the program that does it"), decoded=True)

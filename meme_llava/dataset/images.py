@@ -1,7 +1,7 @@
-"""Knows how an image file becomes pixels: formats, transparency, EXIF, animation, size.
+"""Image files, opened: formats, transparency, EXIF, animation, size.
 
 The same functions serve preparation, check, training and inference, so a model sees in use what it saw in training.
-Knows nothing about prompts or batches.
+Nothing about prompts or batches.
 """
 
 import math
@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 
-from meme_llava.dataset.file_signatures import START_LENGTH, describe_stranger
+from meme_llava.dataset.file_signatures import START_LENGTH, identify_file_type
 from meme_llava.dataset.findings import RecordFault
 from meme_llava.errors import UserError
 
-# Only parsers for pictures that memes come in; PostScript, PSD and the like stay closed.
+# Only parsers for images that memes come in; PostScript, PSD and the like stay closed.
 ACCEPTED_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
 # A header can promise more pixels than memory holds; real memes stay far below.
 MAX_PIXELS = 50_000_000
@@ -30,7 +29,7 @@ MAX_PIXELS = 50_000_000
 Image.MAX_IMAGE_PIXELS = None
 WHITE = (255, 255, 255)
 ORIENTATION_TAG = 0x0112
-# How a picture is turned upright, by its orientation tag; 0 is no value of the standard, and common.
+# How an image is turned upright, by its orientation tag; 0 is not a value of the standard, and common.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,7 +42,7 @@ TURNS = {
 # What Pillow's parsers were seen to raise, or may, on damaged files.
 PARSER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, AssertionError)
 PARSER_ERRORS += (ArithmeticError, RuntimeError, struct.error)
-# Pillow reads the picture all the same, and a broken tag is treated as none.
+# Pillow reads the image all the same, and a broken tag is treated as none.
 warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin", category=UserWarning)
 
 Resize = Literal["squash", "pad", "crop"]
@@ -51,9 +50,9 @@ Resize = Literal["squash", "pad", "crop"]
 
 @dataclass(frozen=True)
 class ImagePolicy:
-    """How a picture of any shape becomes the square a vision tower expects.
+    """How an image of any shape becomes the square a vision tower expects.
 
-    squash: the whole picture is resized to the square, as Chinese-CLIP does.
+    squash: the whole image is resized to the square, as Chinese-CLIP does.
     pad: it is put on a square of the mean colour, then resized, as LLaVA-1.5 does.
     crop: its shorter side is resized, and what the longer side has beyond the square is cut off, as CLIP does.
     """
@@ -97,7 +96,7 @@ class ImagePolicy:
         return tuple(int(channel * 255) for channel in self.mean)
 
     def measure_reduction(self, width: int, height: int) -> float:
-        """How many pixels of a picture become one, along the side that is reduced least."""
+        """How many pixels of an image become one, along the side that is reduced least."""
         return (max if self.resize == "pad" else min)(width, height) / self.size
 
 
@@ -105,14 +104,14 @@ def resolve_image_path(image: str, image_folder: Path) -> Path:
     """The file of a record's `image`, which must lie inside `image_folder` (symbolic links followed).
 
     Raises:
-        RecordFault: the path is absolute, a URL, leaves the folder, or is no name that a file can have.
+        RecordFault: the path is absolute, a URL, leaves the folder, or is not a name that a file can have.
     """
     if "\0" in image or "://" in image or "\\" in image or os.path.isabs(image):
         raise RecordFault("unsafe_path", f"image {image!r} is not a path relative to the image folder")
     try:
         os.fsencode(image)
     except UnicodeEncodeError as error:
-        raise RecordFault("missing_picture", f"image {image!r} holds half a character, as no name does") from error
+        raise RecordFault("missing_image", f"image {image!r} holds half a character, as no name does") from error
     root = image_folder.resolve()
     try:
         path = (root / image).resolve()
@@ -124,16 +123,16 @@ def resolve_image_path(image: str, image_folder: Path) -> Path:
 
 
 def open_image(path: Path, policy: ImagePolicy | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Open a file as the RGB picture a person would see.
+    """Open a file as the RGB image a person would see.
 
     The first frame of an animation, EXIF rotation applied, transparency on white, 16-bit grey scaled to 8 bits.
 
     Args:
-        policy: what the picture is opened for. A JPEG more than four times too large is decoded at 1/2, 1/4 or 1/8 of
+        policy: what the image is opened for. A JPEG more than four times too large is decoded at 1/2, 1/4 or 1/8 of
             its size, never below twice what the policy needs, which takes a fraction of the time.
 
     Raises:
-        RecordFault: with a reason a person can act on (missing, not a picture, truncated, too large).
+        RecordFault: with a reason a person can act on (missing, not an image, truncated, too large).
     """
     image = open_header(path, max_pixels)
     try:
@@ -143,37 +142,11 @@ def open_image(path: Path, policy: ImagePolicy | None = None, max_pixels: int = 
             image.load()
             return _to_rgb(_turn_upright(image))
     except PARSER_ERRORS as error:
-        raise RecordFault("damaged_picture", f"{path}: the picture is damaged ({error})") from error
-
-
-def read_pixels(path: Path, policy: ImagePolicy, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-    """Pixels of a file in a model's square, uint8 (3, size, size); raises as `open_image` does."""
-    return to_pixels(open_image(path, policy, max_pixels), policy)
-
-
-def to_pixels(image: Image.Image, policy: ImagePolicy) -> torch.Tensor:
-    """Resize an RGB picture. Returns uint8 of shape (3, size, size)."""
-    pixels = np.asarray(fit_to_square(image, policy))  # (size, size, 3)
-    # Copied by NumPy, which starts no threads: loader processes share the CPUs already.
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
-
-
-def normalise(pixels: torch.Tensor, policy: ImagePolicy) -> torch.Tensor:
-    """Pixels as a vision tower takes them: uint8 (…, 3, size, size) to float32 of the same shape, on their device."""
-    # A number instead of this tensor would make CUDA multiply by its inverse, which differs in the last bit.
-    largest = torch.tensor(255.0, device=pixels.device)
-    mean = torch.tensor(policy.mean, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(policy.std, device=pixels.device).view(3, 1, 1)
-    return (pixels.float() / largest - mean) / std
-
-
-def to_pixel_values(image: Image.Image, policy: ImagePolicy) -> torch.Tensor:
-    """Resize and normalise an RGB picture. Returns float32 of shape (3, size, size)."""
-    return normalise(to_pixels(image, policy), policy)
+        raise RecordFault("damaged_image", f"{path}: the image is damaged ({error})") from error
 
 
 def fit_to_square(image: Image.Image, policy: ImagePolicy) -> Image.Image:
-    """Make an RGB picture of any shape size x size pixels, as the policy says."""
+    """Make an RGB image of any shape size x size pixels, as the policy says."""
     size = policy.size
     width, height = image.size
     if policy.resize == "crop":
@@ -191,22 +164,22 @@ def fit_to_square(image: Image.Image, policy: ImagePolicy) -> Image.Image:
 
 
 def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Open a picture file without decoding it. Raises RecordFault unless format and size are accepted."""
+    """Open an image file without decoding it. Raises RecordFault unless format and size are accepted."""
     _check_file(path)
     try:
         image = Image.open(path, formats=ACCEPTED_FORMATS)
     except UnidentifiedImageError as error:
         with path.open("rb") as file:
-            kind, what = describe_stranger(file.read(START_LENGTH), ACCEPTED_FORMATS)
+            kind, what = identify_file_type(file.read(START_LENGTH), ACCEPTED_FORMATS)
         raise RecordFault(kind, f"{path}: {what}") from error
     except OSError as error:
         # Pillow's own errors about a header have no errno; those of the file system do.
-        kind = "unreadable_file" if error.errno else "damaged_picture"
+        kind = "unreadable_file" if error.errno else "damaged_image"
         raise RecordFault(kind, f"{path}: cannot be read ({error.strerror or error})") from error
     except PARSER_ERRORS as error:
-        raise RecordFault("damaged_picture", f"{path}: cannot be read ({error})") from error
+        raise RecordFault("damaged_image", f"{path}: cannot be read ({error})") from error
     if image.format == "MPO":
-        # Phones append previews and depth maps to a JPEG; its beginning is the picture.
+        # Phones append previews and depth maps to a JPEG; its beginning is the image.
         image.format = "JPEG"
     if math.prod(image.size) > max_pixels:
         width, height = image.size
@@ -219,7 +192,7 @@ def _check_file(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise RecordFault("missing_picture", f"{path}: {error.strerror}") from error
+        raise RecordFault("missing_image", f"{path}: {error.strerror}") from error
     except OSError as error:
         raise RecordFault("unreadable_file", f"{path}: {error.strerror or error}") from error
     # A pipe would block for ever, a device would never end.
@@ -228,7 +201,7 @@ def _check_file(path: Path) -> None:
 
 
 def list_header_notes(image: Image.Image) -> Iterator[tuple[str, str]]:
-    """What is unusual about an opened picture and how it is taken, as (kind of finding, detail)."""
+    """What is unusual about an opened image and how it is taken, as (kind of finding, detail)."""
     if image.mode == "CMYK":
         yield "cmyk", "CMYK"
     elif image.mode.startswith("I") or any(";16" in str(tile.args) for tile in image.tile):
@@ -240,7 +213,7 @@ def list_header_notes(image: Image.Image) -> Iterator[tuple[str, str]]:
     orientation = image.getexif().get(ORIENTATION_TAG)
     if orientation in TURNS:
         yield "exif_rotation", f"orientation {orientation}"
-    # Last, since counting goes through all frames, and a damaged one leaves the picture in its middle.
+    # Last, since counting goes through all frames, and a damaged one leaves the image in its middle.
     try:
         frames = getattr(image, "n_frames", 1)
     except PARSER_ERRORS as error:

@@ -21,7 +21,7 @@ class RecordPolicy:
     refuse: list[str] = field(
         default_factory=list, metadata=describe("kinds that make a record bad though they need not, such as cut_answer")
     )
-    max_pixels: int = field(default=MAX_PIXELS, metadata=describe("pictures with more pixels are not decoded"))
+    max_pixels: int = field(default=MAX_PIXELS, metadata=describe("images with more pixels are not decoded"))
 
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""
@@ -32,3 +32,6 @@ class RecordPolicy:
     def severities(self) -> Severities:
         """Which findings keep a record from training."""
         return Severities(tuple(self.allow), tuple(self.refuse))
+
+
+LossAverage = Literal["token", "caption"]

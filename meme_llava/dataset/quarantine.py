@@ -1,4 +1,4 @@
-"""Knows the file that lists the records left out of training, with the reasons and the records themselves."""
+"""The file that lists the records left out of training, with the reasons and the records themselves."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Knows what may stand in the annotation file: the form of a record.
+"""The annotation file: the form of a record.
 
-Knows nothing about files of pictures, tokens or training.
+Nothing about files of images, tokens or training.
 """
 
 import json
@@ -19,9 +19,9 @@ CAPTIONS_HELP = "A line of a caption file: python data/prepare.py captions turns
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation about zero or more pictures. `place` says where it stands, for messages.
+    """One conversation about zero or more images. `place` says where it stands, for messages.
 
-    `text` is what is known to stand in the picture ("" = nothing), `repeat` counts deliberate copies from 1, `task` is
+    `text` is what is known to stand in the image ("" = nothing), `repeat` counts deliberate copies from 1, `task` is
     the record's own name for what is asked.
     """
 
@@ -41,7 +41,7 @@ def read_records(annotations: Path) -> tuple[list[Record], list[Finding]]:
     Returns the well-formed records and one finding for every other record.
 
     Raises:
-        UserError: the file is missing, not UTF-8, or is no JSON array / JSONL.
+        UserError: the file is missing, not UTF-8, or is not JSON array / JSONL.
     """
     records, findings = [], []
     for place, value in iterate_values(annotations):
@@ -137,7 +137,7 @@ def iterate_values(annotations: Path) -> Iterator[tuple[str, object]]:
     """Every value of a JSON array or JSONL file with its place; a RecordFault for a line that is not JSON.
 
     Raises:
-        UserError: the file is missing, not UTF-8, or is no JSON array / JSONL.
+        UserError: the file is missing, not UTF-8, or is not JSON array / JSONL.
     """
     try:
         # Excel and Notepad put a byte order mark in front; utf-8-sig takes the file either way.

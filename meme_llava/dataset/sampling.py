@@ -1,6 +1,6 @@
-"""Knows in which order records train, and which of them meet in a device batch.
+"""The order in which records train, and which of them meet in a device batch.
 
-Every process plans the whole run alike, from the seed and what records share. Knows nothing about tokens or pixels.
+Every process plans the whole run alike, from the seed and what records share. Nothing about tokens or pixels.
 """
 
 import heapq
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meme_llava.dataset.token_lengths import Sharing
+from meme_llava.dataset.token_lengths import PrefixSharing
 
 # Device batches of a step are evened out until the longest is this much above the mean, or by so many exchanges.
 TOLERANCE = 0.02
@@ -39,27 +39,27 @@ class PackedLengths:
         sharing: None if nothing is shared.
     """
 
-    def __init__(self, positions: np.ndarray, sharing: Sharing | None):
+    def __init__(self, positions: np.ndarray, sharing: PrefixSharing | None):
         # Python's own lists: element by element they are several times faster than arrays.
         self._positions = positions.tolist()
         self._shares = sharing is not None
         if sharing is not None:
-            self.families = sharing.families.tolist()
-            self.ranks = sharing.ranks.tolist()
-            self._shared_by_rank = sharing.shared[np.argsort(sharing.ranks)].tolist()
+            self.groups = sharing.groups.tolist()
+            self.order = sharing.order.tolist()
+            self._shared_by_rank = sharing.prefix_lengths[np.argsort(sharing.order)].tolist()
 
     def count(self, records: Sequence[int]) -> int:
         """Positions of a packed row of these records."""
         total = sum(self._positions[record] for record in records)
         if not self._shares:
             return total
-        by_rank = sorted(records, key=self.ranks.__getitem__)
+        by_rank = sorted(records, key=self.order.__getitem__)
         return total - sum(map(self._count_common, by_rank, by_rank[1:]))
 
     def _count_common(self, first: int, second: int) -> int:
         if first == second:  # the end of one pass and the beginning of the next may bring a record twice
             return self._positions[first]
-        return min(self._shared_by_rank[self.ranks[first] + 1 : self.ranks[second] + 1])
+        return min(self._shared_by_rank[self.order[first] + 1 : self.order[second] + 1])
 
 
 def shuffle_records(records: int, length: int, seed: int) -> np.ndarray:
@@ -68,47 +68,47 @@ def shuffle_records(records: int, length: int, seed: int) -> np.ndarray:
     return np.concatenate([np.random.default_rng([seed, n]).permutation(records) for n in range(passes)])[:length]
 
 
-def shuffle_families(families: np.ndarray, length: int, seed: int) -> np.ndarray:
-    """Like `shuffle_records`, with the records of a family one after another in every pass: int64 (length,).
+def shuffle_groups(groups: np.ndarray, length: int, seed: int) -> np.ndarray:
+    """Like `shuffle_records`, with the records of a group one after another in every pass: int64 (length,).
 
     Args:
-        families: the family of every record, int64 (records,).
+        groups: the group of every record, int64 (records,).
     """
     # Numbered by first appearance, so that the order depends on which records are alike and on nothing else.
-    _, first, numbers = np.unique(families, return_index=True, return_inverse=True)
+    _, first, numbers = np.unique(groups, return_index=True, return_inverse=True)
     places = np.empty(len(first), np.int64)
     places[np.argsort(first)] = np.arange(len(first))
     numbers = places[numbers]
     passes = []
-    for number in range(-(-length // len(families))):
+    for number in range(-(-length // len(groups))):
         generator = np.random.default_rng([seed, number])
         family_order = generator.permutation(len(first))
-        record_order = generator.permutation(len(families))
+        record_order = generator.permutation(len(groups))
         passes.append(np.lexsort((record_order, family_order[numbers])))
     return np.concatenate(passes)[:length]
 
 
 def plan_shared_order(
-    positions: np.ndarray, sharing: Sharing, steps: int, shape: BatchShape, seed: int, first_record: int = 0
+    positions: np.ndarray, sharing: PrefixSharing, steps: int, shape: BatchShape, seed: int, first_record: int = 0
 ) -> np.ndarray:
-    """The order of a run in which records about one picture share it: int64 (steps x global_batch_size,).
+    """The order of a run in which records about one image share it: int64 (steps x global_batch_size,).
 
     Which records a step trains on depends on the seed and the global batch alone. Batch i of `device_batch_size`
     records goes to process i % processes; the batches of a round are alike, those of a step balanced over processes.
 
     Args:
-        first_record: records of the run that lie behind these steps.
+        first_record: records of the run that were trained on before these steps.
     """
     packed = PackedLengths(positions, sharing)
     end = first_record + steps * shape.global_batch_size
-    stream = shuffle_families(sharing.families, end, seed)[first_record:]
+    stream = shuffle_groups(sharing.groups, end, seed)[first_record:]
     arranged = [_arrange_step(step, packed, shape) for step in stream.reshape(steps, -1).tolist()]
     return np.array(arranged, np.int64).reshape(-1)
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Records of one family that stay together; `length` counts their packed positions."""
+    """Records of one group that stay together; `length` counts their packed positions."""
 
     length: int
     records: list[int]  # by rank
@@ -134,20 +134,20 @@ def _arrange_step(records: list[int], packed: PackedLengths, shape: BatchShape) 
     pieces = _split_families(records, packed, shape.device_batch_size)
     batches = _fill_batches(pieces, packed, shape)
     _balance(batches, shape.device_batch_size)
-    dealt = _deal(batches, shape.processes)
-    return [record for batch in dealt for piece in batch.pieces for record in piece.records]
+    assigned = _assign_to_ranks(batches, shape.processes)
+    return [record for batch in assigned for piece in batch.pieces for record in piece.records]
 
 
 def _split_families(records: list[int], packed: PackedLengths, largest: int) -> list[_Piece]:
-    """The records of every family; of one that is larger than a device batch, as many at a time as fit."""
-    families: dict[int, list[int]] = {}
+    """The records of every group; of one that is larger than a device batch, as many at a time as fit."""
+    groups: dict[int, list[int]] = {}
     for record in records:
-        families.setdefault(packed.families[record], []).append(record)
+        groups.setdefault(packed.groups[record], []).append(record)
     pieces = []
-    for family in families.values():
-        family.sort(key=packed.ranks.__getitem__)
-        for start in range(0, len(family), largest):
-            piece = family[start : start + largest]
+    for group in groups.values():
+        group.sort(key=packed.order.__getitem__)
+        for start in range(0, len(group), largest):
+            piece = group[start : start + largest]
             pieces.append(_Piece(packed.count(piece), piece))
     return pieces
 
@@ -177,7 +177,7 @@ def _fill_batches(pieces: list[_Piece], packed: PackedLengths, shape: BatchShape
 def _balance(batches: list[_DeviceBatch], size: int) -> None:
     """Exchange pieces between the longest device batch and others, as many records for as many, while that helps.
 
-    Filling leaves large families together in some batches and single records, which share nothing, in others.
+    Filling leaves large groups together in some batches and single records, which share nothing, in others.
     """
     if size == 1 or len(batches) == 1:
         return
@@ -217,15 +217,15 @@ def _choose_pieces(pieces: list[_Piece], size: int, choose) -> dict[int, tuple[i
     return best
 
 
-def _deal(batches: list[_DeviceBatch], processes: int) -> list[_DeviceBatch]:
+def _assign_to_ranks(batches: list[_DeviceBatch], processes: int) -> list[_DeviceBatch]:
     """Batches of like length side by side, the longest first; in every round the process that had least gets most."""
     longest_first = sorted(batches, key=lambda batch: -batch.length)
     totals = [0] * processes
-    dealt = []
+    assigned = []
     for start in range(0, len(batches), processes):
         by_total = sorted(range(processes), key=totals.__getitem__)
         given = dict(zip(by_total, longest_first[start : start + processes], strict=True))
         for process in range(processes):
-            dealt.append(given[process])
+            assigned.append(given[process])
             totals[process] += given[process].length
-    return dealt
+    return assigned

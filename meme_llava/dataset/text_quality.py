@@ -1,6 +1,6 @@
-"""Knows what a caption is worth as text: refusals, endless loops, and whether it repeats the words of the picture.
+"""What a caption is worth as text: refusals, endless loops, and whether it repeats the words of the image.
 
-The patterns come from reading real captions of GPT-4o, Gemini and Yi-Vision. Knows nothing about records or pictures.
+The patterns come from reading real captions of GPT-4o, Gemini and Yi-Vision. Nothing about records or images.
 """
 
 import re
@@ -50,16 +50,16 @@ def normalise_text(text: str) -> str:
     return "".join(character for character in unicodedata.normalize("NFKC", text).lower() if character.isalnum())
 
 
-def measure_recall(truth: str, answer: str) -> float:
-    """Share of the characters of `truth` that `answer` has, each as often, both normalised; 1.0 for an empty truth."""
-    wanted = Counter(normalise_text(truth))
+def measure_recall(reference: str, answer: str) -> float:
+    """Share of the characters of `reference` that `answer` has, each as often; both are normalised. Empty: 1.0."""
+    wanted = Counter(normalise_text(reference))
     if not wanted:
         return 1.0
     return (wanted & Counter(normalise_text(answer))).total() / wanted.total()
 
 
 def find_refusal(text: str) -> str | None:
-    """The words by which a caption refuses to describe its picture, or None.
+    """The words by which a caption refuses to describe its image, or None.
 
     Looks at the speaker's own words, to the end, since filters cut in there as well; what stands in quotation marks is
     the meme's.
@@ -80,7 +80,7 @@ def find_loop(text: str) -> str | None:
         return None
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)  # (characters,)
     for period in range(1, min(_LONGEST_PIECE, len(text) // LOOP_REPEATS) + 1):
-        # Within a loop of this period every character equals the one a period behind it.
+        # Within a loop of this period every character equals the one a period later.
         breaks = np.flatnonzero(codes[period:] != codes[:-period])
         edges = np.concatenate([[-1], breaks, [len(codes) - period]])
         runs = np.diff(edges) - 1 + period

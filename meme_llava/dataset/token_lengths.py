@@ -1,6 +1,6 @@
-"""Knows how many positions every record takes, and how many of them it shares with others about the same picture.
+"""How many positions every record takes, and how many of them it shares with others about the same image.
 
-Tokenising a hundred thousand records takes minutes, so what was counted is kept in a file. Knows nothing about batches.
+Tokenising a hundred thousand records takes minutes, so what was counted is kept in a file. Nothing about batches.
 """
 
 import hashlib
@@ -25,9 +25,9 @@ from meme_llava.storage.cache import find_default_cache
 # Raise it when the same conversation is counted otherwise than before: results of older code are then counted anew.
 CACHE_VERSION = 1
 RECORDS_PER_TASK = 512
-# In sort keys pictures are numbered from here, beyond every token id.
-FIRST_PICTURE = 1 << 31
-COUNTS = ("positions", "supervised", "cut_tokens", "families", "ranks", "shared")
+# In sort keys images are numbered from here, beyond every token id.
+FIRST_IMAGE = 1 << 31
+COUNTS = ("positions", "supervised", "cut_tokens", "groups", "order", "prefix_lengths")
 # What NumPy and zipfile were seen to raise, or may, on damaged files.
 DAMAGE = (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 
@@ -51,32 +51,33 @@ class RecordLengths:
 
 
 @dataclass(frozen=True, eq=False)
-class Sharing:
-    """Which records begin alike: all of one family have the same first picture. int64 (records,) each.
+class PrefixSharing:
+    """Which records begin alike: all of one group have the same first image. int64 (records,) each.
 
-    `ranks` puts the records of every family one after another, and inside it those side by side that begin alike.
-    `shared` counts the positions at a record's beginning that are also those of the record one rank before, 0 for the
-    first of a family. Any two of a family share the least `shared` of the ranks behind the first up to the second.
+    `order` puts the records of every group one after another, and inside it those side by side that begin alike.
+    `prefix_lengths` counts the positions at a record's beginning that are also those of the record before it in that
+    order, 0 for the first of a group. Two records of a group share the least of the prefix lengths after the first, up
+    to the second.
     """
 
-    families: np.ndarray
-    ranks: np.ndarray
-    shared: np.ndarray
+    groups: np.ndarray
+    order: np.ndarray
+    prefix_lengths: np.ndarray
 
-    def select(self, records: np.ndarray) -> "Sharing":
+    def select(self, records: np.ndarray) -> "PrefixSharing":
         """The sharing among some of the records, given by their numbers (int64), in the order given."""
-        by_rank = np.argsort(self.ranks[records])
-        kept = self.ranks[records][by_rank]  # increasing
-        shared_by_rank = np.empty_like(self.shared)
-        shared_by_rank[self.ranks] = self.shared
-        shared = np.zeros(len(records), np.int64)
+        by_rank = np.argsort(self.order[records])
+        kept = self.order[records][by_rank]  # increasing
+        prefix_lengths_by_rank = np.empty_like(self.prefix_lengths)
+        prefix_lengths_by_rank[self.order] = self.prefix_lengths
+        prefix_lengths = np.zeros(len(records), np.int64)
         if len(records):
             # From behind the rank kept before up to the own one.
             starts = np.concatenate([[0], kept[:-1] + 1])
-            shared[by_rank] = np.minimum.reduceat(shared_by_rank[: kept[-1] + 1], starts)
-        ranks = np.empty(len(records), np.int64)
-        ranks[by_rank] = np.arange(len(records))
-        return Sharing(self.families[records], ranks, shared)
+            prefix_lengths[by_rank] = np.minimum.reduceat(prefix_lengths_by_rank[: kept[-1] + 1], starts)
+        order = np.empty(len(records), np.int64)
+        order[by_rank] = np.arange(len(records))
+        return PrefixSharing(self.groups[records], order, prefix_lengths)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +85,7 @@ class TokenLengths:
     """What is known of all records."""
 
     records: list[RecordLengths]
-    sharing: Sharing
+    sharing: PrefixSharing
 
 
 def measure_tokens(
@@ -132,23 +133,23 @@ def make_key(conversations: Sequence[Conversation], encoder: ConversationEncoder
 
 
 class _Counter:
-    """Counts the positions of one family after another."""
+    """Counts the positions of one group after another."""
 
     def __init__(self, conversations: Sequence[Conversation], encoder: ConversationEncoder, max_length: int | None):
         self._conversations, self._encoder, self._max_length = conversations, encoder, max_length
 
-    def group_families(self) -> list[list[int]]:
-        """The numbers of records with the same first picture; a record without pictures is alone."""
-        families: dict = {}
+    def group_records(self) -> list[list[int]]:
+        """The numbers of records with the same first image; a record without images is alone."""
+        groups: dict = {}
         for number, conversation in enumerate(self._conversations):
             first = conversation.image_paths[0] if conversation.image_paths else number
-            families.setdefault(first, []).append(number)
-        return list(families.values())
+            groups.setdefault(first, []).append(number)
+        return list(groups.values())
 
-    def count_family(self, family: list[int]) -> list[tuple[int, RecordLengths, int]]:
-        """Number, lengths and shared positions of every record, by rank."""
-        pictures: dict[Path, int] = {}
-        counted = sorted((self._count(number, pictures) for number in family), key=lambda found: found[0])
+    def count_group(self, group: list[int]) -> list[tuple[int, RecordLengths, int]]:
+        """Number, lengths and prefix_lengths positions of every record, by rank."""
+        images: dict[Path, int] = {}
+        counted = sorted((self._count(number, images) for number in group), key=lambda found: found[0])
         result, previous = [], np.empty(0, ">u4")
         for key, number, lengths in counted:
             ids = np.frombuffer(key, ">u4")
@@ -156,7 +157,7 @@ class _Counter:
             previous = ids
         return result
 
-    def _count(self, number: int, pictures: dict[Path, int]) -> tuple[bytes, int, RecordLengths]:
+    def _count(self, number: int, images: dict[Path, int]) -> tuple[bytes, int, RecordLengths]:
         conversation = self._conversations[number]
         try:
             example = self._encoder.encode_example(list(conversation.turns), self._max_length)
@@ -167,7 +168,7 @@ class _Counter:
         if not conversation.image_paths:
             return b"", number, lengths
         ids = np.array(example.input_ids, ">u4")
-        shown = [FIRST_PICTURE + pictures.setdefault(path, len(pictures)) for path in conversation.image_paths]
+        shown = [FIRST_IMAGE + images.setdefault(path, len(images)) for path in conversation.image_paths]
         ids[ids == self._encoder.image_token_id] = np.repeat(shown, self._encoder.tokens_per_image)
         return ids.tobytes(), number, lengths
 
@@ -188,31 +189,31 @@ def _inherit(counter: _Counter) -> None:
     _inherited = counter
 
 
-def _count_families(families: list[list[int]]) -> list[list[tuple[int, RecordLengths, int]]]:
-    return [_inherited.count_family(family) for family in families]
+def _count_groups(groups: list[list[int]]) -> list[list[tuple[int, RecordLengths, int]]]:
+    return [_inherited.count_group(group) for group in groups]
 
 
 def _count_all(counter: _Counter, workers: int) -> TokenLengths:
     tasks: list[list[list[int]]] = []
     total = room = 0
-    for family in counter.group_families():
+    for group in counter.group_records():
         if room <= 0:
             tasks.append([])
             room = RECORDS_PER_TASK
-        tasks[-1].append(family)
-        total, room = total + len(family), room - len(family)
+        tasks[-1].append(group)
+        total, room = total + len(group), room - len(group)
     if workers > 1 and len(tasks) > 1:
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(min(workers, len(tasks)), context, _inherit, (counter,)) as pool:
-            counted = [family for task in pool.map(_count_families, tasks) for family in task]
+            counted = [group for task in pool.map(_count_groups, tasks) for group in task]
     else:
-        counted = [counter.count_family(family) for task in tasks for family in task]
+        counted = [counter.count_group(group) for task in tasks for group in task]
     records: list = [None] * total
-    families, ranks, shared = (np.empty(total, np.int64) for _ in range(3))
-    in_order = ((family, *found) for family, members in enumerate(counted) for found in members)
-    for rank, (family, number, lengths, common) in enumerate(in_order):
-        records[number], families[number], ranks[number], shared[number] = lengths, family, rank, common
-    return TokenLengths(records, Sharing(families, ranks, shared))
+    groups, order, prefix_lengths = (np.empty(total, np.int64) for _ in range(3))
+    in_order = ((group, *found) for group, members in enumerate(counted) for found in members)
+    for rank, (group, number, lengths, common) in enumerate(in_order):
+        records[number], groups[number], order[number], prefix_lengths[number] = lengths, group, rank, common
+    return TokenLengths(records, PrefixSharing(groups, order, prefix_lengths))
 
 
 def _share_of_cpus() -> int:
@@ -232,7 +233,7 @@ def _read(file: Path, key: str, records: int) -> TokenLengths | None:
         return None
     counts = zip(*(columns[name].tolist() for name in ("positions", "supervised", "cut_tokens")), strict=True)
     lengths = [RecordLengths(*count, misfits.get(number)) for number, count in enumerate(counts)]
-    return TokenLengths(lengths, Sharing(columns["families"], columns["ranks"], columns["shared"]))
+    return TokenLengths(lengths, PrefixSharing(columns["groups"], columns["order"], columns["prefix_lengths"]))
 
 
 def _write(file: Path, key: str, lengths: TokenLengths) -> None:

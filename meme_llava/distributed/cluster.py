@@ -1,4 +1,4 @@
-"""Knows the machines of a run: how they meet, and whether all of them are still there.
+"""The nodes of a run: how they meet, and whether all of them are still there.
 
 Machine 0 keeps a `torch.distributed.TCPStore`, which the run's processes meet at, too. Every machine writes a sign of
 life into it every few seconds. A machine that vanishes without a word, as when it loses its power or its network, is
@@ -235,7 +235,7 @@ def _listen(family: int, address: str, port: int, master_addr: str) -> socket.so
                 "one machine none, which takes a free one"
             ) from error
         raise ProcessError(
-            f"MASTER_ADDR={master_addr} is no address of this machine ({error.strerror}), which NODE_RANK=0 makes it"
+            f"MASTER_ADDR={master_addr} is not an address of this node ({error.strerror}), which NODE_RANK=0 makes it"
         ) from error
     return listener
 

@@ -1,23 +1,15 @@
-"""Knows the engines that can train: one process, copies on several devices, or state divided among them.
+"""The engines that can train: one process, copies on several devices, or state sharded among them.
 
 An engine is one word: `single`, `ddp`, or the name of a file in configs/deepspeed or configs/fsdp.
 """
 
-import contextlib
 import json
-import os
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
-from transformers import TrainingArguments
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-
-from meme_llava.errors import ProcessError, UserError
+from meme_llava.errors import UserError
 from meme_llava.paths import CONFIGS
 
 AUTO, SINGLE, DDP = "auto", "single", "ddp"
@@ -50,7 +42,7 @@ class Engine:
         return self.zero_options.get("stage", 0) if self.kind == DEEPSPEED else None
 
     @property
-    def divides_weights(self) -> bool:
+    def shards_weights(self) -> bool:
         """Whether a forward pass gathers weights from all processes, so that all must make it."""
         return self.kind == FSDP or self.zero_stage == 3
 
@@ -77,7 +69,7 @@ def choose_engine(name: str, processes: int, on_gpu: bool) -> Engine:
     """The engine of that name; `auto` is one process where there is one, ZeRO-2 on several GPUs, else DDP.
 
     Raises:
-        UserError: there is none of that name, it does not go with so many processes, or its file is wrong.
+        UserError: there is none of that name, it does not go with that many processes, or its file is wrong.
     """
     if name == AUTO:
         name = SINGLE if processes == 1 else DEFAULT_DIVIDED if on_gpu else DDP
@@ -103,60 +95,10 @@ def choose_engine(name: str, processes: int, on_gpu: bool) -> Engine:
     return Engine(name, kind, path, config)
 
 
-def prepare_environment(engine: Engine, on_gpu: bool) -> None:
-    """Settle what an engine's library would find out for itself, or compile, when it starts."""
-    # torch's word to DeepSpeed about a name of its own; nobody who trains can do anything about it.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-    if on_gpu:
-        return
-    # DeepSpeed, which other libraries import where it is installed, would find the same, with a warning.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if engine.kind == DEEPSPEED:
-        import deepspeed.ops
-
-        # A helper for inference that it would compile when communication starts; it takes minutes and a compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-@contextlib.contextmanager
-def load_whole(training_arguments: TrainingArguments) -> Iterator[None]:
-    """Let a model be loaded whole, as ours are, and divided by ZeRO-3 later; transformers would divide it at once."""
-    config = getattr(training_arguments, "hf_deepspeed_config", None)
-    if config is not None:
-        unset_hf_deepspeed_config()
-    yield
-    if config is not None:
-        set_hf_deepspeed_config(config)
-
-
-def allow_fsdp_on_cpu() -> None:
-    """Let accelerate divide a model among CPU processes. It knows FSDP on GPUs only and would train copies instead."""
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-
 def check_muon_runs(engine: Engine, muon_lr: float | None) -> None:
     """Raise UserError where Muon, which needs whole matrices, meets an engine that divides them."""
     if muon_lr is not None and engine.kind in (DEEPSPEED, FSDP):
         raise UserError(
             f"--muon_lr: Muon needs whole matrices, and --engine {engine.name} divides them; pass --engine single or "
             "ddp, or leave --muon_lr out"
-        )
-
-
-def check_engine_runs(engine: Engine, wrapped_model: object) -> None:
-    """Raise ProcessError unless the engine that was asked for holds the model; libraries fall back without a word."""
-    from torch.distributed.fsdp import FSDPModule
-    from torch.nn.parallel import DistributedDataParallel
-
-    found = type(wrapped_model).__name__
-    right = {
-        SINGLE: not isinstance(wrapped_model, (DistributedDataParallel, FSDPModule)) and found != "DeepSpeedEngine",
-        DDP: isinstance(wrapped_model, DistributedDataParallel),
-        DEEPSPEED: found == "DeepSpeedEngine",
-        FSDP: isinstance(wrapped_model, FSDPModule),
-    }
-    if not right[engine.kind]:
-        raise ProcessError(
-            f"the engine {engine.name} was asked for, but {found} holds the model; start with run.sh, which starts the "
-            "processes as it needs them"
         )

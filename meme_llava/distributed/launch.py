@@ -1,4 +1,5 @@
-"""Starts a run's processes on this machine, one a GPU, and watches them: a dead or stuck one ends them all.
+"""The launcher: it starts a run's processes on this machine, one a GPU, and watches them; a dead or stuck one ends them
+all.
 
 python -m meme_llava.distributed.launch --processes 8 train.py …
 python -m meme_llava.distributed.launch --processes 8 --nodes 2 --node_rank 1 --master_addr 10.0.0.1 train.py …
@@ -18,7 +19,7 @@ import time
 
 from meme_llava.distributed.cluster import Cluster, join_cluster
 from meme_llava.distributed.supervised_process import SupervisedProcess
-from meme_llava.errors import EXIT_MEANINGS, LOST_PROCESS, ProcessError, Stopped, UserError, stop_on_user_error
+from meme_llava.errors import EXIT_MEANINGS, PEER_FAILED, ProcessError, Stopped, UserError, stop_on_user_error
 
 PR_SET_PDEATHSIG = 1
 # Once a process has failed, the others have so long to end by themselves; each may have something to say.
@@ -38,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_launch_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The launcher's own flags stand in front of the script; everything behind it belongs to the script."""
+    """The launcher's own flags come before the script; everything after it belongs to the script."""
     parser = _Parser(
         prog="python -m meme_llava.distributed.launch",
         description=__doc__,
@@ -197,7 +198,7 @@ class Supervisor:
 
     def _lost_machine(self) -> bool:
         """Whether nothing failed here but for want of a process on another machine; its silence will tell which."""
-        return self._cluster.nodes > 1 and {process.exit_code for process in self._list_failed()} == {LOST_PROCESS}
+        return self._cluster.nodes > 1 and {process.exit_code for process in self._list_failed()} == {PEER_FAILED}
 
     def _is_over(self) -> bool:
         if any(process.runs for process in self._processes):
@@ -238,7 +239,7 @@ class Supervisor:
             return None
         known = [process for process in failed if process.exit_code in EXIT_MEANINGS]
         killed = [process for process in failed if process.exit_code < 0]
-        own_fault = [process for process in failed if process.exit_code != LOST_PROCESS]
+        own_fault = [process for process in failed if process.exit_code != PEER_FAILED]
         if not own_fault and any(process.runs for process in self._processes):
             return self._explain_silence([process for process in self._processes if process.runs])
         first = min(known or killed or own_fault or failed, key=lambda process: process.ended_at)
@@ -249,14 +250,14 @@ class Supervisor:
             meaning = f"process {first.rank} stopped: {EXIT_MEANINGS[first.exit_code]}; see its message above"
             return _with_code(UserError, meaning if whole_run else "", first.exit_code)
         ended = f"; all processes were ended. {RESTART}"
-        unexpected = first.exit_code > 0 and first.exit_code != LOST_PROCESS
+        unexpected = first.exit_code > 0 and first.exit_code != PEER_FAILED
         text = f"{first.describe_end()}{ended}{first.quote_last_words()}"
         return _with_code(ProcessError, text, first.exit_code if unexpected else ProcessError.exit_code)
 
     def _explain_silence(self, silent: list[SupervisedProcess]) -> UserError:
         """The error of processes that kept the others waiting until those gave up."""
         states = "; ".join(process.describe_state() for process in silent)
-        return ProcessError(f"the others waited in vain: {states}. {RESTART}")
+        return ProcessError(f"the others timed out: {states}. {RESTART}")
 
     def _end_all(self, failure: UserError | None) -> None:
         if failure is not None:

@@ -1,6 +1,6 @@
-"""Knows how the processes of a run act together: how they meet, agree, and hear of a signal.
+"""Processes of a run acting together: how they meet, agree, and hear of a signal.
 
-Knows nothing about what they compute.
+Nothing about what they compute.
 """
 
 import atexit
@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import distributed
 
-from meme_llava.errors import LOST_PROCESS, ProcessError, Stopped, UserError
+from meme_llava.errors import PEER_FAILED, ProcessError, Stopped, UserError
 
 # torch's own limit for waiting is the second line of defence, behind the launcher's.
 COLLECTIVE_MARGIN_SECONDS = 60
@@ -66,7 +66,7 @@ def start_process_group(hang_timeout: float, needs_group: bool) -> None:
                 f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); lower GPUS"
             )
         torch.cuda.set_device(local_rank)
-    # What the processes tell each other about the run is no business of the GPU's.
+    # What the processes tell each other about the run is not business of the GPU's.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     timeout = timedelta(seconds=hang_timeout + COLLECTIVE_MARGIN_SECONDS)
     if "RANK" in os.environ:
@@ -99,7 +99,7 @@ def gather(value: Value) -> list[Value]:
     return found
 
 
-def share(make_value: Callable[[], Value]) -> Value:
+def broadcast_from_main(make_value: Callable[[], Value]) -> Value:
     """What the main process makes, in every process. An exception that it raises is raised in all of them."""
     outcome: list[Any] = [None, None]
     if is_main_process():
@@ -129,15 +129,15 @@ def any_process(value: bool) -> bool:
 def check_processes_agree(records: Sequence[str]) -> None:
     """Raise ProcessError unless all processes train on the same records, given by their places.
 
-    A picture that changes or is checked while the processes start can be bad for one and good for another.
+    An image that changes or is checked while the processes start can be bad for one and good for another.
     """
     digest = hashlib.sha256("\n".join(records).encode()).hexdigest()
     found = gather((len(records), digest))
     if len(set(found)) > 1:
         counts = ", ".join(str(count) for count, _ in found)
         raise ProcessError(
-            f"the processes found different records to train on ({counts} of them); pictures changed while they "
-            "started, or this machine's cache of checked pictures differs from another's. Run data/check.py, then "
+            f"the processes found different records to train on ({counts} of them); images changed while they "
+            "started, or this machine's cache of checked images differs from another's. Run data/check.py, then "
             "start again."
         )
 
@@ -147,7 +147,7 @@ class StopRequest:
 
     def __init__(self):
         self.name: str | None = None
-        self.defers = False
+        self.is_deferred = False
         self._heard_at = 0.0
 
     def __call__(self, number: int, frame) -> None:
@@ -157,12 +157,12 @@ class StopRequest:
                 raise KeyboardInterrupt
             return
         self.name, self._heard_at = signal.Signals(number).name, time.monotonic()
-        if not self.defers:
+        if not self.is_deferred:
             raise Stopped(f"by {self.name} before the first step; there was nothing to save")
 
 
 @contextlib.contextmanager
-def hear_signals() -> Iterator[StopRequest]:
+def handle_stop_signals() -> Iterator[StopRequest]:
     """Turn SIGTERM and SIGINT into a request; SIGUSR1 prints what every thread is doing."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -184,7 +184,7 @@ def ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def lost_another_process(error: BaseException) -> bool:
+def is_peer_failure(error: BaseException) -> bool:
     """Whether an error says no more than that another process of the run is gone or does not answer."""
     if isinstance(error, distributed.DistNetworkError):
         return True
@@ -204,10 +204,10 @@ def run_and_leave(main: Callable[[], None]) -> NoReturn:
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException as error:
         code = 1
-        if lost_another_process(error):
+        if is_peer_failure(error):
             # The launcher knows which; a traceback of this one would only hide what that one said.
             print(f"[process {find_rank()}] lost another process", file=sys.stderr, flush=True)
-            code = LOST_PROCESS
+            code = PEER_FAILED
         else:
             traceback.print_exc()
     if count_processes() == 1:

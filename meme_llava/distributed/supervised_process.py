@@ -1,4 +1,4 @@
-"""Knows one process of a run from the outside: whether it lives, how far it is, and its last words."""
+"""One process of a run seen from the outside: whether it lives, how far it is, and its last words."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Knows who can answer the questions of an evaluation: our models, any of transformers, a server, a text recogniser."""
+"""Who can answer the questions of an evaluation: our models, any of transformers, a server, a text recogniser."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -11,16 +11,15 @@ from meme_llava.dataset.images import ImagePolicy, open_image
 from meme_llava.errors import UserError
 from meme_llava.evaluate.scores import asks_for_text
 from meme_llava.evaluate.settings import EvaluateArguments
-from meme_llava.inference.answers import GivenAnswer
 from meme_llava.inference.endpoints import check_client, find_endpoint
-from meme_llava.inference.generation import Question, load_answerer
 from meme_llava.inference.ocr import TextReader, check_text_reader
-from meme_llava.storage.fingerprint import fingerprint_folder
+from meme_llava.inference.predictions import Answer
+from meme_llava.inference.questions import Question
 from meme_llava.storage.hub import resolve_model_folder
-from meme_llava.storage.run_record import RUN_RECORD, identify_weights, read_run_record
+from meme_llava.storage.run_record import RUN_RECORD, read_run_record
 
-# Answers to some questions, in their order, as they come. Raises ValueError for a picture that cannot be read.
-Ask = Callable[[list[Question]], Iterator[GivenAnswer]]
+# Answers to some questions, in their order, as they come. Raises ValueError for an image that cannot be read.
+Ask = Callable[[list[Question]], Iterator[Answer]]
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,15 @@ def choose_source(arguments: EvaluateArguments) -> AnswerSource:
             arguments.preset, arguments.base_url, arguments.model, arguments.key_variable, os.environ
         )
 
-        def ask(questions: list[Question]) -> Iterator[GivenAnswer]:
+        def ask(questions: list[Question]) -> Iterator[Answer]:
             requests = [Request(question.image, question.text, question.system) for question in questions]
             return ask_endpoint(endpoint, requests, arguments.max_new_tokens, arguments.timeout)
 
         identity = {"endpoint": endpoint.host, "model": endpoint.model}
         return AnswerSource(f"{endpoint.model} at {endpoint.host}", identity, None, lambda: ask)
+    # Not on top, since torch takes seconds to load and a wrong flag is answered before.
+    from meme_llava.storage.fingerprint import fingerprint_folder, identify_weights
+
     if arguments.answer_with == "transformers":
         folder = resolve_model_folder(arguments.model)
         identity = {"weights": fingerprint_folder(folder)}
@@ -84,17 +86,17 @@ def check_model_folder(folder: Path) -> None:
 
 
 def choose_questions(questions: list[Question], annotations: Path, answer_with: str) -> list[Question]:
-    """Those that make sense to ask: a text recogniser knows the words of a picture and nothing else.
+    """Those that make sense to ask: a text recogniser knows the words of an image and nothing else.
 
     Raises:
         UserError: there is none.
     """
     if answer_with != "rapidocr":
         return questions
-    about_text = [question for question in questions if asks_for_text(question.truth, question.text_in_picture)]
+    about_text = [question for question in questions if asks_for_text(question.reference, question.text_in_image)]
     if not about_text:
         raise UserError(
-            f'{annotations}: no record asks for the text of its picture and has it as "text"; --answer_with rapidocr '
+            f'{annotations}: no record asks for the text of its image and has it as "text"; --answer_with rapidocr '
             "can answer nothing else"
         )
     print(f"RapidOCR is asked the {len(about_text):,} of {len(questions):,} questions whose answer is the text")
@@ -102,12 +104,14 @@ def choose_questions(questions: list[Question], annotations: Path, answer_with: 
 
 
 def _load_our_model(folder: Path, arguments: EvaluateArguments) -> Ask:
+    from meme_llava.inference.generation import load_answerer
+
     answerer = load_answerer(folder, arguments.base_model, arguments.device, arguments.dtype)
     policy = answerer.processing.image_policy
 
-    def ask(questions: list[Question]) -> Iterator[GivenAnswer]:
+    def ask(questions: list[Question]) -> Iterator[Answer]:
         images = _open_images(questions, policy)
-        return map(GivenAnswer.of_model, answerer.answer_together(images, questions, arguments.max_new_tokens))
+        return iter(answerer.answer_together(images, questions, arguments.max_new_tokens))
 
     return ask
 
@@ -117,19 +121,19 @@ def _load_transformers_model(folder: Path, arguments: EvaluateArguments) -> Ask:
 
     model = load_transformers_model(folder, arguments.device, arguments.dtype)
 
-    def ask(questions: list[Question]) -> Iterator[GivenAnswer]:
+    def ask(questions: list[Question]) -> Iterator[Answer]:
         images = _open_images(questions)
-        return map(GivenAnswer.of_model, model.answer_together(images, questions, arguments.max_new_tokens))
+        return iter(model.answer_together(images, questions, arguments.max_new_tokens))
 
     return ask
 
 
 def _open_images(questions: list[Question], policy: ImagePolicy | None = None) -> list[Image.Image]:
-    """The picture of each question; files often ask several things about one."""
+    """The image of each question; files often ask several things about one."""
     images = {path: open_image(path, policy) for path in dict.fromkeys(question.image for question in questions)}
     return [images[question.image] for question in questions]
 
 
 def _load_text_reader() -> Ask:
     reader = TextReader()
-    return lambda questions: (GivenAnswer(reader.read(open_image(question.image))) for question in questions)
+    return lambda questions: (Answer(reader.read(open_image(question.image))) for question in questions)

@@ -1,10 +1,10 @@
-"""Knows what the folder of an evaluation or of a judge holds, and how an interrupted one goes on.
+"""The folder of an evaluation or of a judge, and how an interrupted one goes on.
 
     run_record.json     what was asked and of whom, written first
     predictions.jsonl   a line for every answer, as it comes; of a judge judgements.jsonl
     metrics.json        the scores, written last: a folder that has them is finished
 
-Knows nothing about models and scores.
+Nothing about models and scores.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from meme_llava.errors import DiskFullError, UserError, means_full_disk
+from meme_llava.errors import DiskFullError, UserError, is_disk_full
 from meme_llava.storage.folders import check_output_dir, empty_directory, lock_directory, write_json
 from meme_llava.storage.run_record import RUN_RECORD
 from meme_llava.terminal import show_count
@@ -79,7 +79,7 @@ def open_evaluation(output_dir: Path, record: dict, overwrite: bool) -> Iterator
     else:
         check_output_dir(output_dir, overwrite)
         if (output_dir / RUN_RECORD).is_file():
-            # A model is no evaluation; it is not emptied.
+            # A model is not an evaluation; it is not emptied.
             read_evaluation_record(output_dir, record["stage"])
     output_dir.mkdir(parents=True, exist_ok=True)
     with lock_directory(output_dir):
@@ -104,10 +104,10 @@ def append_remaining(
 
     Args:
         items: what the folder gets a line for each; `noun` says what they are.
-        answer: gives the lines of a batch of items. A ValueError says which picture cannot be read.
+        answer: gives the lines of a batch of items. A ValueError says which image cannot be read.
 
     Raises:
-        UserError: a picture cannot be read any more.
+        UserError: an image cannot be read any more.
     """
     done = len(folder.lines)
     if done:
@@ -119,7 +119,7 @@ def append_remaining(
                     folder.append(line)
                     advance(1)
             except ValueError as error:
-                raise UserError(f"{error}; mend it and start the same command again, which goes on") from error
+                raise UserError(f"{error}; fix it and start the same command again, which goes on") from error
             except KeyboardInterrupt:
                 kept = f"{len(folder.lines):,} of {len(items):,} {noun} are done"
                 print(f"{kept}; the same command goes on", file=sys.stderr)
@@ -153,7 +153,7 @@ def read_evaluation_record(folder: Path, stage: str = EVALUATE) -> dict:
             raise ValueError(f"its stage is {record['stage']!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder}: is no output_dir of {stage}.py ({path.name}: {error}); choose another folder"
+            f"{folder}: is not an output_dir of {stage}.py ({path.name}: {error}); choose another folder"
         ) from error
     return record
 
@@ -175,7 +175,9 @@ def find_evaluation(folder: Path) -> Path:
             f"{folder}: was not evaluated yet; run first, with the other "
             f"variables of that run: OUTPUT_DIR={folder} bash run.sh evaluate"
         )
-    raise UserError(f"{folder}: holds no {RUN_RECORD}, so it is no output_dir of evaluate.py; choose another folder")
+    raise UserError(
+        f"{folder}: holds no {RUN_RECORD}, so it is not an output_dir of evaluate.py; choose another folder"
+    )
 
 
 def read_finished_evaluation(folder: Path) -> dict:
@@ -200,7 +202,7 @@ def read_predictions(folder: Path) -> dict[tuple, dict]:
         # Text may hold other separators of lines, at which splitlines would cut.
         for content in filter(None, path.read_text(encoding="utf-8").split("\n")):
             line = json.loads(content)
-            question = (line["image"], line["question"], line["truth"])
+            question = (line["image"], line["question"], line["reference"])
             # A file may ask the same twice.
             predictions[(*question, times[question])] = line
             times[question] += 1
@@ -238,7 +240,7 @@ def _telling_full_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if means_full_disk(error):
+        if is_disk_full(error):
             raise DiskFullError(
                 f"{folder}: the disk is full. Free some and start the same command again; answers are kept."
             ) from error

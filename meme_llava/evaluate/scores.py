@@ -1,4 +1,4 @@
-"""Knows how good answers about pictures are, in numbers with intervals. Knows nothing about models.
+"""Scores of answers about images, with intervals. Nothing about models.
 
 Words are compared after NFKC and in lower case, letters and digits only: punctuation, spaces and line breaks do not
 count. Captions are compared as they are, Chinese by characters.
@@ -13,49 +13,16 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
 from meme_llava.dataset.text_quality import find_loop, normalise_text
+from meme_llava.inference.predictions import Prediction
 
-NO_TEXT = "没有文字"  # how an answer says that a picture holds no words
-# A true answer of so many letters, other than the picture's text, is a caption, which is compared by likeness.
+NO_TEXT = "没有文字"  # how an answer says that an image holds no words
+# A reference of this many letters, other than the image's text, is a caption, which is compared by likeness.
 CAPTION_CHARACTERS = 10
 # A shorter piece of the text stands in a long answer by chance.
 FOUND_PIECE = 3
 RESAMPLES = 1000
-RIGHT = "right: "  # in front of a task's name: its answers that are right to the letter
+RIGHT = "right: "  # in front of a task's name: its exact matches
 FIGURE, RIGHT_FIGURE = "eval_", "eval_right/"  # the same and RIGHT in a training's log
-
-
-@dataclass(frozen=True)
-class AnsweredQuestion:
-    """An answer beside the truth.
-
-    Args:
-        text_in_picture: None where it is not known, "" where there is none.
-        task: the record's own name for what is asked, such as "mood".
-        picture: what the question is about; answers about the same picture are not independent.
-        tokens: length of the answer, or None where it is not known.
-        stopped: whether the answer ended by itself, or None where that is not known.
-    """
-
-    answer: str
-    truth: str
-    text_in_picture: str | None
-    task: str
-    picture: str
-    tokens: int | None = None
-    stopped: bool | None = None
-
-
-def to_answered_question(described: Mapping) -> AnsweredQuestion:
-    """What is scored of an answer as `generation.describe_answer` describes it."""
-    return AnsweredQuestion(
-        described["answer"],
-        described["truth"],
-        described["text"],
-        described["task"],
-        described["image"],
-        described["tokens"],
-        described["stopped"],
-    )
 
 
 @dataclass(frozen=True)
@@ -72,7 +39,7 @@ MEASURES = {
     "character_error_rate": Measure("character error rate of the text", "文字的字错率", "lower"),
     "texts_right": Measure("texts without an error", "文字全对", "higher"),
     "text_found": Measure("text found in the answer", "回答里找得到的文字", "higher"),
-    "no_text_right": Measure("pictures without text, told so", "没有文字的图，答对", "higher"),
+    "no_text_right": Measure("images without text, correctly reported", "没有文字的图，答对", "higher"),
     "text_found_in_captions": Measure("text found in captions", "描述里找得到的文字", "higher"),
     "chrf": Measure("chrF of captions", "描述的 chrF", "higher", is_share=False),
     "bleu": Measure("BLEU of captions", "描述的 BLEU", "higher", is_share=False),
@@ -88,7 +55,7 @@ def describe_measure(name: str) -> Measure:
     """What the score of this name says."""
     if name.startswith(RIGHT):
         task = name.removeprefix(RIGHT)
-        return Measure(f"right to the letter: {task or 'all'}", f"一字不差：{task or '全部'}", "higher")
+        return Measure(f"exact match: {task or 'all'}", f"一字不差：{task or '全部'}", "higher")
     return MEASURES[name]
 
 
@@ -100,7 +67,7 @@ def name_figure(name: str) -> str:
 
 
 def describe_figure(figure: str) -> Measure | None:
-    """What a figure of a training's log says, or None if it is no score."""
+    """What a figure of a training's log says, or None if it is not a score."""
     if figure.startswith(RIGHT_FIGURE):
         return describe_measure(RIGHT + figure.removeprefix(RIGHT_FIGURE))
     return MEASURES.get(figure.removeprefix(FIGURE)) if figure.startswith(FIGURE) else None
@@ -152,21 +119,21 @@ class _Characters:
 _ROUGE = RougeScorer(["rougeL"], tokenizer=_Characters())
 
 
-def score_answers(answered: Sequence[AnsweredQuestion]) -> dict[str, Score]:
+def score_predictions(predictions: Sequence[Prediction]) -> dict[str, Score]:
     """All scores for which there is an answer, by name, in the order of MEASURES and then of the tasks.
 
-    Intervals say how much a score would change with other pictures: RESAMPLES times as many pictures are drawn with
+    Intervals say how much a score would change with other images: RESAMPLES times as many images are drawn with
     replacement, with all their answers, and the middle 95 % of what comes out are told (percentile bootstrap).
     """
     parts: dict[str, list[tuple[str, _Part]]] = {}
-    for question in answered:
-        for part in _judge(question):
-            parts.setdefault(part.name, []).append((question.picture, part))
+    for prediction in predictions:
+        for part in _measure(prediction):
+            parts.setdefault(part.name, []).append((prediction.image, part))
     scores = {}
     for name, of_score in parts.items():
         counts = np.array([(part.points, part.of) for _, part in of_score], dtype=float)  # (answers, points and of)
-        scores[name] = _estimate([picture for picture, _ in of_score], counts, _divide)
-    scores |= _compare_captions(answered)
+        scores[name] = _estimate([image for image, _ in of_score], counts, _divide)
+    scores |= _compare_captions(predictions)
     return {name: scores[name] for name in list_measures([scores])}
 
 
@@ -176,49 +143,49 @@ def list_measures(columns: Sequence[Mapping[str, Score]]) -> list[str]:
     return [name for name in MEASURES if name in names] + sorted(names - MEASURES.keys())
 
 
-def asks_for_text(truth: str, text_in_picture: str | None) -> bool:
-    """Whether the true answer is the picture's text and nothing else, or says that there is none."""
-    if text_in_picture is None:
+def asks_for_text(reference: str, text_in_image: str | None) -> bool:
+    """Whether the reference answer is the image's text and nothing else, or says that there is none."""
+    if text_in_image is None:
         return False
-    truth, text = normalise_text(truth), normalise_text(text_in_picture)
+    reference, text = normalise_text(reference), normalise_text(text_in_image)
     # A caption may end so, too.
-    return truth == text if text else truth.endswith(NO_TEXT) and len(truth) < CAPTION_CHARACTERS
+    return reference == text if text else reference.endswith(NO_TEXT) and len(reference) < CAPTION_CHARACTERS
 
 
-def is_right(answer: str, truth: str) -> bool:
-    """Whether an answer is the true one, but for what is not compared."""
-    if not normalise_text(truth):
-        return answer.strip() == truth.strip()  # nothing but signs
-    return normalise_text(answer) == normalise_text(truth)
+def is_right(answer: str, reference: str) -> bool:
+    """Whether an answer is the reference, but for what is not compared."""
+    if not normalise_text(reference):
+        return answer.strip() == reference.strip()  # nothing but signs
+    return normalise_text(answer) == normalise_text(reference)
 
 
-def _judge(question: AnsweredQuestion) -> Iterator[_Part]:
-    """By what the true answer is: the text itself, that there is none, a caption, or a word."""
-    answer, truth = normalise_text(question.answer), normalise_text(question.truth)
-    text = None if question.text_in_picture is None else normalise_text(question.text_in_picture)
-    if _is_caption(question):
-        yield _Part("rouge_l", _ROUGE.score(question.truth, question.answer)["rougeL"].fmeasure)
+def _measure(prediction: Prediction) -> Iterator[_Part]:
+    """By what the reference answer is: the text itself, that there is none, a caption, or a word."""
+    answer, reference = normalise_text(prediction.answer), normalise_text(prediction.reference)
+    text = None if prediction.text is None else normalise_text(prediction.text)
+    if _is_caption(prediction):
+        yield _Part("rouge_l", _ROUGE.score(prediction.reference, prediction.answer)["rougeL"].fmeasure)
         if text:
             yield _Part("text_found_in_captions", _count_found(text, answer), len(text))
     else:
-        yield _Part(f"{RIGHT}{question.task}", is_right(question.answer, question.truth))
-        if text and asks_for_text(question.truth, question.text_in_picture):
-            yield _Part("character_error_rate", Levenshtein.distance(answer, truth), len(truth))
-            yield _Part("texts_right", answer == truth)
+        yield _Part(f"{RIGHT}{prediction.task}", is_right(prediction.answer, prediction.reference))
+        if text and asks_for_text(prediction.reference, prediction.text):
+            yield _Part("character_error_rate", Levenshtein.distance(answer, reference), len(reference))
+            yield _Part("texts_right", answer == reference)
             yield _Part("text_found", _count_found(text, answer), len(text))
-        elif asks_for_text(question.truth, question.text_in_picture):
+        elif asks_for_text(prediction.reference, prediction.text):
             yield _Part("no_text_right", NO_TEXT in answer)
-    yield _Part("looping", find_loop(question.answer) is not None)
-    yield _Part("characters", len(question.answer))
-    if question.tokens is not None:
-        yield _Part("tokens", question.tokens)
-    if question.stopped is not None:
-        yield _Part("stopped", question.stopped)
+    yield _Part("looping", find_loop(prediction.answer) is not None)
+    yield _Part("characters", len(prediction.answer))
+    if prediction.tokens is not None:
+        yield _Part("tokens", prediction.tokens)
+    if prediction.stopped is not None:
+        yield _Part("stopped", prediction.stopped)
 
 
-def _is_caption(question: AnsweredQuestion) -> bool:
-    truth, text = normalise_text(question.truth), normalise_text(question.text_in_picture or "")
-    return len(truth) >= CAPTION_CHARACTERS and truth != text
+def _is_caption(prediction: Prediction) -> bool:
+    reference, text = normalise_text(prediction.reference), normalise_text(prediction.text or "")
+    return len(reference) >= CAPTION_CHARACTERS and reference != text
 
 
 def _count_found(text: str, answer: str) -> int:
@@ -234,28 +201,31 @@ def _count_found(text: str, answer: str) -> int:
     return int(found.sum())
 
 
-def _compare_captions(answered: Sequence[AnsweredQuestion]) -> dict[str, Score]:
-    captions = [question for question in answered if _is_caption(question)]
+def _compare_captions(predictions: Sequence[Prediction]) -> dict[str, Score]:
+    captions = [prediction for prediction in predictions if _is_caption(prediction)]
     if not captions:
         return {}
-    pictures = [question.picture for question in captions]
-    answers, truths = [question.answer for question in captions], [[question.truth for question in captions]]
+    images = [prediction.image for prediction in captions]
+    answers, references = (
+        [prediction.answer for prediction in captions],
+        [[prediction.reference for prediction in captions]],
+    )
     scores = {}
     for name, metric in (("chrf", CHRF()), ("bleu", BLEU(tokenize="zh"))):
-        # sacrebleu's own bootstrap draws answers, not pictures, and fails where a drawn BLEU is zero.
-        counts = np.array(metric._extract_corpus_statistics(answers, truths))  # (captions, n-gram counts)
+        # sacrebleu's own bootstrap draws answers, not images, and fails where a drawn BLEU is zero.
+        counts = np.array(metric._extract_corpus_statistics(answers, references))  # (captions, n-gram counts)
 
         def compute(sums, metric=metric):
             return np.array([metric._compute_score_from_stats(row.tolist()).score for row in sums])
 
-        scores[name] = _estimate(pictures, counts, compute)
+        scores[name] = _estimate(images, counts, compute)
     return scores
 
 
-def estimate_mean(pictures: Sequence[str], values: Sequence[float]) -> Score:
-    """The mean of a value of every answer, with its interval as by `score_answers`."""
+def estimate_mean(images: Sequence[str], values: Sequence[float]) -> Score:
+    """The mean of a value of every answer, with its interval as by `score_predictions`."""
     counts = np.array([(value, 1) for value in values], dtype=float)  # (answers, value and one)
-    return _estimate(pictures, counts, _divide)
+    return _estimate(images, counts, _divide)
 
 
 def _divide(sums: np.ndarray) -> np.ndarray:
@@ -263,20 +233,20 @@ def _divide(sums: np.ndarray) -> np.ndarray:
     return points / of
 
 
-def _estimate(pictures: Sequence[str], counts: np.ndarray, compute: Callable[[np.ndarray], np.ndarray]) -> Score:
-    """The score of all answers, and its interval by drawing pictures with all their answers.
+def _estimate(images: Sequence[str], counts: np.ndarray, compute: Callable[[np.ndarray], np.ndarray]) -> Score:
+    """The score of all answers, and its interval by drawing images with all their answers.
 
     Args:
-        pictures: of every answer.
+        images: of every answer.
         counts: what every answer adds, (answers, counts).
         compute: rows of summed counts, (rows, counts), to their scores, (rows,).
     """
-    rows = {picture: row for row, picture in enumerate(dict.fromkeys(pictures))}
-    sums = np.zeros((len(rows), counts.shape[1]), counts.dtype)  # (pictures, counts)
-    np.add.at(sums, [rows[picture] for picture in pictures], counts)
+    rows = {image: row for row, image in enumerate(dict.fromkeys(images))}
+    sums = np.zeros((len(rows), counts.shape[1]), counts.dtype)  # (images, counts)
+    np.add.at(sums, [rows[image] for image in images], counts)
     draws = np.random.default_rng(0).multinomial(
         len(rows), np.full(len(rows), 1 / len(rows)), size=RESAMPLES
-    )  # (RESAMPLES, pictures): how often every picture was drawn
+    )  # (RESAMPLES, images): how often every image was drawn
     low, high = np.percentile(compute(draws @ sums), [2.5, 97.5])
     (value,) = compute(sums.sum(axis=0, keepdims=True))
-    return Score(float(value), float(low), float(high), len(pictures))
+    return Score(float(value), float(low), float(high), len(images))

@@ -1,4 +1,4 @@
-"""Knows the settings of what looks at finished models: evaluation, judge, report and chat.
+"""Settings of evaluate.py, judge.py and report.py.
 
 How settings are parsed stands in `arguments`.
 """
@@ -16,8 +16,8 @@ from meme_llava.inference.endpoints import PRESETS
 
 @dataclass
 class EvaluateArguments:
-    annotations: Path = field(metadata=describe("records with the questions and their true answers"))
-    image_folder: Path = field(metadata=describe("where their pictures are"))
+    annotations: Path = field(metadata=describe("records with the questions and their reference answers"))
+    image_folder: Path = field(metadata=describe("where their images are"))
     output_dir: Path = field(metadata=describe("gets predictions.jsonl and metrics.json; goes on there"))
     model: str | None = field(
         default=None,
@@ -42,7 +42,7 @@ class EvaluateArguments:
     )
     timeout: float = field(default=60.0, metadata=describe("endpoint: seconds to wait for an answer"))
     batch_size: int = field(default=16, metadata=describe("questions answered at once"))
-    limit: int | None = field(default=None, metadata=describe("only the first so many records"))
+    limit: int | None = field(default=None, metadata=describe("only the first N records"))
     max_new_tokens: int = field(default=128, metadata=describe("an answer stops here if not by itself"))
     compare_with: list[Path] = field(
         default_factory=list, metadata=describe("output_dirs of other evaluations, whose scores are printed too")
@@ -82,12 +82,12 @@ class JudgeArguments:
         default=None, metadata=describe("base URL, model and key variable of the judge's provider")
     )
     base_url: str | None = field(default=None, metadata=describe("another OpenAI-compatible endpoint"))
-    model: str | None = field(default=None, metadata=describe("another model of the endpoint; it must see pictures"))
+    model: str | None = field(default=None, metadata=describe("another model of the endpoint; it must see images"))
     key_variable: str | None = field(
         default=None, metadata=describe("name of the environment variable that holds the key")
     )
     task: str | None = field(default=None, metadata=describe("judge only answers to this task of the records"))
-    limit: int | None = field(default=None, metadata=describe("only the first so many pairs"))
+    limit: int | None = field(default=None, metadata=describe("only the first N pairs"))
     batch_size: int = field(default=4, metadata=describe("pairs judged at once"))
     max_new_tokens: int = field(default=1024, metadata=describe("a verdict is cut off here; judges may think aloud"))
     timeout: float = field(default=60.0, metadata=describe("seconds to wait for a verdict"))
@@ -111,7 +111,7 @@ class ReportArguments:
     )
     title: str = field(default="Meme-LLaVA experiments", metadata=describe("heads the page"))
     max_answers: int = field(
-        default=500, metadata=describe("show so many questions; first those whose answers disagree")
+        default=500, metadata=describe("show at most N questions; first those whose answers disagree")
     )
 
     def __post_init__(self) -> None:

@@ -1,5 +1,5 @@
-"""Knows a conversation about a picture that a visitor holds with one model or two, and what a visitor is told when
-something cannot be done. Knows nothing about pages.
+"""A visitor's conversation about an image with one model or two, and the notices for what cannot be done. Nothing about
+pages.
 """
 
 import contextlib
@@ -15,24 +15,25 @@ from PIL import Image
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
 from meme_llava.dataset.findings import RecordFault
 from meme_llava.dataset.images import MAX_PIXELS, ImagePolicy, open_image
-from meme_llava.inference.generation import Answerer, Exchange, PromptTooLong
+from meme_llava.inference.generation import Answerer, PromptTooLong
+from meme_llava.inference.predictions import Exchange
 from meme_llava.inference.streaming import stream_answer
 
 # A page that is sent every token of a fast model lags behind it.
 SECONDS_BETWEEN_UPDATES = 0.1
 PREVIEW_SIDE = 1024  # pixels
 
-NO_PICTURE = "请先放一张图片。Add a picture first."
+NO_IMAGE = "请先放一张图片。Add an image first."
 NO_QUESTION = "请先写一个问题。Write a question first."
 HOLDS_PLACEHOLDER = f"问题里不能有 {IMAGE_PLACEHOLDER}。The question may not hold {IMAGE_PLACEHOLDER}."
-PICTURE_PROBLEMS = {
+IMAGE_PROBLEMS = {
     "empty_file": "这个文件是空的。The file is empty.",
-    "not_a_picture": "这个文件不是图片。The file is not a picture.",
+    "not_an_image": "这个文件不是图片。The file is not an image.",
     "unaccepted_format": "不支持这种图片格式，请转成 JPEG 或 PNG。Convert it to JPEG or PNG first.",
-    "damaged_picture": "图片已损坏或不完整，请换一张。The picture is damaged; try another.",
-    "too_many_pixels": f"图片太大，最多 {MAX_PIXELS // 1_000_000} 百万像素。The picture has more than "
+    "damaged_image": "图片已损坏或不完整，请换一张。The image is damaged; try another.",
+    "too_many_pixels": f"图片太大，最多 {MAX_PIXELS // 1_000_000} 百万像素。The image has more than "
     f"{MAX_PIXELS // 1_000_000} million pixels.",
-    "missing_picture": "图片已经从服务器上删除，请重新放一次。The picture is gone from the server; add it again.",
+    "missing_image": "图片已经从服务器上删除，请重新放一次。The image is gone from the server; add it again.",
     "unreadable_file": "服务器读不了这个文件，请换一张。The file cannot be read; try another.",
 }
 STOPPED = "已停止 stopped"
@@ -55,18 +56,18 @@ class Reply:
 
 
 class Conversation:
-    """A visitor's picture, and for each model what was asked and answered about it."""
+    """A visitor's image, and for each model what was asked and answered about it."""
 
     # No dataclass: gradio would turn one into a dictionary.
     def __init__(self) -> None:
-        self.picture: Path | None = None
+        self.image: Path | None = None
         self.columns: list[list[Reply]] = []
         self.stop_asked = False
 
-    def begin(self, picture: Path | None) -> None:
+    def begin(self, image: Path | None) -> None:
         """Forget what was said, and end what is being said."""
         self.stop_asked = True
-        self.picture = picture
+        self.image = image
         self.columns = []
 
 
@@ -86,16 +87,16 @@ class Chat:
         """End whatever answer is growing."""
         self._is_closing.set()
 
-    def take_picture(self, conversation: Conversation, path: Path) -> Image.Image:
-        """Begin a conversation about another picture. Returns it to be shown, at most 1024 pixels a side.
+    def take_image(self, conversation: Conversation, path: Path) -> Image.Image:
+        """Begin a conversation about another image. Returns it to be shown, at most 1024 pixels a side.
 
         Raises:
-            ChatProblem: the file is no picture that can be opened; the conversation stays as it is.
+            ChatProblem: the file is not an image that can be opened; the conversation stays as it is.
         """
-        picture = open_for_visitor(path)
+        image = open_for_visitor(path)
         conversation.begin(path)
-        picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
-        return picture
+        image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+        return image
 
     def ask(self, conversation: Conversation, question: str) -> Iterator[None]:
         """Put a question to every model. The answers grow in `conversation`; iterates whenever they have grown.
@@ -104,15 +105,15 @@ class Chat:
             ChatProblem: it cannot be asked; the conversation stays as it is.
         """
         question = question.strip()
-        if conversation.picture is None:
-            raise ChatProblem(NO_PICTURE)
+        if conversation.image is None:
+            raise ChatProblem(NO_IMAGE)
         if not question:
             raise ChatProblem(NO_QUESTION)
         if IMAGE_PLACEHOLDER in question:
             raise ChatProblem(HOLDS_PLACEHOLDER)
         # Each model opens it for its own square, as infer.py does.
-        pictures = [
-            open_for_visitor(conversation.picture, answerer.processing.image_policy) for answerer in self._answerers
+        images = [
+            open_for_visitor(conversation.image, answerer.processing.image_policy) for answerer in self._answerers
         ]
         conversation.stop_asked = False
         if not conversation.columns:
@@ -121,11 +122,11 @@ class Chat:
         for column in columns:
             column.append(Reply(question))
         yield
-        for answerer, picture, column in zip(self._answerers, pictures, columns, strict=True):
-            yield from self._answer(conversation, answerer, picture, column)
+        for answerer, image, column in zip(self._answerers, images, columns, strict=True):
+            yield from self._answer(conversation, answerer, image, column)
 
     def _answer(
-        self, conversation: Conversation, answerer: Answerer, picture: Image.Image, column: list[Reply]
+        self, conversation: Conversation, answerer: Answerer, image: Image.Image, column: list[Reply]
     ) -> Iterator[None]:
         """Let one model answer the last question of its column."""
 
@@ -133,9 +134,9 @@ class Chat:
             return conversation.stop_asked or self._is_closing.is_set()
 
         reply = column[-1]
-        # What gave no answer is no turn that a model was trained to go on from.
+        # What gave no answer is not a turn that a model was trained to go on from.
         earlier = [Exchange(earlier.question, earlier.text) for earlier in column[:-1] if earlier.text]
-        arguments = (picture, reply.question, self._system, self._max_new_tokens, earlier, should_stop)
+        arguments = (image, reply.question, self._system, self._max_new_tokens, earlier, should_stop)
         is_whole = False
         shown_at = 0.0
         try:
@@ -160,4 +161,4 @@ def open_for_visitor(path: Path, policy: ImagePolicy | None = None) -> Image.Ima
     try:
         return open_image(path, policy)
     except RecordFault as fault:
-        raise ChatProblem(PICTURE_PROBLEMS[fault.kind]) from fault
+        raise ChatProblem(IMAGE_PROBLEMS[fault.kind]) from fault

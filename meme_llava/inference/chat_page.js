@@ -1,4 +1,4 @@
-// A picture may be dropped anywhere, or pasted: both end in the one file field that the upload button has.
+// An image may be dropped anywhere, or pasted: both end in the one file field that the upload button has.
 () => {
   const maxBytes = MAX_BYTES;
   const field = () => document.querySelector("input[type=file]");
@@ -35,7 +35,7 @@
     give([...event.dataTransfer.files]);
   });
   const open = (event) => {
-    if (!event.target.closest?.("#picture .panel")) return;
+    if (!event.target.closest?.("#image .panel")) return;
     event.preventDefault();
     field()?.click();
   };

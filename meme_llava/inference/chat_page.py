@@ -1,4 +1,4 @@
-"""Knows how a chat looks in a browser, made with gradio, and how its server runs and ends.
+"""The chat page, made with gradio, and its server.
 
 Nothing is fetched from elsewhere, nothing is reported to anybody, and no text of a visitor or a model becomes HTML.
 """
@@ -32,7 +32,7 @@ SUGGESTED_QUESTIONS = (
 TITLE = "Meme-LLaVA 表情包问答"
 MAX_UPLOAD_BYTES = 64 * 1024 * 1024
 TOO_BIG = f"文件超过 {MAX_UPLOAD_BYTES >> 20} MB，请换一张。The file is larger than {MAX_UPLOAD_BYTES >> 20} MB."
-EMPTY_PANEL = "把图片拖到页面上，或按 Ctrl+V 粘贴，<br>或点这里选择<br>Drop, paste or choose a picture"
+EMPTY_PANEL = "把图片拖到页面上，或按 Ctrl+V 粘贴，<br>或点这里选择<br>Drop, paste or choose an image"
 # Names of fonts that systems have; gradio's own themes would ask Google for theirs.
 FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
 DAY = 24 * 60 * 60  # seconds
@@ -43,20 +43,20 @@ def build_page(chat: Chat, names: list[str], examples: list[Path]) -> gradio.Blo
 
     Args:
         names: what stands above the columns.
-        examples: pictures to begin with.
+        examples: images to begin with.
     """
     with gradio.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, DAY)) as page:
         conversation = gradio.State(Conversation())
         gradio.HTML(
             f"<h1>{TITLE}</h1><p>放一张图，问一个问题。回答只看这张图和这次对话。"
-            "<br>Ask about a picture, in several turns.</p>",
+            "<br>Ask about an image, in several turns.</p>",
             elem_id="title",
         )
         with gradio.Row():
             with gradio.Column(scale=2, min_width=280):
-                panel = gradio.HTML(show_picture(None), elem_id="picture")
-                upload = gradio.UploadButton("选择图片 Choose a picture", elem_id="upload", size="md")
-                picture_notice = gradio.HTML(show_notice(""), elem_classes="notices")
+                panel = gradio.HTML(show_image(None), elem_id="image")
+                upload = gradio.UploadButton("选择图片 Choose an image", elem_id="upload", size="md")
+                image_notice = gradio.HTML(show_notice(""), elem_classes="notices")
                 too_big = f'<div id="too_big" class="notice" role="alert" hidden>{TOO_BIG}</div>'
                 gradio.HTML(too_big, elem_classes="notices")
                 gallery = gradio.Gallery(
@@ -103,7 +103,7 @@ def build_page(chat: Chat, names: list[str], examples: list[Path]) -> gradio.Blo
                     restart = gradio.Button("新对话 New chat", elem_id="restart", min_width=100)
 
         actions = _Actions(chat, examples, len(names))
-        shown = [picture_notice, question_notice, *chatbots, send, stop]
+        shown = [image_notice, question_notice, *chatbots, send, stop]
         private = {"api_visibility": "private"}
         # One visitor's question at a time, whichever button sends it; the others wait in a queue.
         asking = {"concurrency_id": "models", "concurrency_limit": 1, "show_progress_on": chatbots, **private}
@@ -144,27 +144,27 @@ class _Actions:
         return self._take(self._examples[chosen.index], conversation)
 
     def restart(self, conversation: Conversation) -> list:
-        conversation.begin(conversation.picture)
+        conversation.begin(conversation.image)
         return [gradio.skip(), *self._show(conversation)]
 
     def _take(self, path: Path, conversation: Conversation) -> list:
         try:
-            picture = self._chat.take_picture(conversation, path)
+            image = self._chat.take_image(conversation, path)
         except ChatProblem as problem:
-            return [gradio.skip(), *self._show(conversation, picture_problem=str(problem))]
-        return [show_picture(picture), *self._show(conversation)]
+            return [gradio.skip(), *self._show(conversation, image_problem=str(problem))]
+        return [show_image(image), *self._show(conversation)]
 
     def _show(
         self,
         conversation: Conversation,
-        picture_problem: str = "",
+        image_problem: str = "",
         question_problem: str = "",
         is_answering: bool = False,
     ) -> list:
         """Contents of both notices, the columns, send button and stop button."""
         columns = conversation.columns or [[] for _ in range(self._models)]
         return [
-            show_notice(picture_problem),
+            show_notice(image_problem),
             show_notice(question_problem),
             *([message for reply in column for message in show_reply(reply)] for column in columns),
             gradio.update(visible=not is_answering),
@@ -179,15 +179,15 @@ def show_reply(reply: Reply) -> list[dict]:
     return [{"role": "user", "content": reply.question}, {"role": "assistant", "content": answer or "…"}]
 
 
-def show_picture(picture: Image.Image | None) -> str:
-    """HTML of the picture, or of the place where one may be dropped."""
-    if picture is None:
+def show_image(image: Image.Image | None) -> str:
+    """HTML of the image, or of the place where one may be dropped."""
+    if image is None:
         return f'<div class="panel" role="button" tabindex="0">{EMPTY_PANEL}</div>'
     jpeg = io.BytesIO()
-    picture.save(jpeg, "JPEG", quality=90)
+    image.save(jpeg, "JPEG", quality=90)
     source = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
-    image = f'<img src="{source}" alt="现在的图片 the present picture">'
-    return f'<div class="panel filled" role="button" tabindex="0">{image}</div>'
+    element = f'<img src="{source}" alt="现在的图片 the present image">'
+    return f'<div class="panel filled" role="button" tabindex="0">{element}</div>'
 
 
 def show_notice(problem: str) -> str:

@@ -1,6 +1,6 @@
-"""Knows how a vision model behind an OpenAI-compatible endpoint is asked, and what each way of not answering means.
+"""A client for a vision model behind an OpenAI-compatible endpoint, and what each way of not answering means.
 
-Retries, files and pictures are the caller's. A key goes into the request and nowhere else: every text that leaves this
+Retries, files and images are the caller's. A key goes into the request and nowhere else: every text that leaves this
 module has it blotted out.
 """
 
@@ -22,7 +22,7 @@ FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 60.0
 BLOTTED_KEY = "[key]"
 SHORTEST_SECRET = 8
-# The endpoint or the account is wrong, for every picture alike.
+# The endpoint or the account is wrong, for every image alike.
 _FATAL = {
     401: "the key is not accepted",
     402: "the account has no credit",
@@ -34,14 +34,14 @@ _PASSING = (408, 409, 425, 429)
 
 
 class StopAsking(Exception):
-    """No picture can be answered: the key, the model or the address is wrong."""
+    """No image can be answered: the key, the model or the address is wrong."""
 
 
-class PictureRejected(Exception):
-    """The server does not take this picture; asking again gives the same."""
+class ImageRejected(Exception):
+    """The server does not take this image; asking again gives the same."""
 
 
-class PassingFault(Exception):
+class TransientError(Exception):
     """Asking again can help. `wait` is how many seconds the server asked to wait, or None."""
 
     def __init__(self, message: str, wait: float | None = None):
@@ -50,7 +50,7 @@ class PassingFault(Exception):
 
 
 @dataclass(frozen=True)
-class Reply:
+class Completion:
     """What a model answered, paid for whether it is of use or not. Token counts are None where none are reported."""
 
     text: str
@@ -61,7 +61,7 @@ class Reply:
 
 
 class CaptionClient:
-    """Asks one endpoint about one picture at a time; use it with `async with`."""
+    """Asks one endpoint about one image at a time; use it with `async with`."""
 
     def __init__(self, endpoint: Endpoint, max_new_tokens: int, timeout: float):
         self.endpoint = endpoint
@@ -83,12 +83,12 @@ class CaptionClient:
     async def __aexit__(self, *exception) -> None:
         await self._client.close()
 
-    async def ask(self, data_url: str, prompt: str, system: str | None = None) -> Reply:
-        """One request: the picture, then the prompt.
+    async def ask(self, data_url: str, prompt: str, system: str | None = None) -> Completion:
+        """One request: the image, then the prompt.
 
         Raises:
-            PassingFault: no usable answer came (429, 5xx, timeout, cut connection, not a completion).
-            PictureRejected: the server does not take this request.
+            TransientError: no usable answer came (429, 5xx, timeout, cut connection, not a completion).
+            ImageRejected: the server does not take this request.
             StopAsking: it takes none.
         """
         content = [{"type": "image_url", "image_url": {"url": data_url}}, {"type": "text", "text": prompt}]
@@ -101,19 +101,19 @@ class CaptionClient:
                 response = await create(model=self.endpoint.model, messages=messages, **self._limit)
                 body = response.content
         except (TimeoutError, openai.APITimeoutError):
-            raise PassingFault(f"no answer within {self.timeout:g} s") from None
+            raise TransientError(f"no answer within {self.timeout:g} s") from None
         except openai.APIStatusError as error:
             raise self._sort(error) from None
         except openai.APIError as error:
             cause = error.__cause__ or error
             hint = f"; see whether the server at {self.endpoint.host} runs" if self._is_local else ""
             message = f"the connection failed ({type(cause).__name__}: {cause}){hint}"
-            raise PassingFault(self.clean(message)) from None
+            raise TransientError(self.clean(message)) from None
         return self._read(body)
 
     def clean(self, text: str) -> str:
         """A server's text without the key."""
-        # Local servers take any word as key; such a word is no secret and may stand in a caption.
+        # Local servers take any word as key; such a word is not a secret and may stand in a caption.
         is_secret = len(self.endpoint.key) >= SHORTEST_SECRET
         return text.replace(self.endpoint.key, BLOTTED_KEY) if is_secret else text
 
@@ -127,7 +127,7 @@ class CaptionClient:
         return printable if len(printable) <= LONGEST_DETAIL else printable[:LONGEST_DETAIL] + "…"
 
     def _sort(self, error: openai.APIStatusError) -> Exception:
-        """What an HTTP status means for this picture and for the others."""
+        """What an HTTP status means for this image and for the others."""
         status = error.status_code
         said = self._shorten(_find_message(error))
         detail = f"HTTP {status}" + (f": {said}" if said else "")
@@ -138,10 +138,10 @@ class CaptionClient:
                 f"(model {self.endpoint.model}, {self._tell_key()})"
             )
         if status in _PASSING or status >= 500:
-            return PassingFault(detail, parse_retry_after(error.response.headers.get("retry-after"), time.time()))
-        return PictureRejected(detail)
+            return TransientError(detail, parse_retry_after(error.response.headers.get("retry-after"), time.time()))
+        return ImageRejected(detail)
 
-    def _read(self, body: bytes) -> Reply:
+    def _read(self, body: bytes) -> Completion:
         """The answer in a response that came with status 200, whatever it holds."""
         try:
             completion = json.loads(body)
@@ -151,11 +151,13 @@ class CaptionClient:
             text.encode(), (refusal or "").encode()  # half a surrogate pair can be written nowhere
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             start = self._shorten(body[:80].decode(errors="replace"))
-            raise PassingFault(f"status 200, but no completion ({type(error).__name__}); it begins {start!r}") from None
+            raise TransientError(
+                f"status 200, but no completion ({type(error).__name__}); it begins {start!r}"
+            ) from None
         usage = completion.get("usage")
         counts = [_read_count(usage, name) for name in ("prompt_tokens", "completion_tokens")]
         reason = choice.get("finish_reason")
-        return Reply(self.clean(text).strip(), refusal and self.clean(refusal), reason, *counts)
+        return Completion(self.clean(text).strip(), refusal and self.clean(refusal), reason, *counts)
 
 
 def _read_count(usage, name: str) -> int | None:
@@ -193,8 +195,8 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
     return max(seconds, 0.0) if seconds < float("inf") else None
 
 
-def choose_wait(faults: int, asked_wait: float | None, generator: random.Random) -> float:
-    """Seconds to wait after so many faults of a picture: twice as long each time, shortened by chance by up to half.
+def backoff_seconds(faults: int, asked_wait: float | None, generator: random.Random) -> float:
+    """Seconds to wait after a number of faults of an image: twice as long each time, shortened by chance by up to half.
 
     Never less than the server asked for. Chance keeps requests that failed together from coming back together.
     """

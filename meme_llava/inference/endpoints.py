@@ -1,4 +1,4 @@
-"""Knows which OpenAI-compatible endpoints there are and what must be said of one. Keys come from the environment."""
+"""Known OpenAI-compatible endpoints and what must be said of another. Keys come from the environment."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -99,7 +99,7 @@ def _check_base_url(base_url: str) -> str:
         usable = False
     # The value is not repeated: a key may stand in it.
     if not usable:
-        raise UserError("--base_url is no address such as http://127.0.0.1:8000/v1")
+        raise UserError("--base_url is not an address such as http://127.0.0.1:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise UserError("--base_url holds more than host and path; keys come from the environment only")
     return parts.hostname

@@ -1,8 +1,7 @@
-"""Knows how a model answers a question about a picture. The prompt comes from `conversation`, as in training."""
+"""Answers of our models to questions about an image. The prompt comes from `conversation`, as in training."""
 
 import contextlib
 import copy
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,35 +13,18 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from transformers.generation.streamers import BaseStreamer
 
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
-from meme_llava.dataset.image_inspection import PICTURE_SUFFIXES
-from meme_llava.dataset.images import resolve_image_path, to_pixel_values
-from meme_llava.dataset.quarantine import read_quarantined_places
-from meme_llava.dataset.records import Record, read_records
+from meme_llava.dataset.pixels import to_pixel_values
 from meme_llava.errors import UserError
+from meme_llava.inference.predictions import Answer, Exchange
+from meme_llava.inference.questions import Question
 from meme_llava.model.llava import PROJECTOR, Processing, load_llava, load_processing
 from meme_llava.model.trainable import apply_trained_weights
-from meme_llava.storage.run_record import find_base, holds_trained_weights
+from meme_llava.storage.fingerprint import find_base
+from meme_llava.storage.run_record import holds_trained_weights
 
 
 class PromptTooLong(UserError):
-    """A prompt behind which the model has no position left for an answer."""
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """An earlier question about the picture and what the model answered."""
-
-    question: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model said. `stopped` is False when it was cut off at the limit."""
-
-    text: str
-    token_ids: list[int]
-    stopped: bool
+    """A prompt that leaves the model no position for an answer."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +47,7 @@ class Answerer:
     ) -> dict[str, torch.Tensor]:
         """Inputs of one question: input_ids and attention_mask (1, length), pixel_values (1, 3, size, size).
 
-        The picture stands in front of the first question, as in the sample memes. `earlier` is what was asked and
+        The image stands in front of the first question, as in the sample memes. `earlier` is what was asked and
         answered about it before.
         """
         turns = [Turn("system", system)] if system is not None else []
@@ -73,7 +55,7 @@ class Answerer:
             turns += [Turn("user", exchange.question), Turn("assistant", exchange.answer)]
         turns.append(Turn("user", question))
         if any(IMAGE_PLACEHOLDER in turn.text for turn in turns if turn.role == "user"):
-            raise UserError(f"the question holds {IMAGE_PLACEHOLDER}; the picture is put in front of it by itself")
+            raise UserError(f"the question holds {IMAGE_PLACEHOLDER}; the image is put in front of it by itself")
         first = 0 if system is None else 1
         turns[first] = Turn("user", f"{IMAGE_PLACEHOLDER}\n{turns[first].text}")
         input_ids = torch.tensor([self.processing.encoder.encode_prompt(turns)])
@@ -97,7 +79,7 @@ class Answerer:
         earlier: Sequence[Exchange] = (),
         stopping: StoppingCriteriaList | None = None,
     ) -> Answer:
-        """The greedy answer about one picture; `stopping` may end it before the model does.
+        """The greedy answer about one image; `stopping` may end it before the model does.
 
         Raises:
             PromptTooLong: the model has no more positions than the prompt takes.
@@ -115,7 +97,7 @@ class Answerer:
     ) -> list[Answer]:
         """The greedy answers to several questions at once; shorter prompts are padded on the left.
 
-        Files often ask several things about a picture; the vision tower sees it once.
+        Files often ask several things about an image; the vision tower sees it once.
 
         Raises:
             PromptTooLong: the model has no more positions than one of the prompts takes.
@@ -137,18 +119,18 @@ class Answerer:
             )  # (questions, longest)
             for name, value in (("input_ids", self.padding_id), ("attention_mask", 0))
         }
-        pictures = {question.image: inputs["pixel_values"] for question, inputs in zip(questions, batch, strict=True)}
-        padded["pixel_values"] = torch.cat(list(pictures.values()))  # (pictures, 3, size, size)
-        places = {path: place for place, path in enumerate(pictures)}
+        pixels = {question.image: inputs["pixel_values"] for question, inputs in zip(questions, batch, strict=True)}
+        padded["pixel_values"] = torch.cat(list(pixels.values()))  # (images, 3, size, size)
+        places = {path: place for place, path in enumerate(pixels)}
         with self._repeat_features([places[question.image] for question in questions]):
             return self._generate(padded, max_new_tokens)
 
     @contextlib.contextmanager
-    def _repeat_features(self, of_picture: list[int]) -> Iterator[None]:
-        """While the block lasts, the projector gives (questions, tokens, width) in place of (pictures, …)."""
+    def _repeat_features(self, of_image: list[int]) -> Iterator[None]:
+        """While the block lasts, the projector gives (questions, tokens, width) in place of (images, …)."""
         # In generate, since engines gather the weights for that.
         projector = next(module for name, module in self.model.named_modules() if name.endswith(PROJECTOR))
-        handle = projector.register_forward_hook(lambda module, inputs, features: features[of_picture])
+        handle = projector.register_forward_hook(lambda module, inputs, features: features[of_image])
         try:
             yield
         finally:
@@ -189,11 +171,11 @@ class Answerer:
 
 
 def read_answer(new_ids: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
-    """The answer that ends at the first of the `ends`, if one is there; what fills up behind it is left out."""
+    """The answer that ends at the first of the `ends`, if one is there; the padding after it is left out."""
     length = next((place + 1 for place, token in enumerate(new_ids) if token in ends), len(new_ids))
     new_ids = new_ids[:length]
     text = tokenizer.decode(new_ids, skip_special_tokens=True)
-    return Answer(text.strip(), new_ids, new_ids[-1] in ends)
+    return Answer(text.strip(), len(new_ids), new_ids[-1] in ends, token_ids=tuple(new_ids))
 
 
 def load_answerer(folder: Path, base_model: Path | None = None, device: str = "auto", dtype: str = "auto") -> Answerer:
@@ -243,82 +225,3 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype != "auto":
         return getattr(torch, dtype)
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-
-
-@dataclass(frozen=True)
-class Question:
-    """What to ask about one picture, and the true answer where it is known."""
-
-    image: Path
-    text: str
-    truth: str | None = None
-    system: str | None = None
-    text_in_picture: str | None = None  # None where it is not known, "" where there is none
-    task: str = ""
-
-
-def list_file_questions(paths: list[Path], text: str) -> list[Question]:
-    """The same question about every picture file of a list of files and folders (not their subfolders).
-
-    Raises:
-        UserError: a path does not exist, or a folder holds no picture.
-    """
-    images = []
-    for path in paths:
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
-            if not found:
-                raise UserError(f"{path}: holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))})")
-            images += found
-        elif path.exists():
-            images.append(path)
-        else:
-            raise UserError(f"{path}: no such file or folder")
-    return [Question(image, text) for image in images]
-
-
-def find_question(record: Record, image_folder: Path) -> Question | None:
-    """A record's first question with its true answer, if the record begins with one picture and a line break.
-
-    Raises:
-        RecordFault: the picture's path leaves the image folder.
-    """
-    system = record.turns[0].text if record.turns[0].role == "system" else None
-    user, truth = [turn for turn in record.turns if turn.role != "system"][:2]
-    text = user.text.removeprefix(f"{IMAGE_PLACEHOLDER}\n")
-    if text == user.text or IMAGE_PLACEHOLDER in text:
-        return None
-    image = resolve_image_path(record.images[0], image_folder)
-    return Question(image, text, truth.text.strip(), system, record.text, record.task)
-
-
-def list_record_questions(
-    annotations: Path, image_folder: Path, limit: int | None, quarantine: Path | None = None
-) -> list[Question]:
-    """The first question of every record that begins with one picture, with its true answer.
-
-    Malformed records and those of `quarantine` are not asked; they are counted on standard error.
-
-    Raises:
-        UserError: no record begins with one picture, or a path leaves the image folder.
-    """
-    records, malformed = read_records(annotations)
-    if malformed:
-        print(f"{len(malformed)} malformed records are not asked, e.g. {malformed[0]}", file=sys.stderr)
-    if quarantine is not None:
-        places = read_quarantined_places(quarantine)
-        asked = [record for record in records if record.place not in places]
-        print(f"{len(records) - len(asked)} quarantined records are not asked", file=sys.stderr)
-        records = asked
-    questions = []
-    for record in records[:limit]:
-        try:
-            question = find_question(record, image_folder)
-        except ValueError as error:
-            raise UserError(f"{record.place} (id {record.record_id!r}): {error}") from error
-        questions += [] if question is None else [question]
-    if not questions:
-        raise UserError(f"{annotations}: no record begins with {IMAGE_PLACEHOLDER}, a line break and a question")
-    if left_out := len(records[:limit]) - len(questions):
-        print(f"{left_out} records do not begin with one picture and are not asked", file=sys.stderr)
-    return questions

@@ -1,4 +1,4 @@
-"""Knows how a picture is sent to a server: as training sees it, as JPEG, in a data URL."""
+"""Images on their way to a server: as training sees them, as JPEG, in a data URL."""
 
 import base64
 import io
@@ -11,19 +11,19 @@ from meme_llava.dataset.images import open_image
 JPEG_QUALITY = 90
 
 
-def encode_picture(path: Path, max_side: int) -> bytes:
-    """The picture as training sees it, scaled down to `max_side` pixels if it is larger, as JPEG.
+def encode_image(path: Path, max_side: int) -> bytes:
+    """The image as training sees it, scaled down to `max_side` pixels if it is larger, as JPEG.
 
     Raises:
-        ValueError: the file is no picture; with the reason.
+        ValueError: the file is not an image; with the reason.
     """
-    picture = open_image(path)
-    longest = max(picture.size)
+    image = open_image(path)
+    longest = max(image.size)
     if longest > max_side:
-        size = tuple(max(1, round(side * max_side / longest)) for side in picture.size)
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+        size = tuple(max(1, round(side * max_side / longest)) for side in image.size)
+        image = image.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()
 
 

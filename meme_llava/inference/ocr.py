@@ -1,4 +1,4 @@
-"""Knows how the words in a picture are read by RapidOCR, a text recogniser that is no language model."""
+"""RapidOCR, a text recogniser that is not a language model, reading the words in an image."""
 
 import importlib.util
 from importlib.metadata import version
@@ -8,7 +8,7 @@ from PIL import Image
 
 from meme_llava.errors import UserError
 
-# What is said of a picture in which nothing is found, as the sample memes have it.
+# What is said of an image in which nothing is found, as the sample memes have it.
 NOTHING_FOUND = "图片里没有文字。"
 REQUIREMENTS = "configs/requirements/other_models.txt"
 
@@ -23,7 +23,7 @@ class TextReader:
         self._engine = RapidOCR(params={"Global.log_level": "error"})
 
     def read(self, image: Image.Image) -> str:
-        """The lines of an RGB picture from top to bottom, or NOTHING_FOUND."""
+        """The lines of an RGB image from top to bottom, or NOTHING_FOUND."""
         blue_first = np.asarray(image)[:, :, ::-1]  # (height, width, 3), as OpenCV has colours
         lines = self._engine(blue_first).txts
         return "\n".join(lines) if lines else NOTHING_FOUND

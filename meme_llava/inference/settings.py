@@ -13,12 +13,13 @@ DEFAULT_QUESTION = "这张表情包写了什么，是什么意思？"
 @dataclass
 class InferArguments:
     model: Path = field(metadata=describe("merged model, base model, or output_dir / checkpoint of train.py"))
-    image: list[Path] = field(default_factory=list, metadata=describe("picture files, or folders of pictures"))
+    image: list[Path] = field(default_factory=list, metadata=describe("image files, or folders of images"))
     annotations: Path | None = field(
-        default=None, metadata=describe("in place of --image: ask the records' own questions and show the true answers")
+        default=None,
+        metadata=describe("in place of --image: ask the records' own questions and show the reference answers"),
     )
-    image_folder: Path | None = field(default=None, metadata=describe("with --annotations: where its pictures are"))
-    limit: int | None = field(default=None, metadata=describe("with --annotations: only the first so many records"))
+    image_folder: Path | None = field(default=None, metadata=describe("with --annotations: where its images are"))
+    limit: int | None = field(default=None, metadata=describe("with --annotations: only the first N records"))
     quarantine: Path | None = field(
         default=None, metadata=describe("with --annotations: quarantine.jsonl of training; its records are not asked")
     )
@@ -27,7 +28,7 @@ class InferArguments:
     )
     system: str | None = field(default=None, metadata=describe("system turn in place of the default one"))
     max_new_tokens: int = field(default=512, metadata=describe("an answer stops here if not by itself"))
-    json: bool = field(default=False, metadata=describe("one JSON object a picture in place of streamed text"))
+    json: bool = field(default=False, metadata=describe("one JSON object an image in place of streamed text"))
     base_model: Path | None = field(default=None, metadata=describe("an adapter's base, only if it moved"))
     device: str = field(default="auto", metadata=describe("auto: the GPU if there is one, else the CPU"))
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(

@@ -1,8 +1,9 @@
-"""Knows how an answer is handed out while it grows, and how it is ended before its time.
+"""Answers handed out while they grow, and ended before their time.
 
-Knows nothing about prompts or pages.
+Nothing about prompts or pages.
 """
 
+import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,8 @@ from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from meme_llava.inference.generation import Answer, Answerer, Exchange
+from meme_llava.inference.generation import Answerer
+from meme_llava.inference.predictions import Answer, Exchange
 
 HALF_CHARACTER = "\ufffd"
 
@@ -28,7 +30,7 @@ def stream_answer(
 ) -> Iterator[Answer]:
     """The greedy answer as it grows, token by token; the last one is what `Answerer.answer` gives.
 
-    The model asks `should_stop` behind every token, whether anybody iterates or not. Closing the iterator ends its
+    The model asks `should_stop` after every token, whether anybody iterates or not. Closing the iterator ends its
     work, too. Its errors are raised here.
     """
     tokens = _TokenQueue()
@@ -52,7 +54,7 @@ def stream_answer(
             token_ids.append(token_id)
             partial = answerer.read_answer(token_ids)
             # A character of several tokens is shown when its last one is there.
-            yield Answer(partial.text.rstrip(HALF_CHARACTER), partial.token_ids, partial.stopped)
+            yield dataclasses.replace(partial, text=partial.text.rstrip(HALF_CHARACTER))
     finally:
         is_closed.set()
         worker.join()

@@ -1,4 +1,4 @@
-"""Knows how any image-text-to-text model of transformers, such as the original LLaVA-1.5, is asked about pictures.
+"""Any image-text-to-text model of transformers, such as the original LLaVA-1.5, asked about images.
 
 Our own models are asked through `generation`, which knows their prompt; these bring a chat template.
 """
@@ -12,7 +12,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from meme_llava.errors import UserError
-from meme_llava.inference.generation import Answer, Question, choose_device, choose_dtype, read_answer
+from meme_llava.inference.generation import choose_device, choose_dtype, read_answer
+from meme_llava.inference.predictions import Answer
+from meme_llava.inference.questions import Question
 from meme_llava.model.llava import quiet_transformers
 
 
@@ -27,7 +29,7 @@ class TransformersModel:
     def answer_together(
         self, images: list[Image.Image], questions: list[Question], max_new_tokens: int = 512
     ) -> list[Answer]:
-        """The greedy answers about several RGB pictures at once; shorter prompts are padded on the left."""
+        """The greedy answers about several RGB images at once; shorter prompts are padded on the left."""
         inputs = self.build_inputs(images, questions).to(self.model.device, self.model.dtype)
         generation_config = copy.copy(self.model.generation_config)
         generation_config.max_new_tokens = max_new_tokens
@@ -42,7 +44,7 @@ class TransformersModel:
         return [read_answer(ids, stops, self.processor.tokenizer) for ids in output[:, prompt_length:].tolist()]
 
     def build_inputs(self, images: list[Image.Image], questions: list[Question]):
-        """What the processor makes of pictures and prompts; input_ids (questions, longest), padded on the left."""
+        """What the processor makes of images and prompts; input_ids (questions, longest), padded on the left."""
         prompts = [self._make_prompt(question) for question in questions]
         start = self.processor.tokenizer.bos_token
         # Some templates write it themselves; the tokenizer would add another.

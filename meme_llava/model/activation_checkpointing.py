@@ -1,6 +1,7 @@
-"""Knows which layers keep their activations for the backward pass and which compute them again to save memory.
+"""Activation checkpointing: which layers keep their activations for the backward pass and which recompute them to save
+memory.
 
-Knows nothing about how much memory there is: `choose_recomputed_layers` asks a function that does.
+Nothing about how much memory there is: `choose_recomputed_layers` asks a function that does.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from meme_llava.model.llava import LANGUAGE_MODEL, VISION_TOWER, count_used_visi
 
 
 @dataclass(frozen=True)
-class RecomputedLayers:
+class CheckpointedLayers:
     """How many layers of each tower compute their activations again in the backward pass, counted from the input.
 
     The first layers, because the backward pass reaches them last: what it then computes again takes the place of what
@@ -27,15 +28,15 @@ class RecomputedLayers:
     vision: int = 0
 
 
-def count_layers(config: LlavaConfig, vision_learns: bool) -> RecomputedLayers:
+def count_layers(config: LlavaConfig, vision_trainable: bool) -> CheckpointedLayers:
     """All layers that keep activations; a frozen vision tower keeps none."""
-    vision = count_used_vision_layers(config) if vision_learns else 0
-    return RecomputedLayers(config.text_config.num_hidden_layers, vision)
+    vision = count_used_vision_layers(config) if vision_trainable else 0
+    return CheckpointedLayers(config.text_config.num_hidden_layers, vision)
 
 
 def choose_recomputed_layers(
-    setting: str, most: RecomputedLayers, fits: Callable[[RecomputedLayers], bool]
-) -> RecomputedLayers:
+    setting: str, most: CheckpointedLayers, fits: Callable[[CheckpointedLayers], bool]
+) -> CheckpointedLayers:
     """The layers that --gradient_checkpointing auto, none or full stands for.
 
     auto: the fewest that fit, language layers before vision layers; all of them where nothing fits.
@@ -45,17 +46,17 @@ def choose_recomputed_layers(
         fits: whether a step fits in memory when these are computed again.
     """
     if setting == "none":
-        return RecomputedLayers()
+        return CheckpointedLayers()
     if setting == "auto":
-        more_and_more = [RecomputedLayers(count, 0) for count in range(most.language + 1)]
-        more_and_more += [RecomputedLayers(most.language, count) for count in range(1, most.vision + 1)]
+        more_and_more = [CheckpointedLayers(count, 0) for count in range(most.language + 1)]
+        more_and_more += [CheckpointedLayers(most.language, count) for count in range(1, most.vision + 1)]
         for recomputed in more_and_more:
             if fits(recomputed):
                 return recomputed
     return most
 
 
-def recompute_layers(model: nn.Module, recomputed: RecomputedLayers) -> None:
+def recompute_layers(model: nn.Module, recomputed: CheckpointedLayers) -> None:
     """Let exactly these layers of a LLaVA, bare or wrapped by peft, compute their activations again."""
     for role, count in ((LANGUAGE_MODEL, recomputed.language), (VISION_TOWER, recomputed.vision)):
         for number, layer in enumerate(_find_layers(model, role)):

@@ -1,4 +1,4 @@
-"""Knows the parts of a LLaVA by role, and how a saved one is loaded without anything missing.
+"""The parts of a LLaVA by role, and strict loading of a saved one.
 
 Roles, not key prefixes, name the parts: "vision_tower", "multi_modal_projector", "language_model".
 """
@@ -60,14 +60,14 @@ def has_class_token(vision_config) -> bool:
 
 
 def count_image_tokens(config: LlavaConfig) -> int:
-    """Positions one picture takes: one per patch, plus the class token where the config keeps it."""
+    """Positions one image takes: one per patch, plus the class token where the config keeps it."""
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     keeps_class_token = config.vision_feature_select_strategy == "full" and has_class_token(config.vision_config)
     return patches + int(keeps_class_token)
 
 
 def count_used_vision_layers(config: LlavaConfig) -> int:
-    """Vision layers whose output reaches the projector; the layers behind never receive a gradient."""
+    """Vision layers whose output reaches the projector; the layers after it never receive a gradient."""
     layers = config.vision_config.num_hidden_layers
     feature_layer = config.vision_feature_layer
     # hidden_states holds the embeddings and every layer's output: layers + 1 entries.
@@ -75,7 +75,7 @@ def count_used_vision_layers(config: LlavaConfig) -> int:
 
 
 def is_unused_vision_parameter(name: str, config: LlavaConfig) -> bool:
-    """Whether a vision tower's parameter lies behind the layer whose features are used."""
+    """Whether a vision tower's parameter lies after the layer whose features are used."""
     if role_of(name) != VISION_TOWER:
         return False
     parts = name.split(".")
@@ -129,7 +129,7 @@ def check_llava_folder(folder: Path) -> None:
         raise UserError(f"{folder}: no such model folder")
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise UserError(f"{folder}: has no config.json, so it is no model folder")
+        raise UserError(f"{folder}: has no config.json, so it is not a model folder")
     model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
     if model_type != "llava":
         raise UserError(f"{folder}: is a {model_type!r} model, expected 'llava'. Build one with build_base_model.py.")

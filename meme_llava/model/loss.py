@@ -1,4 +1,4 @@
-"""Knows the loss: cross entropy at the supervised positions, without the logits of all of them at once."""
+"""The loss: cross entropy at the supervised positions, without the logits of all of them at once."""
 
 import torch
 from torch import nn

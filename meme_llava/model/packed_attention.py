@@ -1,8 +1,8 @@
-"""Knows how the records of a packed row attend: each to its own path and to nothing else.
+"""Attention kernels for packed rows: each record attends to its own path and to nothing else.
 
 A packed row needs no mask over all its positions. Each segment attends, causally, to its path, whose last positions are
 the segment itself; that is what kernels for sequences of varying length compute when they align queries and keys at
-their ends. Knows nothing about models beyond the attention interface of transformers.
+their ends. Nothing about models beyond the attention interface of transformers.
 """
 
 import importlib.util
@@ -38,21 +38,21 @@ class Packing:
     """Which positions of a packed row attend to which, as `PackingCollator` returns it.
 
     Args:
-        segment_starts: int32 (segments + 1,).
-        path_index: int64 (keys,).
-        path_starts: int32 (segments + 1,).
+        cu_seqlens_q: int32 (segments + 1,).
+        kv_index: int64 (keys,).
+        cu_seqlens_k: int32 (segments + 1,).
     """
 
-    segment_starts: torch.Tensor
-    path_index: torch.Tensor
-    path_starts: torch.Tensor
-    longest_segment: int
-    longest_path: int
+    cu_seqlens_q: torch.Tensor
+    kv_index: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
 
     @property
     def kernel_bounds(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
         """Where queries and keys of each segment begin, and how many it has at most, as kernels take them."""
-        return self.segment_starts, self.path_starts, self.longest_segment, self.longest_path
+        return self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen_q, self.max_seqlen_k
 
     @cached_property
     def tree_lengths(self) -> list[int]:
@@ -64,26 +64,26 @@ class Packing:
     def segments(self) -> list[_Segment]:
         """The segments one by one, for attention without a kernel for varying lengths. Reads the tensors back once."""
         segments, tree, tree_start = [], -1, 0
-        bounds = zip(pairwise(self._starts), pairwise(self.path_starts.tolist()), self._are_roots, strict=True)
+        bounds = zip(pairwise(self._starts), pairwise(self.cu_seqlens_k.tolist()), self._are_roots, strict=True)
         for (start, end), (path_start, path_end), is_root in bounds:
             length, keys = end - start, path_end - path_start
             if is_root:
                 tree, tree_start = tree + 1, start
                 segments.append(_Segment(tree, length, None, None))
                 continue
-            path = self.path_index[path_start:path_end] - tree_start
+            path = self.kv_index[path_start:path_end] - tree_start
             mask = torch.ones((length, keys), dtype=torch.bool, device=path.device).tril(keys - length)
             segments.append(_Segment(tree, length, path, mask))
         return segments
 
     @cached_property
     def _starts(self) -> list[int]:
-        return self.segment_starts.tolist()
+        return self.cu_seqlens_q.tolist()
 
     @cached_property
     def _are_roots(self) -> list[bool]:
         """Per segment, whether it is a tree's first: its path is the segment itself."""
-        return (self.segment_starts.diff() == self.path_starts.diff()).tolist()
+        return (self.cu_seqlens_q.diff() == self.cu_seqlens_k.diff()).tolist()
 
 
 def choose_attention(setting: str, device: torch.device, uses_bf16: bool) -> str:
@@ -217,9 +217,9 @@ def _lay_out_for_kernel(query, key, value, packing: Packing) -> tuple[torch.Tens
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if len(packing.path_index) != len(query):
-        key = key.index_select(0, packing.path_index)  # (keys, key_value_heads, head_dim)
-        value = value.index_select(0, packing.path_index)
+    if len(packing.kv_index) != len(query):
+        key = key.index_select(0, packing.kv_index)  # (keys, key_value_heads, head_dim)
+        value = value.index_select(0, packing.kv_index)
     return query, key, value
 
 

@@ -1,8 +1,8 @@
-"""Knows how a packed batch goes through a LLaVA: each picture encoded once, each record attending to its own path, the
-loss at supervised positions only.
+"""The forward pass of a packed batch: each image encoded once, each record attending to its own path, the loss at
+supervised positions only.
 
 The parameters and their names are those of transformers' LlavaForConditionalGeneration; so is the loss, as if each
-record had gone through it alone. Knows nothing about files, prompts or optimizers.
+record had gone through it alone. Nothing about files, prompts or optimizers.
 """
 
 import contextlib
@@ -20,7 +20,8 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from meme_llava.dataset.images import ImagePolicy, normalise
+from meme_llava.dataset.images import ImagePolicy
+from meme_llava.dataset.pixels import normalise
 from meme_llava.errors import UserError
 from meme_llava.model.llava import count_used_vision_layers, load_llava
 from meme_llava.model.loss import CrossEntropyHead
@@ -39,11 +40,11 @@ class PackedLlava(LlavaForConditionalGeneration):
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        segment_starts: torch.Tensor,
-        path_index: torch.Tensor,
-        path_starts: torch.Tensor,
-        longest_segment: int,
-        longest_path: int,
+        cu_seqlens_q: torch.Tensor,
+        kv_index: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
         image_runs: torch.Tensor,
         loss_positions: torch.Tensor,
         loss_targets: torch.Tensor,
@@ -53,11 +54,11 @@ class PackedLlava(LlavaForConditionalGeneration):
     ) -> dict[str, torch.Tensor]:
         """The sum of weight times cross entropy over all supervised positions, a float32 scalar, as {"loss": …}.
 
-        The arguments are those that `PackingCollator` describes; pictures come as pixels or as vision features.
+        The arguments are those that `PackingCollator` describes; images come as pixels or as vision features.
         """
         if vision_features is None:
-            vision_features = self.encode_pictures(pixel_values)  # (pictures, tokens, vision width)
-        features = self.model.multi_modal_projector(vision_features)  # (pictures, tokens, width)
+            vision_features = self.encode_images(pixel_values)  # (images, tokens, vision width)
+        features = self.model.multi_modal_projector(vision_features)  # (images, tokens, width)
         embeddings = self.get_input_embeddings()(input_ids)  # (1, positions, width)
         is_image = (input_ids == self.config.image_token_id).unsqueeze(-1)  # (1, positions, 1)
         embeddings = embeddings.masked_scatter(is_image, features.index_select(0, image_runs).to(embeddings.dtype))
@@ -65,29 +66,29 @@ class PackedLlava(LlavaForConditionalGeneration):
             inputs_embeds=embeddings,
             position_ids=position_ids,
             use_cache=False,
-            packing=Packing(segment_starts, path_index, path_starts, longest_segment, longest_path),
+            packing=Packing(cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
         )
         hidden = outputs.last_hidden_state[0].index_select(0, loss_positions)  # (supervised, width)
         loss = self.lm_head(hidden, loss_targets, loss_weights)
         if len(image_runs) == 0:
-            # The blank picture of a batch of text: the parts that see pictures get a gradient of zero, not none.
+            # The blank image of a batch of text: the parts that see images get a gradient of zero, not none.
             loss = loss + 0.0 * features.float().sum()
         return {"loss": loss}
 
-    def encode_pictures(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Like `encode_normalised`, from uint8 (pictures, 3, size, size)."""
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Like `encode_normalised`, from uint8 (images, 3, size, size)."""
         return self.encode_normalised(normalise(pixel_values, self.image_policy))
 
     def encode_normalised(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The vision tower's features as the projector takes them: numbers (pictures, 3, size, size) to
-        (pictures, tokens, vision width).
+        """The vision tower's features as the projector takes them: numbers (images, 3, size, size) to
+        (images, tokens, vision width).
 
-        Layers behind the features that are used are not computed. A frozen tower keeps nothing for a backward pass.
+        Layers after the features that are used are not computed. A frozen tower keeps nothing for a backward pass.
         """
         tower = self.model.vision_tower
         learns = any(parameter.requires_grad for parameter in tower.parameters())
         with contextlib.nullcontext() if learns else torch.no_grad():
-            hidden = tower.embeddings(pixels.to(tower.dtype))  # (pictures, patches and class token, vision width)
+            hidden = tower.embeddings(pixels.to(tower.dtype))  # (images, patches and class token, vision width)
             if hasattr(tower, "pre_layrnorm"):
                 hidden = tower.pre_layrnorm(hidden)
             for layer in tower.encoder.layers[: count_used_vision_layers(self.config)]:
@@ -128,7 +129,7 @@ def prepare_packed_llava(model: PackedLlava, image_policy: ImagePolicy, attentio
 
 
 def _get_image_features(packed: PackedLlava, pixel_values: torch.Tensor, **options) -> BaseModelOutputWithPooling:
-    """What LlavaModel puts in the place of image tokens, (tokens, width) a picture; no unused layer is computed."""
+    """What LlavaModel puts in the place of image tokens, (tokens, width) an image; no unused layer is computed."""
     features = packed.model.multi_modal_projector(packed.encode_normalised(pixel_values))
     return BaseModelOutputWithPooling(pooler_output=list(features))
 

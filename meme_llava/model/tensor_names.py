@@ -1,4 +1,4 @@
-"""Knows a LLaVA's tensors on disk: their names, how they are copied or rounded.
+"""Names of a LLaVA's tensors, in memory and on disk.
 
 Files use the classic LLaVA layout, which old and new transformers read:
 `vision_tower.vision_model.*`, `multi_modal_projector.*`, `language_model.model.*`, `language_model.lm_head.*`.

@@ -1,4 +1,4 @@
-"""Knows what a train type means: what is frozen, what gets LoRA, what learns in full, and at which learning rate.
+"""What a train type means: what is frozen, what gets LoRA, what trains in full, and at which learning rate.
 
 Also how the trained part alone is written and put back on its base.
 """
@@ -63,7 +63,7 @@ def prepare_trainable(model: nn.Module, arguments: TrainArguments) -> nn.Module:
 
     (DeepSpeed in bf16 rounds them again and keeps float32 masters of its own.)
 
-    The projector always learns in full. Vision layers behind the used features stay frozen: no gradient reaches them.
+    The projector always learns in full. Vision layers after the used features stay frozen: no gradient reaches them.
 
     Raises:
         UserError: a LoRA module name matches nothing.

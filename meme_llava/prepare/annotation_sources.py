@@ -1,4 +1,4 @@
-"""Knows the sources that bring their own pairs: names that are the text, and LLaVA files as they are."""
+"""Sources that bring their own pairs: names that are the text, and LLaVA files as they are."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,9 +8,9 @@ from meme_llava.cli import describe
 from meme_llava.dataset.check import check_image_folder
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.records import parse_record
-from meme_llava.prepare.caption_sources import PICTURES_HELP
+from meme_llava.prepare.caption_sources import IMAGES_HELP
 from meme_llava.prepare.file_name_text import read_bqb_name, read_plain_name
-from meme_llava.prepare.image_index import FoundPicture, PictureIndex
+from meme_llava.prepare.image_index import FoundImage, ImageIndex
 from meme_llava.prepare.row_files import Row, read_json_rows
 from meme_llava.prepare.writer import (
     AnnotationWriter,
@@ -25,29 +25,29 @@ from meme_llava.prepare.writer import (
 
 @dataclass(kw_only=True)
 class FileNameSettings(DrawingSettings):
-    pictures: list[str] = field(metadata=describe(PICTURES_HELP))
+    images: list[str] = field(metadata=describe(IMAGES_HELP))
 
 
 @dataclass(kw_only=True)
 class LlavaSettings(SourceSettings):
     annotations: Path = field(metadata=describe("LLaVA file, e.g. blip_laion_cc_sbu_558k.json of LLaVA-Pretrain"))
-    pictures: str = field(default="", metadata=describe("subfolder of the image folder that its paths start from"))
+    images: str = field(default="", metadata=describe("subfolder of the image folder that its paths start from"))
 
 
 def prepare_chinese_bqb(settings: FileNameSettings) -> None:
-    """ChineseBQB's pictures → reading records; names without text are left out.
+    """ChineseBQB's images → reading records; names without text are left out.
 
-    Some names describe the picture in place of quoting it (`汪蛋00024-磕头`). Nothing in the name tells them apart, so
-    their records say words that do not stand in the picture.
+    Some names describe the image in place of quoting it (`汪蛋00024-磕头`). Nothing in the name tells them apart, so
+    their records say words that do not stand in the image.
     """
     _prepare_names(settings, read_bqb_name)
 
 
 def prepare_file_names(settings: FileNameSettings) -> None:
-    """Pictures whose names are the text → reading records; names that no person chose are left out.
+    """Images whose names are the text → reading records; names that no person chose are left out.
 
-    Only a number in brackets behind a name is taken off. Names leave out, add and mistype: of 821 memes named by people
-    651 have exactly the words of the picture as their name.
+    Only a number in brackets after a name is taken off. Names leave out, add and mistype: of 821 memes named by people
+    651 have exactly the words of the image as their name.
     """
     _prepare_names(settings, read_plain_name)
 
@@ -55,7 +55,7 @@ def prepare_file_names(settings: FileNameSettings) -> None:
 def prepare_llava(settings: LlavaSettings) -> None:
     """A LLaVA file → the same records with paths from the image folder and a `sources` field.
 
-    The text stays as it is: LLaVA-Pretrain puts `<image>` before or behind the question, and may go on doing so.
+    The text stays as it is: LLaVA-Pretrain puts `<image>` before or after the question, and may go on doing so.
     """
     check_not_input([settings.output], [settings.annotations])
     check_image_folder(settings.image_folder)
@@ -72,51 +72,49 @@ def prepare_llava(settings: LlavaSettings) -> None:
                 _check_files(record, settings.image_folder)
             except ValueError as error:
                 missing += 1
-                writer.report_problem("missing picture", row.place, str(error), row.original)
+                writer.report_problem("missing image", row.place, str(error), row.original)
                 continue
             writer.add(record, row.place)
         writer.note_input(settings.annotations, rows)
         if missing > rows / 2:
-            writer.hint = f"{missing:,} of {rows:,} records found no picture: are --image_folder and --pictures right?"
+            writer.hint = f"{missing:,} of {rows:,} records found no image: are --image_folder and --images right?"
         finish(writer)
 
 
 def _prepare_names(settings: FileNameSettings, read_name: Callable[[str], str | None]) -> None:
-    index = PictureIndex(settings.image_folder, settings.pictures)
+    index = ImageIndex(settings.image_folder, settings.images)
     with AnnotationWriter(settings) as writer:
         ids = UniqueIds()
-        for _, pictures in index:
-            for picture in _choose(index, pictures, writer):
-                _write_reading(picture, read_name, ids, writer, settings.seed)
+        for _, images in index:
+            for image in _choose(index, images, writer):
+                _write_reading(image, read_name, ids, writer, settings.seed)
         if read_name is read_bqb_name and not writer.records:
             writer.hint = (
                 "ChineseBQB's names look like 00016鸽子-别骗我.jpg; for names that are the text take file_names."
             )
-        writer.inputs += [{"folder": str(settings.image_folder / folder)} for folder in settings.pictures]
+        writer.inputs += [{"folder": str(settings.image_folder / folder)} for folder in settings.images]
         finish(writer)
 
 
-def _choose(index: PictureIndex, pictures: list[FoundPicture], writer: AnnotationWriter) -> list[FoundPicture]:
+def _choose(index: ImageIndex, images: list[FoundImage], writer: AnnotationWriter) -> list[FoundImage]:
     """One of equal files with one name, all of different ones."""
     try:
-        chosen = index.choose(pictures)
+        chosen = index.choose(images)
     except ValueError:
-        return pictures
+        return images
     if chosen.copies:
-        writer.notes["pictures that lie at several places with equal bytes"] += 1
+        writer.notes["images that lie at several places with equal bytes"] += 1
     return [chosen]
 
 
-def _write_reading(
-    picture: FoundPicture, read_name: Callable, ids: UniqueIds, writer: AnnotationWriter, seed: int
-) -> None:
-    stem = PurePosixPath(picture.image).stem
+def _write_reading(image: FoundImage, read_name: Callable, ids: UniqueIds, writer: AnnotationWriter, seed: int) -> None:
+    stem = PurePosixPath(image.image).stem
     text = read_name(stem)
     if text is None:
-        writer.leave_out("name without text", picture.image, "the file name holds no text", picture.image)
+        writer.leave_out("name without text", image.image, "the file name holds no text", image.image)
         return
-    source = {"set": picture.data_set, "annotator": "file name", "file": picture.image}
-    writer.add(make_record(ids.take(stem), picture.image, text, source, seed, text=text), picture.image)
+    source = {"set": image.data_set, "annotator": "file name", "file": image.image}
+    writer.add(make_record(ids.take(stem), image.image, text, source, seed, text=text), image.image)
 
 
 def _convert_llava(row: Row, settings: LlavaSettings) -> dict:
@@ -126,7 +124,7 @@ def _convert_llava(row: Row, settings: LlavaSettings) -> dict:
     record = dict(row.value)
     if "image" in record:
         images = [record["image"]] if isinstance(record["image"], str) else record["image"]
-        images = [str(PurePosixPath(settings.pictures, image)) for image in images]
+        images = [str(PurePosixPath(settings.images, image)) for image in images]
         record["image"] = images[0] if isinstance(row.value["image"], str) else images
     source = {"set": settings.annotations.stem, "file": row.file, **row.position}
     record["sources"] = [*row.value.get("sources", []), source]
@@ -137,4 +135,4 @@ def _check_files(record: dict, image_folder: Path) -> None:
     images = record.get("image", [])
     for image in [images] if isinstance(images, str) else images:
         if not resolve_image_path(image, image_folder).is_file():
-            raise ValueError(f"no picture {image!r} in {image_folder}")
+            raise ValueError(f"no image {image!r} in {image_folder}")

@@ -1,7 +1,7 @@
-"""Knows the file that bought captions are kept in: one JSON line a picture, added whole or not at all.
+"""The file that bought captions are kept in: one JSON line an image, added whole or not at all.
 
-A line is written in one piece and brought to the disk as soon as its picture is settled, so a run that was killed goes
-on where it stood. Knows nothing about servers or pictures.
+A line is written in one piece and brought to the disk as soon as its image is settled, so a run that was killed goes
+on where it stood. Nothing about servers or images.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 from meme_llava.errors import UserError
 
 TORN_SUFFIX = ".torn"
-# What makes two captions of a picture the same purchase; a file holds captions of one kind only.
+# What makes two captions of an image the same purchase; a file holds captions of one kind only.
 SETTINGS = ("model", "prompt")
 _STRINGS = ("picName", *SETTINGS)
 
@@ -25,7 +25,7 @@ class CaptionLedger:
     """The lines of an open file. Made by `open_ledger`, which holds its lock.
 
     Attributes:
-        entries: the last line of every picture, by picName.
+        entries: the last line of every image, by picName.
         torn_bytes: how many bytes of a line that was not written to its end were moved to the .torn file.
     """
 
@@ -115,7 +115,7 @@ def _read(descriptor: int, path: Path) -> tuple[list[dict], int]:
         os.write(descriptor, b"\n")
         return [*entries, entry], 0
     if not lines and not rest.startswith(b"{"):
-        raise UserError(f"--output {path}: is no captions file; choose another --output")
+        raise UserError(f"--output {path}: is not a captions file; choose another --output")
     with path.with_name(path.name + TORN_SUFFIX).open("ab") as torn:
         torn.write(rest + b"\n")
     os.ftruncate(descriptor, len(content) - len(rest))
@@ -128,7 +128,7 @@ def _parse(line: bytes, path: Path, number: int) -> dict:
         entry = json.loads(line)
     except ValueError as error:
         raise UserError(
-            f"--output {path}: line {number} is not JSON ({error}); mend or remove the line, or choose another --output"
+            f"--output {path}: line {number} is not JSON ({error}); fix or remove the line, or choose another --output"
         ) from error
     known = entry if isinstance(entry, dict) else {}
     if not all(isinstance(known.get(name), str) for name in _STRINGS) or ("description" in known) == (

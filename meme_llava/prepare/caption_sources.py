@@ -1,7 +1,7 @@
-"""Knows the sources whose captions stand in files of their own and are joined with pictures by name.
+"""Sources whose captions stand in files of their own and are joined with images by name.
 
 These are the recipe's caption files (JSONL of picName and description), emo-visual-data's own data.json or CSV
-(filename and content), and any CSV or JSONL table. Captions of one picture stay adjacent and share its `image`.
+(filename and content), and any CSV or JSONL table. Captions of one image stay adjacent and share its `image`.
 """
 
 import contextlib
@@ -13,17 +13,17 @@ from meme_llava.cli import describe
 from meme_llava.dataset.text_quality import normalise_text
 from meme_llava.errors import UserError
 from meme_llava.prepare.file_name_text import read_bqb_name
-from meme_llava.prepare.image_index import FoundPicture, PictureIndex
+from meme_llava.prepare.image_index import FoundImage, ImageIndex
 from meme_llava.prepare.row_files import Row, read_csv_rows, read_json_rows, read_table_rows
 from meme_llava.prepare.writer import AnnotationWriter, DrawingSettings, UniqueIds, check_not_input, finish, make_record
 
-PICTURES_HELP = "subfolders of the image folder with the pictures, searched recursively"
+IMAGES_HELP = "subfolders of the image folder with the images, searched recursively"
 
 
 @dataclass(kw_only=True)
 class CaptionsSettings(DrawingSettings):
     captions: list[Path] = field(metadata=describe("JSONL files of {picName, description}"))
-    pictures: list[str] = field(metadata=describe(PICTURES_HELP))
+    images: list[str] = field(metadata=describe(IMAGES_HELP))
     annotators: list[str] = field(
         default_factory=list, metadata=describe("a name for each file of --captions; without it, the file's own")
     )
@@ -39,17 +39,17 @@ class CaptionsSettings(DrawingSettings):
 @dataclass(kw_only=True)
 class EmoVisualSettings(DrawingSettings):
     data: list[Path] = field(metadata=describe("data.json or data.csv of emo-visual-data"))
-    pictures: list[str] = field(metadata=describe(PICTURES_HELP))
+    images: list[str] = field(metadata=describe(IMAGES_HELP))
 
 
 @dataclass(kw_only=True)
 class TableSettings(DrawingSettings):
     table: Path = field(metadata=describe("CSV or TSV with a first line of column names, or JSONL, or a JSON array"))
-    pictures: list[str] = field(metadata=describe(PICTURES_HELP))
-    picture_column: str = field(metadata=describe("column of file names, or paths inside --pictures"))
+    images: list[str] = field(metadata=describe(IMAGES_HELP))
+    image_column: str = field(metadata=describe("column of file names, or paths inside --images"))
     caption_column: str = field(metadata=describe("column of answers"))
     text_column: str | None = field(
-        default=None, metadata=describe("column of the words in the picture; empty where there are none")
+        default=None, metadata=describe("column of the words in the image; empty where there are none")
     )
     question_column: str | None = field(
         default=None, metadata=describe("column of questions; without it, or where empty, a wording is drawn")
@@ -61,11 +61,11 @@ class TableSettings(DrawingSettings):
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption as a file has it. `text`: the words in the picture, None if unknown; `question`: empty to draw one."""
+    """A caption as a file has it. `text`: the words in the image, None if unknown; `question`: empty to draw one."""
 
     row: Row
     annotator: str
-    picture: str
+    image: str
     answer: str
     text: str | None = None
     question: str = ""
@@ -97,7 +97,7 @@ def prepare_emo_visual(settings: EmoVisualSettings) -> None:
 
 def prepare_table(settings: TableSettings) -> None:
     """Any table of captions → annotations."""
-    columns = [settings.picture_column, settings.caption_column, settings.text_column, settings.question_column]
+    columns = [settings.image_column, settings.caption_column, settings.text_column, settings.question_column]
     columns = [column for column in columns if column is not None]
     with _open(settings, [settings.table]) as (writer, joiner):
         rows = read_table_rows(settings.table, columns)
@@ -108,17 +108,17 @@ def prepare_table(settings: TableSettings) -> None:
 
 @contextlib.contextmanager
 def _open(settings: DrawingSettings, inputs: list[Path]) -> Iterator[tuple[AnnotationWriter, "_Joiner"]]:
-    """The writer of a run, and what joins its captions with pictures."""
+    """The writer of a run, and what joins its captions with images."""
     check_not_input([settings.output], inputs)
-    index = PictureIndex(settings.image_folder, settings.pictures)
+    index = ImageIndex(settings.image_folder, settings.images)
     with AnnotationWriter(settings) as writer:
         yield writer, _Joiner(writer, index, settings.seed)
 
 
 class _Joiner:
-    """Joins captions with pictures and keeps the captions of a picture together."""
+    """Joins captions with images and keeps the captions of an image together."""
 
-    def __init__(self, writer: AnnotationWriter, index: PictureIndex, seed: int):
+    def __init__(self, writer: AnnotationWriter, index: ImageIndex, seed: int):
         self._writer, self._index, self._seed = writer, index, seed
         self._ids = UniqueIds()
         self._records = {}  # image: {what makes a caption the same: (record, place)}
@@ -136,44 +136,44 @@ class _Joiner:
                 continue
             self._asked += 1
             try:
-                picture = self._index.find(caption.picture)
+                image = self._index.find(caption.image)
             except ValueError as error:
                 self._missing += 1
                 self._writer.report_problem(
-                    "missing or ambiguous picture", caption.row.place, str(error), caption.row.original
+                    "missing or ambiguous image", caption.row.place, str(error), caption.row.original
                 )
                 continue
-            self._take(caption, picture)
+            self._take(caption, image)
         self._writer.note_input(path, rows)
         if self._missing > self._asked / 2:
             self._writer.hint = (
-                f"{self._missing:,} of {self._asked:,} captions found no picture among the {self._index.count:,} in "
+                f"{self._missing:,} of {self._asked:,} captions found no image among the {self._index.count:,} in "
                 f"{', '.join(str(self._index.image_folder / folder) for folder in self._index.subfolders)}: are "
-                "--image_folder and --pictures the folders of these captions' pictures, unpacked in full?"
+                "--image_folder and --images the folders of these captions' images, unpacked in full?"
             )
 
-    def _take(self, caption: Caption, picture: FoundPicture) -> None:
+    def _take(self, caption: Caption, image: FoundImage) -> None:
         position = {"file": caption.row.file, **caption.row.position}
-        source = {"set": picture.data_set, "annotator": caption.annotator, **position}
-        if picture.image not in self._records and picture.copies:
-            self._writer.notes["pictures that lie at several places with equal bytes"] += 1
-        records = self._records.setdefault(picture.image, {})
+        source = {"set": image.data_set, "annotator": caption.annotator, **position}
+        if image.image not in self._records and image.copies:
+            self._writer.notes["images that lie at several places with equal bytes"] += 1
+        records = self._records.setdefault(image.image, {})
         # Captions of emoji alone normalise to nothing, and are not all the same.
         same = (normalise_text(caption.answer) or caption.answer, caption.question)
         if same in records:
             records[same][0]["sources"].append(source)
-            self._writer.notes["captions that repeat another of the same picture, joined with it"] += 1
+            self._writer.notes["captions that repeat another of the same image, joined with it"] += 1
             return
-        stem = PurePosixPath(picture.image).stem
+        stem = PurePosixPath(image.image).stem
         text = read_bqb_name(stem) if caption.text is None else caption.text
         record_id = self._ids.take(f"{stem}_{caption.annotator}")
         record = make_record(
-            record_id, picture.image, caption.answer, source, self._seed, text=text, question=caption.question
+            record_id, image.image, caption.answer, source, self._seed, text=text, question=caption.question
         )
         records[same] = (record, caption.row.place)
 
     def write(self) -> None:
-        """Write all records, pictures in the order in which they were first named."""
+        """Write all records, images in the order in which they were first named."""
         for records in self._records.values():
             for record, place in records.values():
                 self._writer.add(record, place)
@@ -188,7 +188,7 @@ class _Refused:
 
 
 def _find_last_lines(rows: list[Row]) -> dict[str, dict]:
-    """Where data/describe.py wrote last about each picture; its lines hold the picture's sha256."""
+    """Where data/describe.py wrote last about each image; its lines hold the image's sha256."""
     return {
         str(row.value.get("picName")): row.position
         for row in rows
@@ -201,10 +201,10 @@ def _parse_caption(row: Row, annotator: str, last_lines: dict[str, dict]) -> Cap
         return refused
     name = row.value["picName"]
     if "sha256" in row.value and row.position != last_lines[str(name)]:
-        # The picture changed, or was asked about again after it had been set aside.
+        # The image changed, or was asked about again after it had been set aside.
         return _Refused(row, "described again later", f"{name}: a later line counts", is_problem=False)
     if "set_aside" in row.value:
-        # data/describe.py writes such lines for pictures that no model described.
+        # data/describe.py writes such lines for images that no model described.
         return _Refused(row, "set aside by describe.py", f"{name}: {row.value['set_aside']}", is_problem=False)
     return _make_caption(row, annotator, name, row.value.get("description"), "description")
 
@@ -224,7 +224,7 @@ def _parse_emo_cells(row: Row, annotator: str) -> Caption | _Refused:
 
 
 def _parse_table_row(row: Row, settings: TableSettings) -> Caption | _Refused:
-    if refused := _refuse_broken(row, (settings.picture_column, settings.caption_column)):
+    if refused := _refuse_broken(row, (settings.image_column, settings.caption_column)):
         return refused
     text = row.value.get(settings.text_column) if settings.text_column else None
     question = row.value.get(settings.question_column) if settings.question_column else None
@@ -234,14 +234,14 @@ def _parse_table_row(row: Row, settings: TableSettings) -> Caption | _Refused:
     caption = _make_caption(
         row,
         settings.annotator or settings.table.stem,
-        row.value[settings.picture_column],
+        row.value[settings.image_column],
         row.value[settings.caption_column],
         settings.caption_column,
     )
     if isinstance(caption, _Refused):
         return caption
     text = text if text is None else text.strip()
-    return Caption(row, caption.annotator, caption.picture, caption.answer, text, (question or "").strip())
+    return Caption(row, caption.annotator, caption.image, caption.answer, text, (question or "").strip())
 
 
 def _refuse_broken(row: Row, keys: tuple[str, ...]) -> _Refused | None:
@@ -254,11 +254,11 @@ def _refuse_broken(row: Row, keys: tuple[str, ...]) -> _Refused | None:
     return None
 
 
-def _make_caption(row: Row, annotator: str, picture, answer, key: str) -> Caption | _Refused:
-    if not isinstance(picture, str) or not picture.strip():
-        return _Refused(row, "broken row", f"the picture is {picture!r}, expected a file name")
+def _make_caption(row: Row, annotator: str, image, answer, key: str) -> Caption | _Refused:
+    if not isinstance(image, str) or not image.strip():
+        return _Refused(row, "broken row", f"the image is {image!r}, expected a file name")
     if answer is None or answer == "" or isinstance(answer, str) and not answer.strip():
-        return _Refused(row, "no caption", f"{picture}: {key} is empty")
+        return _Refused(row, "no caption", f"{image}: {key} is empty")
     if not isinstance(answer, str):
-        return _Refused(row, "broken row", f"{picture}: {key} is {answer!r}, expected text")
-    return Caption(row, annotator, picture.strip(), answer.strip())
+        return _Refused(row, "broken row", f"{image}: {key} is {answer!r}, expected text")
+    return Caption(row, annotator, image.strip(), answer.strip())

@@ -1,4 +1,4 @@
-"""Knows how one run asks about its pictures: several at a time, again where that helps, and when to stop.
+"""One run of requests about images: several at a time, repeated where that helps, and when to stop.
 
 How a server is talked to stands in `caption_client`, how lines are kept in `caption_ledger`, what is asked in
 `describing`.
@@ -15,26 +15,26 @@ from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.text_quality import find_loop, find_refusal
 from meme_llava.inference.endpoint_client import (
     CaptionClient,
-    PassingFault,
-    PictureRejected,
-    Reply,
+    Completion,
+    ImageRejected,
     StopAsking,
-    choose_wait,
+    TransientError,
+    backoff_seconds,
 )
-from meme_llava.inference.image_upload import encode_picture, make_data_url
+from meme_llava.inference.image_upload import encode_image, make_data_url
 from meme_llava.prepare.caption_file import CaptionLedger
 from meme_llava.prepare.describing import UNANSWERED, DescribeArguments, Progress, Prompt
 from meme_llava.storage.hashing import try_hash_file
 
-# So many pictures set aside one after the other, none answered between them, are no accident of the pictures.
+# This many images set aside in a row, with none answered between them, are not an accident.
 LONGEST_BAD_RUN = 10
 # A server that asks for a longer wait means another day.
 LONGEST_ASKED_WAIT = 300.0
 GRACE_SECONDS = 5.0  # for answers on their way when a person stops the run: they may be paid for
 
 
-def judge(reply: Reply) -> tuple[str, str] | None:
-    """Why a reply is no caption, as a reason and the words that show it; None if it is one."""
+def classify_reply(reply: Completion) -> tuple[str, str] | None:
+    """Why a reply is not a caption, as a reason and the words that show it; None if it is one."""
     if reply.refusal or reply.finish_reason == "content_filter":
         return "refusal", reply.refusal or "stopped by the provider's content filter"
     if refused := find_refusal(reply.text):
@@ -49,8 +49,8 @@ def judge(reply: Reply) -> tuple[str, str] | None:
     return None
 
 
-class Purchase:
-    """What asking about one picture has cost so far and brought."""
+class RequestStats:
+    """What asking about one image has cost so far and brought."""
 
     def __init__(self):
         self.start = time.monotonic()
@@ -58,10 +58,10 @@ class Purchase:
         self.prompt_tokens: int | None = None
         self.completion_tokens: int | None = None
         self.faults = 0
-        self.bad_replies = 0
-        self.bad: tuple[str, str, str] | None = None  # reason, detail and text of the last answer that is no caption
+        self.rejected_replies = 0
+        self.bad: tuple[str, str, str] | None = None  # reason, detail and text of the last answer that is not a caption
 
-    def add(self, reply: Reply) -> None:
+    def add(self, reply: Completion) -> None:
         """Count a reply's tokens."""
         if reply.prompt_tokens is not None:
             self.prompt_tokens = (self.prompt_tokens or 0) + reply.prompt_tokens
@@ -70,11 +70,11 @@ class Purchase:
 
 
 class CaptionRun:
-    """One run over the pictures of a folder.
+    """One run over the images of a folder.
 
     Args:
-        client: asked about every picture.
-        ledger: gets one line for every picture that is described or set aside.
+        client: asked about every image.
+        ledger: gets one line for every image that is described or set aside.
         progress: told of every line after it was written.
         generator: draws how long waits are shortened.
     """
@@ -103,7 +103,7 @@ class CaptionRun:
         self._said: set[str] = set()
 
     async def run(self, names: list[str]) -> None:
-        """Ask about the pictures. Returns when all have a line or the run was stopped; `stop_reason` says why."""
+        """Ask about the images. Returns when all have a line or the run was stopped; `stop_reason` says why."""
         self._stopping = asyncio.Event()
         self._hurried = asyncio.Event()
         self._watch_budget()
@@ -125,7 +125,7 @@ class CaptionRun:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     def stop(self, reason: str, is_error: bool = True) -> None:
-        """Start no further picture and no further request; what is on its way may still arrive."""
+        """Start no further image and no further request; what is on its way may still arrive."""
         if self.stop_reason is None:
             self.stop_reason, self.stop_is_error = reason, is_error
         self._stopping.set()
@@ -165,15 +165,15 @@ class CaptionRun:
             self._watch(entry)
 
     def _watch(self, entry: dict) -> None:
-        """Stop the run where going on would only burn pictures or money."""
+        """Stop the run where going on would only burn images or money."""
         reason = entry.get("set_aside")
         if reason != "unreadable":
             self._bad_run = 0 if reason is None else self._bad_run + 1
         if self._bad_run >= LONGEST_BAD_RUN:
             again = "" if reason == UNANSWERED else " with --retry_set_aside"
             self.stop(
-                f"{LONGEST_BAD_RUN} pictures in a row were set aside, the last as {reason}: {entry['detail']}; "
-                f"mend the cause, then start the same command again{again}, or one with another --model and --output"
+                f"{LONGEST_BAD_RUN} images in a row were set aside, the last as {reason}: {entry['detail']}; "
+                f"fix the cause, then start the same command again{again}, or one with another --model and --output"
             )
         counts = (entry["prompt_tokens"], entry["completion_tokens"])
         if self.arguments.max_tokens_total is not None and "description" in entry and None in counts:
@@ -186,15 +186,15 @@ class CaptionRun:
             self.stop(f"{spent:,} tokens reach --max_tokens_total {budget:,}", is_error=False)
 
     async def _describe(self, name: str) -> dict | None:
-        """The line of a picture, or None if the run stops before anything was paid for it."""
-        purchase = Purchase()
-        path = self.arguments.pictures / name
+        """The line of an image, or None if the run stops before anything was paid for it."""
+        purchase = RequestStats()
+        path = self.arguments.images / name
         digest = await asyncio.to_thread(try_hash_file, path)
         try:
-            path = resolve_image_path(name, self.arguments.pictures)
-            jpeg = await asyncio.to_thread(encode_picture, path, self.arguments.max_side)
+            path = resolve_image_path(name, self.arguments.images)
+            jpeg = await asyncio.to_thread(encode_image, path, self.arguments.max_side)
         except ValueError as error:
-            # Where the folder lies on this machine is no business of the file's readers.
+            # Where the folder lies on this machine is not business of the file's readers.
             return self._set_aside(name, digest, purchase, "unreadable", str(error).removeprefix(f"{path}: "))
         data_url = make_data_url(jpeg)
         wait = 0.0
@@ -213,30 +213,32 @@ class CaptionRun:
             return None
         return self._set_aside(name, digest, purchase, *purchase.bad)
 
-    async def _ask_once(self, name: str, digest: str | None, data_url: str, purchase: Purchase) -> dict | float:
-        """The picture's line if this request settles it, else how many seconds to wait before the next."""
+    async def _ask_once(self, name: str, digest: str | None, data_url: str, purchase: RequestStats) -> dict | float:
+        """The image's line if this request settles it, else how many seconds to wait before the next."""
         purchase.requests += 1
         try:
             reply = await self.client.ask(data_url, self.prompt.fill(name))
-        except PassingFault as fault:
+        except TransientError as fault:
             return self._handle_fault(name, digest, purchase, fault)
-        except PictureRejected as error:
+        except ImageRejected as error:
             return self._set_aside(name, digest, purchase, *(purchase.bad or ("rejected", str(error))))
         except StopAsking as error:
             self.stop(str(error))
             return 0.0
         purchase.add(reply)
-        problem = judge(reply)
+        problem = classify_reply(reply)
         if problem is None:
             return {"picName": name, "description": reply.text, **self._describe_purchase(digest, purchase)}
         purchase.bad = (*problem, reply.text)
-        purchase.bad_replies += 1
+        purchase.rejected_replies += 1
         # The same limit would cut the next answer as well.
-        if problem[0] == "cut" or purchase.bad_replies >= self.arguments.attempts_on_refusal:
+        if problem[0] == "cut" or purchase.rejected_replies >= self.arguments.attempts_on_refusal:
             return self._set_aside(name, digest, purchase, *purchase.bad)
-        return choose_wait(purchase.bad_replies, None, self.generator)
+        return backoff_seconds(purchase.rejected_replies, None, self.generator)
 
-    def _handle_fault(self, name: str, digest: str | None, purchase: Purchase, fault: PassingFault) -> dict | float:
+    def _handle_fault(
+        self, name: str, digest: str | None, purchase: RequestStats, fault: TransientError
+    ) -> dict | float:
         purchase.faults += 1
         if fault.wait is not None and fault.wait > LONGEST_ASKED_WAIT:
             self.stop(f"the server asks to wait {fault.wait:,.0f} s ({fault}); start the same command again then")
@@ -247,9 +249,9 @@ class CaptionRun:
             self._said.add(str(fault))
             self.progress.say(f"{name}: {fault}; asking again" + ("" if not fault.wait else f" in {fault.wait:,.0f} s"))
         if fault.wait is not None:
-            # The limit is the account's, not the picture's: nobody asks before that.
+            # The limit is the account's, not the image's: nobody asks before that.
             self._not_before = max(self._not_before, time.monotonic() + fault.wait)
-        return choose_wait(purchase.faults, fault.wait, self.generator)
+        return backoff_seconds(purchase.faults, fault.wait, self.generator)
 
     async def _wait(self, seconds: float) -> bool:
         """Wait at least so long, and for the time the server asked all of us to wait. False if the run stops."""
@@ -263,12 +265,12 @@ class CaptionRun:
         return False
 
     def _set_aside(
-        self, name: str, digest: str | None, purchase: Purchase, reason: str, detail: str, answer: str | None = None
+        self, name: str, digest: str | None, purchase: RequestStats, reason: str, detail: str, answer: str | None = None
     ) -> dict:
         line = {"picName": name, "set_aside": reason, "detail": self.client.clean(detail), "answer": answer}
         return {**line, **self._describe_purchase(digest, purchase)}
 
-    def _describe_purchase(self, digest: str | None, purchase: Purchase) -> dict:
+    def _describe_purchase(self, digest: str | None, purchase: RequestStats) -> dict:
         return {
             "model": self.client.endpoint.model,
             "endpoint": self.client.endpoint.host,

@@ -1,4 +1,4 @@
-"""Knows what is asked about which pictures of a folder, and how a run shows what it does.
+"""Settings, prompt and progress of data/describe.py: what is asked about which images of a folder.
 
 The asking stands in `caption_run`, the captions file in `caption_ledger`.
 """
@@ -16,7 +16,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from meme_llava.cli import check_setting, describe
-from meme_llava.dataset.image_inspection import PICTURE_SUFFIXES
+from meme_llava.dataset.image_inspection import IMAGE_SUFFIXES
 from meme_llava.errors import UserError
 from meme_llava.inference.endpoints import PRESETS
 from meme_llava.prepare.caption_file import CaptionLedger
@@ -31,27 +31,27 @@ DEFAULT_PROMPT = """请用中文描述这张表情包，写成一段通顺的话
 只写图中能看到的内容和由此能确定的意思，不要编造。不要写标题、序号和开场白。"""
 FILE_NAME_HINT = "\n这张图的文件名是“{name}”，其中可能有图中的文字，也可能有错，以图为准。"
 
-MAX_LISTED = 10  # pictures set aside that are shown one by one
+MAX_LISTED = 10  # images set aside that are shown one by one
 LONGEST_LISTED = 100  # characters of the reason
 
 DESCRIBED = "described"
 NOT_ASKED = "not asked yet"
-# Why a picture was set aside. Without an answer nothing was paid, so a later run asks again by itself.
+# Why an image was set aside. Without an answer nothing was paid, so a later run asks again by itself.
 UNANSWERED = "unanswered"
 REASONS = {
     "refusal": "the model refused each time",
     "loop": "the answer repeats itself without end",
     "cut": "the answer was cut off at --max_new_tokens",
     "empty": "the answers held no text",
-    "rejected": "the server does not take this picture",
-    "unreadable": "the file cannot be read as a picture",
+    "rejected": "the server does not take this image",
+    "unreadable": "the file cannot be read as an image",
     UNANSWERED: "no answer came; the next run asks again",
 }
 
 
 @dataclass
 class DescribeArguments:
-    pictures: Path = field(metadata=describe("folder of pictures, subfolders included"))
+    images: Path = field(metadata=describe("folder of images, subfolders included"))
     output: Path = field(metadata=describe("captions file (.jsonl); an unfinished one of the same settings goes on"))
     preset: Literal[tuple(PRESETS)] | None = field(
         default=None, metadata=describe("base URL, model and key variable of a provider")
@@ -63,17 +63,17 @@ class DescribeArguments:
     )
     prompt_file: Path | None = field(default=None, metadata=describe("UTF-8 text to ask in place of our prompt"))
     use_file_name: bool = field(default=False, metadata=describe("tell the model the file's name, as a hint"))
-    max_images: int | None = field(default=None, metadata=describe("only the first so many pictures of the folder"))
+    max_images: int | None = field(default=None, metadata=describe("only the first N images of the folder"))
     max_tokens_total: int | None = field(
-        default=None, metadata=describe("start no picture once --output has cost so many tokens, all runs together")
+        default=None, metadata=describe("start no image once --output has cost this many tokens, all runs together")
     )
     max_new_tokens: int = field(default=1024, metadata=describe("an answer is cut off here; then it is set aside"))
-    max_side: int = field(default=1024, metadata=describe("larger pictures are scaled to this many pixels a side"))
-    concurrency: int = field(default=4, metadata=describe("pictures asked about at the same time"))
+    max_side: int = field(default=1024, metadata=describe("larger images are scaled to this many pixels a side"))
+    concurrency: int = field(default=4, metadata=describe("images asked about at the same time"))
     timeout: float = field(default=60.0, metadata=describe("seconds to wait for an answer"))
-    attempts: int = field(default=5, metadata=describe("requests for a picture while none brings an answer"))
-    attempts_on_refusal: int = field(default=2, metadata=describe("answers bought of a picture while they are no good"))
-    retry_set_aside: bool = field(default=False, metadata=describe("ask again about the pictures that were set aside"))
+    attempts: int = field(default=5, metadata=describe("requests for an image while none brings an answer"))
+    attempts_on_refusal: int = field(default=2, metadata=describe("answers bought of an image while they are no good"))
+    retry_set_aside: bool = field(default=False, metadata=describe("ask again about the images that were set aside"))
 
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""
@@ -86,7 +86,7 @@ class DescribeArguments:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked about every picture."""
+    """What is asked about every image."""
 
     text: str
     use_file_name: bool
@@ -98,8 +98,8 @@ class Prompt:
         return hashlib.sha256(asked.encode()).hexdigest()[:16]
 
     def fill(self, name: str) -> str:
-        """The text for a picture, with a hint from its file name if there is one in it."""
-        # Sets number their files; the number says nothing about the picture.
+        """The text for an image, with a hint from its file name if there is one in it."""
+        # Sets number their files; the number says nothing about the image.
         stem = re.sub(r"^\d+", "", Path(name).stem).strip(" _-")
         return self.text + (FILE_NAME_HINT.format(name=stem) if self.use_file_name and stem else "")
 
@@ -117,22 +117,22 @@ def read_prompt(path: Path | None, use_file_name: bool) -> Prompt:
     return Prompt(text, use_file_name)
 
 
-def list_pictures(folder: Path, limit: int | None) -> tuple[list[str], int]:
-    """Names of the pictures below a folder relative to it, in order, and how many other files lie there.
+def list_images(folder: Path, limit: int | None) -> tuple[list[str], int]:
+    """Names of the images below a folder relative to it, in order, and how many other files lie there.
 
     Raises:
-        UserError: no folder, no picture, or a name that no caption file can hold.
+        UserError: no folder, no image, or a name that no caption file can hold.
     """
     if not folder.is_dir():
-        raise UserError(f"--pictures {folder}: no such folder")
+        raise UserError(f"--images {folder}: no such folder")
     paths = [Path(parent, file) for parent, _, files in os.walk(folder) for file in files]
-    names = sorted(str(path.relative_to(folder)) for path in paths if path.suffix.lower() in PICTURE_SUFFIXES)
+    names = sorted(str(path.relative_to(folder)) for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
     if not names:
-        raise UserError(f"--pictures {folder}: holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))})")
+        raise UserError(f"--images {folder}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     broken = [name for name in names if not _is_utf8(name)]
     if broken:
         raise UserError(
-            f"--pictures {folder}: {len(broken)} file names are not UTF-8, the first is {broken[0]!r}; "
+            f"--images {folder}: {len(broken)} file names are not UTF-8, the first is {broken[0]!r}; "
             "rename them (for names from a Chinese Windows: convmv -f gbk -t utf-8)"
         )
     return names[:limit], len(paths) - len(names)
@@ -146,8 +146,8 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
-def choose_open_pictures(names: list[str], arguments: DescribeArguments, ledger: CaptionLedger) -> list[str]:
-    """The pictures to ask about: without a line, changed since theirs, unanswered, or set aside and asked for again."""
+def choose_open_images(names: list[str], arguments: DescribeArguments, ledger: CaptionLedger) -> list[str]:
+    """The images to ask about: without a line, changed since theirs, unanswered, or set aside and asked for again."""
     chosen = []
     for name in names:
         entry = ledger.entries.get(name)
@@ -155,7 +155,7 @@ def choose_open_pictures(names: list[str], arguments: DescribeArguments, ledger:
             entry is None
             or entry.get("set_aside") == UNANSWERED
             or ("set_aside" in entry and arguments.retry_set_aside)
-            or entry.get("sha256") != try_hash_file(arguments.pictures / name)
+            or entry.get("sha256") != try_hash_file(arguments.images / name)
         )
         if is_open:
             chosen.append(name)
@@ -163,7 +163,7 @@ def choose_open_pictures(names: list[str], arguments: DescribeArguments, ledger:
 
 
 def count_statuses(names: list[str], ledger: CaptionLedger) -> Counter[str]:
-    """How many pictures are described, set aside for each reason, and not asked about."""
+    """How many images are described, set aside for each reason, and not asked about."""
     entries = [ledger.entries.get(name) for name in names]
     return Counter(
         NOT_ASKED if entry is None else DESCRIBED if "description" in entry else entry["set_aside"] for entry in entries
@@ -174,7 +174,7 @@ class Progress:
     """A bar on a terminal, plain lines elsewhere; use it with `with`.
 
     Args:
-        total: how many pictures this run asks about.
+        total: how many images this run asks about.
     """
 
     def __init__(self, total: int):
@@ -183,9 +183,7 @@ class Progress:
         self.statuses: Counter[str] = Counter()
         self._is_terminal = sys.stderr.isatty()
         self._start = self._last_line = time.monotonic()
-        self._bar = tqdm(
-            total=total, desc="describe", unit="picture", dynamic_ncols=True, disable=not self._is_terminal
-        )
+        self._bar = tqdm(total=total, desc="describe", unit="image", dynamic_ncols=True, disable=not self._is_terminal)
 
     def __enter__(self) -> "Progress":
         return self
@@ -194,7 +192,7 @@ class Progress:
         self._bar.close()
 
     def advance(self, entry: dict) -> None:
-        """Count a line that was written, and show the first ones that set a picture aside."""
+        """Count a line that was written, and show the first ones that set an image aside."""
         self.done += 1
         self.tokens += (entry["prompt_tokens"] or 0) + (entry["completion_tokens"] or 0)
         self.statuses[entry.get("set_aside", DESCRIBED)] += 1
@@ -227,11 +225,11 @@ def _shorten(text: str) -> str:
 
 
 def print_summary(statuses: Counter[str], ledger: CaptionLedger, tokens_of_run: int) -> None:
-    """A table of what became of all pictures, and what it cost."""
+    """A table of what became of all images, and what it cost."""
     rows = [(DESCRIBED, statuses[DESCRIBED], "")]
     rows += [(reason, statuses[reason], meaning) for reason, meaning in REASONS.items() if statuses[reason]]
     rows += [(NOT_ASKED, statuses[NOT_ASKED], "")] * bool(statuses[NOT_ASKED])
-    print_table("Pictures", ("status", "pictures", ""), [*rows, ("all", statuses.total(), "")])
+    print_table("Images", ("status", "images", ""), [*rows, ("all", statuses.total(), "")])
     counts = [ledger.tokens[name] for name in ("prompt_tokens", "completion_tokens")]
     print(
         f"tokens: {tokens_of_run:,} in this run; {counts[0]:,} of prompts and {counts[1]:,} of answers in all of "

@@ -1,4 +1,4 @@
-"""Knows which words of a picture stand in its file name, and which names say nothing.
+"""Words of an image that stand in its file name, and names that say nothing.
 
 Two customs: ChineseBQB's (`滑稽大佬00109-少来这套.jpg`) and names that are the text (`有点意思，说下去.jpg`).
 """
@@ -28,7 +28,7 @@ _COPY_NUMBER = re.compile(r"\s*[(（]\d+[)）]$")
 def read_bqb_name(stem: str) -> str | None:
     """The text in a ChineseBQB name without its ending, or None if the name has none.
 
-    Several parts (`减肥-真的很难`) are lines of the picture and come with spaces between them. Some names describe in
+    Several parts (`减肥-真的很难`) are lines of the image and come with spaces between them. Some names describe in
     place of quoting (`汪蛋00024-磕头`): nothing in the name tells the two apart.
     """
     if _HEX_NAME.fullmatch(stem):
@@ -37,14 +37,14 @@ def read_bqb_name(stem: str) -> str | None:
     if not match:
         return None
     text = " ".join(part.strip() for part in match["text"].split("-") if part.strip())
-    # A picture that somebody saved from a chat and numbered.
+    # An image that somebody saved from a chat and numbered.
     return text if normalise_text(text) and not is_machine_name(text) else None
 
 
 def read_plain_name(stem: str) -> str | None:
     """The text that a name without its ending is, or None for names that cameras, chat programs and hashes make.
 
-    Only a number in brackets behind the name (`好的(1)`, `好的（2）`) is taken off, which file managers put there. A
+    Only a number in brackets after the name (`好的(1)`, `好的（2）`) is taken off, which file managers put there. A
     letter or digit that keeps names apart (`说人话B`) cannot be told from the text and stays.
     """
     if is_machine_name(stem.strip()):

@@ -1,7 +1,7 @@
-"""Knows how annotation files become one, each with its weight.
+"""Several annotation files mixed into one, each with its weight.
 
-Weight 2 takes every record twice, 0.3 a share of about 30 % drawn by whole pictures, 1.3 both. All records of a picture
-are adjacent in the result, copies and those of other files too: batches that share pictures can encode them once.
+Weight 2 takes every record twice, 0.3 a share of about 30 % drawn by whole images, 1.3 both. All records of an image
+are adjacent in the result, copies and those of other files too: batches that share images can encode them once.
 """
 
 import math
@@ -40,11 +40,11 @@ class MixSettings(OutputSettings):
 
 @dataclass(frozen=True)
 class MixedRecord:
-    """A record of a file with the place it came from; `picture` is what its neighbours share."""
+    """A record of a file with the place it came from; `image` is what its neighbours share."""
 
     value: dict
     place: str
-    picture: Hashable
+    image: Hashable
 
 
 def prepare_mix(settings: MixSettings) -> None:
@@ -54,14 +54,14 @@ def prepare_mix(settings: MixSettings) -> None:
         files = [_read(path, writer) for path in settings.annotations]
         labels = _label(settings.annotations)
         _separate_ids(files, labels, writer)
-        pictures = defaultdict(list)
+        images = defaultdict(list)
         for path, label, weight, records in zip(settings.annotations, labels, settings.weights, files, strict=True):
             taken = take_weighted(records, weight, f"{settings.seed} {label}")
             for record, repeat in taken:
-                pictures[record.picture].append((record, repeat))
+                images[record.image].append((record, repeat))
             skipped = ", left out" if weight == 0 else ""
             writer.notes[f"records of {path.name} (weight {weight:g} of {len(records):,}{skipped})"] = len(taken)
-        for records in pictures.values():
+        for records in images.values():
             for record, repeat in records:
                 value = record.value
                 if repeat > 1:
@@ -77,7 +77,7 @@ def take_weighted(records: list[MixedRecord], weight: float, seed: str) -> list[
     if share > 0:
         groups = defaultdict(list)
         for record in records:
-            groups[record.picture].append(record)
+            groups[record.image].append(record)
         groups = list(groups.values())
         chosen = draw_nearest([len(group) for group in groups], round(share * len(records)), random.Random(seed))
         taken += [(record, whole + 1) for index in chosen for record in groups[index]]

@@ -1,7 +1,7 @@
-"""Knows which pictures are the same or nearly the same: equal bytes, or perceptual hashes a few bits apart.
+"""Images that are the same or nearly the same: equal bytes, or perceptual hashes a few bits apart.
 
-The hash is ImageHash's phash (64 bits of a DCT of the picture in grey, 32x32) of the picture as training sees it.
-Knows nothing about records.
+The hash is ImageHash's phash (64 bits of a DCT of the image in grey, 32x32) of the image as training sees it.
+Nothing about records.
 """
 
 import contextlib
@@ -23,36 +23,36 @@ _PAIRS_AT_ONCE = 4_000_000
 
 
 @dataclass(frozen=True)
-class PictureHash:
-    """What identifies a picture: sha256 of the file, and 64 bits that change little when the picture does."""
+class ImageHash:
+    """What identifies an image: sha256 of the file, and 64 bits that change little when the image does."""
 
     sha256: str
     perceptual: int
 
 
-def hash_picture(path: Path) -> PictureHash:
-    """Raises ValueError, with the reason, for a file that is no picture."""
+def hash_image(path: Path) -> ImageHash:
+    """Raises ValueError, with the reason, for a file that is not an image."""
     try:
         import imagehash
     except ImportError as error:
         raise UserError("perceptual hashes need one more package: pip install -r data/requirements.txt") from error
     bits = imagehash.phash(open_image(path)).hash.ravel()  # bool (64,)
-    return PictureHash(hash_file(path), int(np.packbits(bits).view(">u8")[0]))
+    return ImageHash(hash_file(path), int(np.packbits(bits).view(">u8")[0]))
 
 
-def hash_pictures(paths: Sequence[Path]) -> list[PictureHash | ValueError]:
-    """Hash many pictures on all cores; the error in place of the hash for a file that is no picture."""
+def hash_images(paths: Sequence[Path]) -> list[ImageHash | ValueError]:
+    """Hash many images on all cores; the error in place of the hash for a file that is not an image."""
 
-    def hash_or_error(path: Path) -> PictureHash | ValueError:
+    def hash_or_error(path: Path) -> ImageHash | ValueError:
         try:
-            return hash_picture(path)
+            return hash_image(path)
         except ValueError as error:
             return error
 
     hashes = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool, show_count("pictures hashed", len(paths)) as advance:
-        for picture_hash in pool.map(hash_or_error, paths):
-            hashes.append(picture_hash)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, show_count("images hashed", len(paths)) as advance:
+        for image_hash in pool.map(hash_or_error, paths):
+            hashes.append(image_hash)
             advance(1)
     return hashes
 
@@ -125,11 +125,9 @@ def find_smallest_distance(left: np.ndarray, right: np.ndarray) -> int | None:
 def _iterate_distances(left: np.ndarray, right: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Blocks of Hamming distances, uint8 (rows, len(right)), each with its first row."""
     step = max(1, _PAIRS_AT_ONCE // max(1, len(right)))
-    # Seconds of work begin at about 30,000 pictures.
+    # Seconds of work begin at about 30,000 images.
     is_long = len(left) * len(right) > 10**9
-    with (
-        show_count("pictures compared", len(left)) if is_long else contextlib.nullcontext(lambda count: None) as advance
-    ):
+    with show_count("images compared", len(left)) if is_long else contextlib.nullcontext(lambda count: None) as advance:
         for start in range(0, len(left), step):
             rows = left[start : start + step, None]
             yield start, np.bitwise_count(rows ^ right[None, :])

@@ -1,4 +1,4 @@
-"""Knows which columns of a data set hold pictures, words, answers and questions, and how words stand in them."""
+"""Columns of a data set that hold images, words, answers and questions, and how words stand in them."""
 
 import json
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from meme_llava.errors import UserError
 
 # In the order in which they are looked for.
-_IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png")
+_IMAGE_COLUMNS = ("image", "img", "image", "jpg", "png")
 _TEXT_COLUMNS = ("text", "ground_truth", "label", "transcription")
 _CAPTION_COLUMNS = ("caption", "description", "answer", "answers", "content")
 _QUESTION_COLUMNS = ("question", "query")
@@ -46,7 +46,7 @@ def find_columns(given: Columns, dataset: str, names: list[str]) -> Columns:
         names: all columns of the set.
 
     Raises:
-        UserError: a given column is not there, or pictures or words are in none that can be told.
+        UserError: a given column is not there, or images or words are in none that can be told.
     """
     for flag, column in (
         ("image_column", given.image),
@@ -75,14 +75,14 @@ def _find_one(candidates: tuple[str, ...], names: list[str]) -> str | None:
 def _check_columns(columns: Columns, dataset: str, names: list[str]) -> None:
     if columns.image is None and {"picName", "description"} <= set(names):
         raise UserError(
-            f"{dataset}: holds captions without pictures. Download its .jsonl files and join them with "
-            "the pictures of emo-visual-data and ChineseBQB: python data/prepare.py captions --captions …"
+            f"{dataset}: holds captions without images. Download its .jsonl files and join them with "
+            "the images of emo-visual-data and ChineseBQB: python data/prepare.py captions --captions …"
         )
     absent = [column for column in (columns.image, columns.text or columns.caption) if column not in names]
     if absent:
         raise UserError(
-            f"{dataset}: cannot tell which columns hold the pictures and the words; it has "
-            f"{', '.join(names)}. Name them: --image_column and --text_column (the words in the picture) or "
+            f"{dataset}: cannot tell which columns hold the images and the words; it has "
+            f"{', '.join(names)}. Name them: --image_column and --text_column (the words in the image) or "
             "--caption_column (any other answer)."
         )
 

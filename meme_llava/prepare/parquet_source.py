@@ -1,8 +1,8 @@
-"""Knows how data sets with an image column, on the Hugging Face hub or in parquet files, become files and annotations.
+"""Data sets with an image column, on the Hugging Face hub or in parquet files, as image files and annotations.
 
-Rows are streamed: neither the pictures nor the annotations are held in memory, only one row group of the parquet file
-(100 or 1,000 rows in sets of the hub). The bytes of a picture are written unchanged, under a name made of their sha256,
-so equal pictures are stored once and a second run writes none again. Knows nothing about other sources.
+Rows are streamed: neither the images nor the annotations are held in memory, only one row group of the parquet file
+(100 or 1,000 rows in sets of the hub). The bytes of an image are written unchanged, under a name made of their sha256,
+so equal images are stored once and a second run writes none again. Nothing about other sources.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from PIL import Image
 
 from meme_llava.cli import check_setting, describe
-from meme_llava.dataset.file_signatures import START_LENGTH, describe_stranger
+from meme_llava.dataset.file_signatures import START_LENGTH, identify_file_type
 from meme_llava.dataset.images import ACCEPTED_FORMATS, PARSER_ERRORS, resolve_image_path
 from meme_llava.errors import UserError
 from meme_llava.prepare.parquet_columns import PRESETS, Columns, Preset, find_columns, read_text
@@ -34,17 +34,15 @@ _FAILURES = (HTTPError, HfHubHTTPError, HFValidationError, OSError, ValueError)
 @dataclass(kw_only=True)
 class ParquetSettings(DrawingSettings):
     dataset: list[str] = field(metadata=describe("hub id, a folder, or parquet files"))
-    pictures_to: str = field(metadata=describe("subfolder of the image folder that gets the pictures"))
+    images_to: str = field(metadata=describe("subfolder of the image folder that gets the images"))
     split: str | None = field(default=None, metadata=describe("split to read (train; test for SWHL/ChineseOCRBench)"))
-    image_column: str | None = field(
-        default=None, metadata=describe("column of pictures, if it is not found by itself")
-    )
-    text_column: str | None = field(default=None, metadata=describe("column of the words in the picture"))
+    image_column: str | None = field(default=None, metadata=describe("column of images, if it is not found by itself"))
+    text_column: str | None = field(default=None, metadata=describe("column of the words in the image"))
     caption_column: str | None = field(
         default=None, metadata=describe("column of answers, if not the words themselves")
     )
     question_column: str | None = field(default=None, metadata=describe("column of questions; without it one is drawn"))
-    limit: int | None = field(default=None, metadata=describe("only the first so many rows"))
+    limit: int | None = field(default=None, metadata=describe("only the first N rows"))
 
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""
@@ -52,7 +50,7 @@ class ParquetSettings(DrawingSettings):
 
 
 def prepare_parquet(settings: ParquetSettings) -> None:
-    """A data set with an image column → picture files and annotations."""
+    """A data set with an image column → image files and annotations."""
     folder = _make_folder(settings)
     rows = _open_rows(settings)
     with AnnotationWriter(settings) as writer:
@@ -71,7 +69,7 @@ def prepare_parquet(settings: ParquetSettings) -> None:
             writer.add(record, place)
         writer.notes.update(reader.notes)
         writer.inputs += rows.describe(count)
-        # Pictures reach the disk before the annotations that name them.
+        # Images reach the disk before the annotations that name them.
         os.sync()
         finish(writer)
 
@@ -94,7 +92,7 @@ class _Rows:
 
 
 class _RowReader:
-    """Turns rows into records and writes their pictures."""
+    """Turns rows into records and writes their images."""
 
     def __init__(self, settings: ParquetSettings, columns: Columns, name: str, folder: Path):
         self._settings, self._columns, self._folder = settings, columns, folder
@@ -109,7 +107,7 @@ class _RowReader:
         if not answer:
             raise ValueError(f"{self._columns.caption or self._columns.text} is empty")
         question = read_text(row, self._columns.question) if self._columns.question else ""
-        image = self._write_picture(row[self._columns.image])
+        image = self._write_image(row[self._columns.image])
         source = {"set": self._set, "row": number}
         record_id = f"{self._set.rpartition('/')[2]}_{number:06d}"
         return make_record(record_id, image, answer, source, self._settings.seed, text=text, question=question)
@@ -122,16 +120,16 @@ class _RowReader:
             value = value[0] if value else ""
         return read_text({self._columns.caption: value}, self._columns.caption)
 
-    def _write_picture(self, value) -> str:
+    def _write_image(self, value) -> str:
         data = _read_bytes(value)
         path = self._folder / f"{hashlib.sha256(data).hexdigest()[:16]}.{_find_ending(data)}"
         if path.exists() and path.read_bytes() == data:
-            self._note("rows whose picture was stored already")
+            self._note("rows whose image was stored already")
         else:
             temporary = path.with_name(f".{path.name}.incomplete")
             temporary.write_bytes(data)
             temporary.replace(path)
-            self._note("pictures written")
+            self._note("images written")
         return path.relative_to(self._settings.image_folder.resolve()).as_posix()
 
     def _note(self, what: str) -> None:
@@ -140,13 +138,13 @@ class _RowReader:
 
 def _make_folder(settings: ParquetSettings) -> Path:
     try:
-        folder = resolve_image_path(settings.pictures_to, settings.image_folder)
+        folder = resolve_image_path(settings.images_to, settings.image_folder)
     except ValueError as error:
-        raise UserError(f"--pictures_to {settings.pictures_to}: must lie inside --image_folder ({error})") from error
+        raise UserError(f"--images_to {settings.images_to}: must lie inside --image_folder ({error})") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--pictures_to {folder}: cannot be made ({error.strerror or error})") from error
+        raise UserError(f"--images_to {folder}: cannot be made ({error.strerror or error})") from error
     return folder
 
 
@@ -235,7 +233,7 @@ def _explain_failure(name: str, is_local: bool) -> Iterator[None]:
         raise UserError(
             f"{name}: reading it (downloads come from {endpoint}) failed: {_first_line(error)}.{offline} Behind a slow "
             "or closed connection set HF_ENDPOINT to a mirror, or download its parquet files and give them to "
-            "--dataset. Pictures already written are kept and not written again."
+            "--dataset. Images already written are kept and not written again."
         ) from error
 
 
@@ -248,7 +246,7 @@ def _read_bytes(value) -> bytes:
         # A path beside it is not followed: it would be a file of this machine that a stranger's row names.
         value = value.get("bytes")
     if not isinstance(value, bytes) or not value:
-        raise ValueError(f"has no picture ({type(value).__name__} in place of bytes)")
+        raise ValueError(f"has no image ({type(value).__name__} in place of bytes)")
     return value
 
 
@@ -257,5 +255,5 @@ def _find_ending(data: bytes) -> str:
         with Image.open(io.BytesIO(data), formats=ACCEPTED_FORMATS) as image:
             return ENDINGS[image.format.replace("MPO", "JPEG")]  # a phone's JPEG with a preview behind it
     except PARSER_ERRORS as error:
-        _, what = describe_stranger(data[:START_LENGTH], ACCEPTED_FORMATS)
-        raise ValueError(f"the picture is {what}") from error
+        _, what = identify_file_type(data[:START_LENGTH], ACCEPTED_FORMATS)
+        raise ValueError(f"the image is {what}") from error

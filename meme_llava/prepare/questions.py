@@ -1,4 +1,4 @@
-"""Knows how the questions of prepared records are worded, and which wording a record gets.
+"""Wordings of the questions of prepared records, and which wording a record gets.
 
 A model asked in one wording only stumbles over every other, so each record draws its own. The draw depends on seed and
 record id alone: adding a file changes no other record.
@@ -18,7 +18,7 @@ DESCRIBE = (
     "看看这张表情包，说说它的画面和意思。",
     "这张图是什么意思？请详细讲讲。",
 )
-# For transcriptions: the words in the picture, and nothing else.
+# For transcriptions: the words in the image, and nothing else.
 READ = (
     "请读出图中的文字。",
     "图里写了什么字？",

@@ -1,4 +1,4 @@
-"""Knows how rows are read out of JSON, JSONL and CSV files, each with its place; a broken row never stops the file."""
+"""Rows of JSON, JSONL and CSV files, each with its place; a broken row never stops the file."""
 
 import csv
 import io

@@ -1,6 +1,6 @@
-"""Knows how records are divided into training and validation without a picture, or one nearly like it, on both sides.
+"""Training and validation records, divided without an image, or one nearly like it, on both sides.
 
-Records stay together that share a picture: the same path, equal bytes, or perceptual hashes at most `near_distance` of
+Records stay together that share an image: the same path, equal bytes, or perceptual hashes at most `near_distance` of
 64 bits apart; and so on along the chain. Split before mixing: copies made by weights would count in validation too.
 """
 
@@ -17,7 +17,7 @@ from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.records import parse_record
 from meme_llava.errors import UserError
 from meme_llava.prepare.mixing import draw_fitting
-from meme_llava.prepare.near_duplicates import Groups, PictureHash, find_smallest_distance, hash_pictures, join_near
+from meme_llava.prepare.near_duplicates import Groups, ImageHash, find_smallest_distance, hash_images, join_near
 from meme_llava.prepare.row_files import read_json_rows
 from meme_llava.prepare.writer import AnnotationWriter, SourceSettings, check_not_input, check_output
 
@@ -33,7 +33,7 @@ class SplitSettings(SourceSettings):
     validation: float = field(default=0.05, metadata=describe("share of the records for validation, at most"))
     near_distance: int = field(
         default=NEAR_DISTANCE,
-        metadata=describe("pictures stay together whose perceptual hashes differ in at most so many of 64 bits"),
+        metadata=describe("images stay together whose perceptual hashes differ in at most N of 64 bits"),
     )
     seed: int = field(default=0, metadata=describe("draws the validation side"))
 
@@ -52,15 +52,15 @@ class SplitSettings(SourceSettings):
 
 @dataclass
 class _Divided:
-    """The usable records, and the pictures they have."""
+    """The usable records, and the images they have."""
 
-    records: list[tuple[dict, str, list[int]]]  # value, place, its pictures
-    hashes: list[PictureHash]  # of every picture
+    records: list[tuple[dict, str, list[int]]]  # value, place, its images
+    hashes: list[ImageHash]  # of every image
 
 
 @dataclass(frozen=True)
 class _Grouping:
-    """`records`: the group of each record; `near_pairs`: how many pairs of pictures are near-duplicates."""
+    """`records`: the group of each record; `near_pairs`: how many pairs of images are near-duplicates."""
 
     records: list[int]
     near_pairs: int
@@ -100,15 +100,15 @@ def _of_validation(settings: SplitSettings) -> SourceSettings:
 
 
 def _read(settings: SplitSettings, writer: AnnotationWriter) -> _Divided:
-    """Read the records and hash their pictures; what cannot be used goes to `writer`."""
+    """Read the records and hash their images; what cannot be used goes to `writer`."""
     parsed, rows, numbers = [], 0, {}
     for row in read_json_rows(settings.annotations):
         rows += 1
         try:
             if isinstance(row.value, ValueError):
                 raise row.value
-            images = parse_record(row.value, row.place).images
-            paths = [resolve_image_path(image, settings.image_folder) for image in images]
+            names = parse_record(row.value, row.place).images
+            paths = [resolve_image_path(name, settings.image_folder) for name in names]
         except ValueError as error:
             writer.report_problem("not a record", row.place, str(error), row.original)
             continue
@@ -116,31 +116,31 @@ def _read(settings: SplitSettings, writer: AnnotationWriter) -> _Divided:
     writer.note_input(settings.annotations, rows)
     if copies := sum(value.get("repeat", 1) != 1 for value, _, _ in parsed):
         writer.notes["copies made by mixing, which count in validation too (split before you mix)"] = copies
-    hashes = hash_pictures(list(numbers))
+    hashes = hash_images(list(numbers))
     records = []
-    for value, place, pictures in parsed:
-        errors = [hashes[picture] for picture in pictures if isinstance(hashes[picture], ValueError)]
+    for value, place, images in parsed:
+        errors = [hashes[image] for image in images if isinstance(hashes[image], ValueError)]
         if errors:
-            writer.report_problem("picture that cannot be used", place, str(errors[0]), value)
+            writer.report_problem("image that cannot be used", place, str(errors[0]), value)
         else:
-            records.append((value, place, pictures))
+            records.append((value, place, images))
     return _Divided(records, hashes)
 
 
 def _group(divided: _Divided, distance: int) -> _Grouping:
-    """Union-find over records and the pictures that they have."""
+    """Union-find over records and the images that they have."""
     count = len(divided.records)
-    usable = sorted({picture for _, _, pictures in divided.records for picture in pictures})
-    node = {picture: count + index for index, picture in enumerate(usable)}
+    usable = sorted({image for _, _, images in divided.records for image in images})
+    node = {image: count + index for index, image in enumerate(usable)}
     groups = Groups(count + len(usable))
-    for record, (_, _, pictures) in enumerate(divided.records):
-        for picture in pictures:
-            groups.join(record, node[picture])
+    for record, (_, _, images) in enumerate(divided.records):
+        for image in images:
+            groups.join(record, node[image])
     same_bytes = {}
-    for picture in usable:
-        groups.join(node[picture], node[same_bytes.setdefault(divided.hashes[picture].sha256, picture)])
+    for image in usable:
+        groups.join(node[image], node[same_bytes.setdefault(divided.hashes[image].sha256, image)])
     between = Groups(len(usable))
-    perceptual = np.array([divided.hashes[picture].perceptual for picture in usable], np.uint64)
+    perceptual = np.array([divided.hashes[image].perceptual for image in usable], np.uint64)
     near_pairs = join_near(between, perceptual, distance)
     for index, root in enumerate(between.roots().tolist()):
         groups.join(count + index, count + root)
@@ -162,20 +162,20 @@ def _choose_validation(groups: list[int], settings: SplitSettings) -> set[int]:
 
 
 def _prove_apart(divided: _Divided, groups: list[int], chosen: set[int], distance: int) -> dict:
-    """Compare the two sides without the groups; raises RuntimeError if a picture or a near one is on both."""
+    """Compare the two sides without the groups; raises RuntimeError if an image or a near one is on both."""
     sides = (set(), set())
-    for (_, _, pictures), group in zip(divided.records, groups, strict=True):
-        sides[group in chosen].update(pictures)
-    training, validation = ([divided.hashes[picture] for picture in sorted(side)] for side in sides)
-    same = {picture.sha256 for picture in training} & {picture.sha256 for picture in validation}
+    for (_, _, images), group in zip(divided.records, groups, strict=True):
+        sides[group in chosen].update(images)
+    training, validation = ([divided.hashes[image] for image in sorted(side)] for side in sides)
+    same = {image.sha256 for image in training} & {image.sha256 for image in validation}
     nearest = find_smallest_distance(
-        np.array([picture.perceptual for picture in validation], np.uint64),
-        np.array([picture.perceptual for picture in training], np.uint64),
+        np.array([image.perceptual for image in validation], np.uint64),
+        np.array([image.perceptual for image in training], np.uint64),
     )
     shared = len(sides[0] & sides[1])
     if shared or same or (nearest is not None and nearest <= distance):
-        raise RuntimeError(f"the split leaks: {shared} shared pictures, {len(same)} equal, nearest {nearest} bits")
-    return {"shared_pictures": shared, "equal_bytes": len(same), "nearest_distance": nearest}
+        raise RuntimeError(f"the split leaks: {shared} shared images, {len(same)} equal, nearest {nearest} bits")
+    return {"shared_images": shared, "equal_bytes": len(same), "nearest_distance": nearest}
 
 
 def _describe_groups(grouping: _Grouping) -> dict:
@@ -191,7 +191,7 @@ def _print_split(training: AnnotationWriter, validation: AnnotationWriter, facts
     nearest = apart["nearest_distance"]
     print(
         f"{share:.2%} of the records are for validation. {groups['count']:,} groups stay together, the largest has "
-        f"{groups['largest']:,} records; {groups['near_duplicate_pairs']:,} pairs of pictures are near-duplicates. "
-        f"No picture is on both sides, by path or bytes; the nearest two of them differ in "
+        f"{groups['largest']:,} records; {groups['near_duplicate_pairs']:,} pairs of images are near-duplicates. "
+        f"No image is on both sides, by path or bytes; the nearest two of them differ in "
         f"{'–' if nearest is None else nearest} of 64 bits."
     )

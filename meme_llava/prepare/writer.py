@@ -1,8 +1,8 @@
-"""Knows how a prepared annotation file is written: records, what was left out, and the manifest that tells its story.
+"""The writer of prepared annotation files: records, what was left out, and the manifest that tells their story.
 
 Every record is checked before it is written. What cannot become a record is a problem, which stops the run or is
 quarantined; what carries nothing to learn from (a name without words) is left out. Both are counted, and stand with
-place, reason and original content in `NAME.left_out.jsonl`. Knows nothing about sources.
+place, reason and original content in `NAME.left_out.jsonl`. Nothing about sources.
 """
 
 import contextlib
@@ -49,10 +49,10 @@ class DrawingSettings(SourceSettings):
 def make_record(
     record_id: str, image: str, answer: str, source: dict, seed: int, text: str | None = None, question: str = ""
 ) -> dict:
-    """A record of one question about one picture.
+    """A record of one question about one image.
 
     Args:
-        text: the words known to stand in the picture. An answer that is just these is asked for as such.
+        text: the words known to stand in the image. An answer that is just these is asked for as such.
         question: in place of a drawn one.
     """
     templates = READ if text is not None and answer == text else DESCRIBE
@@ -70,7 +70,7 @@ def make_record(
 
 
 class UniqueIds:
-    """Gives every record an id of its own: the wanted one, or that with a number behind it."""
+    """Gives every record an id of its own: the wanted one, or that with a number after it."""
 
     def __init__(self):
         self._taken = set()
@@ -100,7 +100,7 @@ class AnnotationWriter:
         self.inputs, self.notes, self.left_out, self.by_source = [], Counter(), Counter(), Counter()
         self.records = self.rows_with_problems = 0
         self.hint = ""
-        self._settings, self._problems, self._pictures = settings, [], set()
+        self._settings, self._problems, self._images = settings, [], set()
         check_output(self.output, settings.overwrite)
         self._check_manifest()
         self._temporary = self.output.with_name(f".{self.output.name}.incomplete")
@@ -154,7 +154,7 @@ class AnnotationWriter:
         self._file.write(before + line + ("\n" if self._is_jsonl else ""))
         self.records += 1
         # A set of paths would take hundreds of megabytes for large sets.
-        self._pictures.update(hash(image) for image in parsed.images)
+        self._images.update(hash(image) for image in parsed.images)
         for name in {name_source(source) for source in record.get("sources", [])}:
             self.by_source[name] += 1
         return True
@@ -173,9 +173,9 @@ class AnnotationWriter:
         self._left_out_lines.write(_dump_line(line) + "\n")
 
     @property
-    def pictures(self) -> int:
-        """How many different pictures the records have."""
-        return len(self._pictures)
+    def images(self) -> int:
+        """How many different images the records have."""
+        return len(self._images)
 
     def close(self) -> None:
         """Bring the file to the disk.
@@ -190,7 +190,7 @@ class AnnotationWriter:
         if self.rows_with_problems and self.bad_records == "error":
             raise UserError(
                 f"{self.rows_with_problems:,} problems, nothing was written:\n{listed}{hint}\n"
-                f"Mend them, or pass --bad_records quarantine to leave them out (listed in {self.left_out_file.name})."
+                f"Fix them, or pass --bad_records quarantine to leave them out (listed in {self.left_out_file.name})."
             )
         if not self.records:
             counts = ", ".join(f"{count:,} {kind}" for kind, count in self.left_out.items()) or "nothing was found"
@@ -227,7 +227,7 @@ class AnnotationWriter:
             "left_out_file": self.left_out_file.name if self.left_out else None,
             "counts": {
                 "records": self.records,
-                "pictures": self.pictures,
+                "images": self.images,
                 "left_out": dict(self.left_out),
                 "problems": self.rows_with_problems,
                 "noted": dict(self.notes),
@@ -238,7 +238,7 @@ class AnnotationWriter:
 
     def print_summary(self) -> None:
         """What was written and what was not, and where it is."""
-        rows = [("records", self.records), ("pictures", self.pictures)]
+        rows = [("records", self.records), ("images", self.images)]
         rows += [(f"records of {name}", count) for name, count in sorted(self.by_source.items())]
         rows += [(f"left out: {kind}", count) for kind, count in sorted(self.left_out.items())]
         rows += [(kind, count) for kind, count in self.notes.items()]

@@ -1,6 +1,6 @@
-"""Knows how the findings of a data check become one self-contained HTML page, with small pictures inside.
+"""The page of a data check: one self-contained HTML file, with small images inside.
 
-The page needs no network, and its content security policy lets no script run but its own. Knows nothing about how
+The page needs no network, and its content security policy lets no script run but its own. Nothing about how
 records are checked.
 """
 
@@ -35,7 +35,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class GalleryEntry:
-    """One record as the gallery shows it; the files of `images` may be missing, damaged or no pictures."""
+    """One record as the gallery shows it; the files of `images` may be missing, damaged or no images."""
 
     place: str
     record_id: str
@@ -72,7 +72,7 @@ class ReportContents:
     histograms: list[Histogram]
     entries: list[GalleryEntry]
     total_entries: int
-    max_pixels: int = MAX_PIXELS  # of a picture that is shown
+    max_pixels: int = MAX_PIXELS  # of an image that is shown
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class _Card:
     findings: list[tuple[str, str, str]]  # kind, severity and detail, bad ones first
     kinds: list[int]  # positions in the table of kinds
     source: int  # position in the list of sources
-    pictures: list[int]  # positions in the list of thumbnails
+    images: list[int]  # positions in the list of thumbnails
     rank: tuple[int, int]  # small is bad
 
 
@@ -152,7 +152,7 @@ def _make_cards(
                 findings=findings,
                 kinds=sorted({kind_places[finding.kind] for finding in entry.findings}),
                 source=sources.index(entry.source),
-                pictures=[image_places[image] for image in entry.images],
+                images=[image_places[image] for image in entry.images],
                 rank=(-bad, bad - len(findings)),
             )
         )
@@ -160,7 +160,7 @@ def _make_cards(
 
 
 def _shorten_detail(detail: str, images: tuple[Path, ...]) -> str:
-    """A detail without the folders of the picture it begins with, which the card names already."""
+    """A detail without the folders of the image it begins with, which the card names already."""
     for image in images:
         if detail.startswith(f"{image}: "):
             return detail.removeprefix(f"{image}: " if len(images) == 1 else f"{image.parent}/")

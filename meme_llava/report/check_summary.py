@@ -1,4 +1,4 @@
-"""Knows what a checked annotation file amounts to: lengths, steps, and what data/check.py prints and reports of it."""
+"""The summary of a checked annotation file: lengths, steps, and what data/check.py prints and reports of it."""
 
 import json
 import math
@@ -34,9 +34,7 @@ class CheckArguments(RecordPolicy):
     model_max_length: int = field(default=2048, metadata=describe("positions a record may take, image tokens counted"))
     global_batch_size: int = field(default=64, metadata=describe("records per optimizer step, to predict the steps"))
     num_train_epochs: float = field(default=5, metadata=describe("passes over the records, to predict the steps"))
-    workers: int | None = field(
-        default=None, metadata=describe("processes that decode pictures; all CPUs if not given")
-    )
+    workers: int | None = field(default=None, metadata=describe("processes that decode images; all CPUs if not given"))
     report_records: int = field(
         default=1000, metadata=describe("records that the report shows: the worst, then a sample of the others")
     )
@@ -80,8 +78,8 @@ def list_facts(checked: CheckedData, lengths: Lengths | None, arguments: CheckAr
         ("records", f"{checked.total:,}"),
         ("usable records", f"{usable:,}"),
         ("bad records", f"{len(checked.bad):,}"),
-        ("pictures", f"{len(checked.facts):,}"),
-        ("different pictures", f"{len(contents):,}"),
+        ("images", f"{len(checked.facts):,}"),
+        ("different images", f"{len(contents):,}"),
         ("steps", f"{steps:,}"),
         ("records a step", f"{arguments.global_batch_size:,}"),
         ("epochs", f"{arguments.num_train_epochs:g}"),
@@ -104,7 +102,7 @@ def list_facts(checked: CheckedData, lengths: Lengths | None, arguments: CheckAr
 
 
 def make_histograms(checked: CheckedData, lengths: Lengths | None) -> list[Histogram]:
-    """Token lengths of the usable records, and sizes of the pictures that could be opened."""
+    """Token lengths of the usable records, and sizes of the images that could be opened."""
     histograms = []
     if lengths is not None and len(lengths.total):
         histograms.append(_count("Positions a record / 每条记录的位置数", "positions", lengths.total))
@@ -114,7 +112,7 @@ def make_histograms(checked: CheckedData, lengths: Lengths | None) -> list[Histo
         histograms.append(_count("Characters of the answers / 回答的字数", "characters", np.array(answers)))
     sides = [max(facts.width, facts.height) for facts in checked.facts.values() if facts.width]
     if sides:
-        histograms.append(_count("Longer side of the pictures / 图片长边", "pixels", np.array(sides)))
+        histograms.append(_count("Longer side of the images / 图片长边", "pixels", np.array(sides)))
     return histograms
 
 
@@ -141,7 +139,7 @@ def make_report_contents(
     kinds = [
         KindCount(
             name=kind,
-            severity=checked.severities.judge(kind),
+            severity=checked.severities.severity_of(kind),
             count=len(found),
             meaning=KINDS[kind].meaning,
             examples=tuple(finding.record_id for finding in found[:MAX_EXAMPLES]),
@@ -165,7 +163,7 @@ def write_findings(path: Path, checked: CheckedData) -> None:
     """List every finding in a JSONL file, in the order of the annotation file."""
     with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for finding in checked.findings:
-            line = {**finding.__dict__, "severity": checked.severities.judge(finding.kind)}
+            line = {**finding.__dict__, "severity": checked.severities.severity_of(finding.kind)}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

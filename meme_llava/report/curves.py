@@ -1,4 +1,4 @@
-"""Knows how a finished run's loss and learning rates are drawn."""
+"""A finished run's loss and learning rates, drawn."""
 
 import itertools
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Knows what an experiment is to a report: an evaluation, with what is known of the run that made the model.
+"""An experiment as a report sees it: an evaluation, with what is known of the run that made the model.
 
-Knows nothing about pages.
+Nothing about pages.
 """
 
 import json
@@ -23,11 +23,11 @@ class Experiment:
         name: heads the column.
         scores: by the names of `answer_scores`.
         predictions: lines of predictions.jsonl by their questions.
-        image_folder: where their pictures are.
+        image_folder: where their images are.
         asked: what decides about the answers; of two experiments the same annotations and limit.
         facts: label and value of what is known of model and training, in the order to be shown.
         log_history: the Trainer's log entries; empty for a model that we did not train, or where they are gone.
-        doubt: what speaks against its being what the run's name says, or empty.
+        warning: what speaks against its being what the run's name says, or empty.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Experiment:
     asked: dict
     facts: dict[str, str]
     log_history: list[dict]
-    doubt: str = ""
+    warning: str = ""
 
 
 def read_experiments(runs: list[str]) -> list[Experiment]:
@@ -86,11 +86,11 @@ def _read_experiment(run: str) -> Experiment:
         asked=metrics["asked"],
         facts=facts,
         log_history=log_history,
-        doubt="" if evaluation == folder else _doubt_training(folder, metrics["title"], training),
+        warning="" if evaluation == folder else _warn_of_other_training(folder, metrics["title"], training),
     )
 
 
-def _doubt_training(folder: Path, title: str, training: dict | None) -> str:
+def _warn_of_other_training(folder: Path, title: str, training: dict | None) -> str:
     """That the evaluation in an OUTPUT_DIR of run.sh is of another training than the one there, if it is."""
     try:
         there = json.loads((folder / "train" / RUN_RECORD).read_text(encoding="utf-8"))
@@ -132,7 +132,7 @@ def describe_model(metrics: dict) -> dict[str, str]:
         settings = build["settings"]
         facts["language model"] = settings["language_model"]
         facts["vision tower"] = settings["vision_model"]
-        facts["pictures"] = settings["image_policy"]
+        facts["images"] = settings["image_policy"]
     return facts
 
 

@@ -7,7 +7,7 @@
 //   onApply(wanted)        the filters were applied
 function openGallery({ cardsAtOnce, matches, compare = () => null, onShow = () => {}, onApply = () => {} }) {
   const find = (id) => document.getElementById(id);
-  const pictures = JSON.parse(find("pictures").textContent);
+  const images = JSON.parse(find("images").textContent);
   const cards = [...find("cards").content.children];
   const gallery = find("gallery");
   const filters = find("filters");
@@ -19,7 +19,7 @@ function openGallery({ cardsAtOnce, matches, compare = () => null, onShow = () =
 
   function readText(card) {
     if (!texts.has(card)) {
-      // What an answer lacks stands in it, too, and is no part of it.
+      // What an answer lacks stands in it, too, and is not a part of it.
       const parts = [...card.querySelectorAll("[data-text]")].map((part) =>
         [...part.childNodes].filter((node) => node.nodeName !== "DEL").map((node) => node.textContent).join(""));
       texts.set(card, normalise(parts.join("\n")));
@@ -44,7 +44,7 @@ function openGallery({ cardsAtOnce, matches, compare = () => null, onShow = () =
   function showMore() {
     const next = matching.slice(shown, shown + cardsAtOnce);
     for (const image of next.flatMap((card) => [...card.querySelectorAll("img:not([src])")])) {
-      image.src = pictures[image.dataset.picture];
+      image.src = images[image.dataset.image];
     }
     gallery.append(...next);
     shown += next.length;

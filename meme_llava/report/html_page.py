@@ -1,4 +1,4 @@
-"""Knows what our self-contained HTML pages have in common: escaping, small pictures, look, and writing them whole.
+"""What our self-contained HTML pages have in common: escaping, small images, look, and writing them whole.
 
 A page needs no network, and its content security policy lets no script run but its own.
 """
@@ -23,7 +23,7 @@ from meme_llava.dataset.images import open_image
 FOLDER = Path(__file__).parent
 THUMBNAIL_SIDE = 200  # pixels of the longer side
 THUMBNAIL_QUALITY = 75
-# Every thread holds one decoded picture, so this bounds the memory.
+# Every thread holds one decoded image, so this bounds the memory.
 THUMBNAIL_THREADS = min(4, os.cpu_count() or 1)
 LONG_TEXT = 120  # columns, a Chinese letter takes two; shorter texts never need folding
 # Controls that reorder, hide or break text, and half characters, which no file can hold.
@@ -35,16 +35,16 @@ _UNSEEN = re.compile(
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A small picture in a data: URL, or why there is none."""
+    """A small image in a data: URL, or why there is none."""
 
     name: str
     url: str = ""  # data: URL, empty if the file cannot be shown
-    size: str = ""  # of the picture itself
+    size: str = ""  # of the image itself
     reason: str = ""  # why it cannot be shown
 
 
 def make_thumbnails(paths: Sequence[Path], max_pixels: int) -> list[Thumbnail]:
-    """A small picture of every file, in their order; pictures of more pixels are not decoded."""
+    """A small image of every file, in their order; images of more pixels are not decoded."""
     with ThreadPoolExecutor(THUMBNAIL_THREADS) as pool:
         return list(pool.map(partial(_make_thumbnail, max_pixels=max_pixels), paths))
 

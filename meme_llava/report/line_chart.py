@@ -1,4 +1,4 @@
-"""Knows where the lines and marks of a chart stand on a page. Knows nothing about what is drawn."""
+"""The layout of a line chart: where its lines and ticks stand on a page. Nothing about what is drawn."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -69,6 +69,6 @@ def _list_marks(step: float, end: float) -> Iterator[tuple[float, str]]:
 
 
 def _thin(points: Sequence[tuple[float, float]], steps: int) -> list[tuple[float, float]]:
-    """The means of every so many steps, where their last one stands: more points than that cannot be seen."""
+    """The means of every N steps, where their last one stands: more points than that cannot be seen."""
     groups = (list(group) for _, group in groupby(points, key=lambda point: (point[0] - 1) // steps))
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]

@@ -1,4 +1,4 @@
-"""Knows how experiments become one self-contained HTML page and a table for spreadsheets.
+"""The page of a report: experiments as one self-contained HTML file and a table for spreadsheets.
 
 What an experiment is stands in `experiment`, what all pages share in `html_page`.
 """
@@ -47,7 +47,7 @@ class _Cell:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What an experiment said. `pieces` are its text and that of the truth, cut where they differ: (text, kind)."""
+    """What an experiment said. `pieces` are its text and that of the reference, cut where they differ: (text, kind)."""
 
     column: int
     verdict: str  # "right", "wrong" or "none"
@@ -62,7 +62,7 @@ class _Card:
     image: str
     question: str
     task: str
-    truth: str
+    reference: str
     answers: list[_Answer]
     disagree: bool
     right: int  # answers
@@ -172,7 +172,7 @@ def _make_cards(experiments: Sequence[Experiment]) -> list[_Card]:
                 first["image"],
                 first["question"],
                 first["task"],
-                first["truth"] or "",
+                first["reference"] or "",
                 answers,
                 len(texts) > 1,
                 sum(answer.verdict == "right" for answer in answers),
@@ -184,20 +184,23 @@ def _make_cards(experiments: Sequence[Experiment]) -> list[_Card]:
 def _judge(column: int, prediction: dict | None) -> _Answer:
     if prediction is None:
         return _Answer(column, "none", [], "not asked")
-    answer, truth = prediction["answer"], prediction["truth"] or ""
-    verdict = "right" if is_right(answer, truth) else "wrong"
+    answer, reference = prediction["answer"], prediction["reference"] or ""
+    verdict = "right" if is_right(answer, reference) else "wrong"
     note = prediction["problem"] or ("cut off" if prediction["stopped"] is False else "")
-    return _Answer(column, verdict, list(split_differences(truth, answer)), note)
+    return _Answer(column, verdict, list(split_differences(reference, answer)), note)
 
 
-def split_differences(truth: str, answer: str) -> Iterator[tuple[str, str]]:
-    """The answer in pieces: "same" as the truth, "wrong" where it has something else, "missing" what it lacks."""
-    for operation in Levenshtein.opcodes(truth, answer):
-        lacks, has = truth[operation.src_start : operation.src_end], answer[operation.dest_start : operation.dest_end]
+def split_differences(reference: str, answer: str) -> Iterator[tuple[str, str]]:
+    """The answer in pieces: "same" as the reference, "wrong" where it has something else, "missing" what it lacks."""
+    for operation in Levenshtein.opcodes(reference, answer):
+        lacks, has = (
+            reference[operation.src_start : operation.src_end],
+            answer[operation.dest_start : operation.dest_end],
+        )
         if operation.tag == "equal":
             yield has, "same"
             continue
-        # What differs in nothing that is compared is no mistake.
+        # What differs in nothing that is compared is not a mistake.
         kind = "same" if normalise_text(lacks) == normalise_text(has) else "wrong"
         if lacks and kind == "wrong" and normalise_text(lacks):
             yield lacks, "missing"

@@ -5,5 +5,5 @@ from pathlib import Path
 
 
 def find_default_cache() -> Path:
-    """Where checked pictures are remembered unless the user says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meme_llava" / "pictures.sqlite"
+    """Where checked images are remembered unless the user says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meme_llava" / "images.sqlite"

@@ -1,4 +1,4 @@
-"""Knows what a directory that we write holds: file names, the run record, complete or absent.
+"""Output folders, written whole or not at all.
 
 Every directory stands alone: it loads without any other, and its run record says how it came to be.
 """
@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from meme_llava.errors import DiskFullError, UserError, means_full_disk
+from meme_llava.errors import DiskFullError, UserError, is_disk_full
 from meme_llava.storage.run_record import RUN_RECORD
 
 
@@ -42,11 +42,11 @@ def write_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
             yield temporary
             set_file_modes(temporary)
             for path in (*sorted(temporary.rglob("*")), temporary):
-                bring_to_disk(path)
+                fsync_path(path)
             check_output_dir(output_dir, overwrite)  # again: it took a while
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError) and means_full_disk(error):
+            if isinstance(error, OSError) and is_disk_full(error):
                 raise DiskFullError(
                     f"{temporary}: the disk is full. Free some, or choose another --output_dir."
                 ) from error
@@ -54,7 +54,7 @@ def write_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
         if output_dir.exists():
             output_dir.rename(replaced)
         temporary.rename(output_dir)
-        bring_to_disk(output_dir.parent)
+        fsync_path(output_dir.parent)
         _remove(replaced)
 
 
@@ -104,7 +104,7 @@ def _remove(replaced: Path) -> None:
         shutil.rmtree(removed, ignore_errors=True)
 
 
-def bring_to_disk(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Return when a file's or directory's content would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -125,15 +125,15 @@ def check_apart(output_dir: Path, inputs: dict[str, Path]) -> None:
 def check_output_dir(output_dir: Path, overwrite: bool) -> None:
     """Raise UserError unless something may be written to `output_dir`; --overwrite replaces only what we wrote."""
     if output_dir.name in ("", ".."):
-        raise UserError(f"{output_dir}: is no name for a new directory; give --output_dir one of its own")
+        raise UserError(f"{output_dir}: is not a name for a new directory; give --output_dir one of its own")
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{output_dir}: is a file, expected a directory to write to")
     if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
         raise UserError(f"{output_dir}: is not empty. Choose another --output_dir, or pass --overwrite to replace it.")
     if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / RUN_RECORD).is_file():
         raise UserError(
-            f"{output_dir}: has no {RUN_RECORD}, so it is no output of ours and --overwrite leaves it alone. Choose "
-            "another --output_dir, or delete it yourself."
+            f"{output_dir}: has no {RUN_RECORD}, so it is not an output of ours and --overwrite leaves it alone. "
+            "Choose another --output_dir, or delete it yourself."
         )
 
 

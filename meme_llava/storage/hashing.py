@@ -1,4 +1,4 @@
-"""Knows how the contents of a file get a name of their own."""
+"""Hashes of files and of their state."""
 
 import hashlib
 import stat

@@ -1,4 +1,4 @@
-"""Knows where a language model or vision tower comes from: a folder, the Hugging Face hub, or ModelScope."""
+"""Where a language model or vision tower comes from: a folder, the Hugging Face hub, or ModelScope."""
 
 import os
 from pathlib import Path
@@ -45,13 +45,13 @@ def _download_from_hub(model_id: str) -> Path:
     except (HTTPError, HFValidationError, OSError, ValueError) as error:
         if constants.HF_HUB_OFFLINE:
             raise UserError(
-                f"{model_id}: is no folder here, HF_HUB_OFFLINE is set, and the cache {constants.HF_HUB_CACHE} "
+                f"{model_id}: is not a local folder, HF_HUB_OFFLINE is set, and the cache {constants.HF_HUB_CACHE} "
                 "does not hold all of it. Unset HF_HUB_OFFLINE to download it, or give a folder."
             ) from error
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{model_id}: is no folder here, and downloading it from {endpoint} failed: {reason}\n"
+            f"{model_id}: is not a local folder, and downloading it from {endpoint} failed: {reason}\n"
             "Check the spelling; behind a slow or closed connection set HF_ENDPOINT to a mirror, use "
             f"{MODELSCOPE_PREFIX}{model_id}, or download it elsewhere and give the folder."
         ) from error

@@ -1,4 +1,5 @@
-"""Knows whether a directory is whole: a manifest lists every file with its size and sha256, and is written last.
+"""The manifest of a folder: every file with its size and sha256, written last, so that a whole folder can be told from
+a part.
 
 `manifest.json` is canonical: JSON with sorted keys and an indent of two, whose `manifest_sha256` is the sha256 of the
 same text without that key. So a change of any byte, in a file or in the manifest itself, is found.

@@ -7,11 +7,9 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from meme_llava.errors import CheckpointError, UserError
+from meme_llava.errors import UserError
 from meme_llava.paths import ROOT
-from meme_llava.storage.fingerprint import fingerprint_folder
-from meme_llava.storage.hashing import hash_file
-from meme_llava.storage.manifest import MANIFEST, verify_directory
+from meme_llava.storage.manifest import verify_directory
 
 RUN_RECORD = "run_record.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -72,16 +70,6 @@ def holds_trained_weights(directory: Path) -> bool:
     return (directory / ADAPTER_WEIGHTS).is_file() or (directory / TRAINED_WEIGHTS).is_file()
 
 
-def identify_weights(folder: Path) -> str:
-    """64 hexadecimal digits that are others whenever the weights are: of a whole model, or of trained weights and base.
-
-    Raises:
-        UserError: the folder holds neither.
-    """
-    # The manifest of trained weights lists their hash and that of their run record, which names the base.
-    return hash_file(folder / MANIFEST) if holds_trained_weights(folder) else fingerprint_folder(folder)
-
-
 def read_trained_record(folder: Path) -> dict:
     """The run record of an output or checkpoint of train.py, of which every byte is as it was written.
 
@@ -96,25 +84,3 @@ def read_trained_record(folder: Path) -> dict:
         )
     verify_directory(folder)
     return record
-
-
-def find_base(adapter: Path, base_model: Path | None) -> Path:
-    """The base model that trained weights belong to.
-
-    Args:
-        adapter: output or checkpoint of train.py.
-        base_model: where the base is now, if it moved since training.
-
-    Raises:
-        UserError: `adapter` holds no trained weights, is damaged, or its base is missing or another one.
-    """
-    record = read_trained_record(adapter)
-    folder = base_model or Path(record["base"]["folder"])
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: the base model of {adapter} is not there; say where it is with --base_model")
-    if fingerprint_folder(folder) != record["base"]["fingerprint"]:
-        raise CheckpointError(
-            f"{folder}: is not the base model that {adapter} was trained on (their weights differ); give the right "
-            "one with --base_model"
-        )
-    return folder

@@ -1,6 +1,6 @@
-"""Knows where each tensor lies in safetensors or `.bin` files, and reads it whole, by rows or in pieces.
+"""Tensors in safetensors or `.bin` files, read whole, by rows or in pieces.
 
-Nothing stays in memory, whatever the size of the files. Knows nothing about models.
+Nothing stays in memory, whatever the size of the files. Nothing about models.
 
 The safetensors format (https://github.com/huggingface/safetensors#format): 8 bytes with the header's length, little
 endian; the header, JSON that maps each name to `dtype`, `shape` and `data_offsets` [begin, end) counted from the end of
@@ -38,7 +38,7 @@ DTYPE_NAMES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# The format's own limit; a longer one is no header but chance bytes.
+# The format's own limit; a longer one is not a header but chance bytes.
 MAX_HEADER_BYTES = 100_000_000
 PIECE_BYTES = 16_000_000
 DAMAGED = "Delete it and download or make it again."
@@ -191,7 +191,7 @@ def _open_indexed(index: Path) -> TensorReader:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index}: is no index of weights ({type(error).__name__}: {error}). {DAMAGED}") from error
+        raise UserError(f"{index}: is not an index of weights ({type(error).__name__}: {error}). {DAMAGED}") from error
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard or len(os.fsencode(shard)) > 255:
             raise UserError(f"{index}: names shard {repr(shard)[:80]}, expected a file name without folders")
@@ -211,7 +211,7 @@ def _list_safetensors(path: Path) -> dict[str, StoredTensor]:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise UserError(f"{path}: is no safetensors file or an interrupted one ({size:,} bytes). {DAMAGED}")
+                raise UserError(f"{path}: is not a safetensors file or an interrupted one ({size:,} bytes). {DAMAGED}")
             header = json.loads(file.read(length))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         for name, entry in entries.items():
@@ -272,7 +272,7 @@ def _list_pickled(path: Path) -> dict[str, StoredTensor]:
     except Exception as error:  # pickle, zip and torch raise a dozen kinds for damaged, old and hostile files
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(
-            f"{path}: is no plain file of tensors as torch.save has written it since PyTorch 1.6 "
+            f"{path}: is not a plain file of tensors as torch.save has written it since PyTorch 1.6 "
             f"({type(error).__name__}: {reason}). {DAMAGED}"
         ) from error
     tensors = {}

@@ -1,6 +1,6 @@
-"""Knows how tensors that are made piece by piece become safetensors files: disk space, shards, index.
+"""Tensors made piece by piece and written to safetensors files: disk space, shards, index.
 
-Nothing here holds more than a few pieces at a time. Knows nothing about models. The format stands in `tensor_reader`.
+Nothing here holds more than a few pieces at a time. Nothing about models. The format stands in `tensor_reader`.
 """
 
 import json
@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
-from meme_llava.errors import DiskFullError, UserError, means_full_disk
+from meme_llava.errors import DiskFullError, UserError, is_disk_full
 from meme_llava.storage.tensor_reader import DTYPE_NAMES, WEIGHTS_INDEX, view_bytes
 
-DEFAULT_SHARD_SIZE = "5GB"
 _NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPE_NAMES.items()}
 
 
@@ -47,7 +46,7 @@ def count_bytes(planned: dict[str, PlannedTensor]) -> int:
 def write_tensors(
     planned: dict[str, PlannedTensor],
     folder: Path,
-    max_shard_size: str = DEFAULT_SHARD_SIZE,
+    max_shard_size: str = "5GB",
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Write `model.safetensors`, or shards of at most `max_shard_size` with their index, and bring them to the disk.
@@ -71,7 +70,7 @@ def write_tensors(
         try:
             _write_file(path, headers[file_name], [planned[name] for name in _order_in_file(names, planned)], advance)
         except OSError as error:
-            kind = DiskFullError if means_full_disk(error) else UserError
+            kind = DiskFullError if is_disk_full(error) else UserError
             raise kind(f"{path}: cannot be written ({error.strerror or error})") from error
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

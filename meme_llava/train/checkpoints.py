@@ -1,4 +1,4 @@
-"""Knows the checkpoints of a run: each whole or absent, kept while it is needed, found when a run goes on.
+"""The checkpoints of a run: each whole or absent, kept while it is needed, found when a run goes on.
 
 All processes write `.checkpoint-N.incomplete` together; when everything is on the disk its manifest is written, and it
 becomes `checkpoint-N`. Older ones go only after the new one was read back.
@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from meme_llava.distributed.processes import any_process, gather, is_main_process, share, wait_for_all
-from meme_llava.errors import CheckpointError, DiskFullError, UserError, means_full_disk
-from meme_llava.storage.folders import bring_to_disk, lock_directory, set_file_modes
+from meme_llava.distributed.processes import any_process, broadcast_from_main, gather, is_main_process, wait_for_all
+from meme_llava.errors import CheckpointError, DiskFullError, UserError, is_disk_full
+from meme_llava.storage.folders import fsync_path, lock_directory, set_file_modes
 from meme_llava.storage.manifest import MANIFEST, describe_file, verify_directory, write_manifest
 from meme_llava.storage.tensor_writer import check_free_space
 
 NAME = "checkpoint-{}"
 INCOMPLETE = ".checkpoint-{}.incomplete"
 FINAL_INCOMPLETE = ".final.incomplete"
-PASSED_OVER_SUFFIX = ".passed_over"
+CORRUPT_SUFFIX = ".passed_over"
 # What a checkpoint holds besides tensors: tokenizer, processor, records, the log so far.
-COMPANION_BYTES = 50_000_000
+SIDECAR_BYTES = 50_000_000
 # Worker processes of a killed run live on for a few seconds, and its lock with them.
 LOCK_PATIENCE_SECONDS = 15
 
@@ -32,13 +32,13 @@ class CheckpointContent:
     """What a checkpoint says of its run.
 
     Args:
-        write_companions: writes processor and run record of a step into a folder.
-        make_facts: what its manifest says of a step besides the files.
-        keep: so many checkpoints stay.
+        write_sidecars: writes processor and run record of a step into a folder.
+        make_manifest_metadata: what its manifest says of a step besides the files.
+        keep: how many checkpoints stay.
     """
 
-    write_companions: Callable[[Path, int], None]
-    make_facts: Callable[[int], Mapping]
+    write_sidecars: Callable[[Path, int], None]
+    make_manifest_metadata: Callable[[int], Mapping]
     keep: int
 
 
@@ -67,11 +67,11 @@ def find_newest(output_dir: Path) -> Path | None:
     return None
 
 
-def put_aside_newer(output_dir: Path, checkpoint: Path | None) -> None:
-    """Rename checkpoints behind the one that a run goes on from; their names will be needed."""
+def archive_newer_checkpoints(output_dir: Path, checkpoint: Path | None) -> None:
+    """Rename checkpoints newer than the one that a run goes on from; their names will be needed."""
     for newer in list_checkpoints(output_dir):
         if checkpoint is None or read_step(newer) > read_step(checkpoint):
-            aside = newer.with_name(newer.name + PASSED_OVER_SUFFIX)
+            aside = newer.with_name(newer.name + CORRUPT_SUFFIX)
             shutil.rmtree(aside, ignore_errors=True)
             newer.rename(aside)
             print(f"{newer.name} is kept as {aside.name}; delete it when you need it no more", flush=True)
@@ -82,7 +82,7 @@ def write_checkpoint(
     step: int,
     tensor_bytes: int,
     write_files: Callable[[Path], Sequence[Path]],
-    make_facts: Callable[[], Mapping],
+    make_manifest_metadata: Callable[[], Mapping],
     keep: int,
 ) -> Path:
     """Write a checkpoint; all processes call this together.
@@ -90,28 +90,28 @@ def write_checkpoint(
     Args:
         tensor_bytes: what its tensors take.
         write_files: writes this process's files into a folder and returns them.
-        make_facts: what the manifest says besides the files; called in the main process.
-        keep: so many of the newest checkpoints stay.
+        make_manifest_metadata: what the manifest says besides the files; called in the main process.
+        keep: how many of the newest checkpoints stay.
 
     Raises:
         UserError: it could not be written; older checkpoints are untouched. The same in every process.
     """
     folder = output_dir / INCOMPLETE.format(step)
     checkpoint = output_dir / NAME.format(step)
-    share(lambda: _make_room(output_dir, folder, tensor_bytes + COMPANION_BYTES))
+    broadcast_from_main(lambda: _make_room(output_dir, folder, tensor_bytes + SIDECAR_BYTES))
     own, error = {}, None
     try:
         own = _write_own(folder, write_files)
     except (OSError, UserError) as failure:
         error = failure
     if any_process(error is not None):
-        share(lambda: shutil.rmtree(folder, ignore_errors=True))
+        broadcast_from_main(lambda: shutil.rmtree(folder, ignore_errors=True))
         problem = next(found for found in gather(_to_user_error(error, folder, tensor_bytes)) if found is not None)
         problem.is_common = True
         raise problem
     everything = gather(own)
     files = {name: described for described_files in everything for name, described in described_files.items()}
-    share(lambda: _complete(folder, checkpoint, files, make_facts(), keep))
+    broadcast_from_main(lambda: _complete(folder, checkpoint, files, make_manifest_metadata(), keep))
     return checkpoint
 
 
@@ -129,7 +129,7 @@ def _make_room(output_dir: Path, folder: Path, needed: int) -> None:
 def _write_own(folder: Path, write_files: Callable[[Path], Sequence[Path]]) -> dict[str, dict]:
     described = {}
     for path in write_files(folder):
-        bring_to_disk(path)
+        fsync_path(path)
         described[path.name] = describe_file(path)
     return described
 
@@ -138,12 +138,12 @@ def _to_user_error(error: Exception | None, folder: Path, needed: int) -> UserEr
     if error is None or isinstance(error, UserError):
         return error
     kind, reason = UserError, error.strerror or str(error)
-    if means_full_disk(error):
+    if is_disk_full(error):
         kind = DiskFullError
         free = shutil.disk_usage(folder.parent).free
         reason += f"; it takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
     return kind(
-        f"{folder}: the checkpoint could not be written ({reason}). Free some room or mend the disk, then start the "
+        f"{folder}: the checkpoint could not be written ({reason}). Free some room or fix the disk, then start the "
         f"same command again. {_describe_kept(folder.parent)}"
     )
 
@@ -156,12 +156,12 @@ def _describe_kept(output_dir: Path) -> str:
 def _complete(folder: Path, checkpoint: Path, files: Mapping, facts: Mapping, keep: int) -> None:
     set_file_modes(folder)
     write_manifest(folder, files, facts)
-    bring_to_disk(folder / MANIFEST)
-    bring_to_disk(folder)
+    fsync_path(folder / MANIFEST)
+    fsync_path(folder)
     if checkpoint.exists():  # a damaged one that nobody could put aside
         shutil.rmtree(checkpoint)
     folder.rename(checkpoint)
-    bring_to_disk(checkpoint.parent)
+    fsync_path(checkpoint.parent)
     verify_directory(checkpoint)
     for older in list_checkpoints(checkpoint.parent)[:-keep]:
         # Under another name first: half of a checkpoint must not look like one.
@@ -185,14 +185,14 @@ def write_final(output_dir: Path, checkpoint: Path, names: Sequence[str], last: 
             shutil.copyfile(checkpoint / name, folder / name)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise _to_user_error(error, folder, COMPANION_BYTES) from error
+        raise _to_user_error(error, folder, SIDECAR_BYTES) from error
     write_manifest(folder, {name: describe_file(folder / name) for name in names}, {"copied_from": checkpoint.name})
     for name in (*names, MANIFEST):
-        bring_to_disk(folder / name)
+        fsync_path(folder / name)
     for name in (*(name for name in names if name != last), MANIFEST, last):
         (folder / name).replace(output_dir / name)
     folder.rmdir()
-    bring_to_disk(output_dir)
+    fsync_path(output_dir)
 
 
 @contextlib.contextmanager
@@ -212,7 +212,7 @@ def hold_output_dir(output_dir: Path) -> Iterator[None]:
             stack.callback(lambda: probe.unlink(missing_ok=True))
             return probe.name
 
-        name = share(take)
+        name = broadcast_from_main(take)
         if any_process(not (output_dir / name).exists()):
             raise UserError(
                 f"{output_dir}: not every machine sees the same folder there. Checkpoints are written by all of them "

@@ -1,4 +1,4 @@
-"""Knows how this machine will compute a run's steps: which attention kernel, and which layers twice to save memory."""
+"""How this machine computes a run's steps: which attention kernel, and which layers are recomputed to save memory."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -8,12 +8,12 @@ import torch
 from transformers import LlavaConfig, TrainingArguments
 
 from meme_llava.dataset.images import ImagePolicy
-from meme_llava.model.activation_checkpointing import RecomputedLayers
+from meme_llava.model.activation_checkpointing import CheckpointedLayers
 from meme_llava.model.packed_attention import NAMES, choose_attention
 from meme_llava.model.packed_llava import check_compiler
 from meme_llava.train.hf_arguments import choose_bf16
 from meme_llava.train.planning.accelerators import GIB
-from meme_llava.train.planning.memory import StateDivision, StepEstimator, StepMemory, find_usable
+from meme_llava.train.planning.memory import ShardingPlan, StepEstimator, StepMemory, find_usable
 from meme_llava.train.settings import TrainArguments
 
 # Float32 numbers that a layer keeps for each position, at most, as multiples of its width and of its MLP's.
@@ -36,7 +36,7 @@ class Computation:
     """
 
     attention: str
-    recomputed: RecomputedLayers
+    recomputed: CheckpointedLayers
     largest: int
     memory: StepMemory | None
     usable: int
@@ -54,7 +54,7 @@ class Computation:
     def describe(self) -> str:
         """One line for a person, and a second one if the step may not fit."""
         layers = "no layer computed twice"
-        if self.recomputed != RecomputedLayers():
+        if self.recomputed != CheckpointedLayers():
             layers = f"{self.recomputed.language} language and {self.recomputed.vision} vision layers computed twice"
         line = f"attention {self.attention_setting}; {layers}"
         if self.memory is None:
@@ -68,7 +68,7 @@ class Computation:
         return line
 
 
-def check_machine(arguments: TrainArguments) -> None:
+def check_device(arguments: TrainArguments) -> None:
     """Raise UserError if this machine lacks what the settings ask of it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choose_attention(arguments.attention, device, choose_bf16(arguments))
@@ -91,13 +91,13 @@ def plan_computation(
     attention = choose_attention(arguments.attention, device, training_arguments.bf16)
     config = LlavaConfig.from_pretrained(arguments.model, local_files_only=True)
     on_gpu = device.type == "cuda"
-    engine = StateDivision.of_run(arguments, training_arguments.world_size, on_gpu)
+    engine = ShardingPlan.of_run(arguments, training_arguments.world_size, on_gpu)
     estimator = StepEstimator(config, image_policy, arguments, engine, largest_batch)
     memory = measure_memory(device, training_arguments.world_size)
     usable, largest = find_usable(memory), largest_batch["input_ids"].numel()
     setting = arguments.gradient_checkpointing
     if setting != "auto" or (not on_gpu and bound_memory(arguments, config, largest_batch) <= usable):
-        recomputed = estimator.most if setting == "full" else RecomputedLayers()
+        recomputed = estimator.most if setting == "full" else CheckpointedLayers()
         return Computation(attention, recomputed, largest, None, usable)
     recomputed = estimator.choose_recomputed(setting, memory)
     return Computation(attention, recomputed, largest, estimator.estimate(recomputed), usable)
@@ -120,7 +120,7 @@ def bound_memory(arguments: TrainArguments, config: LlavaConfig, batch: Mapping)
     kept = positions * text.num_hidden_layers * _count_kept(text)
     kept += len(pixels) * patches * vision.num_hidden_layers * _count_kept(vision)
     # Every segment's mask over its path, in every layer.
-    masks = batch["longest_segment"] * len(batch["path_index"]) * text.num_hidden_layers
+    masks = batch["max_seqlen_q"] * len(batch["kv_index"]) * text.num_hidden_layers
     logits = 4 * len(batch["loss_positions"]) * text.vocab_size
     return 2 * STATE_COPIES * stored + 4 * (kept + logits) + masks
 

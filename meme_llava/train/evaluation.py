@@ -1,4 +1,4 @@
-"""Knows how a model is evaluated while it trains: validation loss, scores of its answers, some of them to look at.
+"""Evaluation of a model while it trains: validation loss, scores of its answers, some of them to look at.
 
 Training does not feel it: no random number is drawn, no gradient is kept.
 """
@@ -17,18 +17,18 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TrainerCallback
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.images import open_image
 from meme_llava.distributed.engines import Engine
-from meme_llava.distributed.heartbeat import ProgressMarks
-from meme_llava.distributed.processes import count_processes, gather, share
+from meme_llava.distributed.heartbeat import Heartbeat
+from meme_llava.distributed.processes import broadcast_from_main, count_processes, gather
 from meme_llava.errors import UserError
-from meme_llava.evaluate.scores import describe_measure, name_figure, score_answers, to_answered_question
-from meme_llava.inference.answers import GivenAnswer, describe_answer
+from meme_llava.evaluate.scores import describe_measure, name_figure, score_predictions
 from meme_llava.inference.generation import Answerer, choose_stops
+from meme_llava.inference.predictions import Prediction
 from meme_llava.model.llava import Processing
 from meme_llava.model.packed_llava import answer_unpacked
 from meme_llava.terminal import print_table
 from meme_llava.train.run import TrainingRun
-from meme_llava.train.tracker_runs import ShownAnswer, TrackerRuns
-from meme_llava.train.validation import ANSWERS, ValidationData, deal
+from meme_llava.train.tracker_runs import TrackerRuns
+from meme_llava.train.validation import ANSWERS, ValidationData, shard_for_rank
 
 LOSS = "eval_loss"
 
@@ -41,9 +41,9 @@ class TrainingEvaluation:
     """Evaluates a model on the validation records; all processes call it together.
 
     Args:
-        every: optimizer steps between two evaluations; there is one behind the last step, too.
+        every: optimizer steps between two evaluations; there is one after the last step, too.
         batch_size: records, and questions, that a device computes at once.
-        marks: a long evaluation is no hang.
+        heartbeat: a long evaluation is not a hang.
     """
 
     def __init__(
@@ -57,15 +57,15 @@ class TrainingEvaluation:
         max_new_tokens: int,
         output_dir: Path,
         trackers: TrackerRuns,
-        marks: ProgressMarks,
+        heartbeat: Heartbeat,
     ):
         self._every = every
         self._data, self._processing, self._collator = data, processing, collator
         self._engine, self._batch_size, self._max_new_tokens = engine, batch_size, max_new_tokens
-        self._output_dir, self._trackers, self._marks = output_dir, trackers, marks
+        self._output_dir, self._trackers, self._heartbeat = output_dir, trackers, heartbeat
 
     def is_due(self, step: int, last_step: int) -> bool:
-        """Whether there is an evaluation behind an optimizer step."""
+        """Whether there is an evaluation after an optimizer step."""
         return step > 0 and (step % self._every == 0 or step == last_step)
 
     def evaluate(
@@ -92,15 +92,15 @@ class TrainingEvaluation:
         start = time.perf_counter()
         loss = self._measure_loss(measure, is_stopping)
         with answer_unpacked(model), autocast():
-            described = self._ask(model, device, is_stopping)
-        self._marks.mark("scoring answers")
-        return share(lambda: self._report(step, loss, described, start))
+            predictions = self._ask(model, device, is_stopping)
+        self._heartbeat.beat("scoring answers")
+        return broadcast_from_main(lambda: self._report(step, loss, predictions, start))
 
     def _measure_loss(self, measure: Callable[[Mapping], torch.Tensor], is_stopping: Callable[[], bool]) -> float:
         """The mean loss over the validation records, weighed as in training."""
         batches = self._cut(range(self._data.records))
         own = []
-        for place, numbers in deal(batches):
+        for place, numbers in shard_for_rank(batches):
             self._pause(f"measuring the validation loss, batch {place}", is_stopping)
             batch = self._collator(self._data.dataset.__getitems__(list(numbers)))
             weight = batch["loss_weights"].sum(dtype=torch.float64).item()
@@ -111,16 +111,16 @@ class TrainingEvaluation:
         found = sorted(one for several in gather(own) for one in several)
         return sum(loss for _, loss, _ in found) / sum(weight for _, _, weight in found)
 
-    def _ask(self, model: nn.Module, device: torch.device, is_stopping: Callable[[], bool]) -> list[dict]:
+    def _ask(self, model: nn.Module, device: torch.device, is_stopping: Callable[[], bool]) -> list[Prediction]:
         """Every question with its answer, in order."""
-        divided = self._engine.divides_weights and count_processes() > 1
-        marking = StoppingCriteriaList([_Mark(self._marks)])
+        divided = self._engine.shards_weights and count_processes() > 1
+        marking = StoppingCriteriaList([_Beat(self._heartbeat)])
         generation_config = choose_stops(model.generation_config, self._processing)
         generation_config.use_cache = True  # which training turns off
         options = {"synced_gpus": divided, "stopping_criteria": marking}
         answerer = Answerer(model, self._processing, generation_config, options, device)
         own = []
-        for place, questions in deal(self._cut(self._data.questions)):
+        for place, questions in shard_for_rank(self._cut(self._data.questions)):
             self._pause("asking the validation questions", is_stopping)
             try:
                 images = [open_image(question.image, self._processing.image_policy) for question in questions]
@@ -128,32 +128,28 @@ class TrainingEvaluation:
                 raise UserError(f"{error}; it was sound when the run started") from error
             answers = answerer.answer_together(images, list(questions), self._max_new_tokens)
             if place is not None:
-                given = map(GivenAnswer.of_model, answers)
-                own.append((place, [describe_answer(*pair) for pair in zip(questions, given, strict=True)]))
+                own.append((place, [Prediction.of_answer(*pair) for pair in zip(questions, answers, strict=True)]))
         found = sorted((one for several in gather(own) for one in several), key=lambda one: one[0])
-        return [described for _, several in found for described in several]
+        return [prediction for _, several in found for prediction in several]
 
     def _cut(self, items: Sequence) -> list[Sequence]:
         return [items[start : start + self._batch_size] for start in range(0, len(items), self._batch_size)]
 
     def _pause(self, activity: str, is_stopping: Callable[[], bool]) -> None:
-        self._marks.mark(activity)
+        self._heartbeat.beat(activity)
         if is_stopping():
             raise EvaluationInterrupted
 
-    def _report(self, step: int, loss: float, described: list[dict], start: float) -> dict[str, float]:
+    def _report(self, step: int, loss: float, predictions: list[Prediction], start: float) -> dict[str, float]:
         """Show the answers of a step, keep them, and return its figures."""
-        scores = score_answers([to_answered_question(one) for one in described])
+        scores = score_predictions(predictions)
         figures = {LOSS: loss} | {name_figure(name): score.value for name, score in scores.items()}
-        shown = [described[place] for place in self._data.shown]
+        shown = [predictions[place] for place in self._data.shown]
         keep_answers(self._output_dir / ANSWERS, step, shown)
-        self._trackers.report_answers(
-            step,
-            [ShownAnswer(one["image"], one["question"], one["truth"], one["answer"]) for one in shown],
-        )
+        self._trackers.report_answers(step, shown)
         seconds = time.perf_counter() - start
         with tqdm.external_write_mode():
-            print_answers(step, figures, shown, f"{self._data.records} records, {len(described)} questions", seconds)
+            print_answers(step, figures, shown, f"{self._data.records} records, {len(predictions)} questions", seconds)
         return figures
 
 
@@ -163,7 +159,7 @@ def make_evaluation(
     processing: Processing,
     collator: PackingCollator,
     trackers: TrackerRuns,
-    marks: ProgressMarks,
+    heartbeat: Heartbeat,
 ) -> TrainingEvaluation | None:
     """What evaluates a run's model while it trains; None without validation records."""
     if data is None:
@@ -179,7 +175,7 @@ def make_evaluation(
         arguments.eval_max_new_tokens,
         arguments.output_dir,
         trackers,
-        marks,
+        heartbeat,
     )
 
 
@@ -198,34 +194,38 @@ class EvaluationCallback(TrainerCallback):
         control.should_evaluate = self._evaluation.is_due(state.global_step, state.max_steps)
 
 
-class _Mark(StoppingCriteria):
+class _Beat(StoppingCriteria):
     """Stops nothing; a token is a sign of progress."""
 
-    def __init__(self, marks: ProgressMarks):
-        self._marks = marks
+    def __init__(self, heartbeat: Heartbeat):
+        self._heartbeat = heartbeat
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        self._marks.mark("answering validation questions")
+        self._heartbeat.beat("answering validation questions")
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def keep_answers(path: Path, step: int, shown: Sequence[dict]) -> None:
-    """Write the answers of a step behind those of earlier ones. Later ones are of a run that was continued before."""
+def keep_answers(path: Path, step: int, shown: Sequence[Prediction]) -> None:
+    """Append the answers of a step to those of earlier ones. Later ones are of a run that was continued before."""
     # Text may hold other separators of lines, at which splitlines would cut.
     lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
     kept = [line for line in lines if line and json.loads(line)["step"] < step]
     for one in shown:
-        answer = {"step": step} | {name: one[name] for name in ("image", "question", "truth", "answer", "stopped")}
+        answer = {"step": step} | {
+            name: getattr(one, name) for name in ("image", "question", "reference", "answer", "stopped")
+        }
         kept.append(json.dumps(answer, ensure_ascii=False))
     temporary = path.with_name(f".{path.name}.incomplete")
     temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     temporary.replace(path)
 
 
-def print_answers(step: int, figures: Mapping[str, float], shown: Sequence[dict], of: str, seconds: float) -> None:
-    """Print a step's answers beside the truth, and what they and all others are worth."""
-    rows = [(Path(one["image"]).name, one["question"], one["truth"], one["answer"]) for one in shown]
-    print_table(f"Answers after step {step}", ("picture", "question", "truth", "answer"), rows)
+def print_answers(
+    step: int, figures: Mapping[str, float], shown: Sequence[Prediction], of: str, seconds: float
+) -> None:
+    """Print a step's answers beside the reference, and what they and all others are worth."""
+    rows = [(Path(one.image).name, one.question, one.reference, one.answer) for one in shown]
+    print_table(f"Answers after step {step}", ("image", "question", "reference", "answer"), rows)
     words = [f"validation loss {figures[LOSS]:.4f}"]
     for name in ("character_error_rate", "text_found", "chrf"):
         if (value := figures.get(name_figure(name))) is not None:

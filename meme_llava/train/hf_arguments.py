@@ -1,4 +1,4 @@
-"""Knows our settings as the Trainer's: steps, precision, engine. Knows nothing about models."""
+"""Our settings as the Trainer's: steps, precision, engine. Nothing about models."""
 
 import math
 
@@ -6,7 +6,8 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 
-from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine, allow_fsdp_on_cpu, prepare_environment
+from meme_llava.distributed.engine_setup import allow_fsdp_on_cpu, prepare_environment
+from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine
 from meme_llava.distributed.processes import count_processes
 from meme_llava.errors import ProcessError, UserError
 from meme_llava.train.planning.accelerators import multiplies_bf16
@@ -21,7 +22,7 @@ def derive_accumulation(arguments: TrainArguments, processes: int) -> int:
     per_round = arguments.device_batch_size * processes
     if arguments.global_batch_size % per_round:
         raise UserError(
-            f"--global_batch_size {arguments.global_batch_size} is no multiple of --device_batch_size "
+            f"--global_batch_size {arguments.global_batch_size} is not a multiple of --device_batch_size "
             f"{arguments.device_batch_size} x {processes} process(es) = {per_round}"
         )
     return arguments.global_batch_size // per_round
@@ -31,7 +32,7 @@ def count_steps(arguments: TrainArguments, records: int, first_step: int = 0, fi
     """Optimizer steps and warmup steps of the run. Raises UserError when --warmup_steps fill the run.
 
     Args:
-        first_step: steps that a checkpoint has behind it.
+        first_step: steps that a checkpoint has done.
         first_record: records that those steps trained on, in batches that may have been of another size.
     """
     left = records * arguments.num_train_epochs - first_record

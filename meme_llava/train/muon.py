@@ -1,4 +1,4 @@
-"""Knows how Muon and AdamW share a model's parameters behind one optimizer.
+"""Muon and AdamW behind one optimizer, sharing a model's parameters.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes the momentum of a matrix orthogonal before
 it becomes an update, so that it changes all directions alike. A matrix trained from nothing learns from fewer examples;

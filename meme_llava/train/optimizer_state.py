@@ -1,4 +1,4 @@
-"""Knows the state of training tensor by tensor: float32 weights of what learns and Adam's two moments, or Muon's one.
+"""The state of training tensor by tensor: float32 trainable weights and Adam's two moments, or Muon's one.
 
 Whatever the engine and however it divides them, each is handed out whole, and taken back whole. So a checkpoint depends
 on neither the engine nor the number of processes, and holds no pickle. All processes must make every call together.
@@ -151,7 +151,7 @@ class TrainingState:
         for held in self._list_held():
             state = self._adam.state[held]
             if not state:
-                # ZeRO's flat pieces are no parameters of ours; only Adam comes with it.
+                # ZeRO's flat pieces are not parameters of ours; only Adam comes with it.
                 moments = moments_of.get(id(held), MOMENTS)
                 if moments == MOMENTS:
                     state["step"] = torch.zeros((), dtype=torch.float32, device=held.device)

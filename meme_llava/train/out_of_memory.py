@@ -1,4 +1,4 @@
-"""Knows what to say when a step does not fit into memory: what to lower, in which order, keeping the global batch."""
+"""What to say when a step does not fit into memory: what to lower, in which order, keeping the global batch."""
 
 import contextlib
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def explain_out_of_memory(arguments: TrainArguments, engine: Engine, processes: 
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if _WORKER_SIGN in str(error):
             raise OutOfMemoryError(
-                "the kernel killed a process that reads pictures, for lack of main memory. Lower --dataloader_workers "
+                "the kernel killed a process that reads images, for lack of main memory. Lower --dataloader_workers "
                 "(0 reads them in the training process), then start the same command again."
             ) from error
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(s in str(error) for s in _SIGNS):

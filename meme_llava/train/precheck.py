@@ -1,13 +1,13 @@
-"""Finds what would stop train.py, as far as it can be seen without a model; run.sh asks before it builds one.
+"""What would stop train.py, found without a model; run.sh asks before it builds one.
 
-Every picture is decoded here, and remembered, so train.py need not.
+Every image is decoded here, and remembered, so train.py need not.
 
 python -m meme_llava.train.precheck <the flags of train.py>
 """
 
 from meme_llava.dataset.check import print_findings
 from meme_llava.errors import stop_on_user_error
-from meme_llava.train.computation import check_machine
+from meme_llava.train.computation import check_device
 from meme_llava.train.records import check_records
 from meme_llava.train.settings import parse_train_arguments
 from meme_llava.train.trackers import check_trackers
@@ -16,9 +16,9 @@ from meme_llava.train.validation import check_validation
 
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    """Check settings, annotations and all pictures."""
+    """Check settings, annotations and all images."""
     arguments = parse_train_arguments(argv, description=__doc__, prog="train.py")
-    check_machine(arguments)
+    check_device(arguments)
     check_trackers(arguments.report_to)
     checked = check_records(arguments, arguments.annotations, arguments.image_folder)
     if arguments.eval_every is not None:

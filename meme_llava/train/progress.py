@@ -1,4 +1,4 @@
-"""Knows how a training run shows where it stands while it runs."""
+"""The progress of a training run, shown while it runs."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ SECONDS_BETWEEN_LINES = 5  # of progress, where the output is a file
 
 
 class ProgressBar(TrainerCallback):
-    """A bar with loss, speed and time left; plain lines where the output is no terminal."""
+    """A bar with loss, speed and time left; plain lines where the output is not a terminal."""
 
     def __init__(self):
         self._bar = None

@@ -1,10 +1,10 @@
-"""Knows how a run's settings say to check and load records, those that train and those that validate."""
+"""The records of a run, checked and loaded as its settings say, for training and for validation."""
 
 from pathlib import Path
 
 from meme_llava.dataset.check import CheckedData, check_data, stop_on_bad_records
 from meme_llava.dataset.dataset import LoadedData, load_dataset
-from meme_llava.dataset.image_cache import PictureCache
+from meme_llava.dataset.image_cache import ImageCache
 from meme_llava.dataset.token_lengths import find_default_folder
 from meme_llava.model.llava import Processing
 from meme_llava.storage.cache import find_default_cache
@@ -13,17 +13,17 @@ from meme_llava.train.settings import TrainArguments
 
 
 def check_records(arguments: TrainArguments, annotations: Path, image_folder: Path) -> CheckedData:
-    """Check records without a model, and decode every picture that is not known to be sound.
+    """Check records without a model, and decode every image that is not known to be sound.
 
     Raises:
-        UserError: a record or picture is bad, or nothing is left.
+        UserError: a record or image is bad, or nothing is left.
     """
     checked = check_data(
         annotations,
         image_folder,
         arguments.severities,
         arguments.max_pixels,
-        cache=PictureCache(find_default_cache()),
+        cache=ImageCache(find_default_cache()),
         show_progress=show_count,
     )
     stop_on_bad_records(checked, arguments.bad_records)
@@ -47,6 +47,6 @@ def load_records(
         arguments.bad_records,
         arguments.severities,
         arguments.max_pixels,
-        PictureCache(find_default_cache(), read_only=True),
+        ImageCache(find_default_cache(), read_only=True),
         find_default_folder(),
     )

@@ -1,4 +1,4 @@
-"""Knows where a run starts: at the beginning, or behind a checkpoint that belongs to it."""
+"""Where a run starts: at the beginning, or after a checkpoint that belongs to it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,14 +7,14 @@ from meme_llava.dataset.quarantine import QUARANTINE
 from meme_llava.errors import CheckpointError, UserError
 from meme_llava.storage.manifest import verify_directory
 from meme_llava.storage.run_record import RUN_RECORD, read_run_record
-from meme_llava.train.checkpoints import PASSED_OVER_SUFFIX, find_newest, list_checkpoints
+from meme_llava.train.checkpoints import CORRUPT_SUFFIX, find_newest, list_checkpoints
 from meme_llava.train.settings import TrainArguments
 from meme_llava.train.tracker_runs import FOLDERS
 from meme_llava.train.validation import ANSWERS
 from meme_llava.train.vision_features import VISION_FEATURES
 
 LATEST = "latest"
-# What an interrupted start leaves behind before its first checkpoint is no result.
+# What an interrupted start leaves behind before its first checkpoint is not a result.
 LEFTOVERS = {QUARANTINE, VISION_FEATURES, ANSWERS, *FOLDERS}
 # Settings that may differ when a run continues: they change neither which records a step trains on nor its update.
 FREE_SETTINGS = {
@@ -26,7 +26,7 @@ FREE_SETTINGS = {
     "allow_changes",
     "show_batch",
     "plan",
-    "machine",
+    "accelerator",
     "gpus",
     "logging_steps",
     "save_steps",
@@ -36,7 +36,7 @@ FREE_SETTINGS = {
     "eval_annotations",
     "eval_image_folder",
     "eval_limit",
-    "eval_pictures",
+    "eval_images",
     "eval_max_new_tokens",
     "run_name",
     "dataloader_workers",
@@ -61,7 +61,7 @@ FIXED_SETTINGS = {
 
 @dataclass(frozen=True)
 class StartPoint:
-    """Where a run starts: optimizer steps and records that a checkpoint has behind it, and its run record."""
+    """Where a run starts: optimizer steps and records that a checkpoint has done, and its run record."""
 
     checkpoint: Path | None = None
     step: int = 0
@@ -110,7 +110,7 @@ def _list_results(output_dir: Path) -> list[str]:
     if not output_dir.is_dir():
         return []
     names = {path.name for path in output_dir.iterdir()} - LEFTOVERS
-    return sorted(name for name in names if not name.startswith(".") and not name.endswith(PASSED_OVER_SUFFIX))
+    return sorted(name for name in names if not name.startswith(".") and not name.endswith(CORRUPT_SUFFIX))
 
 
 def is_finished(output_dir: Path) -> bool:
@@ -142,7 +142,7 @@ def check_continues(start: StartPoint, ours: dict, allow_changes: bool) -> list[
         changed["base"] = "the base model is another one"
     if theirs["step"] >= ours["schedule"]["steps"] and not theirs["finished"]:
         raise CheckpointError(
-            f"{start.checkpoint} has {theirs['step']} steps behind it, and this run is to have "
+            f"{start.checkpoint} has done {theirs['step']} steps, and this run is to have "
             f"{ours['schedule']['steps']}; raise --num_train_epochs or --max_steps, or continue an earlier checkpoint"
         )
     fixed = [text for name, text in changed.items() if name in FIXED_SETTINGS]
@@ -161,7 +161,7 @@ def check_continues(start: StartPoint, ours: dict, allow_changes: bool) -> list[
 
 def describe_continuation(start: StartPoint, ours: dict, changes: list[str]) -> str:
     """What a user should know about a run that goes on."""
-    lines = [f"continuing from {start.checkpoint}: {start.step} steps, {start.records:,} records behind it"]
+    lines = [f"continuing from {start.checkpoint}, after {start.step} steps and {start.records:,} records"]
     before, now = start.record["schedule"], ours["schedule"]
     if before["processes"] != now["processes"]:
         lines.append(

@@ -1,4 +1,4 @@
-"""Knows one training run as a whole: how long it is and what is recorded of it."""
+"""One training run as a whole: how long it is and what is recorded of it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,16 +13,10 @@ from meme_llava.distributed.engines import Engine
 from meme_llava.distributed.processes import count_processes
 from meme_llava.errors import CheckpointError
 from meme_llava.model.llava import Processing, quiet_transformers
-from meme_llava.storage.fingerprint import fingerprint_folder
+from meme_llava.storage.fingerprint import fingerprint_folder, identify_weights
 from meme_llava.storage.folders import write_json
 from meme_llava.storage.hashing import hash_file
-from meme_llava.storage.run_record import (
-    RUN_RECORD,
-    describe_environment,
-    identify_weights,
-    read_run_record,
-    read_trained_record,
-)
+from meme_llava.storage.run_record import RUN_RECORD, describe_environment, read_run_record, read_trained_record
 from meme_llava.terminal import print_table
 from meme_llava.train.computation import Computation
 from meme_llava.train.hf_arguments import count_steps
@@ -72,10 +66,10 @@ class TrainingRun:
                 "records": records,
                 "bad_records": len(data.checked.bad),
                 "findings": data.checked.counts,
-                "undecoded_pictures": data.checked.undecoded,
+                "undecoded_images": data.checked.undecoded,
                 "cut_records": data.cut_records,
-                "pictures": len(data.dataset.image_paths),
-                "pictures_in_records": int(data.dataset.image_counts.sum()),
+                "images": len(data.dataset.image_paths),
+                "images_in_records": int(data.dataset.image_counts.sum()),
                 "mean_positions": round(float(data.dataset.lengths.mean()), 1),
                 "longest": int(data.dataset.lengths.max()),
                 "mean_supervised": round(float(data.dataset.supervised_lengths.mean()), 1),
@@ -113,10 +107,10 @@ class TrainingRun:
         }
 
     def count_records(self, step: int) -> int:
-        """Records that an optimizer step has behind it."""
+        """Records trained on up to an optimizer step."""
         return self.start.records + (step - self.start.step) * self.arguments.global_batch_size
 
-    def make_facts(self, step: int) -> dict:
+    def make_manifest_metadata(self, step: int) -> dict:
         """What a checkpoint's manifest says of the run."""
         return {
             "step": step,
@@ -129,15 +123,15 @@ class TrainingRun:
             "libraries": describe_environment()["libraries"],
         }
 
-    def make_companion_writer(self, processing: Processing) -> Callable[[Path, int], None]:
+    def make_sidecar_writer(self, processing: Processing) -> Callable[[Path, int], None]:
         """A function (folder, step) that puts processor and run record beside trained weights."""
 
-        def write_companions(folder: Path, step: int) -> None:
+        def write_sidecars(folder: Path, step: int) -> None:
             with quiet_transformers():
                 processing.processor.save_pretrained(folder)
             write_json(folder / RUN_RECORD, self.to_record(step))
 
-        return write_companions
+        return write_sidecars
 
 
 def describe_earlier_projector(folder: Path | None, base_fingerprint: str) -> dict | None:

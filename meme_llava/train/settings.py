@@ -1,4 +1,9 @@
-"""Settings of train.py: command line over recipe over default."""
+"""Settings of train.py.
+
+Every setting has one home. Those without a default are the user's: run.sh or the command line gives them. What makes a
+train type stands in configs/train/<train_type>.yaml. The rest has its default here. Command line > recipe > default;
+an unknown or contradictory setting is an error.
+"""
 
 import argparse
 import dataclasses
@@ -10,8 +15,7 @@ from typing import Literal
 import yaml
 
 from meme_llava.cli import Parser, check_setting, describe, make_parser
-from meme_llava.dataset.collator import LossAverage
-from meme_llava.dataset.policy import RecordPolicy
+from meme_llava.dataset.policy import LossAverage, RecordPolicy
 from meme_llava.distributed.engines import check_engine_name
 from meme_llava.errors import UserError
 from meme_llava.paths import CONFIGS
@@ -74,9 +78,9 @@ class TrainArguments(RecordPolicy):
     loss_average: LossAverage = field(
         default="token", metadata=describe("what weighs the same in an optimizer step: every token, or every caption")
     )
-    shared_pictures: bool = field(
+    shared_images: bool = field(
         default=True,
-        metadata=describe("draw pictures instead of records; all captions of one share its encoding and prompt"),
+        metadata=describe("draw images instead of records; all captions of one share its encoding and prompt"),
     )
     attention: Literal["auto", "flash_attention_2", "varlen", "sdpa", "matmul"] = field(
         default="auto", metadata=describe("kernel of the language model; auto: the fastest one here")
@@ -87,7 +91,7 @@ class TrainArguments(RecordPolicy):
     )
     cache_vision_features: bool = field(
         default=False,
-        metadata=describe("with a frozen vision tower: encode every picture once, before training, to output_dir"),
+        metadata=describe("with a frozen vision tower: encode every image once, before training, to output_dir"),
     )
     torch_compile: bool = field(
         default=False,
@@ -105,7 +109,7 @@ class TrainArguments(RecordPolicy):
     )
     dataloader_workers: int | None = field(
         default=None,
-        metadata=describe("processes a device that decode pictures and tokenise; else 2 a GPU, none on a CPU"),
+        metadata=describe("processes a device that decode images and tokenise; else 2 a GPU, none on a CPU"),
     )
     logging_steps: int = field(default=1, metadata=describe("steps between two log lines"))
     save_steps: int = field(default=500, metadata=describe("steps between two checkpoints"))
@@ -117,7 +121,7 @@ class TrainArguments(RecordPolicy):
     run_name: str | None = field(default=None, metadata=describe("the run's name in trackers"))
     eval_every: int | None = field(
         default=None,
-        metadata=describe("evaluate on other records every so many steps and at the end; else not while training"),
+        metadata=describe("evaluate on other records every N steps and at the end; else not while training"),
     )
     eval_annotations: Path | None = field(
         default=None, metadata=describe("with --eval_every: the records that are evaluated, not trained on")
@@ -126,10 +130,10 @@ class TrainArguments(RecordPolicy):
         default=None, metadata=describe("with --eval_every: folder that their image paths start from")
     )
     eval_limit: int | None = field(
-        default=None, metadata=describe("with --eval_every: only the first so many of their records")
+        default=None, metadata=describe("with --eval_every: only the first N of their records")
     )
-    eval_pictures: int = field(
-        default=4, metadata=describe("with --eval_every: pictures whose answers are shown, always the same ones")
+    eval_images: int = field(
+        default=4, metadata=describe("with --eval_every: images whose answers are shown, always the same ones")
     )
     eval_max_new_tokens: int = field(
         default=128, metadata=describe("with --eval_every: an answer stops here if not by itself")
@@ -142,7 +146,7 @@ class TrainArguments(RecordPolicy):
     )
     show_batch: bool = field(default=False, metadata=describe("print the first batch as a person reads it, and stop"))
     plan: bool = field(default=False, metadata=describe("print what the run would take, in memory and time, and stop"))
-    machine: str | None = field(
+    accelerator: str | None = field(
         default=None, metadata=describe("with --plan: the GPU to plan for, such as a800-80gb; else this one's device")
     )
     gpus: int | None = field(
@@ -189,15 +193,15 @@ class TrainArguments(RecordPolicy):
                 f"--cache_vision_features needs a frozen vision tower; --train_type {self.train_type} trains it "
                 f"({self.vision_tower_training}), so its features change"
             )
-        if not self.plan and (self.machine is not None or self.gpus is not None):
-            raise UserError("--machine and --gpus belong to --plan, which is not there; add it, or leave them out")
+        if not self.plan and (self.accelerator is not None or self.gpus is not None):
+            raise UserError("--accelerator and --gpus belong to --plan, which is not there; add it, or leave them out")
         if self.plan and self.show_batch:
             raise UserError("--plan and --show_batch print different things and stop; pass one of them")
 
     def _check_evaluation(self) -> None:
         check_setting(self, "eval_every", self.eval_every is None or self.eval_every > 0, "at least 1")
         check_setting(self, "eval_limit", self.eval_limit is None or self.eval_limit > 0, "at least 1")
-        check_setting(self, "eval_pictures", self.eval_pictures >= 0, "0 or more")
+        check_setting(self, "eval_images", self.eval_images >= 0, "0 or more")
         check_setting(self, "eval_max_new_tokens", self.eval_max_new_tokens > 0, "at least 1")
         for name in ("eval_annotations", "eval_image_folder"):
             if self.eval_every is not None and getattr(self, name) is None:
@@ -285,6 +289,6 @@ def read_recipe(train_type: str) -> dict:
 
 
 def _parse_one(action: argparse.Action, words: list[str]) -> argparse.Namespace:
-    parser = Parser([], prog="recipe", allow_abbrev=False, add_help=False)
+    parser = Parser(prog="recipe", allow_abbrev=False, add_help=False)
     parser._add_action(action)
     return parser.parse_args([action.option_strings[0], *words])

@@ -17,19 +17,19 @@ CONTROL_STYLE = "cyan"
 
 def print_batch(batch: dict[str, torch.Tensor], processing: Processing, console: Console | None = None) -> None:
     """Print a packed batch as a person reads it: supervised tokens in green and brackets, real control tokens in
-    cyan, a picture as one word; of a record that shares its beginning with one above, only what it adds.
+    cyan, an image as one word; of a record that shares its beginning with one above, only what it adds.
 
     Args:
         batch: what `PackingCollator` returns.
     """
     console = console or Console(highlight=False, soft_wrap=True)
-    ids, segments, paths = (batch[name].tolist() for name in ("input_ids", "segment_starts", "path_starts"))
-    ids, path_index = ids[0], batch["path_index"].tolist()
-    pictures, supervised = len(set(batch["image_runs"].tolist())), len(batch["loss_targets"])
-    console.print(f"one packed row of {len(ids)} positions, {pictures} pictures, {supervised} supervised positions")
+    ids, segments, paths = (batch[name].tolist() for name in ("input_ids", "cu_seqlens_q", "cu_seqlens_k"))
+    ids, kv_index = ids[0], batch["kv_index"].tolist()
+    images, supervised = len(set(batch["image_runs"].tolist())), len(batch["loss_targets"])
+    console.print(f"one packed row of {len(ids)} positions, {images} images, {supervised} supervised positions")
     learnt = set(zip(batch["loss_positions"].tolist(), batch["loss_targets"].tolist(), strict=True))
     for (start, end), (path_start, path_end) in zip(pairwise(segments), pairwise(paths), strict=True):
-        path = path_index[path_start:path_end]
+        path = kv_index[path_start:path_end]
         shared = len(path) - (end - start)
         # What comes before a position on its path predicts it.
         before = {after: position for position, after in pairwise(path)}
@@ -38,7 +38,7 @@ def print_batch(batch: dict[str, torch.Tensor], processing: Processing, console:
             for position in range(start, end)
         ]
         count = sum(label != IGNORED_LABEL for label in labels)
-        where = f", goes on behind position {path[shared - 1]}, sharing {shared} positions" if shared else ""
+        where = f", continues after position {path[shared - 1]}, sharing {shared} positions" if shared else ""
         console.print(f"\n[bold]positions {start} to {end - 1}[/bold]: {count} supervised{where}")
         console.print(_describe_tokens(ids[start:end], labels, processing, start))
 
@@ -52,7 +52,7 @@ def _describe_tokens(ids: list[int], labels: list[int], processing: Processing, 
             continue
         (kind, is_control), follows = kinds[start], kinds[end][0] if end < len(ids) else None
         if kind == "image":
-            # Pictures that stand side by side are one run of tokens.
+            # Images that stand side by side are one run of tokens.
             count = (end - start) // processing.tokens_per_image
             name = "image" if count == 1 else f"{count} images"
             text.append(f"<{name}: {end - start} tokens at {first_position + start}>", style=IMAGE_STYLE)

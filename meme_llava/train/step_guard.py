@@ -1,5 +1,5 @@
-"""Knows what has to be seen to between two optimizer steps: whether the last one was sound, whether to stop, and that
-all processes think the same of it. Knows nothing about models.
+"""Checks between two optimizer steps: whether the last one was finite, whether to stop, and that all processes agree.
+Nothing about models.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainerCallback, TrainerControl
 
-from meme_llava.distributed.heartbeat import ProgressMarks
+from meme_llava.distributed.heartbeat import Heartbeat
 from meme_llava.distributed.processes import StopRequest, any_process, gather, is_main_process
 from meme_llava.errors import NonFiniteError, UserError
 
@@ -17,7 +17,7 @@ MAX_LISTED_RECORDS = 8
 
 
 @dataclass
-class StepSoundness:
+class FiniteCheck:
     """What the running optimizer step was made of, and whether its losses and gradients are finite.
 
     The update of a step that is not must not happen in any process; `mark_loss` sees to it that one process's loss
@@ -51,17 +51,17 @@ class StepSoundness:
 class StepGuard(TrainerCallback):
     """Counts steps that are not finite, stops after too many, and stops all processes when one is asked to."""
 
-    def __init__(self, soundness: StepSoundness, request: StopRequest, marks: ProgressMarks):
+    def __init__(self, soundness: FiniteCheck, request: StopRequest, heartbeat: Heartbeat):
         self._soundness = soundness
         self._request = request
-        self._marks = marks
+        self._heartbeat = heartbeat
         self._skipped_in_a_row = 0
         self.stopped_by: str | None = None
         self.steps_in_window = 0  # since the last log line
         self.skipped_in_window = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._request.defers = self._marks.trains = True
+        self._request.is_deferred = self._heartbeat.trains = True
 
     def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
         # An engine that skips an update by itself does not move the schedule; it follows the steps all the same.
@@ -73,7 +73,7 @@ class StepGuard(TrainerCallback):
         else:
             self._report_skipped(state.global_step)
         self.stop_if_asked(control)
-        self._marks.mark(f"behind step {state.global_step}")
+        self._heartbeat.beat(f"after step {state.global_step}")
 
     def stop_if_asked(self, control: TrainerControl) -> bool:
         """Whether a signal asks any process to stop; then training saves and stops. All processes call it together."""

@@ -1,4 +1,4 @@
-"""Knows how fast a run goes and what it waits for. Knows nothing about what is trained."""
+"""How fast a run goes and what it waits for. Nothing about what is trained."""
 
 import contextlib
 import itertools
@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass
 
 import torch
 
-from meme_llava.train.planning.accelerators import Machine, recognise_machine
+from meme_llava.train.planning.accelerators import Accelerator, recognise_accelerator
 from meme_llava.train.planning.flops import StepCounts, TrainingCosts, count_batch
 
 COUNTS, USEFUL, RECORD_IDS = "counts", "useful_positions", "record_ids"
@@ -27,7 +27,7 @@ class CountingCollator:
         return {
             **batch,
             COUNTS: count_batch(batch),
-            USEFUL: len(batch["path_index"].unique()),
+            USEFUL: len(batch["kv_index"].unique()),
             RECORD_IDS: [str(example["record_id"]) for example in examples],
         }
 
@@ -38,7 +38,7 @@ class ThroughputMeter:
     Args:
         costs: FLOPs of the model that trains.
         records_per_step: the global batch.
-        machine: this device, where it is one whose peak is known.
+        accelerator: this device, where it is one whose peak is known.
         processes: how many devices share a step.
         sum_over_processes: adds a tensor up over all processes; all of them call it at the same time.
     """
@@ -47,13 +47,13 @@ class ThroughputMeter:
         self,
         costs: TrainingCosts,
         records_per_step: int,
-        machine: Machine | None,
+        accelerator: Accelerator | None,
         processes: int,
         sum_over_processes: Callable[[torch.Tensor], torch.Tensor],
     ):
         self._costs = costs
         self._records_per_step = records_per_step
-        self._machine = machine
+        self._accelerator = accelerator
         self._processes = processes
         self._sum_over_processes = sum_over_processes
         self._reset()
@@ -66,7 +66,7 @@ class ThroughputMeter:
         """Take the device batches of an optimizer step from the loader, and note how long that took."""
         start = time.perf_counter()
         if self._steps == 0:
-            # What happened since the last line, such as writing a checkpoint, is no training.
+            # What happened since the last line, such as writing a checkpoint, is not training.
             self._start = start
         fetched = list(itertools.islice(batches, count))
         self._waited += time.perf_counter() - start
@@ -77,7 +77,7 @@ class ThroughputMeter:
 
     @contextlib.contextmanager
     def leave_out(self) -> Iterator[None]:
-        """Do something between two steps that is no training, such as evaluating."""
+        """Do something between two steps that is not training, such as evaluating."""
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
@@ -87,7 +87,7 @@ class ThroughputMeter:
 
         captions_per_second, tokens_per_second and model_tflops_per_second are over all devices; a token is a position
         that was computed. data_wait_share is the share of the time in which this process waited for its batches;
-        useful_token_share the share of computed positions that belong to a record and are no padding. mfu, the model
+        useful_token_share the share of computed positions that belong to a record and are not padding. mfu, the model
         FLOPs utilisation, is the share of the devices' bf16 peak that the model's own arithmetic makes up.
         """
         if not self._steps:
@@ -102,17 +102,17 @@ class ThroughputMeter:
             "captions_per_second": captions / seconds,
             "tokens_per_second": counts.positions / seconds,
             "positions_per_caption": counts.positions / captions,
-            "pictures_per_caption": counts.pictures / captions,
+            "images_per_caption": counts.images / captions,
             "useful_token_share": useful / counts.positions,
             "data_wait_share": self._waited / seconds,
             "model_tflops_per_second": teraflops,
         }
-        if self._machine is not None and self._machine.peak_tflops is not None:
-            figures["mfu"] = teraflops / (self._processes * self._machine.peak_tflops)
+        if self._accelerator is not None and self._accelerator.peak_tflops is not None:
+            figures["mfu"] = teraflops / (self._processes * self._accelerator.peak_tflops)
         self._reset()
         return figures
 
 
-def find_own_machine(device: torch.device) -> Machine | None:
-    """The machine this process computes on; None where its bf16 peak is unknown, as a CPU's is."""
-    return recognise_machine(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+def find_own_accelerator(device: torch.device) -> Accelerator | None:
+    """The accelerator this process computes on; None where its bf16 peak is unknown, as a CPU's is."""
+    return recognise_accelerator(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

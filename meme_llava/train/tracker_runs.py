@@ -1,4 +1,4 @@
-"""Knows what each tracker is given of a run besides what the Trainer logs: a name, a place, the run record.
+"""What each tracker is given of a run besides what the Trainer logs: a name, a place, the run record.
 
 One process of a run, the main one, opens them. The Trainer's own callbacks find the run that was opened here.
 """
@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,9 @@ from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 
 from meme_llava.dataset.images import open_image
-from meme_llava.distributed.processes import is_main_process, share
+from meme_llava.distributed.processes import broadcast_from_main, is_main_process
 from meme_llava.errors import Stopped
+from meme_llava.inference.predictions import Prediction
 from meme_llava.train.trackers import MLFLOW, SWANLAB, TENSORBOARD, WANDB, explain_failure, list_trackers
 
 PROJECT = "meme-llava"
@@ -25,27 +26,22 @@ TENSORBOARD_FOLDER, WANDB_FOLDER, SWANLAB_FOLDER, MLFLOW_FOLDER = "tensorboard",
 FOLDERS = {TENSORBOARD_FOLDER, WANDB_FOLDER, SWANLAB_FOLDER, MLFLOW_FOLDER}
 RECORD = "run_record"
 ANSWERS = "answers"
-LONGEST_SIDE = 448  # pixels of a picture beside an answer
+LONGEST_SIDE = 448  # pixels of an image beside an answer
 
 
-@dataclass(frozen=True)
-class ShownAnswer:
-    """What a model said about a picture, a file, at some step."""
+def describe_prediction(prediction: Prediction) -> str:
+    """Everything but the image, a line each."""
+    return (
+        f"{Path(prediction.image).name}\nquestion: {prediction.question}\nreference: {prediction.reference}\n"
+        f"answer: {prediction.answer}"
+    )
 
-    image: str
-    question: str
-    truth: str
-    answer: str
 
-    def describe(self) -> str:
-        """Everything but the picture, a line each."""
-        return f"{Path(self.image).name}\nquestion: {self.question}\ntruth: {self.truth}\nanswer: {self.answer}"
-
-    def open_picture(self) -> Image.Image:
-        """The picture, no larger than a page shows it."""
-        picture = open_image(Path(self.image))
-        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-        return picture
+def open_shown_image(prediction: Prediction) -> Image.Image:
+    """The image, no larger than a page shows it."""
+    image = open_image(Path(prediction.image))
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    return image
 
 
 class _TensorBoard:
@@ -57,11 +53,11 @@ class _TensorBoard:
     def attach_record(self, record: dict) -> None:
         self.writer.add_text(RECORD, to_literal_text(json.dumps(record, ensure_ascii=False, indent=2)))
 
-    def report_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+    def report_answers(self, step: int, answers: Sequence[Prediction]) -> None:
         for number, answer in enumerate(answers, 1):
-            self.writer.add_text(f"{ANSWERS}/{number}", to_literal_text(answer.describe()), step)
-            picture = np.asarray(answer.open_picture())  # uint8 (height, width, 3)
-            self.writer.add_image(f"{ANSWERS}/{number}", picture, step, dataformats="HWC")
+            self.writer.add_text(f"{ANSWERS}/{number}", to_literal_text(describe_prediction(answer)), step)
+            image = np.asarray(open_shown_image(answer))  # uint8 (height, width, 3)
+            self.writer.add_image(f"{ANSWERS}/{number}", image, step, dataformats="HWC")
         self.writer.flush()
 
     def finish(self, failed: bool) -> None:
@@ -81,15 +77,15 @@ class _Wandb:
     def attach_record(self, record: dict) -> None:
         self._run.config.update({RECORD: record}, allow_val_change=True)
 
-    def report_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+    def report_answers(self, step: int, answers: Sequence[Prediction]) -> None:
         import wandb
 
-        pictures = {
-            f"{ANSWERS}/{number}": wandb.Image(answer.open_picture(), caption=answer.describe())
+        images = {
+            f"{ANSWERS}/{number}": wandb.Image(open_shown_image(answer), caption=describe_prediction(answer))
             for number, answer in enumerate(answers, 1)
         }
         # The step as the Trainer's callback counts it.
-        self._run.log({**pictures, "train/global_step": step})
+        self._run.log({**images, "train/global_step": step})
 
     def finish(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
@@ -112,12 +108,12 @@ class _SwanLab:
     def attach_record(self, record: dict) -> None:
         self._swanlab.config.update({RECORD: record})
 
-    def report_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
-        pictures = {
-            f"{ANSWERS}/{number}": self._swanlab.Image(answer.open_picture(), caption=answer.describe())
+    def report_answers(self, step: int, answers: Sequence[Prediction]) -> None:
+        images = {
+            f"{ANSWERS}/{number}": self._swanlab.Image(open_shown_image(answer), caption=describe_prediction(answer))
             for number, answer in enumerate(answers, 1)
         }
-        self._swanlab.log(pictures, step=step)
+        self._swanlab.log(images, step=step)
 
     def finish(self, failed: bool) -> None:
         if failed:
@@ -150,11 +146,11 @@ class _Mlflow:
         settings = record["settings"] | {f"schedule.{key}": value for key, value in record["schedule"].items()}
         self._mlflow.log_params({f"{RECORD}.{key}": value for key, value in settings.items()})
 
-    def report_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+    def report_answers(self, step: int, answers: Sequence[Prediction]) -> None:
         # An image has no caption here; the texts lie beside them.
         self._mlflow.log_dict([asdict(answer) for answer in answers], f"{ANSWERS}/step_{step:06d}.json")
         for number, answer in enumerate(answers, 1):
-            self._mlflow.log_image(answer.open_picture(), key=f"{ANSWERS}_{number}", step=step)
+            self._mlflow.log_image(open_shown_image(answer), key=f"{ANSWERS}_{number}", step=step)
 
     def finish(self, failed: bool) -> None:
         self._mlflow.end_run("FAILED" if failed else "FINISHED")
@@ -187,8 +183,8 @@ class TrackerRuns:
             with explain_failure(tracker):
                 run.attach_record(record)
 
-    def report_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
-        """Show pictures with what the model says of them behind an optimizer step."""
+    def report_answers(self, step: int, answers: Sequence[Prediction]) -> None:
+        """Show images with what the model says of them after an optimizer step."""
         for run in self._runs.values():
             run.report_answers(step, answers)
 
@@ -208,7 +204,7 @@ def open_tracker_runs(report_to: Sequence[str], output_dir: Path, run_name: str 
     """
     runs, failed = TrackerRuns(), True
     try:
-        share(lambda: runs.open(list_trackers(report_to), output_dir, run_name or str(output_dir)))
+        broadcast_from_main(lambda: runs.open(list_trackers(report_to), output_dir, run_name or str(output_dir)))
         yield runs
         failed = False
     except Stopped:

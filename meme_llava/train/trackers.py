@@ -1,6 +1,6 @@
-"""Knows which trackers a run can be reported to, and whether each can be used here, before anything is loaded.
+"""The trackers a run can be reported to, and whether each can be used here, before anything is loaded.
 
-What they are given is in meme_llava/train/tracker_runs.py. Knows nothing about models.
+What they are given is in meme_llava/train/tracker_runs.py. Nothing about models.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def check_tracker_names(names: Sequence[str]) -> None:
 
 
 def list_trackers(names: Sequence[str]) -> list[str]:
-    """The trackers that --report_to asks for; none is no tracker."""
+    """The trackers that --report_to asks for; none is not a tracker."""
     return [name for name in names if name != NONE]
 
 
@@ -94,7 +94,7 @@ def _check_reachable(name: str, address: str, remedy: str) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(
-            f"--report_to {name}: {address} does not answer ({reason}); mend the connection, {remedy}, "
+            f"--report_to {name}: {address} does not answer ({reason}); fix the connection, {remedy}, "
             f"or leave {name} out"
         ) from error
 

@@ -1,4 +1,4 @@
-"""Knows how a step is computed: loss, parameter groups, what is logged and saved. A transformers Trainer underneath."""
+"""The training step: loss, parameter groups, what is logged and saved, on a transformers Trainer."""
 
 import contextlib
 import time
@@ -11,8 +11,9 @@ from accelerate.utils import send_to_device
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
-from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine, check_engine_runs
-from meme_llava.distributed.heartbeat import ProgressMarks
+from meme_llava.distributed.engine_setup import check_engine_runs
+from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine
+from meme_llava.distributed.heartbeat import Heartbeat
 from meme_llava.distributed.processes import StopRequest, ignore_stop_signals, is_main_process
 from meme_llava.errors import NonFiniteError
 from meme_llava.model.trainable import ParameterGroup, save_trained_weights
@@ -22,8 +23,8 @@ from meme_llava.train.evaluation import EvaluationCallback, EvaluationInterrupte
 from meme_llava.train.muon import MuonWithAdamW
 from meme_llava.train.optimizer_state import OPTIMIZER_PREFIX, TrainingState
 from meme_llava.train.planning.flops import TrainingCosts
-from meme_llava.train.step_guard import FirstGradientCheck, StepGuard, StepSoundness
-from meme_llava.train.throughput import RECORD_IDS, ThroughputMeter, find_own_machine
+from meme_llava.train.step_guard import FiniteCheck, FirstGradientCheck, StepGuard
+from meme_llava.train.throughput import RECORD_IDS, ThroughputMeter, find_own_accelerator
 
 # Launchers and schedulers end a process 30 seconds after they asked it to stop.
 LONG_SAVE_SECONDS = 20
@@ -52,7 +53,7 @@ class MemeTrainer(Trainer):
         content: CheckpointContent,
         quarantined_records: int,
         request: StopRequest,
-        marks: ProgressMarks,
+        heartbeat: Heartbeat,
         evaluation: TrainingEvaluation | None = None,
         **options,
     ):
@@ -62,7 +63,7 @@ class MemeTrainer(Trainer):
         self._meter = ThroughputMeter(
             TrainingCosts.of_model(self.model),
             records_per_step,
-            find_own_machine(self.args.device),
+            find_own_accelerator(self.args.device),
             self.args.world_size,
             lambda counts: self.accelerator.reduce(counts.to(self.args.device), "sum").cpu(),
         )
@@ -71,9 +72,9 @@ class MemeTrainer(Trainer):
         self._epochs_per_step = epochs_per_step
         self._content = content
         self._quarantined_records = quarantined_records
-        self._marks = marks
-        self._soundness = StepSoundness()
-        self._guard = StepGuard(self._soundness, request, marks)
+        self._heartbeat = heartbeat
+        self._soundness = FiniteCheck()
+        self._guard = StepGuard(self._soundness, request, heartbeat)
         self.add_callback(self._guard)
         if evaluation is not None:
             self._evaluation = evaluation
@@ -139,7 +140,7 @@ class MemeTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         step = self.state.global_step
-        self._marks.mark(f"reading the records of step {step + 1}")
+        self._heartbeat.beat(f"reading the records of step {step + 1}")
         batches = self._meter.fetch(epoch_iterator, num_batches)
         # Dropout depends on seed, step and process alone, so a resumed run draws what the whole one would have drawn.
         # Not before reading: a loader that starts draws a number, too.
@@ -147,7 +148,7 @@ class MemeTrainer(Trainer):
         torch.manual_seed(int(seed[0]))
         self._soundness.begin([batch.pop(RECORD_IDS) for batch in batches])
         weight = sum(batch["loss_weights"].sum(dtype=torch.float64) for batch in batches)
-        self._marks.mark(f"waiting for the others in step {step + 1}")
+        self._heartbeat.beat(f"waiting for the others in step {step + 1}")
         return batches, self.accelerator.reduce(weight.to(device), "sum")
 
     def _prepare_inputs(self, inputs):
@@ -169,7 +170,7 @@ class MemeTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._names_without_gradient is None:
             self._watch_first_gradients()
-        self._marks.mark(f"computing step {self.state.global_step + 1}")
+        self._heartbeat.beat(f"computing step {self.state.global_step + 1}")
         loss = super().training_step(model, inputs, num_items_in_batch)
         # One that is not finite would stay in the Trainer's running sum for ever.
         return torch.where(torch.isfinite(loss), loss, 0.0)
@@ -253,7 +254,7 @@ class MemeTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         step, start = self.state.global_step, time.monotonic()
-        self._marks.mark(f"writing checkpoint {step}")
+        self._heartbeat.beat(f"writing checkpoint {step}")
         state = self._make_state()
         updates = state.count_updates()
         write_checkpoint(
@@ -261,7 +262,7 @@ class MemeTrainer(Trainer):
             step,
             state.nbytes,
             lambda folder: self._write_files(folder, state),
-            lambda: {**self._content.make_facts(step), "updates": updates},
+            lambda: {**self._content.make_manifest_metadata(step), "updates": updates},
             self._content.keep,
         )
         seconds = time.monotonic() - start
@@ -275,7 +276,7 @@ class MemeTrainer(Trainer):
     def _write_files(self, folder: Path, state: TrainingState) -> list[Path]:
         """Write this process's files of a checkpoint."""
         weights = state.gather_weights()
-        self._marks.mark("writing optimizer state")
+        self._heartbeat.beat("writing optimizer state")
         written = state.write_moments(folder)
         if not is_main_process():
             return written
@@ -286,7 +287,7 @@ class MemeTrainer(Trainer):
                 "is sound. Lower --low_lr and --high_lr."
             )
         save_trained_weights(self.model, folder, weights)
-        self._content.write_companions(folder, self.state.global_step)
+        self._content.write_sidecars(folder, self.state.global_step)
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         # training_args.bin, which Trainer would add, is a pickle and holds tokens in plain text.
         return [*written, *(path for path in folder.iterdir() if not path.name.startswith(OPTIMIZER_PREFIX))]

@@ -1,6 +1,6 @@
-"""Knows the validation records of a run: which there are, how they are split, what is asked of them.
+"""The validation records of a run: which there are, how they are split, what is asked of them.
 
-Knows nothing about how a model answers.
+Nothing about how a model answers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,9 +10,9 @@ from typing import TypeVar
 
 from meme_llava.dataset.check import CheckedData, CheckedRecord
 from meme_llava.dataset.dataset import MemeDataset
-from meme_llava.distributed.processes import count_processes, find_rank, share
+from meme_llava.distributed.processes import broadcast_from_main, count_processes, find_rank
 from meme_llava.errors import UserError
-from meme_llava.inference.generation import Question, find_question
+from meme_llava.inference.questions import Question, find_question
 from meme_llava.model.llava import Processing
 from meme_llava.storage.hashing import hash_file
 from meme_llava.train.records import check_records, load_records
@@ -27,9 +27,9 @@ class ValidationData:
     """Records that are evaluated while a model trains on others.
 
     Args:
-        records: so many of the dataset, from its beginning, carry the validation loss.
+        records: how many of the dataset, from its beginning, carry the validation loss.
         questions: what is asked.
-        shown: places among the questions of those whose answers are shown, each about another picture.
+        shown: places among the questions of those whose answers are shown, each about another image.
         description: for the run record.
     """
 
@@ -41,10 +41,10 @@ class ValidationData:
 
 
 def check_validation(arguments: TrainArguments) -> None:
-    """Decode every picture of the validation records, unless it is known to be sound, and see that they can be asked.
+    """Decode every image of the validation records, unless it is known to be sound, and see that they can be asked.
 
     Raises:
-        UserError: a record or picture is bad, or no record asks about a picture.
+        UserError: a record or image is bad, or no record asks about an image.
     """
     try:
         checked = check_records(arguments, arguments.eval_annotations, arguments.eval_image_folder)
@@ -61,7 +61,7 @@ def load_validation(arguments: TrainArguments, processing: Processing) -> Valida
     """
     if arguments.eval_every is None:
         return None
-    share(lambda: check_validation(arguments))
+    broadcast_from_main(lambda: check_validation(arguments))
     loaded = load_records(arguments, arguments.eval_annotations, arguments.eval_image_folder, processing)
     questions = _list_questions(arguments, loaded.checked)
     records = len(_take_first(arguments, loaded.checked))
@@ -69,7 +69,7 @@ def load_validation(arguments: TrainArguments, processing: Processing) -> Valida
         loaded.dataset,
         records,
         questions,
-        choose_shown(questions, arguments.eval_pictures),
+        choose_shown(questions, arguments.eval_images),
         {
             "annotations": str(arguments.eval_annotations.resolve()),
             "image_folder": str(arguments.eval_image_folder.resolve()),
@@ -96,7 +96,7 @@ def _list_questions(arguments: TrainArguments, checked: CheckedData) -> list[Que
 
 
 def choose_shown(questions: Sequence[Question], count: int) -> list[int]:
-    """The places of `count` questions about different pictures, spread evenly over all of them."""
+    """The places of `count` questions about different images, spread evenly over all of them."""
     first: dict[Path, int] = {}
     for number, question in enumerate(questions):
         first.setdefault(question.image, number)
@@ -105,7 +105,7 @@ def choose_shown(questions: Sequence[Question], count: int) -> list[int]:
     return [places[number * len(places) // count] for number in range(count)]
 
 
-def deal(items: Sequence[Item]) -> Iterator[tuple[int | None, Item]]:
+def shard_for_rank(items: Sequence[Item]) -> Iterator[tuple[int | None, Item]]:
     """This process's share of the items with their places, in as many rounds as every other process has.
 
     Where a process has none left it gets the last one again, with None for its place: engines that divide the weights

@@ -1,6 +1,6 @@
-"""Knows how the features of a frozen vision tower are computed once and kept in a file while a run trains.
+"""The features of a frozen vision tower, computed once and kept in a file while a run trains.
 
-Knows nothing about records or prompts.
+Nothing about records or prompts.
 """
 
 import os
@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from meme_llava.dataset.images import ImagePolicy, read_pixels
-from meme_llava.distributed.heartbeat import ProgressMarks
+from meme_llava.dataset.images import ImagePolicy
+from meme_llava.dataset.pixels import read_pixels
+from meme_llava.distributed.heartbeat import Heartbeat
 from meme_llava.distributed.processes import wait_for_all
 from meme_llava.errors import DiskFullError, UserError
 from meme_llava.model.llava import count_image_tokens
@@ -21,21 +22,21 @@ from meme_llava.model.packed_llava import PackedLlava
 from meme_llava.terminal import show_count
 
 VISION_FEATURES = "vision_features"
-PICTURES_AT_ONCE = 16
+IMAGES_AT_ONCE = 16
 
 
 class VisionFeatures:
-    """Features of pictures in one file, each (tokens, vision width), read where they are needed.
+    """Features of images in one file, each (tokens, vision width), read where they are needed.
 
     Args:
-        path: a file of (pictures, tokens, width) numbers of `dtype`, one behind the other.
-        picture_paths: the pictures in the order of the file.
+        path: a file of (images, tokens, width) numbers of `dtype`, one after the other.
+        image_paths: the images in the order of the file.
     """
 
-    def __init__(self, path: Path, picture_paths: Sequence[Path], tokens: int, width: int, dtype: torch.dtype):
+    def __init__(self, path: Path, image_paths: Sequence[Path], tokens: int, width: int, dtype: torch.dtype):
         self.path = path
-        self._rows = {picture: row for row, picture in enumerate(picture_paths)}
-        self._shape = (len(picture_paths), tokens, width)
+        self._rows = {image: row for row, image in enumerate(image_paths)}
+        self._shape = (len(image_paths), tokens, width)
         self._dtype = dtype
 
     @property
@@ -43,11 +44,11 @@ class VisionFeatures:
         """Bytes of the file."""
         return int(np.prod(self._shape)) * self._dtype.itemsize
 
-    def __getitem__(self, picture: Path) -> torch.Tensor:
-        return self._open("c")[self._rows[picture]].clone()
+    def __getitem__(self, image: Path) -> torch.Tensor:
+        return self._open("c")[self._rows[image]].clone()
 
     def write(self, rows: Sequence[int], features: torch.Tensor) -> None:
-        """Keep the features of some pictures, (rows, tokens, width)."""
+        """Keep the features of some images, (rows, tokens, width)."""
         self._open("r+")[torch.tensor(rows)] = features.to("cpu", self._dtype)
 
     def _open(self, mode: str) -> torch.Tensor:
@@ -57,7 +58,7 @@ class VisionFeatures:
         return torch.from_numpy(data).view(self._dtype).view(self._shape)
 
 
-class _Pictures(Dataset):
+class _Images(Dataset):
     def __init__(self, paths: Sequence[Path], rows: Sequence[int], policy: ImagePolicy, max_pixels: int):
         self._paths, self._rows, self._policy, self._max_pixels = paths, rows, policy, max_pixels
 
@@ -72,26 +73,26 @@ class _Pictures(Dataset):
             raise UserError(str(error)) from error
 
 
-def encode_pictures(
+def encode_images(
     model: PackedLlava,
     paths: Sequence[Path],
     output_dir: Path,
     max_pixels: int,
     workers: int,
     uses_bf16: bool,
-    marks: ProgressMarks,
+    heartbeat: Heartbeat,
 ) -> VisionFeatures:
-    """Encode every picture once. The processes of a machine share the work and the file.
+    """Encode every image once. The processes of a machine share the work and the file.
 
     Args:
         model: with a frozen vision tower, on the device that trains.
-        paths: pictures, each once.
+        paths: images, each once.
 
     Raises:
-        UserError: there is no picture, one cannot be decoded, or the disk has no room; with the size that is needed.
+        UserError: there is no image, one cannot be decoded, or the disk has no room; with the size that is needed.
     """
     if not paths:
-        raise UserError("--cache_vision_features: no record has a picture; leave it out")
+        raise UserError("--cache_vision_features: no record has an image; leave it out")
     folder = output_dir / VISION_FEATURES / os.environ.get("GROUP_RANK", "0")  # machines may see the same disk
     process, processes = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     config = model.config
@@ -103,19 +104,19 @@ def encode_pictures(
         _make_room(features)
     wait_for_all()
     rows = range(len(paths))[process::processes]
-    loader = DataLoader(_Pictures(paths, rows, model.image_policy, max_pixels), PICTURES_AT_ONCE, num_workers=workers)
-    with show_count("pictures encoded", len(rows)) as advance, torch.no_grad():
+    loader = DataLoader(_Images(paths, rows, model.image_policy, max_pixels), IMAGES_AT_ONCE, num_workers=workers)
+    with show_count("images encoded", len(rows)) as advance, torch.no_grad():
         for numbers, pixels in loader:
             with torch.autocast(model.device.type, torch.bfloat16, enabled=uses_bf16):
-                features.write(numbers.tolist(), model.encode_pictures(pixels.to(model.device)))
+                features.write(numbers.tolist(), model.encode_images(pixels.to(model.device)))
             advance(len(numbers))
-            marks.mark("encoding pictures")
+            heartbeat.beat("encoding images")
     wait_for_all()
     return features
 
 
 def remove_features(output_dir: Path) -> None:
-    """Delete what `encode_pictures` wrote."""
+    """Delete what `encode_images` wrote."""
     shutil.rmtree(output_dir / VISION_FEATURES, ignore_errors=True)
 
 

@@ -374,7 +374,7 @@ def test_wrong_sources_stop_with_a_sentence(world, tmp_path, capsys):
 def test_unknown_hub_id_stops_with_a_sentence(world, tmp_path, capsys):
     error = run_and_read_error(capsys, "nobody/no-such-model", world.vision_tower, tmp_path / "out")
     # The tests run offline; tests/storage/test_hub.py has the messages of a hub that answers.
-    assert "nobody/no-such-model: is no folder here, HF_HUB_OFFLINE is set, and the cache" in error
+    assert "nobody/no-such-model: is not a local folder, HF_HUB_OFFLINE is set, and the cache" in error
 
 
 def test_truncated_and_incomplete_weights_are_named(world, tmp_path, capsys):
@@ -397,7 +397,7 @@ def test_non_empty_output_is_kept_unless_told(world, tmp_path, capsys):
     assert "is not empty" in error and "--overwrite" in error
     # A folder that we did not write may hold anything.
     error = run_and_read_error(capsys, world.language_model, world.vision_tower, tmp_path / "out", "--overwrite")
-    assert "has no run_record.json, so it is no output of ours and --overwrite leaves it alone" in error
+    assert "has no run_record.json, so it is not an output of ours and --overwrite leaves it alone" in error
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
     (tmp_path / "out" / "run_record.json").write_text("{}")
     build(world.language_model, world.vision_tower, tmp_path / "out", "--overwrite")

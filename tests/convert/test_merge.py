@@ -28,7 +28,8 @@ from meme_llava.convert import export, offloading
 from meme_llava.convert import merge as merging
 from meme_llava.convert import merge_check as merge_verification
 from meme_llava.convert.merge import TrainedWeights
-from meme_llava.dataset.images import open_image, to_pixel_values
+from meme_llava.dataset.images import open_image
+from meme_llava.dataset.pixels import to_pixel_values
 from meme_llava.inference.generation import load_answerer
 from meme_llava.model.llava import load_llava, load_processing
 from meme_llava.model.tensor_names import to_disk_name
@@ -158,7 +159,7 @@ def test_merges_where_the_training_data_is_not(trained, tmp_path, capsys):
 
 
 def test_an_adapter_whose_first_records_are_text_merges(world, trained, tmp_path, capsys):
-    """Such prompts come without a picture, and so must the comparison's questions."""
+    """Such prompts come without an image, and so must the comparison's questions."""
     annotations = tmp_path / "text_first.json"
     annotations.write_text(json.dumps([world.records[3], *world.records[:3]], ensure_ascii=False), encoding="utf-8")
     train.main(train_flags(world, tmp_path / "adapter", annotations=annotations, max_steps=1))
@@ -371,7 +372,7 @@ def test_comparison_layer_by_layer(request, tmp_path, monkeypatch, no_memory, ca
 
 
 def test_a_tied_head_stays_tied(world, trained_tied, tmp_path):
-    """In memory; embedding and head are no targets of LoRA, so both are the base's."""
+    """In memory; embedding and head are not targets of LoRA, so both are the base's."""
     merge(["--adapter", str(trained_tied), "--output_dir", str(tmp_path / "out"), "--dtype", "float32"])
     assert read_checks(tmp_path / "out")["the models ran"] == "in memory"
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")

@@ -18,7 +18,7 @@ from PIL import Image
 from meme_llava.dataset.check import CheckedData, check_data, stop_on_bad_records
 from meme_llava.dataset.conversation import ConversationEncoder
 from meme_llava.dataset.findings import KINDS, UNTRAINABLE, Severities, Severity
-from meme_llava.dataset.image_inspection import inspect_picture, judge_picture
+from meme_llava.dataset.image_inspection import check_image, inspect_image
 from meme_llava.dataset.quarantine import write_quarantine
 from meme_llava.errors import UserError
 
@@ -164,7 +164,7 @@ def make_exif(*entries: bytes) -> bytes:
 
 ORIENTATION_6 = struct.pack("<HHII", 0x0112, 3, 1, 6)
 ORIENTATION_AS_TEXT = struct.pack("<HHI4s", 0x0112, 2, 4, b"top\0")
-# ImageDescription is text; a fraction in its place broke the rewriting of the tags when the picture was turned.
+# ImageDescription is text; a fraction in its place broke the rewriting of the tags when the image was turned.
 DESCRIPTION_AS_FRACTION = struct.pack("<HHII", 0x010E, 5, 1, 38)
 DESCRIPTION_BEHIND_THE_END = struct.pack("<HHII", 0x010E, 2, 5000, 38)
 GIF_BOMB = (
@@ -195,41 +195,41 @@ def make_keyed_palette(**options) -> bytes:
 FILES = {
     # Damaged in transfer.
     **{
-        f"{format} cut to {share:.0%}": (cut(format, share), f"a.{extension}", {"damaged_picture"})
+        f"{format} cut to {share:.0%}": (cut(format, share), f"a.{extension}", {"damaged_image"})
         for format, extension in (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("GIF", "gif"), ("BMP", "bmp"))
         for share in (0.02, 0.3, 0.6, 0.95)
     },
-    "JPEG of 3 bytes": (b"\xff\xd8\xff", "a.jpg", {"damaged_picture"}),
-    "JPEG of 20 bytes": (encode_noise("JPEG")[:20], "a.jpg", {"damaged_picture"}),
-    "PNG of its mark alone": (encode_noise("PNG")[:8], "a.png", {"damaged_picture"}),
-    "JPEG without its end": (encode_noise("JPEG")[:-2], "a.jpg", {"damaged_picture"}),
-    "PNG with a flipped bit in its pixels": (flip(encode_noise("PNG"), 9000), "a.png", {"damaged_picture"}),
-    "PNG with a flipped bit in its header": (flip(encode_noise("PNG"), 18), "a.png", {"damaged_picture"}),
-    "PNG with indices and no palette": (make_png(80, 80, 8, 3, bytes(81 * 80)), "a.png", {"damaged_picture"}),
-    "PNG of no width": (make_png(0, 80, 8, 2, b""), "a.png", {"damaged_picture"}),
+    "JPEG of 3 bytes": (b"\xff\xd8\xff", "a.jpg", {"damaged_image"}),
+    "JPEG of 20 bytes": (encode_noise("JPEG")[:20], "a.jpg", {"damaged_image"}),
+    "PNG of its mark alone": (encode_noise("PNG")[:8], "a.png", {"damaged_image"}),
+    "JPEG without its end": (encode_noise("JPEG")[:-2], "a.jpg", {"damaged_image"}),
+    "PNG with a flipped bit in its pixels": (flip(encode_noise("PNG"), 9000), "a.png", {"damaged_image"}),
+    "PNG with a flipped bit in its header": (flip(encode_noise("PNG"), 18), "a.png", {"damaged_image"}),
+    "PNG with indices and no palette": (make_png(80, 80, 8, 3, bytes(81 * 80)), "a.png", {"damaged_image"}),
+    "PNG of no width": (make_png(0, 80, 8, 2, b""), "a.png", {"damaged_image"}),
     "GIF with a broken second frame": (
         encode_noise("GIF")[:-1] + b",\0\0",
         "a.gif",
         {"palette", "damaged_animation"},
     ),
     "empty": (b"", "a.jpg", {"empty_file"}),
-    # No picture at all.
-    "web page": (b"<!DOCTYPE html><html>404</html>", "a.jpg", {"not_a_picture"}),
-    "web page, lower case": (b"<!doctype html>\n<title>403</title>", "a.png", {"not_a_picture"}),
-    "web page without doctype": (b"<HTML><BODY>gone</BODY></HTML>", "a.gif", {"not_a_picture"}),
-    "web page with a byte order mark": (b"\xef\xbb\xbf<!DOCTYPE html>", "a.webp", {"not_a_picture"}),
-    "web page behind blanks": (b"\r\n  \t<html>", "a.jpg", {"not_a_picture"}),
-    "JSON error": (b'{"code": 403, "message": "hotlinking"}', "a.jpg", {"not_a_picture"}),
-    "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "a.png", {"not_a_picture"}),
-    "XML": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "a.jpg", {"not_a_picture"}),
-    "zip": (b"PK\x03\x04" + bytes(60), "a.jpg", {"not_a_picture"}),
-    "gzip": (b"\x1f\x8b\x08" + bytes(60), "a.png", {"not_a_picture"}),
-    "PDF": (b"%PDF-1.7\n%", "a.jpg", {"not_a_picture"}),
-    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage", "a.jpg", {"not_a_picture"}),
-    "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a.jpg", {"not_a_picture"}),
-    "random bytes": (bytes(range(200, 256)) * 9, "a.jpg", {"not_a_picture"}),
-    "text": ("图片".encode(), "a.jpg", {"not_a_picture"}),
-    # Pictures that stay closed.
+    # No image at all.
+    "web page": (b"<!DOCTYPE html><html>404</html>", "a.jpg", {"not_an_image"}),
+    "web page, lower case": (b"<!doctype html>\n<title>403</title>", "a.png", {"not_an_image"}),
+    "web page without doctype": (b"<HTML><BODY>gone</BODY></HTML>", "a.gif", {"not_an_image"}),
+    "web page with a byte order mark": (b"\xef\xbb\xbf<!DOCTYPE html>", "a.webp", {"not_an_image"}),
+    "web page behind blanks": (b"\r\n  \t<html>", "a.jpg", {"not_an_image"}),
+    "JSON error": (b'{"code": 403, "message": "hotlinking"}', "a.jpg", {"not_an_image"}),
+    "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "a.png", {"not_an_image"}),
+    "XML": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "a.jpg", {"not_an_image"}),
+    "zip": (b"PK\x03\x04" + bytes(60), "a.jpg", {"not_an_image"}),
+    "gzip": (b"\x1f\x8b\x08" + bytes(60), "a.png", {"not_an_image"}),
+    "PDF": (b"%PDF-1.7\n%", "a.jpg", {"not_an_image"}),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage", "a.jpg", {"not_an_image"}),
+    "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a.jpg", {"not_an_image"}),
+    "random bytes": (bytes(range(200, 256)) * 9, "a.jpg", {"not_an_image"}),
+    "text": ("图片".encode(), "a.jpg", {"not_an_image"}),
+    # Images that stay closed.
     "PSD": (b"8BPS\0\x01" + bytes(40), "a.psd", {"unaccepted_format"}),
     "TIFF": (encode_noise("TIFF"), "a.jpg", {"unaccepted_format"}),
     "TIFF of a Motorola": (b"MM\0*" + bytes(40), "a.tif", {"unaccepted_format"}),
@@ -248,7 +248,7 @@ FILES = {
     "BMP called .gif": (encode_noise("BMP"), "a.gif", {"wrong_extension"}),
     "PNG called .txt": (encode_noise("PNG"), "a.txt", {"wrong_extension"}),
     "PNG without extension": (encode_noise("PNG"), "meme", {"wrong_extension"}),
-    # Pictures that are taken in a way one should know of.
+    # Images that are taken in a way one should know of.
     "animated GIF": (animate("GIF"), "a.gif", {"animated", "palette"}),
     "animated WebP": (animate("WEBP"), "a.webp", {"animated"}),
     "animated PNG": (animate("PNG"), "a.png", {"animated"}),
@@ -299,7 +299,7 @@ FILES = {
     "GIF bomb": (GIF_BOMB, "a.gif", {"too_many_pixels"}),
     "BMP bomb": (BMP_BOMB, "a.bmp", {"too_many_pixels"}),
     "WebP bomb": (make_webp_bomb(), "a.webp", {"too_many_pixels"}),
-    "another file's bytes": (encode(Image.new("RGB", (100, 80), (255, 0, 0)), "PNG"), "a.png", {"duplicate_picture"}),
+    "another file's bytes": (encode(Image.new("RGB", (100, 80), (255, 0, 0)), "PNG"), "a.png", {"duplicate_image"}),
     # Nothing to find.
     **{
         f"a sound {format}": (encode_noise(format), f"a.{extension}", set())
@@ -358,8 +358,8 @@ def test_all_files_at_once_are_found_out_each_for_itself(tmp_path, image_folder)
         values += [make_record(f"file {number}", f"{number}/{name}"), make_neighbour(number + 1)]
     checked = check(tmp_path, values, workers=2)
     # Some entries of the table hold the same bytes as others; alone they do not.
-    found = [set(list_kinds(checked, 2 * number + 2)) - {"duplicate_picture"} for number in range(len(FILES))]
-    expected = [kinds - {"duplicate_picture"} for _, _, kinds in FILES.values()]
+    found = [set(list_kinds(checked, 2 * number + 2)) - {"duplicate_image"} for number in range(len(FILES))]
+    expected = [kinds - {"duplicate_image"} for _, _, kinds in FILES.values()]
     assert dict(zip(FILES, found, strict=True)) == dict(zip(FILES, expected, strict=True))
     assert all(list_kinds(checked, line) == [] for line in range(1, len(values) + 1, 2))
     assert len(checked.usable) + len(checked.bad) == len(values)
@@ -381,21 +381,21 @@ def link_out(path: Path) -> None:
 
 
 PLACES = {
-    "missing": (lambda path: None, "a.png", {"missing_picture"}),
+    "missing": (lambda path: None, "a.png", {"missing_image"}),
     "another case": (
         lambda path: path.with_name("A.PNG").write_bytes(encode_noise("PNG")),
         "a.png",
-        {"missing_picture"},
+        {"missing_image"},
     ),
     "a directory": (Path.mkdir, "a.png", {"unreadable_file"}),
     "the folder itself": (lambda path: None, ".", {"unreadable_file"}),
     "a pipe": (os.mkfifo, "a.png", {"unreadable_file"}),
     "without permission": (make_unreadable, "a.png", {"unreadable_file"}),
     "a name too long": (lambda path: None, "图" * 100 + ".png", {"unreadable_file"}),
-    "a dangling link": (lambda path: path.symlink_to("gone.png"), "a.png", {"missing_picture"}),
+    "a dangling link": (lambda path: path.symlink_to("gone.png"), "a.png", {"missing_image"}),
     "a link to itself": (lambda path: path.symlink_to("a.png"), "a.png", {"unsafe_path"}),
     "a link out of the folder": (link_out, "a.png", {"unsafe_path"}),
-    "below a file": (lambda path: None, "red.png/a.png", {"missing_picture"}),
+    "below a file": (lambda path: None, "red.png/a.png", {"missing_image"}),
     "above the folder": (lambda path: None, "../a.png", {"unsafe_path"}),
     "above the folder, round a corner": (lambda path: None, "x/../../a.png", {"unsafe_path"}),
     "absolute": (lambda path: None, "/etc/passwd", {"unsafe_path"}),
@@ -403,16 +403,16 @@ PLACES = {
     "a file URL": (lambda path: None, "file:///a.png", {"unsafe_path"}),
     "backslashes": (lambda path: None, "x\\a.png", {"unsafe_path"}),
     "NUL": (lambda path: None, "a\0.png", {"unsafe_path"}),
-    "half a character": (lambda path: None, "\ud83d.png", {"missing_picture"}),
+    "half a character": (lambda path: None, "\ud83d.png", {"missing_image"}),
     "composed, stored decomposed": (
         lambda path: path.with_name("cafe\u0301.png").write_bytes(encode_noise("PNG")),
         "caf\u00e9.png",
-        {"missing_picture"},
+        {"missing_image"},
     ),
     "decomposed, stored composed": (
         lambda path: path.with_name("caf\u00e9.png").write_bytes(encode_noise("PNG")),
         "cafe\u0301.png",
-        {"missing_picture"},
+        {"missing_image"},
     ),
     "decomposed in both": (
         lambda path: path.with_name("cafe\u0301.png").write_bytes(encode_noise("PNG")),
@@ -498,13 +498,13 @@ RECORDS = {
         {"bad_turn_order"},
     ),
     # Placeholders.
-    "a picture without its place": (make_record(question="图里写了什么？"), {"placeholder_mismatch"}),
-    "two places, one picture": (make_record(question="<image><image>"), {"placeholder_mismatch"}),
-    "one place, two pictures": (make_record(image=["red.png", "blue.png"]), {"placeholder_mismatch"}),
-    "a place without a picture": (make_record(image=[]), {"placeholder_mismatch"}),
+    "an image without its place": (make_record(question="图里写了什么？"), {"placeholder_mismatch"}),
+    "two places, one image": (make_record(question="<image><image>"), {"placeholder_mismatch"}),
+    "one place, two images": (make_record(image=["red.png", "blue.png"]), {"placeholder_mismatch"}),
+    "a place without an image": (make_record(image=[]), {"placeholder_mismatch"}),
     "the place in the answer": (make_record(question="？", answer="<image>" + ANSWER), {"placeholder_mismatch"}),
     "the place in the system turn": (make_record(**turns("？", ANSWER, system="<image>")), {"placeholder_mismatch"}),
-    "one picture too many in the answer": (asked("<image>" + ANSWER), {"control_text"}),
+    "one image too many in the answer": (asked("<image>" + ANSWER), {"control_text"}),
     # Control tokens, which are trained on as text.
     "an end token in the answer": (asked("好耶，这是一只小猫。<|im_end|>"), {"control_text"}),
     "a turn in the question": (make_record(question="<image><|im_start|>system\n"), {"control_text"}),
@@ -524,13 +524,13 @@ RECORDS = {
     ),
     "GPT-4o refuses": (asked("抱歉，我无法识别图片中的人物。"), {"refusal"}),
     "a model names itself": (asked("作为一个AI语言模型，我没有情感。"), {"refusal"}),
-    "a model asks for the picture": (asked("请提供图片，以便我进行分析。"), {"refusal"}),
+    "a model asks for the image": (asked("请提供图片，以便我进行分析。"), {"refusal"}),
     "a filter cuts in at the end": (
         asked("这个表情包展示了一只可爱的小猫。很抱歉，我暂时不能提供您所需的回答。如有其他需要，请随时提问。"),
         {"refusal"},
     ),
     "English": (asked("I'm sorry, but I can't assist with that request."), {"refusal"}),
-    "English, typographic": (asked("I’m unable to describe people in pictures."), {"refusal"}),
+    "English, typographic": (asked("I’m unable to describe people in images."), {"refusal"}),
     "in the second turn": (make_record(**turns(QUESTION, ANSWER, "是谁？", "抱歉，我无法回答这个问题。")), {"refusal"}),
     # Loops.
     "one character": (asked("好" + "群" * 80), {"loop"}),
@@ -550,7 +550,7 @@ RECORDS = {
         make_neighbour(1) | turns("<image>\n这是什么？", "图里的红色背景上写着第1号，很喜庆。") | {"id": "bad"},
         {"duplicate_caption"},
     ),
-    # What is known to stand in the picture.
+    # What is known to stand in the image.
     "other words": (make_record(text="别催了马上到"), {"text_disagrees"}),
     "a third of the words": (make_record(text="好耶今天加油"), {"text_disagrees"}),
     # Lengths.
@@ -558,29 +558,29 @@ RECORDS = {
     "an answer that is cut": (asked(LONG_WORDS), {"cut_answer"}),
     # Several at once.
     "a refusal that breaks off": (asked("抱歉，我无法回答。" + "无" * 80), {"refusal", "loop"}),
-    "a missing picture and a refusal": (
+    "a missing image and a refusal": (
         make_record(image="gone.png", answer="抱歉，我无法查看图片。"),
-        {"missing_picture", "refusal"},
+        {"missing_image", "refusal"},
     ),
     # Nothing to find.
     "a meme that refuses": (asked("图里的猫举着牌子，写着“我无法回答，抱歉，我不能”，很无奈。"), set()),
     "a meme that cannot": (asked("猫咪一脸委屈，配文是「我不能接受」，表达拒绝。"), set()),
-    "somebody in the picture cannot": (asked("他看起来无法接受这个结果，让人忍俊不禁。"), set()),
+    "somebody in the image cannot": (asked("他看起来无法接受这个结果，让人忍俊不禁。"), set()),
     "a laugh": (asked("猫咪笑了：" + "哈" * 30), set()),
     "a line of dashes": (asked("猫咪\n" + "-" * 40 + "\n很开心，写着好耶。"), set()),
     "the words": (make_record(text="好耶"), set()),
     "the words in another width and case": (make_record(answer="图里写着ＯＫ，猫咪很开心。", text="o.k!"), set()),
     "half of the words": (make_record(text="好耶加油"), set()),
     "no words": (make_record(text=""), set()),
-    "a text that is no text": (make_record(text=5), set()),
-    "the same answer about another picture": (make_neighbour(1) | {"id": "bad", "image": "blue.png"}, set()),
+    "a text that is not a text": (make_record(text=5), set()),
+    "the same answer about another image": (make_neighbour(1) | {"id": "bad", "image": "blue.png"}, set()),
     "a deliberate copy": (make_neighbour(1) | {"id": "good 1#2", "repeat": 2}, set()),
     "no id": ({**turns("你好", "喵")}, set()),
     "a number as id": (make_record(7), set()),
     "a system turn": (make_record(**turns(QUESTION, ANSWER, system="你是一只猫。")), set()),
     "two turns": (make_record(**turns(QUESTION, ANSWER, "为什么？", "因为它很开心。")), set()),
-    "two pictures": (make_record(image=["red.png", "blue.png"], question="<image>和<image>有什么不同？"), set()),
-    "no picture": ({"id": "bad", **turns("你好", "喵")}, set()),
+    "two images": (make_record(image=["red.png", "blue.png"], question="<image>和<image>有什么不同？"), set()),
+    "no image": ({"id": "bad", **turns("你好", "喵")}, set()),
     "keys of other tools": (make_record(weight=1, sources=[{"set": "x"}]), set()),
 }
 
@@ -624,7 +624,7 @@ def test_the_tables_hold_every_kind_of_finding_and_a_hundred_bad_inputs():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_no_damage_to_a_picture_is_more_than_a_finding(tmp_path, seed):
+def test_no_damage_to_an_image_is_more_than_a_finding(tmp_path, seed):
     """Pillow's parsers raise whatever they run into; here it must become a finding, of any kind."""
     generator = random.Random(seed)
     exif = Image.Exif()
@@ -642,8 +642,8 @@ def test_no_damage_to_a_picture_is_more_than_a_finding(tmp_path, seed):
                 256
             )
         path.write_bytes(content[: generator.choice([len(content), generator.randrange(1, len(content))])])
-        facts = inspect_picture(path, 10_000_000)
-        for kind, detail in judge_picture(path, facts, 10_000_000):
+        facts = inspect_image(path, 10_000_000)
+        for kind, detail in check_image(path, facts, 10_000_000):
             assert kind in KINDS and str(path) in detail
 
 
@@ -658,7 +658,7 @@ def test_a_record_that_is_left_out_is_no_original(tmp_path, image_folder):
         make_record("c", answer="一只很开心的猫咪在跳舞。"),
     ]
     checked = check(tmp_path, values)
-    assert [list_kinds(checked, line) for line in (1, 2, 3, 4)] == [["refusal"], [], ["missing_picture"], []]
+    assert [list_kinds(checked, line) for line in (1, 2, 3, 4)] == [["refusal"], [], ["missing_image"], []]
     assert list_usable(checked) == ["a", "c"]
 
 
@@ -691,14 +691,14 @@ def test_the_deliberate_copies_of_mixing_train(tmp_path, image_folder):
     assert list_usable(checked) == ["a", "a#2", "a#3"]
 
 
-def test_doubled_pictures_are_named_by_their_first_file(tmp_path, image_folder):
+def test_doubled_images_are_named_by_their_first_file(tmp_path, image_folder):
     for name in ("first.png", "second.png", "third.png"):
         (image_folder / name).write_bytes(encode_noise("PNG"))
     names = ["first.png", "second.png", "red.png", "third.png", "first.png"]
     checked = check(tmp_path, [make_record(str(n), name, f"图里写着第{n}句好听的话。") for n, name in enumerate(names)])
     assert [(finding.record_id, finding.kind) for finding in checked.findings] == [
-        ("1", "duplicate_picture"),
-        ("3", "duplicate_picture"),
+        ("1", "duplicate_image"),
+        ("3", "duplicate_image"),
     ]
     assert all(
         finding.detail.endswith(f"has the bytes of {image_folder / 'first.png'}") for finding in checked.findings
@@ -730,7 +730,7 @@ def test_error_stops_and_lists_quarantine_leaves_out_and_keeps_the_records(tmp_p
     assert [[reason["kind"] for reason in line["reasons"]] for line in written] == [
         ["not_json"],
         ["refusal"],
-        ["missing_picture", "loop"],
+        ["missing_image", "loop"],
     ]
 
 
@@ -765,7 +765,7 @@ def test_kinds_are_allowed_and_refused(tmp_path, image_folder):
         (("refusal",), ("refusal", "loop"), "refusal: both in --allow and in --refuse; choose one"),
         (("text_disagrees",), (), "--allow text_disagrees: such records are trained on anyway; leave it out"),
         ((), ("refusal",), "--refuse refusal: such records are bad anyway; leave it out"),
-        (("damaged_picture",), (), "--allow damaged_picture: such a record cannot be trained on; mend it, or leave it"),
+        (("damaged_image",), (), "--allow damaged_image: such a record cannot be trained on; fix it, or leave it"),
     ],
 )
 def test_kinds_that_cannot_be_meant_are_refused(allowed, refused, message):

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, World
 from PIL import Image
 
-from meme_llava.dataset import image_inspection as pictures
+from meme_llava.dataset import image_inspection as images
 
 spec = importlib.util.spec_from_file_location("check_script", ROOT / "data" / "check.py")
 check_script = importlib.util.module_from_spec(spec)
@@ -44,7 +44,7 @@ def make_records(count: int = 3) -> list[dict]:
 
 
 def spoil(records: list[dict]) -> list:
-    """A refusal, a missing picture, no record at all."""
+    """A refusal, a missing image, no record at all."""
     records[0]["conversations"][1]["value"] = "抱歉，我无法回答。"
     records[2]["image"] = "gone.png"
     return [*records, "text"]
@@ -96,12 +96,12 @@ def test_clean_data_end_well_and_write_a_report(folder, capsys):
     assert "r1" in (output_dir / "report.html").read_text(encoding="utf-8")
 
 
-def test_captions_of_other_pictures_are_doubted(folder, capsys):
+def test_captions_of_other_images_are_doubted(folder, capsys):
     records = make_records()
     for record in records[:2]:
         record["text"] = "别的图上的字"
     run(folder, records)
-    doubt = "2 of 2 answers lack most of the words known to stand in their pictures; do the captions belong to these"
+    doubt = "2 of 2 answers lack most of the words known to stand in their images; do the captions belong to these"
     assert doubt in capsys.readouterr().out
     records[0]["text"] = "图里写着"
     run(folder, records)
@@ -114,16 +114,14 @@ def test_a_wrong_image_folder_is_asked_about(folder, capsys):
         record["image"] = f"elsewhere/{record['image']}"
     error = fail(capsys, folder, records)
     assert "holds no record that can be trained on, e.g. memes.json record 0 (id 'r0'): " in error
-    assert (
-        "Pictures of 3 records are missing; is --image_folder the folder that the records' paths start from?" in error
-    )
+    assert "Images of 3 records are missing; is --image_folder the folder that the records' paths start from?" in error
 
 
 def test_bad_records_end_in_an_error_after_the_report_is_written(folder, capsys):
     error = fail(capsys, folder, spoil(make_records()))
     output_dir = folder.parent / "out"
     assert error.endswith(
-        f"error: 3 of 4 records are bad; {output_dir / 'quarantine.jsonl'} holds them with the reasons. Mend them, or "
+        f"error: 3 of 4 records are bad; {output_dir / 'quarantine.jsonl'} holds them with the reasons. Fix them, or "
         "train without them: --bad_records quarantine\n"
     )
     assert {path.name for path in output_dir.iterdir()} == {
@@ -134,7 +132,7 @@ def test_bad_records_end_in_an_error_after_the_report_is_written(folder, capsys)
         for finding in read_lines(output_dir / "findings.jsonl")
     ] == [
         ("memes.json record 0", "r0", "refusal", "bad"),
-        ("memes.json record 2", "r2", "missing_picture", "bad"),
+        ("memes.json record 2", "r2", "missing_image", "bad"),
         ("memes.json record 3", "?", "malformed", "bad"),
     ]
     assert [line["record"] for line in read_lines(output_dir / "quarantine.jsonl")] == [
@@ -183,10 +181,10 @@ def test_a_second_check_replaces_the_first_and_decodes_nothing(folder, capsys, m
     fail(capsys, folder, spoil(make_records()[::-1]))
     run(folder, make_records())
     assert not (folder.parent / "out" / "quarantine.jsonl").exists()
-    monkeypatch.setattr(pictures, "open_image", lambda *_, **__: pytest.fail("was decoded"))
+    monkeypatch.setattr(images, "open_image", lambda *_, **__: pytest.fail("was decoded"))
     output_dir = run(folder, make_records())
     assert (output_dir / "findings.jsonl").read_bytes() == b""
-    assert (folder.parent / "caches" / "meme_llava" / "pictures.sqlite").is_file()
+    assert (folder.parent / "caches" / "meme_llava" / "images.sqlite").is_file()
 
 
 def test_a_strangers_folder_is_left_alone(folder, capsys):
@@ -194,7 +192,7 @@ def test_a_strangers_folder_is_left_alone(folder, capsys):
     output_dir.mkdir()
     (output_dir / "thesis.txt").write_text("mine")
     error = fail(capsys, folder, make_records())
-    assert f"{output_dir}: has no run_record.json, so it is no output of ours" in error
+    assert f"{output_dir}: has no run_record.json, so it is not an output of ours" in error
     assert [path.name for path in output_dir.iterdir()] == ["thesis.txt"]
 
 
@@ -225,8 +223,8 @@ def test_facts_without_a_model_written_out(folder):
         "records": "5",
         "usable records": "4",
         "bad records": "1",
-        "pictures": "5",
-        "different pictures": "3",
+        "images": "5",
+        "different images": "3",
         "steps": "4",  # 4 x 2.5 = 10 records, 3 a step
         "records a step": "3",
         "epochs": "2.5",
@@ -242,7 +240,7 @@ def test_lengths_and_steps_with_a_model_are_those_of_training(world: World, trai
             *("--output_dir", str(tmp_path / "out"), *map(str, flags)),
         ]
     )
-    # The eight records take 45, 64, 49, 34, 48, 44, 43 and 45 positions; 73 carry loss, 32 are those of 8 pictures.
+    # The eight records take 45, 64, 49, 34, 48, 44, 43 and 45 positions; 73 carry loss, 32 are those of 8 images.
     facts = read_facts(tmp_path / "out")
     assert {name: facts[name] for name in EXPECTED_FACTS} == EXPECTED_FACTS
     data = json.loads((trained / "run_record.json").read_text())["data"]

@@ -113,8 +113,8 @@ def test_saved_chat_template_gives_the_same_ids(world):
     assert processing.tokenizer(asked)["input_ids"] == processing.encoder.encode_prompt(chat[:1])
 
 
-def test_processor_expands_a_picture_like_our_encoder(world):
-    """What other programs do with the directory: apply_chat_template with a picture."""
+def test_processor_expands_an_image_like_our_encoder(world):
+    """What other programs do with the directory: apply_chat_template with an image."""
     processing = load_processing(world.base)
     content = [
         {"type": "image", "image": Image.new("RGB", (30, 50), "red")},
@@ -178,20 +178,20 @@ def test_no_room_for_an_answer_is_refused(word_encoder):
         word_encoder.encode_example(CHAT, 22)
 
 
-def test_a_picture_behind_the_limit_is_refused(word_encoder):
+def test_an_image_behind_the_limit_is_refused(word_encoder):
     chat = [*CHAT[:3], Turn("user", "<image>\n谢啦"), Turn("assistant", "不客气！")]
-    with pytest.raises(DoesNotFit, match="a picture stands behind model_max_length 30"):
+    with pytest.raises(DoesNotFit, match="an image lies beyond model_max_length 30"):
         word_encoder.encode_example(chat, 30)
 
 
-def test_any_limit_keeps_pictures_and_end_token(word_encoder):
+def test_any_limit_keeps_images_and_end_token(word_encoder):
     generator = random.Random(0)
     kept = refused = 0
     for _ in range(300):
         chat = []
         for _ in range(generator.randint(1, 3)):
-            pictures = "<image>" * generator.randint(0, 2)
-            chat.append(Turn("user", pictures + "".join(generator.choices(WORDS, k=generator.randint(1, 5)))))
+            placeholders = "<image>" * generator.randint(0, 2)
+            chat.append(Turn("user", placeholders + "".join(generator.choices(WORDS, k=generator.randint(1, 5)))))
             chat.append(Turn("assistant", "".join(generator.choices(WORDS[4:], k=generator.randint(1, 8)))))
         images = sum(turn.text.count("<image>") for turn in chat)
         max_length = generator.randint(40, 120)

@@ -169,7 +169,7 @@ UNUSABLE_RECORDS = {
     "image missing": (bad(image="gone.png"), "gone.png: No such file or directory"),
     "image in another case": (bad(image="RED.png"), "RED.png: No such file or directory"),
     "image a directory": (bad(image="a folder"), "a folder: not a regular file"),
-    "image an error page": (bad(image="error page.jpg"), "error page.jpg: not a JPEG/PNG/GIF/WEBP/BMP picture"),
+    "image an error page": (bad(image="error page.jpg"), "error page.jpg: not a JPEG/PNG/GIF/WEBP/BMP image"),
     "image absolute": (bad(image="/etc/passwd"), f"image '/etc/passwd' {NOT_RELATIVE}"),
     "image a URL": (bad(image="https://host/a.png"), f"image 'https://host/a.png' {NOT_RELATIVE}"),
     "image with backslashes": (bad(image="a\\b.png"), f"image 'a\\\\b.png' {NOT_RELATIVE}"),
@@ -317,7 +317,7 @@ def test_every_allowed_kind_of_record_is_read(tmp_path):
     ]
 
 
-# ---- Files that are no annotations at all ----
+# ---- Files that are not annotations at all ----
 
 GOOD_LINE = json.dumps(make_record("a"), ensure_ascii=False)
 UNUSABLE_FILES = {
@@ -403,7 +403,7 @@ def test_a_wrong_image_folder_is_asked_about_under_a_few_examples(tmp_path, imag
     lines = str(caught.value).splitlines()
     assert [line.split("'")[1] for line in lines[1:6]] == [f"r{index}" for index in range(5)]
     assert lines[6] == "  … and 2 more"
-    assert lines[7].startswith("Pictures of 7 records are missing; is --image_folder the folder")
+    assert lines[7].startswith("Images of 7 records are missing; is --image_folder the folder")
 
 
 def test_quarantine_that_leaves_nothing_says_why(tmp_path, image_folder, encoder):
@@ -428,7 +428,7 @@ def test_quarantined_records_are_written_as_one_json_line_each(tmp_path, image_f
         ("memes.json record 2", "\ud83d"),
     ]
     assert [line["record"] for line in written] == values[1:]
-    assert [[reason["kind"] for reason in line["reasons"]] for line in written] == [["missing_picture"], ["malformed"]]
+    assert [[reason["kind"] for reason in line["reasons"]] for line in written] == [["missing_image"], ["malformed"]]
 
 
 def spoil(record: dict, rng: random.Random) -> object:
@@ -509,14 +509,14 @@ def test_a_record_without_room_for_an_answer_is_named_with_the_length_it_needs(t
 # ---- Items ----
 
 
-def test_an_item_is_its_tokens_and_its_pictures_in_order(tmp_path, image_folder, encoder):
+def test_an_item_is_its_tokens_and_its_images_in_order(tmp_path, image_folder, encoder):
     values = [
         make_record("two", image=["blue.png", "red.png"], conversations=[human("<image>和<image>？"), gpt("好")]),
         without_image([human("你好"), gpt("好耶")]),
     ]
     data = load(write_json(tmp_path / "memes.json", values), image_folder, encoder).dataset
     two, none = data[0], data[1]
-    assert set(two) == {"record_id", "input_ids", "labels", "image_paths", "pictures"}
+    assert set(two) == {"record_id", "input_ids", "labels", "image_paths", "pixel_values"}
     assert [two["record_id"], none["record_id"]] == ["two", "bad"]
     for item in (two, none):
         assert item["input_ids"].dtype == item["labels"].dtype == torch.int64
@@ -524,9 +524,9 @@ def test_an_item_is_its_tokens_and_its_pictures_in_order(tmp_path, image_folder,
         supervised = item["labels"] != -100
         assert torch.equal(item["labels"][supervised], item["input_ids"][supervised])
     assert two["image_paths"] == (image_folder / "blue.png", image_folder / "red.png")
-    assert [(picture.dtype, picture.shape) for picture in two["pictures"]] == [(torch.uint8, (3, 2, 2))] * 2
-    assert [picture[:, 0, 0].tolist() for picture in two["pictures"]] == [[0, 0, 255], [255, 0, 0]]
-    assert none["image_paths"] == () and none["pictures"] == []
+    assert [(image.dtype, image.shape) for image in two["pixel_values"]] == [(torch.uint8, (3, 2, 2))] * 2
+    assert [image[:, 0, 0].tolist() for image in two["pixel_values"]] == [[0, 0, 255], [255, 0, 0]]
+    assert none["image_paths"] == () and none["pixel_values"] == []
     assert int((two["input_ids"] == encoder.image_token_id).sum()) == 2 * TOKENS_PER_IMAGE
 
     answer = encoder.encode_text("好耶") + [encoder.turn_end_id]
@@ -536,9 +536,9 @@ def test_an_item_is_its_tokens_and_its_pictures_in_order(tmp_path, image_folder,
     assert data.image_counts.tolist() == [2, 0]
 
 
-@pytest.mark.parametrize("kept, reason", [(0, "the file is empty"), (50, "the picture is damaged")])
-def test_a_picture_that_goes_bad_after_the_check_stops_the_run_by_name(tmp_path, image_folder, encoder, kept, reason):
-    # Another picture in its place would change what the run learns without a word.
+@pytest.mark.parametrize("kept, reason", [(0, "the file is empty"), (50, "the image is damaged")])
+def test_an_image_that_goes_bad_after_the_check_stops_the_run_by_name(tmp_path, image_folder, encoder, kept, reason):
+    # Another image in its place would change what the run learns without a word.
     data = load(write_json(tmp_path / "memes.json", [make_record("a")]), image_folder, encoder).dataset
     path = image_folder / "red.png"
     path.write_bytes(path.read_bytes()[:kept])
@@ -546,7 +546,7 @@ def test_a_picture_that_goes_bad_after_the_check_stops_the_run_by_name(tmp_path,
         data[0]
 
 
-def test_a_batch_decodes_a_picture_once_however_many_records_show_it(tmp_path, image_folder, encoder, monkeypatch):
+def test_a_batch_decodes_an_image_once_however_many_records_show_it(tmp_path, image_folder, encoder, monkeypatch):
     values = [
         make_record("a"),
         make_record("b", image=["blue.png", "red.png"], conversations=[human("<image><image>"), gpt()]),
@@ -564,7 +564,7 @@ def test_a_batch_decodes_a_picture_once_however_many_records_show_it(tmp_path, i
     assert [item["record_id"] for item in batch] == ["c", "b", "a"]
     for item, expected in zip(batch, alone, strict=True):
         assert item["input_ids"].tolist() == expected["input_ids"].tolist()
-        assert torch.stack(item["pictures"]).tolist() == torch.stack(expected["pictures"]).tolist()
+        assert torch.stack(item["pixel_values"]).tolist() == torch.stack(expected["pixel_values"]).tolist()
 
 
 def test_a_record_that_is_not_as_long_as_was_counted_stops_the_run(tmp_path, image_folder, encoder):
@@ -588,7 +588,7 @@ def five(tmp_path, image_folder, encoder) -> MemeDataset:
 
 
 def order_training(dataset: MemeDataset, steps: int, global_batch_size: int, seed: int, **changes) -> TrainingOrder:
-    settings = {"device_batch_size": global_batch_size, "processes": 1, "shared_pictures": False, **changes}
+    settings = {"device_batch_size": global_batch_size, "processes": 1, "shared_images": False, **changes}
     return TrainingOrder(dataset, steps, global_batch_size, seed=seed, **settings)
 
 
@@ -623,7 +623,7 @@ def test_the_order_depends_on_seed_and_position_alone(five):
 
 
 def test_a_batch_counts_what_its_records_share_once(tmp_path, image_folder, encoder):
-    # Two pictures with two records each; 'c' and 'd' differ in their question already, 'a' and 'b' in the answer.
+    # Two images with two records each; 'c' and 'd' differ in their question already, 'a' and 'b' in the answer.
     values = [
         make_record("a", conversations=[human("<image>\n好？"), gpt("好好好")]),
         make_record("c", image="blue.png", conversations=[human("<image>\n好？"), gpt("好")]),
@@ -635,9 +635,9 @@ def test_a_batch_counts_what_its_records_share_once(tmp_path, image_folder, enco
     prompt = len(encoder.encode_prompt([Turn("user", "<image>\n好？")]))
     question = len(encoder.encode_prompt([Turn("user", "<image>\n")])) - len(encoder.encode_prompt([Turn("user", "")]))
     start = len(encoder.encode_prompt([])) - len(encoder.encode_text("assistant")) + len(encoder.encode_text("user"))
-    whole = order_training(data, 1, 4, seed=0, shared_pictures=True)
+    whole = order_training(data, 1, 4, seed=0, shared_images=True)
     assert whole.count_batch_positions().tolist() == [[[a + b - prompt + c + d - (start + question)]]]
-    halves = order_training(data, 1, 4, seed=0, shared_pictures=True, device_batch_size=2)
+    halves = order_training(data, 1, 4, seed=0, shared_images=True, device_batch_size=2)
     assert [sorted(halves.order[:2].tolist()), sorted(halves.order[2:].tolist())] in (
         [[0, 2], [1, 3]],
         [[1, 3], [0, 2]],
@@ -657,14 +657,14 @@ def test_records_share_the_same_without_a_record_that_is_left_out(tmp_path, imag
     whole = load(write_json(tmp_path / "memes.json", values), image_folder, encoder, "quarantine").dataset
     alone = load(write_json(tmp_path / "usable.json", good), image_folder, encoder).dataset
     assert len(whole) == len(alone) == 3
-    assert whole.sharing.ranks.tolist() == alone.sharing.ranks.tolist()
-    assert whole.sharing.shared.tolist() == alone.sharing.shared.tolist()
+    assert whole.sharing.order.tolist() == alone.sharing.order.tolist()
+    assert whole.sharing.prefix_lengths.tolist() == alone.sharing.prefix_lengths.tolist()
 
 
-@pytest.mark.parametrize("shared_pictures", [True, False])
+@pytest.mark.parametrize("shared_images", [True, False])
 @pytest.mark.parametrize("has_text_record, global_batch_size", [(True, 9), (False, 12)])
 def test_a_batch_takes_the_positions_that_were_planned(
-    tmp_path, image_folder, encoder, has_text_record, global_batch_size, shared_pictures
+    tmp_path, image_folder, encoder, has_text_record, global_batch_size, shared_images
 ):
     # Plan and packed row are made by different code. In steps of 12, some of the 8 records come twice.
     values = [
@@ -675,10 +675,8 @@ def test_a_batch_takes_the_positions_that_were_planned(
     values += [without_image([human("你好"), gpt("好耶")])] * has_text_record
     data = load(write_json(tmp_path / "memes.json", values), image_folder, encoder).dataset
     size = global_batch_size // 3
-    examples = order_training(
-        data, 4, global_batch_size, seed=0, device_batch_size=size, shared_pictures=shared_pictures
-    )
-    collator = PackingCollator(encoder.image_token_id, TOKENS_PER_IMAGE, POLICY.size, shared_pictures=shared_pictures)
+    examples = order_training(data, 4, global_batch_size, seed=0, device_batch_size=size, shared_images=shared_images)
+    collator = PackingCollator(encoder.image_token_id, TOKENS_PER_IMAGE, POLICY.size, shared_images=shared_images)
     rows = [collator(examples.__getitems__(range(start, start + size))) for start in range(0, len(examples), size)]
     assert examples.count_batch_positions().ravel().tolist() == [row["input_ids"].shape[1] for row in rows]
 

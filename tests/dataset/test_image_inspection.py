@@ -1,4 +1,4 @@
-"""What is found in picture files: each is decoded once, in parallel as alone, and remembered until it changes."""
+"""What is found in image files: each is decoded once, in parallel as alone, and remembered until it changes."""
 
 import contextlib
 import os
@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from meme_llava.dataset import image_cache as picture_cache
-from meme_llava.dataset import image_inspection as pictures
+from meme_llava.dataset import image_cache as image_cache
+from meme_llava.dataset import image_inspection as images
 from meme_llava.dataset.findings import KINDS
-from meme_llava.dataset.image_cache import PictureCache, PictureFacts
+from meme_llava.dataset.image_cache import ImageCache, ImageFacts
 from meme_llava.dataset.image_inspection import (
     EXTENSIONS,
-    PICTURE_SUFFIXES,
-    inspect_picture,
-    inspect_pictures,
-    judge_picture,
+    IMAGE_SUFFIXES,
+    check_image,
+    inspect_image,
+    inspect_images,
 )
 from meme_llava.storage.cache import find_default_cache
 
@@ -43,16 +43,16 @@ def inspected(monkeypatch) -> list[str]:
     """The names of the files that were looked at, in one process."""
     names = []
 
-    def inspect(path: Path, *arguments, **options) -> PictureFacts:
+    def inspect(path: Path, *arguments, **options) -> ImageFacts:
         names.append(path.name)
-        return inspect_picture(path, *arguments, **options)
+        return inspect_image(path, *arguments, **options)
 
-    monkeypatch.setattr(pictures, "inspect_picture", inspect)
+    monkeypatch.setattr(images, "inspect_image", inspect)
     return names
 
 
-def look(folder: Path, cache_file: Path | None, max_pixels: int = LIMIT, workers: int = 1) -> dict[str, PictureFacts]:
-    found = inspect_pictures(sorted(folder.iterdir()), max_pixels, PictureCache(cache_file), workers)
+def look(folder: Path, cache_file: Path | None, max_pixels: int = LIMIT, workers: int = 1) -> dict[str, ImageFacts]:
+    found = inspect_images(sorted(folder.iterdir()), max_pixels, ImageCache(cache_file), workers)
     return {path.name: facts for path, facts in found.items()}
 
 
@@ -65,7 +65,7 @@ def test_facts_written_out(folder):
     assert (facts["red.png"].format, facts["red.png"].width, facts["red.png"].height) == ("PNG", 100, 80)
     assert facts["red.png"].notes == () and facts["red.png"].fault is None and facts["red.png"].decoded
     assert facts["palette.png"].notes == (("palette", "P"),)
-    assert facts["cut.jpg"].fault[0] == "damaged_picture" and facts["empty.png"].fault[0] == "empty_file"
+    assert facts["cut.jpg"].fault[0] == "damaged_image" and facts["empty.png"].fault[0] == "empty_file"
 
 
 def test_the_second_check_decodes_nothing(folder, tmp_path, inspected):
@@ -95,7 +95,7 @@ def test_the_same_size_and_time_of_writing_do_not_hide_a_change(folder, tmp_path
     path.write_bytes(content[:60] + bytes(len(content) - 60))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_size == before.st_size and path.stat().st_mtime_ns == before.st_mtime_ns
-    assert look(folder, tmp_path / "cache.sqlite")["red.png"].fault[0] == "damaged_picture"
+    assert look(folder, tmp_path / "cache.sqlite")["red.png"].fault[0] == "damaged_image"
 
 
 def test_a_file_replaced_by_another_under_its_name_is_that_other_one(folder, tmp_path, inspected):
@@ -117,17 +117,17 @@ def test_the_same_bytes_under_another_name_are_known(folder, tmp_path, inspected
         assert database.execute("SELECT count(*) FROM files").fetchone() == (5,)
         assert database.execute("SELECT count(*) FROM contents").fetchone() == (4,)
     # What is said about a file names that file, although the facts are shared.
-    assert judge_picture(folder / "copy.jpg", found["copy.jpg"], LIMIT) == [
+    assert check_image(folder / "copy.jpg", found["copy.jpg"], LIMIT) == [
         ("wrong_extension", f"{folder / 'copy.jpg'}: holds a PNG")
     ]
-    assert judge_picture(folder / "red.png", found["red.png"], LIMIT) == []
+    assert check_image(folder / "red.png", found["red.png"], LIMIT) == []
 
 
 def test_the_fault_of_shared_bytes_names_no_other_file(folder, tmp_path):
     (folder / "twin.jpg").write_bytes((folder / "cut.jpg").read_bytes())
     for _ in range(2):
         for name, facts in look(folder, tmp_path / "cache.sqlite").items():
-            for kind, detail in judge_picture(folder / name, facts, LIMIT):
+            for kind, detail in check_image(folder / name, facts, LIMIT):
                 assert kind in KINDS and detail.startswith(f"{folder / name}: ")
                 assert not any(str(folder / other) in detail for other in {*ALL, "twin.jpg"} - {name})
 
@@ -135,7 +135,7 @@ def test_the_fault_of_shared_bytes_names_no_other_file(folder, tmp_path):
 def test_other_limits_of_pixels_are_kept_both_ways(folder, tmp_path, inspected):
     def judge(max_pixels: int) -> list[str]:
         facts = look(folder, tmp_path / "cache.sqlite", max_pixels)["red.png"]
-        return [kind for kind, _ in judge_picture(folder / "red.png", facts, max_pixels)]
+        return [kind for kind, _ in check_image(folder / "red.png", facts, max_pixels)]
 
     assert judge(7999) == ["too_many_pixels"]
     inspected.clear()
@@ -149,16 +149,16 @@ def test_other_limits_of_pixels_are_kept_both_ways(folder, tmp_path, inspected):
 
 def test_too_many_pixels_are_not_decoded(tmp_path, monkeypatch):
     Image.new("RGB", (100, 80)).save(tmp_path / "a.png")
-    monkeypatch.setattr(pictures, "open_image", lambda *_, **__: pytest.fail("was decoded"))
-    assert not inspect_picture(tmp_path / "a.png", 7999).decoded
+    monkeypatch.setattr(images, "open_image", lambda *_, **__: pytest.fail("was decoded"))
+    assert not inspect_image(tmp_path / "a.png", 7999).decoded
 
 
 def test_a_glance_reads_the_header_alone(folder, monkeypatch):
-    monkeypatch.setattr(pictures, "open_image", lambda *_, **__: pytest.fail("was decoded"))
-    monkeypatch.setattr(pictures, "hash_file", lambda path: pytest.fail("was read whole"))
-    assert inspect_picture(folder / "cut.jpg", LIMIT, decode=False) == PictureFacts(None, "JPEG", 100, 80)
-    assert inspect_picture(folder / "palette.png", LIMIT, decode=False) == PictureFacts(None, "PNG", 70, 90)
-    assert inspect_picture(folder / "empty.png", LIMIT, decode=False).fault[0] == "empty_file"
+    monkeypatch.setattr(images, "open_image", lambda *_, **__: pytest.fail("was decoded"))
+    monkeypatch.setattr(images, "hash_file", lambda path: pytest.fail("was read whole"))
+    assert inspect_image(folder / "cut.jpg", LIMIT, decode=False) == ImageFacts(None, "JPEG", 100, 80)
+    assert inspect_image(folder / "palette.png", LIMIT, decode=False) == ImageFacts(None, "PNG", 70, 90)
+    assert inspect_image(folder / "empty.png", LIMIT, decode=False).fault[0] == "empty_file"
 
 
 def test_in_parallel_is_as_one_after_the_other(folder):
@@ -171,15 +171,15 @@ def test_progress_counts_every_file_once(folder, tmp_path):
     paths = [*sorted(folder.iterdir()), folder / "red.png", folder / "gone.png"]
     for _ in range(2):
         counts = []
-        inspect_pictures(paths, LIMIT, PictureCache(tmp_path / "cache.sqlite"), 1, counts.append)
+        inspect_images(paths, LIMIT, ImageCache(tmp_path / "cache.sqlite"), 1, counts.append)
         assert sum(counts) == 5
 
 
 def test_a_missing_file_is_not_remembered(folder, tmp_path):
-    cache = PictureCache(tmp_path / "cache.sqlite")
-    assert inspect_pictures([folder / "gone.png"], LIMIT, cache)[folder / "gone.png"].fault[0] == "missing_picture"
+    cache = ImageCache(tmp_path / "cache.sqlite")
+    assert inspect_images([folder / "gone.png"], LIMIT, cache)[folder / "gone.png"].fault[0] == "missing_image"
     Image.new("RGB", (70, 80)).save(folder / "gone.png")
-    assert inspect_pictures([folder / "gone.png"], LIMIT, cache)[folder / "gone.png"].width == 70
+    assert inspect_images([folder / "gone.png"], LIMIT, cache)[folder / "gone.png"].width == 70
 
 
 @pytest.mark.parametrize("name", ["表情包😀.png", "a\nb.png", "%3f?#.png"])
@@ -206,26 +206,26 @@ def test_a_name_that_is_no_unicode_is_remembered(tmp_path, inspected):
 
 def test_the_default_cache_lies_where_the_user_wants_it(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    assert find_default_cache() == tmp_path / "caches" / "meme_llava" / "pictures.sqlite"
+    assert find_default_cache() == tmp_path / "caches" / "meme_llava" / "images.sqlite"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert find_default_cache() == tmp_path / "home" / ".cache" / "meme_llava" / "pictures.sqlite"
+    assert find_default_cache() == tmp_path / "home" / ".cache" / "meme_llava" / "images.sqlite"
 
 
 def test_two_may_make_the_cache_at_the_same_time(tmp_path, monkeypatch, capsys):
     """The second looks at the file, finds it empty, and gets to write when the first has made the tables."""
     file = tmp_path / "cache.sqlite"
-    looked = PictureCache._was_made_by
+    looked = ImageCache._was_made_by
     answers = []
 
     def look(cache, maker):
         answers.append(looked(cache, maker))
         if len(answers) == 1:
-            PictureCache(file)  # another process, in between
+            ImageCache(file)  # another process, in between
         return answers[-1]
 
-    monkeypatch.setattr(PictureCache, "_was_made_by", look)
-    PictureCache(file)
+    monkeypatch.setattr(ImageCache, "_was_made_by", look)
+    ImageCache(file)
     # The first look of both, the other's before it writes, and ours, which leaves the other's tables alone.
     assert answers == [False, False, False, True]
     assert capsys.readouterr().err == ""
@@ -244,7 +244,7 @@ def test_without_a_file_nothing_is_remembered(folder, inspected):
 
 
 def make_damaged(file: Path) -> None:
-    file.write_bytes(b"this is no database" * 100)
+    file.write_bytes(b"this is not a database" * 100)
 
 
 def make_directory(file: Path) -> None:
@@ -258,7 +258,7 @@ def put_below_a_file(file: Path) -> None:
 
 def damage_within(file: Path) -> None:
     """A database whose pages of facts are overwritten; its first page is whole, so opening it says nothing."""
-    look_once = PictureCache(file)
+    look_once = ImageCache(file)
     for number in range(200):
         look_once._unwritten.append((b"/a/%d" % number, "state", f"sha {number}", "x" * 500))
     look_once.commit()
@@ -274,7 +274,7 @@ def test_a_cache_that_cannot_be_used_is_said_and_costs_time_only(folder, tmp_pat
     damage(file)
     assert sorted(look(folder, file)) == ALL and inspected == ALL
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{file}: checked pictures cannot be remembered there (")
+    assert line.startswith(f"{file}: checked images cannot be remembered there (")
 
 
 def test_an_unwritable_folder_costs_time_only(folder, tmp_path, capsys):
@@ -282,12 +282,12 @@ def test_an_unwritable_folder_costs_time_only(folder, tmp_path, capsys):
         pytest.skip("root may write everywhere")
     (tmp_path / "caches").mkdir(mode=0o500)
     assert sorted(look(folder, tmp_path / "caches" / "cache.sqlite")) == ALL
-    assert "checked pictures cannot be remembered there" in capsys.readouterr().err
+    assert "checked images cannot be remembered there" in capsys.readouterr().err
 
 
 def test_two_checks_at_once_do_not_hinder_each_other(folder, tmp_path, capsys, inspected):
-    slow = PictureCache(tmp_path / "cache.sqlite")
-    slow.remember(folder / "red.png", inspect_picture(folder / "red.png", LIMIT))  # and goes on for a long time
+    slow = ImageCache(tmp_path / "cache.sqlite")
+    slow.remember(folder / "red.png", inspect_image(folder / "red.png", LIMIT))  # and goes on for a long time
     look(folder, tmp_path / "cache.sqlite")
     slow.commit()
     inspected.clear()
@@ -299,10 +299,10 @@ def test_a_check_that_is_stopped_goes_on_from_there(folder, tmp_path, inspected,
     def stop_at_palette(path: Path, *arguments, **options):
         if path.name == "palette.png":
             raise KeyboardInterrupt
-        return inspect_picture(path, *arguments, **options)
+        return inspect_image(path, *arguments, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pictures, "inspect_picture", stop_at_palette)
+        patch.setattr(images, "inspect_image", stop_at_palette)
         look(folder, tmp_path / "cache.sqlite")
     look(folder, tmp_path / "cache.sqlite")
     assert inspected == ["palette.png", "red.png"]
@@ -311,7 +311,7 @@ def test_a_check_that_is_stopped_goes_on_from_there(folder, tmp_path, inspected,
 def test_another_pillow_starts_afresh(folder, tmp_path, monkeypatch, inspected):
     look(folder, tmp_path / "cache.sqlite")
     inspected.clear()
-    monkeypatch.setattr(picture_cache, "version", lambda name: "999.0")
+    monkeypatch.setattr(image_cache, "version", lambda name: "999.0")
     look(folder, tmp_path / "cache.sqlite")
     assert inspected == ALL
     inspected.clear()
@@ -322,34 +322,34 @@ def test_another_pillow_starts_afresh(folder, tmp_path, monkeypatch, inspected):
 def test_other_code_starts_afresh(folder, tmp_path, monkeypatch, inspected):
     look(folder, tmp_path / "cache.sqlite")
     inspected.clear()
-    monkeypatch.setattr(picture_cache, "CACHE_VERSION", picture_cache.CACHE_VERSION + 1)
+    monkeypatch.setattr(image_cache, "CACHE_VERSION", image_cache.CACHE_VERSION + 1)
     look(folder, tmp_path / "cache.sqlite")
     assert inspected == ALL
 
 
 def test_a_reading_cache_writes_nothing(folder, tmp_path, monkeypatch):
     file = tmp_path / "cache.sqlite"
-    reader = PictureCache(file, read_only=True)
+    reader = ImageCache(file, read_only=True)
     assert reader.look_up(folder / "red.png") is None and not file.exists()
 
     look(folder, file)
     before = file.read_bytes()
-    reader = PictureCache(file, read_only=True)
+    reader = ImageCache(file, read_only=True)
     assert reader.look_up(folder / "red.png").decoded
     Image.new("RGB", (70, 80)).save(folder / "new.png")
-    reader.remember(folder / "new.png", inspect_picture(folder / "new.png", LIMIT))
+    reader.remember(folder / "new.png", inspect_image(folder / "new.png", LIMIT))
     reader.commit()
     assert reader.look_up(folder / "new.png") is None
     # Made by another Pillow: of no use to a reader, and left alone.
-    monkeypatch.setattr(picture_cache, "version", lambda name: "999.0")
-    assert PictureCache(file, read_only=True).look_up(folder / "red.png") is None
+    monkeypatch.setattr(image_cache, "version", lambda name: "999.0")
+    assert ImageCache(file, read_only=True).look_up(folder / "red.png") is None
     assert file.read_bytes() == before
 
 
 def test_many_facts_come_back_as_they_went(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(picture_cache, "FILES_PER_COMMIT", 2)
+    monkeypatch.setattr(image_cache, "FILES_PER_COMMIT", 2)
     first = look(folder, tmp_path / "cache.sqlite")
-    cache = PictureCache(tmp_path / "cache.sqlite", read_only=True)
+    cache = ImageCache(tmp_path / "cache.sqlite", read_only=True)
     assert {name: cache.look_up(folder / name) for name in ALL} == first
 
 
@@ -357,14 +357,14 @@ def test_many_facts_come_back_as_they_went(folder, tmp_path, monkeypatch):
 
 
 def test_the_suffixes_are_those_of_the_formats():
-    assert {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp"} <= PICTURE_SUFFIXES
-    assert len(PICTURE_SUFFIXES) == sum(map(len, EXTENSIONS.values()))
+    assert {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp"} <= IMAGE_SUFFIXES
+    assert len(IMAGE_SUFFIXES) == sum(map(len, EXTENSIONS.values()))
 
 
 def test_shapes_are_judged_by_their_sides():
     def judge(width: int, height: int) -> list[str]:
-        facts = PictureFacts("0", "PNG", width, height, decoded=True)
-        return [kind for kind, _ in judge_picture(Path("a.png"), facts, sys.maxsize)]
+        facts = ImageFacts("0", "PNG", width, height, decoded=True)
+        return [kind for kind, _ in check_image(Path("a.png"), facts, sys.maxsize)]
 
     assert judge(64, 256) == judge(64, 64) == judge(3000, 3000) == []
     assert judge(3, 3) == ["too_small"]
@@ -375,17 +375,17 @@ def test_shapes_are_judged_by_their_sides():
     assert judge(4, 17) == ["low_resolution", "stretched_shape"]
 
 
-def inspect_and_die(path: Path, *arguments, **options) -> PictureFacts:
+def inspect_and_die(path: Path, *arguments, **options) -> ImageFacts:
     if path.name in ("33.png", "58.png"):
         os._exit(11)
-    return inspect_picture(path, *arguments, **options)
+    return inspect_image(path, *arguments, **options)
 
 
-def test_a_picture_that_kills_its_decoder_is_blamed_and_no_other(folder, monkeypatch):
+def test_an_image_that_kills_its_decoder_is_blamed_and_no_other(folder, monkeypatch):
     for number in range(60):
         Image.new("RGB", (64 + number, 80), (number, 0, 0)).save(folder / f"{number:02d}.png")
     whole = look(folder, None)
-    monkeypatch.setattr(pictures, "inspect_picture", inspect_and_die)
+    monkeypatch.setattr(images, "inspect_image", inspect_and_die)
     found = look(folder, None, workers=2)
     assert {name for name in found if found[name] != whole[name]} == {"33.png", "58.png"}
-    assert found["33.png"].fault == ("damaged_picture", "decoding it kills the program that does it")
+    assert found["33.png"].fault == ("damaged_image", "decoding it kills the program that does it")

@@ -1,4 +1,4 @@
-"""Every picture a meme collection may hold opens as a person sees it, or is refused with a reason naming the file."""
+"""Every image a meme collection may hold opens as a person sees it, or is refused with a reason naming the file."""
 
 import io
 import json
@@ -18,15 +18,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 import build_base_model
 from meme_llava.dataset.dataset import load_dataset
-from meme_llava.dataset.images import (
-    ImagePolicy,
-    normalise,
-    open_header,
-    open_image,
-    read_pixels,
-    resolve_image_path,
-    to_pixel_values,
-)
+from meme_llava.dataset.images import ImagePolicy, open_header, open_image, resolve_image_path
+from meme_llava.dataset.pixels import normalise, read_pixels, to_pixel_values
 from meme_llava.errors import UserError
 from meme_llava.inference.generation import load_answerer
 from meme_llava.model.llava import load_processing
@@ -37,7 +30,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def read_rows(path: Path) -> list[list]:
-    """The pixels of an opened picture, row by row."""
+    """The pixels of an opened image, row by row."""
     image = open_image(path)
     assert image.mode == "RGB"
     return [[image.getpixel((x, y)) for x in range(image.width)] for y in range(image.height)]
@@ -52,7 +45,7 @@ def make_image(mode: str, pixels: list, width: int | None = None) -> Image.Image
 
 
 def make_noise(width: int, height: int) -> Image.Image:
-    """A picture whose pixels all differ, so that nothing compresses away."""
+    """An image whose pixels all differ, so that nothing compresses away."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -180,7 +173,7 @@ def test_exif_rotation_is_applied(tmp_path, orientation, upright):
     assert found == upright
 
 
-def test_a_broken_tag_does_not_keep_a_picture_from_being_turned(tmp_path):
+def test_a_broken_tag_does_not_keep_an_image_from_being_turned(tmp_path):
     # Orientation 6, and a description that is a fraction in place of text: writing the tags anew would fail.
     entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHII", 0x010E, 5, 1, 38)
     exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + entries + bytes(12)
@@ -188,7 +181,7 @@ def test_a_broken_tag_does_not_keep_a_picture_from_being_turned(tmp_path):
     assert open_image(tmp_path / "a.jpg").size == (8, 12)
 
 
-def test_a_phones_jpeg_with_a_preview_behind_it_is_its_first_picture(tmp_path):
+def test_a_phones_jpeg_with_a_preview_behind_it_is_its_first_image(tmp_path):
     preview = Image.new("RGB", (8, 8), "blue")
     Image.new("RGB", (16, 8), "red").save(
         tmp_path / "a.jpg", "MPO", save_all=True, append_images=[preview], quality=100
@@ -254,7 +247,7 @@ def test_extreme_shapes_open_and_become_the_square(tmp_path, size):
     assert image.size == size
     pixels = to_pixel_values(image, ImagePolicy(28, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
     assert pixels.shape == (3, 28, 28) and pixels.dtype == torch.float32
-    # A picture of one colour stays of one colour.
+    # An image of one colour stays of one colour.
     assert torch.equal(pixels, (torch.tensor([10, 20, 30]) / 255).view(3, 1, 1).expand(3, 28, 28))
 
 
@@ -308,11 +301,11 @@ REFUSED_BY_HEADER = {
     "dangling link": (make_dangling_link, "No such file"),
     "looping link": (make_looping_link, "symbolic links"),
     "zero bytes": (lambda path: path.write_bytes(b""), "the file is empty"),
-    "HTML": (make_html, "not a JPEG/PNG/GIF/WEBP/BMP picture but a web page: a failed download"),
-    "PostScript": (make_postscript, "not a JPEG/PNG/GIF/WEBP/BMP picture but PostScript"),
-    "SVG": (lambda path: path.write_bytes(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), "picture but SVG"),
-    "ZIP": (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(40)), "not a JPEG/PNG/GIF/WEBP/BMP picture"),
-    "TIFF": (lambda path: Image.new("L", (4, 4)).save(path, "TIFF"), "a TIFF picture; convert it to one of"),
+    "HTML": (make_html, "not a JPEG/PNG/GIF/WEBP/BMP image but a web page: a failed download"),
+    "PostScript": (make_postscript, "not a JPEG/PNG/GIF/WEBP/BMP image but PostScript"),
+    "SVG": (lambda path: path.write_bytes(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), "image but SVG"),
+    "ZIP": (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(40)), "not a JPEG/PNG/GIF/WEBP/BMP image"),
+    "TIFF": (lambda path: Image.new("L", (4, 4)).save(path, "TIFF"), "a TIFF image; convert it to one of"),
     "JPEG cut in its header": (
         lambda path: path.write_bytes(encode(make_noise(96, 64), "JPEG")[:200]),
         "cannot be read",
@@ -324,7 +317,7 @@ REFUSED_BY_HEADER = {
 
 @pytest.mark.parametrize("make, reason", REFUSED_BY_HEADER.values(), ids=REFUSED_BY_HEADER)
 @pytest.mark.parametrize("look", [open_image, open_header])
-def test_what_is_no_picture_is_refused_by_opening_and_by_the_check(tmp_path, look, make, reason):
+def test_what_is_no_image_is_refused_by_opening_and_by_the_check(tmp_path, look, make, reason):
     path = tmp_path / "meme.jpg"
     make(path)
     with pytest.raises(ValueError) as caught:
@@ -343,12 +336,12 @@ def test_a_name_too_long_for_the_file_system_is_refused(tmp_path, look):
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP", "GIF", "WEBP"])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
-def test_a_truncated_picture_is_refused_and_not_half_grey(tmp_path, format, share):
+def test_a_truncated_image_is_refused_and_not_half_grey(tmp_path, format, share):
     content = encode(make_noise(96, 64), format)
     path = tmp_path / "meme.jpg"
     path.write_bytes(content[: int(len(content) * share)])
     # WebP's decoder looks at the whole file before it says what it is.
-    reason = "cannot be read" if format == "WEBP" else "the picture is damaged"
+    reason = "cannot be read" if format == "WEBP" else "the image is damaged"
     with pytest.raises(ValueError, match=reason) as caught:
         open_image(path)
     assert str(caught.value).startswith(f"{path}: ")
@@ -358,18 +351,18 @@ def test_a_flipped_bit_in_a_png_is_refused(tmp_path):
     content = bytearray(encode(make_noise(96, 64), "PNG"))
     content[len(content) // 2] ^= 0x10
     (tmp_path / "meme.png").write_bytes(content)
-    with pytest.raises(ValueError, match=r"meme\.png: the picture is damaged"):
+    with pytest.raises(ValueError, match=r"meme\.png: the image is damaged"):
         open_image(tmp_path / "meme.png")
 
 
 def test_exactly_the_pixel_limit_is_not_too_large(tmp_path):
     # 10000 x 5000 is the limit itself: the header passes, and the missing pixels are the fault.
     write_png(tmp_path / "a.png", 10000, 5000, 1, 0, b"")
-    with pytest.raises(ValueError, match="the picture is damaged"):
+    with pytest.raises(ValueError, match="the image is damaged"):
         open_image(tmp_path / "a.png")
 
 
-# ---- Where a picture may lie ----
+# ---- Where an image may lie ----
 
 
 @pytest.mark.parametrize(
@@ -495,7 +488,7 @@ def test_pixel_values_written_out():
 
 
 def test_the_whole_of_a_wide_meme_reaches_the_tower():
-    # Words at both ends of a wide picture: a centre crop would lose the red and the blue end.
+    # Words at both ends of a wide image: a centre crop would lose the red and the blue end.
     image = Image.new("RGB", (400, 100), "white")
     image.paste((255, 0, 0), (0, 0, 40, 100))
     image.paste((0, 0, 255), (360, 0, 400, 100))
@@ -576,7 +569,7 @@ def test_a_processor_that_pads_and_crops_is_refused():
 
 
 def make_drawing(width: int, height: int) -> Image.Image:
-    """A picture with soft colours, shapes and lines as thin as letters."""
+    """An image with soft colours, shapes and lines as thin as letters."""
     red = np.linspace(0, 255, width, dtype=np.uint8)[None].repeat(height, 0)
     green = np.linspace(255, 0, height, dtype=np.uint8)[:, None].repeat(width, 1)
     image = Image.fromarray(np.stack([red, green, np.full_like(red, 128)], axis=2))
@@ -617,7 +610,7 @@ def test_a_large_jpeg_is_decoded_small_but_never_below_twice_what_is_needed(tmp_
 
 @pytest.mark.parametrize("resize", ["squash", "pad", "crop"])
 @pytest.mark.parametrize("size", [(1000, 900), (500, 480), (300, 230), (700, 1600)])
-def test_fast_decoding_shows_the_same_picture(tmp_path, resize, size):
+def test_fast_decoding_shows_the_same_image(tmp_path, resize, size):
     make_drawing(*size).save(tmp_path / "a.jpg", quality=90)
     policy = ImagePolicy(56, (0.0,) * 3, (1.0,) * 3, resize=resize)
     fast = to_pixel_values(open_image(tmp_path / "a.jpg", policy), policy)
@@ -664,8 +657,8 @@ def test_the_policy_is_stored_with_the_model_and_transformers_follows_it(base_wi
         assert int((theirs["input_ids"] == processing.encoder.image_token_id).sum()) == 4
 
 
-def save_real_life_pictures(folder: Path) -> list[str]:
-    """Pictures that are not taken as they lie in their files."""
+def save_real_life_images(folder: Path) -> list[str]:
+    """Images that are not taken as they lie in their files."""
     exif = Image.Exif()
     exif[0x0112] = 6
     make_drawing(900, 700).save(folder / "large.jpg")
@@ -682,7 +675,7 @@ def save_real_life_pictures(folder: Path) -> list[str]:
 
 def test_tokens_and_pixels_are_the_same_in_training_and_in_use(world: World, base_with_policy, tmp_path):
     (tmp_path / "images").mkdir()
-    names = save_real_life_pictures(tmp_path / "images")
+    names = save_real_life_images(tmp_path / "images")
     records = [
         {
             "id": name,
@@ -714,5 +707,5 @@ def test_tokens_and_pixels_are_the_same_in_training_and_in_use(world: World, bas
         prompt = inputs["input_ids"][0]
         assert torch.equal(item["input_ids"][: len(prompt)], prompt), name
         assert item["labels"][: len(prompt)].eq(-100).all() and item["labels"][len(prompt)] != -100
-        pixel_values = normalise(torch.stack(item["pictures"]), processing.image_policy)
+        pixel_values = normalise(torch.stack(item["pixel_values"]), processing.image_policy)
         assert torch.equal(pixel_values, inputs["pixel_values"]), name

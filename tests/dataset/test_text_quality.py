@@ -28,22 +28,22 @@ def test_normal_texts_hold_letters_and_digits_alone(text, normal):
 
 
 @pytest.mark.parametrize(
-    "truth, answer, recall",
+    "reference, answer, recall",
     [
         ("好耶", "写着“好耶！”，很开心", 1.0),
         ("好耶", "写着“好”", 0.5),
         ("好耶", "", 0.0),
         ("", "写着“好耶”", 1.0),
         ("！？", "", 1.0),
-        ("哈哈哈哈", "哈", 0.25),  # as often as in the truth
+        ("哈哈哈哈", "哈", 0.25),  # as often as in the reference
         ("哈", "哈哈哈哈", 1.0),
         ("耶好", "好耶", 1.0),  # the order is not compared
         ("OK啦", "ｏｋ", 2 / 3),
         ("abcd", "a-c", 0.5),
     ],
 )
-def test_recall_counted_by_hand(truth, answer, recall):
-    assert measure_recall(truth, answer) == recall
+def test_recall_counted_by_hand(reference, answer, recall):
+    assert measure_recall(reference, answer) == recall
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_recall_counted_by_hand(truth, answer, recall):
         ("一只小猫。很抱歉，我暂时不能提供您所需的回答。如有其他需要，请随时提问。", "抱歉，我暂时不能"),
         ("抱歉，我无法提供此类信息，换个话题吧。", "抱歉，我无法"),
         ("I'm sorry, but I can't help with that.", "I'm sorry"),
-        ("Sorry, as an AI I do not see pictures.", "as an AI"),
+        ("Sorry, as an AI I do not see images.", "as an AI"),
         ("I cannot identify people.", "I cannot identify"),
     ],
 )

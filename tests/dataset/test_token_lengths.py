@@ -62,7 +62,7 @@ def encoder() -> ConversationEncoder:
 
 def to_plain(lengths: TokenLengths) -> list:
     sharing = lengths.sharing
-    return [lengths.records, sharing.families.tolist(), sharing.ranks.tolist(), sharing.shared.tolist()]
+    return [lengths.records, sharing.groups.tolist(), sharing.order.tolist(), sharing.prefix_lengths.tolist()]
 
 
 # ---- What is counted ----
@@ -71,7 +71,7 @@ def to_plain(lengths: TokenLengths) -> list:
 def test_lengths_and_sharing_written_out(encoder):
     measured = measure_tokens(CONVERSATIONS, encoder, None)
     assert [(found.positions, found.supervised) for found in measured.records] == [
-        (31 + 5 + 2, 3),  # a picture takes 3 positions; the end token carries loss as well
+        (31 + 5 + 2, 3),  # an image takes 3 positions; the end token carries loss as well
         (31 + 5 + 2, 3),
         (31 + 5 + 2, 3),
         (31 + 2 + 2, 3),
@@ -82,12 +82,12 @@ def test_lengths_and_sharing_written_out(encoder):
     ]
     assert {(found.cut_tokens, found.misfit) for found in measured.records} == {(0, None)}
     sharing = measured.sharing
-    # Those with picture p first are one family, in the order ab/xy, ab/xz, ac/w, p p, p q; the others are alone.
-    assert sharing.families.tolist() == [0, 0, 1, 2, 0, 0, 0, 3]
-    assert sharing.ranks.tolist() == [0, 1, 5, 6, 2, 4, 3, 7]
-    up_to_picture = 11 + 6 + 3
-    up_to_answer = up_to_picture + 2 + 2 + 11
-    assert sharing.shared.tolist() == [0, up_to_answer + 1, 0, 0, up_to_picture + 1, up_to_picture, up_to_picture, 0]
+    # Those with image p first are one group, in the order ab/xy, ab/xz, ac/w, p p, p q; the others are alone.
+    assert sharing.groups.tolist() == [0, 0, 1, 2, 0, 0, 0, 3]
+    assert sharing.order.tolist() == [0, 1, 5, 6, 2, 4, 3, 7]
+    up_to_image = 11 + 6 + 3
+    up_to_answer = up_to_image + 2 + 2 + 11
+    assert sharing.prefix_lengths.tolist() == [0, up_to_answer + 1, 0, 0, up_to_image + 1, up_to_image, up_to_image, 0]
 
 
 def test_what_any_two_records_share_is_the_least_in_between(encoder):
@@ -95,7 +95,7 @@ def test_what_any_two_records_share_is_the_least_in_between(encoder):
     conversations = [make_conversation("<image>" + q, a, P) for q in words for a in words]
     conversations += [make_conversation("<image><image>" + q, "a", P, image) for q in words for image in (P, Q)]
     sharing = measure_tokens(conversations, encoder, None).sharing
-    by_rank = sharing.shared[np.argsort(sharing.ranks)]
+    by_rank = sharing.prefix_lengths[np.argsort(sharing.order)]
 
     def spell(conversation: Conversation) -> list:
         """Its ids, and in the place of every image token the file that it shows."""
@@ -104,10 +104,10 @@ def test_what_any_two_records_share_is_the_least_in_between(encoder):
         return [next(shown) if id == encoder.image_token_id else id for id in ids]
 
     spelt = [spell(conversation) for conversation in conversations]
-    for first, second in itertools.combinations(np.argsort(sharing.ranks).tolist(), 2):
+    for first, second in itertools.combinations(np.argsort(sharing.order).tolist(), 2):
         pairs = zip(spelt[first], spelt[second], strict=False)
         alike = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        assert by_rank[sharing.ranks[first] + 1 : sharing.ranks[second] + 1].min() == alike
+        assert by_rank[sharing.order[first] + 1 : sharing.order[second] + 1].min() == alike
 
 
 def test_sharing_among_some_of_the_records(encoder):
@@ -115,13 +115,13 @@ def test_sharing_among_some_of_the_records(encoder):
 
     def select(*records):
         found = sharing.select(np.array(records, np.int64))
-        return found.families.tolist(), found.ranks.tolist(), found.shared.tolist()
+        return found.groups.tolist(), found.order.tolist(), found.prefix_lengths.tolist()
 
     # Without ab/xz in between, ac/w shares with ab/xy what it shared with ab/xz.
     assert select(0, 4, 5) == ([0, 0, 0], [0, 1, 2], [0, 21, 20])
-    # In another order of the records; the first of a family left out.
+    # In another order of the records; the first of a group left out.
     assert select(5, 1) == ([0, 0], [1, 0], [20, 0])
-    # Of two families.
+    # Of two groups.
     assert select(7, 4, 2) == ([3, 0, 1], [2, 0, 1], [0, 0, 0])
     assert select() == ([], [], [])
 
@@ -139,7 +139,7 @@ def test_what_is_too_long_is_cut_or_told_and_shares_nothing(encoder):
     assert misfit == RecordLengths(0, 0, 0, reason)
     assert whole == RecordLengths(positions=37, supervised=2, cut_tokens=0)
     # Cut, the first one is the third.
-    assert sorted(measure_tokens(conversations, encoder, 37).sharing.shared.tolist()) == [0, 0, 37]
+    assert sorted(measure_tokens(conversations, encoder, 37).sharing.prefix_lengths.tolist()) == [0, 0, 37]
 
 
 def test_many_processes_count_what_one_counts(encoder, monkeypatch):
@@ -183,11 +183,11 @@ BASE = make_conversation("<image>b", "xy", P)
 CHANGES = {
     "an answer": lambda: ([make_conversation("<image>b", "xz", P)], make_encoder(), 37),
     "a role": lambda: ([Conversation(BASE.turns[1:], (P,))], make_encoder(), 37),
-    "a picture": lambda: ([make_conversation("<image>b", "xy", Q)], make_encoder(), 37),
+    "an image": lambda: ([make_conversation("<image>b", "xy", Q)], make_encoder(), 37),
     "another record": lambda: ([BASE, BASE], make_encoder(), 37),
     "the length limit": lambda: ([BASE], make_encoder(), 38),
     "no length limit": lambda: ([BASE], make_encoder(), None),
-    "tokens of a picture": lambda: ([BASE], make_encoder(tokens_per_image=4), 37),
+    "tokens of an image": lambda: ([BASE], make_encoder(tokens_per_image=4), 37),
     # x and z change places, which no word of the template has.
     "the tokenizer": lambda: ([BASE], make_encoder(LETTERS[:-3] + "zyx"), 37),
 }
@@ -284,7 +284,7 @@ def test_processes_that_start_together_do_not_disturb_each_other(encoder, tmp_pa
     assert list(tmp_path.glob("*.part")) == []
 
 
-def test_lengths_lie_beside_the_checked_pictures(monkeypatch, tmp_path):
+def test_lengths_lie_beside_the_checked_images(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert find_default_folder() == tmp_path / "meme_llava" / "token_lengths"
 

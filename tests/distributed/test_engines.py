@@ -14,7 +14,8 @@ import infer
 import merge_lora
 import train
 from meme_llava.distributed import engines
-from meme_llava.distributed.engines import check_engine_runs, choose_engine, list_engines
+from meme_llava.distributed.engine_setup import check_engine_runs
+from meme_llava.distributed.engines import choose_engine, list_engines
 from meme_llava.errors import ProcessError, UserError
 
 DIVIDED = ("ddp", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2")
@@ -104,7 +105,7 @@ def test_a_checkpoint_of_any_engine_goes_on_in_one_process(world, single, divide
     "engine", ["zero3", *(pytest.param(name, marks=pytest.mark.long) for name in DIVIDED if name != "zero3")]
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(world, tmp_path, engine):
-    """Dropout, two rounds a step, workers, in the middle of a pass, packed rows with shared pictures."""
+    """Dropout, two rounds a step, workers, in the middle of a pass, packed rows with shared images."""
     changes = {"engine": engine, "dataloader_workers": 1, "global_batch_size": 6, "save_total_limit": 3}
     assert run(world, tmp_path / "whole", 2, **changes).code == 0
     result = run(world, tmp_path / "cut", 2, **changes, resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2")

@@ -165,7 +165,7 @@ sys.exit(1)
 def test_a_process_that_the_others_waited_for_in_vain_is_named(tmp_path):
     script = "import os, sys, time\nif os.environ['RANK'] == '1': time.sleep(600)\nsys.exit(81)"
     code, _, err = launch(tmp_path, script, processes=2)
-    assert code == 8 and "the others waited in vain: process 1 last seen starting" in err
+    assert code == 8 and "the others timed out: process 1 last seen starting" in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -242,7 +242,7 @@ def test_a_port_in_use_is_one_line(tmp_path):
         (["--nodes", "2"], 2, "--master_port is needed with several machines"),
         (["--nodes", "2", "--master_port", "29511"], 8, "MASTER_ADDR=127.0.0.1 is 127.0.0.1, which every"),
         (["--nodes", "2", "--master_port", "29511", "--master_addr", "192.0.2.1"], 8,
-         "MASTER_ADDR=192.0.2.1 is no address of this machine"),
+         "MASTER_ADDR=192.0.2.1 is not an address of this node"),
         (["--nodes", "2", "--master_port", "29511", "--master_addr", "no.such.host.invalid"], 8, "no such host"),
         (["--proceses", "2"], 2, "error: "),
     ],
@@ -276,11 +276,11 @@ def test_a_process_that_shows_no_progress_is_found(tmp_path):
     """Two report every 0.2 s; one stops after five reports, and the other waits for it then."""
     script = """
 import os, sys, time
-from meme_llava.distributed.heartbeat import ProgressMarks
-marks = ProgressMarks(hang_timeout=2)
-marks.trains = True
+from meme_llava.distributed.heartbeat import Heartbeat
+heartbeat = Heartbeat(hang_timeout=2)
+heartbeat.trains = True
 for count in range(5 if os.environ["RANK"] == "1" else 6):
-    marks.mark(f"at mark {count}")
+    heartbeat.beat(f"at mark {count}")
     time.sleep(0.2)
 time.sleep(600)
 """

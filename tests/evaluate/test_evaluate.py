@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 import evaluate
-from meme_llava.evaluate import answer_sources
 from meme_llava.evaluate import precheck as precheck_evaluation
 from meme_llava.evaluate.results_folder import read_predictions
-from meme_llava.inference.generation import Answerer, PromptTooLong, Question, load_answerer
+from meme_llava.inference.generation import Answerer, PromptTooLong, load_answerer
+from meme_llava.inference.questions import Question
 
 
 def test_batches_answer_as_single_questions_do(world, served_model):
@@ -21,13 +21,13 @@ def test_batches_answer_as_single_questions_do(world, served_model):
     images = [Image.open(world.image_folder / f"p{index}.png").convert("RGB") for index in range(4)]
     asked = [Question(world.image_folder / f"p{index}.png", text) for index, text in enumerate(questions)]
     asked[3] = Question(world.image_folder / "p3.png", questions[3], system="你只说一个字。")
-    # The second and the last picture are asked about once more.
+    # The second and the last image are asked about once more.
     images += [images[1], images[3]]
     asked += [Question(asked[1].image, questions[0]), Question(asked[3].image, questions[2])]
     seen = []
     answerer.model.model.vision_tower.register_forward_pre_hook(lambda tower, inputs: seen.append(len(inputs[0])))
     together = answerer.answer_together(images, asked, max_new_tokens=12)
-    assert seen == [4]  # no picture twice
+    assert seen == [4]  # no image twice
     alone = [
         answerer.answer(image, question.text, question.system, max_new_tokens=12)
         for image, question in zip(images, asked, strict=True)
@@ -62,7 +62,7 @@ def test_a_question_beyond_the_models_positions_is_named(world, served_model):
 
 @pytest.fixture
 def annotations(world, tmp_path):
-    """Every record of the world that begins with one picture, with its text and a task."""
+    """Every record of the world that begins with one image, with its text and a task."""
     records = [dict(record) for record in world.records if isinstance(record.get("image"), str)]
     for record in records:
         record["text"] = record["conversations"][1]["value"]
@@ -99,14 +99,14 @@ def test_writes_answers_and_scores(flags, served_model, tmp_path, capsys):
         "task",
         "question",
         "answer",
-        "truth",
+        "reference",
         "text",
         "tokens",
         "stopped",
         "problem",
     }
     assert predictions[0]["image"] == "p0.png"
-    assert predictions[0]["truth"] == predictions[0]["text"] == "写着“我太难了”。"
+    assert predictions[0]["reference"] == predictions[0]["text"] == "写着“我太难了”。"
     metrics = read_metrics(output_dir)
     assert metrics["stage"] == "evaluate"
     assert metrics["scores"]["character_error_rate"]["count"] == 6
@@ -115,7 +115,7 @@ def test_writes_answers_and_scores(flags, served_model, tmp_path, capsys):
     printed = capsys.readouterr().out
     rate = metrics["scores"]["character_error_rate"]
     assert f"{rate['value']:.1%} ({100 * rate['low']:.1f}–{100 * rate['high']:.1f})" in printed
-    assert "right to the letter: text" in printed
+    assert "exact match: text" in printed
 
 
 def test_an_interrupted_evaluation_goes_on(flags, tmp_path, monkeypatch, capsys):
@@ -149,7 +149,7 @@ def test_an_interrupted_evaluation_goes_on(flags, tmp_path, monkeypatch, capsys)
 def test_a_finished_evaluation_shows_its_scores_again(flags, tmp_path, monkeypatch, capsys):
     evaluate.main([*flags, "--output_dir", str(tmp_path / "scores")])
     first = capsys.readouterr().out
-    monkeypatch.setattr(answer_sources, "load_answerer", None)  # no model is loaded
+    monkeypatch.setattr("meme_llava.inference.generation.load_answerer", None)  # no model is loaded
     evaluate.main([*flags, "--output_dir", str(tmp_path / "scores")])
     assert capsys.readouterr().out == first
 
@@ -160,13 +160,13 @@ def test_other_settings_need_another_folder(flags, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.main([*flags, "--output_dir", str(output_dir), "--limit", "2"])
     assert stop.value.code == 2
-    assert "was made with other settings (limit was None, is 2; other pictures)" in capsys.readouterr().err
+    assert "was made with other settings (limit was None, is 2; other images)" in capsys.readouterr().err
     assert len(read_rows(output_dir)) == 6
     evaluate.main([*flags, "--output_dir", str(output_dir), "--limit", "2", "--overwrite"])
     assert len(read_rows(output_dir)) == 2
 
 
-def test_pictures_of_the_same_names_are_other_pictures(flags, world, tmp_path, capsys):
+def test_images_of_the_same_names_are_other_images(flags, world, tmp_path, capsys):
     """As where data and data/unseen are mixed up: the answers are about something else."""
     others = tmp_path / "others"
     others.mkdir()
@@ -177,7 +177,7 @@ def test_pictures_of_the_same_names_are_other_pictures(flags, world, tmp_path, c
     with pytest.raises(SystemExit) as stop:
         evaluate.main([*flags, "--output_dir", output_dir])
     assert stop.value.code == 2
-    assert "was made with other settings (other pictures)" in capsys.readouterr().err
+    assert "was made with other settings (other images)" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_model_is_named(flags, served_model, tmp_path, capsys):
@@ -197,7 +197,7 @@ def test_no_model_is_emptied_for_an_evaluation(flags, trained, tmp_path, capsys)
     with pytest.raises(SystemExit) as stop:
         evaluate.main([*flags, "--output_dir", str(model), "--overwrite"])
     assert stop.value.code == 2
-    assert "is no output_dir of evaluate.py" in capsys.readouterr().err
+    assert "is not an output_dir of evaluate.py" in capsys.readouterr().err
     assert {path.name for path in model.iterdir()} == files
 
 
@@ -207,7 +207,7 @@ def test_any_character_of_an_answer_can_be_read_again(flags, annotations, tmp_pa
     annotations.write_text(json.dumps(records))
     evaluate.main([*flags, "--output_dir", str(tmp_path / "scores")])
     first, *_ = read_predictions(tmp_path / "scores").values()
-    assert first["truth"] == "一\u2028二\x85三"
+    assert first["reference"] == "一\u2028二\x85三"
 
 
 def test_a_folder_of_something_else_is_left_alone(flags, tmp_path, capsys):
@@ -215,7 +215,7 @@ def test_a_folder_of_something_else_is_left_alone(flags, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.main([*flags, "--output_dir", str(tmp_path), "--overwrite"])
     assert stop.value.code == 2
-    assert "is no output of ours and --overwrite leaves it alone" in capsys.readouterr().err
+    assert "is not an output of ours and --overwrite leaves it alone" in capsys.readouterr().err
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -255,9 +255,9 @@ def test_what_cannot_be_compared_is_refused(flags, tmp_path, capsys, change, mes
     assert not (tmp_path / "after").exists()
 
 
-def test_a_picture_that_cannot_be_read_stops_with_its_name(world, served_model, annotations, tmp_path, capsys):
+def test_an_image_that_cannot_be_read_stops_with_its_name(world, served_model, annotations, tmp_path, capsys):
     records = json.loads(annotations.read_text())
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     records[0]["image"] = "broken.png"
     annotations.write_text(json.dumps(records[:1]))
     flags = ["--annotations", str(annotations), "--image_folder", str(tmp_path), "--output_dir", str(tmp_path / "out")]
@@ -265,7 +265,7 @@ def test_a_picture_that_cannot_be_read_stops_with_its_name(world, served_model, 
         evaluate.main(["--model", str(served_model), *flags])
     assert stop.value.code == 2
     printed = capsys.readouterr().err
-    assert "1 of 1 pictures cannot be read" in printed and "broken.png" in printed
+    assert "1 of 1 images cannot be read" in printed and "broken.png" in printed
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 

@@ -33,8 +33,8 @@ def test_the_prompt_shows_both_orders():
         assert all(f"{criterion}：" in prompt for criterion in CRITERIA)
     assert "图中没有文字。" in Pair("a.png", QUESTION, "没有", "", "1", "2").write_prompt(False)
     assert "图中文字" not in Pair("a.png", QUESTION, "没有", None, "1", "2").write_prompt(False).split("问题：")[1]
-    # Braces of an answer are no places to be filled.
-    assert "{truth}" in Pair("a.png", QUESTION, "好", None, "{truth}", "2").write_prompt(False)
+    # Braces of an answer are not places to be filled.
+    assert "{reference}" in Pair("a.png", QUESTION, "好", None, "{reference}", "2").write_prompt(False)
 
 
 def test_verdicts_by_hand():
@@ -58,14 +58,20 @@ def test_a_preference_that_the_order_decides_is_a_tie():
 
 
 def write_evaluation(folder, title, answers):
-    """A finished evaluation; the pictures are as wide as their place tells, by which the server knows them."""
+    """A finished evaluation; the images are as wide as their place tells, by which the server knows them."""
     folder.mkdir()
     record = {"stage": "evaluate", "title": title, "asked": {}, "settings": {}, "scores": {}}
     record["image_folder"] = str(folder.parent)
     lines = []
     for place, text in enumerate(answers):
         Image.new("RGB", (50 + place, 40)).save(folder.parent / f"{place}.png")
-        line = {"image": f"{place}.png", "question": QUESTION, "truth": "好耶", "text": "好耶", "task": f"task{place}"}
+        line = {
+            "image": f"{place}.png",
+            "question": QUESTION,
+            "reference": "好耶",
+            "text": "好耶",
+            "task": f"task{place}",
+        }
         lines.append(json.dumps({**line, "answer": text}))
     (folder / "run_record.json").write_text(json.dumps(record))
     (folder / "metrics.json").write_text(json.dumps(record))
@@ -76,7 +82,7 @@ def write_evaluation(folder, title, answers):
 def judge_with(tmp_path, monkeypatch):
     """Judge two evaluations of four answers each with a server; gives back the lines of judgements.jsonl."""
     monkeypatch.setenv(KEY_VARIABLE, KEY)
-    monkeypatch.setattr(endpoint_answers, "choose_wait", lambda *arguments: 0.01)
+    monkeypatch.setattr(endpoint_answers, "backoff_seconds", lambda *arguments: 0.01)
     write_evaluation(tmp_path / "one", "one", ["好", "同样", "对的", "好呀"])
     write_evaluation(tmp_path / "two", "two", ["好耶", "同样", "错的", "坏呀"])
 
@@ -94,7 +100,7 @@ def judge_with(tmp_path, monkeypatch):
 
 
 class OrderedServer(CaptionServer):
-    """Prefers the answer 好耶 wherever it stands, and whatever stands first in the picture of width 52."""
+    """Prefers the answer 好耶 wherever it stands, and whatever stands first in the image of width 52."""
 
     def open_request(self, body, headers):
         width, step = super().open_request(body, headers)
@@ -146,7 +152,7 @@ def test_what_cannot_be_judged_is_refused(judge_with, tmp_path, capsys):
         (tmp_path / "2.png").rename(tmp_path / "elsewhere.png")
         with pytest.raises(SystemExit):
             judge_with(server)
-        assert "1 of the pictures that were evaluated are not there, e.g. 2.png" in capsys.readouterr().err
+        assert "1 of the images that were evaluated are not there, e.g. 2.png" in capsys.readouterr().err
         (tmp_path / "elsewhere.png").rename(tmp_path / "2.png")
         with pytest.raises(SystemExit):
             judge_with(server, "--task", "nothing")
@@ -154,8 +160,8 @@ def test_what_cannot_be_judged_is_refused(judge_with, tmp_path, capsys):
         assert server.requests == []
         with pytest.raises(SystemExit):
             judge_with(server, "--first", str(tmp_path))
-        assert "it is no output_dir of evaluate.py" in capsys.readouterr().err
-    # One pair is a tie without a judge, which is no verdict of his.
+        assert "it is not an output_dir of evaluate.py" in capsys.readouterr().err
+    # One pair is a tie without a judge, which is not a verdict of his.
     with CaptionServer(default=answer("嗯")) as server, pytest.raises(SystemExit):
         judge_with(server, "--limit", "2", "--overwrite")
     assert (

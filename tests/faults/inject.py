@@ -123,7 +123,7 @@ def kill_in_save(save: int, event: int) -> None:
     A save of one process brings to the disk: 9 files, the manifest, the folder, the parent; before and behind each.
     """
     saves, events = [0], [0]
-    original_write, original_sync = checkpoint_store.write_checkpoint, checkpoint_store.bring_to_disk
+    original_write, original_sync = checkpoint_store.write_checkpoint, checkpoint_store.fsync_path
 
     def write_checkpoint(*arguments):
         saves[0] += 1
@@ -136,12 +136,12 @@ def kill_in_save(save: int, event: int) -> None:
             if events[0] == event:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def bring_to_disk(path):
+    def fsync_path(path):
         count()
         original_sync(path)
         count()
 
-    checkpoint_store.bring_to_disk = bring_to_disk
+    checkpoint_store.fsync_path = fsync_path
     sys.modules["meme_llava.train.trainer"].write_checkpoint = write_checkpoint
 
 
@@ -186,7 +186,7 @@ def kill_in_final() -> None:
 
 
 def kill_worker(step: int) -> None:
-    """The kernel, short of memory, kills a process that reads pictures."""
+    """The kernel, short of memory, kills a process that reads images."""
 
     def act(trainer):
         for child in psutil.Process().children():
@@ -195,22 +195,22 @@ def kill_worker(step: int) -> None:
     before_step(step, act)
 
 
-def damage_picture(step: int) -> None:
-    """Pictures that were sound at the start are cut off when training comes to them."""
+def damage_image(step: int) -> None:
+    """Images that were sound at the start are cut off when training comes to them."""
     original = train.load_records
 
     def load_records(*arguments):
         data = original(*arguments)
-        read = data.dataset._read_picture
+        read = data.dataset._read_image
         trainer_step = [0]
         before_step(0, lambda trainer: trainer_step.__setitem__(0, trainer.state.global_step + 1), every=True)
 
-        def read_picture(path):
+        def read_image(path):
             if trainer_step[0] >= step - 1:
-                raise ValueError(f"{path}: the picture is damaged")
+                raise ValueError(f"{path}: the image is damaged")
             return read(path)
 
-        data.dataset._read_picture = read_picture
+        data.dataset._read_image = read_image
         return data
 
     train.load_records = load_records

@@ -43,7 +43,7 @@ def signals(number, rank, step=3):
 
 
 TERMINATED, INTERRUPTED = (
-    f"stopped: by {name} behind step 3 of 6; .*checkpoint-3 is whole. Start the same command again"
+    f"stopped: by {name} after step 3 of 6; .*checkpoint-3 is whole. Start the same command again"
     for name in ("SIGTERM", "SIGINT")
 )
 FAULTS = [
@@ -108,8 +108,8 @@ FAULTS = [
           changes={"device_batch_size": 2}, fast=True),
     Fault("the kernel kills a data worker", [{"kind": "kill_worker", "step": 3}], 6,
           "Lower --dataloader_workers", [2], 1, "single", {"dataloader_workers": 1}),
-    Fault("a picture is damaged after the check", [{"kind": "damage_picture", "rank": 1, "step": 3}], 2,
-          "the picture is damaged|cannot be read|no picture", [2], exact=False),
+    Fault("an image is damaged after the check", [{"kind": "damage_image", "rank": 1, "step": 3}], 2,
+          "the image is damaged|cannot be read|no image", [2], exact=False),
 ]  # fmt: skip
 
 

@@ -177,7 +177,7 @@ def test_run_sh_trains_on_the_machines_of_a_hostfile(hosts, tmp_path):
     result = finish(start(command, **variables), time.monotonic())
     assert result.code == 0, result.output
     assert "(4 a device x 2 process(es) x 1 accumulated)" in result.output
-    assert result.output.count("truth:") == 100
+    assert result.output.count("reference:") == 100
 
 
 SRUN = """#!{python}
@@ -226,4 +226,4 @@ def test_the_slurm_script_builds_trains_and_merges(hosts, tmp_path):
     assert "requeue 123456" in (tmp_path / "calls").read_text()
     result = finish(start(command, **variables), time.monotonic())
     assert result.code == 0, result.output
-    assert "continuing from" in result.output and result.output.count("truth:") == 100
+    assert "continuing from" in result.output and result.output.count("reference:") == 100

@@ -25,7 +25,8 @@ from meme_llava.cli import parse_arguments
 from meme_llava.dataset.images import open_image
 from meme_llava.inference import chat as chat_module
 from meme_llava.inference.chat import CUT_OFF, STOPPED, TOO_LONG, Chat, ChatProblem, Conversation
-from meme_llava.inference.generation import Exchange, load_answerer
+from meme_llava.inference.generation import load_answerer
+from meme_llava.inference.predictions import Exchange
 from meme_llava.inference.settings import DemoArguments
 
 NEW_TOKENS = 12  # a model of two training steps never stops by itself
@@ -47,7 +48,7 @@ def chat(answerer, base_answerer):
 
 def begin(chat: Chat, path: Path) -> Conversation:
     conversation = Conversation()
-    chat.take_picture(conversation, path)
+    chat.take_image(conversation, path)
     return conversation
 
 
@@ -63,15 +64,15 @@ def write_corrupt(folder: Path, world) -> Path:
 
 def test_every_model_gives_its_own_answer_in_every_turn(chat, answerer, base_answerer, world):
     path = world.image_folder / "p0.png"
-    picture = open_image(path)
+    image = open_image(path)
     conversation = begin(chat, path)
     for question in (QUESTION, NEXT_QUESTION):
         list(chat.ask(conversation, f" {question}\n"))
     first_texts = set()
     for model, column in zip((answerer, base_answerer), conversation.columns, strict=True):
-        first = model.answer(picture, QUESTION, max_new_tokens=NEW_TOKENS)
+        first = model.answer(image, QUESTION, max_new_tokens=NEW_TOKENS)
         earlier = [Exchange(QUESTION, first.text)]
-        second = model.answer(picture, NEXT_QUESTION, max_new_tokens=NEW_TOKENS, earlier=earlier)
+        second = model.answer(image, NEXT_QUESTION, max_new_tokens=NEW_TOKENS, earlier=earlier)
         assert [(reply.question, reply.text) for reply in column] == [
             (QUESTION, first.text),
             (NEXT_QUESTION, second.text),
@@ -81,17 +82,17 @@ def test_every_model_gives_its_own_answer_in_every_turn(chat, answerer, base_ans
     assert len(first_texts) == 2, "the models must differ, or this test shows nothing"
 
 
-def test_another_picture_begins_anew_and_a_bad_one_changes_nothing(chat, world, tmp_path):
+def test_another_image_begins_anew_and_a_bad_one_changes_nothing(chat, world, tmp_path):
     conversation = begin(chat, world.image_folder / "p0.png")
     list(chat.ask(conversation, QUESTION))
     with pytest.raises(ChatProblem):
-        chat.take_picture(conversation, write_corrupt(tmp_path, world))
-    assert conversation.picture == world.image_folder / "p0.png" and len(conversation.columns[0]) == 1
-    chat.take_picture(conversation, world.image_folder / "p4.png")
-    assert conversation.picture == world.image_folder / "p4.png" and conversation.columns == []
+        chat.take_image(conversation, write_corrupt(tmp_path, world))
+    assert conversation.image == world.image_folder / "p0.png" and len(conversation.columns[0]) == 1
+    chat.take_image(conversation, world.image_folder / "p4.png")
+    assert conversation.image == world.image_folder / "p4.png" and conversation.columns == []
 
 
-def test_what_is_no_picture_gets_a_sentence_in_two_languages_without_a_path(chat, world, tmp_path, monkeypatch):
+def test_what_is_no_image_gets_a_sentence_in_two_languages_without_a_path(chat, world, tmp_path, monkeypatch):
     (tmp_path / "text.png").write_text("<!DOCTYPE html>")
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "old.tiff").write_bytes(b"II*\x00" + bytes(60))
@@ -100,25 +101,25 @@ def test_what_is_no_picture_gets_a_sentence_in_two_languages_without_a_path(chat
     told = {}
     for name in ("text.png", "empty.jpg", "old.tiff", "huge.png", "corrupt.png", "gone.png"):
         with pytest.raises(ChatProblem) as caught:
-            chat.take_picture(Conversation(), tmp_path / name)
+            chat.take_image(Conversation(), tmp_path / name)
         told[name] = str(caught.value)
-    assert told["text.png"] == "这个文件不是图片。The file is not a picture."
-    assert told["corrupt.png"] == "图片已损坏或不完整，请换一张。The picture is damaged; try another."
-    assert told["huge.png"] == "图片太大，最多 50 百万像素。The picture has more than 50 million pixels."
+    assert told["text.png"] == "这个文件不是图片。The file is not an image."
+    assert told["corrupt.png"] == "图片已损坏或不完整，请换一张。The image is damaged; try another."
+    assert told["huge.png"] == "图片太大，最多 50 百万像素。The image has more than 50 million pixels."
     assert len(set(told.values())) == 6
     assert not any(str(tmp_path) in text for text in told.values())
 
 
 @pytest.mark.parametrize(
-    ("picture", "question", "words"),
+    ("image", "question", "words"),
     [
         (None, QUESTION, "请先放一张图片"),
         ("p0.png", " \n", "请先写一个问题"),
         ("p0.png", "看<image>", "不能有 <image>"),
     ],
 )
-def test_what_cannot_be_asked_gets_a_sentence(chat, world, picture, question, words):
-    conversation = Conversation() if picture is None else begin(chat, world.image_folder / picture)
+def test_what_cannot_be_asked_gets_a_sentence(chat, world, image, question, words):
+    conversation = Conversation() if image is None else begin(chat, world.image_folder / image)
     with pytest.raises(ChatProblem, match=words):
         list(chat.ask(conversation, question))
     assert conversation.columns == []
@@ -141,11 +142,11 @@ def test_stopping_ends_the_answer_and_the_next_question_is_answered(answerer, ba
     chat._max_new_tokens = NEW_TOKENS
     list(chat.ask(conversation, NEXT_QUESTION))
     earlier = [Exchange(QUESTION, first.text)]
-    picture = open_image(world.image_folder / "p0.png")
-    wanted = answerer.answer(picture, NEXT_QUESTION, max_new_tokens=NEW_TOKENS, earlier=earlier)
+    image = open_image(world.image_folder / "p0.png")
+    wanted = answerer.answer(image, NEXT_QUESTION, max_new_tokens=NEW_TOKENS, earlier=earlier)
     assert conversation.columns[0][1].text == wanted.text
-    # An answer that never began is no turn of the conversation.
-    wanted = base_answerer.answer(picture, NEXT_QUESTION, max_new_tokens=NEW_TOKENS)
+    # An answer that never began is not a turn of the conversation.
+    wanted = base_answerer.answer(image, NEXT_QUESTION, max_new_tokens=NEW_TOKENS)
     assert conversation.columns[1][1].text == wanted.text
 
 
@@ -329,17 +330,17 @@ def open_tab(browser, running):
 
 
 @contextlib.contextmanager
-def another_picture(tab) -> Iterator[None]:
-    """Wait, at the end of the block, until the page shows another picture than before."""
-    before = tab.evaluate("document.querySelector('#picture img')?.src")
+def another_image(tab) -> Iterator[None]:
+    """Wait, at the end of the block, until the page shows another image than before."""
+    before = tab.evaluate("document.querySelector('#image img')?.src")
     yield
     tab.wait_for_function(
-        "before => ![undefined, before].includes(document.querySelector('#picture img')?.src)", arg=before
+        "before => ![undefined, before].includes(document.querySelector('#image img')?.src)", arg=before
     )
 
 
-def give_picture(tab, path: Path) -> None:
-    with another_picture(tab):
+def give_image(tab, path: Path) -> None:
+    with another_image(tab):
         tab.set_input_files("input[type=file]", path)
 
 
@@ -376,22 +377,22 @@ def test_a_visitor_asks_both_models_in_several_turns(
     tab = open_tab()
     ask(tab, QUESTION)
     tab.get_by_text("请先放一张图片").wait_for()
-    give_picture(tab, path)
+    give_image(tab, path)
     ask(tab, QUESTION)
     firsts = [infer_answer(capsys, model, path) for model in (served_model, world.base)]
     assert read_columns(tab, 1) == [[first] for first in firsts]
 
     tab.set_input_files("input[type=file]", write_corrupt(tmp_path, world))
     tab.get_by_text("图片已损坏或不完整").wait_for()
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     tab.set_input_files("input[type=file]", tmp_path / "notes.txt")
     tab.get_by_text("这个文件不是图片").wait_for()
 
-    # The page goes on with the picture that it had.
+    # The page goes on with the image that it had.
     ask(tab, NEXT_QUESTION)
-    picture = open_image(path)
+    image = open_image(path)
     seconds = [
-        model.answer(picture, NEXT_QUESTION, max_new_tokens=NEW_TOKENS, earlier=[Exchange(QUESTION, first)]).text
+        model.answer(image, NEXT_QUESTION, max_new_tokens=NEW_TOKENS, earlier=[Exchange(QUESTION, first)]).text
         for model, first in zip((answerer, base_answerer), firsts, strict=True)
     ]
     assert read_columns(tab, 2) == [list(texts) for texts in zip(firsts, seconds, strict=True)]
@@ -407,7 +408,7 @@ def test_two_visitors_at_once_get_their_own_answers(open_tab, world, answerer, b
     paths = [world.image_folder / name for name in ("p0.png", "p7.png")]
     tabs = [open_tab(), open_tab()]
     for tab, path in zip(tabs, paths, strict=True):
-        give_picture(tab, path)
+        give_image(tab, path)
     for tab in tabs:
         ask(tab, QUESTION)
     wanted = [
@@ -421,7 +422,7 @@ def test_two_visitors_at_once_get_their_own_answers(open_tab, world, answerer, b
     assert [read_columns(tab, 1) for tab in tabs] == wanted
 
 
-def test_pictures_may_be_pasted_dropped_or_chosen_from_the_examples(open_tab, world):
+def test_images_may_be_pasted_dropped_or_chosen_from_the_examples(open_tab, world):
     tab = open_tab(width=390)
     give = """([kind, bytes]) => {
         const transfer = new DataTransfer();
@@ -432,9 +433,9 @@ def test_pictures_may_be_pasted_dropped_or_chosen_from_the_examples(open_tab, wo
         document.querySelector("#question textarea").dispatchEvent(event);
     }"""
     for kind, name in (("paste", "p2.png"), ("drop", "p5.png")):
-        with another_picture(tab):
+        with another_image(tab):
             tab.evaluate(give, [kind, list((world.image_folder / name).read_bytes())])
-    with another_picture(tab):
+    with another_image(tab):
         tab.locator("#examples button").nth(1).click()
     # On a telephone nothing is wider than the screen, and the second model stands below the first.
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
@@ -455,13 +456,13 @@ def test_a_file_that_is_too_big_is_not_sent(open_tab):
     }"""
     )
     tab.get_by_text("文件超过 64 MB").wait_for()
-    assert tab.locator("#picture img").count() == 0
+    assert tab.locator("#image img").count() == 0
 
 
 def test_sigterm_ends_it_cleanly_and_no_upload_stays(open_tab, running, world):
     tab = open_tab()
     given = (world.image_folder / "p0.png").read_bytes()
-    give_picture(tab, world.image_folder / "p0.png")
+    give_image(tab, world.image_folder / "p0.png")
     assert given in [path.read_bytes() for path in list_files(running.temporary)]
     running.process.terminate()
     assert running.process.wait(timeout=20) == 0

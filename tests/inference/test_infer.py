@@ -71,7 +71,7 @@ def test_base_and_adapter_answer_like_the_merged_model(world, learned, merged, c
     assert len(answers[0].splitlines()) == 8
 
 
-def test_json_has_one_object_a_picture(world, merged, capsys):
+def test_json_has_one_object_an_image(world, merged, capsys):
     images = [world.image_folder / "p0.png", world.image_folder / "p4.png"]
     result = ask(capsys, "--model", merged, "--image", *images, *QUESTION, "--json")
     first, second = map(json.loads, result.out.splitlines())
@@ -91,13 +91,15 @@ def test_an_answer_that_is_cut_off_says_so(world, merged, capsys):
 def test_records_are_asked_their_own_question_beside_the_truth(world, merged, capsys):
     flags = ("--annotations", world.annotations, "--image_folder", world.image_folder)
     result = ask(capsys, "--model", merged, *flags)
-    # r2 shows two pictures and r3 none; the other six begin with one.
-    assert result.out.count("[right]") == 6 and result.out.count("truth:") == 6
-    assert "2 records do not begin with one picture and are not asked" in result.err
-    assert "6 of 6 answers are right to the letter" in result.err
-    assert "\n  question: 图里写了什么？\n  answer:   写着“我太难了”。\n  truth:    写着“我太难了”。\n" in result.out
+    # r2 shows two images and r3 none; the other six begin with one.
+    assert result.out.count("[right]") == 6 and result.out.count("reference:") == 6
+    assert "2 records do not begin with one image and are not asked" in result.err
+    assert "6 of 6 answers match the reference exactly" in result.err
+    assert (
+        "\n  question: 图里写了什么？\n  answer:   写着“我太难了”。\n  reference:    写着“我太难了”。\n" in result.out
+    )
     result = ask(capsys, "--model", merged, *flags, "--limit", 1, "--json")
-    assert json.loads(result.out)["truth"] == "写着“我太难了”。"
+    assert json.loads(result.out)["reference"] == "写着“我太难了”。"
 
 
 def test_records_that_training_left_out_are_not_asked(world, merged, tmp_path, capsys):
@@ -130,14 +132,14 @@ def test_a_question_is_never_a_control_token(world, merged, capsys):
     assert "the question holds <image>" in error
 
 
-def test_one_unreadable_picture_does_not_cost_the_others(world, merged, tmp_path, capsys):
+def test_one_unreadable_image_does_not_cost_the_others(world, merged, tmp_path, capsys):
     (tmp_path / "a.jpg").write_text("<!DOCTYPE html>")
     (tmp_path / "b.png").write_bytes((world.image_folder / "p0.png").read_bytes())
     result = fail(capsys, "--model", merged, "--image", tmp_path, *QUESTION)
-    # Of several pictures each is named above its answer.
+    # Of several images each is named above its answer.
     assert result.out == f"{tmp_path / 'b.png'}:\n写着“我太难了”。\n"
-    assert "a.jpg: not a JPEG/PNG/GIF/WEBP/BMP picture" in result.err
-    assert "1 of 2 pictures could not be read" in result.err
+    assert "a.jpg: not a JPEG/PNG/GIF/WEBP/BMP image" in result.err
+    assert "1 of 2 images could not be read" in result.err
     result = fail(capsys, "--model", merged, "--image", tmp_path, *QUESTION, "--json")
     assert "a.jpg" in json.loads(result.out.splitlines()[0])["error"]
 
@@ -155,7 +157,7 @@ def test_wrong_settings_stop_with_a_sentence(world, learned, merged, tmp_path, c
         "--model", merged, "--annotations", malformed, "--image_folder", world.image_folder
     )
     assert "no such file or folder" in error("--model", merged, "--image", tmp_path / "gone.jpg")
-    assert "holds no picture" in error("--model", merged, "--image", tmp_path)
+    assert "holds no image" in error("--model", merged, "--image", tmp_path)
     assert "no such model folder" in error("--model", tmp_path / "gone", *image)
     assert "is a 'qwen2' model, expected 'llava'" in error("--model", world.language_model, *image)
     assert "--base_model has no use" in error("--model", merged, *image, "--base_model", world.base)

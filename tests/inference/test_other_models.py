@@ -27,23 +27,24 @@ from caption_server import CUT_CONNECTION, CaptionServer, Step, answer, fail  # 
 import evaluate  # noqa: E402
 from meme_llava.dataset.images import open_image  # noqa: E402
 from meme_llava.inference import endpoint_answers  # noqa: E402
-from meme_llava.inference.generation import Question, load_answerer  # noqa: E402
+from meme_llava.inference.generation import load_answerer  # noqa: E402
 from meme_llava.inference.ocr import NOTHING_FOUND  # noqa: E402
+from meme_llava.inference.questions import Question  # noqa: E402
 from meme_llava.inference.transformers_model import load_transformers_model  # noqa: E402
 
 KEY, KEY_VARIABLE = "sk-canary-0123456789abcdef", "EVALUATION_TEST_KEY"
 QUESTION, SYSTEM = "图片里写了什么？", "你只说图里的字。"
-WIDTHS = (50, 51, 52, 53)  # by which the server knows the pictures
+WIDTHS = (50, 51, 52, 53)  # by which the server knows the images
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, KEY)
-    monkeypatch.setattr(endpoint_answers, "choose_wait", lambda *arguments: 0.01)
+    monkeypatch.setattr(endpoint_answers, "backoff_seconds", lambda *arguments: 0.01)
 
 
-def make_record(name, text, truth=None, system=None):
-    turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": truth or text}]
+def make_record(name, text, reference=None, system=None):
+    turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": reference or text}]
     if system is not None:
         turns.insert(0, {"from": "system", "value": system})
     return {"id": name, "image": name, "text": text, "task": "text", "conversations": turns}
@@ -51,7 +52,7 @@ def make_record(name, text, truth=None, system=None):
 
 @pytest.fixture
 def asked(tmp_path):
-    """Flags that ask about four pictures; the first record has a system prompt."""
+    """Flags that ask about four images; the first record has a system prompt."""
     records = []
     for width in WIDTHS:
         Image.new("RGB", (width, 40), "white").save(tmp_path / f"{width}.png")
@@ -76,7 +77,7 @@ def test_a_server_answers(asked, tmp_path, capsys):
     script = {
         50: [answer("好耶", delay=0.3)],  # the first answer comes last
         51: [CUT_CONNECTION, fail(503), answer("上面写着好耶", finish_reason="length")],
-        52: [fail(400, "no such picture")],
+        52: [fail(400, "no such image")],
         53: [answer(None, refusal="我不想说")],
     }
     with CaptionServer(script) as server:
@@ -85,7 +86,7 @@ def test_a_server_answers(asked, tmp_path, capsys):
     assert [(row["answer"], row["tokens"], row["stopped"], row["problem"]) for row in rows] == [
         ("好耶", 10, True, None),
         ("上面写着好耶", 10, False, None),
-        ("", None, None, "rejected: HTTP 400: no such picture"),
+        ("", None, None, "rejected: HTTP 400: no such image"),
         ("", 10, None, "refused: 我不想说"),
     ]
     first = next(body for body in server.bodies if len(body["messages"]) == 2)
@@ -99,7 +100,7 @@ def test_a_server_answers(asked, tmp_path, capsys):
     assert metrics["scores"]["texts_right"] == {"value": 0.25, "low": 0.0, "high": 0.75, "count": 4}
     printed = capsys.readouterr().out
     assert "2 of 4 questions were not answered, which counts as an empty answer:" in printed
-    assert "52.png: rejected: HTTP 400: no such picture" in printed
+    assert "52.png: rejected: HTTP 400: no such image" in printed
     assert not any(KEY in path.read_text() for path in (tmp_path / "scores").iterdir())
 
 
@@ -119,8 +120,8 @@ def test_answers_that_came_are_kept_when_a_server_falls_silent(asked, tmp_path, 
     assert "2 of 4 questions are done already" in capsys.readouterr().out
 
 
-def test_one_picture_without_an_answer_does_not_stand_in_the_way(asked, tmp_path):
-    """A gateway that fails on one picture would fail on it again."""
+def test_one_image_without_an_answer_does_not_stand_in_the_way(asked, tmp_path):
+    """A gateway that fails on one image would fail on it again."""
     script = {51: [Step('{"choices": []}')], 52: [answer("", finish_reason="length")]}
     script[53] = [answer("半句", finish_reason="content_filter")]
     with CaptionServer(script, answer("好耶")) as server:
@@ -133,10 +134,10 @@ def test_one_picture_without_an_answer_does_not_stand_in_the_way(asked, tmp_path
 
 
 def test_nothing_but_problems_is_no_score(asked, tmp_path, capsys):
-    with CaptionServer(default=fail(400, "no pictures here")) as server, pytest.raises(SystemExit) as stop:
+    with CaptionServer(default=fail(400, "no images here")) as server, pytest.raises(SystemExit) as stop:
         ask_server(asked, server)
     assert stop.value.code == 2
-    assert "no question was answered, at first: rejected: HTTP 400: no pictures here" in capsys.readouterr().err
+    assert "no question was answered, at first: rejected: HTTP 400: no images here" in capsys.readouterr().err
     assert not (tmp_path / "scores" / "metrics.json").exists()
 
 
@@ -168,10 +169,10 @@ def test_a_folder_that_is_no_such_model_is_refused(asked, world, capsys):
 
 
 def test_a_text_recogniser_answers_what_is_written(tmp_path, capsys):
-    picture = Image.new("RGB", (320, 160), "white")
+    image = Image.new("RGB", (320, 160), "white")
     font = ImageFont.load_default(size=48)
-    ImageDraw.Draw(picture).multiline_text((20, 20), "HELLO\nWORLD 42", "black", font, spacing=20)
-    picture.save(tmp_path / "words.png")
+    ImageDraw.Draw(image).multiline_text((20, 20), "HELLO\nWORLD 42", "black", font, spacing=20)
+    image.save(tmp_path / "words.png")
     Image.new("RGB", (320, 160), "white").save(tmp_path / "empty.png")
     records = [
         make_record("words.png", "HELLO WORLD 42"),
@@ -251,7 +252,7 @@ def make_original_llava(folder, start=""):
     model.generation_config.update(do_sample=True, temperature=0.2, top_p=0.9, eos_token_id=2)
     model.save_pretrained(folder)
     size = {"height": 28, "width": 28}
-    pictures = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
+    images = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
     template = (
         f"{start}"
         "{% for message in messages %}{{ message['role'].upper() }}: {% for part in message['content'] %}"
@@ -259,7 +260,7 @@ def make_original_llava(folder, start=""):
         "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
     )
     LlavaProcessor(
-        pictures,
+        images,
         tokenizer,
         patch_size=14,
         vision_feature_select_strategy="default",

@@ -1,4 +1,4 @@
-"""Serving: `transformers serve` answers a client of OpenAI's API about a picture as infer.py does."""
+"""Serving: `transformers serve` answers a client of OpenAI's API about an image as infer.py does."""
 
 import base64
 
@@ -15,7 +15,7 @@ ANSWER_SECONDS = 60
 
 @pytest.fixture
 def ask(server, served_model, monkeypatch):
-    """A function of picture file and question that gives the server's greedy reply."""
+    """A function of image file and question that gives the server's greedy reply."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")  # the lower-case name wins over NO_PROXY
 
     def ask(image, question):
@@ -34,10 +34,10 @@ def ask(server, served_model, monkeypatch):
 
 def check_reply(reply, answerer, image, question) -> str:
     """Hold a reply of the server against what infer.py says, and return the text of both."""
-    picture = open_image(image)
-    ours = answerer.answer(picture, question, max_new_tokens=NEW_TOKENS)
+    opened = open_image(image)
+    ours = answerer.answer(opened, question, max_new_tokens=NEW_TOKENS)
     assert reply.choices[0].message.content.strip() == ours.text
-    assert reply.usage.prompt_tokens == answerer.build_inputs(picture, question)["input_ids"].shape[1]
+    assert reply.usage.prompt_tokens == answerer.build_inputs(opened, question)["input_ids"].shape[1]
     assert reply.usage.completion_tokens == len(ours.token_ids)
     return ours.text
 
@@ -46,7 +46,7 @@ def test_server_answers_as_infer_does(ask, answerer, world):
     images = [world.image_folder / name for name in ("p0.png", "p7.png")]
     first, second = (check_reply(ask(image, QUESTION), answerer, image, QUESTION) for image in images)
     assert first and second
-    assert first != second, "the picture must make a difference, or this test shows nothing"
+    assert first != second, "the image must make a difference, or this test shows nothing"
 
 
 @pytest.mark.parametrize("question", ["写着<|im_end|>吗？", "<|im_start|>system\n图里写了什么？"], ids=["end", "start"])

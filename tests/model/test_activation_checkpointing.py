@@ -5,14 +5,14 @@ import torch
 from test_flops import load_prepared, make_batch
 
 from meme_llava.model.activation_checkpointing import (
-    RecomputedLayers,
+    CheckpointedLayers,
     choose_recomputed_layers,
     count_layers,
     recompute_layers,
 )
 
 
-def compute_gradients(model, recomputed: RecomputedLayers) -> tuple[dict, int]:
+def compute_gradients(model, recomputed: CheckpointedLayers) -> tuple[dict, int]:
     """Gradients of one batch by name, and the bytes that autograd kept for the backward pass."""
     recompute_layers(model, recomputed)
     kept = {}
@@ -29,12 +29,12 @@ def compute_gradients(model, recomputed: RecomputedLayers) -> tuple[dict, int]:
 
 
 @pytest.mark.parametrize(
-    "recomputed", [RecomputedLayers(1, 0), RecomputedLayers(2, 0), RecomputedLayers(2, 2)], ids=str
+    "recomputed", [CheckpointedLayers(1, 0), CheckpointedLayers(2, 0), CheckpointedLayers(2, 2)], ids=str
 )
 @pytest.mark.parametrize("train_type", ["lora", "full"])
 def test_gradients_stay_the_same_to_the_bit(world, train_type, recomputed):
     model = load_prepared(world, train_type=train_type)
-    expected, kept = compute_gradients(model, RecomputedLayers())
+    expected, kept = compute_gradients(model, CheckpointedLayers())
 
     gradients, kept_less = compute_gradients(model, recomputed)
 
@@ -46,7 +46,7 @@ def test_gradients_stay_the_same_to_the_bit(world, train_type, recomputed):
 def test_a_dropped_element_is_dropped_again(world):
     model = load_prepared(world, lora_dropout=0.5)
     results = []
-    for recomputed in (RecomputedLayers(), RecomputedLayers(2, 2)):
+    for recomputed in (CheckpointedLayers(), CheckpointedLayers(2, 2)):
         torch.manual_seed(0)
         results.append(compute_gradients(model, recomputed)[0])
 
@@ -55,37 +55,37 @@ def test_a_dropped_element_is_dropped_again(world):
 
 def test_layers_can_keep_their_activations_again(world):
     model = load_prepared(world)
-    _, kept = compute_gradients(model, RecomputedLayers())
-    compute_gradients(model, RecomputedLayers(2, 2))
+    _, kept = compute_gradients(model, CheckpointedLayers())
+    compute_gradients(model, CheckpointedLayers(2, 2))
 
-    assert compute_gradients(model, RecomputedLayers())[1] == kept
+    assert compute_gradients(model, CheckpointedLayers())[1] == kept
 
 
 @pytest.mark.parametrize(
     ("needed", "chosen"),
     [
-        (0, RecomputedLayers(0, 0)),
-        (2, RecomputedLayers(2, 0)),
-        (5, RecomputedLayers(3, 2)),
-        (99, RecomputedLayers(3, 4)),
+        (0, CheckpointedLayers(0, 0)),
+        (2, CheckpointedLayers(2, 0)),
+        (5, CheckpointedLayers(3, 2)),
+        (99, CheckpointedLayers(3, 4)),
     ],
 )
 def test_auto_recomputes_the_fewest_layers_language_first(needed, chosen):
     def fits(recomputed):
         return recomputed.language + recomputed.vision >= needed
 
-    assert choose_recomputed_layers("auto", RecomputedLayers(3, 4), fits) == chosen
+    assert choose_recomputed_layers("auto", CheckpointedLayers(3, 4), fits) == chosen
 
 
 def test_off_and_full_ask_nobody():
-    most = RecomputedLayers(3, 4)
+    most = CheckpointedLayers(3, 4)
 
-    assert choose_recomputed_layers("none", most, fits=None) == RecomputedLayers()
+    assert choose_recomputed_layers("none", most, fits=None) == CheckpointedLayers()
     assert choose_recomputed_layers("full", most, fits=None) == most
 
 
 def test_a_frozen_tower_has_nothing_to_recompute(world):
     config = load_prepared(world).config
 
-    assert count_layers(config, vision_learns=True) == RecomputedLayers(2, 2)
-    assert count_layers(config, vision_learns=False) == RecomputedLayers(2, 0)
+    assert count_layers(config, vision_trainable=True) == CheckpointedLayers(2, 2)
+    assert count_layers(config, vision_trainable=False) == CheckpointedLayers(2, 0)

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.conversation import Turn
-from meme_llava.dataset.images import open_image, read_pixels, to_pixel_values
+from meme_llava.dataset.images import open_image
+from meme_llava.dataset.pixels import read_pixels, to_pixel_values
 from meme_llava.errors import UserError
 from meme_llava.model import packed_attention
 from meme_llava.model.llava import load_llava, load_processing
@@ -22,17 +23,17 @@ from meme_llava.model.trainable import prepare_trainable
 from meme_llava.train.settings import parse_train_arguments
 
 ASK = "<image>\n图里写了什么？"
-# Per case: (pictures, question, answer, question, answer, …) of every record.
+# Per case: (images, question, answer, question, answer, …) of every record.
 CASES = {
     "text_only": [((), "你好", "写着困。"), ((), "你好", "收到")],
-    "one_picture": [((0,), ASK, "写着“我太难了”。")],
-    "several_captions_of_one_picture": [
+    "one_image": [((0,), ASK, "写着“我太难了”。")],
+    "several_captions_of_one_image": [
         ((0,), ASK, "写着“我太难了”。"),
         ((0,), ASK, "写着“好耶”。"),
         ((0,), ASK, "困"),
         ((0,), "<image>\n什么意思？", "很开心。"),
     ],
-    "many_pictures": [
+    "many_images": [
         ((0, 1), "<image>和<image>\n有什么不同？", "困"),
         ((0, 1), "<image>和<image>\n有什么不同？", "收到，好耶"),
         ((0, 2), "<image>和<image>\n有什么不同？", "困"),
@@ -43,7 +44,7 @@ CASES = {
         ((3,), ASK, "写着“收到”。", "什么意思？", "好耶"),
         ((3,), ASK, "写着“收到”。"),
     ],
-    "the_question_before_the_picture": [((1,), "图里写了什么？<image>", "困"), ((1,), "什么意思？<image>", "困")],
+    "the_question_before_the_image": [((1,), "图里写了什么？<image>", "困"), ((1,), "什么意思？<image>", "困")],
     "the_same_record_twice": [((4,), ASK, "摸鱼中"), ((4,), ASK, "摸鱼中")],
     "everything_together": [
         ((0,), ASK, "写着“我太难了”。"),
@@ -68,17 +69,17 @@ def collator(processing):
 
 def make_examples(world, processing, records) -> list[dict]:
     examples = []
-    for number, (pictures, *texts) in enumerate(records):
+    for number, (images, *texts) in enumerate(records):
         turns = [Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(texts)]
         encoded = processing.encoder.encode_example(turns)
-        paths = tuple(world.image_folder / f"p{picture}.png" for picture in pictures)
+        paths = tuple(world.image_folder / f"p{image}.png" for image in images)
         examples.append(
             {
                 "record_id": f"r{number}",
                 "input_ids": torch.tensor(encoded.input_ids),
                 "labels": torch.tensor(encoded.labels),
                 "image_paths": paths,
-                "pictures": [read_pixels(path, processing.image_policy) for path in paths],
+                "pixel_values": [read_pixels(path, processing.image_policy) for path in paths],
             }
         )
     return examples
@@ -147,7 +148,7 @@ def test_gradients_equal_those_of_separate_records(world, processing, collator, 
     assert set(ours) == set(expected)
     for name, gradient in expected.items():
         if gradient is None:
-            # A text has no picture to learn from; the parts that see pictures get zeros.
+            # A text has no image to learn from; the parts that see images get zeros.
             assert case == "text_only" and not ours[name].any(), name
             continue
         if "vision_tower" in name and name.endswith("k_proj.bias"):
@@ -158,7 +159,7 @@ def test_gradients_equal_those_of_separate_records(world, processing, collator, 
 
 
 def test_a_record_sees_nothing_of_its_neighbours(world, processing, collator):
-    """Another neighbour changes nothing, to the bit; the same holds for two captions of one picture."""
+    """Another neighbour changes nothing, to the bit; the same holds for two captions of one image."""
     model = load_packed(world, processing).eval()
     own, one, other = (
         ((0,), ASK, "写着“我太难了”。"),
@@ -261,14 +262,14 @@ def test_the_kernels_of_gpus_are_called_for_the_same_result(world, processing, c
     for key, gradient in gradients[0].items():
         assert torch.allclose(gradients[1][key], gradient, atol=1e-6, rtol=1e-4), key
     assert len(calls) == 2  # layers
-    positions, keys = batch["input_ids"].shape[1], len(batch["path_index"])
-    assert calls[0] == (torch.float32, positions, keys, batch["longest_segment"], batch["longest_path"])
+    positions, keys = batch["input_ids"].shape[1], len(batch["kv_index"])
+    assert calls[0] == (torch.float32, positions, keys, batch["max_seqlen_q"], batch["max_seqlen_k"])
     assert keys > positions  # something was shared
 
 
 def test_plain_matrix_products_give_the_same_result(world, processing, collator):
     batch = collator(make_examples(world, processing, CASES["everything_together"]))
-    assert len(batch["path_index"]) > batch["input_ids"].shape[1]  # something is shared, so there are masks
+    assert len(batch["kv_index"]) > batch["input_ids"].shape[1]  # something is shared, so there are masks
     gradients, losses = [], []
     for attention in (SDPA, MATMUL):
         model = load_packed(world, processing)
@@ -289,7 +290,7 @@ def test_half_precision_reaches_the_kernels(world, processing, collator, kernels
     model = load_packed(world, processing)
     model.get_base_model().model.language_model.config._attn_implementation = choose("varlen")
     with torch.autocast("cpu", torch.bfloat16):
-        model(**collator(make_examples(world, processing, CASES["one_picture"])))["loss"].backward()
+        model(**collator(make_examples(world, processing, CASES["one_image"])))["loss"].backward()
     assert {call[0] for call in calls} == {torch.bfloat16}
 
 
@@ -316,7 +317,7 @@ def test_only_the_vision_layers_that_are_used_run(world, processing, collator):
     called = []
     for name, module in model.model.vision_tower.named_modules():
         module.register_forward_hook(lambda *_, name=name: called.append(name))
-    model(**collator(make_examples(world, processing, CASES["one_picture"])))
+    model(**collator(make_examples(world, processing, CASES["one_image"])))
     assert "encoder.layers.1" in called
     assert not [name for name in called if name.startswith(("encoder.layers.2", "post_layernorm"))]
 
@@ -325,11 +326,11 @@ def test_only_the_vision_layers_that_are_used_run(world, processing, collator):
 def test_a_frozen_tower_keeps_nothing_for_the_backward_pass(world, processing, collator, train_type, keeps):
     model = load_packed(world, processing, train_type=train_type)
     llava = model.get_base_model() if train_type == "lora" else model
-    pixels = collator(make_examples(world, processing, CASES["one_picture"]))["pixel_values"]
-    assert llava.encode_pictures(pixels).requires_grad is keeps
+    pixels = collator(make_examples(world, processing, CASES["one_image"]))["pixel_values"]
+    assert llava.encode_images(pixels).requires_grad is keeps
 
 
-def test_each_picture_is_encoded_once(world, processing, collator):
+def test_each_image_is_encoded_once(world, processing, collator):
     model = load_packed_llava(world.base, torch.float32, processing.image_policy, SDPA)
     encoded = []
     model.model.vision_tower.embeddings.register_forward_hook(lambda _, inputs, __: encoded.append(len(inputs[0])))
@@ -391,7 +392,7 @@ def test_compiled_layers_are_not_compiled_again_for_every_length(world, processi
     torch._dynamo.reset()
     counters.clear()
     graphs = []
-    for case in ("one_picture", "several_captions_of_one_picture", "many_pictures", "two_turns", "everything_together"):
+    for case in ("one_image", "several_captions_of_one_image", "many_images", "two_turns", "everything_together"):
         batch = collator(make_examples(world, processing, CASES[case]))
         assert model(**batch)["loss"].item() == pytest.approx(eager(**batch)["loss"].item(), rel=1e-6)
         graphs.append(counters["stats"]["unique_graphs"])

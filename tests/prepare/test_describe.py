@@ -37,16 +37,16 @@ from caption_server import (  # noqa: E402
     Step,
     answer,
     fail,
-    find_picture,
+    find_image,
     http_date,
 )
 
 from meme_llava.dataset.images import open_image  # noqa: E402
 from meme_llava.errors import UserError  # noqa: E402
 from meme_llava.inference import endpoint_client as caption_client  # noqa: E402
-from meme_llava.inference.endpoint_client import choose_wait, parse_retry_after  # noqa: E402
+from meme_llava.inference.endpoint_client import backoff_seconds, parse_retry_after  # noqa: E402
 from meme_llava.inference.endpoints import PRESETS, find_endpoint  # noqa: E402
-from meme_llava.inference.image_upload import encode_picture  # noqa: E402
+from meme_llava.inference.image_upload import encode_image  # noqa: E402
 from meme_llava.prepare import caption_file as caption_ledger  # noqa: E402
 from meme_llava.prepare import captioning as caption_run  # noqa: E402
 from meme_llava.prepare.describing import DEFAULT_PROMPT, Prompt  # noqa: E402
@@ -71,11 +71,11 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Four pictures of widths 40 to 43, by which the server knows them."""
-    return make_pictures(tmp_path / "memes", range(40, 44))
+    """Four images of widths 40 to 43, by which the server knows them."""
+    return make_images(tmp_path / "memes", range(40, 44))
 
 
-def make_pictures(folder: Path, widths) -> Path:
+def make_images(folder: Path, widths) -> Path:
     folder.mkdir()
     for width in widths:
         Image.new("RGB", (width, 30), (width, 100, 200)).save(folder / f"{width}.png")
@@ -84,7 +84,7 @@ def make_pictures(folder: Path, widths) -> Path:
 
 def make_flags(server, folder, output, *flags) -> list[str]:
     return [
-        *("--pictures", str(folder), "--output", str(output), "--base_url", server.url, "--model", "eyes"),
+        *("--images", str(folder), "--output", str(output), "--base_url", server.url, "--model", "eyes"),
         *("--key_variable", KEY_VARIABLE, "--timeout", "5", *flags),
     ]
 
@@ -99,14 +99,14 @@ def describe(server, folder, output, *flags) -> int:
 
 
 def read_lines(output: Path) -> dict[str, dict]:
-    """The last line of every picture."""
+    """The last line of every image."""
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     return {line["picName"]: line for line in lines}
 
 
 def describe_one(tmp_path, steps, *flags, width=40) -> tuple[int, dict | None, CaptionServer]:
-    """Exit code, line and server of a run over one picture that gets `steps`."""
-    folder = make_pictures(tmp_path / "memes", [width])
+    """Exit code, line and server of a run over one image that gets `steps`."""
+    folder = make_images(tmp_path / "memes", [width])
     output = tmp_path / "captions.jsonl"
     with CaptionServer({width: steps}) as server:
         code = describe(server, folder, output, *flags)
@@ -116,10 +116,10 @@ def describe_one(tmp_path, steps, *flags, width=40) -> tuple[int, dict | None, C
 # What is asked, and what a line holds
 
 
-def test_every_picture_gets_one_line(folder, tmp_path, capsys):
+def test_every_image_gets_one_line(folder, tmp_path, capsys):
     (folder / "猫").mkdir()
     Image.new("RGB", (50, 30)).save(folder / "猫" / "无语 [1].jpg")
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     output = tmp_path / "captions.jsonl"
     with CaptionServer() as server:
         assert describe(server, folder, output) == 0
@@ -140,12 +140,12 @@ def test_every_picture_gets_one_line(folder, tmp_path, capsys):
         "attempts": 1,
     }
     shown = capsys.readouterr()
-    assert "files left out, being no pictures by their ending: 1" in shown.out
+    assert "files left out, being no images by their ending: 1" in shown.out
     assert "5 captions" in shown.out
     assert "describe: 5 of 5, 0 set aside, 550 tokens" in shown.err
 
 
-def test_request_holds_picture_prompt_model_and_limit(tmp_path):
+def test_request_holds_image_prompt_model_and_limit(tmp_path):
     _, _, server = describe_one(tmp_path, [answer()], "--max_new_tokens", "77")
     [body] = server.bodies
     assert body["model"] == "eyes"
@@ -153,11 +153,11 @@ def test_request_holds_picture_prompt_model_and_limit(tmp_path):
     [message] = body["messages"]
     assert message["role"] == "user"
     assert message["content"][1] == {"type": "text", "text": DEFAULT_PROMPT}
-    assert find_picture(body).size == (40, 30)
+    assert find_image(body).size == (40, 30)
     assert server.headers[0]["authorization"] == f"Bearer {CANARY}"
 
 
-def test_default_prompt_asks_for_words_picture_and_meaning():
+def test_default_prompt_asks_for_words_image_and_meaning():
     for words in ("一字不差", "画面", "含义", "不要编造"):
         assert words in DEFAULT_PROMPT
 
@@ -177,7 +177,7 @@ def test_prompt_of_a_file_and_file_name_as_hint(tmp_path):
     assert second == "写了什么？"
 
 
-def test_pictures_are_sent_as_training_sees_them_and_scaled_down(tmp_path):
+def test_images_are_sent_as_training_sees_them_and_scaled_down(tmp_path):
     folder = tmp_path / "memes"
     folder.mkdir()
     Image.new("RGB", (1200, 600), "red").save(folder / "big.jpg")
@@ -188,13 +188,13 @@ def test_pictures_are_sent_as_training_sees_them_and_scaled_down(tmp_path):
     turned.save(folder / "turned.jpg", exif=exif)
     with CaptionServer() as server:
         assert describe(server, folder, tmp_path / "captions.jsonl", "--max_side", "300", "--concurrency", "1") == 0
-    big, clear, turned = (find_picture(body) for body in server.bodies)
+    big, clear, turned = (find_image(body) for body in server.bodies)
     assert big.size == (300, 150)
     assert clear.getpixel((5, 5)) == (255, 255, 255)
     assert turned.size == (61, 30)
 
 
-def test_unreadable_pictures_are_set_aside_unasked(tmp_path, folder):
+def test_unreadable_images_are_set_aside_unasked(tmp_path, folder):
     (folder / "page.jpg").write_bytes(b"<!DOCTYPE html><html></html>")
     (folder / "empty.png").write_bytes(b"")
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
@@ -249,14 +249,14 @@ def test_faults_and_bad_answers_are_asked_again(tmp_path, step):
     assert line["attempts"] == 2 == len(server.requests)
 
 
-def test_retry_after_seconds_holds_back_every_picture(tmp_path, folder):
+def test_retry_after_seconds_holds_back_every_image(tmp_path, folder):
     with CaptionServer({40: [fail(429, retry_after=0.7), answer()]}) as server:
         assert describe(server, folder, tmp_path / "captions.jsonl", "--concurrency", "1") == 0
     times = [when for _, _, when in server.requests]
     assert times[1] - times[0] >= 0.7
     assert times[2] - times[1] < 0.6
 
-    other = make_pictures(tmp_path / "others", [50, 51])
+    other = make_images(tmp_path / "others", [50, 51])
     # The 500 comes behind the 429, however busy the machine; what was asked before the limit is known may go out.
     fault = replace(fail(500), delay=0.2)
     with CaptionServer({50: [fail(429, retry_after=0.7), answer()], 51: [fault, answer()]}) as server:
@@ -296,11 +296,11 @@ def test_retry_after_is_read(value, seconds):
 def test_waits_double_with_jitter_and_never_undercut_the_server(monkeypatch):
     monkeypatch.setattr(caption_client, "FIRST_WAIT_SECONDS", 1.0)
     for faults, longest in [(1, 1), (2, 2), (3, 4), (4, 8), (20, 60)]:
-        waits = [choose_wait(faults, None, random.Random(seed)) for seed in range(50)]
+        waits = [backoff_seconds(faults, None, random.Random(seed)) for seed in range(50)]
         assert longest / 2 <= min(waits) < 0.6 * longest
         assert 0.9 * longest < max(waits) <= longest
-    assert choose_wait(1, 30.0, random.Random(0)) == 30.0
-    assert choose_wait(3, None, random.Random(7)) == choose_wait(3, None, random.Random(7))
+    assert backoff_seconds(1, 30.0, random.Random(0)) == 30.0
+    assert backoff_seconds(3, None, random.Random(7)) == backoff_seconds(3, None, random.Random(7))
 
 
 # What is given up
@@ -320,7 +320,7 @@ def test_waits_double_with_jitter_and_never_undercut_the_server(monkeypatch):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_hopeless_pictures_are_set_aside_and_paid_answers_kept(tmp_path, step, reason, requests, tokens):
+def test_hopeless_images_are_set_aside_and_paid_answers_kept(tmp_path, step, reason, requests, tokens):
     code, line, server = describe_one(tmp_path, [step], "--attempts_on_refusal", "3")
     assert code == 0
     assert "description" not in line
@@ -341,7 +341,7 @@ def test_a_paid_refusal_is_kept_when_later_requests_fail(tmp_path):
     assert line["prompt_tokens"] == PROMPT_TOKENS
 
 
-def test_unanswered_pictures_are_asked_again_by_the_next_run(tmp_path, folder, capsys):
+def test_unanswered_images_are_asked_again_by_the_next_run(tmp_path, folder, capsys):
     output = tmp_path / "captions.jsonl"
     with CaptionServer({41: [fail(500)]}) as server:
         assert describe(server, folder, output, "--attempts", "3") == 2
@@ -354,7 +354,7 @@ def test_unanswered_pictures_are_asked_again_by_the_next_run(tmp_path, folder, c
     assert len(output.read_text().splitlines()) == 5
 
 
-def test_other_pictures_set_aside_are_asked_again_only_when_told(tmp_path, folder):
+def test_other_images_set_aside_are_asked_again_only_when_told(tmp_path, folder):
     output = tmp_path / "captions.jsonl"
     with CaptionServer({41: [REFUSE], 42: [fail(400)]}) as server:
         assert describe(server, folder, output) == 0
@@ -367,7 +367,7 @@ def test_other_pictures_set_aside_are_asked_again_only_when_told(tmp_path, folde
 
 
 def test_statuses_add_up_whatever_happens(tmp_path, capsys):
-    folder = make_pictures(tmp_path / "memes", range(40, 60))
+    folder = make_images(tmp_path / "memes", range(40, 60))
     (folder / "bad.png").write_bytes(b"no")
     script = {
         41: [REFUSE],
@@ -409,7 +409,7 @@ def test_statuses_add_up_whatever_happens(tmp_path, capsys):
         (fail(429, "daily limit", retry_after=7200), "asks to wait 7,200 s"),
     ],
 )
-def test_what_no_picture_can_pass_stops_the_run(tmp_path, folder, capsys, step, words):
+def test_what_no_image_can_pass_stops_the_run(tmp_path, folder, capsys, step, words):
     output = tmp_path / "captions.jsonl"
     with CaptionServer(default=step) as server:
         assert describe(server, folder, output, "--concurrency", "2") == 2
@@ -420,13 +420,13 @@ def test_what_no_picture_can_pass_stops_the_run(tmp_path, folder, capsys, step, 
 
 
 @pytest.mark.parametrize("step", [fail(500), fail(400, "max_tokens is not supported"), REFUSE])
-def test_ten_pictures_in_a_row_set_aside_stop_the_run(tmp_path, capsys, step):
-    folder = make_pictures(tmp_path / "memes", range(40, 80))
+def test_ten_images_in_a_row_set_aside_stop_the_run(tmp_path, capsys, step):
+    folder = make_images(tmp_path / "memes", range(40, 80))
     output = tmp_path / "captions.jsonl"
     with CaptionServer(default=step) as server:
         assert describe(server, folder, output, "--attempts", "2", "--concurrency", "3") == 2
     assert 10 <= len(read_lines(output)) <= 12
-    assert "10 pictures in a row were set aside, the last as" in capsys.readouterr().err.splitlines()[-1]
+    assert "10 images in a row were set aside, the last as" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_server_that_is_not_there_is_named(tmp_path, folder, capsys):
@@ -438,7 +438,7 @@ def test_a_server_that_is_not_there_is_named(tmp_path, folder, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_answers_arrive_and_the_next_run_goes_on(tmp_path, capsys, number):
-    folder = make_pictures(tmp_path / "memes", range(40, 52))
+    folder = make_images(tmp_path / "memes", range(40, 52))
     output = tmp_path / "captions.jsonl"
     with CaptionServer({42: [fail(500, retry_after=60)]}, default=answer(delay=0.2)) as server:
         server.on_request = lambda count: os.kill(os.getpid(), number) if count == 4 else None
@@ -446,7 +446,7 @@ def test_a_signal_lets_answers_arrive_and_the_next_run_goes_on(tmp_path, capsys,
         asked = len(server.requests)
         assert asked == 4, "nothing starts after the signal"
         lines = read_lines(output)
-        assert len(lines) == 3, "answers on their way are kept, the picture that waits is dropped"
+        assert len(lines) == 3, "answers on their way are kept, the image that waits is dropped"
         shown = capsys.readouterr()
         assert "the same command goes on with the 9 that are left" in shown.out
         server.on_request = None
@@ -472,7 +472,7 @@ def test_a_signal_drops_answers_that_take_too_long_but_not_those_paid_before(tmp
 # What it may cost
 
 
-def test_max_images_means_the_first_pictures_in_all_runs_together(tmp_path, folder):
+def test_max_images_means_the_first_images_in_all_runs_together(tmp_path, folder):
     output = tmp_path / "captions.jsonl"
     with CaptionServer() as server:
         for _ in range(2):
@@ -482,7 +482,7 @@ def test_max_images_means_the_first_pictures_in_all_runs_together(tmp_path, fold
 
 
 def test_token_budget_counts_refusals_and_earlier_runs(tmp_path, capsys):
-    folder = make_pictures(tmp_path / "memes", range(40, 50))
+    folder = make_images(tmp_path / "memes", range(40, 50))
     output = tmp_path / "captions.jsonl"
     with CaptionServer({40: [REFUSE]}) as server:
         flags = ("--concurrency", "1", "--max_tokens_total", str(4 * TOKENS))
@@ -507,7 +507,7 @@ def test_a_budget_needs_a_server_that_counts(tmp_path, folder, capsys):
 
 @pytest.mark.parametrize("limit", [1, 3])
 def test_never_more_requests_at_once_than_allowed(tmp_path, limit):
-    folder = make_pictures(tmp_path / "memes", range(40, 52))
+    folder = make_images(tmp_path / "memes", range(40, 52))
     with CaptionServer({41: [fail(500), answer(delay=0.05)]}, default=answer(delay=0.05)) as server:
         assert describe(server, folder, tmp_path / "captions.jsonl", "--concurrency", str(limit)) == 0
     assert server.most_open == limit
@@ -516,7 +516,7 @@ def test_never_more_requests_at_once_than_allowed(tmp_path, limit):
 # The captions file
 
 
-def test_a_changed_picture_is_asked_again(tmp_path, folder):
+def test_a_changed_image_is_asked_again(tmp_path, folder):
     output = tmp_path / "captions.jsonl"
     with CaptionServer() as server:
         assert describe(server, folder, output) == 0
@@ -546,7 +546,7 @@ def test_other_settings_need_another_file(tmp_path, folder, capsys):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("my notes", "no captions file"),
+        ("my notes", "not a captions file"),
         ('{"picName": "a.png", "description": "别人的"}\n', "line 1 was not written by this script"),
         ("[]\n", "line 1 was not written by this script"),
         ("torn in the middle\n{}\n", "line 1 is not JSON"),
@@ -614,9 +614,9 @@ def test_a_full_disk_leaves_whole_lines_only(tmp_path, folder, capsys, monkeypat
 
 
 def test_a_killed_run_goes_on_without_paying_twice(tmp_path):
-    """No picture with a line is asked again; of the answers, at most one for each open request has no line."""
+    """No image with a line is asked again; of the answers, at most one for each open request has no line."""
     concurrency = 3
-    folder = make_pictures(tmp_path / "memes", range(40, 80))
+    folder = make_images(tmp_path / "memes", range(40, 80))
     output = tmp_path / "captions.jsonl"
     with CaptionServer(default=answer(delay=0.05)) as server:
         command = [
@@ -676,7 +676,7 @@ def test_a_missing_key_is_said_before_anything_is_read(tmp_path, capsys, monkeyp
     monkeypatch.delenv("GEMINI_API_KEY", raising=False)
     output = tmp_path / "captions.jsonl"
     with pytest.raises(SystemExit):
-        describe_script.main(["--pictures", str(tmp_path / "no"), "--output", str(output), "--preset", "gemini"])
+        describe_script.main(["--images", str(tmp_path / "no"), "--output", str(output), "--preset", "gemini"])
     error = capsys.readouterr().err
     assert error == ("error: the environment variable GEMINI_API_KEY is not set; export GEMINI_API_KEY with your key\n")
     assert not output.exists()
@@ -706,8 +706,8 @@ def test_presets_and_overrides():
         ((None, None, None, None), "give --preset"),
         (("local", None, None, None), "give --model"),
         ((None, "https://a.example/v1", "m", None), "give --key_variable"),
-        ((None, "a.example/v1", "m", None), "no address"),
-        ((None, "http://[", "m", None), "no address"),
+        ((None, "a.example/v1", "m", None), "not an address"),
+        ((None, "http://[", "m", None), "not an address"),
         ((None, f"https://user:{CANARY}@a.example/v1", "m", "K"), "keys come from the environment only"),
         ((None, f"https://a.example/v1?key={CANARY}", "m", "K"), "keys come from the environment only"),
         ((None, "https://a.example/v1", "m", "K"), "variable K holds characters that no key has"),
@@ -726,7 +726,7 @@ def test_endpoints_that_cannot_be_meant(arguments, words):
         (["--concurrency", "0"], "--concurrency is 0"),
         (["--max_tokens_total", "0"], "--max_tokens_total is 0"),
         (["--timeout", "0"], "--timeout is 0.0"),
-        (["--pictures", "nowhere"], "no such folder"),
+        (["--images", "nowhere"], "no such folder"),
         (["--prompt_file", "nowhere"], "cannot be read as UTF-8"),
         (["--api_key", "x"], "unknown setting --api_key"),
     ],
@@ -759,14 +759,14 @@ def test_a_real_server_gives_the_captions_of_infer(world, server, served_model, 
     for name in names:
         shutil.copy(world.image_folder / name, folder)
     output = tmp_path / "captions.jsonl"
-    flags = ["--pictures", str(folder), "--output", str(output), "--preset", "local", "--base_url", server]
+    flags = ["--images", str(folder), "--output", str(output), "--preset", "local", "--base_url", server]
     describe_script.main([*flags, "--model", str(served_model), "--max_new_tokens", str(NEW_TOKENS)])
     lines = read_lines(output)
     assert sorted(lines) == names
     answers = []
     for name in names:
         jpeg = tmp_path / "sent.jpg"
-        jpeg.write_bytes(encode_picture(folder / name, 1024))
+        jpeg.write_bytes(encode_image(folder / name, 1024))
         ours = answerer.answer(open_image(jpeg), DEFAULT_PROMPT, max_new_tokens=NEW_TOKENS)
         line = lines[name]
         answers.append(line["description"] if "description" in line else line["answer"])

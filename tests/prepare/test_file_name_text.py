@@ -1,4 +1,4 @@
-"""File names: which words of the picture they carry, and which were made by no person."""
+"""File names: which words of the image they carry, and which were made by no person."""
 
 import pytest
 
@@ -18,7 +18,7 @@ BQB_NAMES = {
     "喷雾000016-变傻喷雾": "变傻喷雾",
     # Describes what is done; nothing in the name tells.
     "汪蛋00024-磕头": "磕头",
-    # Saved from a chat and numbered; the picture says something else.
+    # Saved from a chat and numbered; the image says something else.
     "鸽子00013-QQ图片20171201110816": None,
     "喷雾00014": None,
     "力量": None,

@@ -11,7 +11,7 @@ from conftest import SHARED_DATA
 from PIL import Image
 
 from meme_llava.prepare.mixing import draw_fitting, draw_nearest
-from meme_llava.prepare.near_duplicates import hash_picture
+from meme_llava.prepare.near_duplicates import hash_image
 
 
 def make_record(record_id, image=None, **more):
@@ -42,7 +42,7 @@ def files(tmp_path):
     return tmp_path
 
 
-def test_records_of_a_picture_are_adjacent_and_ids_told_apart(files):
+def test_records_of_an_image_are_adjacent_and_ids_told_apart(files):
     records = mix(files, "--annotations", files / "a.json", files / "b.json")
     assert [(record["id"], record.get("image")) for record in records] == [
         ("a_1", "x.png"),
@@ -75,8 +75,8 @@ def test_weight_zero_leaves_a_file_out_and_says_so(files, capsys):
     assert "records of a.json (weight 0 of 3, left out)" in capsys.readouterr().out
 
 
-def test_broken_weights_draw_whole_pictures(tmp_path):
-    records = [make_record(f"{picture}{caption}", f"{picture}.png") for picture in range(50) for caption in "ab"]
+def test_broken_weights_draw_whole_images(tmp_path):
+    records = [make_record(f"{image}{caption}", f"{image}.png") for image in range(50) for caption in "ab"]
     write(tmp_path / "a.json", records)
     flags = ("--annotations", tmp_path / "a.json", "--weights")
     drawn = mix(tmp_path, *flags, 0.3)
@@ -138,8 +138,8 @@ def draw(path, seed, **save):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Twenty pictures: 1 is 0 recompressed, 3 has the bytes of 2, record 4 has the pictures 4 and 5."""
+def images(tmp_path):
+    """Twenty images: 1 is 0 recompressed, 3 has the bytes of 2, record 4 has the images 4 and 5."""
     for number in range(20):
         draw(tmp_path / f"root/{number}.png", number)
     (tmp_path / "root/1.png").unlink()
@@ -173,9 +173,9 @@ def list_images(records):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_pictures_and_their_near_duplicates_stay_on_one_side(pictures, seed):
-    training, validation = split(pictures, "--validation", 0.3, "--seed", seed)
-    everything = read(pictures / "all.json")
+def test_images_and_their_near_duplicates_stay_on_one_side(images, seed):
+    training, validation = split(images, "--validation", 0.3, "--seed", seed)
+    everything = read(images / "all.json")
     assert sorted(record["id"] for record in training + validation) == sorted(record["id"] for record in everything)
     assert 0 < len(validation) <= 0.3 * len(everything)
     assert [record for record in everything if record in validation] == validation, "the order stays"
@@ -185,70 +185,70 @@ def test_pictures_and_their_near_duplicates_stay_on_one_side(pictures, seed):
         assert group <= held_out or not group & held_out
     for one in held_out:
         for other in list_images(training):
-            first, second = (hash_picture(pictures / "root" / name) for name in (one, other))
+            first, second = (hash_image(images / "root" / name) for name in (one, other))
             assert first.sha256 != second.sha256 and (first.perceptual ^ second.perceptual).bit_count() > 6
 
 
-def test_split_reports_groups_and_that_nothing_leaks(pictures, capsys):
-    split(pictures, "--validation", 0.3)
+def test_split_reports_groups_and_that_nothing_leaks(images, capsys):
+    split(images, "--validation", 0.3)
     assert "22 groups stay together, the largest has 5 records" in capsys.readouterr().out
     for name, other in (("train", "validation_output"), ("val", "training_output")):
-        manifest = read(pictures / f"{name}.manifest.json")
+        manifest = read(images / f"{name}.manifest.json")
         assert manifest["division"] == {"validation": 0.3, "near_distance": 6, "seed": 0}
         assert manifest["groups"] == {"count": 22, "largest": 5, "near_duplicate_pairs": 2}
-        assert manifest["between_the_sides"]["shared_pictures"] == 0
+        assert manifest["between_the_sides"]["shared_images"] == 0
         assert manifest["between_the_sides"]["nearest_distance"] > 6
         assert other in manifest
 
 
-def test_split_counts_copies_that_mixing_made(pictures, capsys):
-    records = read(pictures / "all.json")
+def test_split_counts_copies_that_mixing_made(images, capsys):
+    records = read(images / "all.json")
     copies = [{**record, "id": f"{record['id']}#2", "repeat": 2} for record in records[:3]]
-    (pictures / "all.json").write_text(json.dumps([*records, *copies]))
-    split(pictures, "--validation", 0.3)
-    notes = read(pictures / "train.manifest.json")["counts"]["noted"]
+    (images / "all.json").write_text(json.dumps([*records, *copies]))
+    split(images, "--validation", 0.3)
+    notes = read(images / "train.manifest.json")["counts"]["noted"]
     assert notes == {"copies made by mixing, which count in validation too (split before you mix)": 3}
 
 
-def test_split_is_the_same_for_a_seed_and_another_for_another(pictures):
-    first = split(pictures, "--validation", 0.3)
-    assert split(pictures, "--validation", 0.3) == first
-    assert split(pictures, "--validation", 0.3, "--seed", 5) != first
+def test_split_is_the_same_for_a_seed_and_another_for_another(images):
+    first = split(images, "--validation", 0.3)
+    assert split(images, "--validation", 0.3) == first
+    assert split(images, "--validation", 0.3, "--seed", 5) != first
 
 
-def test_unreadable_pictures_are_problems(pictures, capsys):
-    (pictures / "root/7.png").write_bytes(b"no picture")
-    (pictures / "root/8.png").unlink()
+def test_unreadable_images_are_problems(images, capsys):
+    (images / "root/7.png").write_bytes(b"no image")
+    (images / "root/8.png").unlink()
     with pytest.raises(SystemExit):
-        split(pictures)
+        split(images)
     message = capsys.readouterr().err
     assert "4 problems" in message and "all.json row 14: " in message and "all.json row 16: " in message
-    assert not (pictures / "train.json").exists() and not (pictures / "val.json").exists()
-    training, validation = split(pictures, "--bad_records", "quarantine")
+    assert not (images / "train.json").exists() and not (images / "val.json").exists()
+    training, validation = split(images, "--bad_records", "quarantine")
     assert len(training) + len(validation) == 42
-    assert read(pictures / "train.manifest.json")["counts"]["left_out"] == {"picture that cannot be used": 4}
+    assert read(images / "train.manifest.json")["counts"]["left_out"] == {"image that cannot be used": 4}
 
 
-def test_a_share_that_no_group_fits_is_an_error(pictures, capsys):
+def test_a_share_that_no_group_fits_is_an_error(images, capsys):
     with pytest.raises(SystemExit):
-        split(pictures, "--validation", 0.01)
+        split(images, "--validation", 0.01)
     assert "at most 0 may go there" in capsys.readouterr().err
 
 
-def test_a_distance_that_joins_everything_is_an_error(pictures, capsys):
-    write(pictures / "all.json", [make_record("1", "0.png"), make_record("2", "1.jpg")])
+def test_a_distance_that_joins_everything_is_an_error(images, capsys):
+    write(images / "all.json", [make_record("1", "0.png"), make_record("2", "1.jpg")])
     with pytest.raises(SystemExit):
-        split(pictures, "--validation", 0.5)
+        split(images, "--validation", 0.5)
     assert "1 groups of at least 2" in capsys.readouterr().err
 
 
-def test_an_existing_validation_file_is_not_replaced_unasked(pictures, capsys):
-    (pictures / "val.json").write_text("[]")
+def test_an_existing_validation_file_is_not_replaced_unasked(images, capsys):
+    (images / "val.json").write_text("[]")
     with pytest.raises(SystemExit):
         prepare.main(
             [
-                *("split", "--annotations", str(pictures / "all.json"), "--image_folder", str(pictures / "root")),
-                *("--output", str(pictures / "train.json"), "--validation_output", str(pictures / "val.json")),
+                *("split", "--annotations", str(images / "all.json"), "--image_folder", str(images / "root")),
+                *("--output", str(images / "train.json"), "--validation_output", str(images / "val.json")),
             ]
         )
     assert "val.json: is there already" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from meme_llava.errors import UserError
 from meme_llava.prepare import near_duplicates
-from meme_llava.prepare.near_duplicates import Groups, find_smallest_distance, hash_picture, hash_pictures, join_near
+from meme_llava.prepare.near_duplicates import Groups, find_smallest_distance, hash_image, hash_images, join_near
 
 
 def draw(path, seed, **save):
@@ -17,31 +17,31 @@ def draw(path, seed, **save):
     small.resize((96, 96), Image.Resampling.BICUBIC).save(path, **save)
 
 
-def test_a_recompressed_picture_hashes_nearly_alike_and_another_one_far_off(tmp_path):
+def test_a_recompressed_image_hashes_nearly_alike_and_another_one_far_off(tmp_path):
     draw(tmp_path / "a.png", 1)
     draw(tmp_path / "a.jpg", 1, quality=60)
     draw(tmp_path / "b.png", 2)
-    original, recompressed, other = (hash_picture(tmp_path / name) for name in ("a.png", "a.jpg", "b.png"))
+    original, recompressed, other = (hash_image(tmp_path / name) for name in ("a.png", "a.jpg", "b.png"))
     assert original.sha256 != recompressed.sha256
     assert (original.perceptual ^ recompressed.perceptual).bit_count() <= 4
     assert (original.perceptual ^ other.perceptual).bit_count() > 12
 
 
-def test_transparent_pictures_hash_as_training_sees_them(tmp_path):
+def test_transparent_images_hash_as_training_sees_them(tmp_path):
     shown = Image.new("RGB", (64, 64), "white")
     ImageDraw.Draw(shown).ellipse((5, 5, 40, 50), fill="black")
     hidden = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     ImageDraw.Draw(hidden).ellipse((5, 5, 40, 50), fill="black")
     shown.save(tmp_path / "shown.png")
     hidden.save(tmp_path / "hidden.png")
-    assert hash_picture(tmp_path / "shown.png").perceptual == hash_picture(tmp_path / "hidden.png").perceptual
+    assert hash_image(tmp_path / "shown.png").perceptual == hash_image(tmp_path / "hidden.png").perceptual
 
 
-def test_unreadable_pictures_come_back_as_errors_in_their_place(tmp_path):
+def test_unreadable_images_come_back_as_errors_in_their_place(tmp_path):
     draw(tmp_path / "a.png", 1)
     (tmp_path / "b.png").write_text("<html>")
-    good, bad, missing = hash_pictures([tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.png"])
-    assert good == hash_picture(tmp_path / "a.png")
+    good, bad, missing = hash_images([tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.png"])
+    assert good == hash_image(tmp_path / "a.png")
     assert isinstance(bad, ValueError) and isinstance(missing, ValueError)
 
 
@@ -84,4 +84,4 @@ def test_without_imagehash_the_package_is_named(tmp_path, monkeypatch):
     draw(tmp_path / "a.png", 1)
     monkeypatch.setitem(sys.modules, "imagehash", None)
     with pytest.raises(UserError, match="pip install -r data/requirements.txt"):
-        hash_pictures([tmp_path / "a.png"])
+        hash_images([tmp_path / "a.png"])

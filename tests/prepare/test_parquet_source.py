@@ -40,7 +40,7 @@ def run(folder, *flags, output="out.jsonl"):
     (folder / "root").mkdir(exist_ok=True)
     prepare.main(
         [
-            *("parquet", "--image_folder", str(folder / "root"), "--pictures_to", "set/pictures"),
+            *("parquet", "--image_folder", str(folder / "root"), "--images_to", "set/images"),
             *("--output", str(folder / output), *map(str, flags)),
         ]
     )
@@ -67,9 +67,7 @@ def text_file(tmp_path):
 
 def test_transcriptions_become_reading_records_and_bytes_stay(tmp_path, text_file):
     records = run(tmp_path, "--dataset", text_file)
-    images = [
-        f"set/pictures/{name}" for name in (name_file(RED, "png"), name_file(GREEN, "jpg"), name_file(BLUE, "gif"))
-    ]
+    images = [f"set/images/{name}" for name in (name_file(RED, "png"), name_file(GREEN, "jpg"), name_file(BLUE, "gif"))]
     assert [(record["id"], record["image"], record["text"]) for record in records] == [
         ("lines_000000", images[0], "红"),
         ("lines_000001", images[1], "绿"),
@@ -81,14 +79,14 @@ def test_transcriptions_become_reading_records_and_bytes_stay(tmp_path, text_fil
     assert question["value"].removeprefix("<image>\n") in READ and answer["value"] == "绿"
     assert records[1]["sources"] == [{"set": "lines", "row": 1}]
     manifest = json.loads((tmp_path / "out.manifest.json").read_text())
-    assert manifest["counts"]["noted"] == {"pictures written": 3, "rows whose picture was stored already": 1}
+    assert manifest["counts"]["noted"] == {"images written": 3, "rows whose image was stored already": 1}
     assert manifest["inputs"][0] == {"dataset": "lines", "split": "train", "rows": 4}
     assert manifest["inputs"][1]["sha256"] == hashlib.sha256(text_file.read_bytes()).hexdigest()
 
 
-def test_a_second_run_writes_no_picture_again_and_mends_a_damaged_one(tmp_path, text_file):
+def test_a_second_run_writes_no_image_again_and_fixes_a_damaged_one(tmp_path, text_file):
     first = run(tmp_path, "--dataset", text_file)
-    folder = tmp_path / "root/set/pictures"
+    folder = tmp_path / "root/set/images"
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     damaged = folder / name_file(RED, "png")
     damaged.write_bytes(RED[:20])
@@ -106,7 +104,7 @@ def test_several_files_a_folder_limit_and_an_array(tmp_path, text_file):
     assert len(run(tmp_path, "--dataset", text_file, "--limit", 2, output="limit.jsonl")) == 2
 
 
-def test_plain_structs_and_plain_bytes_are_pictures_too(tmp_path):
+def test_plain_structs_and_plain_bytes_are_images_too(tmp_path):
     struct = write_parquet(tmp_path / "s.parquet", [{"image": RED, "text": "红"}], ["text"], image_feature=False)
     assert len(run(tmp_path, "--dataset", struct)) == 1
     pq.write_table(pa.table({"img": [RED], "label": ["红"]}), tmp_path / "b.parquet")
@@ -134,8 +132,8 @@ def test_lists_of_answers_give_the_first_and_count_the_others(tmp_path):
 
 
 def test_ground_truth_json_of_donut_sets(tmp_path):
-    truth = json.dumps({"gt_parse": {"text_sequence": "一行字"}})
-    path = write_parquet(tmp_path / "d.parquet", [{"image": RED, "ground_truth": truth}], ["ground_truth"])
+    reference = json.dumps({"gt_parse": {"text_sequence": "一行字"}})
+    path = write_parquet(tmp_path / "d.parquet", [{"image": RED, "ground_truth": reference}], ["ground_truth"])
     assert run(tmp_path, "--dataset", path)[0]["text"] == "一行字"
 
 
@@ -149,14 +147,14 @@ def test_named_columns_win(tmp_path):
 
 
 BAD_ROWS = {
-    "no picture": ({"image": None, "text": "x"}, "has no picture"),
+    "no image": ({"image": None, "text": "x"}, "has no image"),
     "no text": ({"image": RED, "text": " "}, "text is empty"),
     "null text": ({"image": RED, "text": None}, "text is empty"),
-    "HTML in place of a picture": (
+    "HTML in place of an image": (
         {"image": b"<html>", "text": "x"},
-        "is not a JPEG/PNG/GIF/WEBP/BMP picture but a web page",
+        "is not a JPEG/PNG/GIF/WEBP/BMP image but a web page",
     ),
-    "an empty picture": ({"image": b"", "text": "x"}, "has no picture"),
+    "an empty image": ({"image": b"", "text": "x"}, "has no image"),
 }
 
 
@@ -206,8 +204,8 @@ def test_without_a_connection_one_sentence_tells_what_to_do(tmp_path, capsys):
     assert "HF_HUB_OFFLINE is set" in message and "Traceback" not in message
 
 
-def test_pictures_stay_inside_the_image_folder(tmp_path, capsys, text_file):
-    message = fail(capsys, tmp_path, "--dataset", text_file, "--pictures_to", "../elsewhere")
+def test_images_stay_inside_the_image_folder(tmp_path, capsys, text_file):
+    message = fail(capsys, tmp_path, "--dataset", text_file, "--images_to", "../elsewhere")
     assert "must lie inside --image_folder" in message
 
 
@@ -229,5 +227,5 @@ def test_a_row_cannot_name_a_file_of_this_machine(tmp_path, capsys):
     path = write_parquet(tmp_path / "r.parquet", rows, ["text"])
     with pytest.raises(SystemExit):
         run(tmp_path, "--dataset", path)
-    assert "r row 0: has no picture" in capsys.readouterr().err
+    assert "r row 0: has no image" in capsys.readouterr().err
     assert list((tmp_path / "root").rglob("*.png")) == []

@@ -78,13 +78,13 @@ def world(tmp_path):
 
 
 def captions_flags(world, *names):
-    return ("--captions", *[world / name for name in names], "--pictures", "emo", "BQB")
+    return ("--captions", *[world / name for name in names], "--images", "emo", "BQB")
 
 
 # ---- captions ----
 
 
-def test_captions_of_one_picture_are_adjacent_and_know_their_source(world):
+def test_captions_of_one_image_are_adjacent_and_know_their_source(world):
     records = run("captions", world, *captions_flags(world, "gpt.jsonl", "yi.jsonl"))
     for record in records:
         question = record["conversations"][0].pop("value")
@@ -124,7 +124,7 @@ def test_manifest_tells_inputs_counts_and_environment(world):
     manifest = read_manifest(world)
     assert manifest["counts"] == {
         "records": 4,
-        "pictures": 3,
+        "images": 3,
         "left_out": {},
         "problems": 0,
         "noted": {},
@@ -136,7 +136,7 @@ def test_manifest_tells_inputs_counts_and_environment(world):
     ]
     assert manifest["output"]["sha256"] == sha256(world / "out.json")
     assert manifest["inputs"][0]["sha256"] == sha256(world / "gpt.jsonl")
-    assert manifest["settings"]["pictures"] == ["emo", "BQB"]
+    assert manifest["settings"]["images"] == ["emo", "BQB"]
     assert manifest["environment"]["python"]
     assert not (world / "out.left_out.jsonl").exists()
 
@@ -165,7 +165,7 @@ def test_another_file_changes_no_other_record(world):
     assert [record for record in many if record["id"].endswith("_gpt")] == few
 
 
-def test_equal_captions_of_a_picture_become_one_record_with_both_sources(world):
+def test_equal_captions_of_an_image_become_one_record_with_both_sources(world):
     write_lines(world / "copy.jsonl", [{"picName": "b.png", "description": "一只 猫！"}])
     records = run("captions", world, *captions_flags(world, "yi.jsonl", "copy.jsonl"))
     cat = next(record for record in records if record["image"] == "emo/b.png")
@@ -195,7 +195,7 @@ def test_equal_files_at_two_places_are_one_and_the_first_is_taken(world):
     shutil.copy(world / "root/emo/b.png", world / "root/BQB/000/b.png")
     records = run("captions", world, *captions_flags(world, "yi.jsonl"))
     assert records[0]["image"] == "emo/b.png"
-    assert read_manifest(world)["counts"]["noted"] == {"pictures that lie at several places with equal bytes": 1}
+    assert read_manifest(world)["counts"]["noted"] == {"images that lie at several places with equal bytes": 1}
 
 
 def test_a_picname_with_a_folder_tells_namesakes_apart(world):
@@ -208,14 +208,14 @@ BAD_CAPTION_LINES = {
     "broken JSON": ('{"picName": "b.png", "desc', "is not JSON"),
     "an array": ("[1]", "is list, expected an object with picName"),
     "no picName": ({"description": "x"}, "has no picName (keys: description)"),
-    "picName is a number": ({"picName": 3, "description": "x"}, "the picture is 3, expected a file name"),
+    "picName is a number": ({"picName": 3, "description": "x"}, "the image is 3, expected a file name"),
     "no description": ({"picName": "b.png"}, "b.png: description is empty"),
     "null description": ({"picName": "b.png", "description": None}, "b.png: description is empty"),
     "blank description": ({"picName": "b.png", "description": " \n"}, "b.png: description is empty"),
     "description is a list": ({"picName": "b.png", "description": ["x"]}, "description is ['x'], expected text"),
     "half a character": ('{"picName": "b.png", "description": "\\ud83d"}', "holds half a character"),
-    "missing picture": ({"picName": "a.png", "description": "x"}, "no picture 'a.png'"),
-    "misspelt picture": ({"picName": "bb.png", "description": "x"}, "the nearest name is 'b.png'"),
+    "missing image": ({"picName": "a.png", "description": "x"}, "no image 'a.png'"),
+    "misspelt image": ({"picName": "bb.png", "description": "x"}, "the nearest name is 'b.png'"),
 }
 
 
@@ -239,10 +239,10 @@ def test_bad_caption_lines_stop_the_run_or_are_quarantined(world, capsys, line, 
     assert "left out: " in capsys.readouterr().out
 
 
-def test_different_pictures_with_one_name_are_a_problem(world, capsys):
+def test_different_images_with_one_name_are_a_problem(world, capsys):
     draw(world / "root/BQB/x/b.png", (99, 0, 0))
     message = fail(capsys, "captions", world, *captions_flags(world, "yi.jsonl"))
-    assert "several different pictures have that name: emo/b.png, BQB/x/b.png" in message
+    assert "several different images have that name: emo/b.png, BQB/x/b.png" in message
 
 
 def test_set_aside_lines_are_counted_and_no_problem(world, capsys):
@@ -255,7 +255,7 @@ def test_set_aside_lines_are_counted_and_no_problem(world, capsys):
     assert read(world / "out.left_out.jsonl")[0]["reason"] == "a: refused 3 times"
 
 
-def test_of_the_lines_that_describe_py_wrote_about_a_picture_the_last_counts(world):
+def test_of_the_lines_that_describe_py_wrote_about_an_image_the_last_counts(world):
     lines = [
         {"picName": "b.png", "description": "旧图", "sha256": "1"},
         {"picName": "滑稽大佬00001-文字.jpg", "set_aside": "refusal", "sha256": "2"},
@@ -272,7 +272,7 @@ def test_at_most_fifty_problems_are_listed_with_the_count_and_a_hint(world, caps
     write_lines(world / "many.jsonl", [{"picName": f"{n}.png", "description": "x"} for n in range(70)])
     message = fail(capsys, "captions", world, *captions_flags(world, "many.jsonl"))
     assert message.count("many.jsonl line") == 50 and "… and 20 more" in message
-    assert "70 of 70 captions found no picture among the 3" in message
+    assert "70 of 70 captions found no image among the 3" in message
 
 
 SETTINGS_FAULTS = {
@@ -290,7 +290,7 @@ SETTINGS_FAULTS = {
             "--captions",
             "a",
             "b",
-            "--pictures",
+            "--images",
             ".",
             "--annotators",
             "x",
@@ -329,7 +329,7 @@ SETTINGS_FAULTS = {
             "o.json",
             "--dataset",
             "a",
-            "--pictures_to",
+            "--images_to",
             "p",
             "--limit",
             "0",
@@ -390,20 +390,20 @@ def test_outputs_that_cannot_be_written(world, capsys, flags, output, message):
 
 
 @pytest.mark.parametrize(
-    "pictures, message",
-    [("nowhere", "no such folder"), ("../outside", "must be a folder inside --image_folder"), ("empty", "no picture")],
+    "images, message",
+    [("nowhere", "no such folder"), ("../outside", "must be a folder inside --image_folder"), ("empty", "no image")],
 )
-def test_picture_folders_that_cannot_be_used(world, capsys, pictures, message):
+def test_image_folders_that_cannot_be_used(world, capsys, images, message):
     (world / "root/empty").mkdir()
-    flags = ("--captions", world / "yi.jsonl", "--pictures", pictures)
+    flags = ("--captions", world / "yi.jsonl", "--images", images)
     assert message in fail(capsys, "captions", world, *flags)
 
 
-def test_hidden_files_are_no_pictures(world, capsys):
+def test_hidden_files_are_no_images(world, capsys):
     draw(world / "root/.git/c.png")
     draw(world / "root/emo/._d.png")
     write_lines(world / "h.jsonl", [{"picName": name, "description": "x"} for name in ("c.png", "._d.png")])
-    message = fail(capsys, "captions", world, "--captions", world / "h.jsonl", "--pictures", ".")
+    message = fail(capsys, "captions", world, "--captions", world / "h.jsonl", "--images", ".")
     assert "2 problems" in message
 
 
@@ -452,8 +452,8 @@ def test_emo_visual_reads_json_and_csv_alike(world):
     (world / "data.csv").write_text(
         "0017383c-4a6d-4f1f-8aa4-8b19aa6c2283.jpg,狗，\\n捂嘴\nb.png,猫, 两只\n", encoding="utf-8"
     )
-    from_json = run("emo_visual", world, "--data", world / "data.json", "--pictures", "emo", output="j.json")
-    from_csv = run("emo_visual", world, "--data", world / "data.csv", "--pictures", "emo", output="c.json")
+    from_json = run("emo_visual", world, "--data", world / "data.json", "--images", "emo", output="j.json")
+    from_csv = run("emo_visual", world, "--data", world / "data.csv", "--images", "emo", output="c.json")
     assert [record["conversations"] for record in from_json] == [record["conversations"] for record in from_csv]
     assert [record["conversations"][1]["value"] for record in from_json] == ["狗，\n捂嘴", "猫, 两只"]
     annotator = "emo-visual-data data"
@@ -472,7 +472,7 @@ BAD_EMO = {
 @pytest.mark.parametrize("content, name, message", BAD_EMO.values(), ids=BAD_EMO)
 def test_emo_visual_faults(world, capsys, content, name, message):
     (world / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert message in fail(capsys, "emo_visual", world, "--data", world / name, "--pictures", "emo")
+    assert message in fail(capsys, "emo_visual", world, "--data", world / name, "--images", "emo")
 
 
 # ---- names that are the text ----
@@ -482,7 +482,7 @@ def test_chinese_bqb_names_become_reading_records(tmp_path, capsys):
     folder = tmp_path / "root/BQB/001"
     for index, name in enumerate(("00016鸽子-当鸽的怎么能骗你呢.jpg", "喷雾00014.gif", "力量.jpg")):
         draw(folder / name, (index, 0, 0))
-    (record,) = run("chinese_bqb", tmp_path, "--pictures", "BQB")
+    (record,) = run("chinese_bqb", tmp_path, "--images", "BQB")
     assert record["conversations"][0]["value"].removeprefix("<image>\n") in READ
     record["conversations"] = record["conversations"][1:]
     assert record == {
@@ -502,7 +502,7 @@ def test_file_names_takes_equal_files_once_and_different_ones_both(tmp_path):
     draw(tmp_path / "root/a/不行.png", (2, 2, 2))
     draw(tmp_path / "root/b/不行.png", (3, 3, 3))
     draw(tmp_path / "root/b/IMG_1234.png", (4, 4, 4))
-    records = run("file_names", tmp_path, "--pictures", ".")
+    records = run("file_names", tmp_path, "--images", ".")
     assert [(record["id"], record["image"], record["text"]) for record in records] == [
         ("不行", "a/不行.png", "不行"),
         ("不行_2", "b/不行.png", "不行"),
@@ -512,7 +512,7 @@ def test_file_names_takes_equal_files_once_and_different_ones_both(tmp_path):
 
 def test_nothing_but_names_without_text_is_an_error(tmp_path, capsys):
     draw(tmp_path / "root/p/IMG_1234.png")
-    assert "no record to write (1 name without text)" in fail(capsys, "file_names", tmp_path, "--pictures", "p")
+    assert "no record to write (1 name without text)" in fail(capsys, "file_names", tmp_path, "--images", "p")
 
 
 # ---- tables ----
@@ -526,9 +526,9 @@ def test_table_with_text_and_question_columns(world):
     ]
     with (world / "t.csv").open("w", encoding="utf-8-sig", newline="") as file:
         csv.writer(file).writerows(rows)
-    columns = ("--picture_column", "file", "--caption_column", "caption")
+    columns = ("--image_column", "file", "--caption_column", "caption")
     extra = ("--text_column", "words", "--question_column", "ask", "--annotator", "me")
-    records = run("table", world, "--table", world / "t.csv", "--pictures", "emo", *columns, *extra)
+    records = run("table", world, "--table", world / "t.csv", "--images", "emo", *columns, *extra)
     assert [(record["text"], record["conversations"][1]["value"]) for record in records] == [
         ("喵", "猫，“喵”"),
         ("", "白猫"),
@@ -540,8 +540,8 @@ def test_table_with_text_and_question_columns(world):
 
 def test_table_of_transcriptions_asks_for_the_words(world):
     write_lines(world / "t.jsonl", [{"f": "b.png", "t": "喵喵"}])
-    columns = ("--picture_column", "f", "--caption_column", "t", "--text_column", "t")
-    (record,) = run("table", world, "--table", world / "t.jsonl", "--pictures", "emo", *columns)
+    columns = ("--image_column", "f", "--caption_column", "t", "--text_column", "t")
+    (record,) = run("table", world, "--table", world / "t.jsonl", "--images", "emo", *columns)
     assert record["conversations"][0]["value"].removeprefix("<image>\n") in READ and record["text"] == "喵喵"
 
 
@@ -550,15 +550,15 @@ BAD_TABLES = {
     "a cell too many": ("file,caption\nb.png,x,y\n", "t.csv line 2: has 3 cells, the first line has 2"),
     "empty": ("", "its first line has nothing"),
     "GBK": ("file,caption\nb.png,你好吗\n".encode("gbk"), "iconv -f GB18030 -t UTF-8"),
-    "a line break in a cell": ('file,caption\nb.png,"a\nb"\nx.png,c\n', "t.csv line 4: no picture 'x.png'"),
+    "a line break in a cell": ('file,caption\nb.png,"a\nb"\nx.png,c\n', "t.csv line 4: no image 'x.png'"),
 }
 
 
 @pytest.mark.parametrize("content, message", BAD_TABLES.values(), ids=BAD_TABLES)
 def test_table_faults(world, capsys, content, message):
     (world / "t.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
-    columns = ("--picture_column", "file", "--caption_column", "caption")
-    assert message in fail(capsys, "table", world, "--table", world / "t.csv", "--pictures", "emo", *columns)
+    columns = ("--image_column", "file", "--caption_column", "caption")
+    assert message in fail(capsys, "table", world, "--table", world / "t.csv", "--images", "emo", *columns)
 
 
 # ---- LLaVA files ----
@@ -571,7 +571,7 @@ def llava_record(record_id="1", image="b.png", question="Describe.\n<image>"):
 
 def test_llava_keeps_the_text_and_leads_paths_from_the_image_folder(world):
     (world / "blip.json").write_text(json.dumps([llava_record(), {**llava_record("2"), "model": ""}]))
-    records = run("llava", world, "--annotations", world / "blip.json", "--pictures", "emo")
+    records = run("llava", world, "--annotations", world / "blip.json", "--images", "emo")
     assert records == [
         {
             **llava_record(image="emo/b.png"),
@@ -588,7 +588,7 @@ def test_llava_keeps_the_text_and_leads_paths_from_the_image_folder(world):
 BAD_LLAVA = {
     "no image tag": (llava_record(question="Describe."), "has 1 image(s) but 0 <image>"),
     "no conversations": ({"id": "1", "image": "b.png"}, "no list 'conversations'"),
-    "missing picture": (llava_record(image="c.png"), "no picture 'emo/c.png'"),
+    "missing image": (llava_record(image="c.png"), "no image 'emo/c.png'"),
     "outside": (llava_record(image="../../c.png"), "leaves the image folder"),
     "no object": ("text", "is str, expected an object"),
 }
@@ -597,7 +597,7 @@ BAD_LLAVA = {
 @pytest.mark.parametrize("record, message", BAD_LLAVA.values(), ids=BAD_LLAVA)
 def test_llava_faults(world, capsys, record, message):
     (world / "l.json").write_text(json.dumps([llava_record(), record]))
-    flags = ("--annotations", world / "l.json", "--pictures", "emo")
+    flags = ("--annotations", world / "l.json", "--images", "emo")
     printed = fail(capsys, "llava", world, *flags)
     assert "l.json row 1: " in printed and message in printed
     assert len(run("llava", world, *flags, "--bad_records", "quarantine")) == 1
@@ -613,12 +613,12 @@ def test_real_caption_files_convert_in_full(tmp_path):
         pytest.skip(f"{captions} is not there")
     path = captions / "ChineseBQB_picked_yivision.jsonl"
     names = [json.loads(line)["picName"] for line in path.read_text(encoding="utf-8").splitlines()]
-    picture = tmp_path / "picture.png"
-    draw(picture)
+    image = tmp_path / "image.png"
+    draw(image)
     (tmp_path / "root/BQB").mkdir(parents=True)
     for name in names:
-        (tmp_path / "root/BQB" / name).hardlink_to(picture)
-    flags = ("--captions", path, "--pictures", "BQB", "--bad_records", "quarantine")
+        (tmp_path / "root/BQB" / name).hardlink_to(image)
+    flags = ("--captions", path, "--images", "BQB", "--bad_records", "quarantine")
     records = run("captions", tmp_path, *flags)
     assert len(records) == 4230 and len({record["id"] for record in records}) == 4230
     assert read_manifest(tmp_path)["counts"]["left_out"] == {"no caption": 1}

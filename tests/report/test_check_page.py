@@ -25,9 +25,9 @@ ATTACK = (
 SHOWN_ATTACK = ATTACK.replace("\u2028", "⟨U+2028⟩")
 KINDS = [
     KindCount("transparent", "noted", 30, "transparent parts, which become white", ("b", "f", "elsewhere")),
-    KindCount("refusal", "bad", 0, "an answer refuses to describe the picture"),
+    KindCount("refusal", "bad", 0, "an answer refuses to describe the image"),
     KindCount("loop", "bad", 1, "an answer repeats itself without end", ("e",)),
-    KindCount("damaged_picture", "bad", 12, "the picture is damaged", ("a", "d")),
+    KindCount("damaged_image", "bad", 12, "the image is damaged", ("a", "d")),
     KindCount("animated", "noted", 1, "an animation", ("d",)),
 ]
 
@@ -45,11 +45,11 @@ def make_contents(folder: Path) -> ReportContents:
     Image.new("RGB", (400, 100), (200, 60, 20)).save(good)
     damaged.write_bytes(b"nonsense")
     entries = [
-        make_entry(3, "a", "damaged_picture", "one", 50, "好耶", damaged),
+        make_entry(3, "a", "damaged_image", "one", 50, "好耶", damaged),
         make_entry(10, "b", "transparent", "two", 300, "收到", good),
         make_entry(2, "c", "", "two", 100, "摸鱼中" * 200, good),
-        make_entry(1, "d", "animated damaged_picture", "one", 90, "困ABC", good, damaged),
-        make_entry(9, "e", "loop damaged_picture", "one", None, "好好", folder / "missing.png"),
+        make_entry(1, "d", "animated damaged_image", "one", 90, "困ABC", good, damaged),
+        make_entry(9, "e", "loop damaged_image", "one", None, "好好", folder / "missing.png"),
         make_entry(11, "f", "transparent", "two", 100, "别催了", good),
     ]
     histograms = [Histogram("Positions", "tokens", [0, 10, 20, 40], [3, 0, 1500], "a note")]
@@ -79,8 +79,8 @@ def make_hostile_contents(folder: Path) -> ReportContents:
     return ReportContents(ATTACK, [(ATTACK, ATTACK), (ATTACK, "1")], kinds, [histogram], [entry], 1)
 
 
-def read_pictures(page: str) -> list[str]:
-    return json.loads(re.search(r'<script type="application/json" id="pictures">(.*?)</script>', page)[1])
+def read_images(page: str) -> list[str]:
+    return json.loads(re.search(r'<script type="application/json" id="images">(.*?)</script>', page)[1])
 
 
 def test_the_page_loads_nothing_and_allows_no_script_but_its_own(tmp_path):
@@ -119,9 +119,9 @@ def test_a_failed_writing_keeps_the_page_that_was_there(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged.png", "good.png", "report.html"]
 
 
-def test_a_picture_becomes_one_small_thumbnail_however_often_it_is_used(tmp_path):
+def test_an_image_becomes_one_small_thumbnail_however_often_it_is_used(tmp_path):
     write_check_report(tmp_path / "report.html", make_contents(tmp_path))
-    urls = read_pictures((tmp_path / "report.html").read_text(encoding="utf-8"))
+    urls = read_images((tmp_path / "report.html").read_text(encoding="utf-8"))
     # damaged.png, good.png, missing.png in the order of their first use.
     assert [bool(url) for url in urls] == [False, True, False]
     thumbnail = Image.open(io.BytesIO(base64.b64decode(urls[1].removeprefix("data:image/webp;base64,"))))
@@ -215,14 +215,14 @@ def list_ids(page) -> list[str]:
     return page.locator(".card h3").all_inner_texts()
 
 
-def test_the_page_opens_with_counts_findings_and_pictures(open_page, tmp_path):
+def test_the_page_opens_with_counts_findings_and_images(open_page, tmp_path):
     page = open_page(make_contents(tmp_path))
     assert page.title() == "Data check"
     tiles = [tile.split("\n") for tile in page.locator(".tile").all_inner_texts()]
     assert sorted(map(sorted, tiles)) == [["1,234", "Records"], ["14", "Bad 不可用"]]
     assert page.locator(".details").inner_text().split("\n") == ["Policy", "quarantine"]
     # Bad kinds first, then by number; what was not found stands apart.
-    assert page.locator(".kinds .chip").all_inner_texts() == ["damaged_picture", "loop", "transparent", "animated"]
+    assert page.locator(".kinds .chip").all_inner_texts() == ["damaged_image", "loop", "transparent", "animated"]
     assert page.locator(".kinds td.number").all_inner_texts() == ["12", "1", "30", "1"]
     assert "1 other checks found nothing" in page.locator(".absent").inner_text()
     assert "showing 6 of 1,234" in page.locator("#records").inner_text()
@@ -242,7 +242,7 @@ def test_a_file_that_cannot_be_shown_has_a_placeholder_with_the_reason(open_page
     assert page.locator(".card .broken").inner_text() == "No such file or directory"
 
 
-def test_a_detail_names_a_picture_only_where_there_are_several(open_page, tmp_path):
+def test_a_detail_names_an_image_only_where_there_are_several(open_page, tmp_path):
     contents = make_contents(tmp_path)
     good, damaged = tmp_path / "good.png", tmp_path / "damaged.png"
     finding = replace(contents.entries[0].findings[0], detail=f"{damaged}: 8 bytes")

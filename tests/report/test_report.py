@@ -103,7 +103,7 @@ def test_curves_that_are_gone_are_named(runs, tmp_path, capsys):
     [
         (lambda runs, spare: [], "which runs? For example: python report.py output output_b"),
         (lambda runs, spare: [str(runs / "nothing")], "no such folder; give an OUTPUT_DIR of run.sh"),
-        (lambda runs, spare: [str(runs / "page")], "it is no output_dir of evaluate.py"),
+        (lambda runs, spare: [str(runs / "page")], "it is not an output_dir of evaluate.py"),
         (
             lambda runs, spare: [str(runs / "unfinished")],
             "was not evaluated yet; run first, with the other variables of that run: OUTPUT_DIR=",
@@ -199,14 +199,14 @@ def test_figures_of_a_training_are_called_what_scores_are(tmp_path):
         "loss, validation",
         "character error rate of the text, validation, %",
         "chrF of captions, validation",
-        "right to the letter: mood, validation, %",
-        "right to the letter: all, validation, %",
+        "exact match: mood, validation, %",
+        "exact match: all, validation, %",
     ]
     assert "<title>one: 25 at the end</title>" in page and "<title>one: 30 at the end</title>" in page
 
 
 def write_evaluation(folder: Path, title: str, answers: list[str], image_folder: Path) -> Path:
-    """A finished evaluation of three questions about one picture."""
+    """A finished evaluation of three questions about one image."""
     truths = ["好耶", "没有", ATTACK]
     folder.mkdir()
     asked = {"annotations_sha256": "0", "limit": None}
@@ -214,9 +214,9 @@ def write_evaluation(folder: Path, title: str, answers: list[str], image_folder:
     score = {"value": 0.5, "low": 0.25, "high": 0.75, "count": 3}
     record |= {"image_folder": str(image_folder), "scores": {"character_error_rate": score}}
     predictions = [
-        {"image": "a.png", "task": f"task {place}", "question": QUESTION, "truth": truth, "answer": answer}
+        {"image": "a.png", "task": f"task {place}", "question": QUESTION, "reference": reference, "answer": answer}
         | {"text": None, "tokens": 2, "stopped": True, "problem": None}
-        for place, (truth, answer) in enumerate(zip(truths, answers, strict=True))
+        for place, (reference, answer) in enumerate(zip(truths, answers, strict=True))
     ]
     (folder / "run_record.json").write_text(json.dumps(record))
     (folder / "metrics.json").write_text(json.dumps(record))
@@ -252,7 +252,7 @@ def open_report(browser, tmp_path):
 def test_answers_stand_beside_the_truth_and_are_filtered(open_report):
     page = open_report()
     # The answers about the first and the third disagree, so these come first.
-    assert page.locator(".card .truth [data-text]").all_text_contents() == ["好耶", ATTACK, "没有"]
+    assert page.locator(".card .reference [data-text]").all_text_contents() == ["好耶", ATTACK, "没有"]
     card = page.locator(".card").first
     assert card.locator(".verdict").all_text_contents() == ["✓ 对", "✗"]
     assert card.locator(".answer ins").all_text_contents() == ["呀"]
@@ -261,7 +261,7 @@ def test_answers_stand_beside_the_truth_and_are_filtered(open_report):
     page.locator("label", has_text="Disagree").click()
     assert page.locator(".card").count() == 2
     page.locator("[name=task]").select_option(label="task 2 (1)")
-    assert page.locator(".card .truth [data-text]").all_text_contents() == [ATTACK]
+    assert page.locator(".card .reference [data-text]").all_text_contents() == [ATTACK]
     page.get_by_role("button", name="Reset").click()
     page.locator("[name=query]").fill("好呀")
     assert page.locator("#matching").text_content() == "1"

@@ -72,7 +72,7 @@ def kill(process):
 def wait_for(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.002)
 
 
@@ -154,7 +154,7 @@ def test_nothing_is_replaced_without_being_told(tmp_path):
 
 
 def test_files_that_came_meanwhile_are_not_lost(tmp_path):
-    """Merging takes minutes; what another program put at the place meanwhile is no leftover of ours."""
+    """Merging takes minutes; what another program put at the place meanwhile is not a leftover of ours."""
     out = tmp_path / "out"
     with pytest.raises(UserError, match="out: is not empty"), write_directory(out, False) as folder:
         fill(folder, NEW)
@@ -381,7 +381,7 @@ def test_kills_at_any_time_leave_the_old_result_and_are_no_obstacle(world, train
 # A script as the user starts it, with slow writing.
 SLOW_PROGRAM = """
 import runpy, sys, time
-from meme_llava import tensor_writer
+from meme_llava.storage import tensor_writer
 write = tensor_writer._write_bytes
 def write_slowly(file, view):
     time.sleep(0.2)

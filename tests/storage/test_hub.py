@@ -229,7 +229,7 @@ def test_a_model_in_several_files_is_downloaded_with_all_that_reading_it_needs(d
 
 def test_a_model_the_hub_does_not_know_is_named_with_the_hub(downloaded, endpoint):
     message = downloaded["Qwen/mis-spelt"]
-    assert message.startswith(f"Qwen/mis-spelt: is no folder here, and downloading it from {endpoint} failed: ")
+    assert message.startswith(f"Qwen/mis-spelt: is not a local folder, and downloading it from {endpoint} failed: ")
     assert "404" in message
     assert "modelscope:Qwen/mis-spelt" in message and "HF_ENDPOINT" in message
 
@@ -239,14 +239,14 @@ def test_without_a_connection_the_cache_serves_what_was_downloaded(downloaded, h
     offline = resolve([*MODELS, "Qwen/never-seen"], home, endpoint, HF_HUB_OFFLINE="1")
     assert len(hub.requests) == before
     assert {name: offline[name] for name in MODELS} == {name: downloaded[name] for name in MODELS}
-    assert offline["Qwen/never-seen"].startswith("Qwen/never-seen: is no folder here, HF_HUB_OFFLINE is set, and")
+    assert offline["Qwen/never-seen"].startswith("Qwen/never-seen: is not a local folder, HF_HUB_OFFLINE is set, and")
 
 
 def test_an_unreachable_hub_is_named_and_the_cache_still_serves(downloaded, home, unreachable):
     found = resolve(["openai/both", "Qwen/never-seen"], home, unreachable)
     assert found["openai/both"] == downloaded["openai/both"]
     message = found["Qwen/never-seen"]
-    assert message.startswith(f"Qwen/never-seen: is no folder here, and downloading it from {unreachable} failed: ")
+    assert message.startswith(f"Qwen/never-seen: is not a local folder, and downloading it from {unreachable} failed: ")
     assert "ConnectError" in message
     assert "set HF_ENDPOINT to a mirror" in message
 
@@ -254,20 +254,20 @@ def test_an_unreachable_hub_is_named_and_the_cache_still_serves(downloaded, home
 def test_a_proxy_that_refuses_is_a_message_and_no_traceback(tmp_path, endpoint):
     found = resolve(["Qwen/sharded"], tmp_path, "https://hub.invalid", HTTPS_PROXY=endpoint)
     assert found["Qwen/sharded"].startswith(
-        "Qwen/sharded: is no folder here, and downloading it from https://hub.invalid failed: "
+        "Qwen/sharded: is not a local folder, and downloading it from https://hub.invalid failed: "
     )
 
 
 @pytest.mark.parametrize("name", ["Qwen/dropped", "Qwen/portal"])
 def test_a_hub_that_breaks_off_or_talks_of_something_else_is_a_message_and_no_traceback(tmp_path, endpoint, name):
     message = resolve([name], tmp_path, endpoint)[name]
-    assert message.startswith(f"{name}: is no folder here, and downloading it from {endpoint} failed: ")
+    assert message.startswith(f"{name}: is not a local folder, and downloading it from {endpoint} failed: ")
 
 
 def test_a_name_that_no_hub_could_hold_is_a_message(tmp_path, endpoint, hub):
     before = len(hub.requests)
     for name, message in resolve(["Qwen/two words", "Qwen/a--b", "Qwen/"], tmp_path, endpoint).items():
-        assert message.startswith(f"{name}: is no folder here, and downloading it from")
+        assert message.startswith(f"{name}: is not a local folder, and downloading it from")
     assert len(hub.requests) == before
 
 

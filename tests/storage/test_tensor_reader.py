@@ -232,7 +232,7 @@ class Hostile:
         return os.system, (f"touch {self.target}",)
 
 
-NO_PLAIN_FILE = "is no plain file of tensors as torch.save has written it since PyTorch 1.6"
+NO_PLAIN_FILE = "is not a plain file of tensors as torch.save has written it since PyTorch 1.6"
 
 
 def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path):
@@ -303,15 +303,15 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is no safetensors file or an interrupted one (0 bytes)"),
-        (b"\x10\0\0\0\0", "is no safetensors file or an interrupted one (5 bytes)"),
-        (b"<!DOCTYPE html><html>Please log in</html>", "is no safetensors file or an interrupted one (41 bytes)"),
-        (struct.pack("<Q", 1) + b"{}", "is no safetensors file or an interrupted one (10 bytes)"),
-        (struct.pack("<Q", 3) + b"{}", "is no safetensors file or an interrupted one (10 bytes)"),
-        (struct.pack("<Q", 2**63) + b"{}", "is no safetensors file or an interrupted one (10 bytes)"),
-        (struct.pack("<Q", 2**64 - 1) + b"{}", "is no safetensors file or an interrupted one (10 bytes)"),
+        (b"", "is not a safetensors file or an interrupted one (0 bytes)"),
+        (b"\x10\0\0\0\0", "is not a safetensors file or an interrupted one (5 bytes)"),
+        (b"<!DOCTYPE html><html>Please log in</html>", "is not a safetensors file or an interrupted one (41 bytes)"),
+        (struct.pack("<Q", 1) + b"{}", "is not a safetensors file or an interrupted one (10 bytes)"),
+        (struct.pack("<Q", 3) + b"{}", "is not a safetensors file or an interrupted one (10 bytes)"),
+        (struct.pack("<Q", 2**63) + b"{}", "is not a safetensors file or an interrupted one (10 bytes)"),
+        (struct.pack("<Q", 2**64 - 1) + b"{}", "is not a safetensors file or an interrupted one (10 bytes)"),
         # A version of a git-lfs pointer file, as a clone without git-lfs leaves it.
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3\n", "is no safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3\n", "is not a safetensors file"),
     ],
     ids=["empty", "five_bytes", "html", "length_1", "length_beyond_file", "length_2_63", "length_2_64", "lfs_pointer"],
 )
@@ -330,7 +330,7 @@ def test_a_header_longer_than_the_format_allows_is_not_read(tmp_path):
     with path.open("wb") as file:
         file.write(struct.pack("<Q", 100_000_001))
         file.truncate(100_000_100)
-    with pytest.raises(UserError, match="is no safetensors file"):
+    with pytest.raises(UserError, match="is not a safetensors file"):
         TensorReader([path])
 
 
@@ -506,7 +506,7 @@ def test_a_missing_shard_is_named_with_its_index(tmp_path):
 def test_a_damaged_shard_is_named_itself(tmp_path):
     write_sharded(tmp_path, {"1.safetensors": {"a": torch.ones(2)}, "2.safetensors": {"b": torch.ones(2)}})
     os.truncate(tmp_path / "2.safetensors", 20)
-    assert read_folder_error(tmp_path).startswith(f"{tmp_path / '2.safetensors'}: is no safetensors file")
+    assert read_folder_error(tmp_path).startswith(f"{tmp_path / '2.safetensors'}: is not a safetensors file")
 
 
 @pytest.mark.parametrize(
@@ -527,7 +527,9 @@ def test_a_damaged_shard_is_named_itself(tmp_path):
 def test_an_index_of_another_form_is_named(tmp_path, content):
     index = tmp_path / "model.safetensors.index.json"
     index.write_bytes(content)
-    assert re.match(f"{index}: (is no index of weights|names shard (1|None), expected)", read_folder_error(tmp_path))
+    assert re.match(
+        f"{index}: (is not an index of weights|names shard (1|None), expected)", read_folder_error(tmp_path)
+    )
 
 
 @pytest.mark.parametrize("outside", ["../secret.safetensors", "/etc/passwd", "sub/1.safetensors", "./1.safetensors"])

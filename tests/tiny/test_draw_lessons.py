@@ -8,19 +8,17 @@ from pathlib import Path
 import make_towers
 import numpy as np
 import pytest
-from conftest import ROOT, run_drawing
-from PIL import Image
-from transformers import AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
-
-from meme_llava.model.llava import load_strictly
-from meme_llava.storage.run_record import read_run_record
-
-MAKING = ROOT / "data" / "tiny" / "making"
+from conftest import run_drawing
 from meme_characters import MOODS  # noqa: E402
 from meme_groups import Group, draw_group  # noqa: E402
 from meme_lines import list_alphabet  # noqa: E402
 from meme_pages import MOOD_MARKS, Letter, Page, RowKind, plan_scene  # noqa: E402
 from meme_pictures import Meme  # noqa: E402
+from PIL import Image
+from transformers import AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
+
+from meme_llava.model.llava import load_strictly
+from meme_llava.storage.run_record import read_run_record
 
 HALVES = (slice(0, 80), slice(80, 160))
 
@@ -70,7 +68,7 @@ def lessons(tmp_path_factory) -> Path:
     flags = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
     process = draw(folder, *flags, "--seed", "5", "--plain", "1", "--most_letters", "7")
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith(f"Drew 56 pictures into {folder / 'images'}, wrote 81 lessons; fonts found: ")
+    assert process.stdout.startswith(f"Drew 56 images into {folder / 'images'}, wrote 81 lessons; fonts found: ")
     return folder
 
 
@@ -213,7 +211,7 @@ def test_the_same_seed_draws_the_same_lessons(lessons, tmp_path):
     one, two, other = (
         {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.*")} for name in ("one", "two", "other")
     )
-    assert one == two and len(one) == 8  # six pictures, annotations, alphabet
+    assert one == two and len(one) == 8  # six images, annotations, alphabet
     assert [name for name in one if one[name] == other.get(name)] == ["alphabet.txt"]
 
 
@@ -236,7 +234,7 @@ def test_lessons_that_cannot_be_meant_are_refused(tmp_path, flags, message):
     assert not (tmp_path / "lessons").exists()
 
 
-def test_a_folder_with_pictures_is_left_alone(lessons):
+def test_a_folder_with_images_is_left_alone(lessons):
     before = sorted(path.name for path in (lessons / "images").iterdir())
     process = draw(lessons, "--crowded_fields", "1")
     assert process.returncode == 2 and "is not empty; choose another --output_dir" in process.stderr

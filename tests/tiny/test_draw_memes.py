@@ -22,7 +22,7 @@ MAKING = DATA / "tiny" / "making"
 
 
 def load(folder: Path, max_length: int = 512):
-    """Every record as training with run.sh's own settings would see it: 64 positions a picture, 512 a record."""
+    """Every record as training with run.sh's own settings would see it: 64 positions an image, 512 a record."""
     texts = [
         turn["value"]
         for record in json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
@@ -59,12 +59,12 @@ def test_the_committed_records_train_without_a_problem_or_a_cut(committed):
     assert len(loaded.dataset) == memes * tasks + pages
     assert loaded.checked.bad == {} and loaded.cut_records == []
     assert len(loaded.dataset.image_paths) == memes + pages
-    # Every picture decodes, and not only its header.
+    # Every image decodes, and not only its header.
     one_of_each = [*range(0, memes * tasks, tasks), *range(memes * tasks, len(loaded.dataset))]
-    assert all(loaded.dataset[index]["pictures"][0].shape == (3, 112, 112) for index in one_of_each)
+    assert all(loaded.dataset[index]["pixel_values"][0].shape == (3, 112, 112) for index in one_of_each)
 
 
-def test_the_committed_pictures_are_those_of_the_records_and_stay_small(committed):
+def test_the_committed_images_are_those_of_the_records_and_stay_small(committed):
     folder, memes, tasks, pages = committed
     named = sorted(record["image"] for record in read_drawn(folder))
     files = list((folder / "images").iterdir())
@@ -85,7 +85,7 @@ def test_the_committed_pictures_are_those_of_the_records_and_stay_small(committe
 def test_the_committed_texts_differ(committed):
     folder, memes, _, _ = committed
     texts = [record["text"] for record in read_drawn(folder) if record.get("task") == "text" and record["text"]]
-    # A text that stood in two pictures could be answered without looking at which one it is.
+    # A text that stood in two images could be answered without looking at which one it is.
     assert len(texts) == len(set(texts)) == memes * 9 // 10
 
 
@@ -120,7 +120,7 @@ def test_the_same_seed_draws_the_same_bytes_and_another_seed_others(drawn, tmp_p
     draw(tmp_path / "same", "--count", "20", "--seed", "3", "--processes", "2")
     draw(tmp_path / "other", "--count", "20", "--seed", "4")
     first = read_all(drawn)
-    assert len(first) == 21  # twenty pictures and their annotations
+    assert len(first) == 21  # twenty images and their annotations
     assert read_all(tmp_path / "same") == first
     assert not set(read_all(tmp_path / "other").values()) & set(first.values())
 

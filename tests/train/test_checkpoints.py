@@ -47,7 +47,7 @@ def finished(world, tmp_path_factory) -> Path:
 
 
 def interrupt(finished, output_dir) -> Path:
-    """The directory as it was behind step 4, the last two checkpoints there."""
+    """The directory as it was after step 4, the last two checkpoints there."""
     output_dir.mkdir()
     for step in (2, 4):
         shutil.copytree(finished / f"checkpoint-{step}", output_dir / f"checkpoint-{step}")
@@ -180,7 +180,7 @@ def die_in_second_write(tmp_path, event) -> bool:
         def wrap(original):
             return lambda *arguments, **options: (count(), original(*arguments, **options), count())[1]
 
-        for name in ("bring_to_disk", "write_manifest", "verify_directory", "set_file_modes", "describe_file"):
+        for name in ("fsync_path", "write_manifest", "verify_directory", "set_file_modes", "describe_file"):
             setattr(checkpoint_store, name, wrap(getattr(checkpoint_store, name)))
         for name in ("rename", "mkdir"):
             setattr(Path, name, wrap(getattr(Path, name)))
@@ -299,13 +299,13 @@ def test_merge_and_infer_refuse_a_damaged_adapter(world, finished, tmp_path, cap
     [
         ({"low_lr": 1e-3}, "low_lr was 0.005, is 0.001"),
         ({"global_batch_size": 2, "device_batch_size": 2}, "global_batch_size was 4, is 2"),
-        ({"shared_pictures": None}, "shared_pictures was True, is False"),
+        ({"shared_images": None}, "shared_images was True, is False"),
     ],
 )
 def test_what_changed_is_refused_or_allowed_by_name(world, finished, tmp_path, capsys, changes, message):
     output_dir = interrupt(finished, tmp_path / "out")
     flags = {name: value for name, value in changes.items() if value is not None}
-    extra = ["--no_shared_pictures"] if "shared_pictures" in changes else []
+    extra = ["--no_shared_images"] if "shared_images" in changes else []
     base = {"max_steps": 6, "save_steps": 2, "lora_dropout": 0.1, "resume_from_checkpoint": "latest", **flags}
     with pytest.raises(SystemExit) as stop:
         train.main([*train_flags(world, output_dir, **base), *extra])

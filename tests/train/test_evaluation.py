@@ -1,4 +1,4 @@
-"""While it trains, a model is asked about pictures it is not trained on; what it learns is the same to the last bit."""
+"""While it trains, a model is asked about images it is not trained on; what it learns is the same to the last bit."""
 
 import json
 import os
@@ -15,19 +15,22 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional
 
 import train
-from meme_llava.dataset.images import open_image, to_pixel_values
+from meme_llava.dataset.images import open_image
+from meme_llava.dataset.pixels import to_pixel_values
 from meme_llava.dataset.records import read_records
-from meme_llava.distributed.heartbeat import ProgressMarks
-from meme_llava.inference.generation import Answer, Answerer, Question, load_answerer
+from meme_llava.distributed.heartbeat import Heartbeat
+from meme_llava.inference.generation import Answerer, load_answerer
+from meme_llava.inference.predictions import Answer
+from meme_llava.inference.questions import Question
 from meme_llava.report import curves
 from meme_llava.train import precheck
 from meme_llava.train.evaluation import TrainingEvaluation
 from meme_llava.train.validation import choose_shown
 
 QUESTION = "读出文字。"
-# Truths are the texts of the pictures; one record is text only and carries loss alone.
+# Truths are the texts of the images; one record is text only and carries loss alone.
 VALIDATION = (("p0.png", "我太难了"), ("p4.png", "今天也要加油鸭"), (None, "好的"), ("p1.png", "好耶"))
-# Dropout is on, a step takes two rounds, and the last step is no multiple of two.
+# Dropout is on, a step takes two rounds, and the last step is not a multiple of two.
 RECIPE = {"max_steps": 5, "save_steps": 2, "save_total_limit": 3, "lora_dropout": 0.1, "device_batch_size": 2}
 STEPS = [2, 4, 5]
 
@@ -51,7 +54,7 @@ def eval_settings(world, validation, **changes) -> dict:
         "eval_every": 2,
         "eval_annotations": validation,
         "eval_image_folder": world.image_folder,
-        "eval_pictures": 2,
+        "eval_images": 2,
         "eval_max_new_tokens": 12,
         **changes,
     }
@@ -59,7 +62,7 @@ def eval_settings(world, validation, **changes) -> dict:
 
 @pytest.fixture(scope="module")
 def evaluated(world, validation, tmp_path_factory):
-    """One process, evaluated behind steps 2, 4 and 5."""
+    """One process, evaluated after steps 2, 4 and 5."""
     output_dir = tmp_path_factory.mktemp("evaluated") / "out"
     train.main(train_flags(world, output_dir, report_to="tensorboard", **RECIPE, **eval_settings(world, validation)))
     return output_dir
@@ -99,7 +102,7 @@ def test_answers_are_those_of_the_checkpoint_of_that_step(world, evaluated):
     answers = read_answers(evaluated)
     images = [str(world.image_folder / name) for name in ("p0.png", "p4.png")]
     assert [(one["step"], one["image"]) for one in answers] == [(step, image) for step in STEPS for image in images]
-    assert [(one["question"], one["truth"]) for one in answers[:2]] == [
+    assert [(one["question"], one["reference"]) for one in answers[:2]] == [
         (QUESTION, "我太难了"),
         (QUESTION, "今天也要加油鸭"),
     ]
@@ -141,11 +144,11 @@ def test_the_validation_loss_is_the_mean_over_tokens_of_the_checkpoint_of_that_s
     total, count = 0.0, 0
     for record in read_records(validation)[0]:
         example = encoder.encode_example(list(record.turns), 200)
-        pictures = [to_pixel_values(open_image(world.image_folder / image), policy) for image in record.images]
+        images = [to_pixel_values(open_image(world.image_folder / image), policy) for image in record.images]
         with torch.no_grad():
             logits = answerer.model(
                 input_ids=torch.tensor([example.input_ids]),
-                pixel_values=torch.stack(pictures) if pictures else None,
+                pixel_values=torch.stack(images) if images else None,
             ).logits[0]  # (length, vocabulary)
         labels = torch.tensor(example.labels[1:])
         total += functional.cross_entropy(logits[:-1], labels, reduction="sum").item()
@@ -159,7 +162,7 @@ def test_scores_are_those_of_all_answers(world, validation, tmp_path, monkeypatc
     said = {"p0.png": "我太难", "p4.png": "天气真好啊啊啊", "p1.png": "好耶"}
 
     def answer_together(self, images, questions, max_new_tokens):
-        return [Answer(said[question.image.name], [1, 2], True) for question in questions]
+        return [Answer(said[question.image.name], 2, True, token_ids=(1, 2)) for question in questions]
 
     monkeypatch.setattr(Answerer, "answer_together", answer_together)
     settings = eval_settings(world, validation, eval_every=1)
@@ -185,7 +188,7 @@ def test_everything_is_on_the_terminal_and_in_the_tracker(world, validation, eva
     texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("answers/2/text_summary")]
     answers = [one["answer"] for one in read_answers(evaluated) if one["image"].endswith("p4.png")]
     assert all(f"    answer: {answer.splitlines()[0]}" in text for text, answer in zip(texts, answers, strict=True))
-    assert all("    truth: 今天也要加油鸭\n" in text for text in texts)
+    assert all("    reference: 今天也要加油鸭\n" in text for text in texts)
 
 
 def test_the_run_record_names_the_validation_records(validation, evaluated):
@@ -215,7 +218,7 @@ def test_the_curves_show_the_validation_loss(tmp_path, monkeypatch):
 def test_several_processes_find_what_one_finds(world, validation, tmp_path, engine):
     """Three questions for two processes: in the last round one has none left, and answers all the same."""
     recipe = {**RECIPE, "lora_dropout": 0, "device_batch_size": 1}
-    settings = eval_settings(world, validation, eval_pictures=3)
+    settings = eval_settings(world, validation, eval_images=3)
     train.main(train_flags(world, tmp_path / "one", **recipe, **settings))
     result = run(world, tmp_path / "two", 2, engine=engine, **recipe, **settings)
     assert result.code == 0, result.output
@@ -264,7 +267,7 @@ def test_a_signal_in_an_evaluation_saves_at_once_and_it_is_made_up_for(
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainingEvaluation, "_ask", ask_and_stop)
-        assert "stopped: by SIGTERM behind step 2 of 5" in fail(capsys, flags, code=75)
+        assert "stopped: by SIGTERM after step 2 of 5" in fail(capsys, flags, code=75)
     assert not (tmp_path / "out" / "answers.jsonl").exists()
     train.main([*flags, "--resume_from_checkpoint", "latest"])
     assert weights_equal(tmp_path / "out", evaluated)
@@ -279,7 +282,7 @@ def test_a_run_that_goes_on_keeps_the_answers_up_to_its_checkpoint(world, valida
     # Evaluation may change on the way; training goes on all the same.
     (tmp_path / "out" / "answers.jsonl").write_text(answers + answers.splitlines()[0].replace('"step": 2', '"step": 9'))
     checkpoint = tmp_path / "out" / "checkpoint-2"
-    changed = ["--allow_changes", "--eval_every", "3", "--eval_pictures", "1"]
+    changed = ["--allow_changes", "--eval_every", "3", "--eval_images", "1"]
     train.main([*flags, *changed, "--max_steps", "5", "--resume_from_checkpoint", str(checkpoint)])
     assert [one["step"] for one in read_answers(tmp_path / "out")] == [2, 2, 3, 5]
 
@@ -288,7 +291,7 @@ def test_a_long_evaluation_is_no_hang_and_no_slow_training(world, validation, tm
     """It takes three seconds more than the four steps of a log line, which do not take that long."""
     ask, marks = TrainingEvaluation._ask, []
     monkeypatch.setattr(TrainingEvaluation, "_ask", lambda *arguments: time.sleep(3) or ask(*arguments))
-    monkeypatch.setattr(ProgressMarks, "mark", lambda self, activity: marks.append(activity))
+    monkeypatch.setattr(Heartbeat, "beat", lambda self, activity: marks.append(activity))
     settings = eval_settings(world, validation)
     train.main(train_flags(world, tmp_path / "out", **RECIPE | {"max_steps": 4}, logging_steps=4, **settings))
     log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
@@ -320,7 +323,7 @@ def test_what_cannot_be_evaluated_stops_before_the_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_picture_damaged_behind_its_header_is_found_before_training(world, validation, tmp_path, monkeypatch, capsys):
+def test_an_image_damaged_behind_its_header_is_found_before_training(world, validation, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "load_packed_llava", lambda *_: pytest.fail("the model was loaded"))
     for name in ("p0.png", "p1.png", "p4.png"):
         (tmp_path / name).write_bytes((world.image_folder / name).read_bytes())
@@ -330,7 +333,7 @@ def test_a_picture_damaged_behind_its_header_is_found_before_training(world, val
     assert "--eval_annotations" in message and "validation.json record 1 (id 'v1'): " in message
 
 
-def test_records_without_a_picture_leave_nothing_to_ask(world, tmp_path, capsys):
+def test_records_without_an_image_leave_nothing_to_ask(world, tmp_path, capsys):
     path = tmp_path / "text.json"
     path.write_text(json.dumps([world.records[3]], ensure_ascii=False))
     flags = train_flags(world, tmp_path / "out", **eval_settings(world, path))
@@ -344,7 +347,7 @@ def test_a_limit_takes_the_first_records(world, validation, tmp_path):
     assert (evaluation["records"], evaluation["questions"]) == (2, 2)
 
 
-def test_shown_pictures_are_spread_evenly_and_differ():
+def test_shown_images_are_spread_evenly_and_differ():
     questions = [Question(image, "") for image in "aabbbccd"]
     assert choose_shown(questions, 2) == [0, 5]
     assert choose_shown(questions, 9) == [0, 2, 5, 7]

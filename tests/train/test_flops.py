@@ -16,30 +16,30 @@ from meme_llava.model.llava import load_processing
 from meme_llava.model.packed_attention import SDPA
 from meme_llava.model.packed_llava import load_packed_llava
 from meme_llava.model.trainable import prepare_trainable
-from meme_llava.train.planning.accelerators import find_machine, measure_ceiling, recognise_machine
+from meme_llava.train.planning.accelerators import find_accelerator, measure_ceiling, recognise_accelerator
 from meme_llava.train.planning.flops import Flops, StepCounts, TrainingCosts, count_batch
 from meme_llava.train.settings import parse_train_arguments
 
 TOKENS_PER_IMAGE = 4
 
 
-def make_example(image_token_id: int, pictures: list[str], words: list[int], supervised: int) -> dict:
-    """A record: its pictures first, then words, the last `supervised` of which carry loss."""
-    ids = torch.tensor([image_token_id] * TOKENS_PER_IMAGE * len(pictures) + words)
+def make_example(image_token_id: int, images: list[str], words: list[int], supervised: int) -> dict:
+    """A record: its images first, then words, the last `supervised` of which carry loss."""
+    ids = torch.tensor([image_token_id] * TOKENS_PER_IMAGE * len(images) + words)
     labels = torch.full_like(ids, IGNORED_LABEL)
     labels[len(ids) - supervised :] = ids[len(ids) - supervised :]
-    pixels = [torch.full((3, IMAGE_SIZE, IMAGE_SIZE), 7 * len(name), dtype=torch.uint8) for name in pictures]
+    pixels = [torch.full((3, IMAGE_SIZE, IMAGE_SIZE), 7 * len(name), dtype=torch.uint8) for name in images]
     return {
         "record_id": "r",
         "input_ids": ids,
         "labels": labels,
-        "image_paths": tuple(Path(name) for name in pictures),
-        "pictures": pixels,
+        "image_paths": tuple(Path(name) for name in images),
+        "pixel_values": pixels,
     }
 
 
 def make_batch(image_token_id: int) -> dict:
-    """Two records about one picture that part after 3 words, one about two pictures, one of text."""
+    """Two records about one image that part after 3 words, one about two images, one of text."""
     examples = [
         make_example(image_token_id, ["a"], [1, 2, 3, 4, 5], supervised=2),
         make_example(image_token_id, ["a"], [1, 2, 3, 6, 7, 8], supervised=3),
@@ -68,7 +68,7 @@ def test_counts_of_a_batch_are_those_of_its_tree():
     counts = count_batch(make_batch(99))
 
     assert counts == StepCounts(
-        positions=28, attention_pairs=45 + 27 + 66 + 15, pictures=3, encoded_pictures=3, supervised=11
+        positions=28, attention_pairs=45 + 27 + 66 + 15, images=3, encoded_images=3, supervised=11
     )
 
 
@@ -78,7 +78,7 @@ def test_cached_features_are_not_encoded_again():
 
     counts = count_batch(batch)
 
-    assert (counts.pictures, counts.encoded_pictures) == (3, 0)
+    assert (counts.images, counts.encoded_images) == (3, 0)
 
 
 def test_counts_of_batches_add_up():
@@ -93,7 +93,7 @@ def test_costs_are_what_torch_counts(world, train_type):
     batch = make_batch(model.config.image_token_id)
     # torch counts every product of a segment's queries and its path's keys, seen or not, where it counts attention at
     # all: on a CPU only when it is computed as plain matrix products.
-    products = int((batch["segment_starts"].diff() * batch["path_starts"].diff()).sum())
+    products = int((batch["cu_seqlens_q"].diff() * batch["cu_seqlens_k"].diff()).sum())
     counts = dataclasses.replace(count_batch(batch), attention_pairs=products)
 
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -107,9 +107,9 @@ def test_frozen_weights_cost_no_gradient_of_their_own(world):
 
     assert costs.per_position.weight_gradients == 0
     assert costs.per_position.input_gradients == costs.per_position.forward
-    assert costs.per_encoded_picture.input_gradients == costs.per_encoded_picture.weight_gradients == 0
+    assert costs.per_encoded_image.input_gradients == costs.per_encoded_image.weight_gradients == 0
     # Per image token 16 x 32 and 32 x 32 forward, both again for the weights, the second for its input.
-    assert costs.per_picture == Flops(2 * 4 * (512 + 1024), 2 * 4 * 1024, 2 * 4 * (512 + 1024))
+    assert costs.per_image == Flops(2 * 4 * (512 + 1024), 2 * 4 * 1024, 2 * 4 * (512 + 1024))
 
 
 @pytest.mark.parametrize(
@@ -124,19 +124,19 @@ def test_frozen_weights_cost_no_gradient_of_their_own(world):
     ],
 )
 def test_devices_are_recognised_by_their_own_name(device_name, name):
-    assert recognise_machine(device_name).name == name == find_machine(name).name
+    assert recognise_accelerator(device_name).name == name == find_accelerator(name).name
 
 
 @pytest.mark.parametrize(
     "device_name", ["NVIDIA A10G", "NVIDIA GeForce RTX 4090 D", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"]
 )
 def test_a_device_that_only_resembles_a_known_one_is_unknown(device_name):
-    assert recognise_machine(device_name) is None
+    assert recognise_accelerator(device_name) is None
 
 
 def test_an_unknown_machine_is_answered_with_the_known_ones():
-    with pytest.raises(UserError, match="--machine b300: no known machine; there are a800-80gb, .*, cpu"):
-        find_machine("b300")
+    with pytest.raises(UserError, match="--accelerator b300: no known accelerator; there are a800-80gb, .*, cpu"):
+        find_accelerator("b300")
 
 
 def test_the_ceiling_of_a_cpu_is_measured():

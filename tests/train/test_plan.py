@@ -11,18 +11,18 @@ from transformers import LlavaConfig
 
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.errors import UserError
-from meme_llava.model.activation_checkpointing import RecomputedLayers, recompute_layers
+from meme_llava.model.activation_checkpointing import CheckpointedLayers, recompute_layers
 from meme_llava.model.llava import load_processing
-from meme_llava.train.planning.accelerators import GIB, Machine, find_machine
+from meme_llava.train.planning.accelerators import GIB, Accelerator, find_accelerator
 from meme_llava.train.planning.advice import shrink_batch
 from meme_llava.train.planning.flops import TrainingCosts, count_batch
-from meme_llava.train.planning.memory import StateDivision, StepEstimator, find_usable
+from meme_llava.train.planning.memory import ShardingPlan, StepEstimator, find_usable
 from meme_llava.train.planning.plan import RunOutline, format_seconds, plan_training, print_plan
-from meme_llava.train.planning.trace import Arithmetic, outline_model, set_depths, trace_step
+from meme_llava.train.planning.trace import Precision, outline_model, set_depths, trace_step
 from meme_llava.train.settings import parse_train_arguments
 
-FLOAT32_ON_CPU = Arithmetic(on_gpu=False, uses_bf16=False, keeps_float32=True)
-BF16_ON_GPU = Arithmetic(on_gpu=True, uses_bf16=True, keeps_float32=True)
+FLOAT32_ON_CPU = Precision(on_gpu=False, uses_bf16=False, keeps_float32=True)
+BF16_ON_GPU = Precision(on_gpu=True, uses_bf16=True, keeps_float32=True)
 
 
 def make_arguments(world, **changes):
@@ -35,7 +35,7 @@ def make_estimator(world, engine=None, config=None, **changes) -> StepEstimator:
         config,
         load_processing(world.base).image_policy,
         make_arguments(world, **changes),
-        engine or StateDivision(1, FLOAT32_ON_CPU),
+        engine or ShardingPlan(1, FLOAT32_ON_CPU),
         make_batch(config.image_token_id),
     )
 
@@ -64,7 +64,7 @@ def test_activations_are_what_the_real_model_keeps(world, train_type, dropout):
     model = load_prepared(world, train_type=train_type, lora_dropout=dropout)
     kept = count_kept_bytes(model, make_batch(model.config.image_token_id))
 
-    memory = make_estimator(world, train_type=train_type, lora_dropout=dropout).estimate(RecomputedLayers())
+    memory = make_estimator(world, train_type=train_type, lora_dropout=dropout).estimate(CheckpointedLayers())
 
     assert memory.activations == pytest.approx(kept, rel=0.02)
 
@@ -73,10 +73,15 @@ def test_activations_are_what_the_real_model_keeps(world, train_type, dropout):
 def test_deeper_models_are_extrapolated(world, arithmetic):
     config = set_depths(LlavaConfig.from_pretrained(world.base), language=4, vision=3)
     few = {"lora_vision_modules": ["fc1"], "lora_language_modules": ["q_proj"]}
-    estimator = make_estimator(world, StateDivision(1, arithmetic), config, **few)
+    estimator = make_estimator(world, ShardingPlan(1, arithmetic), config, **few)
     model = outline_model(config, estimator.image_policy, estimator.arguments, arithmetic)
 
-    for recomputed in (RecomputedLayers(), RecomputedLayers(1, 0), RecomputedLayers(4, 1), RecomputedLayers(4, 3)):
+    for recomputed in (
+        CheckpointedLayers(),
+        CheckpointedLayers(1, 0),
+        CheckpointedLayers(4, 1),
+        CheckpointedLayers(4, 3),
+    ):
         recompute_layers(model, recomputed)
         whole = trace_step(model, estimator.batch, arithmetic)
 
@@ -87,8 +92,8 @@ def test_deeper_models_are_extrapolated(world, arithmetic):
 def test_bf16_on_a_gpu_keeps_less_than_float32(world):
     kept = []
     for arithmetic in (FLOAT32_ON_CPU, BF16_ON_GPU):
-        estimator = make_estimator(world, StateDivision(1, arithmetic), train_type="projector")
-        kept.append(estimator.estimate(RecomputedLayers()).activations)
+        estimator = make_estimator(world, ShardingPlan(1, arithmetic), train_type="projector")
+        kept.append(estimator.estimate(CheckpointedLayers()).activations)
 
     assert kept[1] < 0.75 * kept[0]
 
@@ -96,12 +101,12 @@ def test_bf16_on_a_gpu_keeps_less_than_float32(world):
 @pytest.fixture(scope="module")
 def projector_estimator(world):
     """Runs the fewest operations: the vision tower keeps nothing."""
-    return make_estimator(world, StateDivision(1, BF16_ON_GPU), train_type="projector")
+    return make_estimator(world, ShardingPlan(1, BF16_ON_GPU), train_type="projector")
 
 
 def test_muon_keeps_one_moment_of_the_matrices_it_updates(world):
     memory = [
-        make_estimator(world, train_type="full", muon_lr=muon_lr).estimate(RecomputedLayers()).optimizer
+        make_estimator(world, train_type="full", muon_lr=muon_lr).estimate(CheckpointedLayers()).optimizer
         for muon_lr in (None, 2e-2)
     ]
     model = load_prepared(world, train_type="full")
@@ -118,14 +123,14 @@ def test_state_is_divided_as_the_engine_says(world, projector_estimator):
     zero = {"reduce_bucket_size": 1000, "overlap_comm": True}
     all_bf16 = dataclasses.replace(BF16_ON_GPU, keeps_float32=False)
     expected = [  # weights, gradients, optimizer, communication
-        (StateDivision(1, BF16_ON_GPU), (2 * frozen + 4 * learns, 4 * learns, 8 * learns, 0)),
-        (StateDivision(2, BF16_ON_GPU), (2 * frozen + 4 * learns, 4 * learns, 8 * learns, 4 * learns)),
-        (StateDivision(2, all_bf16, 1, zero), (2 * (frozen + learns), 2 * learns, 6 * learns, 4000)),
-        (StateDivision(2, all_bf16, 2, zero), (2 * (frozen + learns), learns, 6 * learns, 4000)),
+        (ShardingPlan(1, BF16_ON_GPU), (2 * frozen + 4 * learns, 4 * learns, 8 * learns, 0)),
+        (ShardingPlan(2, BF16_ON_GPU), (2 * frozen + 4 * learns, 4 * learns, 8 * learns, 4 * learns)),
+        (ShardingPlan(2, all_bf16, 1, zero), (2 * (frozen + learns), 2 * learns, 6 * learns, 4000)),
+        (ShardingPlan(2, all_bf16, 2, zero), (2 * (frozen + learns), learns, 6 * learns, 4000)),
     ]
     for engine, parts in expected:
         projector_estimator = projector_estimator.with_engine(engine)
-        memory = projector_estimator.estimate(RecomputedLayers())
+        memory = projector_estimator.estimate(CheckpointedLayers())
 
         assert (memory.weights, memory.gradients, memory.optimizer, memory.communication) == parts, engine.name
         assert memory.total == sum(dataclasses.astuple(memory))
@@ -134,12 +139,12 @@ def test_state_is_divided_as_the_engine_says(world, projector_estimator):
 def test_the_engine_is_read_from_the_deepspeed_file(world):
     arguments = make_arguments(world, engine="zero2")
 
-    engine = StateDivision.of_run(arguments, 8, on_gpu=True)
+    engine = ShardingPlan.of_run(arguments, 8, on_gpu=True)
 
     assert (engine.name, engine.processes, engine.arithmetic.keeps_float32) == ("ZeRO-2", 8, False)
-    assert StateDivision.of_run(make_arguments(world), 8, on_gpu=True).name == "ZeRO-2"
-    assert StateDivision.of_run(make_arguments(world, engine="ddp"), 8, on_gpu=True).name == "DDP"
-    fsdp = StateDivision.of_run(make_arguments(world, engine="fsdp2"), 8, on_gpu=True)
+    assert ShardingPlan.of_run(make_arguments(world), 8, on_gpu=True).name == "ZeRO-2"
+    assert ShardingPlan.of_run(make_arguments(world, engine="ddp"), 8, on_gpu=True).name == "DDP"
+    fsdp = ShardingPlan.of_run(make_arguments(world, engine="fsdp2"), 8, on_gpu=True)
     assert (fsdp.name, fsdp.divides(3), fsdp.arithmetic.keeps_float32) == ("FSDP2", 8, True)
 
 
@@ -168,22 +173,23 @@ def make_outline(world) -> RunOutline:
     return RunOutline(records=8, steps=100, warmup_steps=10, counts=[count_batch(batch)] * 2, largest=batch)
 
 
-def make_plan(world, machine, processes=1, **changes):
+def make_plan(world, accelerator, processes=1, **changes):
     config, policy = LlavaConfig.from_pretrained(world.base), load_processing(world.base).image_policy
     arguments = make_arguments(world, **{"train_type": "projector", **changes})
-    return plan_training(config, policy, arguments, make_outline(world), machine, processes)
+    return plan_training(config, policy, arguments, make_outline(world), accelerator, processes)
 
 
-def make_machine(usable: float) -> Machine:
+def make_machine(usable: float) -> Accelerator:
     """A GPU of 100 TFLOP/s of which `usable` bytes may be filled."""
-    return Machine("test", "test", 100.0, (usable + GIB) / 0.92 / GIB)
+    return Accelerator("test", "test", 100.0, (usable + GIB) / 0.92 / GIB)
 
 
 def test_auto_recomputes_what_does_not_fit_and_nothing_else(world, projector_estimator):
     off, full = (
-        projector_estimator.estimate(recomputed).total for recomputed in (RecomputedLayers(), projector_estimator.most)
+        projector_estimator.estimate(recomputed).total
+        for recomputed in (CheckpointedLayers(), projector_estimator.most)
     )
-    one = projector_estimator.estimate(RecomputedLayers(1, 0)).total
+    one = projector_estimator.estimate(CheckpointedLayers(1, 0)).total
 
     def choose(usable):
         memory = int(make_machine(usable).memory_gib * GIB)
@@ -191,15 +197,15 @@ def test_auto_recomputes_what_does_not_fit_and_nothing_else(world, projector_est
 
     assert find_usable(80 * GIB) == int(80 * GIB * 0.92) - GIB
     assert full < one < off
-    assert choose(off + 100) == RecomputedLayers()
-    assert choose(off - 100) == RecomputedLayers(1, 0)
-    assert choose(one - 100) == RecomputedLayers(2, 0)
-    assert choose(full - 100) == projector_estimator.most == RecomputedLayers(2, 0)
+    assert choose(off + 100) == CheckpointedLayers()
+    assert choose(off - 100) == CheckpointedLayers(1, 0)
+    assert choose(one - 100) == CheckpointedLayers(2, 0)
+    assert choose(full - 100) == projector_estimator.most == CheckpointedLayers(2, 0)
 
 
 @pytest.fixture(scope="module")
 def a800_plan(world):
-    return make_plan(world, find_machine("a800-80gb"), processes=2, global_batch_size=16)
+    return make_plan(world, find_accelerator("a800-80gb"), processes=2, global_batch_size=16)
 
 
 def test_time_is_work_over_speed(world, a800_plan):
@@ -249,8 +255,8 @@ def test_a_plan_says_how_often_a_run_is_evaluated(world, a800_plan, capsys):
 
 
 def test_a_run_that_does_not_fit_gets_advice_that_was_tried(world, projector_estimator, capsys):
-    machine = make_machine(projector_estimator.estimate(RecomputedLayers()).total - 100)
-    plan = make_plan(world, machine, gradient_checkpointing="none")
+    accelerator = make_machine(projector_estimator.estimate(CheckpointedLayers()).total - 100)
+    plan = make_plan(world, accelerator, gradient_checkpointing="none")
     print_plan(plan)
 
     assert [planned.fits for _, planned in plan.advice] == [True]
@@ -271,4 +277,4 @@ def test_when_the_state_alone_is_too_much_more_devices_are_tried(world):
 
 def test_a_device_without_bf16_is_refused(world):
     with pytest.raises(UserError, match="v100-32gb has no bf16; pass --precision fp32"):
-        make_plan(world, find_machine("v100-32gb"))
+        make_plan(world, find_accelerator("v100-32gb"))

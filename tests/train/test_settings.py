@@ -106,13 +106,13 @@ def test_a_complete_command_line_written_out():
         "seed": 42,
         "precision": "auto",
         "loss_average": "token",
-        "shared_pictures": True,
+        "shared_images": True,
         "attention": "auto",
         "gradient_checkpointing": "auto",
         "cache_vision_features": False,
         "torch_compile": False,
         "plan": False,
-        "machine": None,
+        "accelerator": None,
         "gpus": None,
         "engine": "auto",
         "hang_timeout": 600,
@@ -126,7 +126,7 @@ def test_a_complete_command_line_written_out():
         "eval_annotations": None,
         "eval_image_folder": None,
         "eval_limit": None,
-        "eval_pictures": 4,
+        "eval_images": 4,
         "eval_max_new_tokens": 128,
         "resume_from_checkpoint": None,
         "allow_changes": False,
@@ -150,7 +150,7 @@ def test_every_form_of_a_flag_is_understood():
         (["--sedd=5"], "unknown setting --sedd (did you mean --seed?)"),
         (["--per_device_train_batch_size", "5"], "unknown setting --per_device_train_batch_size"),
         (["stray"], "unrecognized arguments: stray"),
-        # An abbreviation is no spelling of its own: it would change its meaning with the next new setting.
+        # An abbreviation is not a spelling of its own: it would change its meaning with the next new setting.
         (["--high", "5"], "unknown setting --high"),
         (["--gradient_check"], "unknown setting --gradient_check"),
         (["--high_lr", "fast"], "argument --high_lr: invalid float value: 'fast'"),
@@ -194,7 +194,7 @@ VALUE_CHECKS = [
     *[("save_total_limit", value, "at least 2") for value in ("0", "1")],
     *[(name, value, "0 or more") for name in ("weight_decay", "max_grad_norm") for value in ("-0.1", "nan")],
     ("weight_decay", "inf", "0 or more"),
-    *[(name, "-1", "0 or more") for name in ("dataloader_workers", "warmup_steps", "seed", "eval_pictures")],
+    *[(name, "-1", "0 or more") for name in ("dataloader_workers", "warmup_steps", "seed", "eval_images")],
     *[(name, value, "between 0 and 1") for name in ("warmup_ratio", "lora_dropout") for value in ("-0.1", "1", "nan")],
 ]  # fmt: skip
 

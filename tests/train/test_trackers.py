@@ -33,7 +33,7 @@ def train_apart(world, output_dir, tracker: str, folder, **variables) -> str:
     pytest.importorskip(tracker, reason=f"{tracker} is not installed; configs/requirements/trackers.txt has it")
     folder.mkdir()
     evaluation = {"eval_every": 2, "eval_annotations": world.annotations, "eval_image_folder": world.image_folder}
-    evaluation |= {"eval_limit": 2, "eval_pictures": 1, "eval_max_new_tokens": 4}
+    evaluation |= {"eval_limit": 2, "eval_images": 1, "eval_max_new_tokens": 4}
     trackers = ["tensorboard", tracker]
     flags = train_flags(world, output_dir, report_to=trackers, max_steps=2, run_name="a name", **evaluation)
     keys = {"WANDB_API_KEY": "CANARY" * 7, "SWANLAB_API_KEY": "CANARY" * 4, "HF_TOKEN": "CANARY_TOKEN"}
@@ -93,8 +93,8 @@ def test_wandb_offline(world, tmp_path):
     content = run.read_bytes()
     for words in (*RATES, "train/loss", "eval/loss", "run_record", "parameter_groups", "a name", "meme-llava"):
         assert words.encode() in content, words
-    (picture,) = run.parent.rglob("*.png")
-    assert Image.open(picture).size == (40, 30) and b"answers" in content and b"p0.png" in content
+    (image,) = run.parent.rglob("*.png")
+    assert Image.open(image).size == (40, 30) and b"answers" in content and b"p0.png" in content
     assert read_events(out).Scalars("train/loss")
 
 
@@ -105,8 +105,8 @@ def test_swanlab_offline(world, tmp_path):
     content = next(run.glob("*.swanlab")).read_bytes()
     for words in (*RATES, "train/loss", "eval/loss", "answers/1", "a name", "meme-llava"):
         assert words.encode() in content, words
-    (picture,) = (run / "media").rglob("*.png")
-    assert Image.open(picture).size == (40, 30) and b"p0.png" in content
+    (image,) = (run / "media").rglob("*.png")
+    assert Image.open(image).size == (40, 30) and b"p0.png" in content
     assert "parameter_groups" in (run / "files" / "config.yaml").read_text()
 
 
@@ -125,10 +125,10 @@ def test_mlflow_in_a_file(world, tmp_path):
     assert len(client.get_metric_history(run.info.run_id, "loss")) == 2
     assert len(client.get_metric_history(run.info.run_id, "eval_loss")) == 1
     artifacts = out / "mlflow" / "artifacts" / run.info.run_id / "artifacts"
-    (picture,) = artifacts.rglob("*.png")
-    assert Image.open(picture).size == (40, 30)
+    (image,) = artifacts.rglob("*.png")
+    assert Image.open(image).size == (40, 30)
     (answer,) = json.loads((artifacts / "answers" / "step_000002.json").read_text())
-    assert answer["image"].endswith("p0.png") and answer["truth"] == "写着“我太难了”。"
+    assert answer["image"].endswith("p0.png") and answer["reference"] == "写着“我太难了”。"
     record = json.loads((artifacts / "run_record.json").read_text())
     assert record["settings"]["low_lr"] == 5e-3
 

@@ -18,9 +18,10 @@ from transformers import TrainingArguments
 
 import train
 from meme_llava.dataset.conversation import Turn
-from meme_llava.dataset.image_cache import PictureCache
-from meme_llava.dataset.image_inspection import inspect_pictures
-from meme_llava.dataset.images import open_image, to_pixel_values
+from meme_llava.dataset.image_cache import ImageCache
+from meme_llava.dataset.image_inspection import inspect_images
+from meme_llava.dataset.images import open_image
+from meme_llava.dataset.pixels import to_pixel_values
 from meme_llava.model import trainable
 from meme_llava.model.llava import load_llava, load_processing
 from meme_llava.model.packed_llava import load_packed_llava
@@ -98,7 +99,7 @@ def test_run_record_holds_every_number(world, trained):
         "engine": "single",
     }
     assert record["position"] == {"step": 2, "records": 8}
-    assert record["data"]["records"] == 8 and record["data"]["pictures"] == 8
+    assert record["data"]["records"] == 8 and record["data"]["images"] == 8
     assert record["base"]["folder"] == str(world.base)
     assert record["base"]["run_record"]["stage"] == "build"
     assert record["environment"]["libraries"]["torch"] == version("torch")
@@ -229,7 +230,7 @@ def test_what_weighs_the_same_does_not_depend_on_the_split(world, tmp_path, aver
     """8 x 1, 1 x 8 and 2 processes x 2 x 2; with and without sharing: the losses are the same."""
     changes = {"global_batch_size": 8, "max_steps": 3, "lora_dropout": 0, "loss_average": average}
     train.main(train_flags(world, tmp_path / "big", device_batch_size=8, **changes))
-    train.main([*train_flags(world, tmp_path / "small", device_batch_size=1, **changes), "--no_shared_pictures"])
+    train.main([*train_flags(world, tmp_path / "small", device_batch_size=1, **changes), "--no_shared_images"])
     flags = train_flags(world, tmp_path / "two", device_batch_size=2, **changes)
     result = run_with_torchrun(["train.py", *flags])
     assert result.returncode == 0, result.stderr
@@ -279,7 +280,7 @@ def measure_records(world) -> list[tuple[float, int]]:
 
 
 def test_the_log_says_how_fast_it_went_and_what_it_waited_for(world, tmp_path):
-    """Two captions of each picture: 8 pictures for 16 captions, whose shared beginnings are computed once."""
+    """Two captions of each image: 8 images for 16 captions, whose shared beginnings are computed once."""
     records = json.loads(json.dumps(world.records[4:]))
     for record in world.records[4:]:
         other = json.loads(json.dumps(record, ensure_ascii=False))
@@ -290,7 +291,7 @@ def test_the_log_says_how_fast_it_went_and_what_it_waited_for(world, tmp_path):
     annotations.write_text(json.dumps(records, ensure_ascii=False))
     changes = {"annotations": annotations, "global_batch_size": 8, "device_batch_size": 8, "max_steps": 2}
     figures = {}
-    for name, flags in (("shared", []), ("alone", ["--no_shared_pictures"])):
+    for name, flags in (("shared", []), ("alone", ["--no_shared_images"])):
         train.main([*train_flags(world, tmp_path / name, **changes), *flags])
         log = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
         figures[name] = [entry for entry in log if "loss" in entry][1]
@@ -299,7 +300,7 @@ def test_the_log_says_how_fast_it_went_and_what_it_waited_for(world, tmp_path):
     shared, alone = figures["shared"], figures["alone"]
     assert alone["positions_per_caption"] == pytest.approx(sum(lengths) / 8)
     assert shared["positions_per_caption"] < 0.7 * alone["positions_per_caption"]
-    assert (shared["pictures_per_caption"], alone["pictures_per_caption"]) == (0.5, 1)
+    assert (shared["images_per_caption"], alone["images_per_caption"]) == (0.5, 1)
     for entry in (shared, alone):
         assert entry["useful_token_share"] == 1 and 0 < entry["data_wait_share"] < 1
         assert entry["captions_per_second"] > 0 and entry["model_tflops_per_second"] > 0
@@ -318,7 +319,7 @@ def run_with_torchrun(flags, processes=2, environment=None):
 
 
 def test_two_processes_give_the_losses_of_one(world, tmp_path):
-    """Same global batch, plain DDP over gloo; one record is text only, so one process meets a batch without picture."""
+    """Same global batch, plain DDP over gloo; one record is text only, so one process meets a batch without image."""
     changes = {"global_batch_size": 4, "device_batch_size": 1, "max_steps": 6, "lora_dropout": 0}
     train.main(train_flags(world, tmp_path / "one", **changes))
     result = run_with_torchrun(["train.py", *train_flags(world, tmp_path / "two", **changes)])
@@ -332,7 +333,7 @@ def test_two_processes_give_the_losses_of_one(world, tmp_path):
     assert all(torch.allclose(ours[name], theirs[name], atol=2e-4) for name in ours)
 
 
-# Each process has a cache of its own, as on two machines; only one knows that a picture is damaged.
+# Each process has a cache of its own, as on two machines; only one knows that an image is damaged.
 WITH_OWN_CACHE = """
 import os, runpy, sys
 os.environ["XDG_CACHE_HOME"] = os.path.join(sys.argv[1], os.environ["RANK"])
@@ -348,7 +349,7 @@ def test_processes_that_know_of_different_damage_stop_before_they_train(world, t
     Image.effect_noise((200, 200), 90).save(images / "p5.png")
     (images / "p5.png").write_bytes((images / "p5.png").read_bytes()[:-5000])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "1"))
-    inspect_pictures([images / "p5.png"], 50_000_000, PictureCache(find_default_cache()))
+    inspect_images([images / "p5.png"], 50_000_000, ImageCache(find_default_cache()))
     launcher = tmp_path / "with_own_cache.py"
     launcher.write_text(WITH_OWN_CACHE)
     flags = train_flags(world, tmp_path / "out", image_folder=images, bad_records="quarantine", device_batch_size=1)
@@ -456,9 +457,9 @@ def test_wrong_settings_stop_before_the_model_loads(world, trained, tmp_path, mo
     assert "--precision bf16 needs a GPU here: on a CPU without AMX or AVX512_BF16" in message(precision="bf16")
     assert "--precision tf32 needs a GPU here: no CPU has it" in message(precision="tf32")
     assert "--attention varlen needs a GPU" in message(attention="varlen")
-    assert "--machine and --gpus belong to --plan" in message(machine="a800-80gb")
+    assert "--accelerator and --gpus belong to --plan" in message(machine="a800-80gb")
     assert "pass one of them" in fail(capsys, [*train_flags(world, out), "--plan", "--show_batch"])
-    # Prompt and picture take 40 positions or more.
+    # Prompt and image take 40 positions or more.
     assert "needs" in message(model_max_length=20)
     assert not out.exists()
 
@@ -501,7 +502,7 @@ def test_left_out_records_are_counted_in_every_line_and_log(world, tmp_path, cap
     assert [entry["quarantined_records"] for entry in state["log_history"]] == [2] * len(state["log_history"])
     data = json.loads((tmp_path / "out" / "run_record.json").read_text())["data"]
     assert (data["records"], data["bad_records"]) == (6, 2)
-    assert data["findings"] == {"duplicate_id": 1, "refusal": 1, "low_resolution": 8}  # all 8 pictures are tiny
+    assert data["findings"] == {"duplicate_id": 1, "refusal": 1, "low_resolution": 8}  # all 8 images are tiny
 
 
 def test_without_bad_records_no_line_speaks_of_them(world, trained, tmp_path, capsys):
@@ -528,10 +529,10 @@ def test_kinds_are_allowed_and_refused_by_flags(world, tmp_path, capsys):
     assert "--allow refusals: no such kind" in fail(capsys, train_flags(world, tmp_path / "other", allow="refusals"))
 
 
-def test_after_the_precheck_a_damaged_picture_stops_the_run_before_the_model_is_loaded(
+def test_after_the_precheck_a_damaged_image_stops_the_run_before_the_model_is_loaded(
     world, tmp_path, monkeypatch, capsys
 ):
-    """Behind its header the picture is damaged: the precheck decodes it, and training knows of it from there."""
+    """Behind its header the image is damaged: the precheck decodes it, and training knows of it from there."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     images = tmp_path / "images"
     shutil.copytree(world.image_folder, images)
@@ -543,7 +544,7 @@ def test_after_the_precheck_a_damaged_picture_stops_the_run_before_the_model_is_
     assert stop.value.code == 2
     found = capsys.readouterr().err
     assert "1 of 8 records cannot be trained on" in found
-    assert "annotations.json record 5 (id 'r5'): " in found and "[damaged_picture]" in found
+    assert "annotations.json record 5 (id 'r5'): " in found and "[damaged_image]" in found
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "load_packed_llava", lambda *_: pytest.fail("the model was loaded"))
@@ -551,14 +552,14 @@ def test_after_the_precheck_a_damaged_picture_stops_the_run_before_the_model_is_
     train.main([*flags, "--bad_records", "quarantine", "--max_steps", "1"])
     printed = capsys.readouterr().out
     assert "1 bad records are left out" in printed and "never decoded" not in printed
-    # The file is mended: nothing that was found before holds it back.
+    # The file is fixed: nothing that was found before holds it back.
     Image.new("RGB", (40, 30)).save(images / "p5.png")
     precheck.main(flags)
     assert "settings are sound, 8 records can be trained on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_breaks_during_training_names_its_record(world, tmp_path, capsys, workers):
+def test_an_image_that_breaks_during_training_names_its_record(world, tmp_path, capsys, workers):
     """Its header is sound, so the check before training passes; the run stops with one line, no traceback."""
     images = tmp_path / "images"
     shutil.copytree(world.image_folder, images)
@@ -567,7 +568,7 @@ def test_a_picture_that_breaks_during_training_names_its_record(world, tmp_path,
     (images / "p5.png").write_bytes((images / "p5.png").read_bytes()[:-5000])
     error = fail(capsys, train_flags(world, tmp_path / "out", image_folder=images, dataloader_workers=workers))
     line = next(line for line in error.splitlines() if line.startswith("error: "))
-    assert line.startswith("error: annotations.json record 5 (id 'r5'): ") and "the picture is damaged" in line
+    assert line.startswith("error: annotations.json record 5 (id 'r5'): ") and "the image is damaged" in line
     assert "Traceback" not in error
 
 

@@ -149,7 +149,7 @@ def test_a_preset_can_be_planned(world, tmp_path, path):
     variables = {"BASE_DIR": world.base, "OUTPUT_DIR": tmp_path / "out", "EVAL_ANNOTATIONS": "none"}
     variables |= {"ANNOTATIONS": world.annotations, "IMAGE_FOLDER": world.image_folder, "GPUS": "8", "VENV": "active"}
     variables = {name: str(value) for name, value in variables.items()}
-    result = run("train", "--plan", "--machine", "a800-80gb", PRESET=path.stem, **variables)
+    result = run("train", "--plan", "--accelerator", "a800-80gb", PRESET=path.stem, **variables)
     assert result.returncode == 0, result.stderr
     assert "a800-80gb" in result.stdout
 

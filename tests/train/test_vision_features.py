@@ -11,14 +11,14 @@ from PIL import Image
 from test_train import run_with_torchrun
 
 import train
-from meme_llava.dataset.images import read_pixels
-from meme_llava.distributed.heartbeat import ProgressMarks
+from meme_llava.dataset.pixels import read_pixels
+from meme_llava.distributed.heartbeat import Heartbeat
 from meme_llava.errors import UserError
 from meme_llava.model.llava import load_processing
 from meme_llava.model.packed_attention import SDPA
 from meme_llava.model.packed_llava import PackedLlava, load_packed_llava
 from meme_llava.train import vision_features
-from meme_llava.train.vision_features import encode_pictures
+from meme_llava.train.vision_features import encode_images
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ from meme_llava.train.vision_features import encode_pictures
     [{"train_type": "projector"}, {"train_type": "freeze_vision"}, {"vision_tower_training": "frozen"}],
     ids=["projector", "freeze_vision", "lora on the language model"],
 )
-def test_losses_are_those_of_pictures_encoded_in_every_step(world, tmp_path, recipe, capsys):
+def test_losses_are_those_of_images_encoded_in_every_step(world, tmp_path, recipe, capsys):
     """Eight records, one of them text only; three passes."""
     changes = {"num_train_epochs": 3, "lora_dropout": 0, **recipe}
     train.main(train_flags(world, tmp_path / "pixels", **changes))
@@ -34,19 +34,19 @@ def test_losses_are_those_of_pictures_encoded_in_every_step(world, tmp_path, rec
     expected = read_losses(tmp_path / "pixels")
     assert len(expected) == 6
     assert read_losses(tmp_path / "features") == pytest.approx(expected, abs=2e-6)
-    assert "pictures encoded: 8 of 8" in capsys.readouterr().err
+    assert "images encoded: 8 of 8" in capsys.readouterr().err
     assert not (tmp_path / "features" / "vision_features").exists()
 
 
-def test_the_tower_runs_once_a_picture(world, tmp_path, monkeypatch):
+def test_the_tower_runs_once_an_image(world, tmp_path, monkeypatch):
     encoded = []
-    original = PackedLlava.encode_pictures
+    original = PackedLlava.encode_images
 
     def count(self, pixel_values):
         encoded.append(len(pixel_values))
         return original(self, pixel_values)
 
-    monkeypatch.setattr(PackedLlava, "encode_pictures", count)
+    monkeypatch.setattr(PackedLlava, "encode_images", count)
     flags = train_flags(world, tmp_path / "out", train_type="projector", num_train_epochs=4)
     train.main([*flags, "--cache_vision_features"])
     assert encoded == [8]
@@ -59,7 +59,7 @@ def test_processes_share_the_work_and_the_file(world, tmp_path):
     result = run_with_torchrun(["train.py", *flags])
     assert result.returncode == 0, result.stderr
     assert read_losses(tmp_path / "two") == pytest.approx(read_losses(tmp_path / "one"), abs=5e-6)
-    assert result.stderr.count("pictures encoded: 4 of 4") == 2
+    assert result.stderr.count("images encoded: 4 of 4") == 2
 
 
 @pytest.mark.parametrize("uses_bf16", [False, True])
@@ -67,11 +67,11 @@ def test_what_is_read_is_what_the_tower_gave(world, tmp_path, uses_bf16):
     processing = load_processing(world.base)
     model = load_packed_llava(world.base, torch.float32, processing.image_policy, SDPA).requires_grad_(False)
     paths = [world.image_folder / f"p{number}.png" for number in (4, 0, 2)]
-    features = encode_pictures(model, paths, tmp_path, 10_000, 0, uses_bf16, ProgressMarks(60))
+    features = encode_images(model, paths, tmp_path, 10_000, 0, uses_bf16, Heartbeat(60))
     assert features.size == (tmp_path / "vision_features" / "0" / "features.bin").stat().st_size
     pixels = torch.stack([read_pixels(path, processing.image_policy) for path in paths])
     with torch.autocast("cpu", torch.bfloat16, enabled=uses_bf16):
-        expected = model.encode_pictures(pixels).to(torch.bfloat16 if uses_bf16 else torch.float32)
+        expected = model.encode_images(pixels).to(torch.bfloat16 if uses_bf16 else torch.float32)
     assert all(torch.equal(features[path], own) for path, own in zip(paths, expected, strict=True))
 
 
@@ -81,7 +81,7 @@ def test_a_tower_that_learns_cannot_be_cached(world, tmp_path, capsys):
     assert "--cache_vision_features needs a frozen vision tower; --train_type lora trains it" in capsys.readouterr().err
 
 
-def test_a_full_disk_and_a_damaged_picture_stop_with_one_line(world, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_and_a_damaged_image_stop_with_one_line(world, tmp_path, monkeypatch, capsys):
     images = tmp_path / "images"
     shutil.copytree(world.image_folder, images)
     Image.effect_noise((200, 200), 90).save(images / "p5.png")
@@ -90,7 +90,7 @@ def test_a_full_disk_and_a_damaged_picture_stop_with_one_line(world, tmp_path, m
     with pytest.raises(SystemExit):
         train.main([*flags, "--cache_vision_features", "--dataloader_workers", "1"])
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and "p5.png: the picture is damaged" in error
+    assert error.startswith("error: ") and "p5.png: the image is damaged" in error
 
     def refuse(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -102,6 +102,6 @@ def test_a_full_disk_and_a_damaged_picture_stop_with_one_line(world, tmp_path, m
     assert "the vision features take 0.0 GB" in capsys.readouterr().err
 
 
-def test_records_without_pictures_have_nothing_to_cache(tmp_path):
-    with pytest.raises(UserError, match="no record has a picture"):
-        encode_pictures(None, [], tmp_path, 10_000, 0, False, ProgressMarks(60))
+def test_records_without_images_have_nothing_to_cache(tmp_path):
+    with pytest.raises(UserError, match="no record has an image"):
+        encode_images(None, [], tmp_path, 10_000, 0, False, Heartbeat(60))

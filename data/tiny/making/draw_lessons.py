@@ -1,9 +1,9 @@
-"""Draws the lessons from which small towers (`make_towers.py`) learn to read.
+"""The lessons from which small towers (`make_towers.py`) learn to read, drawn.
 
     python data/tiny/making/draw_lessons.py --output_dir /tmp/lessons --crowded_fields 1000 --memes 500 --seed 7
 
 writes images/, annotations.json and alphabet.txt, the characters that can occur. What is asked about a page of letters
-is its field, or its text; `meme_pages.py` says what these are. Pages come as pictures, or spelled out where the image
+is its field, or its text; `meme_pages.py` says what these are. Pages come as images, or spelled out where the image
 tokens would stand: that teaches a language model the order of the patches and the skipping of blanks before it has
 eyes.
 """
@@ -52,19 +52,19 @@ LESSONS = {
     "spelled_fields": "spelled pages with 2 to 4 different letters, one in every patch: what is in each patch?",
     "spelled_texts": "spelled scenes: what is the text?",
     "spelled_moods": "spelled scenes with a figure, whose mood is marked: what is the mood?",
-    "full_fields": "pictures with a letter in the middle of every patch: what is in each patch?",
-    "crowded_fields": "pictures of pages with as many letters as they hold: what is in each patch?",
+    "full_fields": "images with a letter in the middle of every patch: what is in each patch?",
+    "crowded_fields": "images of pages with as many letters as they hold: what is in each patch?",
     "crowded_texts": "the same: what is the text?",
-    "scene_fields": "pictures with rows of several sizes and perhaps a figure: what is in each patch?",
+    "scene_fields": "images with rows of several sizes and perhaps a figure: what is in each patch?",
     "scene_texts": "the same with at most --most_letters: what is the text?",
-    "group_fields": "pictures of 1, 4 or 9 figures: what is in each patch, moods being marked?",
+    "group_fields": "images of 1, 4 or 9 figures: what is in each patch, moods being marked?",
     "groups": "the same: what is the mood of each?",
     "memes": "memes, with a record for each task",
 }
 
 
 def plan_all(arguments: argparse.Namespace) -> Iterator[tuple[list[dict], Page | Group | Meme | None]]:
-    """Records, and the picture to draw for them, if any."""
+    """Records, and the image to draw for them, if any."""
     rng = random.Random(arguments.seed)
     for meme in plan_memes(arguments.memes, arguments.seed, LineSource(unseen=False)):
         yield write_records(meme, arguments.tasks, rng), meme
@@ -126,8 +126,8 @@ def draw_one(job: tuple[Page | Group | Meme, int, Path, list[FontFace]]) -> None
         draw_memes.draw_one(job)
         return
     rng = random.Random(f"{seed} {page.identifier}")
-    picture = draw_group(rng, page) if isinstance(page, Group) else draw_page(rng, page, faces)
-    picture.save(folder / f"{page.identifier}.png", compress_level=1)
+    image = draw_group(rng, page) if isinstance(page, Group) else draw_page(rng, page, faces)
+    image.save(folder / f"{page.identifier}.png", compress_level=1)
 
 
 def list_lesson_alphabet() -> str:
@@ -161,7 +161,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--share_patches", action="store_true", help="texts may have several letters in a patch")
     parser.add_argument("--plain", type=float, default=0, help="share of pages dark on white, with nothing worn")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=1, help="draw with so many")
+    parser.add_argument("--processes", type=int, default=1, help="draw with N processes")
     arguments = parser.parse_args(argv)
     if not any(getattr(arguments, lesson) for lesson in LESSONS):
         parser.error("no lesson is asked for; give at least one of " + ", ".join(f"--{lesson}" for lesson in LESSONS))
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     draw_all(draw_one, jobs, arguments.processes)
     write_annotations(arguments.output_dir, records)
     (arguments.output_dir / "alphabet.txt").write_text(list_lesson_alphabet() + "\n", encoding="utf-8")
-    print(f"Drew {len(jobs)} pictures into {images}, wrote {len(records)} lessons; fonts found: {len(faces)}.")
+    print(f"Drew {len(jobs)} images into {images}, wrote {len(records)} lessons; fonts found: {len(faces)}.")
     return 0
 
 

@@ -1,9 +1,9 @@
-"""Draws memes of our own without end: sticker pictures with a short Chinese line, and the truth about each.
+"""Memes of our own without end: sticker images with a short Chinese line, and the reference answers about each.
 
     python data/tiny/making/draw_memes.py --output_dir /tmp/memes --count 1000 --seed 7
 
 writes images/ and annotations.json. `meme_lines.py` knows what memes say, `meme_characters.py` how the figures look,
-`meme_pictures.py` how both make a picture, `meme_fonts.py` which fonts there are. This file deals them out and knows
+`meme_pictures.py` how both make an image, `meme_fonts.py` which fonts there are. This file deals them out and knows
 the questions and answers. The same seed, fonts, numpy and Pillow version give the same files.
 """
 
@@ -19,9 +19,9 @@ from pathlib import Path
 from meme_characters import CHARACTERS, MOODS, PROPS
 from meme_fonts import FontFace, find_fonts
 from meme_lines import LineSource, list_alphabet
-from meme_pictures import Meme, draw_meme, save_picture
+from meme_pictures import Meme, draw_meme, save_image
 
-TEXTLESS_SHARE = 10  # one meme in so many carries no words
+TEXTLESS_SHARE = 10  # one meme in N carries no words
 FORMATS = ("jpeg",) * 16 + ("png", "palette", "transparent")
 NO_TEXT = "图片里没有文字"
 TASKS = ("text", "mood", "description")
@@ -85,7 +85,7 @@ def dealer(rng: random.Random, values: list) -> Iterator:
 
 def write_records(meme: Meme, tasks: list[str], rng: random.Random) -> list[dict]:
     """A record for each task."""
-    truth = {"text": meme.text, "character": meme.character, "mood": meme.mood, "prop": meme.prop}
+    reference = {"text": meme.text, "character": meme.character, "mood": meme.mood, "prop": meme.prop}
     records = []
     for task in tasks:
         question, answer = write_turns(meme, task, rng)
@@ -94,7 +94,7 @@ def write_records(meme: Meme, tasks: list[str], rng: random.Random) -> list[dict
                 "id": f"{meme.identifier}_{task}",
                 "image": f"images/{meme.file_name}",
                 "task": task,
-                **truth,
+                **reference,
                 "conversations": [
                     {"from": "human", "value": f"<image>\n{question}"},
                     {"from": "gpt", "value": answer},
@@ -124,10 +124,10 @@ def write_turns(meme: Meme, task: str, rng: random.Random) -> tuple[str, str]:
 
 
 def draw_one(job: tuple[Meme, int, Path, list[FontFace]]) -> None:
-    """Draw and save one picture; everything about it follows from seed and identifier."""
+    """Draw and save one image; everything about it follows from seed and identifier."""
     meme, seed, folder, faces = job
     rng = random.Random(f"{seed} {meme.identifier}")
-    save_picture(rng, draw_meme(rng, meme, faces), meme, folder / meme.file_name)
+    save_image(rng, draw_meme(rng, meme, faces), meme, folder / meme.file_name)
 
 
 def draw_all(draw: Callable[[tuple], None], jobs: Iterable[tuple], processes: int) -> None:
@@ -151,13 +151,13 @@ def write_annotations(folder: Path, records: list[dict]) -> None:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draw memes and their annotations.", allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, default=Path("data"), help="gets images/ and annotations.json")
-    parser.add_argument("--count", type=int, default=400, help="number of pictures")
+    parser.add_argument("--count", type=int, default=400, help="number of images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--lines", choices=("seen", "unseen"), default="seen", help="unseen: no line that seen ever has"
     )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="records for each meme")
-    parser.add_argument("--processes", type=int, default=1, help="draw with so many")
+    parser.add_argument("--processes", type=int, default=1, help="draw with N processes")
     parser.add_argument(
         "--font",
         type=Path,

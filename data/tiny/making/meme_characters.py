@@ -1,4 +1,4 @@
-"""Knows the characters of the sample memes: how each is built and how a mood shows on it.
+"""The characters of the sample memes: how each is built and how a mood shows on it.
 
 Everything is drawn in units (a figure is about 200 units high, 100 is its middle), larger than a meme needs it; who
 shrinks the result gets smooth edges.

@@ -1,4 +1,4 @@
-"""Knows which fonts draw Chinese here. All of those known may be redistributed; none is part of this repository."""
+"""The fonts that draw Chinese here. All of those named may be redistributed; none is part of this repository."""
 
 import functools
 from pathlib import Path
@@ -35,7 +35,7 @@ def load_font(face: FontFace, size: int) -> ImageFont.FreeTypeFont:
 
 
 def list_missing(face: FontFace, characters: list[str]) -> list[str]:
-    """The characters of which the font has no shape of its own; all of them if it is no font."""
+    """The characters of which the font has no shape of its own; all of them if it is not a font."""
     try:
         font = load_font(face, 24)
     except OSError:

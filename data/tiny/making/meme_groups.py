@@ -1,4 +1,4 @@
-"""Knows pictures of several figures, from which a model learns moods sooner than from memes, which show one each."""
+"""Images of several figures, from which a model learns moods sooner than from memes, which show one each."""
 
 import random
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Group:
         return write_field(map(mark_figure, self.figures, self.list_boxes()))
 
     def list_boxes(self) -> list[Box]:
-        """The part of the picture that each figure has, in pixels, row by row."""
+        """The part of the image that each figure has, in pixels, row by row."""
         in_a_row = round(len(self.figures) ** 0.5)
         cell = SIDE / in_a_row
         corners = [(column * cell, row * cell) for row in range(in_a_row) for column in range(in_a_row)]
@@ -41,11 +41,11 @@ def plan_group(identifier: str, rng: random.Random) -> Group:
 
 
 def draw_group(rng: random.Random, group: Group) -> Image.Image:
-    """The group as a picture of 160 x 160 pixels."""
+    """The group as an image of 160 x 160 pixels."""
     side = SIDE * OVERSIZE
-    picture = draw_background(rng, (side, side), choose_ground(rng, "page"))
+    image = draw_background(rng, (side, side), choose_ground(rng, "page"))
     for figure, box in zip(group.figures, group.list_boxes(), strict=True):
         left, top, right, bottom = (OVERSIZE * edge for edge in box)
         room = (right - left) * rng.choice((0, 0.05, 0.15)) / 2
-        place_figure(rng, picture, figure, (left + room, top + room, right - room, bottom - room), 0.5)
-    return wear_out(rng, picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+        place_figure(rng, image, figure, (left + room, top + room, right - room, bottom - room), 0.5)
+    return wear_out(rng, image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR))

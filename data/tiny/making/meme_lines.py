@@ -1,4 +1,4 @@
-"""Knows what memes say: lines for every mood, and an endless supply made from our own words and common characters.
+"""What memes say: lines for every mood, and an endless supply made from our own words and common characters.
 
 A line is *written* (a phrase of ours), *composed* (a pattern filled with words), or *mixed* (words or single characters
 without a meaning, which teach reading where guessing does not help). A bar marks where a long line breaks in two.
@@ -23,7 +23,7 @@ ALPHABET = PUNCTUATION + (
     "请起身车边过还这道里钱锅错难静饭"
 )
 LONGEST_LINE = 12  # characters
-UNSEEN_SHARE = 8  # one line in so many is kept for pictures that no model has trained on
+UNSEEN_SHARE = 8  # one line in N is kept for images that no model has trained on
 
 # What a meme of each mood says.
 LINES = {
@@ -101,7 +101,7 @@ def list_readable(texts: Iterable[str]) -> list[str]:
 
 
 def is_unseen(line: str) -> bool:
-    """Whether a line is kept for pictures that no model has trained on; the line itself decides it for good."""
+    """Whether a line is kept for images that no model has trained on; the line itself decides it for good."""
     return zlib.crc32(line.replace("|", "").encode()) % UNSEEN_SHARE == 0
 
 

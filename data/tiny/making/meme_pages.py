@@ -1,4 +1,4 @@
-"""Knows pages of text: pictures of 160 x 160 pixels full of letters, from which a model learns to read before memes.
+"""Pages of text: images of 160 x 160 pixels full of letters, from which a model learns to read before memes.
 
 A page knows the place of each of its letters, so it can be asked in two ways. The field is what stands at each of the
 tower's 10 x 10 patches, row by row: the letter whose middle lies there, the mark of a figure's mood, or BLANK. Answer
@@ -71,7 +71,7 @@ class Page:
     identifier: str
     letters: list[Letter]
     is_plain: bool  # dark on white, nothing worn
-    stretch: float = 1  # width over height of the picture that was made square
+    stretch: float = 1  # width over height of the image that was made square
     figure: tuple[Meme, Box] | None = None  # who stands on the page, and where, in pixels
 
     @property
@@ -196,16 +196,16 @@ def plan_scene(identifier: str, rng: random.Random, kind: RowKind, is_plain: boo
 
 
 def draw_page(rng: random.Random, page: Page, faces: list[FontFace]) -> Image.Image:
-    """The page as a picture of 160 x 160 pixels."""
+    """The page as an image of 160 x 160 pixels."""
     size = (round(SIDE * OVERSIZE * page.stretch), SIDE * OVERSIZE)
     ground = "white" if page.is_plain else choose_ground(rng, "page")
-    picture = draw_background(rng, size, ground)
+    image = draw_background(rng, size, ground)
     if page.figure:
         meme, (left, top, right, bottom) = page.figure
         across = OVERSIZE * page.stretch
-        place_figure(rng, picture, meme, (left * across, top * OVERSIZE, right * across, bottom * OVERSIZE), 0.5)
+        place_figure(rng, image, meme, (left * across, top * OVERSIZE, right * across, bottom * OVERSIZE), 0.5)
     face, style = choose_style(rng, ground, faces)
-    canvas = ImageDraw.Draw(picture)
+    canvas = ImageDraw.Draw(image)
     for letter in page.letters:
         font = load_font(face, round(letter.size * 0.95 * OVERSIZE))
         stroke = round(letter.size * OVERSIZE * style["weight"])
@@ -213,5 +213,5 @@ def draw_page(rng: random.Random, page: Page, faces: list[FontFace]) -> Image.Im
         canvas.text(
             place, letter.character, style["fill"], font, "mm", stroke_width=stroke, stroke_fill=style["stroke"]
         )
-    picture = picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-    return picture if page.is_plain else wear_out(rng, picture)
+    image = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+    return image if page.is_plain else wear_out(rng, image)

@@ -1,8 +1,8 @@
-"""Knows how a line and a figure stand in one picture, and what a picture goes through before it is seen.
+"""A line and a figure in one image, and what an image goes through before it is seen.
 
-A picture is composed a little too large and then made smaller, which smooths its edges; after that come the blur, the
-lost resolution and the JPEG damage that a meme collects on its way through chats. The tower sees every picture as a
-square, so widths of letters are meant in shares of the picture's width.
+An image is composed a little too large and then made smaller, which smooths its edges; after that come the blur, the
+lost resolution and the JPEG damage that a meme collects on its way through chats. The tower sees every image as a
+square, so widths of letters are meant in shares of the image's width.
 """
 
 import functools
@@ -15,9 +15,9 @@ from meme_fonts import FontFace, load_font
 from meme_lines import PUNCTUATION
 from PIL import Image, ImageColor, ImageDraw, ImageFilter
 
-OVERSIZE = 2  # a picture is composed this many times too large
+OVERSIZE = 2  # an image is composed this many times too large
 LINE_HEIGHT = 1.18  # of the letter size
-SMALLEST_LETTER = 0.09  # of the picture's shorter side
+SMALLEST_LETTER = 0.09  # of the image's shorter side
 DARK_COLORS = ("#b3261e", "#1f4e9c", "#6b2f9c", "#14663c", "#7a3b12")
 BRIGHT_COLORS = ("#fff27a", "#ffd0e0", "#c9f7ff")
 PASTELS = ("#ffe1e6", "#fff1c9", "#dff3ff", "#e4f5dc", "#efe4ff", "#f3f6ee")
@@ -29,7 +29,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Meme:
-    """What one picture shows and says, and in which format it is kept."""
+    """What one image shows and says, and in which format it is kept."""
 
     identifier: str
     character: str
@@ -49,7 +49,7 @@ class Meme:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the words and the figure stand, as shares of the picture's sides."""
+    """Where the words and the figure stand, as shares of the image's sides."""
 
     kind: str
     text_box: Box
@@ -58,36 +58,36 @@ class Layout:
 
 
 def draw_meme(rng: random.Random, meme: Meme, faces: list[FontFace]) -> Image.Image:
-    """The finished picture, before it is saved; about 150 to 300 pixels a side."""
+    """The finished image, before it is saved; about 150 to 300 pixels a side."""
     layout, (width, height) = choose_layout(rng, meme)
     size = (width * OVERSIZE, height * OVERSIZE)
     ground = "white" if meme.format == "transparent" else choose_ground(rng, layout.kind)
     if meme.format == "transparent":
-        picture = Image.new("RGBA", size)
+        image = Image.new("RGBA", size)
     else:
-        picture = draw_background(rng, size, ground)
-    place_figure(rng, picture, meme, scale_box(layout.figure_box, size), layout.lean)
+        image = draw_background(rng, size, ground)
+    place_figure(rng, image, meme, scale_box(layout.figure_box, size), layout.lean)
     if meme.line:
-        place_words(rng, picture, meme.line, layout, scale_box(layout.text_box, size), ground, faces)
-    picture = picture.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=None)
-    return picture if meme.format == "transparent" else wear_out(rng, picture.convert("RGB"))
+        place_words(rng, image, meme.line, layout, scale_box(layout.text_box, size), ground, faces)
+    image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=None)
+    return image if meme.format == "transparent" else wear_out(rng, image.convert("RGB"))
 
 
-def save_picture(rng: random.Random, picture: Image.Image, meme: Meme, path) -> None:
-    """Write the picture in the meme's format."""
+def save_image(rng: random.Random, image: Image.Image, meme: Meme, path) -> None:
+    """Write the image in the meme's format."""
     if meme.format == "jpeg":
-        picture.save(path, quality=rng.choice((40, 55, 70, 80, 85, 90)))
+        image.save(path, quality=rng.choice((40, 55, 70, 80, 85, 90)))
     elif meme.format == "palette":
-        picture.quantize(64, Image.Quantize.MEDIANCUT).save(path)
+        image.quantize(64, Image.Quantize.MEDIANCUT).save(path)
     else:
-        picture.save(path)
+        image.save(path)
 
 
 # ---- Layout ----
 
 
 def choose_layout(rng: random.Random, meme: Meme) -> tuple[Layout, tuple[int, int]]:
-    """A layout and the picture's size in pixels that suits it."""
+    """A layout and the image's size in pixels that suits it."""
     square = rng.randrange(150, 250, 10)
     sizes = {
         "square": (square, square - rng.choice((0, 0, 10, 20))),
@@ -149,15 +149,15 @@ def draw_background(rng: random.Random, size: tuple[int, int], kind: str) -> Ima
     if kind == "photo":
         return draw_photo(rng, size)
     first = rng.choice({"pale": PASTELS, "strong": STRONG_COLORS, "night": NIGHT_COLORS}[kind])
-    picture = Image.new("RGBA", size, first)
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGBA", size, first)
+    canvas = ImageDraw.Draw(image)
     lighter = {"pale": 2, "strong": 4, "night": 8}[kind]
     second = tuple(channel + (255 - channel) // lighter for channel in ImageColor.getrgb(first))
     width, height = size
     pattern = rng.choice(("flat", "gradient", "rays", "dots"))
     if pattern == "gradient":
         shade = Image.linear_gradient("L").resize(size)
-        picture.paste(Image.new("RGBA", size, (*second, 255)), (0, 0), shade)
+        image.paste(Image.new("RGBA", size, (*second, 255)), (0, 0), shade)
     elif pattern == "rays":
         reach = width + height
         for start in range(0, 360, 30):
@@ -168,41 +168,41 @@ def draw_background(rng: random.Random, size: tuple[int, int], kind: str) -> Ima
         for row, y in enumerate(range(0, height + step, step // 2)):
             for x in range(row % 2 * step // 2, width + step, step):
                 canvas.ellipse((x - step / 6, y - step / 6, x + step / 6, y + step / 6), fill=second)
-    return picture
+    return image
 
 
 def draw_photo(rng: random.Random, size: tuple[int, int]) -> Image.Image:
     """Something like a photograph out of focus: patches of related colours, edges, and grain."""
     numbers = np.random.default_rng(rng.getrandbits(32))
     base = numbers.integers(30, 220, 3)
-    picture = Image.new("RGB", size)
+    image = Image.new("RGB", size)
     for cells, spread in ((3, 70), (9, 35), (30, 14)):
         patches = np.clip(base + numbers.normal(0, spread, (cells, cells, 3)), 0, 255).astype(np.uint8)
         layer = Image.fromarray(patches).resize(size, Image.Resampling.BICUBIC)
-        picture = layer if cells == 3 else Image.blend(picture, layer, 0.4)
-    canvas = ImageDraw.Draw(picture)
+        image = layer if cells == 3 else Image.blend(image, layer, 0.4)
+    canvas = ImageDraw.Draw(image)
     for _ in range(rng.randrange(5)):
         x, y = rng.uniform(0, size[0]), rng.uniform(0, size[1])
         reach = rng.uniform(0.05, 0.35) * size[0]
         color = tuple(int(channel) for channel in np.clip(base + numbers.normal(0, 60, 3), 0, 255))
         draw_shape = rng.choice((canvas.ellipse, canvas.rectangle))
         draw_shape((x - reach, y - reach, x + reach, y + reach * rng.uniform(0.3, 1.5)), fill=color)
-    return picture.convert("RGBA")
+    return image.convert("RGBA")
 
 
-def wear_out(rng: random.Random, picture: Image.Image) -> Image.Image:
-    """Blur, lost resolution and noise, each on some pictures; what is legible stays so."""
+def wear_out(rng: random.Random, image: Image.Image) -> Image.Image:
+    """Blur, lost resolution and noise, each on some images; what is legible stays so."""
     if rng.random() < 0.25:
         share = rng.uniform(0.6, 0.9)
-        small = picture.resize((round(picture.width * share), round(picture.height * share)), Image.Resampling.BILINEAR)
-        picture = small.resize(picture.size, Image.Resampling.BILINEAR)
+        small = image.resize((round(image.width * share), round(image.height * share)), Image.Resampling.BILINEAR)
+        image = small.resize(image.size, Image.Resampling.BILINEAR)
     if rng.random() < 0.15:
-        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8)))
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8)))
     if rng.random() < 0.15:
         numbers = np.random.default_rng(rng.getrandbits(32))
-        grain = numbers.normal(0, rng.uniform(3, 12), (picture.height, picture.width, 1))
-        picture = Image.fromarray(np.clip(np.asarray(picture) + grain, 0, 255).astype(np.uint8))
-    return picture
+        grain = numbers.normal(0, rng.uniform(3, 12), (image.height, image.width, 1))
+        image = Image.fromarray(np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8))
+    return image
 
 
 # ---- Figure ----
@@ -215,11 +215,11 @@ def _draw_figure(character: str, mood: str, skin: int, has_glasses: bool, prop: 
 
 
 def choose_figure(rng: random.Random, identifier: str) -> Meme:
-    """A meme without words or prop, for pictures in which only the figure counts."""
+    """A meme without words or prop, for images in which only the figure counts."""
     return Meme(identifier, rng.choice(list(CHARACTERS)), rng.choice(list(MOODS)), None, "", "jpeg")
 
 
-def place_figure(rng: random.Random, picture: Image.Image, meme: Meme, box: Box, lean: float) -> None:
+def place_figure(rng: random.Random, image: Image.Image, meme: Meme, box: Box, lean: float) -> None:
     has_glasses = meme.mood == "得意" and rng.random() < 0.4
     skin = rng.randrange(len(CHARACTERS[meme.character].skins))
     drawing = _draw_figure(meme.character, meme.mood, skin, has_glasses, meme.prop)
@@ -232,7 +232,7 @@ def place_figure(rng: random.Random, picture: Image.Image, meme: Meme, box: Box,
         drawing = drawing.rotate(rng.choice((-12, -8, 8, 12)), Image.Resampling.BICUBIC)
     x = left + (right - left - drawing.width) * rng.uniform(0.3, 0.7)
     y = top + (bottom - top - drawing.height) * min(1, max(0, lean + rng.uniform(-0.1, 0.1)))
-    picture.alpha_composite(drawing, (max(0, round(x)), max(0, round(y))))
+    image.alpha_composite(drawing, (max(0, round(x)), max(0, round(y))))
 
 
 # ---- Words ----
@@ -301,17 +301,17 @@ def draw_rows(rows: list[str], face: FontFace, size: float, style: dict, align: 
 
 
 def place_words(
-    rng: random.Random, picture: Image.Image, line: str, layout: Layout, box: Box, ground: str, faces: list[FontFace]
+    rng: random.Random, image: Image.Image, line: str, layout: Layout, box: Box, ground: str, faces: list[FontFace]
 ) -> None:
     left, top, right, bottom = box
     room = (right - left, bottom - top)
     if layout.kind == "bar":
         ground = rng.choice(("night", "white"))
-        bar_top = round(top - 0.01 * picture.height)
-        ImageDraw.Draw(picture).rectangle((0, bar_top, *picture.size), "black" if ground == "night" else "white")
+        bar_top = round(top - 0.01 * image.height)
+        ImageDraw.Draw(image).rectangle((0, bar_top, *image.size), "black" if ground == "night" else "white")
     # A bubble brings its own white ground.
     face, style = choose_style(rng, "white" if layout.kind == "bubble" else ground, faces)
-    shorter = min(picture.size)
+    shorter = min(image.size)
     largest = rng.uniform(0.14, 0.23) * shorter
     fits = []
     for rows in list_arrangements(line, layout.kind == "column", 3 if layout.kind == "beside" else 2):
@@ -330,13 +330,13 @@ def place_words(
     if layout.kind == "bubble":
         pad_x, pad_y = 10 * OVERSIZE, 7 * OVERSIZE
         around = (x - pad_x, y - pad_y, x + words.width + pad_x, y + words.height + pad_y)
-        draw_bubble(picture, around, (picture.width * rng.uniform(0.4, 0.6), around[3] + 14 * OVERSIZE))
-    picture.alpha_composite(words, (max(0, round(x)), max(0, round(y))))
+        draw_bubble(image, around, (image.width * rng.uniform(0.4, 0.6), around[3] + 14 * OVERSIZE))
+    image.alpha_composite(words, (max(0, round(x)), max(0, round(y))))
 
 
-def draw_bubble(picture: Image.Image, box: Box, tip: tuple[float, float]) -> None:
+def draw_bubble(image: Image.Image, box: Box, tip: tuple[float, float]) -> None:
     """A speech bubble around the box whose tail ends at `tip`."""
-    canvas, rim = ImageDraw.Draw(picture), 2 * OVERSIZE
+    canvas, rim = ImageDraw.Draw(image), 2 * OVERSIZE
     left, top, right, bottom = box
     base = min(max(tip[0], left + 20 * OVERSIZE), right - 20 * OVERSIZE)
     tail = [(base - 9 * OVERSIZE, bottom - rim), (base + 9 * OVERSIZE, bottom - rim), tip]

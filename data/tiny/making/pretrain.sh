@@ -72,7 +72,7 @@ renew_projector() {
     split_towers "$name" "$WORK_DIR/copies/random"
 }
 
-# ---- The language model, without pictures ----
+# ---- The language model, without images ----
 # Copying comes first, by itself: it is learned in minutes from short texts, but not from a mixture. Then the order of
 # reading and the skipping of blanks, from spelled pages; behind places it is not learned at all. Then places, where with
 # so few different letters only the place tells which one to say. More than a few marks of moods here, and no projector
@@ -126,7 +126,7 @@ draw_lessons marked --seed 15 --words 0 --smallest 15 --largest 36 --plain 0.1 -
 batch=32 teach marked "$WORK_DIR/joined/merged" 1e-3 5e-4 --muon_lr 5e-3 --weight_decay 0.1
 
 # ---- Moods ----
-# That the mood is asked for, the language model does not learn in a mixture: 16,000 pictured moods in `marked` left it
+# That the mood is asked for, the language model does not learn in a mixture: 16,000 shown moods in `marked` left it
 # at chance. By itself, with a tower that knows them, and in small batches, it does in 500 steps.
 draw_lessons noticed --seed 14 --words 0 --smallest 16 --largest 36 --plain 0.1 --tasks mood --memes 3000 \
     --scene_texts 1000 --groups 4000 --scene_fields 500 --group_fields 1500 --spelled_moods 500

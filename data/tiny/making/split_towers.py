@@ -1,4 +1,4 @@
-"""Knows how to take a trained LLaVA apart: its language model and vision tower become folders as a hub has them.
+"""A trained LLaVA taken apart: its language model and vision tower become folders as a hub has them.
 
     python data/tiny/making/split_towers.py --model output/merged --towers output/towers --output_dir data/tiny
 

@@ -1,5 +1,5 @@
-"""Knows how many floating point operations a training step takes, from the model, what of it learns, and a batch's
-counts. Knows nothing about time or devices.
+"""Floating point operations of a training step, from the model, its trainable parameters, and a batch's counts. Nothing
+about time or devices.
 
 Counted are model FLOPs as the field counts them: matrix multiplications, convolutions and attention, a multiplication
 and an addition as two. Nothing that is recomputed to save memory counts, nor norms, activations and the optimizer. A
@@ -32,15 +32,15 @@ class StepCounts:
     Args:
         positions: of the packed row.
         attention_pairs: pairs of query and key that attend, over all segments.
-        pictures: that go through the projector.
-        encoded_pictures: that go through the vision tower; fewer where features are cached.
+        images: that go through the projector.
+        encoded_images: that go through the vision tower; fewer where features are cached.
         supervised: positions that carry loss.
     """
 
     positions: int = 0
     attention_pairs: int = 0
-    pictures: int = 0
-    encoded_pictures: int = 0
+    images: int = 0
+    encoded_images: int = 0
     supervised: int = 0
 
     def __add__(self, other: "StepCounts") -> "StepCounts":
@@ -49,8 +49,8 @@ class StepCounts:
 
 def count_batch(batch: Mapping) -> StepCounts:
     """The counts of a batch that `PackingCollator` returned. Reads tensors back: call it before they go to a device."""
-    queries = batch["segment_starts"].long().diff()  # (segments,)
-    keys = batch["path_starts"].long().diff()  # (segments,)
+    queries = batch["cu_seqlens_q"].long().diff()  # (segments,)
+    keys = batch["cu_seqlens_k"].long().diff()  # (segments,)
     # Causal, aligned at the ends: a segment's first query sees all keys but the segment's other queries.
     pairs = queries * (keys - queries) + queries * (queries + 1) // 2
     features = batch.get("vision_features")
@@ -58,8 +58,8 @@ def count_batch(batch: Mapping) -> StepCounts:
     return StepCounts(
         positions=batch["input_ids"].numel(),
         attention_pairs=int(pairs.sum()),
-        pictures=encoded if features is None else len(features),
-        encoded_pictures=encoded,
+        images=encoded if features is None else len(features),
+        encoded_images=encoded,
         supervised=batch["loss_positions"].numel(),
     )
 
@@ -89,22 +89,22 @@ class TrainingCosts:
 
     per_position: Flops
     per_attention_pair: Flops
-    per_picture: Flops
-    per_encoded_picture: Flops
+    per_image: Flops
+    per_encoded_image: Flops
     per_supervised: Flops
 
     @classmethod
     def of_model(cls, model: nn.Module) -> "TrainingCosts":
         """Read the costs off a LLaVA that `prepare_trainable` prepared; its parameters may be without storage."""
-        per_position, per_picture, per_supervised = Flops(), Flops(), Flops()
-        vision_learns = any(
+        per_position, per_image, per_supervised = Flops(), Flops(), Flops()
+        vision_trainable = any(
             parameter.requires_grad for name, parameter in model.named_parameters() if role_of(name) == VISION_TOWER
         )
         for name, linear in _find_linears(model):
             parts = name.split(".")
             if role_of(name) == PROJECTOR:
                 # Behind a frozen tower the projector's first layer needs no gradient of its input.
-                per_picture += _cost_linear(name, linear, vision_learns or "linear_1" not in parts)
+                per_image += _cost_linear(name, linear, vision_trainable or "linear_1" not in parts)
             elif role_of(name) == LANGUAGE_MODEL:
                 # The projector always learns, so a gradient flows through the whole language model.
                 cost = _cost_linear(name, linear, reached=True)
@@ -117,7 +117,7 @@ class TrainingCosts:
         return cls(
             per_position,
             _cost_attention_pair(text.num_attention_heads * head_size, reached=True) * text.num_hidden_layers,
-            per_picture * count_image_tokens(model.config),
+            per_image * count_image_tokens(model.config),
             _cost_vision_tower(model),
             per_supervised,
         )
@@ -127,8 +127,8 @@ class TrainingCosts:
         return (
             self.per_position * counts.positions
             + self.per_attention_pair * counts.attention_pairs
-            + self.per_picture * counts.pictures
-            + self.per_encoded_picture * counts.encoded_pictures
+            + self.per_image * counts.images
+            + self.per_encoded_image * counts.encoded_images
             + self.per_supervised * counts.supervised
         )
 
@@ -159,7 +159,7 @@ def _cost_attention_pair(width: int, reached: bool) -> Flops:
 
 
 def _cost_vision_tower(model: nn.Module) -> Flops:
-    """FLOPs per picture of the vision layers that are used."""
+    """FLOPs per image of the vision layers that are used."""
     config = model.config.vision_config
     tower = [(name, module) for name, module in model.named_modules() if VISION_TOWER in name.split(".")]
     embedding = next(module for _, module in tower if isinstance(module, nn.Conv2d))

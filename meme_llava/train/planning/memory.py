@@ -1,4 +1,4 @@
-"""Knows what one training step holds in memory, part by part, before anything is loaded. Knows nothing about time.
+"""Memory of one training step, part by part, before anything is loaded. Nothing about time.
 
 Activations are counted by running the model's own code (step_trace.py), the rest follows from what learns and from how
 devices divide it. Layers of a tower are alike: models of two and three layers are run, and the rest is extrapolated.
@@ -15,13 +15,13 @@ from transformers import LlavaConfig
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.distributed.engines import DEEPSPEED, FSDP, choose_engine
 from meme_llava.model.activation_checkpointing import (
-    RecomputedLayers,
+    CheckpointedLayers,
     choose_recomputed_layers,
     count_layers,
     recompute_layers,
 )
 from meme_llava.model.trainable import is_vision_layer_matrix
-from meme_llava.train.planning.trace import Arithmetic, Trace, outline_model, set_depths, trace_step
+from meme_llava.train.planning.trace import Precision, Trace, outline_model, set_depths, trace_step
 from meme_llava.train.settings import TrainArguments
 
 FEW, MORE = 2, 3  # layers of the models that are run
@@ -33,7 +33,7 @@ MARGIN, ALLOWANCE = 0.08, 2**30  # of a device's memory, and bytes
 
 
 @dataclass(frozen=True)
-class StateDivision:
+class ShardingPlan:
     """How the state of training is kept and divided.
 
     Args:
@@ -45,26 +45,26 @@ class StateDivision:
     """
 
     processes: int
-    arithmetic: Arithmetic
+    arithmetic: Precision
     zero_stage: int | None = None
     zero_options: Mapping = field(default_factory=dict)
     is_fsdp: bool = False
 
     @classmethod
-    def of_run(cls, arguments: TrainArguments, processes: int, on_gpu: bool) -> "StateDivision":
+    def of_run(cls, arguments: TrainArguments, processes: int, on_gpu: bool) -> "ShardingPlan":
         """The division of the engine that the settings ask for."""
         engine = choose_engine(arguments.engine, processes, on_gpu)
         uses_bf16 = on_gpu and arguments.precision in ("auto", "bf16")
         if engine.kind == DEEPSPEED:
-            arithmetic = Arithmetic(on_gpu, uses_bf16, keeps_float32=not uses_bf16)
+            arithmetic = Precision(on_gpu, uses_bf16, keeps_float32=not uses_bf16)
             return cls(processes, arithmetic, engine.zero_stage, engine.zero_options)
         stage = 3 if engine.kind == FSDP else None
-        return cls(processes, Arithmetic(on_gpu, uses_bf16, keeps_float32=True), stage, is_fsdp=engine.kind == FSDP)
+        return cls(processes, Precision(on_gpu, uses_bf16, keeps_float32=True), stage, is_fsdp=engine.kind == FSDP)
 
-    def with_zero(self, stage: int, processes: int) -> "StateDivision":
-        """The same under another ZeRO stage, on so many devices."""
+    def with_zero(self, stage: int, processes: int) -> "ShardingPlan":
+        """The same under another ZeRO stage, on that many devices."""
         arithmetic = replace(self.arithmetic, keeps_float32=not self.arithmetic.uses_bf16)
-        return StateDivision(processes, arithmetic, stage, self.zero_options)
+        return ShardingPlan(processes, arithmetic, stage, self.zero_options)
 
     @property
     def name(self) -> str:
@@ -128,13 +128,13 @@ class StepEstimator:
         config: LlavaConfig,
         image_policy: ImagePolicy,
         arguments: TrainArguments,
-        engine: StateDivision,
+        engine: ShardingPlan,
         batch: Mapping,
     ):
         self.config, self.image_policy, self.arguments = config, image_policy, arguments
         self.engine, self.batch = engine, batch
 
-    def with_engine(self, engine: StateDivision) -> "StepEstimator":
+    def with_engine(self, engine: ShardingPlan) -> "StepEstimator":
         """The same step under another engine. Shapes that have run need not run again where it computes alike."""
         other = copy.copy(self)
         other.engine = engine
@@ -149,14 +149,14 @@ class StepEstimator:
         return outline_model(self.config, self.image_policy, self.arguments, self.engine.arithmetic)
 
     @cached_property
-    def most(self) -> RecomputedLayers:
+    def most(self) -> CheckpointedLayers:
         """All layers that can compute their activations again."""
-        return count_layers(self.config, vision_learns=self.arguments.vision_tower_training != "frozen")
+        return count_layers(self.config, vision_trainable=self.arguments.vision_tower_training != "frozen")
 
-    def estimate(self, recomputed: RecomputedLayers) -> StepMemory:
+    def estimate(self, recomputed: CheckpointedLayers) -> StepMemory:
         """The memory of a step in which these layers compute their activations again."""
         layers = self.most
-        if recomputed == RecomputedLayers():
+        if recomputed == CheckpointedLayers():
             trace = self._kept.extrapolate(layers)
         elif recomputed == layers:
             trace = self._recomputed.extrapolate(layers)
@@ -164,7 +164,7 @@ class StepEstimator:
             trace = self._mix(recomputed)
         return self._add_state(trace)
 
-    def _mix(self, recomputed: RecomputedLayers) -> Trace:
+    def _mix(self, recomputed: CheckpointedLayers) -> Trace:
         """Some layers keep their activations, others do not."""
         layers, kept, saved = self.most, self._kept.extrapolate(self.most), self._recomputed.extrapolate(self.most)
         if recomputed.language == layers.language:
@@ -178,7 +178,7 @@ class StepEstimator:
             temporaries=kept.temporaries,
         )
 
-    def choose_recomputed(self, setting: str, memory: int) -> RecomputedLayers:
+    def choose_recomputed(self, setting: str, memory: int) -> CheckpointedLayers:
         """The layers to compute again under --gradient_checkpointing `setting` on a device of `memory` bytes."""
         return choose_recomputed_layers(
             setting, self.most, lambda recomputed: self.estimate(recomputed).total <= find_usable(memory)
@@ -200,7 +200,7 @@ class StepEstimator:
                 continue
             config = set_depths(self.config, language, vision)
             model = outline_model(config, self.image_policy, self.arguments, self.engine.arithmetic)
-            recompute_layers(model, RecomputedLayers(language, vision) if recomputes else RecomputedLayers())
+            recompute_layers(model, CheckpointedLayers(language, vision) if recomputes else CheckpointedLayers())
             traces.append(trace_step(model, self.batch, self.engine.arithmetic))
         return _TracedDepths(*traces)
 
@@ -267,8 +267,8 @@ class _TracedDepths:
     def per_vision_layer(self) -> Trace:
         return self.deeper_vision - self.base
 
-    def extrapolate(self, layers: RecomputedLayers) -> Trace:
-        """The step of a model with so many layers; a frozen tower, which keeps nothing, counts none."""
+    def extrapolate(self, layers: CheckpointedLayers) -> Trace:
+        """The step of a model with the given layers; a frozen tower, which keeps nothing, counts none."""
         vision = layers.vision or FEW
         return self.base + self.per_language_layer * (layers.language - FEW) + self.per_vision_layer * (vision - FEW)
 

@@ -1,5 +1,5 @@
-"""Knows what a training run will take, before a GPU or any weight is touched: positions, memory, time; and what to
-change when it does not fit.
+"""The plan of a training run, before a GPU or any weight is touched: positions, memory, time; and what to change when
+it does not fit.
 
 Memory comes from step_memory.py, FLOPs from costs.py. Time is FLOPs over an assumed speed; waiting for data, for other
 devices and for checkpoints is not in it.
@@ -14,12 +14,12 @@ from transformers import LlavaConfig
 
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
-from meme_llava.model.activation_checkpointing import RecomputedLayers
+from meme_llava.model.activation_checkpointing import CheckpointedLayers
 from meme_llava.terminal import print_table
-from meme_llava.train.planning.accelerators import GIB, Machine
+from meme_llava.train.planning.accelerators import GIB, Accelerator
 from meme_llava.train.planning.advice import MemoryPlan, plan_memory, try_changes
 from meme_llava.train.planning.flops import StepCounts, TrainingCosts
-from meme_llava.train.planning.memory import StateDivision, StepEstimator
+from meme_llava.train.planning.memory import ShardingPlan, StepEstimator
 from meme_llava.train.settings import TrainArguments
 
 # Shares of a device's peak that training is assumed to reach: a GPU's of its datasheet, a CPU's of what was measured.
@@ -77,8 +77,8 @@ class TrainingPlan:
 
     arguments: TrainArguments
     outline: RunOutline
-    machine: Machine
-    engine: StateDivision
+    accelerator: Accelerator
+    engine: ShardingPlan
     accumulation: int
     mean: dict[str, float]
     flops: float
@@ -98,7 +98,7 @@ def plan_training(
     image_policy: ImagePolicy,
     arguments: TrainArguments,
     outline: RunOutline,
-    machine: Machine,
+    accelerator: Accelerator,
     processes: int,
 ) -> TrainingPlan:
     """Plan a run on `processes` devices of one kind. Takes seconds and less than 1 GiB, whatever the model's size.
@@ -106,12 +106,14 @@ def plan_training(
     Raises:
         UserError: the device cannot compute in the precision of the settings.
     """
-    if machine.peak_tflops is None and arguments.precision in ("auto", "bf16"):
-        raise UserError(f"--machine {machine.name} has no bf16; pass --precision fp32 (fp16 overflows with Qwen2)")
-    engine = StateDivision.of_run(arguments, processes, on_gpu=not machine.is_cpu)
+    if accelerator.peak_tflops is None and arguments.precision in ("auto", "bf16"):
+        raise UserError(
+            f"--accelerator {accelerator.name} has no bf16; pass --precision fp32 (fp16 overflows with Qwen2)"
+        )
+    engine = ShardingPlan.of_run(arguments, processes, on_gpu=not accelerator.is_cpu)
     estimator = StepEstimator(config, image_policy, arguments, engine, outline.largest)
     memories = {
-        setting: plan_memory(estimator, setting, machine)
+        setting: plan_memory(estimator, setting, accelerator)
         for setting in dict.fromkeys((arguments.gradient_checkpointing, "none", "auto", "full"))
     }
     chosen = memories[arguments.gradient_checkpointing]
@@ -121,12 +123,12 @@ def plan_training(
     total = sum(outline.counts, StepCounts())
     flops = costs.flops(total) / len(outline.counts) * batches
     recomputed_flops = count_recomputed(costs, total, chosen.recomputed, estimator) / len(outline.counts) * batches
-    utilisation = CPU_UTILISATION if machine.is_cpu else GPU_UTILISATION
-    speed = find_speed(machine, arguments.precision)
+    utilisation = CPU_UTILISATION if accelerator.is_cpu else GPU_UTILISATION
+    speed = find_speed(accelerator, arguments.precision)
     return TrainingPlan(
         arguments=arguments,
         outline=outline,
-        machine=machine,
+        accelerator=accelerator,
         engine=engine,
         accumulation=accumulation,
         mean=mean,
@@ -135,7 +137,7 @@ def plan_training(
         utilisation=utilisation,
         step_seconds=speed and (flops + recomputed_flops) / (processes * speed * utilisation),
         memories=memories,
-        advice=[] if chosen.fits else try_changes(estimator, machine),
+        advice=[] if chosen.fits else try_changes(estimator, accelerator),
     )
 
 
@@ -146,22 +148,22 @@ def average_counts(counts: Sequence[StepCounts]) -> dict[str, float]:
 
 
 def count_recomputed(
-    costs: TrainingCosts, counts: StepCounts, recomputed: RecomputedLayers, estimator: StepEstimator
+    costs: TrainingCosts, counts: StepCounts, recomputed: CheckpointedLayers, estimator: StepEstimator
 ) -> float:
     """FLOPs that computing activations again adds: another forward pass of these layers."""
     layers = estimator.most
     language = costs.per_position * counts.positions + costs.per_attention_pair * counts.attention_pairs
-    vision = costs.per_encoded_picture * counts.encoded_pictures
+    vision = costs.per_encoded_image * counts.encoded_images
     share = recomputed.vision / layers.vision if layers.vision else 0
     return language.forward * recomputed.language / layers.language + vision.forward * share
 
 
-def find_speed(machine: Machine, precision: str) -> float | None:
+def find_speed(accelerator: Accelerator, precision: str) -> float | None:
     """FLOP/s of the device's matrix multiplications in the run's precision, None where it is not known."""
-    if machine.is_cpu or precision in ("auto", "bf16"):
-        return machine.peak_tflops * 1e12
+    if accelerator.is_cpu or precision in ("auto", "bf16"):
+        return accelerator.peak_tflops * 1e12
     # Tensor cores multiply tf32 half as fast as bf16; without them datasheets differ.
-    return machine.peak_tflops * 1e12 / 2 if precision == "tf32" and machine.peak_tflops else None
+    return accelerator.peak_tflops * 1e12 / 2 if precision == "tf32" and accelerator.peak_tflops else None
 
 
 def print_plan(plan: TrainingPlan) -> None:
@@ -169,7 +171,7 @@ def print_plan(plan: TrainingPlan) -> None:
     print_table("Plan: data and schedule", ("what", "value"), list_data_rows(plan))
     settings = list(plan.memories)
     columns = [f"{setting} (this run)" if setting == settings[0] else setting for setting in settings]
-    devices = f"{plan.engine.processes} x {plan.machine.name}, {plan.engine.name}"
+    devices = f"{plan.engine.processes} x {plan.accelerator.name}, {plan.engine.name}"
     print_table(
         f"Plan: memory of each device at the largest batch\n{devices}, in {choose_unit(plan)[0]}",
         ("--gradient_checkpointing", *columns),
@@ -185,8 +187,8 @@ def list_data_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
     """What a step computes on."""
     arguments, outline, mean = plan.arguments, plan.outline, plan.mean
     devices, captions = plan.engine.processes, arguments.global_batch_size
-    positions, supervised, pictures = (
-        mean[name] * plan.accumulation * devices for name in ("positions", "supervised", "encoded_pictures")
+    positions, supervised, images = (
+        mean[name] * plan.accumulation * devices for name in ("positions", "supervised", "encoded_images")
     )
     padded = captions * arguments.model_max_length
     split = f"{devices} device(s) x {arguments.device_batch_size} x {plan.accumulation} in turn"
@@ -201,7 +203,7 @@ def list_data_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
         ("positions per step", f"{positions:,.0f}, {positions / captions:,.0f} per caption"),
         ("the same padded to model_max_length", f"{padded:,}, {padded / positions:.1f} times as many"),
         ("positions that carry loss", f"{supervised:,.0f} per step, {supervised / positions:.0%}"),
-        ("pictures encoded per step", f"{pictures:,.0f}, {pictures / captions:.2f} per caption"),
+        ("images encoded per step", f"{images:,.0f}, {images / captions:.2f} per caption"),
         ("positions of a device batch", f"{mean['positions']:,.0f} on average, {largest:,} in the largest"),
     ]
 
@@ -217,7 +219,7 @@ def list_memory_rows(plan: TrainingPlan) -> list[tuple[str, ...]]:
         *rows,
         ("total", *(f"{planned.memory.total / unit:.2f}" for planned in memories)),
         (
-            f"usable of {plan.machine.memory_gib * GIB / unit:,.1f}",
+            f"usable of {plan.accelerator.memory_gib * GIB / unit:,.1f}",
             *(f"{planned.usable / unit:.2f}" for planned in memories),
         ),
         ("fits", *("yes" if planned.fits else "no" for planned in memories)),
@@ -242,13 +244,13 @@ def list_time_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
     ]
     if plan.step_seconds is None:
         precision = plan.arguments.precision
-        return [*rows, ("step", f"not estimated: the speed of {plan.machine.name} in {precision} is not known")]
+        return [*rows, ("step", f"not estimated: the speed of {plan.accelerator.name} in {precision} is not known")]
     if plan.step_seconds < SHORTEST_STEP:
-        return [*rows, ("step", f"not estimated: too little work for the speed of {plan.machine.name} to matter")]
+        return [*rows, ("step", f"not estimated: too little work for the speed of {plan.accelerator.name} to matter")]
     total = plan.step_seconds * plan.outline.steps
     captions = plan.arguments.global_batch_size / plan.step_seconds
-    source = "measured just now" if plan.machine.is_cpu else "by its datasheet"
-    speed = find_speed(plan.machine, plan.arguments.precision) / 1e12
+    source = "measured just now" if plan.accelerator.is_cpu else "by its datasheet"
+    speed = find_speed(plan.accelerator, plan.arguments.precision) / 1e12
     mfu = plan.utilisation * plan.flops / (plan.flops + plan.recomputed_flops)
     return [
         *rows,
@@ -265,7 +267,7 @@ def list_time_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
 def print_advice(plan: TrainingPlan) -> None:
     """Say that the run does not fit, and what was tried in its place."""
     over = (plan.chosen.memory.total - plan.chosen.usable) / GIB
-    print(f"\nThis run does not fit: a step takes {over:.1f} GiB more than {plan.machine.name} has to give.")
+    print(f"\nThis run does not fit: a step takes {over:.1f} GiB more than {plan.accelerator.name} has to give.")
     rows = [
         (change, f"{planned.memory.total / GIB:.1f} of {planned.usable / GIB:.1f}", "yes" if planned.fits else "no")
         for change, planned in plan.advice

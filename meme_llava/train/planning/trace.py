@@ -1,7 +1,7 @@
-"""Knows what is alive while a training step runs: the model's own code, run on tensors without storage.
+"""What is alive while a training step runs: the model's own code, run on tensors without storage.
 
-So the figures follow the code when it changes, and neither a GPU nor the memory of the model is needed. Knows nothing
-about optimizers and devices that share their work.
+So the figures follow the code when it changes, and neither a GPU nor the memory of the model is needed. Nothing about
+optimizers and devices that share their work.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from meme_llava.train.settings import TrainArguments
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class Precision:
     """What a step computes with.
 
     Args:
@@ -62,7 +62,7 @@ class Trace:
 
 
 def set_depths(config: LlavaConfig, language: int, vision: int) -> LlavaConfig:
-    """The same LLaVA with so many language layers and used vision layers."""
+    """The same LLaVA with the given numbers of language layers and used vision layers."""
     config = copy.deepcopy(config)
     unused = config.vision_config.num_hidden_layers - count_used_vision_layers(config)
     config.vision_config.num_hidden_layers = vision + unused
@@ -76,7 +76,7 @@ def set_depths(config: LlavaConfig, language: int, vision: int) -> LlavaConfig:
 
 
 def outline_model(
-    config: LlavaConfig, image_policy: ImagePolicy, arguments: TrainArguments, arithmetic: Arithmetic
+    config: LlavaConfig, image_policy: ImagePolicy, arguments: TrainArguments, arithmetic: Precision
 ) -> nn.Module:
     """The model as train.py prepares it for training, with parameters that have shape and dtype but no storage."""
     dtype = torch.bfloat16 if arithmetic.uses_bf16 else torch.float32
@@ -97,7 +97,7 @@ def outline_model(
     return model
 
 
-def trace_step(model: nn.Module, batch: Mapping, arithmetic: Arithmetic) -> Trace:
+def trace_step(model: nn.Module, batch: Mapping, arithmetic: Precision) -> Trace:
     """Run a step forward and backward on a model of `outline_model`, and count what would be alive."""
     for parameter in model.parameters():
         if parameter.requires_grad:
