@@ -144,9 +144,7 @@ def train(
             training_arguments.bf16,
             heartbeat,
         )
-    groups = plan_parameter_groups(
-        model, arguments.high_lr, arguments.low_lr, arguments.weight_decay, arguments.muon_lr
-    )
+    groups = plan_parameter_groups(model, arguments)
     run.parameter_groups = [group.describe() for group in groups]
     if is_main_process():
         print_run(run)
@@ -261,7 +259,7 @@ def prepare_model(run: TrainingRun, training_arguments: TrainingArguments, proce
     dtype = choose_load_dtype(training_arguments)
     with load_whole(training_arguments):
         model = load_packed_llava(arguments.model, dtype, processing.image_policy, computation.attention)
-    model = prepare_trainable(model, arguments)
+    model = prepare_trainable(model, arguments, arguments.seed)
     if run.start.checkpoint is not None:
         load_trained_weights(model, run.start.checkpoint)
     elif arguments.projector_from is not None:

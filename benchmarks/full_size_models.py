@@ -145,8 +145,8 @@ def make_adapter(folder: Path, base: Path, seed: int) -> None:
     config = LlavaConfig.from_pretrained(base, local_files_only=True)
     config._name_or_path = str(base)
     with torch.device("meta"):
-        model = prepare_trainable(LlavaForConditionalGeneration(config), arguments)
-    groups = plan_parameter_groups(model, arguments.high_lr, arguments.low_lr, arguments.weight_decay)
+        model = prepare_trainable(LlavaForConditionalGeneration(config), arguments, arguments.seed)
+    groups = plan_parameter_groups(model, arguments)
     run.parameter_groups = [group.describe() for group in groups]
     generator = torch.Generator().manual_seed(seed)
     drawn = {

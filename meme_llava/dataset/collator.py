@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from meme_llava.dataset.conversation import IGNORED_LABEL
-from meme_llava.dataset.policy import LossAverage
+from meme_llava.dataset.settings import LossAverage
 from meme_llava.dataset.token_lengths import count_common_prefix
 
 

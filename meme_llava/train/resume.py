@@ -8,7 +8,7 @@ from meme_llava.errors import CheckpointError, UserError
 from meme_llava.storage.manifest import verify_directory
 from meme_llava.storage.run_record import RUN_RECORD, read_run_record
 from meme_llava.train.checkpoints import CORRUPT_SUFFIX, find_newest, list_checkpoints
-from meme_llava.train.settings import TrainArguments
+from meme_llava.train.settings import TrainArguments, free_settings
 from meme_llava.train.tracker_runs import FOLDERS
 from meme_llava.train.validation import ANSWERS
 from meme_llava.train.vision_features import VISION_FEATURES
@@ -16,38 +16,6 @@ from meme_llava.train.vision_features import VISION_FEATURES
 LATEST = "latest"
 # What an interrupted start leaves behind before its first checkpoint is not a result.
 LEFTOVERS = {QUARANTINE, VISION_FEATURES, ANSWERS, *FOLDERS}
-# Settings that may differ when a run continues: they change neither which records a step trains on nor its update.
-FREE_SETTINGS = {
-    "model",
-    "annotations",
-    "image_folder",
-    "output_dir",
-    "resume_from_checkpoint",
-    "allow_changes",
-    "show_batch",
-    "plan",
-    "accelerator",
-    "gpus",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "report_to",
-    "eval_every",
-    "eval_annotations",
-    "eval_image_folder",
-    "eval_limit",
-    "eval_images",
-    "eval_max_new_tokens",
-    "run_name",
-    "dataloader_workers",
-    "device_batch_size",
-    "engine",
-    "hang_timeout",
-    "attention",
-    "gradient_checkpointing",
-    "torch_compile",
-    "cache_vision_features",
-}
 # Settings that decide which tensors learn; no permission lets a checkpoint fit others.
 FIXED_SETTINGS = {
     "train_type",
@@ -132,7 +100,7 @@ def check_continues(start: StartPoint, ours: dict, allow_changes: bool) -> list[
     changed = {
         name: f"{name} was {settings.get(name)!r}, is {own_settings.get(name)!r}"
         for name in sorted(settings.keys() | own_settings.keys())
-        if name not in FREE_SETTINGS and settings.get(name) != own_settings.get(name)
+        if name not in free_settings() and settings.get(name) != own_settings.get(name)
     }
     if theirs["data"]["sha256"] != ours["data"]["sha256"]:
         changed["data"] = "the annotations' contents changed"

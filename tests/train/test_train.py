@@ -197,9 +197,9 @@ def test_linear_schedule_and_warmup_steps(world, tmp_path):
 
 
 def test_optimizer_groups_never_decay_biases_and_norms(world):
-    arguments = parse_train_arguments(train_flags(world, "unused", train_type="full"), "")
-    model = trainable.prepare_trainable(load_llava(world.base, torch.float32), arguments)
-    groups = trainable.plan_parameter_groups(model, 1e-3, 2e-5, 0.1)
+    arguments = parse_train_arguments(train_flags(world, "unused", train_type="full", weight_decay=0.1), "")
+    model = trainable.prepare_trainable(load_llava(world.base, torch.float32), arguments, seed=0)
+    groups = trainable.plan_parameter_groups(model, arguments)
     decay = {name: group.weight_decay for group in groups for name in group.names}
     assert decay["model.language_model.layers.0.mlp.up_proj.weight"] == 0.1
     assert decay["model.multi_modal_projector.linear_1.weight"] == 0.1
