@@ -9,6 +9,7 @@ them in the table. `--answer_with` asks others than our models: the original LLa
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from meme_llava.cli import parse_arguments, to_plain
@@ -26,13 +27,12 @@ from meme_llava.evaluate.scores import (
     Score,
     describe_measure,
     list_measures,
-    score_answers,
+    score_predictions,
     show_counts,
     show_score,
-    to_answered_question,
 )
 from meme_llava.evaluate.settings import EvaluateArguments
-from meme_llava.inference.answers import describe_answer
+from meme_llava.inference.predictions import Prediction
 from meme_llava.inference.questions import Question, list_record_questions
 from meme_llava.storage.hashing import hash_file, hash_files
 from meme_llava.storage.run_record import describe_environment
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             answer = prepare_answering(source, arguments.image_folder)
             append_remaining(folder, questions, "questions", arguments.batch_size, answer)
             check_something_was_answered(folder.lines)
-            scores = score_answers([to_answered_question(prediction) for prediction in folder.lines])
+            scores = score_predictions([Prediction.of_line(line) for line in folder.lines])
             folder.finish(record | {"scores": {name: vars(score) for name, score in scores.items()}})
     head = str(arguments.output_dir) if others else source.title
     print_scores([*others.items(), (head, read_scores(folder.metrics))])
@@ -89,7 +89,7 @@ def prepare_answering(source: AnswerSource, image_folder: Path) -> Callable[[Seq
 
     def answer(questions: Sequence[Question]) -> Iterator[dict]:
         for question, given in zip(questions, ask(questions), strict=True):
-            yield describe_answer(question, given) | {"image": str(question.image.relative_to(root))}
+            yield asdict(Prediction.of_answer(question, given)) | {"image": str(question.image.relative_to(root))}
 
     return answer
 

@@ -11,7 +11,7 @@ import sys
 from meme_llava.cli import parse_arguments
 from meme_llava.dataset.images import open_image
 from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.inference.answers import Answer
+from meme_llava.inference.predictions import Answer
 from meme_llava.inference.questions import Question, list_file_questions, list_record_questions
 from meme_llava.inference.settings import InferArguments
 
@@ -68,7 +68,7 @@ def report(question: Question, answer: Answer, arguments: InferArguments) -> Non
             "question": question.text,
             "answer": answer.text,
             **({"reference": question.reference} if question.reference is not None else {}),
-            "tokens": len(answer.token_ids),
+            "tokens": answer.tokens,
             "stopped": answer.stopped,
         }
         print(json.dumps(result, ensure_ascii=False), flush=True)

@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 from meme_llava.dataset.images import open_image  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
-from meme_llava.inference.answers import Answer  # noqa: E402
 from meme_llava.inference.generation import Answerer, load_answerer  # noqa: E402
+from meme_llava.inference.predictions import Answer  # noqa: E402
 from meme_llava.inference.questions import Question, list_record_questions  # noqa: E402
 from meme_llava.terminal import print_table  # noqa: E402
 

@@ -245,8 +245,8 @@ def read_losses(output_dir: Path) -> list[float]:
 
 
 def run_drawing(script: str, folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    """Draw with a script of data/ into `folder`; the test skips where no font can draw Chinese."""
-    command = [sys.executable, str(ROOT / "data" / script), "--output_dir", str(folder), *flags]
+    """Draw with a script of data/tiny/making into `folder`; the test skips where no font can draw Chinese."""
+    command = [sys.executable, str(ROOT / "data" / "tiny" / "making" / script), "--output_dir", str(folder), *flags]
     process = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if "No font with Chinese characters" in process.stderr:
         pytest.skip("no Chinese font is installed; apt install fonts-noto-cjk")

@@ -41,7 +41,7 @@ OFFLOADED_NEW_TOKENS = 4
 
 
 @dataclass(frozen=True)
-class Reply:
+class Generation:
     """A prompt, a greedy answer to it, and the logits (tokens, vocabulary) that each of its tokens was chosen from."""
 
     prompt: dict[str, torch.Tensor]
@@ -226,7 +226,7 @@ def _load_prompts(training: dict, processing: Processing) -> tuple[list[dict], P
     return prompts, annotations
 
 
-def _reply(model: nn.Module, prompt: dict[str, torch.Tensor], new_tokens: int, processing: Processing) -> Reply:
+def _reply(model: nn.Module, prompt: dict[str, torch.Tensor], new_tokens: int, processing: Processing) -> Generation:
     # generate encodes whatever images it is given, None too.
     given = {name: tensor for name, tensor in prompt.items() if tensor is not None}
     output = model.generate(
@@ -241,10 +241,10 @@ def _reply(model: nn.Module, prompt: dict[str, torch.Tensor], new_tokens: int, p
     # An untrained model may say <image>; given back to it, that would ask for an image. The last token is not given.
     images = (tokens == processing.encoder.image_token_id).nonzero()
     kept = int(images[0]) + 1 if len(images) else len(tokens)
-    return Reply(prompt, tokens[:kept], torch.cat(output.logits[:kept]).float())
+    return Generation(prompt, tokens[:kept], torch.cat(output.logits[:kept]).float())
 
 
-def _compare(model: nn.Module, expected: list[Reply]) -> tuple[float, int]:
+def _compare(model: nn.Module, expected: list[Generation]) -> tuple[float, int]:
     """Largest logit difference, and how many greedy answers are the same.
 
     The answer is given to the model, and each of its tokens must be the model's own choice: then it would have said

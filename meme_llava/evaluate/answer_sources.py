@@ -11,15 +11,15 @@ from meme_llava.dataset.images import ImagePolicy, open_image
 from meme_llava.errors import UserError
 from meme_llava.evaluate.scores import asks_for_text
 from meme_llava.evaluate.settings import EvaluateArguments
-from meme_llava.inference.answers import GivenAnswer
 from meme_llava.inference.endpoints import check_client, find_endpoint
 from meme_llava.inference.ocr import TextReader, check_text_reader
+from meme_llava.inference.predictions import Answer
 from meme_llava.inference.questions import Question
 from meme_llava.storage.hub import resolve_model_folder
 from meme_llava.storage.run_record import RUN_RECORD, read_run_record
 
 # Answers to some questions, in their order, as they come. Raises ValueError for an image that cannot be read.
-Ask = Callable[[list[Question]], Iterator[GivenAnswer]]
+Ask = Callable[[list[Question]], Iterator[Answer]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def choose_source(arguments: EvaluateArguments) -> AnswerSource:
             arguments.preset, arguments.base_url, arguments.model, arguments.key_variable, os.environ
         )
 
-        def ask(questions: list[Question]) -> Iterator[GivenAnswer]:
+        def ask(questions: list[Question]) -> Iterator[Answer]:
             requests = [Request(question.image, question.text, question.system) for question in questions]
             return ask_endpoint(endpoint, requests, arguments.max_new_tokens, arguments.timeout)
 
@@ -109,9 +109,9 @@ def _load_our_model(folder: Path, arguments: EvaluateArguments) -> Ask:
     answerer = load_answerer(folder, arguments.base_model, arguments.device, arguments.dtype)
     policy = answerer.processing.image_policy
 
-    def ask(questions: list[Question]) -> Iterator[GivenAnswer]:
+    def ask(questions: list[Question]) -> Iterator[Answer]:
         images = _open_images(questions, policy)
-        return map(GivenAnswer.of_model, answerer.answer_together(images, questions, arguments.max_new_tokens))
+        return iter(answerer.answer_together(images, questions, arguments.max_new_tokens))
 
     return ask
 
@@ -121,9 +121,9 @@ def _load_transformers_model(folder: Path, arguments: EvaluateArguments) -> Ask:
 
     model = load_transformers_model(folder, arguments.device, arguments.dtype)
 
-    def ask(questions: list[Question]) -> Iterator[GivenAnswer]:
+    def ask(questions: list[Question]) -> Iterator[Answer]:
         images = _open_images(questions)
-        return map(GivenAnswer.of_model, model.answer_together(images, questions, arguments.max_new_tokens))
+        return iter(model.answer_together(images, questions, arguments.max_new_tokens))
 
     return ask
 
@@ -136,4 +136,4 @@ def _open_images(questions: list[Question], policy: ImagePolicy | None = None) -
 
 def _load_text_reader() -> Ask:
     reader = TextReader()
-    return lambda questions: (GivenAnswer(reader.read(open_image(question.image))) for question in questions)
+    return lambda questions: (Answer(reader.read(open_image(question.image))) for question in questions)

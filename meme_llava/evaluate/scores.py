@@ -13,6 +13,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
 from meme_llava.dataset.text_quality import find_loop, normalise_text
+from meme_llava.inference.predictions import Prediction
 
 NO_TEXT = "没有文字"  # how an answer says that an image holds no words
 # A reference of this many letters, other than the image's text, is a caption, which is compared by likeness.
@@ -22,40 +23,6 @@ FOUND_PIECE = 3
 RESAMPLES = 1000
 RIGHT = "right: "  # in front of a task's name: its exact matches
 FIGURE, RIGHT_FIGURE = "eval_", "eval_right/"  # the same and RIGHT in a training's log
-
-
-@dataclass(frozen=True)
-class AnsweredQuestion:
-    """An answer beside the reference.
-
-    Args:
-        text_in_image: None where it is not known, "" where there is none.
-        task: the record's own name for what is asked, such as "mood".
-        image: what the question is about; answers about the same image are not independent.
-        tokens: length of the answer, or None where it is not known.
-        stopped: whether the answer ended by itself, or None where that is not known.
-    """
-
-    answer: str
-    reference: str
-    text_in_image: str | None
-    task: str
-    image: str
-    tokens: int | None = None
-    stopped: bool | None = None
-
-
-def to_answered_question(described: Mapping) -> AnsweredQuestion:
-    """What is scored of an answer as `generation.describe_answer` describes it."""
-    return AnsweredQuestion(
-        described["answer"],
-        described["reference"],
-        described["text"],
-        described["task"],
-        described["image"],
-        described["tokens"],
-        described["stopped"],
-    )
 
 
 @dataclass(frozen=True)
@@ -152,21 +119,21 @@ class _Characters:
 _ROUGE = RougeScorer(["rougeL"], tokenizer=_Characters())
 
 
-def score_answers(answered: Sequence[AnsweredQuestion]) -> dict[str, Score]:
+def score_predictions(predictions: Sequence[Prediction]) -> dict[str, Score]:
     """All scores for which there is an answer, by name, in the order of MEASURES and then of the tasks.
 
     Intervals say how much a score would change with other images: RESAMPLES times as many images are drawn with
     replacement, with all their answers, and the middle 95 % of what comes out are told (percentile bootstrap).
     """
     parts: dict[str, list[tuple[str, _Part]]] = {}
-    for question in answered:
-        for part in _judge(question):
-            parts.setdefault(part.name, []).append((question.image, part))
+    for prediction in predictions:
+        for part in _measure(prediction):
+            parts.setdefault(part.name, []).append((prediction.image, part))
     scores = {}
     for name, of_score in parts.items():
         counts = np.array([(part.points, part.of) for _, part in of_score], dtype=float)  # (answers, points and of)
         scores[name] = _estimate([image for image, _ in of_score], counts, _divide)
-    scores |= _compare_captions(answered)
+    scores |= _compare_captions(predictions)
     return {name: scores[name] for name in list_measures([scores])}
 
 
@@ -192,32 +159,32 @@ def is_right(answer: str, reference: str) -> bool:
     return normalise_text(answer) == normalise_text(reference)
 
 
-def _judge(question: AnsweredQuestion) -> Iterator[_Part]:
+def _measure(prediction: Prediction) -> Iterator[_Part]:
     """By what the reference answer is: the text itself, that there is none, a caption, or a word."""
-    answer, reference = normalise_text(question.answer), normalise_text(question.reference)
-    text = None if question.text_in_image is None else normalise_text(question.text_in_image)
-    if _is_caption(question):
-        yield _Part("rouge_l", _ROUGE.score(question.reference, question.answer)["rougeL"].fmeasure)
+    answer, reference = normalise_text(prediction.answer), normalise_text(prediction.reference)
+    text = None if prediction.text is None else normalise_text(prediction.text)
+    if _is_caption(prediction):
+        yield _Part("rouge_l", _ROUGE.score(prediction.reference, prediction.answer)["rougeL"].fmeasure)
         if text:
             yield _Part("text_found_in_captions", _count_found(text, answer), len(text))
     else:
-        yield _Part(f"{RIGHT}{question.task}", is_right(question.answer, question.reference))
-        if text and asks_for_text(question.reference, question.text_in_image):
+        yield _Part(f"{RIGHT}{prediction.task}", is_right(prediction.answer, prediction.reference))
+        if text and asks_for_text(prediction.reference, prediction.text):
             yield _Part("character_error_rate", Levenshtein.distance(answer, reference), len(reference))
             yield _Part("texts_right", answer == reference)
             yield _Part("text_found", _count_found(text, answer), len(text))
-        elif asks_for_text(question.reference, question.text_in_image):
+        elif asks_for_text(prediction.reference, prediction.text):
             yield _Part("no_text_right", NO_TEXT in answer)
-    yield _Part("looping", find_loop(question.answer) is not None)
-    yield _Part("characters", len(question.answer))
-    if question.tokens is not None:
-        yield _Part("tokens", question.tokens)
-    if question.stopped is not None:
-        yield _Part("stopped", question.stopped)
+    yield _Part("looping", find_loop(prediction.answer) is not None)
+    yield _Part("characters", len(prediction.answer))
+    if prediction.tokens is not None:
+        yield _Part("tokens", prediction.tokens)
+    if prediction.stopped is not None:
+        yield _Part("stopped", prediction.stopped)
 
 
-def _is_caption(question: AnsweredQuestion) -> bool:
-    reference, text = normalise_text(question.reference), normalise_text(question.text_in_image or "")
+def _is_caption(prediction: Prediction) -> bool:
+    reference, text = normalise_text(prediction.reference), normalise_text(prediction.text or "")
     return len(reference) >= CAPTION_CHARACTERS and reference != text
 
 
@@ -234,16 +201,19 @@ def _count_found(text: str, answer: str) -> int:
     return int(found.sum())
 
 
-def _compare_captions(answered: Sequence[AnsweredQuestion]) -> dict[str, Score]:
-    captions = [question for question in answered if _is_caption(question)]
+def _compare_captions(predictions: Sequence[Prediction]) -> dict[str, Score]:
+    captions = [prediction for prediction in predictions if _is_caption(prediction)]
     if not captions:
         return {}
-    images = [question.image for question in captions]
-    answers, truths = [question.answer for question in captions], [[question.reference for question in captions]]
+    images = [prediction.image for prediction in captions]
+    answers, references = (
+        [prediction.answer for prediction in captions],
+        [[prediction.reference for prediction in captions]],
+    )
     scores = {}
     for name, metric in (("chrf", CHRF()), ("bleu", BLEU(tokenize="zh"))):
         # sacrebleu's own bootstrap draws answers, not images, and fails where a drawn BLEU is zero.
-        counts = np.array(metric._extract_corpus_statistics(answers, truths))  # (captions, n-gram counts)
+        counts = np.array(metric._extract_corpus_statistics(answers, references))  # (captions, n-gram counts)
 
         def compute(sums, metric=metric):
             return np.array([metric._compute_score_from_stats(row.tolist()).score for row in sums])
@@ -253,7 +223,7 @@ def _compare_captions(answered: Sequence[AnsweredQuestion]) -> dict[str, Score]:
 
 
 def estimate_mean(images: Sequence[str], values: Sequence[float]) -> Score:
-    """The mean of a value of every answer, with its interval as by `score_answers`."""
+    """The mean of a value of every answer, with its interval as by `score_predictions`."""
     counts = np.array([(value, 1) for value in values], dtype=float)  # (answers, value and one)
     return _estimate(images, counts, _divide)
 

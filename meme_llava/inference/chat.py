@@ -15,8 +15,8 @@ from PIL import Image
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
 from meme_llava.dataset.findings import RecordFault
 from meme_llava.dataset.images import MAX_PIXELS, ImagePolicy, open_image
-from meme_llava.inference.answers import Exchange
 from meme_llava.inference.generation import Answerer, PromptTooLong
+from meme_llava.inference.predictions import Exchange
 from meme_llava.inference.streaming import stream_answer
 
 # A page that is sent every token of a fast model lags behind it.

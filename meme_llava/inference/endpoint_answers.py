@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meme_llava.errors import UserError
-from meme_llava.inference.answers import GivenAnswer
 from meme_llava.inference.endpoint_client import (
     CaptionClient,
     ImageRejected,
@@ -21,6 +20,7 @@ from meme_llava.inference.endpoint_client import (
 )
 from meme_llava.inference.endpoints import Endpoint
 from meme_llava.inference.image_upload import encode_image, make_data_url
+from meme_llava.inference.predictions import Answer
 
 MAX_SIDE = 1024  # pixels; the services scale larger images down themselves
 ATTEMPTS = 5  # requests while none brings an answer
@@ -49,7 +49,7 @@ class Request:
 
 def ask_endpoint(
     endpoint: Endpoint, requests: Sequence[Request], max_new_tokens: int, timeout: float
-) -> Iterator[GivenAnswer]:
+) -> Iterator[Answer]:
     """Ask everything at the same time and give the answers in order.
 
     A request that is not taken, or to which no answer comes while others have theirs, has a problem.
@@ -58,11 +58,11 @@ def ask_endpoint(
         UserError: no answer came to any request, or none will; those before it were given.
     """
     outcomes = asyncio.run(_ask_all(endpoint, requests, max_new_tokens, timeout))
-    some_came = any(isinstance(outcome, GivenAnswer) for outcome in outcomes)
+    some_came = any(isinstance(outcome, Answer) for outcome in outcomes)
     for outcome in outcomes:
         if isinstance(outcome, NoAnswer) and some_came:
             # It would stand in the way of all that come after it, for ever.
-            yield GivenAnswer("", problem=f"unanswered: {outcome.fault}")
+            yield Answer("", problem=f"unanswered: {outcome.fault}")
         elif isinstance(outcome, BaseException):
             raise outcome
         else:
@@ -71,13 +71,13 @@ def ask_endpoint(
 
 async def _ask_all(
     endpoint: Endpoint, requests: Sequence[Request], max_new_tokens: int, timeout: float
-) -> list[GivenAnswer | BaseException]:
+) -> list[Answer | BaseException]:
     async with CaptionClient(endpoint, max_new_tokens, timeout) as client:
         said: set[str] = set()
         return await asyncio.gather(*(_ask(client, request, said) for request in requests), return_exceptions=True)
 
 
-async def _ask(client: CaptionClient, request: Request, said: set[str]) -> GivenAnswer:
+async def _ask(client: CaptionClient, request: Request, said: set[str]) -> Answer:
     """The answer to one request. What a server does not do is told once for all of them, in `said`."""
     jpeg = await asyncio.to_thread(encode_image, request.image, MAX_SIDE)
     generator = random.Random()
@@ -96,15 +96,15 @@ async def _ask(client: CaptionClient, request: Request, said: set[str]) -> Given
                 print(f"{fault}; asking again", file=sys.stderr, flush=True)
             await asyncio.sleep(backoff_seconds(attempt, fault.wait, generator))
         except ImageRejected as error:
-            return GivenAnswer("", problem=f"rejected: {error}")
+            return Answer("", problem=f"rejected: {error}")
         except StopAsking as error:
             raise UserError(f"{error}. What was answered is kept; the same command goes on.") from error
         else:
             if reply.refusal or reply.finish_reason == "content_filter":
                 reason = reply.refusal or "stopped by the provider's content filter"
-                return GivenAnswer("", reply.completion_tokens, problem=f"refused: {reason}")
+                return Answer("", reply.completion_tokens, problem=f"refused: {reason}")
             if not reply.text:
                 # A model that thinks may spend all of --max_new_tokens on thoughts.
-                return GivenAnswer("", reply.completion_tokens, problem=f"empty: finish_reason {reply.finish_reason!r}")
-            return GivenAnswer(reply.text, reply.completion_tokens, reply.finish_reason == ENDED_BY_ITSELF)
+                return Answer("", reply.completion_tokens, problem=f"empty: finish_reason {reply.finish_reason!r}")
+            return Answer(reply.text, reply.completion_tokens, reply.finish_reason == ENDED_BY_ITSELF)
     raise AssertionError("the last attempt returns or raises")

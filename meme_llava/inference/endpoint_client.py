@@ -50,7 +50,7 @@ class TransientError(Exception):
 
 
 @dataclass(frozen=True)
-class Reply:
+class Completion:
     """What a model answered, paid for whether it is of use or not. Token counts are None where none are reported."""
 
     text: str
@@ -83,7 +83,7 @@ class CaptionClient:
     async def __aexit__(self, *exception) -> None:
         await self._client.close()
 
-    async def ask(self, data_url: str, prompt: str, system: str | None = None) -> Reply:
+    async def ask(self, data_url: str, prompt: str, system: str | None = None) -> Completion:
         """One request: the image, then the prompt.
 
         Raises:
@@ -141,7 +141,7 @@ class CaptionClient:
             return TransientError(detail, parse_retry_after(error.response.headers.get("retry-after"), time.time()))
         return ImageRejected(detail)
 
-    def _read(self, body: bytes) -> Reply:
+    def _read(self, body: bytes) -> Completion:
         """The answer in a response that came with status 200, whatever it holds."""
         try:
             completion = json.loads(body)
@@ -157,7 +157,7 @@ class CaptionClient:
         usage = completion.get("usage")
         counts = [_read_count(usage, name) for name in ("prompt_tokens", "completion_tokens")]
         reason = choice.get("finish_reason")
-        return Reply(self.clean(text).strip(), refusal and self.clean(refusal), reason, *counts)
+        return Completion(self.clean(text).strip(), refusal and self.clean(refusal), reason, *counts)
 
 
 def _read_count(usage, name: str) -> int | None:

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.dataset.pixels import to_pixel_values
 from meme_llava.errors import UserError
-from meme_llava.inference.answers import Answer, Exchange
+from meme_llava.inference.predictions import Answer, Exchange
 from meme_llava.inference.questions import Question
 from meme_llava.model.llava import PROJECTOR, Processing, load_llava, load_processing
 from meme_llava.model.trainable import apply_trained_weights
@@ -175,7 +175,7 @@ def read_answer(new_ids: list[int], ends: Sequence[int], tokenizer: PreTrainedTo
     length = next((place + 1 for place, token in enumerate(new_ids) if token in ends), len(new_ids))
     new_ids = new_ids[:length]
     text = tokenizer.decode(new_ids, skip_special_tokens=True)
-    return Answer(text.strip(), new_ids, new_ids[-1] in ends)
+    return Answer(text.strip(), len(new_ids), new_ids[-1] in ends, token_ids=tuple(new_ids))
 
 
 def load_answerer(folder: Path, base_model: Path | None = None, device: str = "auto", dtype: str = "auto") -> Answerer:

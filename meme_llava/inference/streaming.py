@@ -3,6 +3,7 @@
 Nothing about prompts or pages.
 """
 
+import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +13,8 @@ from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from meme_llava.inference.answers import Answer, Exchange
 from meme_llava.inference.generation import Answerer
+from meme_llava.inference.predictions import Answer, Exchange
 
 HALF_CHARACTER = "\ufffd"
 
@@ -53,7 +54,7 @@ def stream_answer(
             token_ids.append(token_id)
             partial = answerer.read_answer(token_ids)
             # A character of several tokens is shown when its last one is there.
-            yield Answer(partial.text.rstrip(HALF_CHARACTER), partial.token_ids, partial.stopped)
+            yield dataclasses.replace(partial, text=partial.text.rstrip(HALF_CHARACTER))
     finally:
         is_closed.set()
         worker.join()

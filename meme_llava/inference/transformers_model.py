@@ -12,8 +12,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from meme_llava.errors import UserError
-from meme_llava.inference.answers import Answer
 from meme_llava.inference.generation import choose_device, choose_dtype, read_answer
+from meme_llava.inference.predictions import Answer
 from meme_llava.inference.questions import Question
 from meme_llava.model.llava import quiet_transformers
 

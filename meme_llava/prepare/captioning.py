@@ -15,8 +15,8 @@ from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.text_quality import find_loop, find_refusal
 from meme_llava.inference.endpoint_client import (
     CaptionClient,
+    Completion,
     ImageRejected,
-    Reply,
     StopAsking,
     TransientError,
     backoff_seconds,
@@ -33,7 +33,7 @@ LONGEST_ASKED_WAIT = 300.0
 GRACE_SECONDS = 5.0  # for answers on their way when a person stops the run: they may be paid for
 
 
-def classify_reply(reply: Reply) -> tuple[str, str] | None:
+def classify_reply(reply: Completion) -> tuple[str, str] | None:
     """Why a reply is not a caption, as a reason and the words that show it; None if it is one."""
     if reply.refusal or reply.finish_reason == "content_filter":
         return "refusal", reply.refusal or "stopped by the provider's content filter"
@@ -61,7 +61,7 @@ class RequestStats:
         self.rejected_replies = 0
         self.bad: tuple[str, str, str] | None = None  # reason, detail and text of the last answer that is not a caption
 
-    def add(self, reply: Reply) -> None:
+    def add(self, reply: Completion) -> None:
         """Count a reply's tokens."""
         if reply.prompt_tokens is not None:
             self.prompt_tokens = (self.prompt_tokens or 0) + reply.prompt_tokens

@@ -20,14 +20,14 @@ from meme_llava.distributed.engines import Engine
 from meme_llava.distributed.heartbeat import Heartbeat
 from meme_llava.distributed.processes import broadcast_from_main, count_processes, gather
 from meme_llava.errors import UserError
-from meme_llava.evaluate.scores import describe_measure, name_figure, score_answers, to_answered_question
-from meme_llava.inference.answers import GivenAnswer, describe_answer
+from meme_llava.evaluate.scores import describe_measure, name_figure, score_predictions
 from meme_llava.inference.generation import Answerer, choose_stops
+from meme_llava.inference.predictions import Prediction
 from meme_llava.model.llava import Processing
 from meme_llava.model.packed_llava import answer_unpacked
 from meme_llava.terminal import print_table
 from meme_llava.train.run import TrainingRun
-from meme_llava.train.tracker_runs import ShownAnswer, TrackerRuns
+from meme_llava.train.tracker_runs import TrackerRuns
 from meme_llava.train.validation import ANSWERS, ValidationData, shard_for_rank
 
 LOSS = "eval_loss"
@@ -92,9 +92,9 @@ class TrainingEvaluation:
         start = time.perf_counter()
         loss = self._measure_loss(measure, is_stopping)
         with answer_unpacked(model), autocast():
-            described = self._ask(model, device, is_stopping)
+            predictions = self._ask(model, device, is_stopping)
         self._heartbeat.beat("scoring answers")
-        return broadcast_from_main(lambda: self._report(step, loss, described, start))
+        return broadcast_from_main(lambda: self._report(step, loss, predictions, start))
 
     def _measure_loss(self, measure: Callable[[Mapping], torch.Tensor], is_stopping: Callable[[], bool]) -> float:
         """The mean loss over the validation records, weighed as in training."""
@@ -111,7 +111,7 @@ class TrainingEvaluation:
         found = sorted(one for several in gather(own) for one in several)
         return sum(loss for _, loss, _ in found) / sum(weight for _, _, weight in found)
 
-    def _ask(self, model: nn.Module, device: torch.device, is_stopping: Callable[[], bool]) -> list[dict]:
+    def _ask(self, model: nn.Module, device: torch.device, is_stopping: Callable[[], bool]) -> list[Prediction]:
         """Every question with its answer, in order."""
         divided = self._engine.shards_weights and count_processes() > 1
         marking = StoppingCriteriaList([_Beat(self._heartbeat)])
@@ -128,10 +128,9 @@ class TrainingEvaluation:
                 raise UserError(f"{error}; it was sound when the run started") from error
             answers = answerer.answer_together(images, list(questions), self._max_new_tokens)
             if place is not None:
-                given = map(GivenAnswer.of_model, answers)
-                own.append((place, [describe_answer(*pair) for pair in zip(questions, given, strict=True)]))
+                own.append((place, [Prediction.of_answer(*pair) for pair in zip(questions, answers, strict=True)]))
         found = sorted((one for several in gather(own) for one in several), key=lambda one: one[0])
-        return [described for _, several in found for described in several]
+        return [prediction for _, several in found for prediction in several]
 
     def _cut(self, items: Sequence) -> list[Sequence]:
         return [items[start : start + self._batch_size] for start in range(0, len(items), self._batch_size)]
@@ -141,19 +140,16 @@ class TrainingEvaluation:
         if is_stopping():
             raise EvaluationInterrupted
 
-    def _report(self, step: int, loss: float, described: list[dict], start: float) -> dict[str, float]:
+    def _report(self, step: int, loss: float, predictions: list[Prediction], start: float) -> dict[str, float]:
         """Show the answers of a step, keep them, and return its figures."""
-        scores = score_answers([to_answered_question(one) for one in described])
+        scores = score_predictions(predictions)
         figures = {LOSS: loss} | {name_figure(name): score.value for name, score in scores.items()}
-        shown = [described[place] for place in self._data.shown]
+        shown = [predictions[place] for place in self._data.shown]
         keep_answers(self._output_dir / ANSWERS, step, shown)
-        self._trackers.report_answers(
-            step,
-            [ShownAnswer(one["image"], one["question"], one["reference"], one["answer"]) for one in shown],
-        )
+        self._trackers.report_answers(step, shown)
         seconds = time.perf_counter() - start
         with tqdm.external_write_mode():
-            print_answers(step, figures, shown, f"{self._data.records} records, {len(described)} questions", seconds)
+            print_answers(step, figures, shown, f"{self._data.records} records, {len(predictions)} questions", seconds)
         return figures
 
 
@@ -209,22 +205,26 @@ class _Beat(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def keep_answers(path: Path, step: int, shown: Sequence[dict]) -> None:
+def keep_answers(path: Path, step: int, shown: Sequence[Prediction]) -> None:
     """Append the answers of a step to those of earlier ones. Later ones are of a run that was continued before."""
     # Text may hold other separators of lines, at which splitlines would cut.
     lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
     kept = [line for line in lines if line and json.loads(line)["step"] < step]
     for one in shown:
-        answer = {"step": step} | {name: one[name] for name in ("image", "question", "reference", "answer", "stopped")}
+        answer = {"step": step} | {
+            name: getattr(one, name) for name in ("image", "question", "reference", "answer", "stopped")
+        }
         kept.append(json.dumps(answer, ensure_ascii=False))
     temporary = path.with_name(f".{path.name}.incomplete")
     temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     temporary.replace(path)
 
 
-def print_answers(step: int, figures: Mapping[str, float], shown: Sequence[dict], of: str, seconds: float) -> None:
+def print_answers(
+    step: int, figures: Mapping[str, float], shown: Sequence[Prediction], of: str, seconds: float
+) -> None:
     """Print a step's answers beside the reference, and what they and all others are worth."""
-    rows = [(Path(one["image"]).name, one["question"], one["reference"], one["answer"]) for one in shown]
+    rows = [(Path(one.image).name, one.question, one.reference, one.answer) for one in shown]
     print_table(f"Answers after step {step}", ("image", "question", "reference", "answer"), rows)
     words = [f"validation loss {figures[LOSS]:.4f}"]
     for name in ("character_error_rate", "text_found", "chrf"):

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from transformers.integrations import TensorBoardCallback
 from meme_llava.dataset.images import open_image
 from meme_llava.distributed.processes import broadcast_from_main, is_main_process
 from meme_llava.errors import Stopped
+from meme_llava.inference.predictions import Prediction
 from meme_llava.train.trackers import MLFLOW, SWANLAB, TENSORBOARD, WANDB, explain_failure, list_trackers
 
 PROJECT = "meme-llava"
@@ -28,24 +29,19 @@ ANSWERS = "answers"
 LONGEST_SIDE = 448  # pixels of an image beside an answer
 
 
-@dataclass(frozen=True)
-class ShownAnswer:
-    """What a model said about an image, a file, at some step."""
+def describe_prediction(prediction: Prediction) -> str:
+    """Everything but the image, a line each."""
+    return (
+        f"{Path(prediction.image).name}\nquestion: {prediction.question}\nreference: {prediction.reference}\n"
+        f"answer: {prediction.answer}"
+    )
 
-    image: str
-    question: str
-    reference: str
-    answer: str
 
-    def describe(self) -> str:
-        """Everything but the image, a line each."""
-        return f"{Path(self.image).name}\nquestion: {self.question}\ntruth: {self.reference}\nanswer: {self.answer}"
-
-    def open_shown_image(self) -> Image.Image:
-        """The image, no larger than a page shows it."""
-        image = open_image(Path(self.image))
-        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-        return image
+def open_shown_image(prediction: Prediction) -> Image.Image:
+    """The image, no larger than a page shows it."""
+    image = open_image(Path(prediction.image))
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    return image
 
 
 class _TensorBoard:
@@ -57,10 +53,10 @@ class _TensorBoard:
     def attach_record(self, record: dict) -> None:
         self.writer.add_text(RECORD, to_literal_text(json.dumps(record, ensure_ascii=False, indent=2)))
 
-    def report_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+    def report_answers(self, step: int, answers: Sequence[Prediction]) -> None:
         for number, answer in enumerate(answers, 1):
-            self.writer.add_text(f"{ANSWERS}/{number}", to_literal_text(answer.describe()), step)
-            image = np.asarray(answer.open_shown_image())  # uint8 (height, width, 3)
+            self.writer.add_text(f"{ANSWERS}/{number}", to_literal_text(describe_prediction(answer)), step)
+            image = np.asarray(open_shown_image(answer))  # uint8 (height, width, 3)
             self.writer.add_image(f"{ANSWERS}/{number}", image, step, dataformats="HWC")
         self.writer.flush()
 
@@ -81,11 +77,11 @@ class _Wandb:
     def attach_record(self, record: dict) -> None:
         self._run.config.update({RECORD: record}, allow_val_change=True)
 
-    def report_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+    def report_answers(self, step: int, answers: Sequence[Prediction]) -> None:
         import wandb
 
         images = {
-            f"{ANSWERS}/{number}": wandb.Image(answer.open_shown_image(), caption=answer.describe())
+            f"{ANSWERS}/{number}": wandb.Image(open_shown_image(answer), caption=describe_prediction(answer))
             for number, answer in enumerate(answers, 1)
         }
         # The step as the Trainer's callback counts it.
@@ -112,9 +108,9 @@ class _SwanLab:
     def attach_record(self, record: dict) -> None:
         self._swanlab.config.update({RECORD: record})
 
-    def report_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+    def report_answers(self, step: int, answers: Sequence[Prediction]) -> None:
         images = {
-            f"{ANSWERS}/{number}": self._swanlab.Image(answer.open_shown_image(), caption=answer.describe())
+            f"{ANSWERS}/{number}": self._swanlab.Image(open_shown_image(answer), caption=describe_prediction(answer))
             for number, answer in enumerate(answers, 1)
         }
         self._swanlab.log(images, step=step)
@@ -150,11 +146,11 @@ class _Mlflow:
         settings = record["settings"] | {f"schedule.{key}": value for key, value in record["schedule"].items()}
         self._mlflow.log_params({f"{RECORD}.{key}": value for key, value in settings.items()})
 
-    def report_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+    def report_answers(self, step: int, answers: Sequence[Prediction]) -> None:
         # An image has no caption here; the texts lie beside them.
         self._mlflow.log_dict([asdict(answer) for answer in answers], f"{ANSWERS}/step_{step:06d}.json")
         for number, answer in enumerate(answers, 1):
-            self._mlflow.log_image(answer.open_shown_image(), key=f"{ANSWERS}_{number}", step=step)
+            self._mlflow.log_image(open_shown_image(answer), key=f"{ANSWERS}_{number}", step=step)
 
     def finish(self, failed: bool) -> None:
         self._mlflow.end_run("FAILED" if failed else "FINISHED")
@@ -187,7 +183,7 @@ class TrackerRuns:
             with explain_failure(tracker):
                 run.attach_record(record)
 
-    def report_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+    def report_answers(self, step: int, answers: Sequence[Prediction]) -> None:
         """Show images with what the model says of them after an optimizer step."""
         for run in self._runs.values():
             run.report_answers(step, answers)

@@ -24,9 +24,9 @@ import infer
 from meme_llava.cli import parse_arguments
 from meme_llava.dataset.images import open_image
 from meme_llava.inference import chat as chat_module
-from meme_llava.inference.answers import Exchange
 from meme_llava.inference.chat import CUT_OFF, STOPPED, TOO_LONG, Chat, ChatProblem, Conversation
 from meme_llava.inference.generation import load_answerer
+from meme_llava.inference.predictions import Exchange
 from meme_llava.inference.settings import DemoArguments
 
 NEW_TOKENS = 12  # a model of two training steps never stops by itself

@@ -9,8 +9,8 @@ from PIL import Image
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.dataset.images import open_image
 from meme_llava.errors import UserError
-from meme_llava.inference.answers import Exchange
 from meme_llava.inference.generation import PromptTooLong
+from meme_llava.inference.predictions import Exchange
 from meme_llava.inference.streaming import stream_answer
 
 QUESTION = "图里写了什么？"

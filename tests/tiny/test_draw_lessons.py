@@ -8,19 +8,17 @@ from pathlib import Path
 import make_towers
 import numpy as np
 import pytest
-from conftest import ROOT, run_drawing
-from PIL import Image
-from transformers import AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
-
-from meme_llava.model.llava import load_strictly
-from meme_llava.storage.run_record import read_run_record
-
-MAKING = ROOT / "data" / "tiny" / "making"
+from conftest import run_drawing
 from meme_characters import MOODS  # noqa: E402
 from meme_groups import Group, draw_group  # noqa: E402
 from meme_lines import list_alphabet  # noqa: E402
 from meme_pages import MOOD_MARKS, Letter, Page, RowKind, plan_scene  # noqa: E402
 from meme_pictures import Meme  # noqa: E402
+from PIL import Image
+from transformers import AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
+
+from meme_llava.model.llava import load_strictly
+from meme_llava.storage.run_record import read_run_record
 
 HALVES = (slice(0, 80), slice(80, 160))
 
