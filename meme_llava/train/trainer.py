@@ -13,8 +13,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from meme_llava.distributed.engine_setup import check_engine_runs
 from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine
+from meme_llava.distributed.environment import is_main_process
 from meme_llava.distributed.heartbeat import Heartbeat
-from meme_llava.distributed.processes import StopRequest, ignore_stop_signals, is_main_process
+from meme_llava.distributed.processes import StopRequest, ignore_stop_signals
 from meme_llava.errors import NonFiniteError
 from meme_llava.model.trainable import ParameterGroup, save_trained_weights
 from meme_llava.storage.manifest import read_manifest
