@@ -94,7 +94,13 @@ def make_batch(config: LlavaConfig) -> dict:
         pixels = torch.randint(0, 256, (3, size, size), generator=generator, dtype=torch.uint8)
         path = Path(f"{number // CAPTIONS_PER_IMAGE}.png")
         examples.append(
-            {"record_id": str(number), "input_ids": ids, "labels": labels, "image_paths": (path,), "images": [pixels]}
+            {
+                "record_id": str(number),
+                "input_ids": ids,
+                "labels": labels,
+                "image_paths": (path,),
+                "pixel_values": [pixels],
+            }
         )
     return PackingCollator(IMAGE_TOKEN_ID, tokens, size)(examples)
 

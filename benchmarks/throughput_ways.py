@@ -152,7 +152,7 @@ class _Collator:
             input_ids[row, :length] = item["input_ids"]
             labels[row, :length] = item["labels"]
             attention_mask[row, :length] = 1
-        pixel_values = torch.cat([torch.stack(item["images"]) for item in items])
+        pixel_values = torch.cat([torch.stack(item["pixel_values"]) for item in items])
         positions, images = len(items) * width, len(pixel_values)
         pairs = positions * (width + 1) // 2
         return {

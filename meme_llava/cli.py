@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from meme_llava.errors import UserError
 
@@ -91,7 +91,8 @@ def _add_setting(parser: Parser, setting: dataclasses.Field, kind: Any) -> None:
         options["default"] = setting.default
     else:
         options["required"] = True
-    if isinstance(kind, UnionType):
+    # Literal[…] | None is a Union, str | None a UnionType.
+    if get_origin(kind) in (Union, UnionType):
         kind = next(part for part in get_args(kind) if part is not NoneType)
     if get_origin(kind) is Literal:
         options["choices"] = get_args(kind)

@@ -45,7 +45,7 @@ def make_example(processing: Processing, *pieces: tuple[str, bool]) -> dict:
         "input_ids": torch.tensor(input_ids),
         "labels": torch.tensor(labels),
         "image_paths": ("p.png",) * images,
-        "images": [torch.zeros(3, 2, 2, dtype=torch.uint8)] * images,
+        "pixel_values": [torch.zeros(3, 2, 2, dtype=torch.uint8)] * images,
     }
 
 

@@ -82,7 +82,7 @@ class PackingCollator:
         expected = len(example["pixel_values"]) * self.tokens_per_image
         if found != expected:
             raise ValueError(
-                f"record {example['record_id']!r} has {found} image tokens for {len(example['images'])} "
+                f"record {example['record_id']!r} has {found} image tokens for {len(example['pixel_values'])} "
                 f"image(s) of {self.tokens_per_image}"
             )
 

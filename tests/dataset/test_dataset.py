@@ -516,7 +516,7 @@ def test_an_item_is_its_tokens_and_its_images_in_order(tmp_path, image_folder, e
     ]
     data = load(write_json(tmp_path / "memes.json", values), image_folder, encoder).dataset
     two, none = data[0], data[1]
-    assert set(two) == {"record_id", "input_ids", "labels", "image_paths", "images"}
+    assert set(two) == {"record_id", "input_ids", "labels", "image_paths", "pixel_values"}
     assert [two["record_id"], none["record_id"]] == ["two", "bad"]
     for item in (two, none):
         assert item["input_ids"].dtype == item["labels"].dtype == torch.int64

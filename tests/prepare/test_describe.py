@@ -546,7 +546,7 @@ def test_other_settings_need_another_file(tmp_path, folder, capsys):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("my notes", "no captions file"),
+        ("my notes", "not a captions file"),
         ('{"picName": "a.png", "description": "别人的"}\n', "line 1 was not written by this script"),
         ("[]\n", "line 1 was not written by this script"),
         ("torn in the middle\n{}\n", "line 1 is not JSON"),
@@ -706,8 +706,8 @@ def test_presets_and_overrides():
         ((None, None, None, None), "give --preset"),
         (("local", None, None, None), "give --model"),
         ((None, "https://a.example/v1", "m", None), "give --key_variable"),
-        ((None, "a.example/v1", "m", None), "no address"),
-        ((None, "http://[", "m", None), "no address"),
+        ((None, "a.example/v1", "m", None), "not an address"),
+        ((None, "http://[", "m", None), "not an address"),
         ((None, f"https://user:{CANARY}@a.example/v1", "m", "K"), "keys come from the environment only"),
         ((None, f"https://a.example/v1?key={CANARY}", "m", "K"), "keys come from the environment only"),
         ((None, "https://a.example/v1", "m", "K"), "variable K holds characters that no key has"),

@@ -381,7 +381,7 @@ def test_kills_at_any_time_leave_the_old_result_and_are_no_obstacle(world, train
 # A script as the user starts it, with slow writing.
 SLOW_PROGRAM = """
 import runpy, sys, time
-from meme_llava import tensor_writer
+from meme_llava.storage import tensor_writer
 write = tensor_writer._write_bytes
 def write_slowly(file, view):
     time.sleep(0.2)

@@ -64,7 +64,7 @@ def test_the_committed_records_train_without_a_problem_or_a_cut(committed):
     assert len(loaded.dataset.image_paths) == memes + pages
     # Every image decodes, and not only its header.
     one_of_each = [*range(0, memes * tasks, tasks), *range(memes * tasks, len(loaded.dataset))]
-    assert all(loaded.dataset[index]["images"][0].shape == (3, 112, 112) for index in one_of_each)
+    assert all(loaded.dataset[index]["pixel_values"][0].shape == (3, 112, 112) for index in one_of_each)
 
 
 def test_the_committed_images_are_those_of_the_records_and_stay_small(committed):
