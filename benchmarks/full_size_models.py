@@ -32,7 +32,6 @@ from transformers import (  # noqa: E402
     Qwen2ForCausalLM,
 )
 
-from meme_llava.dataset.dataset import load_dataset  # noqa: E402
 from meme_llava.dataset.records import read_records  # noqa: E402
 from meme_llava.distributed.engines import SINGLE, choose_engine  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
@@ -40,9 +39,10 @@ from meme_llava.model.llava import load_processing, quiet_transformers  # noqa: 
 from meme_llava.model.trainable import plan_parameter_groups, prepare_trainable, save_trained_weights  # noqa: E402
 from meme_llava.storage.folders import write_directory, write_json  # noqa: E402
 from meme_llava.storage.manifest import describe_file, write_manifest  # noqa: E402
-from meme_llava.train.hf_arguments import derive_accumulation  # noqa: E402
+from meme_llava.train.inputs import RunInputs, load_training_records  # noqa: E402
+from meme_llava.train.prepare import make_run_record, write_sidecars  # noqa: E402
 from meme_llava.train.resume import StartPoint  # noqa: E402
-from meme_llava.train.run import TrainingRun  # noqa: E402
+from meme_llava.train.run import plan_run  # noqa: E402
 from meme_llava.train.settings import parse_train_arguments  # noqa: E402
 
 SCALE_RECORD = "benchmark_scale.json"
@@ -138,16 +138,13 @@ def make_adapter(folder: Path, base: Path, seed: int) -> None:
         description="",
     )
     processing = load_processing(base)
-    encoder, policy = processing.encoder, processing.image_policy
-    data = load_dataset(ANNOTATIONS, ANNOTATIONS.parent, encoder, policy, arguments.model_max_length, "error")
-    engine = choose_engine(SINGLE, 1, on_gpu=False)
-    run = TrainingRun.plan(arguments, data, derive_accumulation(arguments, 1), engine, StartPoint())
+    inputs = RunInputs(StartPoint(), processing, load_training_records(arguments, processing))
+    plan = plan_run(arguments, choose_engine(SINGLE, 1, on_gpu=False), 1, inputs)
     config = LlavaConfig.from_pretrained(base, local_files_only=True)
     config._name_or_path = str(base)
     with torch.device("meta"):
-        model = prepare_trainable(LlavaForConditionalGeneration(config), arguments)
-    groups = plan_parameter_groups(model, arguments.high_lr, arguments.low_lr, arguments.weight_decay)
-    run.parameter_groups = [group.describe() for group in groups]
+        model = prepare_trainable(LlavaForConditionalGeneration(config), arguments, arguments.seed)
+    groups = plan_parameter_groups(model, arguments)
     generator = torch.Generator().manual_seed(seed)
     drawn = {
         name: torch.empty(parameter.shape).normal_(
@@ -157,9 +154,9 @@ def make_adapter(folder: Path, base: Path, seed: int) -> None:
         for name, parameter in zip(group.names, group.parameters, strict=True)
     }
     save_trained_weights(model, folder, drawn)
-    run.make_sidecar_writer(processing)(folder, run.steps)
+    write_sidecars(folder, processing, make_run_record(plan, plan.steps, groups, computation=None))
     files = {path.name: describe_file(path) for path in folder.iterdir()}
-    write_manifest(folder, files, run.make_manifest_metadata(run.steps))
+    write_manifest(folder, files, plan.make_manifest_metadata(plan.steps))
 
 
 def compute_sizes(scale: Scale) -> dict[str, int]:

@@ -27,13 +27,14 @@ import torch  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-from meme_llava.dataset import images  # noqa: E402
+from meme_llava.dataset import images, pixels  # noqa: E402
 from meme_llava.dataset.collator import PackingCollator  # noqa: E402
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, ConversationEncoder  # noqa: E402
-from meme_llava.dataset.dataset import LoadedData, TrainingOrder, load_dataset  # noqa: E402
-from meme_llava.dataset.findings import Severities  # noqa: E402
+from meme_llava.dataset.dataset import LoadedData, TrainingOrder, load_records  # noqa: E402
 from meme_llava.dataset.images import ImagePolicy  # noqa: E402
 from meme_llava.dataset.records import read_records  # noqa: E402
+from meme_llava.dataset.settings import RecordPolicy, RecordSource  # noqa: E402
+from meme_llava.dataset.tokenization import Tokenization  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model.llava import load_processing  # noqa: E402
 from meme_llava.terminal import print_table  # noqa: E402
@@ -56,9 +57,8 @@ def main(argv: list[str] | None = None) -> None:
         annotations = arguments.annotations
         if arguments.captions_per_image is not None:
             annotations = simulate_records(arguments, Path(folder) / "records.json")
-        data = load_dataset(
-            annotations, arguments.image_folder, encoder, policy, MAX_LENGTH, "quarantine", Severities(allowed=ALLOWED)
-        )
+        source, tokens = RecordSource(annotations, arguments.image_folder), Tokenization(encoder, MAX_LENGTH)
+        data = load_records(source, RecordPolicy(bad_records="quarantine", allow=list(ALLOWED)), tokens, policy)
     paths = sorted({path for checked in data.checked.usable for path in checked.image_paths})
     images, records = len(paths), len(data.dataset)
     print(f"{records:,} records on {images:,} images, {data.dataset.lengths.mean():.1f} positions each", flush=True)
@@ -183,9 +183,9 @@ def measure_stages(arguments: argparse.Namespace) -> tuple[int, dict[str, float]
 
         setattr(owner, name, watched)
 
-    for name in ("open_header", "open_image", "fit_to_square"):
-        watch(images, name)
-    watch(shared["encoder"], "encode_example")
+    watch(images, "open_header")
+    for name in ("open_image", "fit_to_square"):
+        watch(pixels, name)
     watch(PackingCollator, "__call__")
     started = time.process_time()
     for _ in DataLoader(order, arguments.device_batch_size, collate_fn=collator):
@@ -194,7 +194,6 @@ def measure_stages(arguments: argparse.Namespace) -> tuple[int, dict[str, float]
         "open": seconds["open_header"],
         "decode": seconds["open_image"] - seconds["open_header"],
         "resize": seconds["fit_to_square"],
-        "tokenise": seconds["encode_example"],
         "collate": seconds["__call__"],
         "all": time.process_time() - started,
     }

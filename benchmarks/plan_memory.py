@@ -124,7 +124,7 @@ def measure(flags: list[str]) -> int:
     before = read_resident("VmRSS")
     model = PackedLlava._from_config(config, dtype=torch.float32)
     prepare_packed_llava(model, estimator.image_policy, SDPA, "random")
-    model = prepare_trainable(model, arguments).train()
+    model = prepare_trainable(model, arguments, arguments.seed).train()
     recompute_layers(model, estimator.choose_recomputed(arguments.gradient_checkpointing, memory=0))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-5)

@@ -170,12 +170,12 @@ def make_models(shapes: Shapes, platform: Platform, seed: int) -> Models:
     attention = choose_attention("auto", device, uses_bf16=dtype == torch.bfloat16)
     prepare_packed_llava(packed, shapes.image_policy, attention, "the benchmark's model")
     arguments = _make_arguments(shapes, seed)
-    packed = prepare_trainable(packed, arguments).to(device).train()
-    plain = prepare_trainable(make_empty_model(LlavaForConditionalGeneration, shapes.config, dtype), arguments)
+    packed = prepare_trainable(packed, arguments, seed).to(device).train()
+    plain = prepare_trainable(make_empty_model(LlavaForConditionalGeneration, shapes.config, dtype), arguments, seed)
     for name, parameter in list(packed.named_parameters()):
         set_parameter(plain, name, parameter)
     plain = plain.to(device).train()
-    groups = plan_parameter_groups(packed, HIGH_LR, LOW_LR, arguments.weight_decay)
+    groups = plan_parameter_groups(packed, arguments)
     start_values = [parameter.detach().cpu().clone() for group in groups for parameter in group.parameters]
     return Models(plain, packed, groups, start_values)
 

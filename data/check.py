@@ -13,10 +13,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from meme_llava.cli import parse_arguments, to_plain  # noqa: E402
-from meme_llava.dataset.check import check_data, suggest_folder  # noqa: E402
+from meme_llava.dataset.check import check_data  # noqa: E402
+from meme_llava.dataset.checked_data import suggest_folder  # noqa: E402
 from meme_llava.dataset.image_cache import ImageCache  # noqa: E402
+from meme_llava.dataset.image_inspection import Inspection  # noqa: E402
 from meme_llava.dataset.quarantine import QUARANTINE, write_quarantine  # noqa: E402
-from meme_llava.dataset.token_lengths import find_default_folder  # noqa: E402
+from meme_llava.dataset.settings import RecordSource  # noqa: E402
+from meme_llava.dataset.tokenization import Tokenization  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model.llava import load_processing  # noqa: E402
 from meme_llava.report.check_page import write_check_report  # noqa: E402
@@ -43,16 +46,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(CheckArguments, argv, description=__doc__)
     processing = load_processing(arguments.model) if arguments.model is not None else None
     checked = check_data(
-        arguments.annotations,
-        arguments.image_folder,
-        arguments.severities,
-        arguments.max_pixels,
-        processing.encoder if processing else None,
-        arguments.model_max_length,
-        ImageCache(find_default_cache()),
-        workers=arguments.workers,
-        show_progress=show_count,
-        length_folder=find_default_folder(),
+        RecordSource(arguments.annotations, arguments.image_folder),
+        arguments,
+        Tokenization(processing.encoder, arguments.model_max_length) if processing else None,
+        Inspection(ImageCache(find_default_cache()), workers=arguments.workers, show_progress=show_count),
     )
     lengths = measure_lengths(checked, processing.tokens_per_image) if processing else None
     facts, histograms = list_facts(checked, lengths, arguments), make_histograms(checked, lengths)

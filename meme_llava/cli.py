@@ -18,9 +18,20 @@ from meme_llava.errors import UserError
 Arguments = TypeVar("Arguments")
 
 
-def describe(text: str, **metadata) -> dict:
-    """Field metadata for a help text."""
-    return {"help": text, **metadata}
+def describe(text: str, *, free: bool = False, **metadata) -> dict:
+    """Field metadata for a help text.
+
+    Args:
+        free: the setting changes neither which records a step trains on nor its update, only how it is computed and
+            shown; a run continues, and a finished one is the same, with another value.
+        metadata: options for argparse.
+    """
+    return {"help": text, "free": free, **metadata}
+
+
+def list_free_settings(arguments_class: type) -> frozenset[str]:
+    """The settings of a script that are `free`."""
+    return frozenset(one.name for one in dataclasses.fields(arguments_class) if one.metadata.get("free", False))
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,7 +84,7 @@ def make_parser(arguments_class: type, description: str, prog: str | None = None
 
 
 def _add_setting(parser: Parser, setting: dataclasses.Field, kind: Any) -> None:
-    options = dict(setting.metadata)
+    options = {name: value for name, value in setting.metadata.items() if name != "free"}
     if setting.default_factory is not dataclasses.MISSING:
         options["default"] = setting.default_factory()
     elif setting.default is not dataclasses.MISSING:

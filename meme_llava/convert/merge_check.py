@@ -12,8 +12,10 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from meme_llava.convert.merge import PEFT_PREFIX, TrainedWeights
 from meme_llava.convert.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights
 from meme_llava.convert.towers import HEAD
-from meme_llava.dataset.dataset import load_dataset
+from meme_llava.dataset.dataset import load_records
 from meme_llava.dataset.pixels import normalise
+from meme_llava.dataset.settings import RecordPolicy, RecordSource
+from meme_llava.dataset.tokenization import Tokenization
 from meme_llava.errors import UserError
 from meme_llava.model.llava import (
     LANGUAGE_MODEL,
@@ -209,12 +211,12 @@ def _merge_whole(trained: TrainedWeights, base: TensorReader, name: str) -> torc
 
 def _load_prompts(training: dict, processing: Processing) -> tuple[list[dict], Path]:
     """First questions of the training data, or of the sample memes where that data is not at hand, and their file."""
-    annotations, image_folder = Path(training["data"]["annotations"]), Path(training["data"]["image_folder"])
-    max_length = training["settings"]["model_max_length"]
-    if not annotations.is_file():
-        annotations, image_folder = DATA / "annotations.json", DATA
+    source = RecordSource(Path(training["data"]["annotations"]), Path(training["data"]["image_folder"]))
+    if not source.annotations.is_file():
+        source = RecordSource(DATA / "annotations.json", DATA)
     encoder, policy = processing.encoder, processing.image_policy
-    dataset = load_dataset(annotations, image_folder, encoder, policy, max_length, "quarantine").dataset
+    tokens = Tokenization(encoder, training["settings"]["model_max_length"])
+    dataset = load_records(source, RecordPolicy(bad_records="quarantine"), tokens, policy).dataset
     prompts = []
     for index in range(min(VERIFIED_RECORDS, len(dataset))):
         example = dataset[index]
@@ -223,7 +225,7 @@ def _load_prompts(training: dict, processing: Processing) -> tuple[list[dict], P
         # (images, 3, size, size); a later turn's images are not part of the first question.
         pixel_values = normalise(torch.stack(example["pixel_values"][:images]), policy) if images else None
         prompts.append({"input_ids": input_ids, "pixel_values": pixel_values})
-    return prompts, annotations
+    return prompts, source.annotations
 
 
 def _reply(model: nn.Module, prompt: dict[str, torch.Tensor], new_tokens: int, processing: Processing) -> Generation:

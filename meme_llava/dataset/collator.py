@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from meme_llava.dataset.conversation import IGNORED_LABEL
-from meme_llava.dataset.policy import LossAverage
-from meme_llava.dataset.token_lengths import count_common_prefix
+from meme_llava.dataset.prefix_sharing import count_common_prefix
+from meme_llava.dataset.settings import LossAverage
 
 
 @dataclass(frozen=True)

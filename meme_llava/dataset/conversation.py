@@ -54,6 +54,15 @@ class Example:
     cut_tokens: int  # positions left out to respect the length limit
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of a whole conversation, one image token for every image; which of them carry loss."""
+
+    ids: list[int]
+    supervised: list[bool]
+    cut_tokens: int  # left out to respect the length limit; images are never cut
+
+
 class DoesNotFit(ValueError):
     """A conversation whose prompt and images leave no room for an answer."""
 
@@ -75,12 +84,10 @@ class ConversationEncoder:
         self.control_tokens = tuple(sorted(tokenizer.get_added_vocab()))
         self._text_tokenizer = _without_added_tokens(tokenizer, source)
         self._newline_ids = self.encode_text("\n")
+        # The same in every conversation, so encoded once.
+        self._headers = {role: self._encode_header(role) for role in ("system", "user", "assistant")}
+        self._default_system_ids = self.encode_text(DEFAULT_SYSTEM)
         self._prefix_ids = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
-
-    @property
-    def tokenizer_description(self) -> str:
-        """All that decides how text is tokenised, as JSON."""
-        return self._text_tokenizer.to_str()
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of a user's string. Whatever it spells, it never becomes a control token."""
@@ -91,10 +98,21 @@ class ConversationEncoder:
         ids = list(self._prefix_ids)
         for turn in _with_system(turns):
             ids += self._open_turn(turn.role) + self._encode_content(turn) + self._close_turn()
-        return ids + self._open_turn("assistant")
+        ids += self._open_turn("assistant")
+        return [token for token in ids for _ in range(self.tokens_per_image if token == self.image_token_id else 1)]
 
     def encode_example(self, turns: list[Turn], max_length: int | None = None) -> Example:
-        """Ids and labels of a conversation: every assistant text and the end token after it carries loss.
+        """Ids and labels of a conversation, as `encode_tokens` finds them, with every image token repeated."""
+        tokens = self.encode_tokens(turns, max_length)
+        input_ids, labels = [], []
+        for token, carries_loss in zip(tokens.ids, tokens.supervised, strict=True):
+            times = self.tokens_per_image if token == self.image_token_id else 1
+            input_ids += [token] * times
+            labels += [token if carries_loss else IGNORED_LABEL] * times
+        return Example(input_ids, labels, tokens.cut_tokens)
+
+    def encode_tokens(self, turns: list[Turn], max_length: int | None = None) -> Tokens:
+        """Tokens of a conversation: every assistant text and the end token after it carries loss.
 
         Longer than `max_length` positions (image tokens counted), it ends with the last answer that can begin within
         the limit; that answer's tail is cut, its end token stands. Image tokens are never cut.
@@ -102,52 +120,58 @@ class ConversationEncoder:
         Raises:
             DoesNotFit: no answer can begin within `max_length`, or an image comes after the last one that can.
         """
-        input_ids: list[int] = list(self._prefix_ids)
-        supervised: list[bool] = [False] * len(input_ids)
-        answers: list[tuple[int, int]] = []  # position and length of every answer, end token excluded
+        ids: list[int] = list(self._prefix_ids)
+        supervised: list[bool] = [False] * len(ids)
+        answers: list[tuple[int, int]] = []  # place in `ids` and length of every answer, end token excluded
         for turn in _with_system(turns):
             header, content, footer = self._open_turn(turn.role), self._encode_content(turn), self._close_turn()
             is_answer = turn.role == "assistant"
             if is_answer:
-                answers.append((len(input_ids) + len(header), len(content)))
-            input_ids += header + content + footer
+                answers.append((len(ids) + len(header), len(content)))
+            ids += header + content + footer
             # The footer is the end token and a line break; the line break is the template's, not the answer's.
             supervised += [False] * len(header) + [is_answer] * (len(content) + 1) + [False] * (len(footer) - 1)
         last_start, last_length = answers[-1]
-        whole_length = last_start + last_length + 1
-        if max_length is not None and whole_length > max_length:
-            end = self._find_cut(input_ids, answers, max_length)
-            input_ids[end - 1], supervised[end - 1] = self.turn_end_id, True
-        else:
-            end = whole_length
-        input_ids, supervised = input_ids[:end], supervised[:end]
-        labels = [
-            token if carries_loss else IGNORED_LABEL for token, carries_loss in zip(input_ids, supervised, strict=True)
-        ]
-        return Example(input_ids, labels, cut_tokens=whole_length - end)
+        end = whole = last_start + last_length + 1
+        if max_length is not None and self.count_positions(ids[:whole]) > max_length:
+            end = self._find_cut(ids, answers, max_length)
+            ids[end - 1], supervised[end - 1] = self.turn_end_id, True
+        return Tokens(ids[:end], supervised[:end], cut_tokens=whole - end)
 
-    def _find_cut(self, input_ids: list[int], answers: list[tuple[int, int]], max_length: int) -> int:
+    def count_positions(self, ids: list[int]) -> int:
+        """Positions that tokens take, where one image token stands for all of an image."""
+        return len(ids) + ids.count(self.image_token_id) * (self.tokens_per_image - 1)
+
+    def _find_cut(self, ids: list[int], answers: list[tuple[int, int]], max_length: int) -> int:
         """Where a conversation that is too long ends: after the end token of its last answer that can begin."""
-        possible = [(start, length) for start, length in answers if start + min(length, 1) + 1 <= max_length]
+        starts = [self.count_positions(ids[:start]) for start, _ in answers]
+        possible = [
+            number for number, (_, length) in enumerate(answers) if starts[number] + min(length, 1) < max_length
+        ]
         if not possible:
             raise DoesNotFit(
-                f"needs {answers[0][0] + 2} positions to begin its first answer, model_max_length is {max_length}"
+                f"needs {starts[0] + 2} positions to begin its first answer, model_max_length is {max_length}"
             )
-        start, length = possible[-1]
-        if self.image_token_id in input_ids[start + length :]:
+        start, length = answers[possible[-1]]
+        if self.image_token_id in ids[start + length :]:
             raise DoesNotFit(f"an image lies beyond model_max_length {max_length}; images are never cut")
-        return min(start + length + 1, max_length)
+        return start + min(length + 1, max_length - starts[possible[-1]])
 
     def _encode_content(self, turn: Turn) -> list[int]:
+        if turn.role == "system" and turn.text == DEFAULT_SYSTEM:
+            return self._default_system_ids
         if turn.role != "user":
             return self.encode_text(turn.text)
         first, *rest = turn.text.split(IMAGE_PLACEHOLDER)
         ids = self.encode_text(first)
         for text in rest:
-            ids += [self.image_token_id] * self.tokens_per_image + self.encode_text(text)
+            ids += [self.image_token_id, *self.encode_text(text)]
         return ids
 
     def _open_turn(self, role: str) -> list[int]:
+        return self._headers[role]
+
+    def _encode_header(self, role: str) -> list[int]:
         return [self.turn_start_id] + self.encode_text(role) + self._newline_ids
 
     def _close_turn(self) -> list[int]:

@@ -11,42 +11,39 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from meme_llava.dataset.check import CheckedData, CheckedRecord, check_data, stop_on_bad_records
-from meme_llava.dataset.conversation import ConversationEncoder
-from meme_llava.dataset.findings import Severities
+from meme_llava.dataset.check import check_data
+from meme_llava.dataset.checked_data import CheckedData, CheckedRecord, stop_on_bad_records
 from meme_llava.dataset.image_cache import ImageCache
+from meme_llava.dataset.image_inspection import Inspection
 from meme_llava.dataset.images import MAX_PIXELS, ImagePolicy
 from meme_llava.dataset.pixels import read_pixels
 from meme_llava.dataset.sampling import BatchShape, PackedLengths, plan_shared_order, shuffle_records
-from meme_llava.dataset.token_lengths import PrefixSharing, find_default_folder
+from meme_llava.dataset.settings import RecordPolicy, RecordSource
+from meme_llava.dataset.tokenization import Tokenization, TokenizedRecords
 from meme_llava.errors import UserError
+from meme_llava.storage.cache import find_default_cache
 
 
 class MemeDataset(Dataset):
-    """Records as token ids and pixels; tokenised and decoded when asked for, in the process that asks.
+    """Records as token ids and pixels; images are decoded when asked for, in the process that asks.
 
     An item is {"record_id", "input_ids" int64 (length,), "labels" int64 (length,), "image_paths" one file for every run
     of image tokens, "pixel_values" their pixels, uint8 (3, size, size) each, or features, (tokens, vision width)}.
 
     Args:
-        records: with known lengths.
-        sharing: how they share positions.
-        max_length: positions a record may take, as its lengths were counted for.
+        records: what trains, with its `tokens`.
     """
 
     def __init__(
         self,
         records: list[CheckedRecord],
-        sharing: PrefixSharing,
-        encoder: ConversationEncoder,
-        max_length: int,
+        tokens: TokenizedRecords,
         image_policy: ImagePolicy,
         max_pixels: int = MAX_PIXELS,
     ):
-        self.sharing = sharing
+        self.sharing = tokens.sharing
         self._records = records
-        self._encoder = encoder
-        self._max_length = max_length
+        self._tokens = tokens
         self._image_policy = image_policy
         self._max_pixels = max_pixels
         # Where every image was encoded once, before training, items hold its features in place of pixels.
@@ -61,33 +58,28 @@ class MemeDataset(Dataset):
     def __getitems__(self, indices: list[int]) -> list[dict]:
         """The items of a batch; an image that several of them show is decoded once."""
         images: dict[Path, torch.Tensor] = {}
-        return [self._make_item(self._records[index], images) for index in indices]
+        return [self._make_item(index, images) for index in indices]
 
-    def _make_item(self, checked: CheckedRecord, images: dict[Path, torch.Tensor]) -> dict:
+    def _make_item(self, index: int, images: dict[Path, torch.Tensor]) -> dict:
+        checked = self._records[index]
         try:
             for path in checked.image_paths:
                 if path not in images:
-                    images[path] = self._read_image(path)
+                    images[path] = self.read_image(path)
         except ValueError as error:
             # Replacing the record would change the data order without a word, so the run stops and names it.
             raise UserError(f"{checked.record.place} (id {checked.record.record_id!r}): {error}") from error
-        example = self._encoder.encode_example(list(checked.record.turns), self._max_length)
-        if len(example.input_ids) != checked.lengths.positions:
-            raise UserError(
-                f"{checked.record.place} (id {checked.record.record_id!r}): has {len(example.input_ids)} positions, "
-                f"but {checked.lengths.positions} were counted at the start. Remove {find_default_folder()}, where "
-                "counted lengths are kept, and start again."
-            )
+        input_ids, labels = self._tokens.read(index)
         return {
             "record_id": checked.record.record_id,
-            # NumPy reads a list four times faster than torch.
-            "input_ids": torch.from_numpy(np.array(example.input_ids, np.int64)),
-            "labels": torch.from_numpy(np.array(example.labels, np.int64)),
+            "input_ids": torch.from_numpy(input_ids),
+            "labels": torch.from_numpy(labels),
             "image_paths": checked.image_paths,
             "pixel_values": [images[path] for path in checked.image_paths],
         }
 
-    def _read_image(self, path: Path) -> torch.Tensor:
+    def read_image(self, path: Path) -> torch.Tensor:
+        """Pixels of one image, uint8 (3, size, size), or its features. Raises as `open_image` does."""
         if self.vision_features is not None:
             return self.vision_features[path]
         return read_pixels(path, self._image_policy, self._max_pixels)
@@ -100,12 +92,12 @@ class MemeDataset(Dataset):
     @property
     def lengths(self) -> np.ndarray:
         """Positions of every record, image tokens counted: int64 (records,)."""
-        return np.array([checked.lengths.positions for checked in self._records], np.int64)
+        return np.array([lengths.positions for lengths in self._tokens.lengths], np.int64)
 
     @property
     def supervised_lengths(self) -> np.ndarray:
         """Positions that carry loss in every record: int64 (records,)."""
-        return np.array([checked.lengths.supervised for checked in self._records], np.int64)
+        return np.array([lengths.supervised for lengths in self._tokens.lengths], np.int64)
 
     @property
     def image_counts(self) -> np.ndarray:
@@ -126,46 +118,21 @@ class LoadedData:
         return [str(finding) for finding in self.checked.findings if finding.kind == "cut_answer"]
 
 
-def load_dataset(
-    annotations: Path,
-    image_folder: Path,
-    encoder: ConversationEncoder,
-    image_policy: ImagePolicy,
-    max_length: int,
-    bad_records: str,
-    severities: Severities | None = None,
-    max_pixels: int = MAX_PIXELS,
-    cache: ImageCache | None = None,
-    length_folder: Path | None = None,
+def load_records(
+    source: RecordSource, policy: RecordPolicy, tokens: Tokenization, image_policy: ImagePolicy
 ) -> LoadedData:
-    """Read and check every record, and count its tokens, before anything is trained.
+    """Read, check and tokenise every record before anything is trained.
 
     Images that an earlier check decoded are known from the cache; of the others the header is read, and one that is
-    damaged after its header stops the run when it is reached.
-
-    Args:
-        max_length: positions a record may take, image tokens counted.
-        bad_records: "error" stops on any bad record; "quarantine" leaves them out.
-        length_folder: where counted lengths are kept; None counts anew.
+    damaged after it stops the run when it is reached.
 
     Raises:
-        UserError: a record is bad under "error" (they are listed), or nothing is left.
+        UserError: a record is bad and `policy` makes that an error (they are listed), or nothing is left.
     """
-    checked = check_data(
-        annotations,
-        image_folder,
-        severities or Severities(),
-        max_pixels,
-        encoder,
-        max_length,
-        cache,
-        decode=False,
-        length_folder=length_folder,
-    )
-    stop_on_bad_records(checked, bad_records)
-    sharing = checked.usable_sharing
-    dataset = MemeDataset(checked.usable, sharing, encoder, max_length, image_policy, max_pixels)
-    return LoadedData(dataset, checked)
+    known = ImageCache(find_default_cache(), read_only=True)
+    checked = check_data(source, policy, tokens, Inspection(known, decode=False))
+    stop_on_bad_records(checked, policy.bad_records)
+    return LoadedData(MemeDataset(checked.usable, checked.usable_tokens, image_policy, policy.max_pixels), checked)
 
 
 class TrainingOrder(Dataset):

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -37,6 +38,34 @@ EXTENSIONS = {
 IMAGE_SUFFIXES = frozenset().union(*EXTENSIONS.values())
 FILES_PER_TASK = 16
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """How image files are looked at.
+
+    Args:
+        cache: what earlier looks found.
+        decode: open every image whole, in parallel, unless the cache knows it; else read the header of those that the
+            cache does not know.
+        workers: processes; None takes the CPUs this process may use.
+        show_progress: such as `terminal.show_count`.
+    """
+
+    cache: ImageCache = field(default_factory=lambda: ImageCache(None))
+    decode: bool = True
+    workers: int | None = None
+    show_progress: Callable | None = None
+
+    def inspect(self, paths: Iterable[Path], max_pixels: int) -> dict[Path, ImageFacts]:
+        """What every file is, each looked at once."""
+        paths = list(dict.fromkeys(paths))
+        if not self.decode:
+            return {path: self.cache.look_up(path) or inspect_image(path, max_pixels, decode=False) for path in paths}
+        if self.show_progress is None:
+            return inspect_images(paths, max_pixels, self.cache, self.workers)
+        with self.show_progress("images", len(paths)) as advance:
+            return inspect_images(paths, max_pixels, self.cache, self.workers, advance)
 
 
 def inspect_image(path: Path, max_pixels: int, decode: bool = True) -> ImageFacts:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from meme_llava.dataset.check import CheckedData
+from meme_llava.dataset.checked_data import CheckedData
 from meme_llava.dataset.findings import RecordFault
 from meme_llava.dataset.records import iterate_values
 from meme_llava.errors import UserError

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meme_llava.dataset.token_lengths import PrefixSharing
+from meme_llava.dataset.prefix_sharing import PrefixSharing
 
 # Device batches of a step are evened out until the longest is this much above the mean, or by so many exchanges.
 TOLERANCE = 0.02

@@ -3,46 +3,28 @@
 Nothing about what they compute.
 """
 
-import atexit
 import contextlib
 import faulthandler
 import hashlib
 import os
 import signal
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
-from meme_llava.errors import PEER_FAILED, ProcessError, Stopped, UserError
+from meme_llava.distributed.environment import count_processes, is_main_process
+from meme_llava.errors import ProcessError, Stopped, UserError
 
 # torch's own limit for waiting is the second line of defence, behind the launcher's.
 COLLECTIVE_MARGIN_SECONDS = 60
 # Signals that come so soon after another are the same one.
 REPEATED_SIGNAL_SECONDS = 2
-_SIGNS_OF_LOSS = ("/gloo/transport/", "NCCL communicator was aborted", "remote process exited", "Watchdog caught")
 Value = TypeVar("Value")
-
-
-def count_processes() -> int:
-    """Processes that the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def find_rank() -> int:
-    """The number of this process in the run."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def is_main_process() -> bool:
-    """Whether this process prints and writes for all."""
-    return find_rank() == 0
 
 
 def start_process_group(hang_timeout: float, needs_group: bool) -> None:
@@ -182,39 +164,3 @@ def ignore_stop_signals() -> None:
     """Leave SIGTERM and SIGINT to the process that started this one."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-
-
-def is_peer_failure(error: BaseException) -> bool:
-    """Whether an error says no more than that another process of the run is gone or does not answer."""
-    if isinstance(error, distributed.DistNetworkError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_LOSS)
-
-
-def run_and_leave(main: Callable[[], None]) -> NoReturn:
-    """Run a script's `main` and end this process with its exit code.
-
-    Where several processes trained, torch's communication threads can abort one whose interpreter is taken down, after
-    all its work was done; so what Python has to see to at exit is seen to, and the rest left out.
-    """
-    code = 0
-    try:
-        main()
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
-    except BaseException as error:
-        code = 1
-        if is_peer_failure(error):
-            # The launcher knows which; a traceback of this one would only hide what that one said.
-            print(f"[process {find_rank()}] lost another process", file=sys.stderr, flush=True)
-            code = PEER_FAILED
-        else:
-            traceback.print_exc()
-    if count_processes() == 1:
-        sys.exit(code)
-    with contextlib.suppress(Exception):
-        atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)

@@ -22,10 +22,10 @@ from meme_llava.model.llava import (
     is_unused_vision_parameter,
     role_of,
 )
+from meme_llava.model.settings import LearningRates, LoraRecipe
 from meme_llava.model.tensor_names import check_same_names, to_disk_name, to_memory_name
 from meme_llava.storage.folders import set_file_modes
 from meme_llava.storage.run_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS
-from meme_llava.train.settings import TrainArguments
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class ParameterGroup:
         }
 
 
-def prepare_trainable(model: nn.Module, arguments: TrainArguments) -> nn.Module:
-    """Freeze, add LoRA and unfreeze as the settings say; trainable parameters become float32.
+def prepare_trainable(model: nn.Module, recipe: LoraRecipe, seed: int) -> nn.Module:
+    """Freeze, add LoRA and unfreeze as the recipe says; trainable parameters become float32.
 
     (DeepSpeed in bf16 rounds them again and keeps float32 masters of its own.)
 
@@ -69,24 +69,24 @@ def prepare_trainable(model: nn.Module, arguments: TrainArguments) -> nn.Module:
         UserError: a LoRA module name matches nothing.
     """
     training = {
-        VISION_TOWER: arguments.vision_tower_training,
-        LANGUAGE_MODEL: arguments.language_model_training,
+        VISION_TOWER: recipe.vision_tower_training,
+        LANGUAGE_MODEL: recipe.language_model_training,
         PROJECTOR: "full",
     }
     model.requires_grad_(False)
     # The Trainer turns the cache off on the top-level config only; the language model reads its own.
     model.config.text_config.use_cache = False
-    if arguments.uses_lora:
-        targets = find_lora_targets(model, arguments)
+    if recipe.uses_lora:
+        targets = find_lora_targets(model, recipe)
         lora_config = LoraConfig(
-            r=arguments.lora_r,
-            lora_alpha=arguments.lora_alpha,
-            lora_dropout=arguments.lora_dropout,
+            r=recipe.lora_r,
+            lora_alpha=recipe.lora_alpha,
+            lora_dropout=recipe.lora_dropout,
             target_modules=_to_pattern(targets),
             modules_to_save=[PROJECTOR],
         )
         # The Trainer seeds later; LoRA's start values are drawn here.
-        torch.manual_seed(arguments.seed)
+        torch.manual_seed(seed)
         model = get_peft_model(model, lora_config)
         adapted = {name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A")}
         check_same_names({f"base_model.model.{name}" for name in targets}, adapted, "LoRA targets")
@@ -100,11 +100,11 @@ def prepare_trainable(model: nn.Module, arguments: TrainArguments) -> nn.Module:
     return model
 
 
-def find_lora_targets(model: nn.Module, arguments: TrainArguments) -> list[str]:
+def find_lora_targets(model: nn.Module, recipe: LoraRecipe) -> list[str]:
     """Full names of the linear layers that get LoRA, chosen by role and by their own name."""
     wanted = {
-        VISION_TOWER: arguments.lora_vision_modules if arguments.vision_tower_training == "lora" else [],
-        LANGUAGE_MODEL: arguments.lora_language_modules if arguments.language_model_training == "lora" else [],
+        VISION_TOWER: recipe.lora_vision_modules if recipe.vision_tower_training == "lora" else [],
+        LANGUAGE_MODEL: recipe.lora_language_modules if recipe.language_model_training == "lora" else [],
     }
     targets = []
     for role, leaf_names in wanted.items():
@@ -127,13 +127,8 @@ def find_lora_targets(model: nn.Module, arguments: TrainArguments) -> list[str]:
     return targets
 
 
-def plan_parameter_groups(
-    model: nn.Module, high_lr: float, low_lr: float, weight_decay: float, muon_lr: float | None = None
-) -> list[ParameterGroup]:
+def plan_parameter_groups(model: nn.Module, rates: LearningRates) -> list[ParameterGroup]:
     """Every trainable parameter in exactly one group; biases and norms never decay.
-
-    Args:
-        muon_lr: Muon's for the matrices of the vision tower's layers; None leaves them to AdamW.
 
     Raises:
         UserError: nothing of a role is trainable although it should be, or the groups do not add up.
@@ -148,12 +143,12 @@ def plan_parameter_groups(
                 for name, parameter in trainable.items()
                 if role_of(name) == role
                 and (parameter.dim() >= 2) == decays
-                and (muon_lr is not None and is_vision_layer_matrix(name, parameter)) == uses_muon
+                and (rates.muon_lr is not None and is_vision_layer_matrix(name, parameter)) == uses_muon
             )
             if names:
                 parameters = tuple(trainable[name] for name in names)
-                learning_rate = muon_lr if uses_muon else high_lr if role == PROJECTOR else low_lr
-                decay = weight_decay if decays else 0.0
+                learning_rate = rates.muon_lr if uses_muon else rates.high_lr if role == PROJECTOR else rates.low_lr
+                decay = rates.weight_decay if decays else 0.0
                 groups.append(ParameterGroup(role, learning_rate, decay, names, parameters, uses_muon))
     grouped = [name for group in groups for name in group.names]
     if sorted(grouped) != sorted(trainable):

@@ -149,9 +149,9 @@ def check_input(chosen: Sequence[Stage], training: Sequence[Stage]) -> None:
 
 def make_result(stage: Stage, writes_note: bool) -> None:
     """Run a stage unless its result is there, made from the same settings and input."""
-    from meme_llava.train.settings import FREE_SETTINGS
+    from meme_llava.train.settings import free_settings
 
-    making = describe_making(stage.flags, FREE_SETTINGS)
+    making = describe_making(stage.flags, free_settings())
     if not stage.is_finished:
         stage.folder.parent.mkdir(parents=True, exist_ok=True)
         run_command(*stage.command, *stage.resume_flags)

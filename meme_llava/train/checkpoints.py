@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from meme_llava.distributed.processes import any_process, broadcast_from_main, gather, is_main_process, wait_for_all
+from meme_llava.distributed.environment import is_main_process
+from meme_llava.distributed.processes import any_process, broadcast_from_main, gather, wait_for_all
 from meme_llava.errors import CheckpointError, DiskFullError, UserError, is_disk_full
 from meme_llava.storage.folders import fsync_path, lock_directory, set_file_modes
 from meme_llava.storage.manifest import MANIFEST, describe_file, verify_directory, write_manifest

@@ -17,8 +17,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TrainerCallback
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.images import open_image
 from meme_llava.distributed.engines import Engine
+from meme_llava.distributed.environment import count_processes
 from meme_llava.distributed.heartbeat import Heartbeat
-from meme_llava.distributed.processes import broadcast_from_main, count_processes, gather
+from meme_llava.distributed.processes import broadcast_from_main, gather
 from meme_llava.errors import UserError
 from meme_llava.evaluate.scores import describe_measure, name_figure, score_predictions
 from meme_llava.inference.generation import Answerer, choose_stops
@@ -26,7 +27,7 @@ from meme_llava.inference.predictions import Prediction
 from meme_llava.model.llava import Processing
 from meme_llava.model.packed_llava import answer_unpacked
 from meme_llava.terminal import print_table
-from meme_llava.train.run import TrainingRun
+from meme_llava.train.prepare import PreparedRun
 from meme_llava.train.tracker_runs import TrackerRuns
 from meme_llava.train.validation import ANSWERS, ValidationData, shard_for_rank
 
@@ -153,24 +154,17 @@ class TrainingEvaluation:
         return figures
 
 
-def make_evaluation(
-    run: TrainingRun,
-    data: ValidationData | None,
-    processing: Processing,
-    collator: PackingCollator,
-    trackers: TrackerRuns,
-    heartbeat: Heartbeat,
-) -> TrainingEvaluation | None:
+def make_evaluation(run: PreparedRun, trackers: TrackerRuns, heartbeat: Heartbeat) -> TrainingEvaluation | None:
     """What evaluates a run's model while it trains; None without validation records."""
-    if data is None:
+    inputs, arguments = run.inputs, run.plan.arguments
+    if inputs.validation is None:
         return None
-    arguments = run.arguments
     return TrainingEvaluation(
         arguments.eval_every,
-        data,
-        processing,
-        collator,
-        run.engine,
+        inputs.validation,
+        inputs.processing,
+        run.collator,
+        run.plan.engine,
         arguments.device_batch_size,
         arguments.eval_max_new_tokens,
         arguments.output_dir,

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from meme_llava.distributed.engine_setup import allow_fsdp_on_cpu, prepare_environment
 from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine
-from meme_llava.distributed.processes import count_processes
+from meme_llava.distributed.environment import count_processes
 from meme_llava.errors import ProcessError, UserError
 from meme_llava.train.planning.accelerators import multiplies_bf16
 from meme_llava.train.settings import TrainArguments

@@ -7,6 +7,7 @@ import torch
 
 from meme_llava.distributed.engines import DDP, SINGLE, Engine
 from meme_llava.errors import OutOfMemoryError
+from meme_llava.train.run import RunPlan
 from meme_llava.train.settings import TrainArguments
 
 _SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -14,7 +15,7 @@ _WORKER_SIGN = "is killed by signal: Killed"
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(arguments: TrainArguments, engine: Engine, processes: int) -> Iterator[None]:
+def explain_out_of_memory(plan: RunPlan) -> Iterator[None]:
     """Turn a lack of memory inside the block into an OutOfMemoryError that says what would help."""
     try:
         yield
@@ -28,11 +29,12 @@ def explain_out_of_memory(arguments: TrainArguments, engine: Engine, processes: 
             raise
         first_line = (str(error).strip().splitlines() or ["MemoryError"])[0]
         advice = "\n".join(
-            f"  {number}. {way}" for number, way in enumerate(list_ways_out(arguments, engine, processes), 1)
+            f"  {number}. {way}"
+            for number, way in enumerate(list_ways_out(plan.arguments, plan.engine, plan.processes), 1)
         )
         raise OutOfMemoryError(
             f"a step does not fit into memory ({first_line[:200]}). What helps, in this order; all of it keeps the "
-            f"global batch of {arguments.global_batch_size} records:\n{advice}\n"
+            f"global batch of {plan.arguments.global_batch_size} records:\n{advice}\n"
             "Then start the same command again; the newest checkpoint is kept. --plan counts what a step takes"
         ) from error
 

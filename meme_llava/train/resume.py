@@ -8,7 +8,7 @@ from meme_llava.errors import CheckpointError, UserError
 from meme_llava.storage.manifest import verify_directory
 from meme_llava.storage.run_record import RUN_RECORD, read_run_record
 from meme_llava.train.checkpoints import CORRUPT_SUFFIX, find_newest, list_checkpoints
-from meme_llava.train.settings import FREE_SETTINGS, TrainArguments
+from meme_llava.train.settings import TrainArguments, free_settings
 from meme_llava.train.tracker_runs import FOLDERS
 from meme_llava.train.validation import ANSWERS
 from meme_llava.train.vision_features import VISION_FEATURES
@@ -102,7 +102,7 @@ def check_continues(start: StartPoint, ours: dict, allow_changes: bool) -> list[
     changed = {
         name: f"{name} was {settings.get(name)!r}, is {own_settings.get(name)!r}"
         for name in sorted(settings.keys() | own_settings.keys())
-        if name not in FREE_SETTINGS | PLACES and settings.get(name) != own_settings.get(name)
+        if name not in free_settings() | PLACES and settings.get(name) != own_settings.get(name)
     }
     if theirs["data"]["sha256"] != ours["data"]["sha256"]:
         changed["data"] = "the annotations' contents changed"

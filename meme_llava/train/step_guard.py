@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainerCallback, TrainerControl
 
+from meme_llava.distributed.environment import is_main_process
 from meme_llava.distributed.heartbeat import Heartbeat
-from meme_llava.distributed.processes import StopRequest, any_process, gather, is_main_process
+from meme_llava.distributed.processes import StopRequest, any_process, gather
 from meme_llava.errors import NonFiniteError, UserError
 
 MAX_SKIPPED_IN_A_ROW = 3

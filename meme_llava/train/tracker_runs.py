@@ -16,7 +16,8 @@ from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 
 from meme_llava.dataset.images import open_image
-from meme_llava.distributed.processes import broadcast_from_main, is_main_process
+from meme_llava.distributed.environment import is_main_process
+from meme_llava.distributed.processes import broadcast_from_main
 from meme_llava.errors import Stopped
 from meme_llava.inference.predictions import Prediction
 from meme_llava.train.trackers import MLFLOW, SWANLAB, TENSORBOARD, WANDB, explain_failure, list_trackers

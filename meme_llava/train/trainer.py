@@ -13,11 +13,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from meme_llava.distributed.engine_setup import check_engine_runs
 from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine
+from meme_llava.distributed.environment import is_main_process
 from meme_llava.distributed.heartbeat import Heartbeat
-from meme_llava.distributed.processes import StopRequest, ignore_stop_signals, is_main_process
+from meme_llava.distributed.processes import StopRequest, ignore_stop_signals
 from meme_llava.errors import NonFiniteError
 from meme_llava.model.trainable import ParameterGroup, save_trained_weights
 from meme_llava.storage.manifest import read_manifest
+from meme_llava.storage.run_record import RATE_PREFIX
 from meme_llava.train.checkpoints import CheckpointContent, write_checkpoint
 from meme_llava.train.evaluation import EvaluationCallback, EvaluationInterrupted, TrainingEvaluation
 from meme_llava.train.muon import MuonWithAdamW
@@ -204,7 +206,7 @@ class MemeTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if logs.pop("learning_rate", None) is not None:
             for group, rate in zip(self._groups, self._group_learning_rates, strict=True):
-                logs[f"learning_rate/{group.rate_name}"] = rate
+                logs[f"{RATE_PREFIX}{group.rate_name}"] = rate
         if "loss" in logs:
             logs.update(self._meter.read())
             self._leave_out_skipped(logs)

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from meme_llava.dataset.check import CheckedData, CheckedRecord
-from meme_llava.dataset.dataset import MemeDataset
-from meme_llava.distributed.processes import broadcast_from_main, count_processes, find_rank
+from meme_llava.dataset.check import check_records
+from meme_llava.dataset.checked_data import CheckedData, CheckedRecord
+from meme_llava.dataset.dataset import MemeDataset, load_records
+from meme_llava.dataset.tokenization import Tokenization
+from meme_llava.distributed.environment import count_processes, find_rank
+from meme_llava.distributed.processes import broadcast_from_main
 from meme_llava.errors import UserError
 from meme_llava.inference.questions import Question, find_question
 from meme_llava.model.llava import Processing
 from meme_llava.storage.hashing import hash_file
-from meme_llava.train.records import check_records, load_records
 from meme_llava.train.settings import TrainArguments
 
 Item = TypeVar("Item")
@@ -47,7 +49,7 @@ def check_validation(arguments: TrainArguments) -> None:
         UserError: a record or image is bad, or no record asks about an image.
     """
     try:
-        checked = check_records(arguments, arguments.eval_annotations, arguments.eval_image_folder)
+        checked = check_records(arguments.eval_source, arguments)
     except UserError as error:
         raise UserError(f"--eval_annotations {error}") from error
     _list_questions(arguments, checked)
@@ -62,7 +64,8 @@ def load_validation(arguments: TrainArguments, processing: Processing) -> Valida
     if arguments.eval_every is None:
         return None
     broadcast_from_main(lambda: check_validation(arguments))
-    loaded = load_records(arguments, arguments.eval_annotations, arguments.eval_image_folder, processing)
+    tokens = Tokenization(processing.encoder, arguments.model_max_length)
+    loaded = load_records(arguments.eval_source, arguments, tokens, processing.image_policy)
     questions = _list_questions(arguments, loaded.checked)
     records = len(_take_first(arguments, loaded.checked))
     return ValidationData(

@@ -5,15 +5,13 @@ Nothing about records or prompts.
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from meme_llava.dataset.images import ImagePolicy
-from meme_llava.dataset.pixels import read_pixels
 from meme_llava.distributed.heartbeat import Heartbeat
 from meme_llava.distributed.processes import wait_for_all
 from meme_llava.errors import DiskFullError, UserError
@@ -59,8 +57,8 @@ class VisionFeatures:
 
 
 class _Images(Dataset):
-    def __init__(self, paths: Sequence[Path], rows: Sequence[int], policy: ImagePolicy, max_pixels: int):
-        self._paths, self._rows, self._policy, self._max_pixels = paths, rows, policy, max_pixels
+    def __init__(self, paths: Sequence[Path], rows: Sequence[int], read_image: Callable[[Path], torch.Tensor]):
+        self._paths, self._rows, self._read_image = paths, rows, read_image
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -68,7 +66,7 @@ class _Images(Dataset):
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:
         row = self._rows[index]
         try:
-            return row, read_pixels(self._paths[row], self._policy, self._max_pixels)
+            return row, self._read_image(self._paths[row])
         except ValueError as error:
             raise UserError(str(error)) from error
 
@@ -76,8 +74,8 @@ class _Images(Dataset):
 def encode_images(
     model: PackedLlava,
     paths: Sequence[Path],
+    read_image: Callable[[Path], torch.Tensor],
     output_dir: Path,
-    max_pixels: int,
     workers: int,
     uses_bf16: bool,
     heartbeat: Heartbeat,
@@ -87,6 +85,7 @@ def encode_images(
     Args:
         model: with a frozen vision tower, on the device that trains.
         paths: images, each once.
+        read_image: pixels of a file, uint8 (3, size, size).
 
     Raises:
         UserError: there is no image, one cannot be decoded, or the disk has no room; with the size that is needed.
@@ -104,7 +103,7 @@ def encode_images(
         _make_room(features)
     wait_for_all()
     rows = range(len(paths))[process::processes]
-    loader = DataLoader(_Images(paths, rows, model.image_policy, max_pixels), IMAGES_AT_ONCE, num_workers=workers)
+    loader = DataLoader(_Images(paths, rows, read_image), IMAGES_AT_ONCE, num_workers=workers)
     with show_count("images encoded", len(rows)) as advance, torch.no_grad():
         for numbers, pixels in loader:
             with torch.autocast(model.device.type, torch.bfloat16, enabled=uses_bf16):

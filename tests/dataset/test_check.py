@@ -15,11 +15,14 @@ from conftest import SHARED_DATA
 from make_towers import train_tokenizer
 from PIL import Image
 
-from meme_llava.dataset.check import CheckedData, check_data, stop_on_bad_records
+from meme_llava.dataset.check import check_data
+from meme_llava.dataset.checked_data import CheckedData, stop_on_bad_records
 from meme_llava.dataset.conversation import ConversationEncoder
 from meme_llava.dataset.findings import KINDS, UNTRAINABLE, Severities, Severity
-from meme_llava.dataset.image_inspection import check_image, inspect_image
+from meme_llava.dataset.image_inspection import Inspection, check_image, inspect_image
 from meme_llava.dataset.quarantine import write_quarantine
+from meme_llava.dataset.settings import RecordPolicy, RecordSource
+from meme_llava.dataset.tokenization import Tokenization
 from meme_llava.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -80,15 +83,10 @@ def write_lines(path: Path, values: list) -> Path:
     return path
 
 
-def check(tmp_path: Path, values: list, encoder=None, severities: Severities | None = None, **options) -> CheckedData:
-    return check_data(
-        write_lines(tmp_path / "memes.jsonl", values),
-        tmp_path / "images",
-        severities or Severities(),
-        encoder=encoder,
-        max_length=MAX_LENGTH,
-        **options,
-    )
+def check(tmp_path: Path, values: list, encoder=None, inspection: Inspection | None = None, **policy) -> CheckedData:
+    source = RecordSource(write_lines(tmp_path / "memes.jsonl", values), tmp_path / "images")
+    tokens = None if encoder is None else Tokenization(encoder, MAX_LENGTH)
+    return check_data(source, RecordPolicy(**policy), tokens, inspection)
 
 
 def list_kinds(checked: CheckedData, line: int) -> list[str]:
@@ -344,7 +342,7 @@ def test_a_file_is_found_out_and_its_neighbours_are_not_blamed(tmp_path, image_f
     # The details name the file, and no other.
     assert all(str(image_folder / name) in finding.detail for finding in checked.findings)
     # What train.py sees of it without decoding is less, and nothing else.
-    glance = check_between_good_ones(tmp_path, make_record(image=name), decode=False)
+    glance = check_between_good_ones(tmp_path, make_record(image=name), inspection=Inspection(decode=False))
     assert set(list_kinds(glance, 2)) <= expected
     if not is_bad(expected):
         assert len(glance.usable) == 3
@@ -356,7 +354,7 @@ def test_all_files_at_once_are_found_out_each_for_itself(tmp_path, image_folder)
         (image_folder / str(number)).mkdir()
         (image_folder / str(number) / name).write_bytes(content)
         values += [make_record(f"file {number}", f"{number}/{name}"), make_neighbour(number + 1)]
-    checked = check(tmp_path, values, workers=2)
+    checked = check(tmp_path, values, inspection=Inspection(workers=2))
     # Some entries of the table hold the same bytes as others; alone they do not.
     found = [set(list_kinds(checked, 2 * number + 2)) - {"duplicate_image"} for number in range(len(FILES))]
     expected = [kinds - {"duplicate_image"} for _, _, kinds in FILES.values()]
@@ -427,7 +425,7 @@ PLACES = {
 @pytest.mark.parametrize("decode", [True, False])
 def test_a_path_is_found_out_and_its_neighbours_are_not_blamed(tmp_path, image_folder, make, image, expected, decode):
     make(image_folder / "a.png")
-    checked = check_between_good_ones(tmp_path, make_record(image=image), decode=decode)
+    checked = check_between_good_ones(tmp_path, make_record(image=image), inspection=Inspection(decode=decode))
     assert set(list_kinds(checked, 2)) == expected
     assert len(checked.usable) == (2 if expected else 3)
 
@@ -746,8 +744,7 @@ def test_kinds_are_allowed_and_refused(tmp_path, image_folder):
     values = [make_record("sorry", answer="抱歉，我无法回答。"), make_record("named", "a.jpg"), make_record("named")]
     usual = check(tmp_path, values)
     assert list_usable(usual) == ["named"] and list(usual.bad) == ["memes.jsonl line 1", "memes.jsonl line 3"]
-    severities = Severities(allowed=("refusal", "duplicate_id"), refused=("wrong_extension",))
-    changed = check(tmp_path, values, severities=severities)
+    changed = check(tmp_path, values, allow=["refusal", "duplicate_id"], refuse=["wrong_extension"])
     # Now the second is left out, so the third has no double.
     assert list_usable(changed) == ["sorry", "named"] and list(changed.bad) == ["memes.jsonl line 2"]
     assert changed.counts == {"refusal": 1, "wrong_extension": 1}
@@ -842,7 +839,7 @@ def test_every_real_odd_file_is_found_out(tmp_path):
         pytest.skip(f"needs the real odd files in {folder}")
     assert sorted(ODD_FILES) == sorted(entry["file"] for entry in json.loads((folder / "manifest.json").read_text()))
     values = [make_record(name, name, f"这个表情包的文件名是{name}。") for name in ODD_FILES]
-    checked = check_data(write_lines(tmp_path / "memes.jsonl", values), folder, Severities())
+    checked = check_data(RecordSource(write_lines(tmp_path / "memes.jsonl", values), folder), RecordPolicy())
     found = {name: set(list_kinds(checked, line)) for line, name in enumerate(ODD_FILES, start=1)}
     assert found == ODD_FILES
     assert len(checked.usable) == 44

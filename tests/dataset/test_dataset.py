@@ -3,7 +3,6 @@
 import copy
 import json
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,12 @@ from PIL import Image
 from meme_llava.dataset import dataset as dataset_module
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.conversation import ConversationEncoder, Turn
-from meme_llava.dataset.dataset import MemeDataset, TrainingOrder, load_dataset
-from meme_llava.dataset.findings import Severities
+from meme_llava.dataset.dataset import MemeDataset, TrainingOrder, load_records
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.dataset.quarantine import write_quarantine
 from meme_llava.dataset.records import read_records
+from meme_llava.dataset.settings import RecordPolicy, RecordSource
+from meme_llava.dataset.tokenization import Tokenization
 from meme_llava.errors import UserError
 
 TOKENS_PER_IMAGE = 4
@@ -77,8 +77,8 @@ def write_json(path: Path, records: list) -> Path:
 
 def load(annotations: Path, image_folder: Path, encoder, bad_records: str = "error", max_length: int = 200):
     # Many tests repeat one record; what becomes of duplicates is tested in test_data_check.py.
-    repeated = Severities(allowed=("duplicate_id", "duplicate_caption", "too_small"))
-    return load_dataset(annotations, image_folder, encoder, POLICY, max_length, bad_records, repeated)
+    repeated = RecordPolicy(bad_records=bad_records, allow=["duplicate_id", "duplicate_caption", "too_small"])
+    return load_records(RecordSource(annotations, image_folder), repeated, Tokenization(encoder, max_length), POLICY)
 
 
 def list_bad(loaded) -> list:
@@ -565,17 +565,6 @@ def test_a_batch_decodes_an_image_once_however_many_records_show_it(tmp_path, im
     for item, expected in zip(batch, alone, strict=True):
         assert item["input_ids"].tolist() == expected["input_ids"].tolist()
         assert torch.stack(item["pixel_values"]).tolist() == torch.stack(expected["pixel_values"]).tolist()
-
-
-def test_a_record_that_is_not_as_long_as_was_counted_stops_the_run(tmp_path, image_folder, encoder):
-    # Steps and progress were planned with the counted lengths.
-    loaded = load(write_json(tmp_path / "memes.json", [make_record("a")]), image_folder, encoder)
-    (checked,) = loaded.checked.usable
-    length = checked.lengths.positions
-    checked.lengths = replace(checked.lengths, positions=length + 1)
-    expected = rf"memes\.json record 0 \(id 'a'\): has {length} positions, but {length + 1} were counted at the start"
-    with pytest.raises(UserError, match=expected):
-        loaded.dataset[0]
 
 
 # ---- The order of training ----

@@ -17,9 +17,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 import build_base_model
-from meme_llava.dataset.dataset import load_dataset
+from meme_llava.dataset.dataset import load_records
 from meme_llava.dataset.images import ImagePolicy, open_header, open_image, resolve_image_path
 from meme_llava.dataset.pixels import normalise, read_pixels, to_pixel_values
+from meme_llava.dataset.settings import RecordPolicy, RecordSource
+from meme_llava.dataset.tokenization import Tokenization
 from meme_llava.errors import UserError
 from meme_llava.inference.generation import load_answerer
 from meme_llava.model.llava import load_processing
@@ -689,15 +691,8 @@ def test_tokens_and_pixels_are_the_same_in_training_and_in_use(world: World, bas
     ]
     (tmp_path / "memes.json").write_text(json.dumps(records), encoding="utf-8")
     processing = load_processing(base_with_policy[1])
-    arguments = (
-        tmp_path / "memes.json",
-        tmp_path / "images",
-        processing.encoder,
-        processing.image_policy,
-        200,
-        "error",
-    )
-    dataset = load_dataset(*arguments).dataset
+    source, tokens = RecordSource(tmp_path / "memes.json", tmp_path / "images"), Tokenization(processing.encoder, 200)
+    dataset = load_records(source, RecordPolicy(), tokens, processing.image_policy).dataset
     answerer = load_answerer(base_with_policy[1], device="cpu", dtype="float32")
     for index, name in enumerate(names):
         item = dataset[index]

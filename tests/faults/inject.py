@@ -19,10 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 
 import train  # noqa: E402
-from meme_llava.distributed.processes import find_rank, run_and_leave  # noqa: E402
+from meme_llava.distributed.environment import find_rank  # noqa: E402
+from meme_llava.distributed.script_exit import run_and_leave  # noqa: E402
 from meme_llava.storage import tensor_writer  # noqa: E402
 from meme_llava.train import checkpoints as checkpoint_store  # noqa: E402
 from meme_llava.train import hf_arguments as training_arguments  # noqa: E402
+from meme_llava.train import inputs  # noqa: E402
 from meme_llava.train import optimizer_state as training_state  # noqa: E402
 from meme_llava.train.trainer import MemeTrainer  # noqa: E402
 
@@ -197,11 +199,11 @@ def kill_worker(step: int) -> None:
 
 def damage_image(step: int) -> None:
     """Images that were sound at the start are cut off when training comes to them."""
-    original = train.load_records
+    original = inputs.load_records
 
     def load_records(*arguments):
         data = original(*arguments)
-        read = data.dataset._read_image
+        read = data.dataset.read_image
         trainer_step = [0]
         before_step(0, lambda trainer: trainer_step.__setitem__(0, trainer.state.global_step + 1), every=True)
 
@@ -210,10 +212,10 @@ def damage_image(step: int) -> None:
                 raise ValueError(f"{path}: the image is damaged")
             return read(path)
 
-        data.dataset._read_image = read_image
+        data.dataset.read_image = read_image
         return data
 
-    train.load_records = load_records
+    inputs.load_records = load_records
 
 
 def compute_in_bf16() -> None:
@@ -223,8 +225,8 @@ def compute_in_bf16() -> None:
 
 def hang_before_start() -> None:
     """This process gets stuck before the first step."""
-    original = train.load_records
-    train.load_records = lambda *arguments: time.sleep(100_000) or original(*arguments)
+    original = inputs.load_records
+    inputs.load_records = lambda *arguments: time.sleep(100_000) or original(*arguments)
 
 
 def main() -> None:

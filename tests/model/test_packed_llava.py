@@ -89,14 +89,14 @@ def load_packed(world, processing, **changes):
     """A model with what learns, and dropout off; LoRA's second matrices are not zero, so that all gradients flow."""
     arguments = parse_train_arguments(train_flags(world, world.folder, lora_dropout=0, **changes), "")
     model = load_packed_llava(world.base, torch.float32, processing.image_policy, SDPA)
-    model = prepare_trainable(model, arguments)
+    model = prepare_trainable(model, arguments, arguments.seed)
     randomise_lora(model)
     return model
 
 
 def load_plain(world, **changes):
     arguments = parse_train_arguments(train_flags(world, world.folder, lora_dropout=0, **changes), "")
-    model = prepare_trainable(load_llava(world.base, torch.float32), arguments)
+    model = prepare_trainable(load_llava(world.base, torch.float32), arguments, arguments.seed)
     randomise_lora(model)
     return model
 

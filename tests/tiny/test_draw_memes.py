@@ -14,8 +14,10 @@ from meme_lines import LINES, LineSource, is_unseen, list_alphabet, list_readabl
 from PIL import Image
 
 from meme_llava.dataset.conversation import ConversationEncoder
-from meme_llava.dataset.dataset import load_dataset
+from meme_llava.dataset.dataset import load_records
 from meme_llava.dataset.images import ImagePolicy
+from meme_llava.dataset.settings import RecordPolicy, RecordSource
+from meme_llava.dataset.tokenization import Tokenization
 
 DATA = ROOT / "data"
 MAKING = DATA / "tiny" / "making"
@@ -32,7 +34,8 @@ def load(folder: Path, max_length: int = 512):
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     encoder = ConversationEncoder(tokenizer, tokens_per_image=64, source="test")
     policy = ImagePolicy(112, (0.0,) * 3, (1.0,) * 3)
-    return load_dataset(folder / "annotations.json", folder, encoder, policy, max_length, "error")
+    source = RecordSource(folder / "annotations.json", folder)
+    return load_records(source, RecordPolicy(), Tokenization(encoder, max_length), policy)
 
 
 def draw(folder: Path, *flags: str) -> subprocess.CompletedProcess:

@@ -54,7 +54,7 @@ def load_prepared(world, **changes):
     flags = train_flags(world, world.folder / "unused", **{"lora_dropout": 0.0, **changes})
     processing = load_processing(world.base)
     model = load_packed_llava(world.base, torch.float32, processing.image_policy, SDPA)
-    model = prepare_trainable(model, parse_train_arguments(flags, description="")).train()
+    model = prepare_trainable(model, parse_train_arguments(flags, description=""), seed=0).train()
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

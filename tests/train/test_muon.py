@@ -20,8 +20,10 @@ FULL = {"train_type": "full", "muon_lr": 2e-2}
 
 def test_muon_gets_the_matrices_of_the_vision_layers_and_nothing_else(world, tmp_path):
     model = load_llava(world.base, torch.float32)
-    prepare_trainable(model, parse_train_arguments(train_flags(world, tmp_path, **FULL), description=""))
-    groups = plan_parameter_groups(model, 1e-3, 2e-5, 0.1, muon_lr=2e-2)
+    flags = train_flags(world, tmp_path, high_lr=1e-3, low_lr=2e-5, weight_decay=0.1, **FULL)
+    arguments = parse_train_arguments(flags, description="")
+    prepare_trainable(model, arguments, seed=0)
+    groups = plan_parameter_groups(model, arguments)
     layers = [group for group in groups if group.uses_muon]
     assert [(group.role, group.learning_rate, group.weight_decay) for group in layers] == [("vision_tower", 2e-2, 0.1)]
     # A vision layer has 6 matrices; the last one of three is not used.

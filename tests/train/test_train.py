@@ -26,7 +26,7 @@ from meme_llava.model import trainable
 from meme_llava.model.llava import load_llava, load_processing
 from meme_llava.model.packed_llava import load_packed_llava
 from meme_llava.storage.cache import find_default_cache
-from meme_llava.train import precheck
+from meme_llava.train import precheck, prepare
 from meme_llava.train.settings import parse_train_arguments
 from meme_llava.train.trainer import MemeTrainer
 
@@ -134,7 +134,7 @@ USED_VISION = (
 def test_exactly_the_promised_tensors_change(world, tmp_path, monkeypatch, train_type, learning_prefixes):
     """Two real steps; every parameter that should move moves, every other is bit-identical."""
     models = []
-    monkeypatch.setattr(train, "load_packed_llava", lambda *a: models.append(load_packed_llava(*a)) or models[-1])
+    monkeypatch.setattr(prepare, "load_packed_llava", lambda *a: models.append(load_packed_llava(*a)) or models[-1])
     train.main(train_flags(world, tmp_path / "out", train_type=train_type, max_steps=2))
     before = dict(load_llava(world.base, torch.float32).named_parameters())
     changed = {name for name, parameter in models[0].named_parameters() if not torch.equal(parameter, before[name])}
@@ -151,7 +151,7 @@ def test_exactly_the_promised_tensors_change(world, tmp_path, monkeypatch, train
 
 def test_lora_leaves_every_base_tensor_alone(world, tmp_path, monkeypatch):
     models = []
-    monkeypatch.setattr(train, "load_packed_llava", lambda *a: models.append(load_packed_llava(*a)) or models[-1])
+    monkeypatch.setattr(prepare, "load_packed_llava", lambda *a: models.append(load_packed_llava(*a)) or models[-1])
     train.main(train_flags(world, tmp_path / "out"))
     before = dict(load_llava(world.base, torch.float32).named_parameters())
     seen = 0
@@ -197,9 +197,9 @@ def test_linear_schedule_and_warmup_steps(world, tmp_path):
 
 
 def test_optimizer_groups_never_decay_biases_and_norms(world):
-    arguments = parse_train_arguments(train_flags(world, "unused", train_type="full"), "")
-    model = trainable.prepare_trainable(load_llava(world.base, torch.float32), arguments)
-    groups = trainable.plan_parameter_groups(model, 1e-3, 2e-5, 0.1)
+    arguments = parse_train_arguments(train_flags(world, "unused", train_type="full", weight_decay=0.1), "")
+    model = trainable.prepare_trainable(load_llava(world.base, torch.float32), arguments, seed=0)
+    groups = trainable.plan_parameter_groups(model, arguments)
     decay = {name: group.weight_decay for group in groups for name in group.names}
     assert decay["model.language_model.layers.0.mlp.up_proj.weight"] == 0.1
     assert decay["model.multi_modal_projector.linear_1.weight"] == 0.1
@@ -433,7 +433,7 @@ def test_resuming_on_other_data_is_refused(world, trained, tmp_path, capsys):
 
 
 def test_wrong_settings_stop_before_the_model_loads(world, trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "load_packed_llava", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(prepare, "load_packed_llava", lambda *args: pytest.fail("the model was loaded"))
     out = tmp_path / "out"
 
     def message(**changes):
@@ -592,14 +592,14 @@ def test_one_process_with_several_gpus_is_refused(world, tmp_path, monkeypatch, 
 
 def test_a_tensor_without_gradient_stops_the_run(world, tmp_path, monkeypatch, capsys):
     """As if the dead last vision layer had been made trainable."""
-    plan = train.plan_parameter_groups
+    plan = prepare.plan_parameter_groups
 
     def with_dead_layer(model, *rates):
         layer = "vision_tower.encoder.layers.2.mlp.fc1.weight"
         next(p for name, p in model.named_parameters() if name.endswith(layer)).requires_grad_(True)
         return plan(model, *rates)
 
-    monkeypatch.setattr(train, "plan_parameter_groups", with_dead_layer)
+    monkeypatch.setattr(prepare, "plan_parameter_groups", with_dead_layer)
     error = fail(capsys, train_flags(world, tmp_path / "out"))
     assert "after the first step 1 tensors that should learn have no gradient" in error
     assert "encoder.layers.2.mlp.fc1.weight" in error

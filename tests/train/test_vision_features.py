@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -67,7 +68,8 @@ def test_what_is_read_is_what_the_tower_gave(world, tmp_path, uses_bf16):
     processing = load_processing(world.base)
     model = load_packed_llava(world.base, torch.float32, processing.image_policy, SDPA).requires_grad_(False)
     paths = [world.image_folder / f"p{number}.png" for number in (4, 0, 2)]
-    features = encode_images(model, paths, tmp_path, 10_000, 0, uses_bf16, Heartbeat(60))
+    read_image = partial(read_pixels, policy=processing.image_policy)
+    features = encode_images(model, paths, read_image, tmp_path, 0, uses_bf16, Heartbeat(60))
     assert features.size == (tmp_path / "vision_features" / "0" / "features.bin").stat().st_size
     pixels = torch.stack([read_pixels(path, processing.image_policy) for path in paths])
     with torch.autocast("cpu", torch.bfloat16, enabled=uses_bf16):
@@ -104,4 +106,4 @@ def test_a_full_disk_and_a_damaged_image_stop_with_one_line(world, tmp_path, mon
 
 def test_records_without_images_have_nothing_to_cache(tmp_path):
     with pytest.raises(UserError, match="no record has an image"):
-        encode_images(None, [], tmp_path, 10_000, 0, False, Heartbeat(60))
+        encode_images(None, [], read_pixels, tmp_path, 0, False, Heartbeat(60))

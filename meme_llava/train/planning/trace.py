@@ -86,7 +86,7 @@ def outline_model(
     if attention == NAMES["flash_attention_2"]:
         attention = NAMES["varlen"]  # keeps the same tensors, and runs without storage
     prepare_packed_llava(model, image_policy, attention, str(arguments.model))
-    model = prepare_trainable(model, arguments).train()
+    model = prepare_trainable(model, arguments, arguments.seed).train()
     mode, outlines = FakeTensorMode(allow_non_fake_inputs=True), {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) not in outlines:
