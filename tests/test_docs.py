@@ -34,7 +34,7 @@ README_LINES = 200
 IMAGE_BYTES = 300_000
 MAKING_FOLDER = "data/tiny/making"
 MAKING = (f"{MAKING_FOLDER}/draw_memes.py", f"{MAKING_FOLDER}/draw_lessons.py")
-BENCHMARKS = tuple(f"benchmarks/{name}.py" for name in ("full_size", "older_reader", "throughput", "recipes"))
+BENCHMARKS = tuple(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("benchmarks/*.py")))
 # Flags of tests/run.sh, tensorboard, mlflow, transformers serve, vllm serve, hf download, git clone and this folder.
 FOREIGN_FLAGS = {
     *("--help", "--all", "--check"),
@@ -133,7 +133,7 @@ def list_known_flags() -> set[str]:
     fields = [field for settings in make_tables.SCRIPTS.values() for field in dataclasses.fields(settings)]
     flags = {f"--{field.name}" for field in fields}
     flags |= {f"--no_{field.name}" for field in fields if field.default is True}
-    flags |= {flag for script in (*MAKING, *BENCHMARKS) for flag in re.findall(r'"(--\w+)",', read(script))}
+    flags |= {flag for script in (*MAKING, *BENCHMARKS) for flag in re.findall(r'"(--\w+)"[,)]', read(script))}
     return flags | {f"--{lesson}" for lesson in load_script("data/tiny/making/draw_lessons.py").LESSONS}
 
 
@@ -225,7 +225,11 @@ def test_links_lead_somewhere(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_named_paths_exist(document):
-    folders = (ROOT, (ROOT / document).parent, *(ROOT / folder for folder in ("meme_llava", "data", MAKING_FOLDER)))
+    folders = (
+        ROOT,
+        (ROOT / document).parent,
+        *(ROOT / folder for folder in ("meme_llava", "data", MAKING_FOLDER, "benchmarks")),
+    )
     spans = {
         span.rstrip("/")
         for span in list_code_spans(document)
@@ -267,7 +271,9 @@ def test_help_of_run_sh_names_every_variable():
 
 
 def test_python_commands_parse():
-    commands = [command for command in list_all_commands() if command.startswith("python ")]
+    # A benchmark's shell script hands its flags to the Python script of the same name.
+    commands = [re.sub(r"^bash (benchmarks/\w+)\.sh", r"python \1.py", command) for command in list_all_commands()]
+    commands = [command for command in commands if command.startswith("python ")]
     assert len(commands) >= 30
     # A shortened command cannot be copied, so there is none.
     assert [command for command in commands if "…" in command or "..." in command] == []
@@ -304,7 +310,9 @@ def test_run_sh_commands_pass_a_dry_run(checkout, ssh):
 
 def test_other_commands_are_known():
     others = {
-        command for command in list_all_commands() if not re.search(r"^python |\bbash (tests/)?run\.sh\b", command)
+        command
+        for command in list_all_commands()
+        if not re.search(r"^python |^bash benchmarks/|\bbash (tests/)?run\.sh\b", command)
     }
     assert others == {
         "source .venv/bin/activate",
