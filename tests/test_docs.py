@@ -141,7 +141,7 @@ def find_fault(words: list[str]) -> str | None:
     """What a script's own parser says against a command; nothing is run."""
     try:
         parse_command(words)
-    except UserError as error:
+    except (UserError, SystemExit) as error:
         return f"{' '.join(words)}: {error}"
     return None
 
