@@ -169,13 +169,18 @@ def find_modules_beside_scripts(monkeypatch):
 
 
 @pytest.fixture
-def example_recipe(tmp_path, monkeypatch):
-    """The recipes with the example of the docs among them, as its reader would save it."""
+def checkout(tmp_path, monkeypatch) -> Path:
+    """A checkout whose reader has saved the example recipe of the docs."""
+    copy = tmp_path / "checkout"
+    for folder in ("configs", "scripts", "meme_llava"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in [*ROOT.glob("*.sh"), *ROOT.glob("*.py"), ROOT / "requirements.txt"]:
+        shutil.copy(path, copy)
+    (copy / "data").symlink_to(ROOT / "data")
     (block,) = list_blocks("docs/train_types.md", "yaml")
-    for path in train_settings.RECIPE_FOLDER.glob("*.yaml"):
-        shutil.copy(path, tmp_path)
-    (tmp_path / "language_lora.yaml").write_text(block, encoding="utf-8")
-    monkeypatch.setattr(train_settings, "RECIPE_FOLDER", tmp_path)
+    (copy / "configs" / "train" / "language_lora.yaml").write_text(block, encoding="utf-8")
+    monkeypatch.setattr(train_settings, "RECIPE_FOLDER", copy / "configs" / "train")
+    return copy
 
 
 @pytest.fixture
@@ -274,7 +279,7 @@ def test_python_commands_parse():
     assert [fault for fault in faults if fault] == []
 
 
-def test_run_sh_commands_pass_a_dry_run(example_recipe, ssh):
+def test_run_sh_commands_pass_a_dry_run(checkout, ssh):
     commands = [command for command in list_all_commands() if re.search(r"\bbash run\.sh\b", command)]
     assert len(commands) >= 15
     # GPUS=cpu: what is read here must not depend on the tester's GPUs. A command may set its own.
@@ -285,7 +290,7 @@ def test_run_sh_commands_pass_a_dry_run(example_recipe, ssh):
     faults = []
     for command in commands:
         result = subprocess.run(
-            ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+            ["bash", "-c", command], cwd=checkout, env=environment, capture_output=True, text=True, timeout=60
         )
         assert result.returncode == 0, f"{command}: {result.stderr}"
         printed = [shlex.split(line) for line in result.stdout.splitlines()]
