@@ -116,7 +116,7 @@ class Supervisor:
             process = SupervisedProcess(
                 rank=self._cluster.node * self._count + local_rank,
                 command=self._command,
-                environment={**os.environ, **self._cluster.make_environment(local_rank)},
+                environment={**choose_allocator(), **os.environ, **self._cluster.make_environment(local_rank)},
                 prepare=lambda: die_with_parent(parent),
                 # On a terminal its progress bar needs the terminal itself.
                 shares_terminal=local_rank == 0 and sys.stderr.isatty(),
@@ -270,6 +270,15 @@ class Supervisor:
             process.kill_group()
         for process in self._processes:
             process.close(self._selector)
+
+
+def choose_allocator() -> dict[str, str]:
+    """Settings of torch's GPU memory for what this process starts; none where the user has some.
+
+    Every packed row has another length. Segments that can grow leave no gaps between blocks of all those lengths.
+    """
+    given = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ)
+    return {} if given else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def _with_code(kind: type[UserError], text: str, code: int) -> UserError:

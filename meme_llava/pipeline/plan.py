@@ -140,7 +140,9 @@ def choose_devices(gpus: str, visible: str | None) -> tuple[int, dict[str, str]]
 
 
 def count_gpus() -> int:
-    """The GPUs that the driver lists."""
+    """The GPUs that a job was given, by number or UUID; else those that the driver lists."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return sum(word not in ("", "-1") for word in visible.split(","))
     if shutil.which("nvidia-smi") is None:
         return 0
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout

@@ -15,7 +15,7 @@ from meme_llava.distributed.engine_setup import check_engine_runs
 from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine
 from meme_llava.distributed.environment import is_main_process
 from meme_llava.distributed.heartbeat import Heartbeat
-from meme_llava.distributed.processes import StopRequest, ignore_stop_signals
+from meme_llava.distributed.processes import StopRequest, WorkerStart
 from meme_llava.errors import NonFiniteError
 from meme_llava.model.trainable import ParameterGroup, save_trained_weights
 from meme_llava.storage.manifest import read_manifest
@@ -135,9 +135,10 @@ class MemeTrainer(Trainer):
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
-        initialise = loader.worker_init_fn
+        # Accelerate's loader iterates over one that it wraps, and that is the one which starts the workers.
+        starts_workers = getattr(loader, "base_dataloader", loader)
         # A scheduler's SIGTERM reaches every process of a job; the workers must live until the state is saved.
-        loader.worker_init_fn = lambda number: (ignore_stop_signals(), initialise(number) if initialise else None)
+        starts_workers.worker_init_fn = WorkerStart(starts_workers.worker_init_fn)
         return loader
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
