@@ -172,13 +172,12 @@ def test_a_loop_over_ssh_starts_run_sh_on_every_node(hosts, tmp_path):
     loop = (
         f"rank=0; for host in {' '.join(HOSTS)}; do\n"
         f'ssh -n "$host" "cd {ROOT} && NNODES=2 NODE_RANK=$rank MASTER_ADDR={ADDRESSES[0]} bash run.sh '
-        'build train merge infer --max_steps 4 --save_steps 2" & rank=$((rank + 1)); done; wait'
+        'build train --max_steps 4 --save_steps 2" & rank=$((rank + 1)); done; wait'
     )
     result = finish(start(["bash", "-c", loop], **variables), time.monotonic())
     assert result.code == 0, result.output
     assert "(4 a device x 2 process(es) x 1 accumulated)" in result.output
     assert "node 1 is done; node 0 goes on" in result.output
-    assert result.output.count("reference:") == 20
 
 
 SRUN = """#!{python}
