@@ -18,7 +18,8 @@ PROJECTOR_LR=${PROJECTOR_LR:-1e-3}            # peak rate of those passes
 
 # --- several nodes: run.sh is started on each of them, with the same settings and its own NODE_RANK ---
 # rank=0; for host in node-a node-b; do
-#     ssh "$host" "cd $PWD && NNODES=2 NODE_RANK=$rank MASTER_ADDR=node-a bash run.sh" & rank=$((rank + 1)); done; wait
+#     ssh -n "$host" "cd $PWD && NNODES=2 NODE_RANK=$rank MASTER_ADDR=node-a bash run.sh" &
+#     rank=$((rank + 1)); done; wait
 NNODES=${NNODES:-1}                           # nodes; they share OUTPUT_DIR, ANNOTATIONS and IMAGE_FOLDER
 NODE_RANK=${NODE_RANK:-0}                     # number of this node; node 0 builds, merges and evaluates
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}         # address by which the other nodes reach node 0

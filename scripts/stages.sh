@@ -1,4 +1,4 @@
-# Presets, and the stages of run.sh on their way to meme_llava/pipeline.py. Sourced by run.sh.
+# Presets, and the stages of run.sh on their way to meme_llava/pipeline. Sourced by run.sh.
 # shellcheck shell=bash
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) ||
     { echo "error: this is bash $BASH_VERSION, expected 4.4 or newer" >&2 && exit 2; }
@@ -19,7 +19,7 @@ run_stages() {
     "$python" -m meme_llava.pipeline check "${declared[@]}" 0 "$@"
     [[ $DRY_RUN == 0 && ${1:-} != @(-h|--help) ]] || exit 0
     activate_environment requirements.txt
-    # A signal to run.sh now reaches pipeline.py, which hands it on.
+    # From here on a signal to run.sh reaches this program, which hands it on to the stage that runs.
     exec python -m meme_llava.pipeline run "${declared[@]}" 0 "$@"
 }
 
@@ -41,4 +41,4 @@ read_preset() {
 }
 [[ -z ${PRESET:-} ]] || read_preset "$PRESET"
 
-set -a # The settings that follow are exported: pipeline.py reads them.
+set -a # The settings that follow are exported: the pipeline reads them.

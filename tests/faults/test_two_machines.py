@@ -160,7 +160,7 @@ def test_a_loop_over_ssh_starts_run_sh_on_every_node(hosts, tmp_path):
     programs = tmp_path / "bin"
     programs.mkdir()
     ssh = programs / "ssh"
-    ssh.write_text('#!/usr/bin/env bash\nhost=$1\nshift\nexec ip netns exec "$host" bash -c "$*"\n')
+    ssh.write_text('#!/usr/bin/env bash\nhost=$2\nshift 2\nexec ip netns exec "$host" bash -c "$*"\n')
     ssh.chmod(0o755)
     variables = {
         "PATH": f"{programs}:{os.environ['PATH']}",
@@ -171,14 +171,13 @@ def test_a_loop_over_ssh_starts_run_sh_on_every_node(hosts, tmp_path):
     }
     loop = (
         f"rank=0; for host in {' '.join(HOSTS)}; do\n"
-        f'ssh "$host" "cd {ROOT} && NNODES=2 NODE_RANK=$rank MASTER_ADDR={ADDRESSES[0]} bash run.sh '
-        'build train merge infer --max_steps 4 --save_steps 2" & rank=$((rank + 1)); done; wait'
+        f'ssh -n "$host" "cd {ROOT} && NNODES=2 NODE_RANK=$rank MASTER_ADDR={ADDRESSES[0]} bash run.sh '
+        'build train --max_steps 4 --save_steps 2" & rank=$((rank + 1)); done; wait'
     )
     result = finish(start(["bash", "-c", loop], **variables), time.monotonic())
     assert result.code == 0, result.output
     assert "(4 a device x 2 process(es) x 1 accumulated)" in result.output
     assert "node 1 is done; node 0 goes on" in result.output
-    assert result.output.count("reference:") == 20
 
 
 SRUN = """#!{python}
