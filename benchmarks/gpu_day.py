@@ -236,8 +236,8 @@ def _replace(path: Path, text: str) -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu_day.sh", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--minutes", type=float, default=10, help="the day ends behind so many")
-    parser.add_argument("--output", type=Path, default=Path("gpu_day_results"), help="gets table, figures and logs")
+    parser.add_argument("--minutes", type=float, default=10, help="the day ends after that many")
+    parser.add_argument("--output", type=Path, default=Path("output_gpu_day"), help="gets table, figures and logs")
     parser.add_argument(
         "--work_dir", type=Path, help="gets the models, 50 GB at full scale, and is emptied; in --output"
     )

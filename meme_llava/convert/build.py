@@ -114,7 +114,7 @@ def write_llava(
     Args:
         seed: draws the projector.
         dtype: of all weights; None leaves every part in the dtype of its source, byte for byte.
-        show_progress: `display.show_bytes`.
+        show_progress: `terminal.show_bytes`.
     """
     rounding = Rounding(dtype) if dtype is not None else None
     planned = plan_llava(parts, seed, rounding)

@@ -42,7 +42,7 @@ def verify_assembled(
 
     Args:
         dtype: the dtype that was asked for, which the sources are then rounded to; None if every part kept its own.
-        show_progress: `display.show_bytes`.
+        show_progress: `terminal.show_bytes`.
 
     Returns:
         (check, finding) rows.

@@ -192,7 +192,7 @@ def write_merged(
     """Write the merged model to `folder`, computed in float32 and rounded once to `dtype`.
 
     Args:
-        show_progress: `display.show_bytes`.
+        show_progress: `terminal.show_bytes`.
 
     Returns:
         The summary for the run record.

@@ -65,7 +65,7 @@ def verify_merged(
     Args:
         trained: what `adapter` holds, as it was merged.
         training: the adapter's run record, which names annotations, image folder and length limit.
-        show_progress: `display.show_bytes`.
+        show_progress: `terminal.show_bytes`.
 
     Returns:
         (check, finding) rows.

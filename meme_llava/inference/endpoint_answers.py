@@ -1,6 +1,6 @@
 """Requests of an evaluation to a server: several at a time, repeated where that helps.
 
-What each way of not answering means stands in `caption_client`.
+What each way of not answering means stands in `endpoint_client`.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """One run of requests about images: several at a time, repeated where that helps, and when to stop.
 
-How a server is talked to stands in `caption_client`, how lines are kept in `caption_ledger`, what is asked in
+How a server is talked to stands in `endpoint_client`, how lines are kept in `caption_file`, what is asked in
 `describing`.
 """
 

@@ -1,6 +1,6 @@
 """Settings, prompt and progress of data/describe.py: what is asked about which images of a folder.
 
-The asking stands in `caption_run`, the captions file in `caption_ledger`.
+The asking stands in `captioning`, the captions file in `caption_file`.
 """
 
 import hashlib

@@ -21,7 +21,7 @@ class Experiment:
 
     Args:
         name: heads the column.
-        scores: by the names of `answer_scores`.
+        scores: by the names of `evaluate.scores`.
         predictions: lines of predictions.jsonl by their questions.
         image_folder: where their images are.
         asked: what decides about the answers; of two experiments the same annotations and limit.

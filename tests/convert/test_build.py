@@ -512,7 +512,7 @@ def no_memory(monkeypatch):
 
 
 class Bars:
-    """Stands in for `display.show_bytes`: {title: [total, what was shown in all]}."""
+    """Stands in for `terminal.show_bytes`: {title: [total, what was shown in all]}."""
 
     def __init__(self):
         self.shown = {}

@@ -24,9 +24,8 @@ from transformers import (
 import build_base_model
 import merge_lora
 import train
-from meme_llava.convert import export, offloading
+from meme_llava.convert import export, merge_check, offloading
 from meme_llava.convert import merge as merging
-from meme_llava.convert import merge_check as merge_verification
 from meme_llava.convert.merge import TrainedWeights
 from meme_llava.dataset.images import open_image
 from meme_llava.dataset.pixels import to_pixel_values
@@ -383,14 +382,14 @@ def test_a_tied_head_stays_tied(world, trained_tied, tmp_path):
 
 def test_both_ways_of_comparing_run_the_same_model(trained, tmp_path, monkeypatch):
     """The unmerged model's answers and logits are the same in memory and layer by layer."""
-    replies, reply = [], merge_verification._reply
+    replies, reply = [], merge_check._reply
 
     def remember(*arguments):
         replies.append(reply(*arguments))
         return replies[-1]
 
-    monkeypatch.setattr(merge_verification, "_reply", remember)
-    monkeypatch.setattr(merge_verification, "VERIFIED_NEW_TOKENS", 4)
+    monkeypatch.setattr(merge_check, "_reply", remember)
+    monkeypatch.setattr(merge_check, "VERIFIED_NEW_TOKENS", 4)
     merge(["--adapter", str(trained), "--output_dir", str(tmp_path / "in memory")])
     monkeypatch.setattr(offloading, "measure_available_memory", lambda: 0)
     merge(["--adapter", str(trained), "--output_dir", str(tmp_path / "layer by layer")])

@@ -76,7 +76,7 @@ def write_json(path: Path, records: list) -> Path:
 
 
 def load(annotations: Path, image_folder: Path, encoder, bad_records: str = "error", max_length: int = 200):
-    # Many tests repeat one record; what becomes of duplicates is tested in test_data_check.py.
+    # Many tests repeat one record; what becomes of duplicates is tested in test_check.py.
     repeated = RecordPolicy(bad_records=bad_records, allow=["duplicate_id", "duplicate_caption", "too_small"])
     return load_records(RecordSource(annotations, image_folder), repeated, Tokenization(encoder, max_length), POLICY)
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from meme_llava.evaluate import precheck as precheck_evaluation
+from meme_llava.evaluate import precheck
 from meme_llava.evaluate.results_folder import read_predictions
 from meme_llava.inference.generation import Answerer, PromptTooLong, load_answerer
 from meme_llava.inference.questions import Question
@@ -271,11 +271,11 @@ def test_an_image_that_cannot_be_read_stops_with_its_name(world, served_model, a
 
 def test_a_wrong_folder_is_named_before_any_model_is_made(world, annotations, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        precheck_evaluation.main(["--annotations", str(annotations), "--image_folder", str(tmp_path)])
+        precheck.main(["--annotations", str(annotations), "--image_folder", str(tmp_path)])
     assert stop.value.code == 2
     printed = capsys.readouterr().err
     assert f"give the right --image_folder ({tmp_path}; EVAL_IMAGE_FOLDER in run.sh)" in printed
-    precheck_evaluation.main(["--annotations", str(annotations), "--image_folder", str(world.image_folder)])
+    precheck.main(["--annotations", str(annotations), "--image_folder", str(world.image_folder)])
     assert capsys.readouterr().out == "6 questions can be asked for the evaluation\n"
 
 

@@ -23,10 +23,12 @@ import train  # noqa: E402
 from meme_llava.distributed.environment import find_rank  # noqa: E402
 from meme_llava.distributed.script_exit import run_and_leave  # noqa: E402
 from meme_llava.storage import tensor_writer  # noqa: E402
-from meme_llava.train import checkpoints as checkpoint_store  # noqa: E402
-from meme_llava.train import hf_arguments as training_arguments  # noqa: E402
-from meme_llava.train import inputs  # noqa: E402
-from meme_llava.train import optimizer_state as training_state  # noqa: E402
+from meme_llava.train import (
+    checkpoints,  # noqa: E402
+    hf_arguments,  # noqa: E402
+    inputs,  # noqa: E402
+    optimizer_state,  # noqa: E402
+)
 from meme_llava.train.trainer import MemeTrainer  # noqa: E402
 
 
@@ -128,7 +130,7 @@ def kill_in_save(save: int, event: int) -> None:
     A save of one process brings to the disk: 9 files, the manifest, the folder, the parent; before and behind each.
     """
     saves, events = [0], [0]
-    original_write, original_sync = checkpoint_store.write_checkpoint, checkpoint_store.fsync_path
+    original_write, original_sync = checkpoints.write_checkpoint, checkpoints.fsync_path
 
     def write_checkpoint(*arguments):
         saves[0] += 1
@@ -146,14 +148,14 @@ def kill_in_save(save: int, event: int) -> None:
         original_sync(path)
         count()
 
-    checkpoint_store.fsync_path = fsync_path
+    checkpoints.fsync_path = fsync_path
     sys.modules["meme_llava.train.trainer"].write_checkpoint = write_checkpoint
 
 
 def fail_to_write(save: int) -> None:
     """The disk is full when this process writes optimizer state of its `save`-th checkpoint."""
     saves = [0]
-    original = training_state.write_file
+    original = optimizer_state.write_file
 
     def write_file(path, planned):
         saves[0] += 1
@@ -162,7 +164,7 @@ def fail_to_write(save: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         original(path, planned)
 
-    training_state.write_file = write_file
+    optimizer_state.write_file = write_file
 
 
 def report_little_room(save: int) -> None:
@@ -184,7 +186,7 @@ def kill_in_final() -> None:
 
     def replace(self, target):
         original(self, target)
-        if self.parent.name == checkpoint_store.FINAL_INCOMPLETE:
+        if self.parent.name == checkpoints.FINAL_INCOMPLETE:
             os.kill(os.getpid(), signal.SIGKILL)
 
     Path.replace = replace
@@ -223,7 +225,7 @@ def damage_image(step: int) -> None:
 
 def compute_in_bf16() -> None:
     """No fault: what a GPU does by itself, and a CPU only slowly."""
-    training_arguments.choose_bf16 = lambda arguments: True
+    hf_arguments.choose_bf16 = lambda arguments: True
 
 
 def hang_before_start() -> None:

@@ -43,12 +43,14 @@ from caption_server import (  # noqa: E402
 
 from meme_llava.dataset.images import open_image  # noqa: E402
 from meme_llava.errors import UserError  # noqa: E402
-from meme_llava.inference import endpoint_client as caption_client  # noqa: E402
+from meme_llava.inference import endpoint_client  # noqa: E402
 from meme_llava.inference.endpoint_client import backoff_seconds, parse_retry_after  # noqa: E402
 from meme_llava.inference.endpoints import PRESETS, find_endpoint  # noqa: E402
 from meme_llava.inference.image_upload import encode_image  # noqa: E402
-from meme_llava.prepare import caption_file as caption_ledger  # noqa: E402
-from meme_llava.prepare import captioning as caption_run  # noqa: E402
+from meme_llava.prepare import (
+    caption_file,  # noqa: E402
+    captioning,  # noqa: E402
+)
 from meme_llava.prepare.describing import DEFAULT_PROMPT, Prompt  # noqa: E402
 
 SCRIPT = ROOT / "data" / "describe.py"
@@ -65,7 +67,7 @@ _spec.loader.exec_module(describe_script)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Short waits and a key whose value must never be seen."""
-    monkeypatch.setattr(caption_client, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(endpoint_client, "FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setenv(KEY_VARIABLE, CANARY)
 
 
@@ -294,7 +296,7 @@ def test_retry_after_is_read(value, seconds):
 
 
 def test_waits_double_with_jitter_and_never_undercut_the_server(monkeypatch):
-    monkeypatch.setattr(caption_client, "FIRST_WAIT_SECONDS", 1.0)
+    monkeypatch.setattr(endpoint_client, "FIRST_WAIT_SECONDS", 1.0)
     for faults, longest in [(1, 1), (2, 2), (3, 4), (4, 8), (20, 60)]:
         waits = [backoff_seconds(faults, None, random.Random(seed)) for seed in range(50)]
         assert longest / 2 <= min(waits) < 0.6 * longest
@@ -457,7 +459,7 @@ def test_a_signal_lets_answers_arrive_and_the_next_run_goes_on(tmp_path, capsys,
 
 
 def test_a_signal_drops_answers_that_take_too_long_but_not_those_paid_before(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(caption_run, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(captioning, "GRACE_SECONDS", 0.3)
     output = tmp_path / "captions.jsonl"
     slow = answer(delay=3)
     with CaptionServer({40: [slow], 41: [REFUSE, slow]}) as server:
@@ -605,7 +607,7 @@ def test_a_full_disk_leaves_whole_lines_only(tmp_path, folder, capsys, monkeypat
         assert describe(server, folder, output, "--max_images", "2") == 0
         before = output.read_bytes()
         with monkeypatch.context() as patch:
-            patch.setattr(caption_ledger.os, "write", lambda descriptor, data: write(descriptor, data[:20]))
+            patch.setattr(caption_file.os, "write", lambda descriptor, data: write(descriptor, data[:20]))
             assert describe(server, folder, output, "--concurrency", "1") == 2
         assert "No space left on device" in capsys.readouterr().err
         assert output.read_bytes() == before

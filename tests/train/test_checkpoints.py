@@ -19,8 +19,7 @@ import train
 from meme_llava.errors import CheckpointError, DiskFullError, UserError
 from meme_llava.storage import tensor_writer
 from meme_llava.storage.manifest import read_manifest, verify_directory, write_manifest
-from meme_llava.train import checkpoints as checkpoint_store
-from meme_llava.train import prepare
+from meme_llava.train import checkpoints, prepare
 from meme_llava.train.checkpoints import find_newest, hold_output_dir, list_checkpoints, write_checkpoint
 from meme_llava.train.hf_arguments import count_steps
 from meme_llava.train.settings import parse_train_arguments
@@ -161,7 +160,7 @@ def test_older_checkpoints_go_only_after_the_new_one_was_read_back(tmp_path, mon
     def find_damage(folder):
         raise CheckpointError(f"{folder}: the disk gave back something else")
 
-    monkeypatch.setattr(checkpoint_store, "verify_directory", find_damage)
+    monkeypatch.setattr(checkpoints, "verify_directory", find_damage)
     with pytest.raises(CheckpointError, match="something else"):
         write_small(tmp_path, 11)
     assert [path.name for path in list_checkpoints(tmp_path)][:2] == ["checkpoint-2", "checkpoint-10"]
@@ -182,10 +181,10 @@ def die_in_second_write(tmp_path, event) -> bool:
             return lambda *arguments, **options: (count(), original(*arguments, **options), count())[1]
 
         for name in ("fsync_path", "write_manifest", "verify_directory", "set_file_modes", "describe_file"):
-            setattr(checkpoint_store, name, wrap(getattr(checkpoint_store, name)))
+            setattr(checkpoints, name, wrap(getattr(checkpoints, name)))
         for name in ("rename", "mkdir"):
             setattr(Path, name, wrap(getattr(Path, name)))
-        checkpoint_store.shutil = SimpleNamespace(rmtree=wrap(shutil.rmtree), disk_usage=shutil.disk_usage)
+        checkpoints.shutil = SimpleNamespace(rmtree=wrap(shutil.rmtree), disk_usage=shutil.disk_usage)
         write_small(tmp_path, 3, content=b"new" * 1000)
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -246,12 +245,12 @@ def test_a_real_full_disk(world, tmp_path):
         with pytest.raises(DiskFullError, match="no room for a checkpoint"):
             write_small(disk, 2)
         tensor_writer_check = tensor_writer.check_free_space
-        checkpoint_store.check_free_space = lambda folder, needed: None
+        checkpoints.check_free_space = lambda folder, needed: None
         try:
             with pytest.raises(DiskFullError, match="No space left on device"):
                 write_small(disk, 2, content=b"x" * (8 << 20))
         finally:
-            checkpoint_store.check_free_space = tensor_writer_check
+            checkpoints.check_free_space = tensor_writer_check
         assert sorted(path.name for path in disk.iterdir()) == ["checkpoint-1", "other"]
         verify_directory(disk / "checkpoint-1")
     finally:
@@ -259,7 +258,7 @@ def test_a_real_full_disk(world, tmp_path):
 
 
 def test_two_runs_do_not_write_one_directory(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_store, "LOCK_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(checkpoints, "LOCK_PATIENCE_SECONDS", 0.5)
     with hold_output_dir(tmp_path):
         with pytest.raises(UserError, match="is being written by another process"), hold_output_dir(tmp_path):
             pass

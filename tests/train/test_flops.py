@@ -1,4 +1,4 @@
-"""Tests of costs.py and machines.py: what a step costs, against torch's own count, and which devices are known."""
+"""Tests of flops.py and accelerators.py: what a step costs, against torch's own count, and which devices are known."""
 
 import dataclasses
 from pathlib import Path

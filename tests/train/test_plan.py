@@ -1,4 +1,4 @@
-"""Tests of planning.py, step_memory.py and step_trace.py: what a plan promises, against what the real model keeps."""
+"""Tests of plan.py, memory.py and trace.py: what a plan promises, against what the real model keeps."""
 
 import dataclasses
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """Memory of one training step, part by part, before anything is loaded. Nothing about time.
 
-Activations are counted by running the model's own code (step_trace.py), the rest follows from what learns and from how
+Activations are counted by running the model's own code (trace.py), the rest follows from what learns and from how
 devices divide it. Layers of a tower are alike: models of two and three layers are run, and the rest is extrapolated.
 """
 

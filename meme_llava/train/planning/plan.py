@@ -1,7 +1,7 @@
 """The plan of a training run, before a GPU or any weight is touched: positions, memory, time; and what to change when
 it does not fit.
 
-Memory comes from step_memory.py, FLOPs from costs.py. Time is FLOPs over an assumed speed; waiting for data, for other
+Memory comes from memory.py, FLOPs from flops.py. Time is FLOPs over an assumed speed; waiting for data, for other
 devices and for checkpoints is not in it.
 """
 
