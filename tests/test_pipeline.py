@@ -310,6 +310,23 @@ def test_a_result_is_made_once(stage, capsys):
     assert capsys.readouterr().out == "finished already: out\n"
 
 
+def test_a_kill_right_after_the_result_is_in_place_leaves_a_finished_stage(stage, tmp_path, capsys):
+    (tmp_path / "script.py").write_text(f"{SCRIPT}\nimport os; os.kill(os.getpid(), 9)")
+    with pytest.raises(SystemExit):
+        make_result(stage, writes_note=True)
+    make_result(stage, writes_note=True)
+    assert capsys.readouterr().out == "finished already: out\n"
+
+
+def test_a_result_of_other_hands_gets_no_note_before_its_script_agrees(stage, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run_record.json").write_text("{}")
+    for _ in range(2):
+        # The script finds the folder there and fails, as those of the product do.
+        with pytest.raises(SystemExit):
+            make_result(stage, writes_note=True)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -156,8 +156,12 @@ def make_result(stage: Stage, writes_note: bool) -> None:
     making = describe_making(stage.flags, free_settings())
     if not stage.is_finished:
         stage.folder.parent.mkdir(parents=True, exist_ok=True)
+        was_made = stage.is_made
+        if writes_note and not was_made:
+            # Before it runs: a kill right after the result is in place must not leave one without a note.
+            write_note(stage.note, making)
         run_command(*stage.command, *stage.resume_flags)
-        if writes_note:
+        if writes_note and was_made:
             write_note(stage.note, making)
     elif differences := list_differences(stage.note, making):
         print(*differences, sep="\n", file=sys.stderr)
