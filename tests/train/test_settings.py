@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -484,10 +483,24 @@ def test_build_and_merge_parse_their_settings():
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in REPOSITORY.glob("*.py")))
-def test_ctrl_c_while_libraries_load_is_no_traceback(script, tmp_path):
+def test_help_and_a_wrong_flag_answer_without_torch(script, tmp_path):
+    for library in ("torch", "transformers"):
+        (tmp_path / f"{library}.py").write_text("raise AssertionError('was loaded')\n")
+    asked = run_script(script, tmp_path, "--help")
+    assert (asked.returncode, asked.stdout[:7], asked.stderr) == (0, "usage: ", "")
+    mistaken = run_script(script, tmp_path, "--no-such-setting")
+    assert mistaken.returncode == 2 and mistaken.stderr.startswith("error: "), mistaken.stderr
+
+
+def test_ctrl_c_while_libraries_load_is_no_traceback(tmp_path):
     """A stand-in for torch meets what the signal becomes; the signal itself is ignored behind nohup."""
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, REPOSITORY / script, "--help"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "stopped\n")
+    result = run_script("train.py", tmp_path, *command_line())
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "stopped\n")
+
+
+def run_script(script: str, libraries: Path, *words: str) -> subprocess.CompletedProcess:
+    """Run a script that finds the modules in `libraries` before the installed ones."""
+    environment = os.environ | {"PYTHONPATH": str(libraries)}
+    command = [sys.executable, REPOSITORY / script, *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
