@@ -441,7 +441,7 @@ def test_wrong_settings_stop_before_the_model_loads(world, trained, tmp_path, mo
 
     assert "--learning_rate" in fail(capsys, [*train_flags(world, out), "--learning_rate", "1"])
     assert "did you mean --high_lr?" in fail(capsys, [*train_flags(world, out), "--hihg_lr", "1"])
-    assert "no multiple of --device_batch_size 3" in message(device_batch_size=3)
+    assert "not a multiple of --device_batch_size 3" in message(device_batch_size=3)
     assert "no such recipe" in message(train_type="qlora")
     assert "warmup takes 2 of 2 steps" in message(warmup_steps=2)
     assert "no such model folder" in message(model=tmp_path / "nowhere")
