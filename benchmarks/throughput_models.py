@@ -169,7 +169,7 @@ def make_models(shapes: Shapes, platform: Platform, seed: int) -> Models:
     _fill_with_random_values(packed, device, seed)
     attention = choose_attention("auto", device, uses_bf16=dtype == torch.bfloat16)
     prepare_packed_llava(packed, shapes.image_policy, attention, "the benchmark's model")
-    arguments = _make_arguments(shapes, seed)
+    arguments = make_arguments(shapes, seed)
     packed = prepare_trainable(packed, arguments, seed).to(device).train()
     plain = prepare_trainable(make_empty_model(LlavaForConditionalGeneration, shapes.config, dtype), arguments, seed)
     for name, parameter in list(packed.named_parameters()):
@@ -180,7 +180,7 @@ def make_models(shapes: Shapes, platform: Platform, seed: int) -> Models:
     return Models(plain, packed, groups, start_values)
 
 
-def _make_arguments(shapes: Shapes, seed: int) -> TrainArguments:
+def make_arguments(shapes: Shapes, seed: int) -> TrainArguments:
     """The published settings; nothing is read from the paths."""
     return TrainArguments(
         model=Path("model"),

@@ -60,17 +60,18 @@ class Bench:
     def _take_turn(self, way: Way, step: int) -> Turn:
         if way.name not in self.checkpointed:
             try:
-                return self._measure_step(way, step)
+                return self.measure_step(way, step)
             except torch.OutOfMemoryError:
                 print(f"{way.name}: DOES NOT FIT; from here on with gradient checkpointing", flush=True)
             self.checkpointed.append(way.name)
         try:
-            return self._measure_step(way, step)
+            return self.measure_step(way, step)
         except torch.OutOfMemoryError:
             message = "does not fit into the device's memory even with gradient checkpointing; lower"
             raise UserError(f"{way.name}: {message} --device_batch_size") from None
 
-    def _measure_step(self, way: Way, step: int) -> Turn:
+    def measure_step(self, way: Way, step: int) -> Turn:
+        """One optimizer step of a way, its layers computed again if the way is `checkpointed`."""
         self.models.restore()
         self._set_checkpointing(way)
         self.platform.reset_peak_memory()

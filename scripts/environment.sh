@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by run.sh and tests/run.sh: a Python environment with what the given requirement files ask for.
 #
 #   activate_environment requirements.txt [more.txt …]

@@ -9,6 +9,7 @@ export DS_ACCELERATOR=cpu GOMP_SPINCOUNT=1000
 
 ruff check .
 ruff format --check .
+lint-imports
 if [[ "${1:-}" == --all ]]; then
     shift
     set -- -m "long or not long" "$@"

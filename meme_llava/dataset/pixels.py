@@ -23,10 +23,12 @@ def to_pixels(image: Image.Image, policy: ImagePolicy) -> torch.Tensor:
 
 def normalise(pixels: torch.Tensor, policy: ImagePolicy) -> torch.Tensor:
     """Pixels as a vision tower takes them: uint8 (…, 3, size, size) to float32 of the same shape, on their device."""
-    # A number instead of this tensor would make CUDA multiply by its inverse, which differs in the last bit.
-    largest = torch.tensor(255.0, device=pixels.device)
-    mean = torch.tensor(policy.mean, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(policy.std, device=pixels.device).view(3, 1, 1)
+    # A number instead of the first would make CUDA multiply by its inverse, which differs in the last bit. The copies
+    # need not wait until a GPU has done all that it was asked to before.
+    largest, mean, std = (
+        torch.tensor(numbers).to(pixels.device, non_blocking=True).view(-1, 1, 1)
+        for numbers in ((255.0,), policy.mean, policy.std)
+    )
     return (pixels.float() / largest - mean) / std
 
 

@@ -60,6 +60,8 @@ def parse_launch_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--processes and --nodes must be at least 1")
     if not 0 <= arguments.node_rank < arguments.nodes:
         raise UserError(f"--node_rank is {arguments.node_rank}, expected 0 to {arguments.nodes - 1}, below --nodes")
+    if not 0 <= arguments.master_port < 65536:
+        raise UserError(f"--master_port is {arguments.master_port}, expected 0 to 65535")
     if arguments.nodes > 1 and arguments.master_port == 0:
         raise UserError("--master_port is needed with several machines; they must agree on it")
     return arguments
@@ -114,7 +116,7 @@ class Supervisor:
             process = SupervisedProcess(
                 rank=self._cluster.node * self._count + local_rank,
                 command=self._command,
-                environment={**os.environ, **self._cluster.make_environment(local_rank)},
+                environment={**choose_allocator(), **os.environ, **self._cluster.make_environment(local_rank)},
                 prepare=lambda: die_with_parent(parent),
                 # On a terminal its progress bar needs the terminal itself.
                 shares_terminal=local_rank == 0 and sys.stderr.isatty(),
@@ -268,6 +270,15 @@ class Supervisor:
             process.kill_group()
         for process in self._processes:
             process.close(self._selector)
+
+
+def choose_allocator() -> dict[str, str]:
+    """Settings of torch's GPU memory for what this process starts; none where the user has some.
+
+    Every packed row has another length. Segments that can grow leave no gaps between blocks of all those lengths.
+    """
+    given = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ)
+    return {} if given else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def _with_code(kind: type[UserError], text: str, code: int) -> UserError:

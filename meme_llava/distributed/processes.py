@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -160,7 +161,32 @@ def handle_stop_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def ignore_stop_signals() -> None:
-    """Leave SIGTERM and SIGINT to the process that started this one."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def leave_signals_to_parent() -> None:
+    """Let the process that started this one answer SIGINT and SIGTERM that reach both.
+
+    The SIGTERM by which it ends this one still counts; were it ignored, too, the parent would wait for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # where a signal cannot be asked who sent it, SIGTERM stays as it is
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for_parent, daemon=True).start()
+
+
+def _end_for_parent() -> None:
+    """Wait for a SIGTERM from the parent process."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+@dataclass(frozen=True)
+class WorkerStart:
+    """What a data worker does first; it can be sent to a process that is spawned."""
+
+    then: Callable[[int], None] | None = None
+
+    def __call__(self, number: int) -> None:
+        """Leave signals to the process that trains, then do what the loader wanted."""
+        leave_signals_to_parent()
+        if self.then is not None:
+            self.then(number)

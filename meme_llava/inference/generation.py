@@ -17,6 +17,7 @@ from meme_llava.dataset.pixels import to_pixel_values
 from meme_llava.errors import UserError
 from meme_llava.inference.predictions import Answer, Exchange
 from meme_llava.inference.questions import Question
+from meme_llava.model.devices import gpu_multiplies_bf16
 from meme_llava.model.llava import PROJECTOR, Processing, load_llava, load_processing
 from meme_llava.model.trainable import apply_trained_weights
 from meme_llava.storage.fingerprint import find_base
@@ -224,4 +225,4 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """ "auto" gives bfloat16 on a GPU that has it and float32 elsewhere: float16 overflows with Qwen2-7B."""
     if dtype != "auto":
         return getattr(torch, dtype)
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if device.type == "cuda" and gpu_multiplies_bf16() else torch.float32

@@ -216,7 +216,7 @@ def _lay_out_for_kernel(query, key, value, packing: Packing) -> tuple[torch.Tens
         # Rotary embeddings are float32 where the weights are; the kernels take half precision only.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     if len(packing.kv_index) != len(query):
         key = key.index_select(0, packing.kv_index)  # (keys, key_value_heads, head_dim)
         value = value.index_select(0, packing.kv_index)

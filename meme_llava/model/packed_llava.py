@@ -68,7 +68,7 @@ class PackedLlava(LlavaForConditionalGeneration):
             use_cache=False,
             packing=Packing(cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
         )
-        hidden = outputs.last_hidden_state[0].index_select(0, loss_positions)  # (supervised, width)
+        hidden = outputs.last_hidden_state.squeeze(0).index_select(0, loss_positions)  # (supervised, width)
         loss = self.lm_head(hidden, loss_targets, loss_weights)
         if len(image_runs) == 0:
             # The blank image of a batch of text: the parts that see images get a gradient of zero, not none.

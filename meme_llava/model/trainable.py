@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -94,10 +95,23 @@ def prepare_trainable(model: nn.Module, recipe: LoraRecipe, seed: int) -> nn.Mod
         for name, parameter in model.named_parameters():
             learns = training[role_of(name)] == "full"
             parameter.requires_grad_(learns and not is_unused_vision_parameter(name, model.config))
+    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+        keep_lora_inputs(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+def keep_lora_inputs(model: nn.Module) -> None:
+    """Let LoRA take its input as it comes.
+
+    A base in bf16 trains under autocast, or in an engine that computes in bf16 throughout; peft would convert the input
+    to float32, dropout would work on that, and autocast convert it back.
+    """
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def find_lora_targets(model: nn.Module, recipe: LoraRecipe) -> list[str]:

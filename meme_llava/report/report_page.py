@@ -22,10 +22,10 @@ from meme_llava.evaluate.scores import (
     show_counts,
     show_score,
 )
-from meme_llava.report.curves import RATE_PREFIX
 from meme_llava.report.experiment import Experiment
 from meme_llava.report.html_page import make_thumbnails, render_page
 from meme_llava.report.line_chart import Chart, Line, lay_out_chart
+from meme_llava.storage.run_record import RATE_PREFIX
 
 # A spreadsheet takes a cell that begins so for a formula.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")

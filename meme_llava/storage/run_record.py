@@ -16,6 +16,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What learned in full, for train types without LoRA: the classic names of design, only trained tensors.
 TRAINED_WEIGHTS = "trained_weights.safetensors"
+# In front of a parameter group's name where a training log keeps its learning rate.
+RATE_PREFIX = "learning_rate/"
 RECORDED_LIBRARIES = (
     "torch",
     "transformers",

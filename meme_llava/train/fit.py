@@ -16,6 +16,7 @@ from meme_llava.train.checkpoints import (
     list_checkpoints,
     write_final,
 )
+from meme_llava.train.curves import draw_training_curves
 from meme_llava.train.evaluation import make_evaluation
 from meme_llava.train.optimizer_state import OPTIMIZER_PREFIX
 from meme_llava.train.prepare import PreparedRun

@@ -10,7 +10,7 @@ from meme_llava.distributed.engine_setup import allow_fsdp_on_cpu, prepare_envir
 from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine
 from meme_llava.distributed.environment import count_processes
 from meme_llava.errors import ProcessError, UserError
-from meme_llava.train.planning.accelerators import multiplies_bf16
+from meme_llava.model.devices import gpu_multiplies_bf16, multiplies_bf16
 from meme_llava.train.settings import TrainArguments
 
 WORKERS_PER_GPU = 2
@@ -55,7 +55,7 @@ def choose_bf16(arguments: TrainArguments) -> bool:
             "tf32": "no CPU has it",
         }
         raise UserError(f"--precision {precision} needs a GPU here: {reasons[precision]}")
-    if precision in ("auto", "bf16") and has_gpu and not torch.cuda.is_bf16_supported():
+    if precision in ("auto", "bf16") and has_gpu and not gpu_multiplies_bf16():
         raise UserError("this GPU has no bf16; pass --precision fp32 (fp16 overflows with Qwen2)")
     return precision in ("auto", "bf16") and has_gpu
 

@@ -16,6 +16,8 @@ from meme_llava.train.vision_features import VISION_FEATURES
 LATEST = "latest"
 # What an interrupted start leaves behind before its first checkpoint is not a result.
 LEFTOVERS = {QUARANTINE, VISION_FEATURES, ANSWERS, *FOLDERS}
+# Where a run's input and output lie may change; what lies there is compared.
+PLACES = {"model", "annotations", "image_folder", "output_dir"}
 # Settings that decide which tensors learn; no permission lets a checkpoint fit others.
 FIXED_SETTINGS = {
     "train_type",
@@ -100,7 +102,7 @@ def check_continues(start: StartPoint, ours: dict, allow_changes: bool) -> list[
     changed = {
         name: f"{name} was {settings.get(name)!r}, is {own_settings.get(name)!r}"
         for name in sorted(settings.keys() | own_settings.keys())
-        if name not in free_settings() and settings.get(name) != own_settings.get(name)
+        if name not in free_settings() | PLACES and settings.get(name) != own_settings.get(name)
     }
     if theirs["data"]["sha256"] != ours["data"]["sha256"]:
         changed["data"] = "the annotations' contents changed"

@@ -18,10 +18,10 @@ from meme_llava.train.trackers import check_tracker_names
 class RunFiles:
     """What trains, on what, and where the result goes. Contents are compared when a run continues, not paths."""
 
-    model: Path = field(metadata=describe("LLaVA folder that build_base_model.py or merge_lora.py wrote", free=True))
-    annotations: Path = field(metadata=describe("annotation file, .json or .jsonl", free=True))
-    image_folder: Path = field(metadata=describe("folder that the records' image paths start from", free=True))
-    output_dir: Path = field(metadata=describe("where checkpoints and the final adapter go", free=True))
+    model: Path = field(metadata=describe("LLaVA folder that build_base_model.py or merge_lora.py wrote"))
+    annotations: Path = field(metadata=describe("annotation file, .json or .jsonl"))
+    image_folder: Path = field(metadata=describe("folder that the records' image paths start from"))
+    output_dir: Path = field(metadata=describe("where checkpoints and the final adapter go"))
     projector_from: Path | None = field(
         default=None,
         metadata=describe(

@@ -15,10 +15,11 @@ from meme_llava.distributed.engine_setup import check_engine_runs
 from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine
 from meme_llava.distributed.environment import is_main_process
 from meme_llava.distributed.heartbeat import Heartbeat
-from meme_llava.distributed.processes import StopRequest, ignore_stop_signals
+from meme_llava.distributed.processes import StopRequest, WorkerStart
 from meme_llava.errors import NonFiniteError
 from meme_llava.model.trainable import ParameterGroup, save_trained_weights
 from meme_llava.storage.manifest import read_manifest
+from meme_llava.storage.run_record import RATE_PREFIX
 from meme_llava.train.checkpoints import CheckpointContent, write_checkpoint
 from meme_llava.train.evaluation import EvaluationCallback, EvaluationInterrupted, TrainingEvaluation
 from meme_llava.train.muon import MuonWithAdamW
@@ -134,9 +135,10 @@ class MemeTrainer(Trainer):
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
-        initialise = loader.worker_init_fn
+        # Accelerate's loader iterates over one that it wraps, and that is the one which starts the workers.
+        starts_workers = getattr(loader, "base_dataloader", loader)
         # A scheduler's SIGTERM reaches every process of a job; the workers must live until the state is saved.
-        loader.worker_init_fn = lambda number: (ignore_stop_signals(), initialise(number) if initialise else None)
+        starts_workers.worker_init_fn = WorkerStart(starts_workers.worker_init_fn)
         return loader
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -205,7 +207,7 @@ class MemeTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if logs.pop("learning_rate", None) is not None:
             for group, rate in zip(self._groups, self._group_learning_rates, strict=True):
-                logs[f"learning_rate/{group.rate_name}"] = rate
+                logs[f"{RATE_PREFIX}{group.rate_name}"] = rate
         if "loss" in logs:
             logs.update(self._meter.read())
             self._leave_out_skipped(logs)

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from meme_llava.distributed.heartbeat import Heartbeat
-from meme_llava.distributed.processes import wait_for_all
+from meme_llava.distributed.processes import WorkerStart, wait_for_all
 from meme_llava.errors import DiskFullError, UserError
 from meme_llava.model.llava import count_image_tokens
 from meme_llava.model.packed_llava import PackedLlava
@@ -103,7 +103,9 @@ def encode_images(
         _make_room(features)
     wait_for_all()
     rows = range(len(paths))[process::processes]
-    loader = DataLoader(_Images(paths, rows, read_image), IMAGES_AT_ONCE, num_workers=workers)
+    images = _Images(paths, rows, read_image)
+    # A SIGTERM to the whole job is this process's to answer; a worker that it kills would be an error of its own.
+    loader = DataLoader(images, IMAGES_AT_ONCE, num_workers=workers, worker_init_fn=WorkerStart())
     with show_count("images encoded", len(rows)) as advance, torch.no_grad():
         for numbers, pixels in loader:
             with torch.autocast(model.device.type, torch.bfloat16, enabled=uses_bf16):

@@ -290,3 +290,10 @@ time.sleep(600)
         "no sign of progress for 2 s (--hang_timeout). Furthest behind: process 1 (process 1 last seen at mark 4)"
         in err
     )
+
+
+def test_memory_that_gpus_allocate_grows_in_segments_unless_the_user_says_otherwise(tmp_path):
+    script = "import os; print(os.environ.get('PYTORCH_ALLOC_CONF'), os.environ.get('PYTORCH_CUDA_ALLOC_CONF'))"
+    assert launch(tmp_path, script)[1].split() == ["expandable_segments:True", "None"]
+    assert launch(tmp_path, script, PYTORCH_CUDA_ALLOC_CONF="backend:native")[1].split() == ["None", "backend:native"]
+    assert launch(tmp_path, script, PYTORCH_ALLOC_CONF="backend:native")[1].split() == ["backend:native", "None"]

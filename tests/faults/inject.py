@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -54,8 +55,10 @@ def signal_self(step: int, number: str) -> None:
 
 
 def signal_job(step: int, number: str) -> None:
-    """A signal reaches this process and all that it started, as a scheduler sends it."""
-    before_step(step, lambda trainer: os.killpg(os.getpgid(0), getattr(signal, number)))
+    """A signal reaches this process and all that it started, as a scheduler sends it: from outside, for torch's data
+    workers end without an error when it comes from their parent."""
+    command = ["kill", "-s", number, "--", f"-{os.getpgid(0)}"]
+    before_step(step, lambda trainer: subprocess.run(command, check=True, start_new_session=True))
 
 
 def hang(step: int) -> None:

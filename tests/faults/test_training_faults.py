@@ -12,7 +12,7 @@ TERM_1 = {"kind": "signal_self", "rank": 1, "step": 3, "number": "SIGTERM"}
 
 @dataclass(frozen=True)
 class Fault:
-    """A row of the table in docs/faults.md, by its name.
+    """A row of a fault table in docs/troubleshooting.md, by its name.
 
     Args:
         faults: for inject.py.
@@ -61,7 +61,7 @@ FAULTS = [
     Fault("a process is killed", signals("SIGKILL", 0), 8, "process 0 was killed by SIGKILL", [2], 1, "single"),
     Fault("a process is killed", signals("SIGKILL", 0), 8, "process 0 was killed by SIGKILL", [2], engine="zero3"),
     Fault("a process crashes (SIGSEGV)", signals("SIGSEGV", 1), 8, "process 1 was killed by SIGSEGV", [2]),
-    Fault("a process halts (SIGSTOP)", signals("SIGSTOP", 1), 8,
+    Fault("a process is halted (SIGSTOP)", signals("SIGSTOP", 1), 8,
           r"no sign of progress for 4 s \(--hang_timeout\). Furthest behind: process 1 .*halted by a signal", [2],
           engine="zero2", changes={"hang_timeout": 4}, fast=True),
     Fault("a process hangs", [{"kind": "hang", "rank": 0, "step": 3}], 8,
@@ -98,9 +98,9 @@ FAULTS = [
           "process 0 was killed by SIGKILL .*writing optimizer state", [2], engine="zero2", fast=True),
     Fault("killed during a save", [{"kind": "kill_in_save", "rank": 1, "save": 2, "event": 1}], 8,
           "process 1 was killed by SIGKILL", [2]),
-    Fault("killed behind a save, before it has its name", [{"kind": "kill_in_save", "rank": 0, "save": 2, "event": 22}],
+    Fault("killed after a save, before it has its name", [{"kind": "kill_in_save", "rank": 0, "save": 2, "event": 22}],
           8, "process 0 was killed by SIGKILL", [2], 1, "single"),
-    Fault("killed while the run's result is put in place", [{"kind": "kill_in_final", "rank": 0}], 8,
+    Fault("killed while the result is put in place", [{"kind": "kill_in_final", "rank": 0}], 8,
           "process 0 was killed by SIGKILL", [4, 6], 1, "single"),
     Fault("the GPU runs out of memory", [{"kind": "run_out_of_memory", "rank": 1, "step": 3}], 6,
           r"a step does not fit into memory[\s\S]*keeps the global batch of 4[\s\S]*1. --device_batch_size 1 "
@@ -161,7 +161,9 @@ def test_the_catalogue_is_as_large_as_was_promised():
 
 def test_the_documents_list_every_fault():
     documented = {
-        line.split("|")[1].strip() for line in (ROOT / "docs" / "faults.md").read_text().splitlines() if "|" in line
+        line.split("|")[1].strip()
+        for line in (ROOT / "docs" / "troubleshooting.md").read_text().splitlines()
+        if "|" in line
     }
     assert {fault.name for fault in FAULTS} <= documented
 

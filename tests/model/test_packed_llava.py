@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 from conftest import train_flags
+from peft.tuners.lora import LoraLayer
 from torch._dynamo.utils import counters
 from torch.nn import functional
 
@@ -418,3 +419,45 @@ def test_a_model_that_cannot_be_packed_is_refused(world, processing):
     model.config.text_config.layer_types = ["full_attention", "sliding_attention"]
     with pytest.raises(UserError, match="somewhere: its language model attends in a sliding window"):
         prepare_packed_llava(model, processing.image_policy, SDPA, "somewhere")
+
+
+def test_a_base_in_bf16_hands_lora_its_input_without_a_conversion(world, processing, collator):
+    arguments = parse_train_arguments(train_flags(world, world.folder, lora_dropout=0), "")
+    model = load_packed_llava(world.base, torch.bfloat16, processing.image_policy, SDPA)
+    model = prepare_trainable(model, arguments, 0)
+    randomise_lora(model)
+    lora = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    seen = set()
+    for module in lora.values():
+        module.lora_A["default"].register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].dtype))
+    batch = collator(make_examples(world, processing, CASES["everything_together"]))
+    results = []
+    for casts in (False, True):
+        for module in lora.values():
+            assert not module.cast_input_dtype_enabled or results
+            module.cast_input_dtype_enabled = casts
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch)["loss"]
+        loss.backward()
+        if not casts:
+            assert seen == {torch.bfloat16}
+        results.append([loss, *(parameter.grad for parameter in model.parameters() if parameter.requires_grad)])
+    # What peft's conversion to float32 brings, autocast takes away again: the same bits without both.
+    for without, with_casts in zip(*results, strict=True):
+        assert torch.equal(without, with_casts)
+
+
+def test_layouts_for_kernels_are_views_in_the_backward_pass_too():
+    query, key, value = (torch.randn(1, 2, 6, 4, requires_grad=True) for _ in range(3))
+    starts = torch.tensor([0, 6], dtype=torch.int32)
+    packing = packed_attention.Packing(starts, torch.arange(6), starts, 6, 6)
+    laid_out = packed_attention._lay_out_for_kernel(query, key, value, packing)
+    waiting, names = [tensor.grad_fn for tensor in laid_out], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None:
+            names.add(node.name())
+            waiting += [following for following, _ in node.next_functions]
+    # A selection's backward fills a whole tensor with zeros and copies into it.
+    assert names == {"TransposeBackward0", "SqueezeBackward1", "torch::autograd::AccumulateGrad"}

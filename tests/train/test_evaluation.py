@@ -22,8 +22,7 @@ from meme_llava.distributed.heartbeat import Heartbeat
 from meme_llava.inference.generation import Answerer, load_answerer
 from meme_llava.inference.predictions import Answer
 from meme_llava.inference.questions import Question
-from meme_llava.report import curves
-from meme_llava.train import precheck, prepare
+from meme_llava.train import curves, precheck, prepare
 from meme_llava.train.evaluation import TrainingEvaluation
 from meme_llava.train.validation import choose_shown
 

@@ -7,7 +7,6 @@ device's total, in GiB. A CPU has no such datasheet: its ceiling is measured by 
 import re
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
@@ -113,12 +112,3 @@ def measure_ceiling(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         fastest = min(fastest, time.perf_counter() - start)
     return 2 * size**3 / fastest
-
-
-def multiplies_bf16() -> bool:
-    """Whether this CPU has instructions that multiply bf16 (Intel's AMX, or AVX-512's), as Linux tells it."""
-    try:
-        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        return False
-    return flags is not None and not {"amx_bf16", "avx512_bf16"}.isdisjoint(flags.group(1).split())

@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend must be chosen first
 
-RATE_PREFIX = "learning_rate/"
+from meme_llava.storage.run_record import RATE_PREFIX  # noqa: E402
 
 
 def draw_training_curves(log_history: list[dict], path: Path) -> None:
