@@ -21,7 +21,6 @@ from meme_llava.train.settings import parse_train_arguments
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_train_arguments(argv, description=__doc__)
     # Torch takes seconds to load; what is wrong with the flags is said before.
-    from meme_llava.report.curves import draw_training_curves
     from meme_llava.train.checkpoints import hold_output_dir
     from meme_llava.train.fit import finish, fit
     from meme_llava.train.inputs import load_inputs
@@ -42,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         with hold_output_dir(arguments.output_dir), explain_out_of_memory(plan):
             if plan.start.step < plan.steps:
                 fit(prepare_run(plan, inputs, session.heartbeat), session)
-            finish(plan, draw_training_curves)
+            finish(plan)
 
 
 if __name__ == "__main__":

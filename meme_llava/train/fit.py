@@ -1,8 +1,6 @@
 """Training from the start point to the last step, and the run's result."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -76,20 +74,16 @@ def make_trainer(run: PreparedRun, session: Session, trackers: TrackerRuns) -> M
     return trainer
 
 
-def finish(plan: RunPlan, draw_curves: Callable[[list[dict], Path], None]) -> None:
-    """Make the last checkpoint's weights the run's result, with its curves; all processes call it together.
-
-    Args:
-        draw_curves: draws the Trainer's log entries into a file.
-    """
-    broadcast_from_main(lambda: _write_result(plan, draw_curves))
+def finish(plan: RunPlan) -> None:
+    """Make the last checkpoint's weights the run's result, with its curves; all processes call it together."""
+    broadcast_from_main(lambda: _write_result(plan))
 
 
-def _write_result(plan: RunPlan, draw_curves: Callable[[list[dict], Path], None]) -> None:
+def _write_result(plan: RunPlan) -> None:
     output_dir = plan.arguments.output_dir
     checkpoint = plan.start.checkpoint if plan.start.step == plan.steps else list_checkpoints(output_dir)[-1]
     log = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
-    draw_curves(log, output_dir / "training_curves.png")
+    draw_training_curves(log, output_dir / "training_curves.png")
     names = [name for name in read_manifest(checkpoint)["files"] if not name.startswith(OPTIMIZER_PREFIX)]
     write_final(output_dir, checkpoint, names, last=RUN_RECORD)
     remove_features(output_dir)
