@@ -80,6 +80,13 @@ def test_a_misspelt_variable_stops_the_run(call, written, meant):
     )
 
 
+def test_a_hostfile_of_earlier_versions_is_not_ignored(call):
+    code, out, errors = call(HOSTFILE="hosts.txt")
+    assert (code, out) == (2, "") and errors.startswith(
+        "error: HOSTFILE is no longer a setting; a loop in docs/multi_gpu"
+    )
+
+
 def test_other_variables_are_no_slips(dry_run):
     dry_run(ENV="prod", EPOCHE="", LR="1", HIGH="2", RANK="0", MASTER="a", NODE="b", LORA="c", GPU_COUNT="8")
 

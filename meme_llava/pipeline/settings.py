@@ -28,6 +28,10 @@ def describe_settings() -> str:
 
 def check_names(variables: Mapping[str, str], known: Sequence[str]) -> None:
     """Stop at a variable whose name is nearly that of a setting: it would change nothing."""
+    if variables.get("HOSTFILE"):
+        raise UserError(
+            "HOSTFILE is no longer a setting; a loop in docs/multi_gpu.md starts all nodes (unset HOSTFILE)"
+        )
     # ENV is set in many containers.
     for name in sorted(name for name, value in variables.items() if value and name not in (*known, "ENV")):
         if near := difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.85):
