@@ -17,7 +17,7 @@ from meme_llava.errors import UserError
 from meme_llava.evaluate.settings import EvaluateArguments, JudgeArguments, ReportArguments
 from meme_llava.inference.settings import DEFAULT_QUESTION, DemoArguments, InferArguments
 from meme_llava.train import settings
-from meme_llava.train.settings import TrainArguments, parse_train_arguments, read_recipe
+from meme_llava.train.settings import TrainArguments, free_settings, parse_train_arguments, read_recipe
 
 REPOSITORY = ROOT
 RECIPES = ["freeze_vision", "full", "lora", "projector"]
@@ -414,6 +414,17 @@ def test_every_train_setting_has_exactly_one_home():
     homes = in_script + in_recipes + has_default
     assert sorted(homes) == sorted(field.name for field in fields)
     assert sorted(in_script) == sorted(GIVEN)
+
+
+def test_what_a_continued_run_may_not_change_written_out():
+    assert {field.name for field in dataclasses.fields(TrainArguments)} - free_settings() == {
+        *("train_type", "vision_tower_training", "language_model_training", "projector_from"),
+        *("lora_r", "lora_alpha", "lora_dropout", "lora_vision_modules", "lora_language_modules"),
+        *("high_lr", "low_lr", "muon_lr", "weight_decay", "max_grad_norm"),
+        *("num_train_epochs", "max_steps", "warmup_ratio", "warmup_steps", "lr_scheduler_type"),
+        *("global_batch_size", "model_max_length", "loss_average", "shared_images", "seed", "precision"),
+        *("bad_records", "allow", "refuse", "max_pixels"),
+    }
 
 
 # ---- Asking ----
