@@ -3,7 +3,6 @@
 import atexit
 import contextlib
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -35,9 +34,6 @@ def run_and_leave(main: Callable[[], None]) -> NoReturn:
         main()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
-        code = 128 + signal.SIGINT
     except BaseException as error:
         code = 1
         if is_peer_failure(error):

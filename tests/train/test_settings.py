@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,8 @@ from meme_llava.errors import UserError
 from meme_llava.evaluate.settings import EvaluateArguments, JudgeArguments, ReportArguments
 from meme_llava.inference.settings import DEFAULT_QUESTION, DemoArguments, InferArguments
 from meme_llava.train import settings
-from meme_llava.train.settings import TrainArguments, parse_train_arguments, read_recipe
+from meme_llava.train.resume import PLACES
+from meme_llava.train.settings import TrainArguments, free_settings, parse_train_arguments, read_recipe
 
 REPOSITORY = ROOT
 RECIPES = ["freeze_vision", "full", "lora", "projector"]
@@ -417,6 +417,17 @@ def test_every_train_setting_has_exactly_one_home():
     assert sorted(in_script) == sorted(GIVEN)
 
 
+def test_what_a_continued_run_may_not_change_written_out():
+    assert {field.name for field in dataclasses.fields(TrainArguments)} - free_settings() - PLACES == {
+        *("train_type", "vision_tower_training", "language_model_training", "projector_from"),
+        *("lora_r", "lora_alpha", "lora_dropout", "lora_vision_modules", "lora_language_modules"),
+        *("high_lr", "low_lr", "muon_lr", "weight_decay", "max_grad_norm"),
+        *("num_train_epochs", "max_steps", "warmup_ratio", "warmup_steps", "lr_scheduler_type"),
+        *("global_batch_size", "model_max_length", "loss_average", "shared_images", "seed", "precision"),
+        *("bad_records", "allow", "refuse", "max_pixels"),
+    }
+
+
 # ---- Asking ----
 
 
@@ -485,10 +496,24 @@ def test_build_and_merge_parse_their_settings():
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in REPOSITORY.glob("*.py")))
-def test_ctrl_c_while_libraries_load_is_no_traceback(script, tmp_path):
+def test_help_and_a_wrong_flag_answer_without_torch(script, tmp_path):
+    for library in ("torch", "transformers"):
+        (tmp_path / f"{library}.py").write_text("raise AssertionError('was loaded')\n")
+    asked = run_script(script, tmp_path, "--help")
+    assert (asked.returncode, asked.stdout[:7], asked.stderr) == (0, "usage: ", "")
+    mistaken = run_script(script, tmp_path, "--no-such-setting")
+    assert mistaken.returncode == 2 and mistaken.stderr.startswith("error: "), mistaken.stderr
+
+
+def test_ctrl_c_while_libraries_load_is_no_traceback(tmp_path):
     """A stand-in for torch meets what the signal becomes; the signal itself is ignored behind nohup."""
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, REPOSITORY / script, "--help"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "stopped\n")
+    result = run_script("train.py", tmp_path, *command_line())
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "stopped\n")
+
+
+def run_script(script: str, libraries: Path, *words: str) -> subprocess.CompletedProcess:
+    """Run a script that finds the modules in `libraries` before the installed ones."""
+    environment = os.environ | {"PYTHONPATH": str(libraries)}
+    command = [sys.executable, REPOSITORY / script, *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)

@@ -441,7 +441,7 @@ def test_wrong_settings_stop_before_the_model_loads(world, trained, tmp_path, mo
 
     assert "--learning_rate" in fail(capsys, [*train_flags(world, out), "--learning_rate", "1"])
     assert "did you mean --high_lr?" in fail(capsys, [*train_flags(world, out), "--hihg_lr", "1"])
-    assert "no multiple of --device_batch_size 3" in message(device_batch_size=3)
+    assert "not a multiple of --device_batch_size 3" in message(device_batch_size=3)
     assert "no such recipe" in message(train_type="qlora")
     assert "warmup takes 2 of 2 steps" in message(warmup_steps=2)
     assert "no such model folder" in message(model=tmp_path / "nowhere")
@@ -457,7 +457,7 @@ def test_wrong_settings_stop_before_the_model_loads(world, trained, tmp_path, mo
     assert "--precision bf16 needs a GPU here: on a CPU without AMX or AVX512_BF16" in message(precision="bf16")
     assert "--precision tf32 needs a GPU here: no CPU has it" in message(precision="tf32")
     assert "--attention varlen needs a GPU" in message(attention="varlen")
-    assert "--accelerator and --gpus belong to --plan" in message(machine="a800-80gb")
+    assert "--accelerator and --gpus belong to --plan" in message(accelerator="a800-80gb")
     assert "pass one of them" in fail(capsys, [*train_flags(world, out), "--plan", "--show_batch"])
     # Prompt and image take 40 positions or more.
     assert "needs" in message(model_max_length=20)
@@ -547,7 +547,7 @@ def test_after_the_precheck_a_damaged_image_stops_the_run_before_the_model_is_lo
     assert "annotations.json record 5 (id 'r5'): " in found and "[damaged_image]" in found
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "load_packed_llava", lambda *_: pytest.fail("the model was loaded"))
+        patch.setattr(prepare, "load_packed_llava", lambda *_: pytest.fail("the model was loaded"))
         assert "annotations.json record 5 (id 'r5'): " in fail(capsys, flags)
     train.main([*flags, "--bad_records", "quarantine", "--max_steps", "1"])
     printed = capsys.readouterr().out
