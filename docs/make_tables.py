@@ -87,7 +87,7 @@ def read_variables(file: str) -> dict[str, tuple[str, str | None, str]]:
     variables = {}
     above = []
     for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
-        if match := re.fullmatch(r"([A-Z_]+)=\$\{\1:-([^}]*)\}(?:\s+#\s*(.*))?", line):
+        if match := re.fullmatch(r"([A-Z][A-Z0-9_]*)=\$\{\1:-([^}]*)\}(?:\s+#\s*(.*))?", line):
             name, default, comment = match.groups()
             comment = comment or " ".join(above)
             published = PUBLISHED.search(comment)

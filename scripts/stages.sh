@@ -32,7 +32,7 @@ read_preset() {
     while IFS= read -r line || [[ -n $line ]]; do
         number=$((number + 1))
         [[ ! $line =~ ^[[:space:]]*(#.*)?$ ]] || continue
-        [[ $line =~ ^([A-Z_]+):[[:space:]]+([^[:space:]#\"\']+)[[:space:]]*$ ]] ||
+        [[ $line =~ ^([A-Z][A-Z0-9_]*):[[:space:]]+([^[:space:]#\"\']+)[[:space:]]*$ ]] ||
             fail "$file: line $number is '$line', expected NAME: value"
         grep -q "^${BASH_REMATCH[1]}=" run.sh scripts/more_settings.sh ||
             fail "$file: line $number sets ${BASH_REMATCH[1]}, which is no setting of run.sh"

@@ -256,10 +256,10 @@ def test_named_flags_exist(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_named_variables_exist(document):
-    spans = [re.fullmatch(r"([A-Z][A-Z_]*[A-Z])(?:=.*)?", span) for span in list_code_spans(document)]
+    spans = [re.fullmatch(r"([A-Z][A-Z0-9_]*[A-Z0-9])(?:=.*)?", span) for span in list_code_spans(document)]
     names = {match.group(1) for match in spans if match}
     for command in list_commands(document):
-        names |= set(re.findall(r"(?:^|[\s\"])([A-Z_]+)=", command))
+        names |= set(re.findall(r"(?:^|[\s\"])([A-Z][A-Z0-9_]*)=", command))
     assert len(VARIABLES) >= 18
     assert sorted(names - set(VARIABLES) - FOREIGN_VARIABLES - OTHER_NAMES) == []
 

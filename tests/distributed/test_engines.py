@@ -95,7 +95,7 @@ def test_a_checkpoint_of_any_engine_goes_on_in_one_process(world, single, divide
     )
     train.main(flags)
     said = capsys.readouterr().out
-    assert f"continuing from {output_dir}/checkpoint-10: 10 steps, 40 records behind it" in said
+    assert f"continuing from {output_dir}/checkpoint-10, after 10 steps and 40 records" in said
     assert "2 process(es) wrote it, 1 continue(s): the same records come next" in said
     assert f"the engine was {name}, is single; weights and optimizer state are the same" in said
     assert read_losses(tmp_path / "out") == pytest.approx(read_losses(single), abs=1e-5)

@@ -117,7 +117,7 @@ def test_a_run_goes_on_from_the_one_before_and_ends_the_same(world, finished, tm
     said = capsys.readouterr().out
     assert "passed over checkpoint-4: " in said and "sha256 differs" in said
     assert "checkpoint-4 is kept as checkpoint-4.passed_over" in said
-    assert f"continuing from {output_dir}/checkpoint-2: 2 steps, 8 records behind it" in said
+    assert f"continuing from {output_dir}/checkpoint-2, after 2 steps and 8 records" in said
     assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert read_losses(output_dir) == read_losses(finished)
     ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (output_dir, finished))
@@ -330,7 +330,7 @@ def test_a_finished_run_is_trained_longer_only_when_that_is_allowed(world, finis
     with pytest.raises(SystemExit) as stop:
         train.main([*resume_flags(world, interrupt(finished, tmp_path / "cut"), max_steps=3), "--allow_changes"])
     assert stop.value.code == 4
-    assert "checkpoint-4 has 4 steps behind it, and this run is to have 3; raise" in capsys.readouterr().err
+    assert "checkpoint-4 has done 4 steps, and this run is to have 3; raise" in capsys.readouterr().err
 
 
 def test_another_base_is_refused(world, finished, tmp_path, capsys):
