@@ -62,6 +62,8 @@ def verify_merged(
 ) -> list[tuple[str, str]]:
     """Compare base + adapter with the merged weights, in float32 and as stored, on records with images.
 
+    The float32 comparison can fail. What rounding to the stored dtype changes is measured and shown, without a limit.
+
     Args:
         trained: what `adapter` holds, as it was merged.
         training: the adapter's run record, which names annotations, image folder and length limit.

@@ -145,7 +145,7 @@ class TrainingOrder(Dataset):
         steps: optimizer steps of the whole run.
         shared_images: draw images with all their records, and keep those in one device batch, where they share
             what they have in common; else every record is drawn, and takes positions, for itself.
-        first_step: steps that a checkpoint has done; the order leaves their places to record 0, unused.
+        first_step: steps that a checkpoint has done; their places hold record 0 and are never read.
         first_record: records that those steps trained on.
     """
 

@@ -127,7 +127,7 @@ def append_remaining(
 
 
 def check_same_questions(folder: Path, stage: str, asked: dict) -> None:
-    """Raise UserError unless what is in `folder` asked just this."""
+    """Raise UserError unless the evaluation in `folder` asked the same questions of the same model."""
     before = read_evaluation_record(folder, stage)["asked"]
     changes = [
         # Nobody can read a hash.
@@ -190,7 +190,7 @@ def read_finished_evaluation(folder: Path) -> dict:
 
 
 def read_predictions(folder: Path) -> dict[tuple, dict]:
-    """The lines of a finished evaluation in their order, each under what tells its question from all others.
+    """The lines of a finished evaluation in their order, keyed by question.
 
     Raises:
         UserError: the file is missing or damaged.

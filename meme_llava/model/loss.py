@@ -22,7 +22,7 @@ class CrossEntropyHead(nn.Linear):
         Args:
             hidden: (positions, width).
             targets: int64 (positions,).
-            weights: float32 (positions,).
+            weights: float32 (positions,); `PackingCollator` sets them.
         """
         if targets is None:
             return super().forward(hidden)

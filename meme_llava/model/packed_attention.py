@@ -240,5 +240,5 @@ for name, attend in (
     (VARLEN, attend_with_varlen),
     (FLASH_ATTENTION_2, attend_with_flash_attention_2),
 ):
-    # A compiled layer calls these as they are: compiled, they would be so anew for every number and length of segments.
+    # Compiled layers call these as they are; compiling them would start anew for every new set of segment lengths.
     ALL_ATTENTION_FUNCTIONS.register(name, torch.compiler.disable(attend))

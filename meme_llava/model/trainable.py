@@ -62,9 +62,8 @@ class ParameterGroup:
 def prepare_trainable(model: nn.Module, recipe: LoraRecipe, seed: int) -> nn.Module:
     """Freeze, add LoRA and unfreeze as the recipe says; trainable parameters become float32.
 
-    (DeepSpeed in bf16 rounds them again and keeps float32 masters of its own.)
-
-    The projector always learns in full. Vision layers after the used features stay frozen: no gradient reaches them.
+    The projector always trains in full. Vision layers after the used features stay frozen: no gradient reaches them.
+    DeepSpeed in bf16 rounds the parameters again and keeps float32 masters of its own.
 
     Raises:
         UserError: a LoRA module name matches nothing.

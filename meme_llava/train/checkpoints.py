@@ -1,7 +1,8 @@
 """The checkpoints of a run: each whole or absent, kept while it is needed, found when a run goes on.
 
 All processes write `.checkpoint-N.incomplete` together; when everything is on the disk its manifest is written, and it
-becomes `checkpoint-N`. Older ones go only after the new one was read back.
+becomes `checkpoint-N`. Older ones go only after the new one was read back. `storage.manifest.verify_directory` proves
+one whole.
 """
 
 import contextlib

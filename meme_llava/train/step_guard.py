@@ -21,8 +21,8 @@ MAX_LISTED_RECORDS = 8
 class FiniteCheck:
     """What the running optimizer step was made of, and whether its losses and gradients are finite.
 
-    The update of a step that is not must not happen in any process; `mark_loss` sees to it that one process's loss
-    reaches all of them, through their gradients.
+    If they are not, no process may apply the update; `mark_loss` makes one process's loss reach all of them, through
+    their gradients.
     """
 
     record_ids: list[list[str]] = field(default_factory=list)  # of every device batch of this process

@@ -296,7 +296,7 @@ class MemeTrainer(Trainer):
         return [*written, *(path for path in folder.iterdir() if not path.name.startswith(OPTIMIZER_PREFIX))]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Nothing: train.py has put the weights into the model, whatever the engine."""
+        """Does nothing: train.py has put the weights into the model, whatever the engine."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing: every step seeds its own."""
+        """Does nothing: every step seeds its own."""
