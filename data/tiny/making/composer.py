@@ -1,0 +1,309 @@
+"""Page composer: pictures of many pages at once, from layouts, glyphs and scenery, on a GPU or a CPU.
+
+Letters are sampled at twice the page's resolution, where outlines are grown, too; everything else at the page's own.
+Pictures are (B, 3, SIDE, SIDE), from 0 to 1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from glyphs import CELL, EM, LEVELS, Atlas, choose_level
+from layout import ROWS, SIDE, Dice, Layout
+from scenery import Scenery
+from wear import wear_out
+
+FINE = 2 * SIDE  # pixels a side where letters are drawn
+REACH = 0.72  # how far from its middle a row is looked for, in ems
+BRIGHT = ((1.0, 0.95, 0.48), (1.0, 0.82, 0.88), (0.79, 0.97, 1.0), (0.55, 0.95, 0.4), (1.0, 0.6, 0.2))
+DARK = ((0.7, 0.15, 0.12), (0.12, 0.3, 0.61), (0.42, 0.18, 0.61), (0.08, 0.4, 0.24), (0.85, 0.1, 0.35))
+
+
+@dataclass
+class Style:
+    """How a page looks.
+
+    Args:
+        fill, edge: (B, R, 3) colours of letters and outlines.
+        outline: (B,) int64 pixels of FINE, 0 for none.
+        bold: (B,) int64, likewise, of the letters themselves.
+        opacity: (B, R) of letters.
+        ground: (B, 3) colour of the page; shade: (B, 3) the one at the other end of a gradient.
+        picture: (B,) int64 number in the scenery, -1 for none.
+        full: (B,) bool, whether the picture fills the page.
+        box: (B, 4) otherwise: left, top, right and bottom of the room it has.
+        flip: (B,) bool.
+        bar: (B,) int64, 0 for none, 1 for bars behind the text, 2 for bubbles.
+        bar_fill, bar_edge: (B, 3).
+    """
+
+    fill: torch.Tensor
+    edge: torch.Tensor
+    outline: torch.Tensor
+    bold: torch.Tensor
+    opacity: torch.Tensor
+    ground: torch.Tensor
+    shade: torch.Tensor
+    picture: torch.Tensor
+    full: torch.Tensor
+    box: torch.Tensor
+    flip: torch.Tensor
+    bar: torch.Tensor
+    bar_fill: torch.Tensor
+    bar_edge: torch.Tensor
+
+
+def compose(
+    dice: Dice, layout: Layout, atlas: Atlas, scenery: Scenery
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pictures of pages, the facts (B, 3) about their figures (see Scenery), and the figures' middles (B, 2)."""
+    extents = measure_rows(layout)
+    style = choose_style(dice, layout, scenery, extents)
+    alpha, row = draw_letters(layout, atlas)
+    letters, outline = grow(alpha, style.bold), grow(alpha, style.bold + style.outline)
+    letters, outline = F.avg_pool2d(letters, 2), F.avg_pool2d(outline, 2)  # (B, 1, SIDE, SIDE)
+    page = paint_ground(style)
+    page, middles = paint_picture(dice, page, style, scenery)
+    page = paint_bars(page, style, layout, extents)
+    row = row[:, ::2, ::2]
+    opacity = style.opacity.gather(1, row.flatten(1)).view_as(row)[:, None]
+    has_outline = (style.outline > 0).view(-1, 1, 1, 1)
+    page = torch.lerp(page, color_rows(style.edge, row), outline * has_outline * opacity)
+    page = torch.lerp(page, color_rows(style.fill, row), letters * opacity)
+    facts = torch.where((style.picture >= 0)[:, None], scenery.facts[style.picture.clamp(min=0)], -1)
+    return wear_out(dice, page), facts, middles
+
+
+def measure_rows(layout: Layout) -> torch.Tensor:
+    """(B, R, 4) left, top, right and bottom of every row; a row without letters lies outside of everything."""
+    half = torch.stack([layout.lengths / 2, layout.em[..., 1] * 0.55], dim=-1)
+    half = torch.where(layout.vertical[:, None, None], half.flip(-1), half)
+    box = torch.cat([layout.middles - half, layout.middles + half], dim=-1)
+    nowhere = torch.tensor([9999.0, 9999.0, -9999.0, -9999.0], device=box.device)
+    return torch.where(layout.labelled[..., None], box, nowhere)
+
+
+def find_room(layout: Layout, extents: torch.Tensor) -> torch.Tensor:
+    """(B, 4) the largest of the parts of each page above, below, between or beside its text."""
+    outer_low, outer_high = extents[..., :2].amin(1), extents[..., 2:].amax(1)  # (B, 2)
+    sides = torch.tensor([0.0, 0.0, SIDE, SIDE], device=extents.device).expand(len(extents), 4)
+    above, below, between, left, right = (sides.clone() for _ in range(5))
+    above[:, 3], below[:, 1] = outer_low[:, 1], outer_high[:, 1]
+    between[:, 1], between[:, 3] = extents[:, 0, 3], extents[:, 1:-1, 1].amin(1)
+    between[:, 3] = torch.where(layout.split == 1, between[:, 3], between[:, 1])
+    left[:, 2], right[:, 0] = outer_low[:, 0], outer_high[:, 0]
+    rooms = torch.stack([above, below, between, left, right], dim=1).clamp(0, SIDE)  # (B, 5, 4)
+    areas = (rooms[..., 2:] - rooms[..., :2]).clamp(min=0).prod(-1)
+    return rooms[torch.arange(len(rooms), device=rooms.device), areas.argmax(1)]
+
+
+def choose_style(dice: Dice, layout: Layout, scenery: Scenery, extents: torch.Tensor) -> Style:
+    """Colours, picture and outlines that leave the text legible."""
+    count, device = len(layout.letters), dice.device
+    kind = dice.choose((0.36, 0.29, 0.24, 0.11), count)  # figure, cartoon, photo, nothing
+    starts = torch.tensor([*scenery.starts, scenery.starts[-1]], device=device)
+    low, high = starts[kind], starts[(kind + 1).clamp(max=3)]
+    picture = (low + (dice.uniform(0, 1, count) * (high - low)).long()).clamp(max=scenery.starts[-1] - 1)
+    picture = torch.where(kind == 3, -1, picture)
+    room = find_room(layout, extents)
+    small = (room[:, 2:] - room[:, :2]).amin(1) < 30
+    anywhere = small | dice.happens(0.12, count)
+    full = (kind == 2) & dice.happens(0.8, count)
+    picture = torch.where(anywhere & ~full & dice.happens(0.6, count), -1, picture)
+    wide = dice.uniform(60, 150, count)
+    x, y = dice.uniform(0, 1, count) * (SIDE - wide), dice.uniform(0, 1, count) * (SIDE - wide)
+    box = torch.where(anywhere[:, None], torch.stack([x, y, x + wide, y + wide], dim=1), room)
+    ground, is_dark = choose_ground(dice, count)
+    busy = full | (anywhere & (picture >= 0))
+    fill, edge, outlined = choose_inks(dice, count, is_dark, busy)
+    bar = dice.choose((0.82, 0.1, 0.08), count) * (layout.kinds == 1)
+    bar_dark = dice.happens(0.4, count)
+    black, white = torch.zeros(count, 3, device=device), torch.ones(count, 3, device=device)
+    bar_fill = torch.where((bar_dark & (bar == 1))[:, None], black, white)
+    bar_ink = torch.where((bar_dark & (bar == 1))[:, None], white, black)
+    fill = torch.where((bar > 0)[:, None, None], bar_ink[:, None], fill)
+    size = layout.em[:, :-1].amin(-1).clamp(max=60).amax(1)  # (B,)
+    outline = (size * 2 * dice.uniform(0.035, 0.085, count)).round().long().clamp(1, 3) * (outlined & (bar == 0))
+    bold = ((size > 17) & dice.happens(0.08, count)).long()
+    opacity = torch.ones(count, ROWS, device=device)
+    opacity[:, -1] = dice.uniform(0.25, 0.8, count)
+    shade = torch.where(dice.happens(0.2, count)[:, None], (ground + 0.18 * dice.normal(count, 3)).clamp(0, 1), ground)
+    return Style(
+        fill,
+        edge,
+        outline,
+        bold,
+        opacity,
+        ground,
+        shade,
+        picture,
+        full,
+        box,
+        dice.happens(0.5, count),
+        bar,
+        bar_fill,
+        black,
+    )
+
+
+def choose_ground(dice: Dice, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Colours (B, 3): white, pale, any, dark; and whether (B,) letters on it have to be bright."""
+    way = dice.choose((0.62, 0.14, 0.14, 0.1), count)[:, None]
+    color = dice.uniform(0, 1, count, 3)
+    ground = torch.where(way == 0, 1 - 0.05 * color**4, torch.where(way == 1, 0.8 + 0.2 * color, color))
+    ground = torch.where(way == 3, 0.2 * color, ground)
+    luminance = ground @ torch.tensor([0.3, 0.59, 0.11], device=dice.device)
+    return ground, luminance < 0.5
+
+
+def choose_inks(
+    dice: Dice, count: int, is_dark: torch.Tensor, busy: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Colours of letters and outlines (B, R, 3), and whether (B,) there are outlines."""
+    dark, bright = (torch.tensor(colors, device=dice.device) for colors in (DARK, BRIGHT))
+    colored = dice.happens(0.16, count, 1)
+    near_black = 0.16 * dice.uniform(0, 1, count, 1) ** 2 * torch.ones(1, 3, device=dice.device)
+    dark = torch.where(colored, dark[dice.below(len(dark), count)], near_black)
+    bright = torch.where(colored, bright[dice.below(len(bright), count)], 1 - near_black)
+    outlined = torch.where(busy, dice.happens(0.75, count), dice.happens(0.12, count))
+    swapped = outlined & dice.happens(0.2, count)
+    use_bright = (is_dark | busy) ^ swapped
+    fill = torch.where(use_bright[:, None], bright, dark)
+    edge = torch.where(use_bright[:, None], near_black, 1 - near_black)
+    return fill[:, None].repeat(1, ROWS, 1), edge[:, None].repeat(1, ROWS, 1), outlined
+
+
+def draw_letters(layout: Layout, atlas: Atlas) -> tuple[torch.Tensor, torch.Tensor]:
+    """Opacity of letters (B, 1, FINE, FINE), and the row (B, FINE, FINE) that each pixel is nearest to."""
+    count, device = len(layout.letters), layout.letters.device
+    axis = (torch.arange(FINE, device=device) + 0.5) * SIDE / FINE
+    best = torch.full((count, FINE, FINE), 9.0, device=device)
+    row = torch.zeros(count, FINE, FINE, dtype=torch.long, device=device)
+    along = torch.zeros(count, FINE, FINE, device=device)
+    across = torch.zeros_like(along)
+    used = layout.lengths > 0
+    for number in range(ROWS):
+        dx = axis[None, None, :] - layout.middles[:, number, 0, None, None]
+        dy = axis[None, :, None] - layout.middles[:, number, 1, None, None]
+        cos, sin = layout.angles[:, number].cos()[:, None, None], layout.angles[:, number].sin()[:, None, None]
+        level, plumb = dx * cos + dy * sin, dy * cos - dx * sin
+        vertical = layout.vertical[:, None, None]
+        level, plumb = torch.where(vertical, plumb, level), torch.where(vertical, level, plumb)
+        score = plumb.abs() / layout.em[:, number, 1, None, None]
+        outside = (level.abs() > layout.lengths[:, number, None, None] / 2 + 4) | ~used[:, number, None, None]
+        nearer = score + outside * 9.0 < best
+        best = torch.where(nearer, score, best)
+        row = torch.where(nearer, number, row)
+        along, across = torch.where(nearer, level, along), torch.where(nearer, plumb, across)
+    opacity = sample_letters(layout, atlas, row, along, across)
+    return (opacity * (best < REACH))[:, None], row
+
+
+def sample_letters(
+    layout: Layout, atlas: Atlas, row: torch.Tensor, along: torch.Tensor, across: torch.Tensor
+) -> torch.Tensor:
+    """Opacity (B, FINE, FINE) at places along and across the rows that pixels belong to."""
+    count, most = len(row), layout.letters.shape[-1]
+    ends = layout.advances.cumsum(-1)  # (B, R, L)
+    steps = torch.arange(2 * FINE, device=row.device) / 4 + 0.125  # a quarter of a pixel each
+    which = torch.searchsorted(ends, steps.expand(count, ROWS, -1).contiguous()).clamp(max=most - 1)  # (B, R, steps)
+    start = along + layout.lengths.gather(1, row.flatten(1)).view_as(row) / 2
+    step = (start * 4).long().clamp(0, 2 * FINE - 1)
+    letter = which.flatten(1).gather(1, (row * 2 * FINE + step).flatten(1)) + row.flatten(1) * most  # (B, pixels)
+    middles = (ends - layout.advances / 2).flatten(1).gather(1, letter).view_as(row)
+    cells = atlas.cells[layout.faces[..., None], layout.letters].flatten(1).gather(1, letter).view_as(row)
+    inside = (start >= 0) & (start < layout.lengths.gather(1, row.flatten(1)).view_as(row))
+    em = layout.em.amin(-1).clamp(min=1)
+    level = choose_level(em * FINE / SIDE)  # (B, R)
+    sides = torch.tensor(LEVELS, device=row.device)[level]
+    side = sides.gather(1, row.flatten(1)).view_as(row)
+    first = atlas.starts[level].gather(1, row.flatten(1)).view_as(row)
+    em_along, em_across = (layout.em[..., axis].gather(1, row.flatten(1)).view_as(row) for axis in (0, 1))
+    x, y = (start - middles) / em_along, across / em_across  # ems from the letter's middle
+    vertical = layout.vertical[:, None, None]
+    x, y = torch.where(vertical, y, x), torch.where(vertical, x, y)
+    x, y = (value * side * (EM / CELL) + side / 2 - 0.5 for value in (x, y))
+    return bilinear(atlas.pixels, first + cells * side * side, side, x, y) * inside
+
+
+def bilinear(
+    pixels: torch.Tensor, first: torch.Tensor, side: torch.Tensor, x: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    """Values from 0 to 1 at places of cells that begin at `first` and have `side` pixels a side."""
+    left, top = x.floor(), y.floor()
+    right_share, lower_share = x - left, y - top
+    value = torch.zeros_like(x)
+    for over in (0, 1):
+        for down in (0, 1):
+            column, line = left.long() + over, top.long() + down
+            inside = (column >= 0) & (column < side) & (line >= 0) & (line < side)
+            share = (right_share if over else 1 - right_share) * (lower_share if down else 1 - lower_share)
+            value += pixels[torch.where(inside, first + line * side + column, 0)] * (share * inside)
+    return value / 255
+
+
+def grow(alpha: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """Opacity (B, 1, FINE, FINE) with each page's letters grown by so many pixels, up to 4."""
+    grown, result = alpha, alpha
+    for radius in range(1, 5):
+        grown = F.max_pool2d(grown, 3, 1, 1)
+        if radius % 2 == 0:  # an octagon is rounder than a square
+            grown = torch.minimum(grown, F.avg_pool2d(grown, 3, 1, 1) * 1.6)
+        result = torch.where((pixels >= radius).view(-1, 1, 1, 1), grown, result)
+    return result
+
+
+def color_rows(colors: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """(B, 3, SIDE, SIDE) each pixel in the colour (B, R, 3) of its row."""
+    index = row.flatten(1)[..., None].expand(-1, -1, 3)
+    return colors.gather(1, index).transpose(1, 2).reshape(len(row), 3, SIDE, SIDE)
+
+
+def paint_ground(style: Style) -> torch.Tensor:
+    """(B, 3, SIDE, SIDE) the pages' colours, from top to bottom."""
+    share = torch.linspace(0, 1, SIDE, device=style.ground.device).view(1, 1, SIDE, 1)
+    page = torch.lerp(style.ground[:, :, None, None], style.shade[:, :, None, None], share)
+    return page.expand(-1, -1, -1, SIDE)
+
+
+def paint_picture(dice: Dice, page: torch.Tensor, style: Style, scenery: Scenery) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pages with their pictures, and the middles (B, 2) of these in pixels."""
+    count = len(page)
+    size = (style.box[:, 2:] - style.box[:, :2]).clamp(min=8)
+    across = size.amin(1, keepdim=True) * dice.uniform(0.8, 1.12, count, 1)
+    half = across * torch.exp(0.08 * dice.normal(count, 2)) / 2
+    middle = style.box[:, :2] + size / 2 + (size - 2 * half).clamp(min=0) * dice.uniform(-0.4, 0.4, count, 2)
+    full = style.full[:, None]
+    half, middle = torch.where(full, SIDE / 2, half), torch.where(full, SIDE / 2, middle)
+    theta = torch.zeros(count, 2, 3, device=page.device)
+    turn = torch.where(style.flip, -1.0, 1.0)
+    theta[:, 0, 0], theta[:, 1, 1] = turn * SIDE / 2 / half[:, 0], SIDE / 2 / half[:, 1]
+    offset = (SIDE / 2 - middle) / half
+    theta[:, 0, 2], theta[:, 1, 2] = turn * offset[:, 0], offset[:, 1]
+    grid = F.affine_grid(theta, [count, 4, SIDE, SIDE], align_corners=False)
+    cut = F.grid_sample(scenery.pixels[style.picture.clamp(min=0)].float() / 255, grid, align_corners=False)
+    dimmed = torch.where(style.full, dice.uniform(0.45, 1.05, count), 1.0).view(-1, 1, 1, 1)
+    opacity = cut[:, 3:] * (style.picture >= 0).view(-1, 1, 1, 1)
+    color = (cut[:, :3] / cut[:, 3:].clamp(min=0.02)).clamp(0, 1) * dimmed
+    return torch.lerp(page, color.clamp(0, 1), opacity), middle
+
+
+def paint_bars(page: torch.Tensor, style: Style, layout: Layout, extents: torch.Tensor) -> torch.Tensor:
+    """Pages with bars across them, or bubbles, behind the text at either edge."""
+    axis = torch.arange(SIDE, device=page.device) + 0.5
+    above = torch.arange(ROWS, device=page.device) < layout.split[:, None]  # (B, R)
+    for group in (above, ~above):
+        low = torch.where(group[..., None], extents[..., :2], 9999.0).amin(1) - 4  # (B, 2)
+        high = torch.where(group[..., None], extents[..., 2:], -9999.0).amax(1) + 4
+        low[:, 0] = torch.where(style.bar == 1, -99.0, low[:, 0])
+        high[:, 0] = torch.where(style.bar == 1, SIDE + 99.0, high[:, 0])
+        middle, half = (low + high) / 2, (high - low) / 2
+        x = (axis[None, None, :] - middle[:, 0, None, None]).abs() - half[:, 0, None, None] + 6
+        y = (axis[None, :, None] - middle[:, 1, None, None]).abs() - half[:, 1, None, None] + 6
+        away = (x.clamp(min=0) ** 2 + y.clamp(min=0) ** 2).sqrt() - 6  # negative inside
+        there = (style.bar > 0)[:, None, None] & (half[:, 1] > 0)[:, None, None]
+        rim = ((1.5 - away).clamp(0, 1) * (there & (style.bar == 2)[:, None, None]))[:, None]
+        inside = ((0.5 - away).clamp(0, 1) * there)[:, None]
+        page = torch.lerp(page, style.bar_edge[:, :, None, None], rim)
+        page = torch.lerp(page, style.bar_fill[:, :, None, None], inside)
+    return page

@@ -1,0 +1,66 @@
+"""Drawn memes: pictures of draw_memes.py's kind with lines of every known character, kept in memory."""
+
+import io
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+for folder in (Path(__file__).parent, Path(__file__).parents[2]):
+    sys.path.append(str(folder))
+
+from draw_memes import FORMATS, TEXTLESS_SHARE  # noqa: E402
+from glyphs import Face  # noqa: E402
+from layout import SIDE  # noqa: E402
+from meme_pictures import Meme, draw_meme, save_picture  # noqa: E402
+from scenery import FIGURE_NAMES, MOOD_NAMES, PROP_NAMES  # noqa: E402
+from texts import GAP, ROW, RowWriter  # noqa: E402
+
+LONGEST = 12  # letters
+KINDS = ("words", "line", "line", "line", "chance", "few")
+
+
+@dataclass
+class DrawnMemes:
+    """Pictures (memes, 3, SIDE, SIDE) uint8, texts (memes, ROW) of numbers, facts (memes, 3), see Scenery."""
+
+    pixels: torch.Tensor
+    texts: torch.Tensor
+    facts: torch.Tensor
+
+
+def draw_one(rng: random.Random, writer: RowWriter, faces: list[Face]) -> tuple[np.ndarray, list[int], tuple]:
+    """A meme as the tower sees it, its text, and the facts about its figure."""
+    mood, name = rng.randrange(len(MOOD_NAMES)), rng.randrange(len(FIGURE_NAMES))
+    prop = rng.randrange(1, len(PROP_NAMES)) if rng.random() < 0.3 else 0
+    line = ""
+    if rng.random() > 1 / TEXTLESS_SHARE:
+        line = writer.write(rng.choice(KINDS), rng.randrange(1, LONGEST + 1))[:LONGEST]
+        strangers = {*writer.alphabet.strangers, GAP, " "}
+        line = "".join(character for character in line if character not in strangers)
+    picture_format = rng.choice(FORMATS)
+    meme = Meme("meme", FIGURE_NAMES[name], MOOD_NAMES[mood], PROP_NAMES[prop], line, picture_format)
+    file = io.BytesIO()
+    file.name = meme.file_name
+    save_picture(rng, draw_meme(rng, meme, faces), meme, file)
+    picture = Image.open(file).convert("RGBA")
+    ground = Image.new("RGBA", picture.size, "white")
+    ground.alpha_composite(picture)
+    seen = ground.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return np.asarray(seen), [writer.alphabet.numbers[character] for character in line], (mood, name, prop)
+
+
+def draw_part(words: list, faces: list[Face], count: int, seed: int) -> tuple[np.ndarray, np.ndarray, list]:
+    rng, writer = random.Random(seed), RowWriter(words, seed)
+    texts = np.zeros((count, ROW), np.int64)
+    pictures, facts = [], []
+    for number in range(count):
+        picture, text, fact = draw_one(rng, writer, faces)
+        texts[number, : len(text)] = text
+        pictures.append(picture)
+        facts.append(fact)
+    return np.stack(pictures), texts, facts
