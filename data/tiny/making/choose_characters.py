@@ -53,15 +53,19 @@ def count_characters() -> collections.Counter:
     return shares
 
 
-def main() -> None:
+def list_needed() -> list[str]:
+    """Characters beyond ASCII of our own lines, questions, answers and chats."""
     from draw_lessons import list_lesson_alphabet
     from meme_lines import LINES, PATTERNS, WORDS
 
+    own = "".join([*LINES.values(), PATTERNS, *WORDS.values(), list_lesson_alphabet(), CHAT, SIGNS, SYMBOLS])
+    return sorted(character for character in set(own) if ord(character) > 0x7F)
+
+
+def main() -> None:
     frequent = [character for character, _ in count_characters().most_common(COUNT)]
-    own = "".join([*LINES.values(), PATTERNS, *WORDS.values(), list_lesson_alphabet(), CHAT])
-    others = sorted(character for character in set(own) if ord(character) > 0x7F)
     printable = [character for character in string.printable if not character.isspace()]
-    characters = list(dict.fromkeys([*frequent, *others, *printable, *SIGNS, *SYMBOLS]))
+    characters = list(dict.fromkeys([*frequent, *list_needed(), *printable]))
     rows = ["".join(characters[start : start + 60]) for start in range(0, len(characters), 60)]
     (HERE / "characters.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
     print(f"{len(characters)} characters")

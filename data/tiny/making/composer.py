@@ -54,24 +54,35 @@ class Style:
 
 
 def compose(
-    dice: Dice, layout: Layout, atlas: Atlas, scenery: Scenery
+    dice: Dice, layout: Layout, atlas: Atlas, scenery: Scenery, plain: float = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pictures of pages, the facts (B, 3) about their figures (see Scenery), and the figures' middles (B, 2)."""
+    """Pictures of pages, the facts (B, 3) about their figures (see Scenery), and the figures' middles (B, 2).
+
+    A share of `plain` pages is black on white, with nothing behind the letters and nothing worn.
+    """
     extents = measure_rows(layout)
     style = choose_style(dice, layout, scenery, extents)
+    is_plain = dice.happens(plain, len(layout.letters))
+    make_plain(style, is_plain)
     alpha, row = draw_letters(layout, atlas)
     letters, outline = grow(alpha, style.bold), grow(alpha, style.bold + style.outline)
     letters, outline = F.avg_pool2d(letters, 2), F.avg_pool2d(outline, 2)  # (B, 1, SIDE, SIDE)
     page = paint_ground(style)
     page, middles = paint_picture(dice, page, style, scenery)
     page = paint_bars(page, style, layout, extents)
-    row = row[:, ::2, ::2]
     opacity = style.opacity.gather(1, row.flatten(1)).view_as(row)[:, None]
     has_outline = (style.outline > 0).view(-1, 1, 1, 1)
     page = torch.lerp(page, color_rows(style.edge, row), outline * has_outline * opacity)
     page = torch.lerp(page, color_rows(style.fill, row), letters * opacity)
     facts = torch.where((style.picture >= 0)[:, None], scenery.facts[style.picture.clamp(min=0)], -1)
-    return wear_out(dice, page), facts, middles
+    return torch.where(is_plain.view(-1, 1, 1, 1), page, wear_out(dice, page)), facts, middles
+
+
+def make_plain(style: Style, is_plain: torch.Tensor) -> None:
+    """Black on white on these pages (B,)."""
+    for name, value in (("fill", 0.0), ("ground", 1.0), ("shade", 1.0), ("picture", -1), ("outline", 0), ("bar", 0)):
+        tensor = getattr(style, name)
+        setattr(style, name, torch.where(is_plain.view(-1, *[1] * (tensor.dim() - 1)), value, tensor))
 
 
 def measure_rows(layout: Layout) -> torch.Tensor:
@@ -174,56 +185,71 @@ def choose_inks(
 
 
 def draw_letters(layout: Layout, atlas: Atlas) -> tuple[torch.Tensor, torch.Tensor]:
-    """Opacity of letters (B, 1, FINE, FINE), and the row (B, FINE, FINE) that each pixel is nearest to."""
+    """Opacity of letters (B, 1, FINE, FINE), and the row (B, SIDE, SIDE) that each pixel is nearest to."""
     count, device = len(layout.letters), layout.letters.device
-    axis = (torch.arange(FINE, device=device) + 0.5) * SIDE / FINE
-    best = torch.full((count, FINE, FINE), 9.0, device=device)
-    row = torch.zeros(count, FINE, FINE, dtype=torch.long, device=device)
-    along = torch.zeros(count, FINE, FINE, device=device)
-    across = torch.zeros_like(along)
-    used = layout.lengths > 0
+    axis = torch.arange(SIDE, device=device) + 0.5
+    best = torch.full((count, SIDE, SIDE), 9.0, device=device)
+    row = torch.zeros(count, SIDE, SIDE, dtype=torch.long, device=device)
+    used, reach = layout.lengths > 0, layout.lengths / 2 + 2
     for number in range(ROWS):
-        dx = axis[None, None, :] - layout.middles[:, number, 0, None, None]
-        dy = axis[None, :, None] - layout.middles[:, number, 1, None, None]
-        cos, sin = layout.angles[:, number].cos()[:, None, None], layout.angles[:, number].sin()[:, None, None]
+        shown = used[:, number].nonzero().flatten()
+        if not len(shown):
+            continue
+        pages = Pixels(shown[:, None, None], number, axis[None, None, :], axis[None, :, None])
+        along, across = pages.measure(layout)
+        score = across.abs() / layout.em[shown, number, 1, None, None]
+        score = torch.where(along.abs() > reach[shown, number, None, None], 9.0, score)
+        nearer = score < best[shown]
+        best[shown] = torch.where(nearer, score, best[shown])
+        row[shown] = torch.where(nearer, number, row[shown])
+    page, line, column = (best < REACH).nonzero().unbind(-1)
+    opacity = torch.zeros(count, FINE, FINE, device=device)
+    row_of_pixel = row[page, line, column]
+    for down in (0, 1):
+        for over in (0, 1):
+            x, y = column + 0.25 + over / 2, line + 0.25 + down / 2
+            pixels = Pixels(page, row_of_pixel, x, y)
+            opacity[page, 2 * line + down, 2 * column + over] = sample_letters(layout, atlas, pixels)
+    return opacity[:, None], row
+
+
+@dataclass
+class Pixels:
+    """Places x, y on pages, and the rows that they belong to."""
+
+    page: torch.Tensor
+    row: torch.Tensor | int
+    x: torch.Tensor
+    y: torch.Tensor
+
+    def measure(self, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+        """How far the places are from the middles of their rows, along and across."""
+        middle, angle = layout.middles[self.page, self.row], layout.angles[self.page, self.row]
+        dx, dy = self.x - middle[..., 0], self.y - middle[..., 1]
+        cos, sin = angle.cos(), angle.sin()
         level, plumb = dx * cos + dy * sin, dy * cos - dx * sin
-        vertical = layout.vertical[:, None, None]
-        level, plumb = torch.where(vertical, plumb, level), torch.where(vertical, level, plumb)
-        score = plumb.abs() / layout.em[:, number, 1, None, None]
-        outside = (level.abs() > layout.lengths[:, number, None, None] / 2 + 4) | ~used[:, number, None, None]
-        nearer = score + outside * 9.0 < best
-        best = torch.where(nearer, score, best)
-        row = torch.where(nearer, number, row)
-        along, across = torch.where(nearer, level, along), torch.where(nearer, plumb, across)
-    opacity = sample_letters(layout, atlas, row, along, across)
-    return (opacity * (best < REACH))[:, None], row
+        vertical = layout.vertical[self.page]
+        return torch.where(vertical, plumb, level), torch.where(vertical, level, plumb)
 
 
-def sample_letters(
-    layout: Layout, atlas: Atlas, row: torch.Tensor, along: torch.Tensor, across: torch.Tensor
-) -> torch.Tensor:
-    """Opacity (B, FINE, FINE) at places along and across the rows that pixels belong to."""
-    count, most = len(row), layout.letters.shape[-1]
-    ends = layout.advances.cumsum(-1)  # (B, R, L)
-    steps = torch.arange(2 * FINE, device=row.device) / 4 + 0.125  # a quarter of a pixel each
-    which = torch.searchsorted(ends, steps.expand(count, ROWS, -1).contiguous()).clamp(max=most - 1)  # (B, R, steps)
-    start = along + layout.lengths.gather(1, row.flatten(1)).view_as(row) / 2
-    step = (start * 4).long().clamp(0, 2 * FINE - 1)
-    letter = which.flatten(1).gather(1, (row * 2 * FINE + step).flatten(1)) + row.flatten(1) * most  # (B, pixels)
-    middles = (ends - layout.advances / 2).flatten(1).gather(1, letter).view_as(row)
-    cells = atlas.cells[layout.faces[..., None], layout.letters].flatten(1).gather(1, letter).view_as(row)
-    inside = (start >= 0) & (start < layout.lengths.gather(1, row.flatten(1)).view_as(row))
-    em = layout.em.amin(-1).clamp(min=1)
-    level = choose_level(em * FINE / SIDE)  # (B, R)
-    sides = torch.tensor(LEVELS, device=row.device)[level]
-    side = sides.gather(1, row.flatten(1)).view_as(row)
-    first = atlas.starts[level].gather(1, row.flatten(1)).view_as(row)
-    em_along, em_across = (layout.em[..., axis].gather(1, row.flatten(1)).view_as(row) for axis in (0, 1))
-    x, y = (start - middles) / em_along, across / em_across  # ems from the letter's middle
-    vertical = layout.vertical[:, None, None]
+def sample_letters(layout: Layout, atlas: Atlas, pixels: Pixels) -> torch.Tensor:
+    """Opacity (pixels,) at places of rows."""
+    along, across = pixels.measure(layout)
+    place = (pixels.page, pixels.row)
+    ends, lengths = layout.advances.cumsum(-1), layout.lengths  # (B, R, L), (B, R)
+    start = along + lengths[place] / 2
+    letter = (ends[place] <= start[:, None]).sum(-1).clamp(max=ends.shape[-1] - 1)
+    middle = (ends - layout.advances / 2)[(*place, letter)]
+    cell = atlas.cells[layout.faces[place], layout.letters[(*place, letter)]]
+    level = choose_level(layout.em.amin(-1).clamp(min=1) * FINE / SIDE)[place]
+    side = torch.tensor(LEVELS, device=along.device)[level]
+    em = layout.em[place]
+    x, y = (start - middle) / em[:, 0], across / em[:, 1]  # ems from the letter's middle
+    vertical = layout.vertical[pixels.page]
     x, y = torch.where(vertical, y, x), torch.where(vertical, x, y)
     x, y = (value * side * (EM / CELL) + side / 2 - 0.5 for value in (x, y))
-    return bilinear(atlas.pixels, first + cells * side * side, side, x, y) * inside
+    inside = (start >= 0) & (start < lengths[place])
+    return bilinear(atlas.pixels, atlas.starts[level] + cell * side * side, side, x, y) * inside
 
 
 def bilinear(
@@ -244,12 +270,16 @@ def bilinear(
 
 def grow(alpha: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
     """Opacity (B, 1, FINE, FINE) with each page's letters grown by so many pixels, up to 4."""
-    grown, result = alpha, alpha
+    result = alpha.clone()
+    chosen, grown = torch.arange(len(alpha), device=alpha.device), alpha
     for radius in range(1, 5):
-        grown = F.max_pool2d(grown, 3, 1, 1)
+        still = (pixels[chosen] >= radius).nonzero().flatten()
+        if not len(still):
+            break
+        chosen, grown = chosen[still], F.max_pool2d(grown[still], 3, 1, 1)
         if radius % 2 == 0:  # an octagon is rounder than a square
             grown = torch.minimum(grown, F.avg_pool2d(grown, 3, 1, 1) * 1.6)
-        result = torch.where((pixels >= radius).view(-1, 1, 1, 1), grown, result)
+        result[chosen] = grown
     return result
 
 

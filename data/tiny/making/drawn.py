@@ -54,8 +54,10 @@ def draw_one(rng: random.Random, writer: RowWriter, faces: list[Face]) -> tuple[
     return np.asarray(seen), [writer.alphabet.numbers[character] for character in line], (mood, name, prop)
 
 
-def draw_part(words: list, faces: list[Face], count: int, seed: int) -> tuple[np.ndarray, np.ndarray, list]:
-    rng, writer = random.Random(seed), RowWriter(words, seed)
+def draw_part(writer: RowWriter, faces: list[Face], count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`count` memes: pictures (count, SIDE, SIDE, 3), texts (count, ROW), facts (count, 3)."""
+    rng = random.Random(seed)
+    writer.rng.seed(seed)
     texts = np.zeros((count, ROW), np.int64)
     pictures, facts = [], []
     for number in range(count):
@@ -63,4 +65,4 @@ def draw_part(words: list, faces: list[Face], count: int, seed: int) -> tuple[np
         texts[number, : len(text)] = text
         pictures.append(picture)
         facts.append(fact)
-    return np.stack(pictures), texts, facts
+    return np.stack(pictures), texts, np.array(facts)

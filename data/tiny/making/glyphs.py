@@ -41,24 +41,23 @@ KNOWN_FONTS = (
 SANS_FONTS = 7  # the first of them, which most memes use
 CELL, EM = 64, 48  # pixels
 LEVELS = (64, 48, 36, 27, 20, 15)  # cell sizes that are kept
+CHARACTERS = Path(__file__).parent / "characters.txt"
 STRANGER = "〇"  # what stands for a character that is not to be known
 
 Face = tuple[Path, int]
 
 
-def read_characters() -> list[str]:
-    """The characters that are to be known, the most frequent first."""
-    text = (Path(__file__).parent / "characters.txt").read_text(encoding="utf-8")
-    return list("".join(text.split()))
+def read_characters(path: Path = CHARACTERS) -> list[str]:
+    """The characters of a file, the most frequent first."""
+    return list("".join(path.read_text(encoding="utf-8").split()))
 
 
-def list_strangers() -> list[str]:
+def list_strangers(known: list[str]) -> list[str]:
     """Characters that are drawn but not to be known: rare and traditional ones, kana, Cyrillic."""
-    known = set(read_characters())
     rare = [bytes([0xD8 + row, 0xA1 + cell]).decode("gb2312") for row in range(32) for cell in range(0, 94, 5)]
     traditional = "說話時還進過這個們來嗎為會對東車馬鳥魚門開關見貝頁風飛電腦體學覺驚嚇歡樂氣點麼聽買賣讓誰請謝龍龜"
     foreign = "あいうえおかきくけこのはひふへほアイウエオカキクケコЖДФЯЮБШ"
-    return [character for character in dict.fromkeys([*rare, *traditional, *foreign]) if character not in known]
+    return [character for character in dict.fromkeys([*rare, *traditional, *foreign]) if character not in set(known)]
 
 
 def find_faces(folder: Path | None) -> list[Face]:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from glyphs import SANS_FONTS, Atlas
-from texts import ROW, Alphabet, TextBank
+from texts import Alphabet, TextBank
 
 SIDE, PATCHES = 160, 10  # pixels and patches a side
-ROWS = 7  # six of text and a watermark
+ROWS = 10  # nine of text and a watermark
 SLOTS = 3  # letters of a patch that are told apart
 KINDS = ("none", "caption", "page", "column", "crowd")
 SHARES = (0.1, 0.5, 0.16, 0.07, 0.17)
@@ -245,6 +245,3 @@ def label_pages(layout: Layout, table: torch.Tensor) -> Labels:
     return Labels(
         slots[:, :-1].reshape(count, patches, SLOTS), places[:, :-1].reshape(count, patches, SLOTS, 2), text[:, :-1]
     )
-
-
-assert ROW * (ROWS - 1) <= 120

@@ -2,7 +2,7 @@
 
     python data/tiny/making/prepare_towers.py --output_dir output/towers/start
 
-writes the tokenizer of the language model and tables.json, which train_towers.py reads.
+writes the tokenizer of the language model, characters.txt and tables.json, which train_towers.py reads.
 """
 
 import argparse
@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 for folder in (HERE, HERE.parents[1], HERE.parents[2]):
     sys.path.append(str(folder))
 
+from choose_characters import COUNT, list_needed  # noqa: E402
 from draw_lessons import FIELD_QUESTION  # noqa: E402
 from draw_memes import DESCRIPTIONS, MOOD_QUESTIONS, NO_TEXT, TEXT_QUESTIONS  # noqa: E402
 from glyphs import read_characters  # noqa: E402
@@ -74,11 +75,18 @@ def make_tables(tokenizer, characters: list[str]) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Prepare towers in training.", allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, required=True)
-    folder = parser.parse_args(argv).output_dir
-    characters = read_characters()
+    parser.add_argument("--characters", type=int, default=COUNT, help="so many of the most frequent Chinese ones")
+    settings = parser.parse_args(argv)
+    folder, needed = settings.output_dir, set(list_needed())
+    characters = [
+        character
+        for place, character in enumerate(read_characters())
+        if place < settings.characters or character in needed or character.isascii()
+    ]
     # Alone and often, so that no word becomes a token; a Chinese character takes at most two merges of bytes.
     tokenizer = train_tokenizer(characters * ALPHABET_WEIGHT, 512 + 2 * len(characters))
     tokenizer.save_pretrained(folder)
+    (folder / "characters.txt").write_text("".join(characters) + "\n", encoding="utf-8")
     tables = make_tables(tokenizer, characters)
     (folder / "tables.json").write_text(json.dumps(tables, ensure_ascii=False), encoding="utf-8")
     print(f"{len(characters)} characters, {tables['vocabulary']} rows of an embedding: {folder}")

@@ -14,7 +14,7 @@ from layout import PATCHES, SHARES, SIDE, SLOTS, Dice, label_pages, make_label_t
 from lessons import place_facts
 from meme_fonts import list_missing, measure_weight
 from scenery import Scenery, make_scenery
-from texts import NEVER_DRAWN, Alphabet, TextBank, make_text_bank, read_words
+from texts import NEVER_DRAWN, Alphabet, RowWriter, TextBank, make_text_bank
 from wear import wear_out
 
 DRAWN_PARTS = 64  # drawn memes come in so many portions, each when it is done
@@ -43,15 +43,15 @@ class Batch:
 class Studio:
     """Draws what lessons are about, from prepared material; the same seed gives the same pages on the same device."""
 
-    def __init__(self, atlas: Atlas, bank: TextBank, scenery: Scenery, seed: int, device: str):
+    def __init__(self, alphabet: Alphabet, atlas: Atlas, bank: TextBank, scenery: Scenery, seed: int, device: str):
         self.atlas, self.bank, self.scenery = atlas, bank, scenery
-        self.dice, self.table = Dice(seed, device), make_label_table(Alphabet(), device)
+        self.dice, self.table = Dice(seed, device), make_label_table(alphabet, device)
 
     @torch.no_grad()
-    def draw_pages(self, count: int, shares: tuple[float, ...] = SHARES) -> Batch:
+    def draw_pages(self, count: int, shares: tuple[float, ...] = SHARES, plain: float = 0) -> Batch:
         layout = plan_layout(self.dice, self.bank, self.atlas, count, shares)
         labels = label_pages(layout, self.table)
-        pictures, facts, middles = compose(self.dice, layout, self.atlas, self.scenery)
+        pictures, facts, middles = compose(self.dice, layout, self.atlas, self.scenery, plain)
         placed = place_facts(facts[:, None], middles[:, None], SIDE)
         return Batch(pictures, labels.slots, labels.places, labels.text, facts, placed, is_whole(labels))
 
@@ -130,27 +130,17 @@ class Material:
     scenery: Scenery
 
 
-def load_material(
-    folder: Path,
-    fonts: Path | None,
-    words: Path | None,
-    photos: Path | None,
-    seed: int,
-    processes: int,
-    rows: int,
-    pictures: int,
-) -> Material:
-    """The material kept in `folder`, or made and kept there."""
-    path = folder / "material.pt"
+def load_material(settings, writer: RowWriter) -> Material:
+    """The material kept in the output folder, or made and kept there; `settings` are train_towers.py's."""
+    path = settings.output_dir / "material.pt"
     if path.is_file():
         return Material(**torch.load(path, weights_only=False))
-    alphabet = Alphabet()
-    known_words = read_words(words, alphabet)
+    seed, processes = settings.seed, settings.processes
     material = {
-        "atlas": make_atlas(find_faces(fonts), alphabet.drawn, processes),
-        "bank": make_text_bank(known_words, rows, seed, processes),
-        "exam_bank": make_text_bank(known_words, max(rows // 50, 400), seed + 1, processes),
-        "scenery": make_scenery(photos, (pictures, pictures, pictures), seed, processes),
+        "atlas": make_atlas(find_faces(settings.fonts), writer.alphabet.drawn, processes),
+        "bank": make_text_bank(writer, settings.rows, seed, processes),
+        "exam_bank": make_text_bank(writer, max(settings.rows // 50, 400), seed + 1, processes),
+        "scenery": make_scenery(settings.photos, (settings.pictures,) * 3, seed, processes),
     }
     torch.save(material, path)
     return Material(**material)
@@ -159,13 +149,12 @@ def load_material(
 class MemeDrawer:
     """Draws memes in other processes while training goes on."""
 
-    def __init__(self, fonts: Path | None, words: Path | None, count: int, seed: int, processes: int):
-        alphabet = Alphabet()
-        usual = [character for character in alphabet.known if character not in NEVER_DRAWN]
+    def __init__(self, writer: RowWriter, fonts: Path | None, count: int, seed: int, processes: int):
+        usual = [character for character in writer.alphabet.known if character not in NEVER_DRAWN]
         faces: list[Face] = [face for face in find_faces(fonts) if not list_missing(face, usual)]
         faces.sort(key=measure_weight, reverse=True)
         self.pool = ProcessPoolExecutor(processes)
-        draw = partial(draw_part, read_words(words, alphabet), faces, -(-count // DRAWN_PARTS))
+        draw = partial(draw_part, writer, faces, -(-count // DRAWN_PARTS))
         self.parts = [self.pool.submit(draw, seed * DRAWN_PARTS + part) for part in range(DRAWN_PARTS)]
 
     def collect(self, device: str) -> DrawnMemes:

@@ -18,7 +18,7 @@ import torch
 for folder in (Path(__file__).parent, Path(__file__).parents[2]):
     sys.path.append(str(folder))
 
-from glyphs import STRANGER, list_strangers, read_characters  # noqa: E402
+from glyphs import STRANGER, list_strangers  # noqa: E402
 from meme_lines import LINES, PATTERNS, WORDS, is_unseen  # noqa: E402
 
 ROW = 20  # letters a row holds at most
@@ -31,9 +31,9 @@ KINDS = {"words": 40, "line": 22, "chance": 20, "latin": 7, "digits": 4, "few": 
 class Alphabet:
     """Numbers of all characters that can be drawn."""
 
-    def __init__(self):
-        self.known = read_characters()
-        self.drawn = [*self.known, *list_strangers(), GAP]
+    def __init__(self, known: list[str]):
+        self.known = known
+        self.drawn = [*known, *list_strangers(known), GAP]
         self.numbers = {character: number for number, character in enumerate(self.drawn, 1)}
         self.stranger, self.gap = self.numbers[STRANGER], self.numbers[GAP]
         self.strangers = self.drawn[len(self.known) : -1]
@@ -66,8 +66,8 @@ def read_words(path: Path | None, alphabet: Alphabet) -> list[tuple[str, float]]
 class RowWriter:
     """Rows of text without end."""
 
-    def __init__(self, words: list[tuple[str, float]], seed: int):
-        self.rng, self.alphabet = random.Random(seed), Alphabet()
+    def __init__(self, alphabet: Alphabet, words: list[tuple[str, float]], seed: int):
+        self.rng, self.alphabet = random.Random(seed), alphabet
         self.chinese = [entry for entry in words if not entry[0].isascii()]
         self.latin = [word for word, _ in words if word.isascii() and word.isalpha()] or ["ok"]
         self.weights = list(accumulate(weight for _, weight in self.chinese))
@@ -129,9 +129,9 @@ class RowWriter:
         return "".join(self.rng.choices(few, k=length))
 
 
-def write_rows(words: list[tuple[str, float]], count: int, is_long: bool, seed: int) -> np.ndarray:
+def write_rows(writer: RowWriter, count: int, is_long: bool, seed: int) -> np.ndarray:
     """Rows (count, ROW) of numbers."""
-    writer = RowWriter(words, seed)
+    writer.rng.seed(seed)
     rows = np.zeros((count, ROW), np.int16)
     for number in range(count):
         kind = writer.rng.choices(list(KINDS), list(KINDS.values()))[0]
@@ -145,12 +145,12 @@ def write_rows(words: list[tuple[str, float]], count: int, is_long: bool, seed: 
     return rows
 
 
-def make_text_bank(words: list[tuple[str, float]], count: int, seed: int, processes: int = 1) -> TextBank:
-    """`count` rows, a fifth of them long."""
+def make_text_bank(writer: RowWriter, count: int, seed: int, processes: int = 1) -> TextBank:
+    """About `count` rows, a fifth of them long."""
     parts = 16
     long_count = count // 5 // parts
     jobs = [(count // parts - long_count, False, seed * 1000 + part) for part in range(parts)]
     jobs += [(long_count, True, seed * 1000 + parts + part) for part in range(parts)]
     with ProcessPoolExecutor(processes) as pool:
-        rows = list(pool.map(partial(write_rows, words), *zip(*jobs, strict=True)))
+        rows = list(pool.map(partial(write_rows, writer), *zip(*jobs, strict=True)))
     return TextBank(torch.from_numpy(np.concatenate(rows)), len(rows[0]) * parts)

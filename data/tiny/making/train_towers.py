@@ -21,15 +21,18 @@ import torch
 import torch.nn.functional as F
 from drawn import DrawnMemes
 from exam import examine
+from glyphs import read_characters
 from layout import SHARES
 from lessons import Lesson, Teacher
 from networks import LanguageModel, PatchReader, ProjectorPool, Sizes, SpelledPatches, VisionTower
 from optimizer import Optimizer
 from safetensors.torch import save_file
 from studio import Batch, MemeDrawer, Studio, load_material, to_device
+from texts import Alphabet, RowWriter, read_words
 from torch import nn
 
 CAPTIONS = (0.1, 0.9, 0.0, 0.0, 0.0)  # shares of layout.KINDS
+CROWDED = (0.05, 0.25, 0.15, 0.05, 0.5)
 FIELD_EVERY = 8  # one joint step in so many asks for fields
 DRAWN_SHARE, GROUP_SHARE = 0.25, 0.08
 
@@ -68,7 +71,9 @@ class Course:
     # ---- Stages: one step each, to the gradients ----
 
     def vision_step(self, progress: float) -> None:
-        pages = self.studio.draw_pages(self.settings.batch)
+        # What is easy comes first: pages full of plain letters.
+        ease = max(0.0, 1 - progress / 0.5)
+        pages = self.studio.draw_pages(self.settings.batch, CROWDED if self.settings.crowded else SHARES, 0.9 * ease)
         groups = self.studio.draw_groups(max(1, int(self.settings.batch * GROUP_SHARE)))
         batch = join(pages, groups)
         with self.autocast():
@@ -94,7 +99,7 @@ class Course:
     def joint_step(self, progress: float) -> None:
         is_field = self.count % FIELD_EVERY == 0
         count = self.settings.joint_batch
-        groups = int(count * (0.4 if is_field else GROUP_SHARE))
+        groups = max(1, int(count * (0.4 if is_field else GROUP_SHARE)))
         drawn = 0 if is_field or self.memes is None else int(count * DRAWN_SHARE)
         parts = [self.studio.draw_pages(count - groups - drawn), self.studio.draw_groups(groups)]
         seen = count - drawn  # pages of which all labels are known
@@ -238,7 +243,7 @@ def join(*batches: Batch) -> Batch:
     return Batch(**{name: torch.cat(parts) for name, parts in fields.items()})
 
 
-def run(course: Course, exam_studio: Studio, drawer: MemeDrawer, started: float) -> None:
+def run(course: Course, exam_studio: Studio, drawer: MemeDrawer | None, started: float) -> None:
     """All stages from where the course stands, until they are done or the time is over."""
     settings = course.settings
     stages = list(course.stages)
@@ -251,7 +256,7 @@ def run(course: Course, exam_studio: Studio, drawer: MemeDrawer, started: float)
                 break
             course.begin(stages[stages.index(course.stage) + 1])
             noted, last_note = 0, time.time()
-        if course.stage == "joint" and course.memes is None:
+        if course.stage == "joint" and course.memes is None and drawer:
             course.memes = drawer.collect(settings.device)
             print(f"drawn memes: {len(course.memes.texts)}", flush=True)
         progress = course.count / course.steps
@@ -262,10 +267,8 @@ def run(course: Course, exam_studio: Studio, drawer: MemeDrawer, started: float)
         if course.count % settings.note_every == 0:
             figures = "  ".join(f"{name} {torch.stack(values).mean():.4f}" for name, values in course.figures.items())
             pace = (now - last_note) / (course.count - noted)
-            print(
-                f"{now - started:6.0f} s  {course.stage} {course.count}/{course.steps}  {pace * 1000:.0f} ms  {figures}",
-                flush=True,
-            )
+            place = f"{course.stage} {course.count}/{course.steps}"
+            print(f"{now - started:6.0f} s  {place}  {pace * 1000:.0f} ms  {figures}", flush=True)
             course.figures, noted, last_note = {}, course.count, now
         if course.count % settings.exam_every == 0:
             report_exam(course, exam_studio)
@@ -301,13 +304,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=512, help="pages a vision step")
     parser.add_argument("--language_batch", type=int, default=512)
     parser.add_argument("--joint_batch", type=int, default=512)
+    parser.add_argument("--crowded", action="store_true", help="half of the vision tower's pages full of letters")
     parser.add_argument("--projectors", type=int, default=8)
     parser.add_argument("--life", type=int, default=400, help="steps after which a projector is drawn anew")
     parser.add_argument("--projector_rate", type=float, default=2e-3)
     parser.add_argument("--reading_weight", type=float, default=0.3, help="of the heads' loss in joint steps")
     parser.add_argument("--rows", type=int, default=400_000, help="rows of text")
     parser.add_argument("--pictures", type=int, default=2000, help="pictures of each kind of scenery")
-    parser.add_argument("--memes", type=int, default=6400, help="drawn memes")
+    parser.add_argument("--memes", type=int, default=6400, help="drawn memes; 0 for none")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop in time, with a checkpoint")
     parser.add_argument("--save_every", type=float, default=120, help="seconds")
     parser.add_argument("--note_every", type=int, default=50, help="steps")
@@ -328,22 +332,17 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse_arguments(argv)
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    material = load_material(
-        settings.output_dir,
-        settings.fonts,
-        settings.words,
-        settings.photos,
-        settings.seed,
-        settings.processes,
-        settings.rows,
-        settings.pictures,
-    )
-    drawer = MemeDrawer(settings.fonts, settings.words, settings.memes, settings.seed, settings.processes)
+    alphabet = Alphabet(read_characters(settings.start / "characters.txt"))
+    writer = RowWriter(alphabet, read_words(settings.words, alphabet), settings.seed)
+    material = load_material(settings, writer)
+    drawer = None
+    if settings.memes:
+        drawer = MemeDrawer(writer, settings.fonts, settings.memes, settings.seed, settings.processes)
     print(f"{time.time() - started:6.0f} s  material is there", flush=True)
     atlas, scenery = (to_device(part, settings.device) for part in (material.atlas, material.scenery))
     banks = [to_device(bank, settings.device) for bank in (material.bank, material.exam_bank)]
     studio, exam_studio = (
-        Studio(atlas, bank, scenery, seed, settings.device)
+        Studio(alphabet, atlas, bank, scenery, seed, settings.device)
         for bank, seed in zip(banks, (settings.seed, 10_000), strict=True)
     )
     teacher = Teacher(settings.start / "tables.json", settings.device)
