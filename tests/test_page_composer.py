@@ -8,10 +8,11 @@ from conftest import ROOT
 
 sys.path[:0] = [str(ROOT / "data" / "tiny" / "making"), str(ROOT / "data")]
 
-from composer import compose, find_room, measure_rows  # noqa: E402
+from composer import compose  # noqa: E402
 from glyphs import CELL, EM, LEVELS, Atlas, choose_level  # noqa: E402
 from layout import PATCHES, ROWS, SIDE, Dice, Layout, label_pages, make_label_table, plan_layout  # noqa: E402
 from scenery import SIZE, Scenery  # noqa: E402
+from style import find_room, measure_rows  # noqa: E402
 from texts import GAP, ROW, Alphabet, RowWriter, TextBank  # noqa: E402
 from wear import compress, wear_out  # noqa: E402
 

@@ -17,7 +17,7 @@ from exam import distance  # noqa: E402
 from glyphs import LEVELS, Atlas  # noqa: E402
 from layout import PATCHES, SIDE, Dice  # noqa: E402
 from lessons import TASKS, Teacher, compact, place_facts  # noqa: E402
-from networks import ProjectorPool, Sizes  # noqa: E402
+from networks import ProjectorPool, Sizes, VisionTower  # noqa: E402
 from optimizer import orthogonalize  # noqa: E402
 from scenery import FIGURE_NAMES, MOOD_NAMES, PROP_NAMES  # noqa: E402
 from transformers import AutoTokenizer, LlavaConfig  # noqa: E402
@@ -171,7 +171,7 @@ def test_an_interrupted_course_goes_on_and_ends_in_towers_that_build(start, tmp_
     assert (state["stage"], state["count"]) == ("vision", 1)
     train_towers.main(flags)
     shown = capsys.readouterr().out
-    assert "vision 2/2" in shown and "vision 1/2" not in shown and "joint 3/3" in shown
+    assert "vision 2 (100%" in shown and "vision 1 (" not in shown and "joint 3 (100%" in shown
     export, towers = tmp_path / "work" / "export", tmp_path / "towers"
     write_towers.main(["--start", str(start), "--export", str(export), "--output_dir", str(towers)])
     base = ["--language_model", str(towers / "language_model"), "--vision_model", str(towers / "vision_tower")]
@@ -179,7 +179,7 @@ def test_an_interrupted_course_goes_on_and_ends_in_towers_that_build(start, tmp_
     model = load_llava(tmp_path / "base", torch.float32)
     picture = torch.rand(1, 3, SIDE, SIDE)
     course = torch.load(tmp_path / "work" / "checkpoint.pt", weights_only=False)
-    tower = train_towers.VisionTower(Sizes(**{**SMALL}))
+    tower = VisionTower(Sizes(**{**SMALL}))
     tower.load_state_dict(
         {name[7:]: weight for name, weight in course["modules"].items() if name.startswith("vision.")}
     )

@@ -21,6 +21,12 @@ def examine(course, studio) -> dict[str, float]:
     """What the heads get right, and from the joint stage on how well words are read behind the oldest projector."""
     studio.dice.generator.manual_seed(10_000)
     batch = studio.draw_pages(course.settings.exam_pages, TEXT_SHARES)
+    with course.autocast():
+        return answer(course, batch)
+
+
+def answer(course, batch) -> dict[str, float]:
+    """The figures of one batch."""
     modules, found = course.modules, {}
     if course.stage == "language":
         embeddings = modules["language"].embeddings
