@@ -44,12 +44,12 @@ def run(course: Course, exam_studio: Studio, drawer: MemeDrawer | None, started:
         course.step(progress)
         course.optimizer.step(course.share(progress))
         course.count += 1
-        if course.count % settings.note_every == 0:
-            report(course, time.time() - started)
-        if course.count % settings.exam_every == 0:
-            report_exam(course, exam_studio)
         now = time.time()
         course.spent += now - before
+        if course.count % settings.note_every == 0:
+            report(course, now - started)
+        if course.count % settings.exam_every == 0:
+            report_exam(course, exam_studio)
         is_over = now - started > settings.seconds
         if is_over or now - last_save > settings.save_every:
             save(course)
