@@ -138,6 +138,15 @@ def test_planned_rows_lie_on_the_page_and_apart(alphabet, atlas):
     assert set(layout.kinds.tolist()) == {0, 1, 2, 3, 4}
 
 
+def test_aligned_pages_have_a_letter_in_the_middle_of_every_patch_but_the_last_row(alphabet, atlas):
+    rows = torch.full((10, ROW), alphabet.numbers["一"])
+    layout = plan_layout(Dice(0, "cpu"), TextBank(rows, 8), atlas, 5, aligned=1)
+    labels = label_pages(layout, make_label_table(alphabet, "cpu"))
+    count = (labels.slots > 0).sum(-1).view(5, PATCHES, PATCHES)
+    assert bool((count[:, :-1] == 1).all()) and int(count[:, -1].sum()) == 0
+    assert float(labels.places.abs().max()) < 1e-5
+
+
 def test_a_picture_gets_the_largest_room(alphabet):
     layout = make_layout(alphabet, [("一二三", 80, 140)])
     room = find_room(layout, measure_rows(layout))

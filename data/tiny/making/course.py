@@ -57,9 +57,11 @@ class Course:
     # ---- Stages: one step each, to the gradients ----
 
     def vision_step(self, progress: float) -> None:
-        # What is easy comes first: pages full of plain letters.
-        ease = max(0.0, 1 - progress / 0.5)
-        pages = self.studio.draw_pages(self.settings.batch, CROWDED if self.settings.crowded else SHARES, 0.9 * ease)
+        # What is easy comes first: plain letters that fill a patch each.
+        ease, aligned = max(0.0, 1 - progress / 0.5), max(0.0, 1 - progress / 0.3)
+        pages = self.studio.draw_pages(
+            self.settings.batch, CROWDED if self.settings.crowded else SHARES, 0.9 * ease, 0.9 * aligned
+        )
         groups = self.studio.draw_groups(max(1, int(self.settings.batch * GROUP_SHARE)))
         batch = join(pages, groups)
         with self.autocast():

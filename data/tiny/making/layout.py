@@ -89,8 +89,10 @@ def pick(values: list[float], kinds: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, device=kinds.device)[kinds][:, None]
 
 
-def plan_layout(dice: Dice, bank: TextBank, atlas: Atlas, count: int, shares: tuple[float, ...] = SHARES) -> Layout:
-    """Layouts of `count` pages."""
+def plan_layout(
+    dice: Dice, bank: TextBank, atlas: Atlas, count: int, shares: tuple[float, ...] = SHARES, aligned: float = 0
+) -> Layout:
+    """Layouts of `count` pages, of which a share is `aligned`: full of letters, each in the middle of a patch."""
     kinds = dice.choose(shares, count)
     vertical = kinds == KINDS.index("column")
     crowded = kinds == KINDS.index("crowd")
@@ -116,7 +118,23 @@ def plan_layout(dice: Dice, bank: TextBank, atlas: Atlas, count: int, shares: tu
     letters, em, advances = fit_rows(dice, letters, em, advances)
     layout = stack_rows(dice, Layout(letters, active, faces, em, advances, em, size, vertical, most, kinds), row_count)
     layout.labelled[:, -1] = False
+    if aligned:
+        align(layout, dice.happens(aligned, count).nonzero().flatten(), bank, dice)
     return layout
+
+
+def align(layout: Layout, pages: torch.Tensor, bank: TextBank, dice: Dice) -> None:
+    """Fill these pages (any,) with letters in the middles of all patches but those of the last row."""
+    patch = SIDE / PATCHES
+    long = bank.first_long + dice.below(len(bank.rows) - bank.first_long, len(pages), ROWS)
+    letters = bank.rows[long].long()
+    letters[:, -1], letters[:, :, PATCHES:] = 0, 0
+    layout.letters[pages], layout.labelled[pages] = letters, (letters > 0).any(-1)
+    layout.em[pages], layout.advances[pages] = patch, (letters > 0) * patch
+    middles = (torch.arange(ROWS, device=pages.device) + 0.5) * patch
+    layout.middles[pages] = torch.stack([torch.full_like(middles, SIDE / 2), middles], dim=-1)
+    layout.angles = layout.angles.clone()
+    layout.angles[pages], layout.vertical[pages], layout.split[pages] = 0.0, False, ROWS
 
 
 def draw_sizes(dice: Dice, kinds: torch.Tensor, count: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from scenery import FIGURE_NAMES, MOOD_NAMES, PROP_NAMES
 from torch import nn
 from transformers import ChineseCLIPVisionConfig, ChineseCLIPVisionModel, Qwen2Config, Qwen2Model
 
-CODE = 96  # numbers that tell a character
+CODE = 80  # numbers that tell a character
 LOUDNESS = 8  # of what a fresh projector hands on, next to the embeddings of text
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FACTS = (len(MOOD_NAMES), len(FIGURE_NAMES), len(PROP_NAMES))
@@ -23,14 +23,14 @@ FACTS = (len(MOOD_NAMES), len(FIGURE_NAMES), len(PROP_NAMES))
 class Sizes:
     """Widths and depths. `vision_layers` are those that are used; the tower gets one more behind them."""
 
-    vision_width: int = 320
+    vision_width: int = 288
     vision_layers: int = 6
-    vision_heads: int = 5
-    vision_mlp: int = 1024
-    width: int = 320
+    vision_heads: int = 4
+    vision_mlp: int = 896
+    width: int = 288
     layers: int = 4
-    heads: int = 5
-    mlp: int = 704
+    heads: int = 4
+    mlp: int = 640
     vocabulary: int = 4096
     initializer_range: float = 0.035
 

@@ -48,8 +48,9 @@ class Studio:
         self.dice, self.table = Dice(seed, device), make_label_table(alphabet, device)
 
     @torch.no_grad()
-    def draw_pages(self, count: int, shares: tuple[float, ...] = SHARES, plain: float = 0) -> Batch:
-        layout = plan_layout(self.dice, self.bank, self.atlas, count, shares)
+    def draw_pages(self, count: int, shares: tuple[float, ...] = SHARES, plain: float = 0, aligned: float = 0) -> Batch:
+        """Pages; see plan_layout and compose."""
+        layout = plan_layout(self.dice, self.bank, self.atlas, count, shares, aligned)
         labels = label_pages(layout, self.table)
         pictures, facts, middles = compose(self.dice, layout, self.atlas, self.scenery, plain)
         placed = place_facts(facts[:, None], middles[:, None], SIDE)
