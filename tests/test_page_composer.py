@@ -12,6 +12,7 @@ from composer import compose  # noqa: E402
 from glyphs import CELL, EM, LEVELS, Atlas, choose_level  # noqa: E402
 from layout import PATCHES, ROWS, SIDE, Dice, Layout, label_pages, make_label_table, plan_layout  # noqa: E402
 from scenery import SIZE, Scenery  # noqa: E402
+from studio import Studio  # noqa: E402
 from style import find_room, measure_rows  # noqa: E402
 from texts import GAP, ROW, Alphabet, RowWriter, TextBank  # noqa: E402
 from wear import compress, wear_out  # noqa: E402
@@ -138,13 +139,28 @@ def test_planned_rows_lie_on_the_page_and_apart(alphabet, atlas):
     assert set(layout.kinds.tolist()) == {0, 1, 2, 3, 4}
 
 
-def test_aligned_pages_have_a_letter_in_the_middle_of_every_patch_but_the_last_row(alphabet, atlas):
-    rows = torch.full((10, ROW), alphabet.numbers["一"])
-    layout = plan_layout(Dice(0, "cpu"), TextBank(rows, 8), atlas, 5, aligned=1)
+def test_aligned_pages_have_a_letter_in_the_middle_of_every_patch_but_those_at_two_edges(alphabet, atlas):
+    bank = TextBank(torch.full((10, ROW), alphabet.numbers["一"]), 8)
+    layout = plan_layout(Dice(0, "cpu"), bank, atlas, 5, aligned=(1, 0))
     labels = label_pages(layout, make_label_table(alphabet, "cpu"))
     count = (labels.slots > 0).sum(-1).view(5, PATCHES, PATCHES)
-    assert bool((count[:, :-1] == 1).all()) and int(count[:, -1].sum()) == 0
+    assert bool((count[:, :-1, :-1] == 1).all()) and int(count.sum()) == 5 * 81
     assert float(labels.places.abs().max()) < 1e-5
+    loose = plan_layout(Dice(0, "cpu"), bank, atlas, 5, aligned=(1, 1))
+    places = loose.place_letters()[loose.letters > 0]
+    assert 0 <= float(places.min()) and float(places.max()) <= SIDE
+    assert len(loose.em[:, 0, 0].unique()) == 5
+
+
+def test_copies_stand_a_letter_a_patch(alphabet, atlas, scenery):
+    rows = torch.zeros(5, ROW, dtype=torch.long)
+    rows[:, :4] = torch.tensor([alphabet.numbers[character] for character in ("一", "說", GAP, "三")])
+    batch = Studio(alphabet, atlas, TextBank(rows, 4), scenery, 0, "cpu").spell_copies(6)
+    wanted = [alphabet.numbers[character] for character in "一〇三"]
+    for slots, text in zip(batch.slots, batch.text, strict=True):
+        first = int((slots[:, 0] > 0).nonzero()[0])
+        assert slots[first : first + 3, 0].tolist() == wanted and int((slots > 0).sum()) == 3
+        assert text.tolist() == wanted + [0] * (ROW - 3)
 
 
 def test_a_picture_gets_the_largest_room(alphabet):

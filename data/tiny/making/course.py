@@ -57,11 +57,12 @@ class Course:
     # ---- Stages: one step each, to the gradients ----
 
     def vision_step(self, progress: float) -> None:
-        # What is easy comes first: plain letters that fill a patch each.
-        ease, aligned = max(0.0, 1 - progress / 0.5), max(0.0, 1 - progress / 0.3)
-        pages = self.studio.draw_pages(
-            self.settings.batch, CROWDED if self.settings.crowded else SHARES, 0.9 * ease, 0.9 * aligned
-        )
+        # What is easy comes first: plain letters that fill a patch each, then such letters anywhere. From letters of
+        # any kind and size a tower learns nothing for a long time.
+        shares = CROWDED if self.settings.crowded else SHARES
+        plain, loose = max(0.0, 1 - progress / 0.6), min(1.0, max(0.0, (progress - 0.04) / 0.2))
+        aligned = 0.9 * min(1.0, max(0.0, (0.5 - progress) / 0.2))
+        pages = self.studio.draw_pages(self.settings.batch, shares, 0.9 * plain, (aligned, loose))
         groups = self.studio.draw_groups(max(1, int(self.settings.batch * GROUP_SHARE)))
         batch = join(pages, groups)
         with self.autocast():
@@ -71,8 +72,13 @@ class Course:
         self.note(**losses)
 
     def language_step(self, progress: float) -> None:
-        is_field = self.count % FIELD_EVERY == 0
-        batch = self.studio.spell_pages(self.settings.language_batch, CAPTIONS if progress < 0.25 else SHARES)
+        # Copying comes first, by itself: from a mixture it is learned late.
+        is_copy = progress < 0.25
+        is_field = not is_copy and self.count % FIELD_EVERY == 0
+        if is_copy:
+            batch = self.studio.spell_copies(self.settings.language_batch)
+        else:
+            batch = self.studio.spell_pages(self.settings.language_batch, CAPTIONS if progress < 0.5 else SHARES)
         lesson = self.make_lesson(batch, is_field)
         lesson.supervised &= batch.is_whole[:, None]
         embeddings = self.modules["language"].embeddings

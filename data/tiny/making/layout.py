@@ -90,9 +90,14 @@ def pick(values: list[float], kinds: torch.Tensor) -> torch.Tensor:
 
 
 def plan_layout(
-    dice: Dice, bank: TextBank, atlas: Atlas, count: int, shares: tuple[float, ...] = SHARES, aligned: float = 0
+    dice: Dice,
+    bank: TextBank,
+    atlas: Atlas,
+    count: int,
+    shares: tuple[float, ...] = SHARES,
+    aligned: tuple[float, float] = (0, 0),
 ) -> Layout:
-    """Layouts of `count` pages, of which a share is `aligned`: full of letters, each in the middle of a patch."""
+    """Layouts of `count` pages; `aligned` is the share of those with a letter a patch, and how loose (see align)."""
     kinds = dice.choose(shares, count)
     vertical = kinds == KINDS.index("column")
     crowded = kinds == KINDS.index("crowd")
@@ -118,21 +123,26 @@ def plan_layout(
     letters, em, advances = fit_rows(dice, letters, em, advances)
     layout = stack_rows(dice, Layout(letters, active, faces, em, advances, em, size, vertical, most, kinds), row_count)
     layout.labelled[:, -1] = False
-    if aligned:
-        align(layout, dice.happens(aligned, count).nonzero().flatten(), bank, dice)
+    if aligned[0]:
+        align(layout, dice.happens(aligned[0], count).nonzero().flatten(), bank, dice, aligned[1])
     return layout
 
 
-def align(layout: Layout, pages: torch.Tensor, bank: TextBank, dice: Dice) -> None:
-    """Fill these pages (any,) with letters in the middles of all patches but those of the last row."""
-    patch = SIDE / PATCHES
+def align(layout: Layout, pages: torch.Tensor, bank: TextBank, dice: Dice, looseness: float) -> None:
+    """Fill these pages (any,) with letters in the middles of all patches but those of the last row and column.
+
+    Fully loose (1), the whole grid is shifted by up to a patch, and its letters are up to a sixth larger or smaller.
+    """
+    most = PATCHES - 1
+    step = SIDE / PATCHES * torch.exp(looseness * dice.uniform(-0.17, 0.1, len(pages), 1))  # (pages, 1)
     long = bank.first_long + dice.below(len(bank.rows) - bank.first_long, len(pages), ROWS)
     letters = bank.rows[long].long()
-    letters[:, -1], letters[:, :, PATCHES:] = 0, 0
+    letters[:, most:], letters[:, :, most:] = 0, 0
     layout.letters[pages], layout.labelled[pages] = letters, (letters > 0).any(-1)
-    layout.em[pages], layout.advances[pages] = patch, (letters > 0) * patch
-    middles = (torch.arange(ROWS, device=pages.device) + 0.5) * patch
-    layout.middles[pages] = torch.stack([torch.full_like(middles, SIDE / 2), middles], dim=-1)
+    layout.em[pages], layout.advances[pages] = step[..., None], (letters > 0) * step[..., None]
+    shift = looseness * SIDE / PATCHES * dice.uniform(0, 1, len(pages), 1, 2)
+    lines = torch.stack([torch.full((ROWS,), most / 2), torch.arange(ROWS) + 0.5], dim=-1).to(pages.device)
+    layout.middles[pages] = (lines * step[..., None] + shift).clamp(max=SIDE - 8)
     layout.angles = layout.angles.clone()
     layout.angles[pages], layout.vertical[pages], layout.split[pages] = 0.0, False, ROWS
 

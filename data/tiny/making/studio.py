@@ -48,7 +48,9 @@ class Studio:
         self.dice, self.table = Dice(seed, device), make_label_table(alphabet, device)
 
     @torch.no_grad()
-    def draw_pages(self, count: int, shares: tuple[float, ...] = SHARES, plain: float = 0, aligned: float = 0) -> Batch:
+    def draw_pages(
+        self, count: int, shares: tuple[float, ...] = SHARES, plain: float = 0, aligned: tuple[float, float] = (0, 0)
+    ) -> Batch:
         """Pages; see plan_layout and compose."""
         layout = plan_layout(self.dice, self.bank, self.atlas, count, shares, aligned)
         labels = label_pages(layout, self.table)
@@ -65,6 +67,23 @@ class Studio:
         middles = self.dice.uniform(20, SIDE - 20, count, 1, 2)
         placed = place_facts(facts[:, None], middles, SIDE)
         return Batch(None, labels.slots, labels.places, labels.text, facts, placed, is_whole(labels))
+
+    @torch.no_grad()
+    def spell_copies(self, count: int) -> Batch:
+        """Labels of one row each, a letter a patch from one patch to the next, and nothing else."""
+        device, patches = self.dice.device, PATCHES**2
+        answers = self.table[self.bank.rows[self.dice.below(self.bank.first_long, count)].long()]  # (B, ROW)
+        has = answers > 0
+        place = has.cumsum(1) - 1
+        start = (self.dice.uniform(0, 1, count) * (patches - has.sum(1))).long()[:, None]
+        slots = torch.zeros(count, patches + 1, SLOTS, dtype=torch.long, device=device)
+        slots[..., 0].scatter_(1, torch.where(has, start + place, patches), answers)
+        text = torch.zeros(count, answers.shape[1] + 1, dtype=torch.long, device=device)
+        text.scatter_(1, torch.where(has, place, answers.shape[1]), answers)
+        nothing = torch.full((count, patches, 3), -1, device=device)
+        places = torch.zeros(count, patches, SLOTS, 2, device=device)
+        whole = torch.ones(count, dtype=torch.bool, device=device)
+        return Batch(None, slots[:, :-1], places, text[:, :-1], nothing[:, 0], nothing, whole)
 
     @torch.no_grad()
     def draw_groups(self, count: int) -> Batch:
