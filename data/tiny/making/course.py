@@ -19,6 +19,8 @@ from torch import nn
 
 CAPTIONS = (0.1, 0.9, 0.0, 0.0, 0.0)  # shares of layout.KINDS
 CROWDED = (0.05, 0.25, 0.15, 0.05, 0.5)
+DIFFICULTIES = 3
+READY = 0.6  # of the letters named: then the next pages are more difficult, and so they are in time in any case
 FIELD_EVERY = 8  # one joint step in so many asks for fields
 DRAWN_SHARE, GROUP_SHARE = 0.25, 0.08
 
@@ -45,6 +47,7 @@ class Course:
         self.pool.moments = [[tensor.to(self.device) for tensor in moment] for moment in self.pool.moments]
         self.scale = 1.0  # of features, so that they are about 1 for the projectors
         self.memes: DrawnMemes | None = None
+        self.difficulty = 0.0  # of the vision tower's pages, up to DIFFICULTIES
         self.figures: dict[str, list[float]] = {}
 
     def autocast(self):
@@ -57,19 +60,23 @@ class Course:
     # ---- Stages: one step each, to the gradients ----
 
     def vision_step(self, progress: float) -> None:
-        # What is easy comes first: plain letters that fill a patch each, then such letters anywhere. From letters of
-        # any kind and size a tower learns nothing for a long time.
+        # What is easy comes first: plain letters that fill a patch each, then such letters anywhere, then plain pages
+        # of every kind. From what is difficult alone, a tower learns nothing for a long time.
+        self.difficulty = max(self.difficulty, DIFFICULTIES * min(1.0, (progress - 0.3) / 0.4))
+        loose, other, worn = (min(1.0, max(0.0, self.difficulty - number)) for number in range(DIFFICULTIES))
         shares = CROWDED if self.settings.crowded else SHARES
-        plain, loose = max(0.0, 1 - progress / 0.6), min(1.0, max(0.0, (progress - 0.04) / 0.2))
-        aligned = 0.9 * min(1.0, max(0.0, (0.5 - progress) / 0.2))
-        pages = self.studio.draw_pages(self.settings.batch, shares, 0.9 * plain, (aligned, loose))
+        aligned = (0.9 * (1 - other), loose)
+        pages = self.studio.draw_pages(self.settings.batch, shares, 0.9 * (1 - worn), aligned)
         groups = self.studio.draw_groups(max(1, int(self.settings.batch * GROUP_SHARE)))
         batch = join(pages, groups)
         with self.autocast():
             features = self.modules["vision"](batch.pictures)
             losses = self.modules["reader"].losses(features, batch.slots, batch.places, batch.placed)
         weigh_reading(losses).backward()
-        self.note(**losses)
+        if losses["accuracy"] > READY:
+            self.difficulty += DIFFICULTIES / 0.4 * (progress - self.last_progress)
+        self.last_progress = progress
+        self.note(**losses, difficulty=torch.tensor(self.difficulty))
 
     def language_step(self, progress: float) -> None:
         # Copying comes first, by itself: from a mixture it is learned late.
@@ -160,7 +167,7 @@ class Course:
 
     def begin(self, stage: str) -> None:
         """What has to be done between stages."""
-        self.stage, self.count, self.spent = stage, 0, 0.0
+        self.stage, self.count, self.spent, self.last_progress = stage, 0, 0.0, 0.0
         self.steps, names, muon_rate, rate, self.step = self.stages[stage]
         if stage == "language":
             with torch.no_grad():
@@ -191,6 +198,7 @@ class Course:
             "stage": self.stage,
             "count": self.count,
             "spent": self.spent,
+            "difficulty": self.difficulty,
             "modules": self.modules.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "pool": (
@@ -203,7 +211,9 @@ class Course:
 
     def restore(self, state: dict) -> None:
         self.begin(state["stage"])
-        self.count, self.spent, self.scale = state["count"], state["spent"], state["scale"]
+        for name in ("count", "spent", "scale", "difficulty"):
+            setattr(self, name, state[name])
+        self.last_progress = self.progress
         self.modules.load_state_dict(state["modules"])
         self.optimizer.load_state_dict(state["optimizer"])
         weights, others = state["pool"]
