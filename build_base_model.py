@@ -4,33 +4,25 @@
         --vision_model OFA-Sys/chinese-clip-vit-large-patch14-336px --output_dir output/base
 """
 
-# First, since it says how Ctrl-C ends a script while the others load.
-import meme_llava  # noqa: F401
-
-# isort: split
-
-import torch
-
-from meme_llava.arguments import BuildArguments, parse_arguments, to_plain
-from meme_llava.assembly import open_parts, write_llava
-from meme_llava.assembly_verification import verify_assembled
-from meme_llava.checkpoint import (
-    RUN_RECORD,
-    check_apart,
-    check_output_dir,
-    describe_environment,
-    write_directory,
-    write_json,
-)
-from meme_llava.display import print_table, show_bytes
+from meme_llava.cli import parse_arguments, to_plain
+from meme_llava.convert.settings import BuildArguments
 from meme_llava.errors import stop_on_user_error
-from meme_llava.fingerprint import fingerprint_folder
-from meme_llava.sources import resolve_model_folder
+from meme_llava.storage.folders import check_apart, check_output_dir, write_directory, write_json
+from meme_llava.storage.hub import resolve_model_folder
+from meme_llava.storage.run_record import RUN_RECORD, describe_environment
+from meme_llava.terminal import print_table, show_bytes
 
 
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(BuildArguments, argv, description=__doc__)
+    # Torch takes seconds to load; a wrong flag is answered before.
+    import torch
+
+    from meme_llava.convert.build import open_parts, write_llava
+    from meme_llava.convert.build_check import verify_assembled
+    from meme_llava.storage.fingerprint import fingerprint_folder
+
     check_output_dir(arguments.output_dir, arguments.overwrite)
     language_folder = resolve_model_folder(arguments.language_model)
     vision_folder = resolve_model_folder(arguments.vision_model)

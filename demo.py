@@ -3,7 +3,7 @@
 python demo.py --model output/merged
 python demo.py --model output/merged --compare_with output/base
 
-opens a page on this machine, http://127.0.0.1:7860: drop or paste a picture and ask, in several turns. With a second
+opens a page on this machine, http://127.0.0.1:7860: drop or paste an image and ask, in several turns. With a second
 model each question goes to both, and the answers stand beside each other.
 """
 
@@ -11,13 +11,15 @@ import os
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from meme_llava.arguments import parse_arguments
-from meme_llava.chat import Chat
-from meme_llava.checkpoint import holds_trained_weights
+from meme_llava.cli import parse_arguments
 from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.evaluation_arguments import DemoArguments
-from meme_llava.generation import Answerer, load_answerer
+from meme_llava.inference.settings import DemoArguments
+from meme_llava.storage.run_record import holds_trained_weights
+
+if TYPE_CHECKING:
+    from meme_llava.inference.generation import Answerer
 
 LOOPBACK = ("127.0.0.1", "localhost")
 
@@ -27,12 +29,15 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(DemoArguments, argv, description=__doc__)
     check_gradio()
     folders = [arguments.model] + ([] if arguments.compare_with is None else [arguments.compare_with])
+    # Torch takes seconds to load; a wrong flag is answered before.
+    from meme_llava.inference.chat import Chat
+
     chat = Chat(load_answerers(arguments, folders), arguments.system, arguments.max_new_tokens)
     if arguments.host not in LOOPBACK:
         print(f"warning: --host {arguments.host}: whoever reaches this machine can ask; there is no password")
     with tempfile.TemporaryDirectory(prefix="meme_llava_demo_") as folder:
         keep_uploads_in(folder)
-        from meme_llava.chat_page import build_page, list_examples, serve_until_stopped
+        from meme_llava.inference.chat_page import build_page, list_examples, serve_until_stopped
 
         page = build_page(chat, [str(folder) for folder in folders], list_examples())
         serve_until_stopped(page, arguments.host, arguments.port, on_stop=chat.close)
@@ -52,8 +57,10 @@ def check_gradio() -> None:
         )
 
 
-def load_answerers(arguments: DemoArguments, folders: list[Path]) -> list[Answerer]:
+def load_answerers(arguments: DemoArguments, folders: list[Path]) -> "list[Answerer]":
     """The models, each as infer.py would load it; --base_model is for those that are adapters."""
+    from meme_llava.inference.generation import load_answerer
+
     adapters = [folder for folder in folders if holds_trained_weights(folder)]
     return [
         # Where no model is an adapter, loading the first says that --base_model has no use.

@@ -9,34 +9,34 @@ them in the table. `--answer_with` asks others than our models: the original LLa
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from meme_llava.answer_scores import (
-    Score,
-    describe_measure,
-    list_measures,
-    score_answers,
-    show_counts,
-    show_score,
-    to_answered_question,
-)
-from meme_llava.answer_sources import AnswerSource, choose_questions, choose_source
-from meme_llava.arguments import parse_arguments, to_plain
-from meme_llava.checkpoint import describe_environment
-from meme_llava.display import print_table
+from meme_llava.cli import parse_arguments, to_plain
 from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.evaluation_arguments import EvaluateArguments
-from meme_llava.evaluation_folder import (
+from meme_llava.evaluate.answer_sources import AnswerSource, choose_questions, choose_source
+from meme_llava.evaluate.precheck import check_images
+from meme_llava.evaluate.results_folder import (
     EVALUATE,
     append_remaining,
     find_evaluation,
     open_evaluation,
     read_finished_evaluation,
 )
-from meme_llava.generation import Question, list_record_questions
-from meme_llava.given_answer import describe_answer
-from meme_llava.hashing import hash_file, hash_files
-from meme_llava.precheck_evaluation import check_pictures
+from meme_llava.evaluate.scores import (
+    Score,
+    describe_measure,
+    list_measures,
+    score_predictions,
+    show_counts,
+    show_score,
+)
+from meme_llava.evaluate.settings import EvaluateArguments
+from meme_llava.inference.predictions import Prediction
+from meme_llava.inference.questions import Question, list_record_questions
+from meme_llava.storage.hashing import hash_file, hash_files
+from meme_llava.storage.run_record import describe_environment
+from meme_llava.terminal import print_table
 
 MAX_LISTED = 5
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     questions = list_record_questions(arguments.annotations, arguments.image_folder, arguments.limit)
     questions = choose_questions(questions, arguments.annotations, arguments.answer_with)
     source = choose_source(arguments)
-    check_pictures(questions, arguments.annotations, arguments.image_folder)
+    check_images(questions, arguments.annotations, arguments.image_folder)
     record = describe_evaluation(arguments, source, questions)
     others = {str(folder): read_comparable_scores(folder, record["asked"]) for folder in arguments.compare_with}
     with open_evaluation(arguments.output_dir, record, arguments.overwrite) as folder:
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             answer = prepare_answering(source, arguments.image_folder)
             append_remaining(folder, questions, "questions", arguments.batch_size, answer)
             check_something_was_answered(folder.lines)
-            scores = score_answers([to_answered_question(prediction) for prediction in folder.lines])
+            scores = score_predictions([Prediction.of_line(line) for line in folder.lines])
             folder.finish(record | {"scores": {name: vars(score) for name, score in scores.items()}})
     head = str(arguments.output_dir) if others else source.title
     print_scores([*others.items(), (head, read_scores(folder.metrics))])
@@ -68,8 +68,8 @@ def describe_evaluation(arguments: EvaluateArguments, source: AnswerSource, ques
     asked = {
         **source.identity,
         "annotations_sha256": hash_file(arguments.annotations),
-        # Two folders may have pictures of the same names.
-        "pictures_sha256": hash_files(question.image for question in questions),
+        # Two folders may have images of the same names.
+        "images_sha256": hash_files(question.image for question in questions),
         **{name: getattr(arguments, name) for name in ("answer_with", "limit", "max_new_tokens", "dtype")},
     }
     return {
@@ -89,7 +89,7 @@ def prepare_answering(source: AnswerSource, image_folder: Path) -> Callable[[Seq
 
     def answer(questions: Sequence[Question]) -> Iterator[dict]:
         for question, given in zip(questions, ask(questions), strict=True):
-            yield describe_answer(question, given) | {"image": str(question.image.relative_to(root))}
+            yield asdict(Prediction.of_answer(question, given)) | {"image": str(question.image.relative_to(root))}
 
     return answer
 
@@ -98,7 +98,7 @@ def check_something_was_answered(predictions: Sequence[dict]) -> None:
     """Raise UserError where there is nothing to score."""
     if all(prediction["problem"] is not None for prediction in predictions):
         raise UserError(
-            f"no question was answered, at first: {predictions[0]['problem']}. Mend the cause, then start the same "
+            f"no question was answered, at first: {predictions[0]['problem']}. Fix the cause, then start the same "
             "command with --overwrite."
         )
 

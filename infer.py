@@ -8,10 +8,12 @@ python infer.py --model output/merged --annotations data/annotations.json --imag
 import json
 import sys
 
-from meme_llava.arguments import InferArguments, parse_arguments
+from meme_llava.cli import parse_arguments
+from meme_llava.dataset.images import open_image
 from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.generation import Answer, Question, list_file_questions, list_record_questions, load_answerer
-from meme_llava.images import open_image
+from meme_llava.inference.predictions import Answer
+from meme_llava.inference.questions import Question, list_file_questions, list_record_questions
+from meme_llava.inference.settings import InferArguments
 
 MAX_LISTED_WRONG = 10
 
@@ -25,6 +27,9 @@ def main(argv: list[str] | None = None) -> None:
         )
     else:
         questions = list_file_questions(arguments.image, arguments.question)
+    # Torch takes seconds to load; what is wrong with the flags is said before.
+    from meme_llava.inference.generation import load_answerer
+
     answerer = load_answerer(arguments.model, arguments.base_model, arguments.device, arguments.dtype)
 
     streams = not arguments.json and arguments.annotations is None
@@ -43,40 +48,40 @@ def main(argv: list[str] | None = None) -> None:
         streamer = answerer.make_streamer() if streams else None
         system = arguments.system if arguments.system is not None else question.system
         answer = answerer.answer(image, question.text, system, arguments.max_new_tokens, streamer)
-        if answer.text != question.truth:
+        if answer.text != question.reference:
             wrong.append(str(question.image))
         report(question, answer, arguments)
     if arguments.annotations is not None:
         right = len(questions) - len(wrong) - unreadable
-        print(f"{right} of {len(questions)} answers are right to the letter", file=sys.stderr, flush=True)
+        print(f"{right} of {len(questions)} answers match the reference exactly", file=sys.stderr, flush=True)
         if 0 < len(wrong) <= MAX_LISTED_WRONG:
             print(f"wrong: {', '.join(wrong)}", file=sys.stderr, flush=True)
     if unreadable:
-        raise UserError(f"{unreadable} of {len(questions)} pictures could not be read")
+        raise UserError(f"{unreadable} of {len(questions)} images could not be read")
 
 
 def report(question: Question, answer: Answer, arguments: InferArguments) -> None:
-    """Print what is not streamed: a JSON line, an answer beside the true one, or that the answer was cut off."""
+    """Print what is not streamed: a JSON line, an answer beside the reference, or that the answer was cut off."""
     if arguments.json:
         result = {
             "image": str(question.image),
             "question": question.text,
             "answer": answer.text,
-            **({"truth": question.truth} if question.truth is not None else {}),
-            "tokens": len(answer.token_ids),
+            **({"reference": question.reference} if question.reference is not None else {}),
+            "tokens": answer.tokens,
             "stopped": answer.stopped,
         }
         print(json.dumps(result, ensure_ascii=False), flush=True)
-    elif question.truth is not None:
-        mark = "right" if answer.text == question.truth else "wrong"
+    elif question.reference is not None:
+        mark = "right" if answer.text == question.reference else "wrong"
         print(f"{question.image}  [{mark}]\n  question: {question.text}", flush=True)
-        print(f"  answer:   {answer.text}\n  truth:    {question.truth}", flush=True)
+        print(f"  answer:   {answer.text}\n  reference:    {question.reference}", flush=True)
     elif not answer.stopped:
         print(f"(cut off after --max_new_tokens {arguments.max_new_tokens})", file=sys.stderr, flush=True)
 
 
 def report_unreadable(question: Question, reason: str, as_json: bool) -> None:
-    """Say which picture could not be read and why."""
+    """Say which image could not be read and why."""
     if as_json:
         print(json.dumps({"image": str(question.image), "error": reason}, ensure_ascii=False), flush=True)
     else:

@@ -1,4 +1,4 @@
-"""Let a model that sees pictures judge which of two evaluations has the better answers.
+"""Let a model that sees images judge which of two evaluations has the better answers.
 
     export OPENAI_API_KEY=…
     python judge.py --first output/scores --second output_b/scores --preset gpt-4o --output_dir output_b/judged
@@ -12,14 +12,11 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from meme_llava.answer_scores import Score
-from meme_llava.arguments import parse_arguments, to_plain
-from meme_llava.checkpoint import describe_environment
-from meme_llava.display import print_table
-from meme_llava.endpoints import Endpoint, check_client, find_endpoint
+from meme_llava.cli import parse_arguments, to_plain
+from meme_llava.dataset.images import resolve_image_path
 from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.evaluation_arguments import JudgeArguments
-from meme_llava.evaluation_folder import (
+from meme_llava.evaluate.judging import CRITERIA, Comparison, Pair, combine_verdicts, compare_pairs, read_verdict
+from meme_llava.evaluate.results_folder import (
     JUDGE,
     PREDICTIONS,
     append_remaining,
@@ -28,9 +25,12 @@ from meme_llava.evaluation_folder import (
     read_finished_evaluation,
     read_predictions,
 )
-from meme_llava.hashing import hash_file
-from meme_llava.images import resolve_image_path
-from meme_llava.judging import CRITERIA, Comparison, Pair, combine_verdicts, compare_pairs, read_verdict
+from meme_llava.evaluate.scores import Score
+from meme_llava.evaluate.settings import JudgeArguments
+from meme_llava.inference.endpoints import Endpoint, check_client, find_endpoint
+from meme_llava.storage.hashing import hash_file
+from meme_llava.storage.run_record import describe_environment
+from meme_llava.terminal import print_table
 
 ATTEMPTS = 2  # requests for a verdict in the wanted form
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     with open_evaluation(arguments.output_dir, record, arguments.overwrite) as folder:
         if folder.metrics is None:
             image_folder = Path(first["image_folder"])
-            check_pictures_are_there(pairs, image_folder)
+            check_images_are_there(pairs, image_folder)
             append_remaining(
                 folder,
                 pairs,
@@ -73,20 +73,20 @@ def list_pairs(folders: list[Path], task: str | None, limit: int | None) -> list
     only = len(first.keys() ^ second.keys())
     print(f"{len(common):,} pairs{f'; {only:,} questions were asked of one of the two alone' if only else ''}")
     return [
-        Pair(image, question, truth or "", first[key]["text"], first[key]["answer"], second[key]["answer"])
+        Pair(image, question, reference or "", first[key]["text"], first[key]["answer"], second[key]["answer"])
         for key in common
-        for image, question, truth, _ in [key]
+        for image, question, reference, _ in [key]
     ]
 
 
-def check_pictures_are_there(pairs: list[Pair], image_folder: Path) -> None:
-    """Raise UserError where pictures that were evaluated are gone, before a verdict is paid for."""
-    pictures = dict.fromkeys(pair.picture for pair in pairs)
-    gone = [picture for picture in pictures if not (image_folder / picture).is_file()]
+def check_images_are_there(pairs: list[Pair], image_folder: Path) -> None:
+    """Raise UserError where images that were evaluated are gone, before a verdict is paid for."""
+    images = dict.fromkeys(pair.image for pair in pairs)
+    gone = [image for image in images if not (image_folder / image).is_file()]
     if gone:
         raise UserError(
-            f"{image_folder}: {len(gone)} of the pictures that were evaluated are not there, e.g. {gone[0]}; bring "
-            "them back, or evaluate both models anew where the pictures are now"
+            f"{image_folder}: {len(gone)} of the images that were evaluated are not there, e.g. {gone[0]}; bring "
+            "them back, or evaluate both models anew where the images are now"
         )
 
 
@@ -113,14 +113,14 @@ def judge_batch(endpoint: Endpoint, pairs: list[Pair], image_folder: Path, argum
     A verdict is None, with the problem, where there is none.
     """
     # openai is installed by those who ask servers.
-    from meme_llava.endpoint_answers import Request, ask_endpoint
+    from meme_llava.inference.endpoint_answers import Request, ask_endpoint
 
     open_questions = [(place, swapped) for place, pair in enumerate(pairs) if not pair.is_same for swapped in (0, 1)]
     verdicts: dict[tuple[int, int], dict[str, str]] = {}
     problems: dict[int, str] = {}
     for _ in range(ATTEMPTS):
         requests = [
-            Request(resolve_image_path(pairs[place].picture, image_folder), pairs[place].write_prompt(bool(swapped)))
+            Request(resolve_image_path(pairs[place].image, image_folder), pairs[place].write_prompt(bool(swapped)))
             for place, swapped in open_questions
         ]
         replies = list(ask_endpoint(endpoint, requests, arguments.max_new_tokens, arguments.timeout))
@@ -158,7 +158,7 @@ def sum_up(judgements: list[dict]) -> dict[str, dict]:
             "(to ask again: --overwrite, perhaps with another --model or a larger --max_new_tokens)"
         )
     comparisons = compare_pairs(
-        [judgement["picture"] for judgement in judged], [judgement["verdict"] for judgement in judged]
+        [judgement["image"] for judgement in judged], [judgement["verdict"] for judgement in judged]
     )
     return {criterion: asdict(comparison) for criterion, comparison in comparisons.items()}
 

@@ -5,35 +5,25 @@
 The base and the LoRA settings come from the run record; --base_model is needed only if the base moved.
 """
 
-# First, since it says how Ctrl-C ends a script while the others load.
-import meme_llava  # noqa: F401
-
-# isort: split
-
-import torch
-
-from meme_llava.arguments import MergeArguments, parse_arguments, to_plain
-from meme_llava.checkpoint import (
-    RUN_RECORD,
-    check_apart,
-    check_output_dir,
-    describe_environment,
-    find_base,
-    read_run_record,
-    write_directory,
-    write_json,
-)
-from meme_llava.display import print_table, show_bytes
+from meme_llava.cli import parse_arguments, to_plain
+from meme_llava.convert.settings import MergeArguments
 from meme_llava.errors import stop_on_user_error
-from meme_llava.export import check_exportable, export_clip_tower, verify_exported
-from meme_llava.fingerprint import fingerprint_folder
-from meme_llava.merge_verification import verify_merged
-from meme_llava.merging import TrainedWeights, write_merged
+from meme_llava.storage.folders import check_apart, check_output_dir, write_directory, write_json
+from meme_llava.storage.run_record import RUN_RECORD, describe_environment, read_run_record
+from meme_llava.terminal import print_table, show_bytes
 
 
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(MergeArguments, argv, description=__doc__)
+    # Torch takes seconds to load; a wrong flag is answered before.
+    import torch
+
+    from meme_llava.convert.export import check_exportable, export_clip_tower, verify_exported
+    from meme_llava.convert.merge import TrainedWeights, write_merged
+    from meme_llava.convert.merge_check import verify_merged
+    from meme_llava.storage.fingerprint import find_base, fingerprint_folder
+
     check_output_dir(arguments.output_dir, arguments.overwrite)
     base_folder = find_base(arguments.adapter, arguments.base_model)
     check_apart(arguments.output_dir, {"adapter": arguments.adapter, "base model": base_folder})

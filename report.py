@@ -4,14 +4,14 @@
     python report.py base=output/scores_before output RapidOCR=output/scores_rapidocr --output report.html
 
 Every run is an OUTPUT_DIR of run.sh or an output_dir of evaluate.py, all asked the same questions; NAME= in front of it
-heads its column. The page holds recipes, scores with intervals, curves, and every picture with all answers.
+heads its column. The page holds recipes, scores with intervals, curves, and every image with all answers.
 """
 
 from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.evaluation_arguments import parse_report_arguments
-from meme_llava.experiment import read_experiments
-from meme_llava.html_page import write_whole
-from meme_llava.report_page import render_report, render_table
+from meme_llava.evaluate.settings import parse_report_arguments
+from meme_llava.report.experiment import read_experiments
+from meme_llava.report.html_page import write_whole
+from meme_llava.report.report_page import render_report, render_table
 
 # Spreadsheets take a file without it for one in the local encoding.
 BYTE_ORDER_MARK = "\ufeff"
@@ -29,8 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         raise UserError(f"--output {arguments.output}: cannot be written ({error})") from error
     for experiment in experiments:
-        if experiment.doubt:
-            print(experiment.doubt)
+        if experiment.warning:
+            print(experiment.warning)
         if "train type" in experiment.facts and not experiment.log_history:
             print(f"{experiment.name}: its trainer_state.json is not where it was, so the page has no curves of it")
     print(f"page:  {arguments.output}\ntable: {table}")

@@ -1,8 +1,8 @@
-"""Time and memory of data/check.py on many pictures: the first check, the second one, and decoding alone beside them.
+"""Time and memory of data/check.py on many images: the first check, the second one, and decoding alone beside them.
 
-python benchmarks/check_data.py --work_dir /tmp/check --pictures data/images --count 10000
+python benchmarks/check_data.py --work_dir /tmp/check --images data/images --count 10000
 
-Every picture is a copy of a real one with some bytes of its own behind the end of its data, so that no two files have
+Every image is a copy of a real one with some bytes of its own behind the end of its data, so that no two files have
 the same contents.
 """
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{work_dir}: is not empty; give --work_dir another")
     images = work_dir / "data" / "images"
     images.mkdir(parents=True)
-    annotations = make_data(arguments.pictures, images, arguments.count)
+    annotations = make_data(arguments.images, images, arguments.count)
     os.environ["XDG_CACHE_HOME"] = str(work_dir / "cache")
     bench = Bench(work_dir)
     flags = ["--annotations", annotations, "--image_folder", images.parent, "--output_dir", work_dir / "check"]
@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> None:
         bench.run("decode_alone", [sys.executable, "-c", DECODE_ALONE, images])
         for step in ("first_check", "second_check"):
             bench.run_script(step, ROOT / "data" / "check.py", *flags)
-        bench.run_script("second_check_without_pictures", ROOT / "data" / "check.py", *flags, "--report_records", "0")
-        for step in ("first_check", "second_check", "second_check_without_pictures"):
+        bench.run_script("second_check_without_images", ROOT / "data" / "check.py", *flags, "--report_records", "0")
+        for step in ("first_check", "second_check", "second_check_without_images"):
             print(f"{step}: {bench.compare(step, 'decode_alone', with_sync=False):.2f} x decoding in one process")
     finally:
         shutil.rmtree(images.parent)
@@ -54,17 +54,17 @@ def main(argv: list[str] | None = None) -> None:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True, help="an empty or new folder")
-    parser.add_argument("--pictures", type=Path, default=ROOT / "data" / "images", help="folder of real pictures")
-    parser.add_argument("--count", type=int, default=10_000, help="pictures to check")
+    parser.add_argument("--images", type=Path, default=ROOT / "data" / "images", help="folder of real images")
+    parser.add_argument("--count", type=int, default=10_000, help="images to check")
     arguments = parser.parse_args(argv)
     if not 0 < arguments.count <= MAX_COUNT:
         parser.error(f"--count is {arguments.count}, expected 1 to {MAX_COUNT}")
     return arguments
 
 
-def make_data(pictures: Path, images: Path, count: int) -> Path:
+def make_data(originals_folder: Path, images: Path, count: int) -> Path:
     """Fill `images` with copies and write one record about each."""
-    originals = sorted(path for path in pictures.iterdir() if path.is_file())
+    originals = sorted(path for path in originals_folder.iterdir() if path.is_file())
     records = []
     for number in range(count):
         original = originals[number % len(originals)]

@@ -16,10 +16,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from meme_llava.display import print_table  # noqa: E402
+from meme_llava.dataset.images import open_image  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
-from meme_llava.generation import Answer, Answerer, Question, list_record_questions, load_answerer  # noqa: E402
-from meme_llava.images import open_image  # noqa: E402
+from meme_llava.inference.generation import Answerer, load_answerer  # noqa: E402
+from meme_llava.inference.predictions import Answer  # noqa: E402
+from meme_llava.inference.questions import Question, list_record_questions  # noqa: E402
+from meme_llava.terminal import print_table  # noqa: E402
 
 Way = Callable[[Answerer, list[Question], int], list[Answer]]
 
@@ -63,7 +65,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--annotations", type=Path, default=ROOT / "data" / "unseen" / "annotations.json")
     parser.add_argument("--image_folder", type=Path, default=ROOT / "data" / "unseen")
     parser.add_argument("--task", help="only records of this task")
-    parser.add_argument("--limit", type=int, default=128, help="only the first so many of them")
+    parser.add_argument("--limit", type=int, default=128, help="only the first N of them")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)

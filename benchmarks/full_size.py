@@ -283,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
     print("\n".join(["", *report]))
     if arguments.output is not None:
         results = {
-            "machine": machine,
+            "accelerator": machine,
             "settings": {name: str(v) if isinstance(v, Path) else v for name, v in vars(arguments).items()},
             "report": report,
             "check": check,

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny" / "making")]
 
 import torch  # noqa: E402
 from huggingface_hub import split_torch_state_dict_into_shards  # noqa: E402
+from make_towers import make_vision_tower, train_tokenizer  # noqa: E402
 from transformers import (  # noqa: E402
     AutoTokenizer,
     ChineseCLIPVisionConfig,
@@ -31,19 +32,18 @@ from transformers import (  # noqa: E402
     Qwen2ForCausalLM,
 )
 
-from meme_llava.arguments import parse_train_arguments  # noqa: E402
-from meme_llava.checkpoint import write_directory, write_json  # noqa: E402
-from meme_llava.dataset import load_dataset  # noqa: E402
-from meme_llava.engines import SINGLE, choose_engine  # noqa: E402
+from meme_llava.dataset.records import read_records  # noqa: E402
+from meme_llava.distributed.engines import SINGLE, choose_engine  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
-from meme_llava.manifest import describe_file, write_manifest  # noqa: E402
-from meme_llava.model import load_processing, quiet_transformers  # noqa: E402
-from meme_llava.records import read_records  # noqa: E402
-from meme_llava.resume import StartPoint  # noqa: E402
-from meme_llava.run import TrainingRun  # noqa: E402
-from meme_llava.tiny_towers import make_vision_tower, train_tokenizer  # noqa: E402
-from meme_llava.trainable import plan_parameter_groups, prepare_trainable, save_trained_weights  # noqa: E402
-from meme_llava.training_arguments import derive_accumulation  # noqa: E402
+from meme_llava.model.llava import load_processing, quiet_transformers  # noqa: E402
+from meme_llava.model.trainable import plan_parameter_groups, prepare_trainable, save_trained_weights  # noqa: E402
+from meme_llava.storage.folders import write_directory, write_json  # noqa: E402
+from meme_llava.storage.manifest import describe_file, write_manifest  # noqa: E402
+from meme_llava.train.inputs import RunInputs, load_training_records  # noqa: E402
+from meme_llava.train.prepare import make_run_record, write_sidecars  # noqa: E402
+from meme_llava.train.resume import StartPoint  # noqa: E402
+from meme_llava.train.run import plan_run  # noqa: E402
+from meme_llava.train.settings import parse_train_arguments  # noqa: E402
 
 SCALE_RECORD = "benchmark_scale.json"
 ANNOTATIONS = ROOT / "data" / "annotations.json"
@@ -105,8 +105,10 @@ SCALES = {
 }
 
 
-def make_language_model(folder: Path, scale: Scale, tokenizer_folder: Path | None, seed: int) -> None:
-    """Write a random bf16 Qwen2 to `folder`, laid out as on the hub."""
+def make_language_model(
+    folder: Path, scale: Scale, tokenizer_folder: Path | None, seed: int, device: str = "cpu"
+) -> None:
+    """Write a random bf16 Qwen2 to `folder`, laid out as on the hub; a GPU as `device` draws it in seconds."""
     tokenizer = _write_tokenizer(folder, tokenizer_folder)
     ends_turn, ends_text = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
     config = _describe_language_model(scale, bos_token_id=ends_text, eos_token_id=ends_turn)
@@ -115,7 +117,7 @@ def make_language_model(folder: Path, scale: Scale, tokenizer_folder: Path | Non
         folder / "generation_config.json",
         {"bos_token_id": ends_text, "eos_token_id": [ends_turn, ends_text], "pad_token_id": ends_text},
     )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     shapes = _list_language_tensors(config)
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=scale.shard_size)
     for file_name, names in split.filename_to_tensors.items():
@@ -138,16 +140,13 @@ def make_adapter(folder: Path, base: Path, seed: int) -> None:
         description="",
     )
     processing = load_processing(base)
-    encoder, policy = processing.encoder, processing.image_policy
-    data = load_dataset(ANNOTATIONS, ANNOTATIONS.parent, encoder, policy, arguments.model_max_length, "error")
-    engine = choose_engine(SINGLE, 1, on_gpu=False)
-    run = TrainingRun.plan(arguments, data, derive_accumulation(arguments, 1), engine, StartPoint())
+    inputs = RunInputs(StartPoint(), processing, load_training_records(arguments, processing))
+    plan = plan_run(arguments, choose_engine(SINGLE, 1, on_gpu=False), 1, inputs)
     config = LlavaConfig.from_pretrained(base, local_files_only=True)
     config._name_or_path = str(base)
     with torch.device("meta"):
-        model = prepare_trainable(LlavaForConditionalGeneration(config), arguments)
-    groups = plan_parameter_groups(model, arguments.high_lr, arguments.low_lr, arguments.weight_decay)
-    run.parameter_groups = [group.describe() for group in groups]
+        model = prepare_trainable(LlavaForConditionalGeneration(config), arguments, arguments.seed)
+    groups = plan_parameter_groups(model, arguments)
     generator = torch.Generator().manual_seed(seed)
     drawn = {
         name: torch.empty(parameter.shape).normal_(
@@ -157,9 +156,9 @@ def make_adapter(folder: Path, base: Path, seed: int) -> None:
         for name, parameter in zip(group.names, group.parameters, strict=True)
     }
     save_trained_weights(model, folder, drawn)
-    run.make_companion_writer(processing)(folder, run.steps)
+    write_sidecars(folder, processing, make_run_record(plan, plan.steps, groups, computation=None))
     files = {path.name: describe_file(path) for path in folder.iterdir()}
-    write_manifest(folder, files, run.make_facts(run.steps))
+    write_manifest(folder, files, plan.make_manifest_metadata(plan.steps))
 
 
 def compute_sizes(scale: Scale) -> dict[str, int]:
@@ -230,14 +229,14 @@ def _write_shard(path: Path, shapes: dict[str, torch.Tensor], generator: torch.G
         end += like.nbytes
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    buffer = torch.empty(DRAWN_AT_ONCE)
+    buffer = torch.empty(DRAWN_AT_ONCE, device=generator.device)
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, like in shapes.items():
             for start in range(0, like.numel(), DRAWN_AT_ONCE):
                 part = buffer[: min(DRAWN_AT_ONCE, like.numel() - start)]
                 part = part.fill_(1.0) if "norm" in name else part.normal_(std=WEIGHT_STD, generator=generator)
-                file.write(part.to(torch.bfloat16).view(torch.uint8).numpy())
+                file.write(part.to(torch.bfloat16).cpu().view(torch.uint8).numpy())
 
 
 @stop_on_user_error
@@ -249,6 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="where it goes")
     parser.add_argument("--scale", choices=SCALES, default="full")
     parser.add_argument("--seed", type=int, default=0, help="draws the values")
+    parser.add_argument("--device", default="cpu", help="where a language model's are drawn; cuda takes seconds")
     parser.add_argument("--tokenizer", type=Path, help="folder with Qwen's tokenizer files; else a small one is made")
     parser.add_argument("--base", type=Path, help="the assembled model that the adapter is for")
     arguments = parser.parse_args(argv)
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     with write_directory(arguments.folder, overwrite=False) as folder:
         if arguments.what == "language_model":
-            make_language_model(folder, scale, arguments.tokenizer, arguments.seed)
+            make_language_model(folder, scale, arguments.tokenizer, arguments.seed, arguments.device)
         else:
             make_vision_tower(folder, scale.image_size, arguments.seed, **scale.vision)
         write_json(folder / SCALE_RECORD, {"scale": arguments.scale})

@@ -1,10 +1,10 @@
-"""Captions per second from annotation and picture files to packed batches, without a model.
+"""Captions per second from annotation and image files to packed batches, without a model.
 
 python benchmarks/input_pipeline.py --annotations train.json --image_folder memes --tokenizer qwen2_tokenizer
 python benchmarks/input_pipeline.py --annotations train.json --image_folder memes --model output_7b/base \
-    --captions_per_picture 2.25 --captions captions.jsonl
+    --captions_per_image 2.25 --captions captions.jsonl
 
-"cold" drops the picture files from the page cache first, as in the first epoch; "cached" reads them from there.
+"cold" drops the image files from the page cache first, as in the first epoch; "cached" reads them from there.
 """
 
 import argparse
@@ -27,16 +27,17 @@ import torch  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-from meme_llava import images  # noqa: E402
-from meme_llava.collator import PackingCollator  # noqa: E402
-from meme_llava.conversation import IMAGE_PLACEHOLDER, ConversationEncoder  # noqa: E402
-from meme_llava.dataset import LoadedData, TrainingOrder, load_dataset  # noqa: E402
-from meme_llava.display import print_table  # noqa: E402
+from meme_llava.dataset import images, pixels  # noqa: E402
+from meme_llava.dataset.collator import PackingCollator  # noqa: E402
+from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, ConversationEncoder  # noqa: E402
+from meme_llava.dataset.dataset import LoadedData, TrainingOrder, load_records  # noqa: E402
+from meme_llava.dataset.images import ImagePolicy  # noqa: E402
+from meme_llava.dataset.records import read_records  # noqa: E402
+from meme_llava.dataset.settings import RecordPolicy, RecordSource  # noqa: E402
+from meme_llava.dataset.tokenization import Tokenization  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
-from meme_llava.findings import Severities  # noqa: E402
-from meme_llava.images import ImagePolicy  # noqa: E402
-from meme_llava.model import load_processing  # noqa: E402
-from meme_llava.records import read_records  # noqa: E402
+from meme_llava.model.llava import load_processing  # noqa: E402
+from meme_llava.terminal import print_table  # noqa: E402
 
 # Chinese-CLIP ViT-L/14-336.
 SIZE, TOKENS_PER_IMAGE = 336, 576
@@ -44,7 +45,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 MAX_LENGTH = 2048
 GLOBAL_BATCH_SIZE = 64
 QUESTION = f"{IMAGE_PLACEHOLDER}\n这张表情包写了什么，是什么意思？"
-# Simulated records repeat captions; small pictures cost as much as a run would have them cost.
+# Simulated records repeat captions; small images cost as much as a run would have them cost.
 ALLOWED = ("duplicate_id", "duplicate_caption", "refusal", "loop", "too_small")
 
 
@@ -54,21 +55,20 @@ def main(argv: list[str] | None = None) -> None:
     encoder, policy = load_encoder_and_policy(arguments)
     with tempfile.TemporaryDirectory() as folder:
         annotations = arguments.annotations
-        if arguments.captions_per_picture is not None:
+        if arguments.captions_per_image is not None:
             annotations = simulate_records(arguments, Path(folder) / "records.json")
-        data = load_dataset(
-            annotations, arguments.image_folder, encoder, policy, MAX_LENGTH, "quarantine", Severities(allowed=ALLOWED)
-        )
+        source, tokens = RecordSource(annotations, arguments.image_folder), Tokenization(encoder, MAX_LENGTH)
+        data = load_records(source, RecordPolicy(bad_records="quarantine", allow=list(ALLOWED)), tokens, policy)
     paths = sorted({path for checked in data.checked.usable for path in checked.image_paths})
-    pictures, records = len(paths), len(data.dataset)
-    print(f"{records:,} records on {pictures:,} pictures, {data.dataset.lengths.mean():.1f} positions each", flush=True)
+    images, records = len(paths), len(data.dataset)
+    print(f"{records:,} records on {images:,} images, {data.dataset.lengths.mean():.1f} positions each", flush=True)
     rows = []
     for workers, is_cold in itertools.product(arguments.workers, (True, False)):
         # A process of its own for every row, or the peak memory of one would stand in the next.
         with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), share_data, (data, encoder, policy)) as pool:
             measured = pool.submit(measure_loading, arguments, workers, paths if is_cold else []).result()
         rows.append((workers, "cold" if is_cold else "cached", *measured))
-    columns = ("workers", "files", "captions/s", "pictures/s", "positions", "peak MiB", "a worker's")
+    columns = ("workers", "files", "captions/s", "images/s", "positions", "peak MiB", "a worker's")
     print_table(f"Loading, {len(os.sched_getaffinity(0))} CPUs", columns, rows)
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), share_data, (data, encoder, policy)) as pool:
         captions, stages = pool.submit(measure_stages, arguments).result()
@@ -85,8 +85,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--image_folder", type=Path, default=ROOT / "data")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, help="base model, for its tokenizer and image policy")
-    source.add_argument("--tokenizer", type=Path, help=f"tokenizer folder; pictures become {SIZE}x{SIZE} pixels")
-    parser.add_argument("--captions_per_picture", type=float, help="simulate so many records a picture")
+    source.add_argument("--tokenizer", type=Path, help=f"tokenizer folder; images become {SIZE}x{SIZE} pixels")
+    parser.add_argument("--captions_per_image", type=float, help="simulate N records an image")
     parser.add_argument("--captions", type=Path, help="JSONL with 'description', the answers of simulated records")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--device_batch_size", type=int, default=8)
@@ -94,8 +94,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if GLOBAL_BATCH_SIZE % arguments.device_batch_size:
         parser.error(f"--device_batch_size is {arguments.device_batch_size}, expected a divisor of {GLOBAL_BATCH_SIZE}")
-    if arguments.captions is not None and arguments.captions_per_picture is None:
-        parser.error("--captions needs --captions_per_picture")
+    if arguments.captions is not None and arguments.captions_per_image is None:
+        parser.error("--captions needs --captions_per_image")
     return arguments
 
 
@@ -111,9 +111,9 @@ def load_encoder_and_policy(arguments: argparse.Namespace) -> tuple[Conversation
 
 
 def simulate_records(arguments: argparse.Namespace, path: Path) -> Path:
-    """Write records about the pictures of the annotation file, as many a picture as asked for on average."""
+    """Write records about the images of the annotation file, as many an image as asked for on average."""
     records, _ = read_records(arguments.annotations)
-    pictures = list(dict.fromkeys(image for record in records for image in record.images))
+    images = list(dict.fromkeys(path for record in records for path in record.images))
     answers = [turn.text for record in records for turn in record.turns if turn.role == "assistant"]
     if arguments.captions is not None:
         lines = arguments.captions.read_text(encoding="utf-8").splitlines()
@@ -122,10 +122,10 @@ def simulate_records(arguments: argparse.Namespace, path: Path) -> Path:
             raise UserError(f"{arguments.captions}: has no line with a 'description'")
     endless = itertools.cycle(answers)
     values = []
-    for number, picture in enumerate(pictures, start=1):
-        for _ in range(round(number * arguments.captions_per_picture) - len(values)):
+    for number, image in enumerate(images, start=1):
+        for _ in range(round(number * arguments.captions_per_image) - len(values)):
             turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": next(endless)}]
-            values.append({"id": str(len(values)), "image": picture, "conversations": turns})
+            values.append({"id": str(len(values)), "image": image, "conversations": turns})
     path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
     return path
 
@@ -142,7 +142,7 @@ def make_order_and_collator(arguments: argparse.Namespace, epochs: int) -> tuple
     """The same parts that train.py puts together, for one process."""
     dataset, encoder = shared["data"].dataset, shared["encoder"]
     steps = max(1, len(dataset) * epochs // GLOBAL_BATCH_SIZE)
-    order = TrainingOrder(dataset, steps, GLOBAL_BATCH_SIZE, arguments.device_batch_size, 1, 0, shared_pictures=True)
+    order = TrainingOrder(dataset, steps, GLOBAL_BATCH_SIZE, arguments.device_batch_size, 1, 0, shared_images=True)
     return order, PackingCollator(encoder.image_token_id, encoder.tokens_per_image, shared["policy"].size)
 
 
@@ -152,16 +152,16 @@ def measure_loading(arguments: argparse.Namespace, workers: int, cold_paths: lis
     for path in cold_paths:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    started, pictures, positions = time.perf_counter(), 0, 0
+    started, images, positions = time.perf_counter(), 0, 0
     for batch in DataLoader(order, arguments.device_batch_size, collate_fn=collator, num_workers=workers):
-        pictures += len(batch["pixel_values"])
+        images += len(batch["pixel_values"])
         positions += batch["input_ids"].shape[1]
     seconds = time.perf_counter() - started
     own, worker = (
         resource.getrusage(who).ru_maxrss // 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
     captions = len(order)
-    rates = f"{captions / seconds:.0f}", f"{pictures / seconds:.0f}", f"{positions / captions:.1f}"
+    rates = f"{captions / seconds:.0f}", f"{images / seconds:.0f}", f"{positions / captions:.1f}"
     return *rates, own, worker if workers else "-"
 
 
@@ -183,9 +183,9 @@ def measure_stages(arguments: argparse.Namespace) -> tuple[int, dict[str, float]
 
         setattr(owner, name, watched)
 
-    for name in ("open_header", "open_image", "fit_to_square"):
-        watch(images, name)
-    watch(shared["encoder"], "encode_example")
+    watch(images, "open_header")
+    for name in ("open_image", "fit_to_square"):
+        watch(pixels, name)
     watch(PackingCollator, "__call__")
     started = time.process_time()
     for _ in DataLoader(order, arguments.device_batch_size, collate_fn=collator):
@@ -194,7 +194,6 @@ def measure_stages(arguments: argparse.Namespace) -> tuple[int, dict[str, float]
         "open": seconds["open_header"],
         "decode": seconds["open_image"] - seconds["open_header"],
         "resize": seconds["fit_to_square"],
-        "tokenise": seconds["encode_example"],
         "collate": seconds["__call__"],
         "all": time.process_time() - started,
     }

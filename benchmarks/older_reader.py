@@ -4,7 +4,7 @@
     python benchmarks/older_reader.py --model output/merged --transformers 4.57 --environment FOLDER
 
 Both versions load the directory in float32 on the CPU, one after the other (4 bytes a parameter), and answer the same
-question about the same drawn picture. No key may be missing, unexpected or of another shape; input ids and greedy
+question about the same drawn image. No key may be missing, unexpected or of another shape; input ids and greedy
 answer must be equal, pixels and logits equal but for rounding. The exit code is 0 if so, 1 if not, and 2 for a wrong
 setting.
 
@@ -33,9 +33,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
-from meme_llava.display import print_table  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
-from meme_llava.model import check_llava_folder  # noqa: E402
+from meme_llava.model.llava import check_llava_folder  # noqa: E402
+from meme_llava.terminal import print_table  # noqa: E402
 
 READER = Path(__file__).resolve().parent / "read_logits.py"
 LOADING_FAULTS = {

@@ -25,25 +25,25 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from transformers import ChineseCLIPVisionConfig, LlavaConfig, Qwen2Config  # noqa: E402
 
-from meme_llava.activation_checkpointing import recompute_layers  # noqa: E402
-from meme_llava.arguments import TrainArguments, parse_train_arguments  # noqa: E402
-from meme_llava.collator import PackingCollator  # noqa: E402
-from meme_llava.conversation import IGNORED_LABEL  # noqa: E402
-from meme_llava.display import print_table  # noqa: E402
-from meme_llava.images import ImagePolicy  # noqa: E402
-from meme_llava.machines import GIB  # noqa: E402
-from meme_llava.model import count_image_tokens  # noqa: E402
-from meme_llava.packed_attention import SDPA  # noqa: E402
-from meme_llava.packed_model import PackedLlava, prepare_packed_llava  # noqa: E402
-from meme_llava.step_memory import StateDivision, StepEstimator  # noqa: E402
-from meme_llava.trainable import prepare_trainable  # noqa: E402
+from meme_llava.dataset.collator import PackingCollator  # noqa: E402
+from meme_llava.dataset.conversation import IGNORED_LABEL  # noqa: E402
+from meme_llava.dataset.images import ImagePolicy  # noqa: E402
+from meme_llava.model.activation_checkpointing import recompute_layers  # noqa: E402
+from meme_llava.model.llava import count_image_tokens  # noqa: E402
+from meme_llava.model.packed_attention import SDPA  # noqa: E402
+from meme_llava.model.packed_llava import PackedLlava, prepare_packed_llava  # noqa: E402
+from meme_llava.model.trainable import prepare_trainable  # noqa: E402
+from meme_llava.terminal import print_table  # noqa: E402
+from meme_llava.train.planning.accelerators import GIB  # noqa: E402
+from meme_llava.train.planning.memory import ShardingPlan, StepEstimator  # noqa: E402
+from meme_llava.train.settings import TrainArguments, parse_train_arguments  # noqa: E402
 
 CASES = {
     "lora": ["--train_type", "lora", "--gradient_checkpointing", "none"],
     "lora, recomputed": ["--train_type", "lora", "--gradient_checkpointing", "full"],
     "full": ["--train_type", "full", "--gradient_checkpointing", "none"],
 }
-STEPS, ACCUMULATION, CAPTIONS, CAPTIONS_PER_PICTURE, TEXT_TOKENS, SUPERVISED = 2, 2, 4, 2, 136, 106
+STEPS, ACCUMULATION, CAPTIONS, CAPTIONS_PER_IMAGE, TEXT_TOKENS, SUPERVISED = 2, 2, 4, 2, 136, 106
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 IMAGE_TOKEN_ID, LARGEST_ERROR = 31_999, 0.10
 
@@ -82,7 +82,7 @@ def make_arguments(flags: list[str]) -> TrainArguments:
 
 
 def make_batch(config: LlavaConfig) -> dict:
-    """A packed batch of captions, some of them about the same picture."""
+    """A packed batch of captions, some of them about the same image."""
     tokens, size = count_image_tokens(config), config.vision_config.image_size
     generator = torch.Generator().manual_seed(0)
     examples = []
@@ -92,16 +92,22 @@ def make_batch(config: LlavaConfig) -> dict:
         labels = torch.full_like(ids, IGNORED_LABEL)
         labels[-SUPERVISED:] = ids[-SUPERVISED:]
         pixels = torch.randint(0, 256, (3, size, size), generator=generator, dtype=torch.uint8)
-        path = Path(f"{number // CAPTIONS_PER_PICTURE}.png")
+        path = Path(f"{number // CAPTIONS_PER_IMAGE}.png")
         examples.append(
-            {"record_id": str(number), "input_ids": ids, "labels": labels, "image_paths": (path,), "pictures": [pixels]}
+            {
+                "record_id": str(number),
+                "input_ids": ids,
+                "labels": labels,
+                "image_paths": (path,),
+                "pixel_values": [pixels],
+            }
         )
     return PackingCollator(IMAGE_TOKEN_ID, tokens, size)(examples)
 
 
 def make_estimator(config: LlavaConfig, arguments: TrainArguments, batch: dict) -> StepEstimator:
     policy = ImagePolicy(config.vision_config.image_size, (0.5,) * 3, (0.25,) * 3)
-    return StepEstimator(config, policy, arguments, StateDivision.of_run(arguments, 1, on_gpu=False), batch)
+    return StepEstimator(config, policy, arguments, ShardingPlan.of_run(arguments, 1, on_gpu=False), batch)
 
 
 def read_resident(field: str) -> int:
@@ -118,7 +124,7 @@ def measure(flags: list[str]) -> int:
     before = read_resident("VmRSS")
     model = PackedLlava._from_config(config, dtype=torch.float32)
     prepare_packed_llava(model, estimator.image_policy, SDPA, "random")
-    model = prepare_trainable(model, arguments).train()
+    model = prepare_trainable(model, arguments, arguments.seed).train()
     recompute_layers(model, estimator.choose_recomputed(arguments.gradient_checkpointing, memory=0))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-5)

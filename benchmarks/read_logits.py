@@ -20,15 +20,13 @@ NEW_TOKENS = 16
 LOADING_FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
-def draw_picture() -> Image.Image:
+def draw_image() -> Image.Image:
     """Neither square nor of one colour: resizing and normalising have something to do."""
-    picture = Image.merge("RGB", [Image.linear_gradient("L").rotate(angle) for angle in (0, 90, 180)]).resize(
-        (200, 150)
-    )
-    draw = ImageDraw.Draw(picture)
+    image = Image.merge("RGB", [Image.linear_gradient("L").rotate(angle) for angle in (0, 90, 180)]).resize((200, 150))
+    draw = ImageDraw.Draw(image)
     draw.ellipse((20, 30, 110, 130), fill=(230, 90, 40), outline="black", width=3)
     draw.line((0, 149, 199, 0), fill="white", width=5)
-    return picture
+    return image
 
 
 @torch.inference_mode()
@@ -45,7 +43,7 @@ def main(model_folder: str, output: str) -> None:
     processor = AutoProcessor.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
-    inputs = processor(text=prompt, images=draw_picture(), return_tensors="pt")
+    inputs = processor(text=prompt, images=draw_image(), return_tensors="pt")
     length = inputs["input_ids"].shape[1]
     # An answer that stops at once would compare little.
     output_ids = model.generate(**inputs, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, do_sample=False)

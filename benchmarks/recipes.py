@@ -159,7 +159,7 @@ def read_outcomes(work_dir: Path) -> dict[str, dict[int, Outcome]]:
 def write_table(outcomes: dict[str, dict[int, Outcome]]) -> str:
     """The scores as Markdown: the mean over the seeds, and the lowest and highest."""
     lines = [
-        "| Recipe | What is different | Seeds | Character error rate | Mood right | No text, told so |",
+        "| Recipe | What is different | Seeds | Character error rate | Mood right | No text, correctly reported |",
         "|---|---|---|---|---|---|",
     ]
     for name, by_seed in outcomes.items():

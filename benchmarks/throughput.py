@@ -5,8 +5,8 @@
     python benchmarks/throughput.py --check_losses        # the same losses over 50 steps
 
 The published way pads every caption to model_max_length, computes one at a time, makes all logits in float32, runs all
-vision layers and reads pictures in the main process. Both train LoRA on all thirteen projections and the projector in
-full, from the same random weights, on the same records: lengths and captions per picture as in the published data. The
+vision layers and reads images in the main process. Both train LoRA on all thirteen projections and the projector in
+full, from the same random weights, on the same records: lengths and captions per image as in the published data. The
 ways take turns; every turn is one optimizer step over the global batch. Ratios are medians over the rounds.
 
 Needs torch, transformers, peft and Pillow, and no network.
@@ -29,11 +29,11 @@ from throughput_models import SHAPES, Models, Shapes, make_models, measure_propo
 from throughput_rounds import Bench  # noqa: E402
 from throughput_ways import LADDER, PUBLISHED, Training, Way, Workload  # noqa: E402
 
-from meme_llava.costs import TrainingCosts  # noqa: E402
-from meme_llava.display import print_table  # noqa: E402
+from meme_llava.dataset.sampling import BatchShape  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
-from meme_llava.model import count_image_tokens  # noqa: E402
-from meme_llava.sampling import BatchShape  # noqa: E402
+from meme_llava.model.llava import count_image_tokens  # noqa: E402
+from meme_llava.terminal import print_table  # noqa: E402
+from meme_llava.train.planning.flops import TrainingCosts  # noqa: E402
 
 # Real captions and the tokenizer that counts them, where somebody put them beside the checkout.
 CAPTIONS = ROOT.parent / "shared" / "data" / "captions"
@@ -84,7 +84,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--global_batch_size", type=int, default=32, help="captions of an optimizer step")
     parser.add_argument("--device_batch_size", type=int, default=8, help="captions that ours computes at once")
     parser.add_argument("--check_losses", action="store_true", help="compare the losses of all ways instead, on a CPU")
-    parser.add_argument("--seed", type=int, default=0, help="draws weights, captions and pictures")
+    parser.add_argument("--seed", type=int, default=0, help="draws weights, captions and images")
     parser.add_argument("--json", type=Path, help="also write every figure to this file")
     arguments = parser.parse_args(argv)
     for name in ("rounds", "global_batch_size", "device_batch_size"):
@@ -92,14 +92,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} is {getattr(arguments, name)}, expected at least 1")
     if arguments.global_batch_size % arguments.device_batch_size:
         parser.error(
-            f"--global_batch_size {arguments.global_batch_size} is no multiple of --device_batch_size "
+            f"--global_batch_size {arguments.global_batch_size} is not a multiple of --device_batch_size "
             f"{arguments.device_batch_size}"
         )
     return arguments
 
 
 def make_workload(shapes: Shapes, shape: BatchShape, steps: int, folder: Path, seed: int) -> tuple[Workload, str]:
-    """Records for so many steps, their pictures in `folder`; and where the lengths of their captions come from."""
+    """Records for a number of steps, their images in `folder`; and where the lengths of their captions come from."""
     lengths, source = None, "the built-in histogram"
     if CAPTIONS.is_dir() and TOKENIZER.is_dir():
         lengths = read_caption_lengths(CAPTIONS, TOKENIZER)

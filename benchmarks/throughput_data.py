@@ -1,4 +1,4 @@
-"""Makes the data of throughput.py: token lengths, captions per picture and picture files as the published run had them.
+"""Makes the data of throughput.py: token lengths, captions per image and image files as the published run had them.
 
 The lengths are counted with the real tokenizer where captions are at hand, else drawn from a histogram of them. Token
 ids are random: no model here has learned anything, and time depends on lengths alone.
@@ -14,14 +14,15 @@ from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
-from meme_llava.conversation import IGNORED_LABEL
-from meme_llava.images import ImagePolicy, open_image, to_pixels
+from meme_llava.dataset.conversation import IGNORED_LABEL
+from meme_llava.dataset.images import ImagePolicy, open_image
+from meme_llava.dataset.pixels import to_pixels
 
-# Positions of a record's picture, and of the prompt before and behind it.
+# Positions of a record's image, and of the prompt before and after it.
 IMAGE_TOKENS = 576
 TOKENS_BEFORE_IMAGE = 14
 TOKENS_BEHIND_IMAGE = 15
-# The published way pads text to model_max_length, where the picture is one token, and then puts the picture in.
+# The published way pads text to model_max_length, where the image is one token, and then puts the image in.
 PUBLISHED_TEXT_LENGTH = 2048
 # (captions, tokens a caption) of 19,138 published captions, counted with Qwen's tokenizer: mean 106, two above 2,000.
 CAPTION_LENGTHS = (
@@ -31,19 +32,19 @@ CAPTION_LENGTHS = (
     *((478, 132), (478, 135), (479, 140), (478, 144), (479, 150), (478, 157), (479, 165), (478, 174), (479, 184)),
     *((478, 200), (191, 217), (192, 237), (77, 295), (17, 1317), (2, 2377)),
 )
-# Positions of a record beside its picture: prompt, caption and its end.
+# Positions of a record beside its image: prompt, caption and its end.
 MEAN_TEXT_LENGTH = TOKENS_BEFORE_IMAGE + TOKENS_BEHIND_IMAGE + 106.25 + 1
-# (captions of a picture, pictures). Of 24,332 captions on 10,835 pictures 19,138 are counted; the others belong to one
-# file about a collection whose pictures have one caption each otherwise.
-PICTURE_CAPTIONS = ((1, 1_595), (2, 4_983), (3, 4_257))
+# (captions of an image, images). Of 24,332 captions on 10,835 images 19,138 are counted; the others belong to one
+# file about a collection whose images have one caption each otherwise.
+IMAGE_CAPTIONS = ((1, 1_595), (2, 4_983), (3, 4_257))
 # Pixels a side of common memes, and how many JPEG files there are for one PNG.
-PICTURE_SIDES = (300, 800)
+IMAGE_SIDES = (300, 800)
 JPEGS_FOR_A_PNG = 7
 
 
 @dataclass(frozen=True)
 class LengthScale:
-    """How lengths shrink with the model, so that pictures, prompt, captions and padding keep their proportions."""
+    """How lengths shrink with the model, so that images, prompt, captions and padding keep their proportions."""
 
     tokens_per_image: int
 
@@ -71,11 +72,11 @@ class LengthScale:
 
 @dataclass(frozen=True)
 class BenchmarkRecord:
-    """One caption with its prompt and picture; labels are -100 but for the caption and its end."""
+    """One caption with its prompt and image; labels are -100 but for the caption and its end."""
 
     input_ids: torch.Tensor  # int64 (length,)
     labels: torch.Tensor  # int64 (length,)
-    picture: Path
+    image: Path
 
     @property
     def supervised(self) -> int:
@@ -103,7 +104,7 @@ def draw_evenly(values: np.ndarray, count: int, generator: np.random.Generator) 
 def draw_caption_lengths(
     count: int, scale: LengthScale, generator: np.random.Generator, real: np.ndarray | None = None
 ) -> np.ndarray:
-    """Tokens that carry loss in so many records: a caption's and the end token behind it. int64 (count,).
+    """Supervised tokens in a number of records: a caption's and the end token after it. int64 (count,).
 
     Args:
         real: tokens of real captions; the histogram of them when None.
@@ -115,9 +116,9 @@ def draw_caption_lengths(
     return np.minimum(lengths, scale.padded_length - prompt)
 
 
-def assign_pictures(count: int, generator: np.random.Generator) -> np.ndarray:
-    """Which picture each of `count` records is about, int64 (count,); records about one picture are neighbours."""
-    sizes = np.repeat([captions for captions, _ in PICTURE_CAPTIONS], [pictures for _, pictures in PICTURE_CAPTIONS])
+def assign_images(count: int, generator: np.random.Generator) -> np.ndarray:
+    """Which image each of `count` records is about, int64 (count,); records about one image are neighbours."""
+    sizes = np.repeat([captions for captions, _ in IMAGE_CAPTIONS], [images for _, images in IMAGE_CAPTIONS])
     drawn = draw_evenly(sizes, round(count / sizes.mean()) + 1, generator)
     return np.repeat(np.arange(len(drawn)), drawn)[:count]
 
@@ -131,7 +132,7 @@ def make_records(
     seed: int,
     caption_lengths: np.ndarray | None = None,
 ) -> list[BenchmarkRecord]:
-    """Records whose captions share pictures as the published ones do; their pictures are written to `folder`.
+    """Records whose captions share images as the published ones do; their images are written to `folder`.
 
     Args:
         vocabulary: ids that text may have.
@@ -144,19 +145,19 @@ def make_records(
         *[image_token_id] * scale.tokens_per_image,
         *generator.integers(vocabulary.start, vocabulary.stop, scale.tokens_behind_image),
     ]
-    pictures = assign_pictures(count, generator)
-    paths = [_draw_picture(folder, number, generator) for number in range(pictures[-1] + 1)]
+    images = assign_images(count, generator)
+    paths = [_draw_image(folder, number, generator) for number in range(images[-1] + 1)]
     records = []
-    for length, picture in zip(lengths, pictures, strict=True):
+    for length, image in zip(lengths, images, strict=True):
         caption = generator.integers(vocabulary.start, vocabulary.stop, length)
         labels = [IGNORED_LABEL] * len(prompt) + list(caption)
-        records.append(BenchmarkRecord(torch.tensor([*prompt, *caption]), torch.tensor(labels), paths[picture]))
+        records.append(BenchmarkRecord(torch.tensor([*prompt, *caption]), torch.tensor(labels), paths[image]))
     return records
 
 
-def _draw_picture(folder: Path, number: int, generator: np.random.Generator) -> Path:
-    """Write a picture with grain, a face and a line of text, as photos with words have them."""
-    width, height = (int(side) for side in generator.integers(*PICTURE_SIDES, 2))
+def _draw_image(folder: Path, number: int, generator: np.random.Generator) -> Path:
+    """Write an image with grain, a face and a line of text, as photos with words have them."""
+    width, height = (int(side) for side in generator.integers(*IMAGE_SIDES, 2))
     grain = generator.integers(0, 256, (height // 20 + 1, width // 20 + 1, 3), dtype=np.uint8)
     image = Image.fromarray(grain).resize((width, height), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
@@ -171,17 +172,17 @@ class BenchmarkRecords(Dataset):
     """Items as `MemeDataset` returns them.
 
     Args:
-        reads_slowly: pictures take the published path and are float32, normalised; else uint8, as ours.
-        shares_pictures: a picture that several records of a batch show is read once.
+        reads_slowly: images take the published path and are float32, normalised; else uint8, as ours.
+        shares_images: an image that several records of a batch show is read once.
     """
 
     def __init__(
-        self, records: list[BenchmarkRecord], image_policy: ImagePolicy, reads_slowly: bool, shares_pictures: bool
+        self, records: list[BenchmarkRecord], image_policy: ImagePolicy, reads_slowly: bool, shares_images: bool
     ):
         self._records = records
         self._image_policy = image_policy
-        self._read = read_picture_slowly if reads_slowly else read_picture
-        self._shares_pictures = shares_pictures
+        self._read = read_image_slowly if reads_slowly else read_image
+        self._shares_images = shares_images
 
     def __len__(self) -> int:
         return len(self._records)
@@ -190,25 +191,25 @@ class BenchmarkRecords(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
-        pictures: dict[Path, torch.Tensor] = {}
+        images: dict[Path, torch.Tensor] = {}
         items = []
         for index in indices:
             record = self._records[index]
-            if record.picture not in pictures or not self._shares_pictures:
-                pictures[record.picture] = self._read(record.picture, self._image_policy)
+            if record.image not in images or not self._shares_images:
+                images[record.image] = self._read(record.image, self._image_policy)
             items.append(
                 {
                     "record_id": str(index),
                     "input_ids": record.input_ids,
                     "labels": record.labels,
-                    "image_paths": (record.picture,),
-                    "pictures": [pictures[record.picture]],
+                    "image_paths": (record.image,),
+                    "pixel_values": [images[record.image]],
                 }
             )
         return items
 
 
-def read_picture(path: Path, policy: ImagePolicy) -> torch.Tensor:
+def read_image(path: Path, policy: ImagePolicy) -> torch.Tensor:
     """Our path to uint8 (3, size, size).
 
     Without the shortcut for JPEGs of four times the model's square: few memes are that large, but all are for a scaled
@@ -217,8 +218,8 @@ def read_picture(path: Path, policy: ImagePolicy) -> torch.Tensor:
     return to_pixels(open_image(path), policy)
 
 
-def read_picture_slowly(path: Path, policy: ImagePolicy) -> torch.Tensor:
-    """The published path to float32 (3, size, size): the whole picture as an array, then back, resized, as floats."""
+def read_image_slowly(path: Path, policy: ImagePolicy) -> torch.Tensor:
+    """The published path to float32 (3, size, size): the whole image as an array, then back, resized, as floats."""
     with Image.open(path) as file:
         whole = np.array(file.convert("RGB"))  # (height, width, 3)
     resized = Image.fromarray(whole).resize((policy.size, policy.size), policy.resample)

@@ -1,4 +1,4 @@
-"""Knows what differs between the devices that throughput.py runs on: precision, waiting, and how memory is measured."""
+"""What differs between the devices of throughput.py: precision, waiting, and how memory is measured."""
 
 import contextlib
 import weakref
@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from meme_llava.errors import UserError
+from meme_llava.model.devices import gpu_multiplies_bf16
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Platform:
         """bf16 on "cuda", float32 on "cpu". Raises UserError if this machine has no such GPU."""
         if name == "cpu":
             return cls(torch.device("cpu"), torch.float32)
-        if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
+        if not gpu_multiplies_bf16():
             raise UserError("--device cuda: this machine has no GPU that computes in bf16; leave the flag out")
         return cls(torch.device("cuda"), torch.bfloat16)
 

@@ -13,13 +13,13 @@ from torch import nn
 from torch.nn import functional
 from transformers import ChineseCLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
-from meme_llava.arguments import TrainArguments, read_recipe
-from meme_llava.images import ImagePolicy
-from meme_llava.loss import CrossEntropyHead
-from meme_llava.model import count_image_tokens, make_empty_model, set_parameter
-from meme_llava.packed_attention import choose_attention
-from meme_llava.packed_model import PackedLlava, prepare_packed_llava
-from meme_llava.trainable import ParameterGroup, plan_parameter_groups, prepare_trainable
+from meme_llava.dataset.images import ImagePolicy
+from meme_llava.model.llava import count_image_tokens, make_empty_model, set_parameter
+from meme_llava.model.loss import CrossEntropyHead
+from meme_llava.model.packed_attention import choose_attention
+from meme_llava.model.packed_llava import PackedLlava, prepare_packed_llava
+from meme_llava.model.trainable import ParameterGroup, plan_parameter_groups, prepare_trainable
+from meme_llava.train.settings import TrainArguments, read_recipe
 
 PATCH_SIZE = 14
 # OpenAI's CLIP and Chinese-CLIP normalise with these.
@@ -132,10 +132,10 @@ class LadderLlava(PackedLlava):
         super().__init__(config)
         self.lm_head = LadderHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
 
-    def encode_pictures(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """As `PackedLlava.encode_pictures` for uint8; pixels that are float32 already go through all layers."""
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """As `PackedLlava.encode_images` for uint8; pixels that are float32 already go through all layers."""
         if pixel_values.dtype == torch.uint8:
-            return super().encode_pictures(pixel_values)
+            return super().encode_images(pixel_values)
         outputs = self.model.vision_tower(pixel_values.to(self.model.vision_tower.dtype), output_hidden_states=True)
         return outputs.hidden_states[self.config.vision_feature_layer][:, 1:]
 
@@ -169,18 +169,18 @@ def make_models(shapes: Shapes, platform: Platform, seed: int) -> Models:
     _fill_with_random_values(packed, device, seed)
     attention = choose_attention("auto", device, uses_bf16=dtype == torch.bfloat16)
     prepare_packed_llava(packed, shapes.image_policy, attention, "the benchmark's model")
-    arguments = _make_arguments(shapes, seed)
-    packed = prepare_trainable(packed, arguments).to(device).train()
-    plain = prepare_trainable(make_empty_model(LlavaForConditionalGeneration, shapes.config, dtype), arguments)
+    arguments = make_arguments(shapes, seed)
+    packed = prepare_trainable(packed, arguments, seed).to(device).train()
+    plain = prepare_trainable(make_empty_model(LlavaForConditionalGeneration, shapes.config, dtype), arguments, seed)
     for name, parameter in list(packed.named_parameters()):
         set_parameter(plain, name, parameter)
     plain = plain.to(device).train()
-    groups = plan_parameter_groups(packed, HIGH_LR, LOW_LR, arguments.weight_decay)
+    groups = plan_parameter_groups(packed, arguments)
     start_values = [parameter.detach().cpu().clone() for group in groups for parameter in group.parameters]
     return Models(plain, packed, groups, start_values)
 
 
-def _make_arguments(shapes: Shapes, seed: int) -> TrainArguments:
+def make_arguments(shapes: Shapes, seed: int) -> TrainArguments:
     """The published settings; nothing is read from the paths."""
     return TrainArguments(
         model=Path("model"),

@@ -9,10 +9,10 @@ from throughput_devices import LiveTensors, Platform
 from throughput_models import Models
 from throughput_ways import LADDER, PUBLISHED, WORKERS, Training, Way, Workload
 
-from meme_llava.activation_checkpointing import RecomputedLayers, count_layers, recompute_layers
-from meme_llava.costs import TrainingCosts
 from meme_llava.errors import UserError
-from meme_llava.machines import GIB, measure_ceiling
+from meme_llava.model.activation_checkpointing import CheckpointedLayers, count_layers, recompute_layers
+from meme_llava.train.planning.accelerators import GIB, measure_ceiling
+from meme_llava.train.planning.flops import TrainingCosts
 
 PREFETCHED = 2 * WORKERS  # device batches that the workers have ready
 # How far the losses of the first step may differ between the ways: sums in another order, in float32 and in bfloat16.
@@ -60,17 +60,18 @@ class Bench:
     def _take_turn(self, way: Way, step: int) -> Turn:
         if way.name not in self.checkpointed:
             try:
-                return self._measure_step(way, step)
+                return self.measure_step(way, step)
             except torch.OutOfMemoryError:
                 print(f"{way.name}: DOES NOT FIT; from here on with gradient checkpointing", flush=True)
             self.checkpointed.append(way.name)
         try:
-            return self._measure_step(way, step)
+            return self.measure_step(way, step)
         except torch.OutOfMemoryError:
             message = "does not fit into the device's memory even with gradient checkpointing; lower"
             raise UserError(f"{way.name}: {message} --device_batch_size") from None
 
-    def _measure_step(self, way: Way, step: int) -> Turn:
+    def measure_step(self, way: Way, step: int) -> Turn:
+        """One optimizer step of a way, its layers computed again if the way is `checkpointed`."""
         self.models.restore()
         self._set_checkpointing(way)
         self.platform.reset_peak_memory()
@@ -92,8 +93,8 @@ class Bench:
 
     def _set_checkpointing(self, way: Way) -> None:
         model = self.models.packed if way.packs else self.models.plain
-        everything = count_layers(model.config, vision_learns=True)
-        recompute_layers(model, everything if way.name in self.checkpointed else RecomputedLayers())
+        everything = count_layers(model.config, vision_trainable=True)
+        recompute_layers(model, everything if way.name in self.checkpointed else CheckpointedLayers())
 
     def measure_memory(self, way: Way) -> int:
         """Bytes that a step takes at its peak: on a GPU all of them, on a CPU those beside the weights."""

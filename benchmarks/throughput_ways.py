@@ -1,6 +1,6 @@
-"""Knows the ways of training that throughput.py compares: the published one, and ours with one step after another.
+"""The ways of training that throughput.py compares: the published one, and ours with one step after another.
 
-A way is what becomes of the records of an optimizer step: how pictures are read, how records become batches, and how a
+A way is what becomes of the records of an optimizer step: how images are read, how records become batches, and how a
 batch becomes a loss. Model, records and their order are the same for all.
 """
 
@@ -15,12 +15,12 @@ from throughput_models import Models
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from meme_llava.collator import PackingCollator
-from meme_llava.conversation import IGNORED_LABEL
-from meme_llava.costs import StepCounts, count_batch
-from meme_llava.images import ImagePolicy
-from meme_llava.sampling import BatchShape, plan_shared_order
-from meme_llava.token_lengths import Sharing, count_common_prefix
+from meme_llava.dataset.collator import PackingCollator
+from meme_llava.dataset.conversation import IGNORED_LABEL
+from meme_llava.dataset.images import ImagePolicy
+from meme_llava.dataset.prefix_sharing import PrefixSharing, count_common_prefix
+from meme_llava.dataset.sampling import BatchShape, plan_shared_order
+from meme_llava.train.planning.flops import StepCounts, count_batch
 
 WORKERS = 2  # of a GPU, as train.py has it; a CPU's cores compute the step themselves
 MAX_GRAD_NORM = 1.0
@@ -33,7 +33,7 @@ class Way:
     name: str
     packs: bool = True
     loss_where_it_counts: bool = False
-    shares_pictures: bool = False
+    shares_images: bool = False
     does_the_rest: bool = False
 
 
@@ -42,8 +42,8 @@ LADDER = (
     PUBLISHED,
     Way("padding-free"),
     Way("+ loss where it counts", loss_where_it_counts=True),
-    Way("+ shared pictures", loss_where_it_counts=True, shares_pictures=True),
-    Way("+ the rest", loss_where_it_counts=True, shares_pictures=True, does_the_rest=True),
+    Way("+ shared images", loss_where_it_counts=True, shares_images=True),
+    Way("+ the rest", loss_where_it_counts=True, shares_images=True, does_the_rest=True),
 )
 
 
@@ -79,9 +79,9 @@ class Workload:
         return len(self.order)
 
     def list_batches(self, way: Way, step: int) -> list[list[int]]:
-        """The records of a step by device batch. Unless pictures are shared, in random order, as was published."""
+        """The records of a step by device batch. Unless images are shared, in random order, as was published."""
         records = self.order[step]
-        if not way.shares_pictures:
+        if not way.shares_images:
             records = np.random.default_rng(step).permutation(records)
         size = self.shape.device_batch_size if way.packs else 1
         return records.reshape(-1, size).tolist()
@@ -92,7 +92,7 @@ class Workload:
 
     def load(self, way: Way, batches: list[list[int]], platform: Platform) -> Iterator[dict]:
         """The device batches as a way loads them, from the main process or from workers that read ahead."""
-        dataset = BenchmarkRecords(self.records, self.image_policy, not way.does_the_rest, way.shares_pictures)
+        dataset = BenchmarkRecords(self.records, self.image_policy, not way.does_the_rest, way.shares_images)
         options = {}
         if way.does_the_rest and platform.is_gpu:
             options = {"num_workers": WORKERS, "pin_memory": True}
@@ -104,10 +104,10 @@ class Workload:
             }
 
 
-def _find_sharing(records: list[BenchmarkRecord]) -> Sharing:
-    """What records about one picture have in common, as train.py counts it."""
-    numbers = {picture: number for number, picture in enumerate(dict.fromkeys(record.picture for record in records))}
-    families = np.array([numbers[record.picture] for record in records])
+def _find_sharing(records: list[BenchmarkRecord]) -> PrefixSharing:
+    """What records about one image have in common, as train.py counts it."""
+    numbers = {image: number for number, image in enumerate(dict.fromkeys(record.image for record in records))}
+    families = np.array([numbers[record.image] for record in records])
     ids = [record.input_ids.numpy() for record in records]
     by_rank = sorted(range(len(records)), key=lambda record: (families[record], ids[record].tolist()))
     ranks, shared = np.empty(len(records), np.int64), np.zeros(len(records), np.int64)
@@ -115,7 +115,7 @@ def _find_sharing(records: list[BenchmarkRecord]) -> Sharing:
     for before, record in zip(by_rank, by_rank[1:], strict=False):
         if families[before] == families[record]:
             shared[record] = count_common_prefix(ids[before], ids[record])
-    return Sharing(families, ranks, shared)
+    return PrefixSharing(families, ranks, shared)
 
 
 @dataclass(frozen=True)
@@ -128,15 +128,15 @@ class _Collator:
     def __call__(self, items: list[dict]) -> dict:
         if not self.way.packs:
             return self._pad(items)
-        shares = self.way.shares_pictures
+        shares = self.way.shares_images
         batch = PackingCollator(
             self.workload.image_token_id,
             self.workload.scale.tokens_per_image,
             self.workload.image_policy.size,
-            shared_pictures=shares,
+            shared_images=shares,
         )(items)
         if "vision_features" in batch:
-            # The collator takes whatever is no uint8 for features; here it is pixels of the slow path.
+            # The collator takes whatever is not uint8 for features; here it is pixels of the slow path.
             batch["pixel_values"] = batch.pop("vision_features")
         if not self.way.loss_where_it_counts:
             batch = _score_all_positions(batch)
@@ -152,15 +152,15 @@ class _Collator:
             input_ids[row, :length] = item["input_ids"]
             labels[row, :length] = item["labels"]
             attention_mask[row, :length] = 1
-        pixel_values = torch.cat([torch.stack(item["pictures"]) for item in items])
-        positions, pictures = len(items) * width, len(pixel_values)
+        pixel_values = torch.cat([torch.stack(item["pixel_values"]) for item in items])
+        positions, images = len(items) * width, len(pixel_values)
         pairs = positions * (width + 1) // 2
         return {
             "input_ids": input_ids,
             "labels": labels,
             "attention_mask": attention_mask,
             "pixel_values": pixel_values,
-            "counts": StepCounts(positions, pairs, pictures, pictures, positions),
+            "counts": StepCounts(positions, pairs, images, images, positions),
         }
 
 

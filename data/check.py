@@ -1,9 +1,9 @@
-"""Check an annotation file and all its pictures before anything is trained on them.
+"""Check an annotation file and all its images before anything is trained on them.
 
 python data/check.py --annotations data/annotations.json --image_folder data
 python data/check.py --annotations train.json --image_folder /data/memes --model output_7b/base --bad_records quarantine
 
-Every picture is decoded, every record is looked at; output/check/report.html shows what was found.
+Every image is decoded, every record is looked at; output/check/report.html shows what was found.
 """
 
 import sys
@@ -12,11 +12,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from meme_llava.arguments import parse_arguments, to_plain  # noqa: E402
-from meme_llava.check_report import write_check_report  # noqa: E402
-from meme_llava.checkpoint import RUN_RECORD, describe_environment, write_directory, write_json  # noqa: E402
-from meme_llava.data_check import check_data, suggest_folder  # noqa: E402
-from meme_llava.data_summary import (  # noqa: E402
+from meme_llava.cli import parse_arguments, to_plain  # noqa: E402
+from meme_llava.dataset.check import check_data  # noqa: E402
+from meme_llava.dataset.checked_data import suggest_folder  # noqa: E402
+from meme_llava.dataset.image_cache import ImageCache  # noqa: E402
+from meme_llava.dataset.image_inspection import Inspection  # noqa: E402
+from meme_llava.dataset.quarantine import QUARANTINE, write_quarantine  # noqa: E402
+from meme_llava.dataset.settings import RecordSource  # noqa: E402
+from meme_llava.dataset.tokenization import Tokenization  # noqa: E402
+from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
+from meme_llava.model.llava import load_processing  # noqa: E402
+from meme_llava.report.check_page import write_check_report  # noqa: E402
+from meme_llava.report.check_summary import (  # noqa: E402
     FINDINGS,
     REPORT,
     CheckArguments,
@@ -27,13 +34,11 @@ from meme_llava.data_summary import (  # noqa: E402
     print_summary,
     write_findings,
 )
-from meme_llava.display import show_count  # noqa: E402
-from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
-from meme_llava.hashing import hash_file  # noqa: E402
-from meme_llava.model import load_processing  # noqa: E402
-from meme_llava.picture_cache import PictureCache, find_default_cache  # noqa: E402
-from meme_llava.quarantine import QUARANTINE, write_quarantine  # noqa: E402
-from meme_llava.token_lengths import find_default_folder  # noqa: E402
+from meme_llava.storage.cache import find_default_cache  # noqa: E402
+from meme_llava.storage.folders import write_directory, write_json  # noqa: E402
+from meme_llava.storage.hashing import hash_file  # noqa: E402
+from meme_llava.storage.run_record import RUN_RECORD, describe_environment  # noqa: E402
+from meme_llava.terminal import show_count  # noqa: E402
 
 
 @stop_on_user_error
@@ -41,16 +46,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(CheckArguments, argv, description=__doc__)
     processing = load_processing(arguments.model) if arguments.model is not None else None
     checked = check_data(
-        arguments.annotations,
-        arguments.image_folder,
-        arguments.severities,
-        arguments.max_pixels,
-        processing.encoder if processing else None,
-        arguments.model_max_length,
-        PictureCache(find_default_cache()),
-        workers=arguments.workers,
-        show_progress=show_count,
-        length_folder=find_default_folder(),
+        RecordSource(arguments.annotations, arguments.image_folder),
+        arguments,
+        Tokenization(processing.encoder, arguments.model_max_length) if processing else None,
+        Inspection(ImageCache(find_default_cache()), workers=arguments.workers, show_progress=show_count),
     )
     lengths = measure_lengths(checked, processing.tokens_per_image) if processing else None
     facts, histograms = list_facts(checked, lengths, arguments), make_histograms(checked, lengths)
@@ -82,9 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     listed = f"{len(checked.bad):,} of {checked.total:,} records are bad"
     listed += f"; {arguments.output_dir / QUARANTINE} holds them with the reasons"
     if arguments.bad_records == "error":
-        raise UserError(
-            f"{listed}. Mend them, or train without them: --bad_records quarantine{suggest_folder(checked)}"
-        )
+        raise UserError(f"{listed}. Fix them, or train without them: --bad_records quarantine{suggest_folder(checked)}")
     print(f"{listed}. train.py --bad_records quarantine leaves them out")
 
 

@@ -1,10 +1,10 @@
-"""Ask a vision model behind any OpenAI-compatible endpoint for a Chinese caption of every picture in a folder.
+"""Ask a vision model behind any OpenAI-compatible endpoint for a Chinese caption of every image in a folder.
 
 export GEMINI_API_KEY=...
-python data/describe.py --pictures memes --output gemini.jsonl --preset gemini --max_images 20
-python data/describe.py --pictures memes --output mine.jsonl --preset local --model output/merged
+python data/describe.py --images memes --output gemini.jsonl --preset gemini --max_images 20
+python data/describe.py --images memes --output mine.jsonl --preset local --model output/merged
 
-Stopped or killed, the same command goes on where it stood. --output gets one JSON line a picture: picName and
+Stopped or killed, the same command goes on where it stood. --output gets one JSON line an image: picName and
 description, or picName and set_aside with the reason; `python data/prepare.py captions` reads it.
 """
 
@@ -23,25 +23,25 @@ except ModuleNotFoundError:
     print("error: the package openai is not installed; pip install -r data/requirements.txt", file=sys.stderr)
     sys.exit(2)
 
-from meme_llava.arguments import parse_arguments  # noqa: E402
-from meme_llava.caption_client import CaptionClient  # noqa: E402
-from meme_llava.caption_ledger import TORN_SUFFIX, CaptionLedger, open_ledger  # noqa: E402
-from meme_llava.caption_run import CaptionRun  # noqa: E402
-from meme_llava.describing import (  # noqa: E402
+from meme_llava.cli import parse_arguments  # noqa: E402
+from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
+from meme_llava.inference.endpoint_client import CaptionClient  # noqa: E402
+from meme_llava.inference.endpoints import Endpoint, find_endpoint  # noqa: E402
+from meme_llava.prepare.caption_file import TORN_SUFFIX, CaptionLedger, open_ledger  # noqa: E402
+from meme_llava.prepare.captioning import CaptionRun  # noqa: E402
+from meme_llava.prepare.describing import (  # noqa: E402
     DESCRIBED,
     NOT_ASKED,
     UNANSWERED,
     DescribeArguments,
     Progress,
     Prompt,
-    choose_open_pictures,
+    choose_open_images,
     count_statuses,
-    list_pictures,
+    list_images,
     print_summary,
     read_prompt,
 )
-from meme_llava.endpoints import Endpoint, find_endpoint  # noqa: E402
-from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 
 
 @stop_on_user_error
@@ -49,9 +49,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(DescribeArguments, argv, description=__doc__)
     endpoint = find_endpoint(arguments.preset, arguments.base_url, arguments.model, arguments.key_variable, os.environ)
     prompt = read_prompt(arguments.prompt_file, arguments.use_file_name)
-    names, others = list_pictures(arguments.pictures, arguments.max_images)
+    names, others = list_images(arguments.images, arguments.max_images)
     with open_ledger(arguments.output, {"model": endpoint.model, "prompt": prompt.fingerprint}) as ledger:
-        chosen = choose_open_pictures(names, arguments, ledger)
+        chosen = choose_open_images(names, arguments, ledger)
         print_plan(endpoint, names, chosen, others, ledger)
         tokens_before = ledger.tokens.total()
         run = asyncio.run(ask(arguments, endpoint, prompt, ledger, chosen))
@@ -61,33 +61,31 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def print_plan(endpoint: Endpoint, names: list[str], chosen: list[str], others: int, ledger: CaptionLedger) -> None:
-    """Say who is asked about how many pictures, and what was found in the captions file."""
+    """Say who is asked about how many images, and what was found in the captions file."""
     key = f"key from {endpoint.key_variable}" if endpoint.key_variable else "no key"
     print(f"asking {endpoint.model} at {endpoint.host} ({key})")
     if ledger.torn_bytes:
         print(
             f"{ledger.path}: its last line was not finished; {ledger.torn_bytes} bytes were moved to "
-            f"{ledger.path.name}{TORN_SUFFIX}, the picture is asked about again"
+            f"{ledger.path.name}{TORN_SUFFIX}, the image is asked about again"
         )
     again = sum(name in ledger.entries for name in chosen)
     known = len(names) - len(chosen)
-    print(
-        f"pictures: {len(names):,}, of which {known:,} have their line in {ledger.path}; to ask about: {len(chosen):,}"
-    )
+    print(f"images: {len(names):,}, of which {known:,} have their line in {ledger.path}; to ask about: {len(chosen):,}")
     if again:
         print(f"asked about again, as changed, unanswered or told to: {again:,}; the new line counts")
     foreign = len(ledger.entries.keys() - set(names))
     if foreign:
-        print(f"lines about other pictures: {foreign:,}")
+        print(f"lines about other images: {foreign:,}")
     if others:
-        print(f"files left out, being no pictures by their ending: {others:,}")
+        print(f"files left out, being no images by their ending: {others:,}")
     sys.stdout.flush()
 
 
 async def ask(
     arguments: DescribeArguments, endpoint: Endpoint, prompt: Prompt, ledger: CaptionLedger, names: list[str]
 ) -> CaptionRun:
-    """Ask about the pictures and return the run that did."""
+    """Ask about the images and return the run that did."""
     async with CaptionClient(endpoint, arguments.max_new_tokens, arguments.timeout) as client:
         with Progress(len(names)) as progress:
             run = CaptionRun(arguments, prompt, client, ledger, progress, random.Random())
@@ -106,7 +104,7 @@ def finish(run: CaptionRun, statuses, arguments: DescribeArguments) -> None:
     if statuses[UNANSWERED]:
         raise UserError(f"without an answer: {statuses[UNANSWERED]:,}; start the same command again to ask once more")
     if run.stop_reason is not None:
-        print(f"stopped: {run.stop_reason}; {statuses[NOT_ASKED]:,} pictures are left")
+        print(f"stopped: {run.stop_reason}; {statuses[NOT_ASKED]:,} images are left")
     print(
         f"{arguments.output}: {statuses[DESCRIBED]:,} captions; python data/prepare.py captions turns them into records"
     )

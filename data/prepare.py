@@ -1,9 +1,9 @@
 """Turns what can be downloaded into annotation files, one command per source.
 
-    python data/prepare.py captions      the recipe's caption files + pictures of emo-visual-data and ChineseBQB
+    python data/prepare.py captions      the recipe's caption files + images of emo-visual-data and ChineseBQB
     python data/prepare.py emo_visual    emo-visual-data's own data.json or data.csv
     python data/prepare.py chinese_bqb   ChineseBQB, whose file names carry the text
-    python data/prepare.py file_names    a folder of pictures whose names are the text
+    python data/prepare.py file_names    a folder of images whose names are the text
     python data/prepare.py table         a CSV or JSONL of captions
     python data/prepare.py parquet       data sets with an image column, from the Hugging Face hub or parquet files
     python data/prepare.py llava         LLaVA JSON as it is
@@ -21,15 +21,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from meme_llava.annotation_sources import (  # noqa: E402
+from meme_llava.cli import parse_arguments  # noqa: E402
+from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
+from meme_llava.prepare.annotation_sources import (  # noqa: E402
     FileNameSettings,
     LlavaSettings,
     prepare_chinese_bqb,
     prepare_file_names,
     prepare_llava,
 )
-from meme_llava.arguments import parse_arguments  # noqa: E402
-from meme_llava.caption_sources import (  # noqa: E402
+from meme_llava.prepare.caption_sources import (  # noqa: E402
     CaptionsSettings,
     EmoVisualSettings,
     TableSettings,
@@ -37,10 +38,9 @@ from meme_llava.caption_sources import (  # noqa: E402
     prepare_emo_visual,
     prepare_table,
 )
-from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
-from meme_llava.mixing import MixSettings, prepare_mix  # noqa: E402
-from meme_llava.parquet_source import ParquetSettings, prepare_parquet  # noqa: E402
-from meme_llava.splitting import SplitSettings, prepare_split  # noqa: E402
+from meme_llava.prepare.mixing import MixSettings, prepare_mix  # noqa: E402
+from meme_llava.prepare.parquet_source import ParquetSettings, prepare_parquet  # noqa: E402
+from meme_llava.prepare.splitting import SplitSettings, prepare_split  # noqa: E402
 
 COMMANDS = {
     "captions": (CaptionsSettings, prepare_captions),

@@ -10,7 +10,7 @@ _report_before = sys.excepthook
 
 
 def _report(kind, error, traceback) -> None:
-    """Ctrl-C while libraries load, which takes seconds, is no fault and has no traceback."""
+    """Ctrl-C while libraries load, which takes seconds, is not a fault and has no traceback."""
     if issubclass(kind, KeyboardInterrupt):
         print("stopped", file=sys.stderr, flush=True)
     else:

@@ -1,5 +1,4 @@
-"""Knows how a script stops when the user has to act: one clear message, an exit code that says of what kind, no
-traceback."""
+"""Errors that a user can act on: one clear message, an exit code for each kind, no traceback."""
 
 import errno
 import functools
@@ -46,7 +45,7 @@ class DiskFullError(UserError):
     exit_code = 7
 
 
-def means_full_disk(error: OSError) -> bool:
+def is_disk_full(error: OSError) -> bool:
     """Whether a file could not be written for want of room: the disk's, the user's share of it, or a file's limit."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -65,7 +64,7 @@ class Stopped(UserError):
 
 
 # Between a process and its launcher: it failed because another one did.
-LOST_PROCESS = 81
+PEER_FAILED = 81
 EXIT_MEANINGS = {
     2: "a wrong setting, file or record",
     4: "a checkpoint or adapter that cannot be used",

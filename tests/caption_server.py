@@ -1,7 +1,7 @@
-"""A stand-in for an OpenAI-compatible vision endpoint on 127.0.0.1 that misbehaves picture by picture, as told.
+"""A stand-in for an OpenAI-compatible vision endpoint on 127.0.0.1 that misbehaves image by image, as told.
 
-A picture is known by its width: `script[width]` lists what its requests get, one after the other; the last one stays,
-and pictures without a script are described. It records what every request got and how many were open at once.
+An image is known by its width: `script[width]` lists what its requests get, one after the other; the last one stays,
+and images without a script are described. It records what every request got and how many were open at once.
 """
 
 import base64
@@ -92,7 +92,7 @@ class CaptionServer:
         self._server.server_close()
 
     def count(self, width: int) -> int:
-        """How many requests came for a picture."""
+        """How many requests came for an image."""
         return sum(requested == width for requested, _, _ in self.requests)
 
     def open_request(self, body: dict, headers: dict[str, str]) -> tuple[int, Step]:
@@ -120,8 +120,8 @@ class CaptionServer:
             self.answered[width] += 1
 
 
-def find_picture(body: dict) -> Image.Image:
-    """The picture of a request."""
+def find_image(body: dict) -> Image.Image:
+    """The image of a request."""
     url = body["messages"][-1]["content"][0]["image_url"]["url"]
     head, _, data = url.partition(",")
     assert head == "data:image/jpeg;base64"
@@ -129,7 +129,7 @@ def find_picture(body: dict) -> Image.Image:
 
 
 def find_width(body: dict) -> int:
-    return find_picture(body).width
+    return find_image(body).width
 
 
 class _QuietServer(ThreadingHTTPServer):

@@ -1,4 +1,4 @@
-"""A tiny world built with the product's own code: pictures, records, two towers, a base model, a trained adapter."""
+"""A tiny world built with the product's own code: images, records, two towers, a base model, a trained adapter."""
 
 import json
 import os
@@ -13,20 +13,20 @@ from pathlib import Path
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# What tests find in pictures is remembered for this session alone.
+# What tests find in images is remembered for this session alone.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="meme_llava_tests_")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from make_towers import make_language_model, make_vision_tower  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
 import build_base_model  # noqa: E402
 import merge_lora  # noqa: E402
 import train  # noqa: E402
 from meme_llava.errors import CheckpointError  # noqa: E402
-from meme_llava.generation import load_answerer  # noqa: E402
-from meme_llava.manifest import MANIFEST, describe_file, verify_directory, write_manifest  # noqa: E402
-from meme_llava.tiny_towers import make_language_model, make_vision_tower  # noqa: E402
+from meme_llava.inference.generation import load_answerer  # noqa: E402
+from meme_llava.storage.manifest import MANIFEST, describe_file, verify_directory, write_manifest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -69,7 +69,7 @@ class World:
 
 
 def make_records() -> list[dict]:
-    """Eight records: one picture each, but for a two-turn one, one with two pictures and one of text only."""
+    """Eight records: one image each, but for a two-turn one, one with two images and one of text only."""
     records = []
     for index, line in enumerate(LINES):
         records.append(
@@ -245,8 +245,8 @@ def read_losses(output_dir: Path) -> list[float]:
 
 
 def run_drawing(script: str, folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    """Draw with a script of data/ into `folder`; the test skips where no font can draw Chinese."""
-    command = [sys.executable, str(ROOT / "data" / script), "--output_dir", str(folder), *flags]
+    """Draw with a script of data/tiny/making into `folder`; the test skips where no font can draw Chinese."""
+    command = [sys.executable, str(ROOT / "data" / "tiny" / "making" / script), "--output_dir", str(folder), *flags]
     process = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if "No font with Chinese characters" in process.stderr:
         pytest.skip("no Chinese font is installed; apt install fonts-noto-cjk")

@@ -3,12 +3,13 @@
 # --all takes every fault and fifty random kills, too; that is half an hour more.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source meme_llava/environment.sh
+source scripts/environment.sh
 activate_environment requirements.txt data/requirements.txt configs/requirements/*.txt tests/requirements.txt
 export DS_ACCELERATOR=cpu GOMP_SPINCOUNT=1000
 
 ruff check .
 ruff format --check .
+lint-imports
 if [[ "${1:-}" == --all ]]; then
     shift
     set -- -m "long or not long" "$@"

@@ -1,17 +1,14 @@
 """benchmarks/recipes.py: the commands of each variant, and the table and curves that come of finished runs."""
 
 import json
-import sys
 
 import pytest
+import recipes  # noqa: E402
 from conftest import ROOT
 from PIL import Image
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import recipes  # noqa: E402
-
-from meme_llava.arguments import parse_train_arguments  # noqa: E402
 from meme_llava.errors import UserError  # noqa: E402
+from meme_llava.train.settings import parse_train_arguments  # noqa: E402
 
 
 def list_differences(name, tmp_path):

@@ -7,20 +7,18 @@ import sys
 
 import numpy as np
 import pytest
+import throughput  # noqa: E402
 import torch
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import throughput  # noqa: E402
-from throughput_data import LengthScale, assign_pictures, draw_caption_lengths  # noqa: E402
+from throughput_data import LengthScale, assign_images, draw_caption_lengths  # noqa: E402
 from throughput_devices import LiveTensors, Platform  # noqa: E402
 from throughput_models import SHAPES, make_models, measure_proportions  # noqa: E402
 from throughput_rounds import Bench  # noqa: E402
 from throughput_ways import LADDER, PUBLISHED, Training  # noqa: E402
 
-from meme_llava.costs import TrainingCosts  # noqa: E402
+from meme_llava.dataset.sampling import BatchShape  # noqa: E402
 from meme_llava.errors import UserError  # noqa: E402
-from meme_llava.sampling import BatchShape  # noqa: E402
+from meme_llava.train.planning.flops import TrainingCosts  # noqa: E402
 
 CPU = Platform(torch.device("cpu"), torch.float32)
 STEPS = 3
@@ -41,7 +39,7 @@ throughput.main({argv})
 @pytest.fixture(scope="module")
 def workload(tmp_path_factory):
     shape = BatchShape(global_batch_size=8, device_batch_size=4, processes=1)
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(throughput, "CAPTIONS", folder / "none")
         workload, source = throughput.make_workload(SHAPES["tiny"], shape, STEPS, folder, seed=0)
@@ -119,7 +117,7 @@ def test_a_machine_without_optional_packages_runs_it_and_gets_every_figure(tmp_p
     figures = json.loads(file.read_text())
     assert [row["way"] for row in figures["ways"]] == [way.name for way in LADDER]
     assert len(figures["ways"][0]["turns"]) == len(figures["ceiling_teraflops"]) == 1
-    assert "+ shared pictures" in result.stdout
+    assert "+ shared images" in result.stdout
 
 
 def test_lengths_are_those_of_the_published_captions():
@@ -127,7 +125,7 @@ def test_lengths_are_those_of_the_published_captions():
     # The end token counts too.
     assert lengths.mean() == pytest.approx(107.25, abs=0.5)
     assert np.percentile(lengths, 95) == pytest.approx(191, abs=6)
-    # Two captions had more than 2,000 tokens; beside prompt and picture that is more than the padded length holds.
+    # Two captions had more than 2,000 tokens; beside prompt and image that is more than the padded length holds.
     assert lengths.max() == 2623 - 576 - 29
 
 
@@ -138,9 +136,9 @@ def test_shrunk_lengths_keep_their_proportion():
     assert scale.padded_length == 223
 
 
-def test_pictures_have_as_many_captions_as_the_published():
-    pictures = assign_pictures(24_332, np.random.default_rng(0))
-    counts = np.bincount(pictures)
+def test_images_have_as_many_captions_as_the_published():
+    images = assign_images(24_332, np.random.default_rng(0))
+    counts = np.bincount(images)
     assert len(counts) == pytest.approx(10_835, abs=2)
     assert np.bincount(counts[:-1]).tolist() == pytest.approx([0, 1_595, 4_983, 4_257], abs=2)
 
@@ -172,4 +170,4 @@ def test_live_tensors_count_what_is_held_at_a_time():
 def test_sizes_that_do_not_divide_are_refused(capsys):
     with pytest.raises(SystemExit):
         throughput.main(["--global_batch_size", "12", "--device_batch_size", "8"])
-    assert "--global_batch_size 12 is no multiple of --device_batch_size 8" in capsys.readouterr().err
+    assert "--global_batch_size 12 is not a multiple of --device_batch_size 8" in capsys.readouterr().err

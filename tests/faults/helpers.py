@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, train_flags
 from safetensors.torch import load_file
 
-from meme_llava.manifest import verify_directory
+from meme_llava.storage.manifest import verify_directory
 
 RUN_SECONDS = 180
 FAULTY_TRAIN = str(ROOT / "tests" / "faults" / "inject.py")
@@ -33,7 +33,7 @@ class Result:
 def make_command(world, output_dir: Path, processes: int, launcher_flags=(), **changes) -> list[str]:
     """The launcher's command line for a run of six steps on the tiny world."""
     flags = train_flags(world, output_dir, **{**RECIPE, **changes})
-    launcher = [sys.executable, "-m", "meme_llava.launch", "--processes", str(processes), *launcher_flags]
+    launcher = [sys.executable, "-m", "meme_llava.distributed.launch", "--processes", str(processes), *launcher_flags]
     return [*launcher, FAULTY_TRAIN, *flags]
 
 

@@ -1,4 +1,4 @@
-"""train.py with a fault: python -m meme_llava.launch tests/faults/inject.py <flags of train.py>
+"""train.py with a fault: python -m meme_llava.distributed.launch tests/faults/inject.py <flags of train.py>
 
 FAULTS in the environment is a JSON list of {"kind": a function of this file, "rank": the process that it strikes, …}.
 """
@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,9 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 
 import train  # noqa: E402
-from meme_llava import checkpoint_store, tensor_writer, training_arguments, training_state  # noqa: E402
-from meme_llava.processes import find_rank, run_and_leave  # noqa: E402
-from meme_llava.trainer import MemeTrainer  # noqa: E402
+from meme_llava.distributed.environment import find_rank  # noqa: E402
+from meme_llava.distributed.script_exit import run_and_leave  # noqa: E402
+from meme_llava.storage import tensor_writer  # noqa: E402
+from meme_llava.train import (
+    checkpoints,  # noqa: E402
+    hf_arguments,  # noqa: E402
+    inputs,  # noqa: E402
+    optimizer_state,  # noqa: E402
+)
+from meme_llava.train.trainer import MemeTrainer  # noqa: E402
 
 
 def before_step(step: int, act, every: bool = False) -> None:
@@ -49,8 +57,10 @@ def signal_self(step: int, number: str) -> None:
 
 
 def signal_job(step: int, number: str) -> None:
-    """A signal reaches this process and all that it started, as a scheduler sends it."""
-    before_step(step, lambda trainer: os.killpg(os.getpgid(0), getattr(signal, number)))
+    """A signal reaches this process and all that it started, as a scheduler sends it: from outside, for torch's data
+    workers end without an error when it comes from their parent."""
+    command = ["kill", "-s", number, "--", f"-{os.getpgid(0)}"]
+    before_step(step, lambda trainer: subprocess.run(command, check=True, start_new_session=True))
 
 
 def hang(step: int) -> None:
@@ -120,7 +130,7 @@ def kill_in_save(save: int, event: int) -> None:
     A save of one process brings to the disk: 9 files, the manifest, the folder, the parent; before and behind each.
     """
     saves, events = [0], [0]
-    original_write, original_sync = checkpoint_store.write_checkpoint, checkpoint_store.bring_to_disk
+    original_write, original_sync = checkpoints.write_checkpoint, checkpoints.fsync_path
 
     def write_checkpoint(*arguments):
         saves[0] += 1
@@ -133,19 +143,19 @@ def kill_in_save(save: int, event: int) -> None:
             if events[0] == event:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def bring_to_disk(path):
+    def fsync_path(path):
         count()
         original_sync(path)
         count()
 
-    checkpoint_store.bring_to_disk = bring_to_disk
-    sys.modules["meme_llava.trainer"].write_checkpoint = write_checkpoint
+    checkpoints.fsync_path = fsync_path
+    sys.modules["meme_llava.train.trainer"].write_checkpoint = write_checkpoint
 
 
 def fail_to_write(save: int) -> None:
     """The disk is full when this process writes optimizer state of its `save`-th checkpoint."""
     saves = [0]
-    original = training_state.write_file
+    original = optimizer_state.write_file
 
     def write_file(path, planned):
         saves[0] += 1
@@ -154,7 +164,7 @@ def fail_to_write(save: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         original(path, planned)
 
-    training_state.write_file = write_file
+    optimizer_state.write_file = write_file
 
 
 def report_little_room(save: int) -> None:
@@ -176,14 +186,14 @@ def kill_in_final() -> None:
 
     def replace(self, target):
         original(self, target)
-        if self.parent.name == checkpoint_store.FINAL_INCOMPLETE:
+        if self.parent.name == checkpoints.FINAL_INCOMPLETE:
             os.kill(os.getpid(), signal.SIGKILL)
 
     Path.replace = replace
 
 
 def kill_worker(step: int) -> None:
-    """The kernel, short of memory, kills a process that reads pictures."""
+    """The kernel, short of memory, kills a process that reads images."""
 
     def act(trainer):
         for child in psutil.Process().children():
@@ -192,36 +202,36 @@ def kill_worker(step: int) -> None:
     before_step(step, act)
 
 
-def damage_picture(step: int) -> None:
-    """Pictures that were sound at the start are cut off when training comes to them."""
-    original = train.load_records
+def damage_image(step: int) -> None:
+    """Images that were sound at the start are cut off when training comes to them."""
+    original = inputs.load_records
 
     def load_records(*arguments):
         data = original(*arguments)
-        read = data.dataset._read_picture
+        read = data.dataset.read_image
         trainer_step = [0]
         before_step(0, lambda trainer: trainer_step.__setitem__(0, trainer.state.global_step + 1), every=True)
 
-        def read_picture(path):
+        def read_image(path):
             if trainer_step[0] >= step - 1:
-                raise ValueError(f"{path}: the picture is damaged")
+                raise ValueError(f"{path}: the image is damaged")
             return read(path)
 
-        data.dataset._read_picture = read_picture
+        data.dataset.read_image = read_image
         return data
 
-    train.load_records = load_records
+    inputs.load_records = load_records
 
 
 def compute_in_bf16() -> None:
     """No fault: what a GPU does by itself, and a CPU only slowly."""
-    training_arguments.choose_bf16 = lambda arguments: True
+    hf_arguments.choose_bf16 = lambda arguments: True
 
 
 def hang_before_start() -> None:
     """This process gets stuck before the first step."""
-    original = train.load_records
-    train.load_records = lambda *arguments: time.sleep(100_000) or original(*arguments)
+    original = inputs.load_records
+    inputs.load_records = lambda *arguments: time.sleep(100_000) or original(*arguments)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ TERM_1 = {"kind": "signal_self", "rank": 1, "step": 3, "number": "SIGTERM"}
 
 @dataclass(frozen=True)
 class Fault:
-    """A row of the table in docs/faults.md, by its name.
+    """A row of a fault table in docs/troubleshooting.md, by its name.
 
     Args:
         faults: for inject.py.
@@ -43,7 +43,7 @@ def signals(number, rank, step=3):
 
 
 TERMINATED, INTERRUPTED = (
-    f"stopped: by {name} behind step 3 of 6; .*checkpoint-3 is whole. Start the same command again"
+    f"stopped: by {name} after step 3 of 6; .*checkpoint-3 is whole. Start the same command again"
     for name in ("SIGTERM", "SIGINT")
 )
 FAULTS = [
@@ -61,7 +61,7 @@ FAULTS = [
     Fault("a process is killed", signals("SIGKILL", 0), 8, "process 0 was killed by SIGKILL", [2], 1, "single"),
     Fault("a process is killed", signals("SIGKILL", 0), 8, "process 0 was killed by SIGKILL", [2], engine="zero3"),
     Fault("a process crashes (SIGSEGV)", signals("SIGSEGV", 1), 8, "process 1 was killed by SIGSEGV", [2]),
-    Fault("a process halts (SIGSTOP)", signals("SIGSTOP", 1), 8,
+    Fault("a process is halted (SIGSTOP)", signals("SIGSTOP", 1), 8,
           r"no sign of progress for 4 s \(--hang_timeout\). Furthest behind: process 1 .*halted by a signal", [2],
           engine="zero2", changes={"hang_timeout": 4}, fast=True),
     Fault("a process hangs", [{"kind": "hang", "rank": 0, "step": 3}], 8,
@@ -98,9 +98,9 @@ FAULTS = [
           "process 0 was killed by SIGKILL .*writing optimizer state", [2], engine="zero2", fast=True),
     Fault("killed during a save", [{"kind": "kill_in_save", "rank": 1, "save": 2, "event": 1}], 8,
           "process 1 was killed by SIGKILL", [2]),
-    Fault("killed behind a save, before it has its name", [{"kind": "kill_in_save", "rank": 0, "save": 2, "event": 22}],
+    Fault("killed after a save, before it has its name", [{"kind": "kill_in_save", "rank": 0, "save": 2, "event": 22}],
           8, "process 0 was killed by SIGKILL", [2], 1, "single"),
-    Fault("killed while the run's result is put in place", [{"kind": "kill_in_final", "rank": 0}], 8,
+    Fault("killed while the result is put in place", [{"kind": "kill_in_final", "rank": 0}], 8,
           "process 0 was killed by SIGKILL", [4, 6], 1, "single"),
     Fault("the GPU runs out of memory", [{"kind": "run_out_of_memory", "rank": 1, "step": 3}], 6,
           r"a step does not fit into memory[\s\S]*keeps the global batch of 4[\s\S]*1. --device_batch_size 1 "
@@ -108,8 +108,8 @@ FAULTS = [
           changes={"device_batch_size": 2}, fast=True),
     Fault("the kernel kills a data worker", [{"kind": "kill_worker", "step": 3}], 6,
           "Lower --dataloader_workers", [2], 1, "single", {"dataloader_workers": 1}),
-    Fault("a picture is damaged after the check", [{"kind": "damage_picture", "rank": 1, "step": 3}], 2,
-          "the picture is damaged|cannot be read|no picture", [2], exact=False),
+    Fault("an image is damaged after the check", [{"kind": "damage_image", "rank": 1, "step": 3}], 2,
+          "the image is damaged|cannot be read|no image", [2], exact=False),
 ]  # fmt: skip
 
 
@@ -161,7 +161,9 @@ def test_the_catalogue_is_as_large_as_was_promised():
 
 def test_the_documents_list_every_fault():
     documented = {
-        line.split("|")[1].strip() for line in (ROOT / "docs" / "faults.md").read_text().splitlines() if "|" in line
+        line.split("|")[1].strip()
+        for line in (ROOT / "docs" / "troubleshooting.md").read_text().splitlines()
+        if "|" in line
     }
     assert {fault.name for fault in FAULTS} <= documented
 
@@ -184,7 +186,7 @@ def test_no_secret_is_said_or_written(world, tmp_path, monkeypatch):
 
 def test_our_code_never_runs_what_it_loads():
     files = [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
-    files += [*ROOT.glob("*.sh"), *ROOT.glob("meme_llava/*.sh"), *ROOT.glob("configs/**/*.*")]
+    files += [*ROOT.glob("*.sh"), *ROOT.glob("scripts/*.sh"), *ROOT.glob("configs/**/*.*")]
     assert len(files) > 100
     forbidden = ["weights_only" + "=False", "trust_remote_code" + "=True"]
     assert [path for path in files for text in forbidden if text in path.read_text(encoding="utf-8")] == []

@@ -155,29 +155,29 @@ def test_machines_that_start_another_number_of_processes_do_not_begin(world, hos
 
 
 @pytest.mark.long
-def test_run_sh_trains_on_the_machines_of_a_hostfile(hosts, tmp_path):
-    """The real script; ssh is one that goes to a namespace in place of a machine."""
+def test_a_loop_over_ssh_starts_run_sh_on_every_node(hosts, tmp_path):
+    """The loop of `bash run.sh --help`; ssh goes to a namespace in place of a machine."""
     programs = tmp_path / "bin"
     programs.mkdir()
     ssh = programs / "ssh"
-    ssh.write_text('#!/usr/bin/env bash\nshift 2\nhost=$1\nshift\nexec ip netns exec "$host" bash -c "$*"\n')
+    ssh.write_text('#!/usr/bin/env bash\nhost=$2\nshift 2\nexec ip netns exec "$host" bash -c "$*"\n')
     ssh.chmod(0o755)
-    hostfile = tmp_path / "hosts"
-    hostfile.write_text(f"{HOSTS[0]} slots=1\n{HOSTS[1]} slots=1\n")
     variables = {
         "PATH": f"{programs}:{os.environ['PATH']}",
         "VENV": "active",
         "GPUS": "cpu",
         "OUTPUT_DIR": str(tmp_path / "out"),
-        "HOSTFILE": str(hostfile),
-        "MASTER_ADDR": ADDRESSES[0],
         "MASTER_PORT": str(PORT),
     }
-    command = ["ip", "netns", "exec", HOSTS[0], "bash", str(ROOT / "run.sh"), "--max_steps", "4", "--save_steps", "2"]
-    result = finish(start(command, **variables), time.monotonic())
+    loop = (
+        f"rank=0; for host in {' '.join(HOSTS)}; do\n"
+        f'ssh -n "$host" "cd {ROOT} && NNODES=2 NODE_RANK=$rank MASTER_ADDR={ADDRESSES[0]} bash run.sh '
+        'build train --max_steps 4 --save_steps 2" & rank=$((rank + 1)); done; wait'
+    )
+    result = finish(start(["bash", "-c", loop], **variables), time.monotonic())
     assert result.code == 0, result.output
     assert "(4 a device x 2 process(es) x 1 accumulated)" in result.output
-    assert result.output.count("truth:") == 100
+    assert "node 1 is done; node 0 goes on" in result.output
 
 
 SRUN = """#!{python}
@@ -218,7 +218,7 @@ def test_the_slurm_script_builds_trains_and_merges(hosts, tmp_path):
     process = start(command, log=tmp_path / "log", **variables)
     assert wait_until(lambda: (tmp_path / "out/train/checkpoint-5").exists(), 90), (tmp_path / "log").read_text()
     for launcher in find_processes(tmp_path / "out" / "train"):
-        if "meme_llava.launch" in launcher.cmdline():
+        if "meme_llava.distributed.launch" in launcher.cmdline():
             launcher.send_signal(signal.SIGTERM)
             break
     assert process.wait(60) == 0
@@ -226,4 +226,4 @@ def test_the_slurm_script_builds_trains_and_merges(hosts, tmp_path):
     assert "requeue 123456" in (tmp_path / "calls").read_text()
     result = finish(start(command, **variables), time.monotonic())
     assert result.code == 0, result.output
-    assert "continuing from" in result.output and result.output.count("truth:") == 100
+    assert "continuing from" in result.output and result.output.count("reference:") == 20

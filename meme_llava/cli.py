@@ -1,0 +1,139 @@
+"""Command lines: a dataclass of settings becomes a parser whose mistakes are one clear sentence.
+
+Which settings there are stands in the settings.py of the room that uses them.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import re
+import sys
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from meme_llava.errors import UserError
+
+Arguments = TypeVar("Arguments")
+
+
+def describe(text: str, *, free: bool = False, **metadata) -> dict:
+    """Field metadata for a help text.
+
+    Args:
+        free: the setting changes neither which records a step trains on nor its update, only how it is computed and
+            shown; a run continues, and a finished one is the same, with another value.
+        metadata: options for argparse.
+    """
+    return {"help": text, "free": free, **metadata}
+
+
+def list_free_settings(arguments_class: type) -> frozenset[str]:
+    """The settings of a script that are `free`."""
+    return frozenset(one.name for one in dataclasses.fields(arguments_class) if one.metadata.get("free", False))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that stops with a `UserError` and suggests the nearest flag."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        # argparse reports what is missing before what is misspelt, although the one explains the other.
+        words = sys.argv[1:] if args is None else list(args)
+        known = [option for action in self._actions for option in action.option_strings]
+        for flag in (word.split("=")[0] for word in words if word.startswith("--") and word != "--"):
+            if flag not in known:
+                near = difflib.get_close_matches(flag, known, n=1)
+                self.error(f"unknown setting {flag}" + (f" (did you mean {near[0]}?)" if near else ""))
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> None:
+        # Every flag has a twin with dashes; one spelling is enough to read.
+        message = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)
+        raise UserError(f"{self.prog}: {message}. --help lists all settings.")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of a description, and shows only defaults that are one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
+def parse_arguments(
+    arguments_class: type[Arguments], argv: list[str] | None, description: str, prog: str | None = None
+) -> Arguments:
+    """Parse a script's command line into its dataclass.
+
+    Args:
+        prog: what the user typed in front of the flags, if it is not the script alone.
+
+    Raises:
+        UserError: an unknown, missing, malformed or contradictory setting.
+    """
+    return arguments_class(**vars(make_parser(arguments_class, description, prog).parse_args(argv)))
+
+
+def make_parser(arguments_class: type, description: str, prog: str | None = None) -> Parser:
+    """A flag `--a_name` (or `--a-name`) for every field of a dataclass; `--no_a_name` for those that are on."""
+    parser = Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    types = get_type_hints(arguments_class)
+    for setting in dataclasses.fields(arguments_class):
+        _add_setting(parser, setting, types[setting.name])
+    return parser
+
+
+def _add_setting(parser: Parser, setting: dataclasses.Field, kind: Any) -> None:
+    options = {name: value for name, value in setting.metadata.items() if name != "free"}
+    if setting.default_factory is not dataclasses.MISSING:
+        options["default"] = setting.default_factory()
+    elif setting.default is not dataclasses.MISSING:
+        options["default"] = setting.default
+    else:
+        options["required"] = True
+    # Literal[…] | None is a Union, str | None a UnionType.
+    if get_origin(kind) in (Union, UnionType):
+        kind = next(part for part in get_args(kind) if part is not NoneType)
+    if get_origin(kind) is Literal:
+        options["choices"] = get_args(kind)
+    elif get_origin(kind) is list:
+        options |= {"type": get_args(kind)[0], "nargs": "+"}
+    elif kind is bool:
+        options |= {"type": _read_bool, "nargs": "?", "const": True}
+    else:
+        options["type"] = kind
+    parser.add_argument(*_spell_flag(setting.name), **options)
+    if setting.default is True:
+        help_text = f"do not: {setting.metadata['help']}"
+        parser.add_argument(
+            *_spell_flag(f"no_{setting.name}"), dest=setting.name, action="store_false", default=True, help=help_text
+        )
+
+
+def _spell_flag(name: str) -> list[str]:
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+
+
+def _read_bool(word: str) -> bool:
+    if word.lower() not in ("true", "yes", "1", "false", "no", "0"):
+        raise argparse.ArgumentTypeError(f"is {word!r}, expected true or false")
+    return word.lower() in ("true", "yes", "1")
+
+
+def check_setting(arguments, name: str, passed: bool, expected: str) -> None:
+    """Raise UserError with flag, value and what is `expected`, unless it passed; only max_grad_norm may be infinite."""
+    value = getattr(arguments, name)
+    if not passed or (isinstance(value, float) and name != "max_grad_norm" and math.isinf(value)):
+        shown = str(value) if isinstance(value, Path) else repr(value)
+        raise UserError(f"--{name} is {shown}, expected {expected}")
+
+
+def to_plain(arguments) -> dict:
+    """Settings as JSON can hold them."""
+
+    def convert(value):
+        if isinstance(value, list):
+            return [convert(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {name: convert(value) for name, value in dataclasses.asdict(arguments).items()}

@@ -1,0 +1,127 @@
+"""The folders a LLaVA is assembled from: which models they may hold, and that every tensor is there and fits."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ChineseCLIPVisionModel,
+    CLIPVisionModel,
+    SiglipVisionModel,
+)
+
+from meme_llava.errors import UserError
+from meme_llava.model.llava import make_empty_model, quiet_transformers
+from meme_llava.model.tensor_names import check_same_names
+from meme_llava.storage.tensor_reader import StoredTensor, TensorReader, open_model_tensors
+
+VISION_MODEL_CLASSES = {
+    "chinese_clip": ChineseCLIPVisionModel,
+    "chinese_clip_vision_model": ChineseCLIPVisionModel,
+    "clip": CLIPVisionModel,
+    "clip_vision_model": CLIPVisionModel,
+    "siglip": SiglipVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
+}
+# In a two-tower checkpoint the vision tower's names begin so, and these are the others'.
+VISION_PREFIX = "vision_model."
+OTHER_TOWER_PREFIXES = ("text_model.", "logit_scale", "logit_bias", "text_projection", "visual_projection")
+# Buffers that older checkpoints store and transformers computes.
+COMPUTED_BUFFERS = ("embeddings.position_ids", "rotary_emb.inv_freq")
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Source:
+    """A model folder: its configuration, and its tensors under the names that transformers gives them in memory."""
+
+    folder: Path
+    model_class: type
+    config: object
+    tensors: TensorReader
+    stored_names: dict[str, str]  # in memory: in the files
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the embeddings, which is the folder's dtype unless its parts differ."""
+        return next(stored.dtype for stored in map(self.find, self.stored_names) if len(stored.shape) > 1)
+
+    @property
+    def has_tied_head(self) -> bool:
+        """Whether the head is the embedding, and has no tensor of its own."""
+        return bool(getattr(self.config, "tie_word_embeddings", False))
+
+    def find(self, name: str) -> StoredTensor:
+        """Where a tensor lies."""
+        return self.tensors.stored[self.stored_names[name]]
+
+
+def open_vision_tower(folder: Path) -> Source:
+    """The vision tower of a Chinese-CLIP, CLIP or SigLIP folder, two-tower or vision-only."""
+    config = _load_config(folder)
+    model_class = VISION_MODEL_CLASSES.get(config.model_type)
+    if model_class is None:
+        raise UserError(
+            f"{folder}: is a {config.model_type!r} model, expected a vision tower of type "
+            f"{', '.join(sorted(VISION_MODEL_CLASSES))}"
+        )
+    tensors = open_model_tensors(folder)
+    # A vision-only checkpoint may or may not begin its names so, depending on the release that wrote it.
+    prefix = VISION_PREFIX if any(name.startswith(VISION_PREFIX) for name in tensors) else ""
+    names = {name.removeprefix(prefix): name for name in tensors if not name.startswith(OTHER_TOWER_PREFIXES)}
+    return _check_source(Source(folder, model_class, getattr(config, "vision_config", config), tensors, names))
+
+
+def open_language_model(folder: Path) -> tuple[Source, object]:
+    """A causal language model and its tokenizer."""
+    config = _load_config(folder)
+    if config.model_type in VISION_MODEL_CLASSES or hasattr(config, "vision_config"):
+        raise UserError(f"{folder}: is a {config.model_type!r} model, expected a causal language model")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{folder}: is quantised; give the model it was made from, in bfloat16 or float16")
+    # Without it transformers falls back to a Llama tokenizer and a wrong prompt, without an error.
+    if not (folder / "tokenizer_config.json").is_file():
+        raise UserError(f"{folder}: has no tokenizer_config.json; download the complete model folder")
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+    tensors = open_model_tensors(folder)
+    tied = bool(config.tie_word_embeddings)
+    names = {name: name for name in tensors if not (tied and name == HEAD)}
+    return _check_source(Source(folder, AutoModelForCausalLM, config, tensors, names)), tokenizer
+
+
+def _check_source(source: Source) -> Source:
+    """Hold names, shapes and dtypes against the model that transformers makes of the configuration."""
+    try:
+        expected = make_empty_model(source.model_class, source.config).state_dict()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{source.folder}: config.json makes no model: {error}") from error
+    if source.has_tied_head:
+        expected.pop(HEAD, None)
+    for name in [name for name in source.stored_names if name.endswith(COMPUTED_BUFFERS) and name not in expected]:
+        del source.stored_names[name]
+    check_same_names(expected, source.stored_names, str(source.folder))
+    for name, outline in expected.items():
+        stored = source.find(name)
+        if stored.shape != tuple(outline.shape):
+            raise UserError(f"{stored.path}: {name} is {stored.shape}, config.json asks for {tuple(outline.shape)}")
+        if stored.dtype not in FLOAT_DTYPES:
+            raise UserError(f"{stored.path}: {name} is {stored.dtype}, expected float32, float16 or bfloat16")
+    return source
+
+
+def _load_config(folder: Path):
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: has no config.json, so it is not a model folder")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: config.json cannot be used: {error}") from error

@@ -1,0 +1,1 @@
+"""The way from an annotation to a packed batch."""

@@ -1,0 +1,215 @@
+"""Prompt format and labels: which tokens a conversation becomes, and which of them carry loss. Training and inference
+both build token ids here.
+
+The format is ChatML, as Qwen2 uses it. The prompt for an answer is, token for token, the beginning of the training
+example with that answer. Nothing about files, images or batches: an image is a run of image tokens.
+"""
+
+import json
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from meme_llava.errors import UserError
+
+IMAGE_PLACEHOLDER = "<image>"
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
+# What Qwen2-Instruct was trained with when a conversation brings no system turn.
+DEFAULT_SYSTEM = "You are a helpful assistant."
+CONTROL_TOKENS = (TURN_START, TURN_END, "<|endoftext|>", IMAGE_PLACEHOLDER)  # of every model that we build
+IGNORED_LABEL = -100
+
+# The same format for programs that use the saved directory through `apply_chat_template`; a test holds both together.
+# Content is a string, or a list of {"type": "image"} and {"type": "text", "text": ...} as other tools send it.
+_CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n" + DEFAULT_SYSTEM + "<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}"
+    "{{ '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn; `role` is system, user or assistant. In a user turn every `<image>` stands for an image."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of a whole conversation. A label is the token's own id where it carries loss, else -100."""
+
+    input_ids: list[int]
+    labels: list[int]
+    cut_tokens: int  # positions left out to respect the length limit
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of a whole conversation, one image token for every image; which of them carry loss."""
+
+    ids: list[int]
+    supervised: list[bool]
+    cut_tokens: int  # left out to respect the length limit; images are never cut
+
+
+class DoesNotFit(ValueError):
+    """A conversation whose prompt and images leave no room for an answer."""
+
+
+class ConversationEncoder:
+    """Turns conversations into token ids.
+
+    Args:
+        tokenizer: a transformers tokenizer with ChatML's tokens and `<image>`.
+        tokens_per_image: how many positions one image takes.
+        source: names the model folder in errors.
+    """
+
+    def __init__(self, tokenizer, tokens_per_image: int, source: str):
+        self.tokens_per_image = tokens_per_image
+        self.turn_start_id = find_token_id(tokenizer, TURN_START, source)
+        self.turn_end_id = find_token_id(tokenizer, TURN_END, source)
+        self.image_token_id = find_token_id(tokenizer, IMAGE_PLACEHOLDER, source)
+        self.control_tokens = tuple(sorted(tokenizer.get_added_vocab()))
+        self._text_tokenizer = _without_added_tokens(tokenizer, source)
+        self._newline_ids = self.encode_text("\n")
+        # The same in every conversation, so encoded once.
+        self._headers = {role: self._encode_header(role) for role in ("system", "user", "assistant")}
+        self._default_system_ids = self.encode_text(DEFAULT_SYSTEM)
+        self._prefix_ids = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a user's string. Whatever it spells, it never becomes a control token."""
+        return self._text_tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, turns: list[Turn]) -> list[int]:
+        """Ids up to the place where the assistant's answer begins."""
+        ids = list(self._prefix_ids)
+        for turn in _with_system(turns):
+            ids += self._open_turn(turn.role) + self._encode_content(turn) + self._close_turn()
+        ids += self._open_turn("assistant")
+        return [token for token in ids for _ in range(self.tokens_per_image if token == self.image_token_id else 1)]
+
+    def encode_example(self, turns: list[Turn], max_length: int | None = None) -> Example:
+        """Ids and labels of a conversation, as `encode_tokens` finds them, with every image token repeated."""
+        tokens = self.encode_tokens(turns, max_length)
+        input_ids, labels = [], []
+        for token, carries_loss in zip(tokens.ids, tokens.supervised, strict=True):
+            times = self.tokens_per_image if token == self.image_token_id else 1
+            input_ids += [token] * times
+            labels += [token if carries_loss else IGNORED_LABEL] * times
+        return Example(input_ids, labels, tokens.cut_tokens)
+
+    def encode_tokens(self, turns: list[Turn], max_length: int | None = None) -> Tokens:
+        """Tokens of a conversation: every assistant text and the end token after it carries loss.
+
+        Longer than `max_length` positions (image tokens counted), it ends with the last answer that can begin within
+        the limit; that answer's tail is cut, its end token stands. Image tokens are never cut.
+
+        Raises:
+            DoesNotFit: no answer can begin within `max_length`, or an image comes after the last one that can.
+        """
+        ids: list[int] = list(self._prefix_ids)
+        supervised: list[bool] = [False] * len(ids)
+        answers: list[tuple[int, int]] = []  # place in `ids` and length of every answer, end token excluded
+        for turn in _with_system(turns):
+            header, content, footer = self._open_turn(turn.role), self._encode_content(turn), self._close_turn()
+            is_answer = turn.role == "assistant"
+            if is_answer:
+                answers.append((len(ids) + len(header), len(content)))
+            ids += header + content + footer
+            # The footer is the end token and a line break; the line break is the template's, not the answer's.
+            supervised += [False] * len(header) + [is_answer] * (len(content) + 1) + [False] * (len(footer) - 1)
+        last_start, last_length = answers[-1]
+        end = whole = last_start + last_length + 1
+        if max_length is not None and self.count_positions(ids[:whole]) > max_length:
+            end = self._find_cut(ids, answers, max_length)
+            ids[end - 1], supervised[end - 1] = self.turn_end_id, True
+        return Tokens(ids[:end], supervised[:end], cut_tokens=whole - end)
+
+    def count_positions(self, ids: list[int]) -> int:
+        """Positions that tokens take, where one image token stands for all of an image."""
+        return len(ids) + ids.count(self.image_token_id) * (self.tokens_per_image - 1)
+
+    def _find_cut(self, ids: list[int], answers: list[tuple[int, int]], max_length: int) -> int:
+        """Where a conversation that is too long ends: after the end token of its last answer that can begin."""
+        starts = [self.count_positions(ids[:start]) for start, _ in answers]
+        possible = [
+            number for number, (_, length) in enumerate(answers) if starts[number] + min(length, 1) < max_length
+        ]
+        if not possible:
+            raise DoesNotFit(
+                f"needs {starts[0] + 2} positions to begin its first answer, model_max_length is {max_length}"
+            )
+        start, length = answers[possible[-1]]
+        if self.image_token_id in ids[start + length :]:
+            raise DoesNotFit(f"an image lies beyond model_max_length {max_length}; images are never cut")
+        return start + min(length + 1, max_length - starts[possible[-1]])
+
+    def _encode_content(self, turn: Turn) -> list[int]:
+        if turn.role == "system" and turn.text == DEFAULT_SYSTEM:
+            return self._default_system_ids
+        if turn.role != "user":
+            return self.encode_text(turn.text)
+        first, *rest = turn.text.split(IMAGE_PLACEHOLDER)
+        ids = self.encode_text(first)
+        for text in rest:
+            ids += [self.image_token_id, *self.encode_text(text)]
+        return ids
+
+    def _open_turn(self, role: str) -> list[int]:
+        return self._headers[role]
+
+    def _encode_header(self, role: str) -> list[int]:
+        return [self.turn_start_id] + self.encode_text(role) + self._newline_ids
+
+    def _close_turn(self) -> list[int]:
+        return [self.turn_end_id] + self._newline_ids
+
+
+def find_token_id(tokenizer, token: str, source: str) -> int:
+    """The id of a control token, which must be one added token of the tokenizer."""
+    token_id = tokenizer.get_added_vocab().get(token)
+    if token_id is None:
+        raise UserError(f"{source}: the tokenizer has no token {token!r}. Build the model with build_base_model.py.")
+    return token_id
+
+
+def make_chat_template(tokenizer) -> str:
+    """The Jinja form of this module's prompt, for the saved directory."""
+    return ("{{ bos_token }}" if starts_with_bos(tokenizer) else "") + _CHAT_TEMPLATE
+
+
+def starts_with_bos(tokenizer) -> bool:
+    """Whether the tokenizer's own convention puts a begin-of-text token first (Llama's does, Qwen2's does not)."""
+    return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _with_system(turns: list[Turn]) -> list[Turn]:
+    if turns and turns[0].role == "system":
+        return turns
+    return [Turn("system", DEFAULT_SYSTEM), *turns]
+
+
+def _without_added_tokens(tokenizer, source: str) -> Tokenizer:
+    # transformers' split_special_tokens=True still turns the text "<tool_call>" into Qwen2.5's control token, because
+    # that one is added but not flagged special. A tokenizer that knows no added token cannot be talked into any.
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"{source}: needs a fast tokenizer (a tokenizer.json), found {type(tokenizer).__name__}")
+    description = json.loads(backend.to_str())
+    description["added_tokens"] = []
+    description["post_processor"] = None
+    description["truncation"] = description["padding"] = None
+    return Tokenizer.from_str(json.dumps(description))

@@ -1,0 +1,202 @@
+"""The records that train as a data set: token ids and pixels, in the order of training.
+
+Nothing about batches or models.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from meme_llava.dataset.check import check_data
+from meme_llava.dataset.checked_data import CheckedData, CheckedRecord, stop_on_bad_records
+from meme_llava.dataset.image_cache import ImageCache
+from meme_llava.dataset.image_inspection import Inspection
+from meme_llava.dataset.images import MAX_PIXELS, ImagePolicy
+from meme_llava.dataset.pixels import read_pixels
+from meme_llava.dataset.sampling import BatchShape, PackedLengths, plan_shared_order, shuffle_records
+from meme_llava.dataset.settings import RecordPolicy, RecordSource
+from meme_llava.dataset.tokenization import Tokenization, TokenizedRecords
+from meme_llava.errors import UserError
+from meme_llava.storage.cache import find_default_cache
+
+
+class MemeDataset(Dataset):
+    """Records as token ids and pixels; images are decoded when asked for, in the process that asks.
+
+    An item is {"record_id", "input_ids" int64 (length,), "labels" int64 (length,), "image_paths" one file for every run
+    of image tokens, "pixel_values" their pixels, uint8 (3, size, size) each, or features, (tokens, vision width)}.
+
+    Args:
+        records: what trains, with its `tokens`.
+    """
+
+    def __init__(
+        self,
+        records: list[CheckedRecord],
+        tokens: TokenizedRecords,
+        image_policy: ImagePolicy,
+        max_pixels: int = MAX_PIXELS,
+    ):
+        self.sharing = tokens.sharing
+        self._records = records
+        self._tokens = tokens
+        self._image_policy = image_policy
+        self._max_pixels = max_pixels
+        # Where every image was encoded once, before training, items hold its features in place of pixels.
+        self.vision_features: Mapping[Path, torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        """The items of a batch; an image that several of them show is decoded once."""
+        images: dict[Path, torch.Tensor] = {}
+        return [self._make_item(index, images) for index in indices]
+
+    def _make_item(self, index: int, images: dict[Path, torch.Tensor]) -> dict:
+        checked = self._records[index]
+        try:
+            for path in checked.image_paths:
+                if path not in images:
+                    images[path] = self.read_image(path)
+        except ValueError as error:
+            # Replacing the record would change the data order without a word, so the run stops and names it.
+            raise UserError(f"{checked.record.place} (id {checked.record.record_id!r}): {error}") from error
+        input_ids, labels = self._tokens.read(index)
+        return {
+            "record_id": checked.record.record_id,
+            "input_ids": torch.from_numpy(input_ids),
+            "labels": torch.from_numpy(labels),
+            "image_paths": checked.image_paths,
+            "pixel_values": [images[path] for path in checked.image_paths],
+        }
+
+    def read_image(self, path: Path) -> torch.Tensor:
+        """Pixels of one image, uint8 (3, size, size), or its features. Raises as `open_image` does."""
+        if self.vision_features is not None:
+            return self.vision_features[path]
+        return read_pixels(path, self._image_policy, self._max_pixels)
+
+    @property
+    def image_paths(self) -> list[Path]:
+        """Every different image, in the order of the records."""
+        return list(dict.fromkeys(path for checked in self._records for path in checked.image_paths))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Positions of every record, image tokens counted: int64 (records,)."""
+        return np.array([lengths.positions for lengths in self._tokens.lengths], np.int64)
+
+    @property
+    def supervised_lengths(self) -> np.ndarray:
+        """Positions that carry loss in every record: int64 (records,)."""
+        return np.array([lengths.supervised for lengths in self._tokens.lengths], np.int64)
+
+    @property
+    def image_counts(self) -> np.ndarray:
+        """Images of every record: int64 (records,)."""
+        return np.array([len(checked.image_paths) for checked in self._records], np.int64)
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """The records that train, and everything that was found about those and the others."""
+
+    dataset: MemeDataset
+    checked: CheckedData
+
+    @property
+    def cut_records(self) -> list[str]:
+        """The records whose last answer was cut to length."""
+        return [str(finding) for finding in self.checked.findings if finding.kind == "cut_answer"]
+
+
+def load_records(
+    source: RecordSource, policy: RecordPolicy, tokens: Tokenization, image_policy: ImagePolicy
+) -> LoadedData:
+    """Read, check and tokenise every record before anything is trained.
+
+    Images that an earlier check decoded are known from the cache; of the others the header is read, and one that is
+    damaged after it stops the run when it is reached.
+
+    Raises:
+        UserError: a record is bad and `policy` makes that an error (they are listed), or nothing is left.
+    """
+    known = ImageCache(find_default_cache(), read_only=True)
+    checked = check_data(source, policy, tokens, Inspection(known, decode=False))
+    stop_on_bad_records(checked, policy.bad_records)
+    return LoadedData(MemeDataset(checked.usable, checked.usable_tokens, image_policy, policy.max_pixels), checked)
+
+
+class TrainingOrder(Dataset):
+    """The records in the order of training: one shuffled pass after another, until all steps are full.
+
+    No record is dropped at the end of a pass: the last optimizer step is filled from the next pass. Which records meet
+    in a step depends on the seed and the global batch alone, so a resumed run goes on where it was.
+
+    Args:
+        steps: optimizer steps of the whole run.
+        shared_images: draw images with all their records, and keep those in one device batch, where they share
+            what they have in common; else every record is drawn, and takes positions, for itself.
+        first_step: steps that a checkpoint has done; the order leaves their places to record 0, unused.
+        first_record: records that those steps trained on.
+    """
+
+    def __init__(
+        self,
+        dataset: MemeDataset,
+        steps: int,
+        global_batch_size: int,
+        device_batch_size: int,
+        processes: int,
+        seed: int,
+        shared_images: bool,
+        first_step: int = 0,
+        first_record: int = 0,
+    ):
+        self._dataset = dataset
+        self._shape = BatchShape(global_batch_size, device_batch_size, processes)
+        self._sharing = dataset.sharing if shared_images else None
+        if shared_images:
+            to_come = plan_shared_order(
+                dataset.lengths, dataset.sharing, steps - first_step, self._shape, seed, first_record
+            )
+        else:
+            end = first_record + (steps - first_step) * global_batch_size
+            to_come = shuffle_records(len(dataset), end, seed)[first_record:]
+        self._first_record_to_come = first_step * global_batch_size
+        self.order = np.concatenate([np.zeros(self._first_record_to_come, np.int64), to_come])
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict:
+        return self._dataset[int(self.order[index])]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        """The items of a batch; an image that several of them show is decoded once."""
+        return self._dataset.__getitems__(self.order[indices].tolist())
+
+    def fetch_batch(self, number: int) -> list[dict]:
+        """The items of a device batch, counted through the whole run, over all processes."""
+        size = self._shape.device_batch_size
+        return self.__getitems__(list(range(number * size, (number + 1) * size)))
+
+    def fetch_largest_batch(self) -> list[dict]:
+        """The items of the device batch to come with the most positions; it needs the most memory."""
+        batches_before = self._first_record_to_come // self._shape.device_batch_size
+        return self.fetch_batch(batches_before + int(self.count_batch_positions().argmax()))
+
+    def count_batch_positions(self) -> np.ndarray:
+        """Positions of every device batch to come: int64 (steps, rounds, processes)."""
+        packed = PackedLengths(self._dataset.lengths, self._sharing)
+        batches = self.order[self._first_record_to_come :].reshape(-1, self._shape.device_batch_size).tolist()
+        counts = np.array([packed.count(batch) for batch in batches], np.int64)
+        return counts.reshape(-1, self._shape.rounds, self._shape.processes)

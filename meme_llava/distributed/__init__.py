@@ -1,0 +1,1 @@
+"""How processes start, agree and stop, and which engine shards what."""

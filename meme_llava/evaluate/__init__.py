@@ -1,0 +1,1 @@
+"""What answers are worth: scores, the judge, result folders."""

@@ -1,0 +1,247 @@
+"""The folder of an evaluation or of a judge, and how an interrupted one goes on.
+
+    run_record.json     what was asked and of whom, written first
+    predictions.jsonl   a line for every answer, as it comes; of a judge judgements.jsonl
+    metrics.json        the scores, written last: a folder that has them is finished
+
+Nothing about models and scores.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from meme_llava.errors import DiskFullError, UserError, is_disk_full
+from meme_llava.storage.folders import check_output_dir, empty_directory, lock_directory, write_json
+from meme_llava.storage.run_record import RUN_RECORD
+from meme_llava.terminal import show_count
+
+EVALUATE, JUDGE = "evaluate", "judge"  # the stage of a run record
+PREDICTIONS = "predictions.jsonl"
+LINES = {EVALUATE: PREDICTIONS, JUDGE: "judgements.jsonl"}
+METRICS = "metrics.json"
+SCORES = "scores"  # in an OUTPUT_DIR of run.sh
+Item = TypeVar("Item")
+
+
+class EvaluationFolder:
+    """A folder that is being written. Made by `open_evaluation`, which holds its lock.
+
+    Attributes:
+        lines: those that are there, in the order of the questions.
+        metrics: what metrics.json holds, or None if the evaluation is not finished.
+    """
+
+    def __init__(self, folder: Path, file_name: str, metrics: dict | None):
+        self.folder = folder
+        self.lines = _read_whole_lines(folder / file_name)
+        self.metrics = metrics
+        self._file = folder / file_name
+
+    def append(self, content: dict) -> None:
+        """Add a line and bring it to the disk. Raises DiskFullError; the lines before stay."""
+        line = json.dumps(content, ensure_ascii=False) + "\n"
+        with _telling_full_disk(self.folder), self._file.open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self.lines.append(content)
+
+    def finish(self, metrics: dict) -> None:
+        """Write the scores, whole or not at all."""
+        temporary = self.folder / f"{METRICS}.incomplete"
+        with _telling_full_disk(self.folder):
+            write_json(temporary, metrics)
+            temporary.replace(self.folder / METRICS)
+        self.metrics = metrics
+
+
+@contextlib.contextmanager
+def open_evaluation(output_dir: Path, record: dict, overwrite: bool) -> Iterator[EvaluationFolder]:
+    """Open the folder of an evaluation, made if it does not exist, and keep other processes off it.
+
+    Args:
+        record: the run record. What `record["asked"]` holds decides about the answers; a folder in which all of it is
+            the same goes on, whatever else changed.
+        overwrite: start anew in a folder that some evaluation wrote.
+
+    Raises:
+        UserError: the folder holds something else or was made by asking something else, or another process writes it.
+    """
+    goes_on = not overwrite and (output_dir / RUN_RECORD).is_file()
+    if goes_on:
+        check_same_questions(output_dir, record["stage"], record["asked"])
+    else:
+        check_output_dir(output_dir, overwrite)
+        if (output_dir / RUN_RECORD).is_file():
+            # A model is not an evaluation; it is not emptied.
+            read_evaluation_record(output_dir, record["stage"])
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with lock_directory(output_dir):
+        if not goes_on:
+            empty_directory(output_dir)
+            with _telling_full_disk(output_dir):
+                write_json(output_dir / RUN_RECORD, record)
+        metrics = output_dir / METRICS
+        yield EvaluationFolder(
+            output_dir, LINES[record["stage"]], _read_metrics(metrics) if metrics.is_file() else None
+        )
+
+
+def append_remaining(
+    folder: EvaluationFolder,
+    items: Sequence[Item],
+    noun: str,
+    batch_size: int,
+    answer: Callable[[Sequence[Item]], Iterable[dict]],
+) -> None:
+    """Write the lines that are missing, with a progress bar; an interruption keeps those before it.
+
+    Args:
+        items: what the folder gets a line for each; `noun` says what they are.
+        answer: gives the lines of a batch of items. A ValueError says which image cannot be read.
+
+    Raises:
+        UserError: an image cannot be read any more.
+    """
+    done = len(folder.lines)
+    if done:
+        print(f"{done:,} of {len(items):,} {noun} are done already")
+    with show_count(noun, len(items) - done) as advance:
+        for start in range(done, len(items), batch_size):
+            try:
+                for line in answer(items[start : start + batch_size]):
+                    folder.append(line)
+                    advance(1)
+            except ValueError as error:
+                raise UserError(f"{error}; fix it and start the same command again, which goes on") from error
+            except KeyboardInterrupt:
+                kept = f"{len(folder.lines):,} of {len(items):,} {noun} are done"
+                print(f"{kept}; the same command goes on", file=sys.stderr)
+                raise
+
+
+def check_same_questions(folder: Path, stage: str, asked: dict) -> None:
+    """Raise UserError unless what is in `folder` asked just this."""
+    before = read_evaluation_record(folder, stage)["asked"]
+    changes = [
+        # Nobody can read a hash.
+        f"other {name.removesuffix('_sha256')}"
+        if name == "weights" or name.endswith("_sha256")
+        else f"{name} was {before.get(name)!r}, is {asked.get(name)!r}"
+        for name in sorted({*before, *asked})
+        if before.get(name) != asked.get(name)
+    ]
+    if changes:
+        raise UserError(
+            f"{folder}: was made with other settings ({'; '.join(changes)}). Choose another --output_dir, "
+            "delete this one, or pass --overwrite to replace it."
+        )
+
+
+def read_evaluation_record(folder: Path, stage: str = EVALUATE) -> dict:
+    """The run record of an evaluation or a judge. Raises UserError if the folder holds none."""
+    path = folder / RUN_RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["stage"] != stage or not isinstance(record["asked"], dict):
+            raise ValueError(f"its stage is {record['stage']!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}: is not an output_dir of {stage}.py ({path.name}: {error}); choose another folder"
+        ) from error
+    return record
+
+
+def find_evaluation(folder: Path) -> Path:
+    """The evaluation that a folder is, or that run.sh put into it.
+
+    Raises:
+        UserError: there is no such folder, or nothing was evaluated there yet.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give an OUTPUT_DIR of run.sh or an output_dir of evaluate.py")
+    if (folder / RUN_RECORD).is_file():
+        return folder
+    if (folder / SCORES).is_dir():
+        return folder / SCORES
+    if (folder / "merged").is_dir() or (folder / "train").is_dir():
+        raise UserError(
+            f"{folder}: was not evaluated yet; run first, with the other "
+            f"variables of that run: OUTPUT_DIR={folder} bash run.sh evaluate"
+        )
+    raise UserError(
+        f"{folder}: holds no {RUN_RECORD}, so it is not an output_dir of evaluate.py; choose another folder"
+    )
+
+
+def read_finished_evaluation(folder: Path) -> dict:
+    """What metrics.json holds. Raises UserError if the folder holds no finished evaluation."""
+    read_evaluation_record(folder)
+    path = folder / METRICS
+    if not path.is_file():
+        raise UserError(f"{folder}: is not finished; run the same evaluate.py command once more to its end")
+    return _read_metrics(path)
+
+
+def read_predictions(folder: Path) -> dict[tuple, dict]:
+    """The lines of a finished evaluation in their order, each under what tells its question from all others.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = folder / PREDICTIONS
+    predictions: dict[tuple, dict] = {}
+    times: Counter[tuple] = Counter()
+    try:
+        # Text may hold other separators of lines, at which splitlines would cut.
+        for content in filter(None, path.read_text(encoding="utf-8").split("\n")):
+            line = json.loads(content)
+            question = (line["image"], line["question"], line["reference"])
+            # A file may ask the same twice.
+            predictions[(*question, times[question])] = line
+            times[question] += 1
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); evaluate the model anew") from error
+    return predictions
+
+
+def _read_metrics(path: Path) -> dict:
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(metrics[key], dict) for key in ("asked", "settings", "scores")):
+            raise TypeError("asked, settings and scores must be objects")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is damaged ({error}); delete it, and the same command makes it anew") from error
+    return metrics
+
+
+def _read_whole_lines(path: Path) -> list[dict]:
+    """The lines of the file; a last one that was not written to its end is cut off and asked again."""
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error}); pass --overwrite to ask everything again") from error
+
+
+@contextlib.contextmanager
+def _telling_full_disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            raise DiskFullError(
+                f"{folder}: the disk is full. Free some and start the same command again; answers are kept."
+            ) from error
+        raise

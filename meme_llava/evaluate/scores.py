@@ -1,0 +1,252 @@
+"""Scores of answers about images, with intervals. Nothing about models.
+
+Words are compared after NFKC and in lower case, letters and digits only: punctuation, spaces and line breaks do not
+count. Captions are compared as they are, Chinese by characters.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU, CHRF
+
+from meme_llava.dataset.text_quality import find_loop, normalise_text
+from meme_llava.inference.predictions import Prediction
+
+NO_TEXT = "没有文字"  # how an answer says that an image holds no words
+# A reference of this many letters, other than the image's text, is a caption, which is compared by likeness.
+CAPTION_CHARACTERS = 10
+# A shorter piece of the text stands in a long answer by chance.
+FOUND_PIECE = 3
+RESAMPLES = 1000
+RIGHT = "right: "  # in front of a task's name: its exact matches
+FIGURE, RIGHT_FIGURE = "eval_", "eval_right/"  # the same and RIGHT in a training's log
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a score says. `is_share`: it is shown in percent. `better`: "lower", "higher", or "" where neither is."""
+
+    title: str
+    chinese_title: str
+    better: str
+    is_share: bool = True
+
+
+MEASURES = {
+    "character_error_rate": Measure("character error rate of the text", "文字的字错率", "lower"),
+    "texts_right": Measure("texts without an error", "文字全对", "higher"),
+    "text_found": Measure("text found in the answer", "回答里找得到的文字", "higher"),
+    "no_text_right": Measure("images without text, correctly reported", "没有文字的图，答对", "higher"),
+    "text_found_in_captions": Measure("text found in captions", "描述里找得到的文字", "higher"),
+    "chrf": Measure("chrF of captions", "描述的 chrF", "higher", is_share=False),
+    "bleu": Measure("BLEU of captions", "描述的 BLEU", "higher", is_share=False),
+    "rouge_l": Measure("ROUGE-L of captions", "描述的 ROUGE-L", "higher"),
+    "stopped": Measure("answers that stop by themselves", "自己停下的回答", "higher"),
+    "looping": Measure("answers in a loop", "陷入重复的回答", "lower"),
+    "characters": Measure("characters an answer", "每个回答的字数", "", is_share=False),
+    "tokens": Measure("tokens an answer", "每个回答的 token 数", "", is_share=False),
+}
+
+
+def describe_measure(name: str) -> Measure:
+    """What the score of this name says."""
+    if name.startswith(RIGHT):
+        task = name.removeprefix(RIGHT)
+        return Measure(f"exact match: {task or 'all'}", f"一字不差：{task or '全部'}", "higher")
+    return MEASURES[name]
+
+
+def name_figure(name: str) -> str:
+    """What the score of this name is called in a training's log."""
+    if name.startswith(RIGHT):
+        return f"{RIGHT_FIGURE}{name.removeprefix(RIGHT) or 'all'}"
+    return f"{FIGURE}{name}"
+
+
+def describe_figure(figure: str) -> Measure | None:
+    """What a figure of a training's log says, or None if it is not a score."""
+    if figure.startswith(RIGHT_FIGURE):
+        return describe_measure(RIGHT + figure.removeprefix(RIGHT_FIGURE))
+    return MEASURES.get(figure.removeprefix(FIGURE)) if figure.startswith(FIGURE) else None
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score with its 95 % interval, and of how many answers it speaks.
+
+    Shares are from 0 to 1; a character error rate is above 1 where answers are much too long. chrF and BLEU go from 0
+    to 100.
+    """
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+def show_score(measure: Measure, score: Score) -> tuple[str, str]:
+    """The score and its interval, as "7.0%" and "5.1–9.2"."""
+    factor, sign = (100, "%") if measure.is_share else (1, "")
+    value, low, high = (f"{factor * number:.1f}" for number in (score.value, score.low, score.high))
+    return f"{value}{sign}", f"{low}–{high}"
+
+
+def show_counts(scores: Sequence[Score | None]) -> str:
+    """Of how many answers these scores speak, as "400", or "200–400": not everybody is asked everything."""
+    counts = sorted({score.count for score in scores if score is not None})
+    return "–".join(f"{count:,}" for count in (counts if len(counts) == 1 else (counts[0], counts[-1])))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one answer adds to a score, which is the sum of all `points` by the sum of all `of`."""
+
+    name: str
+    points: float
+    of: float = 1
+
+
+class _Characters:
+    """ROUGE is made for languages with spaces; in Chinese, characters are compared."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return list(normalise_text(text))
+
+
+_ROUGE = RougeScorer(["rougeL"], tokenizer=_Characters())
+
+
+def score_predictions(predictions: Sequence[Prediction]) -> dict[str, Score]:
+    """All scores for which there is an answer, by name, in the order of MEASURES and then of the tasks.
+
+    Intervals say how much a score would change with other images: RESAMPLES times as many images are drawn with
+    replacement, with all their answers, and the middle 95 % of what comes out are told (percentile bootstrap).
+    """
+    parts: dict[str, list[tuple[str, _Part]]] = {}
+    for prediction in predictions:
+        for part in _measure(prediction):
+            parts.setdefault(part.name, []).append((prediction.image, part))
+    scores = {}
+    for name, of_score in parts.items():
+        counts = np.array([(part.points, part.of) for _, part in of_score], dtype=float)  # (answers, points and of)
+        scores[name] = _estimate([image for image, _ in of_score], counts, _divide)
+    scores |= _compare_captions(predictions)
+    return {name: scores[name] for name in list_measures([scores])}
+
+
+def list_measures(columns: Sequence[Mapping[str, Score]]) -> list[str]:
+    """Every name that one of the columns has, in the order of MEASURES and then of the tasks."""
+    names = {name for scores in columns for name in scores}
+    return [name for name in MEASURES if name in names] + sorted(names - MEASURES.keys())
+
+
+def asks_for_text(reference: str, text_in_image: str | None) -> bool:
+    """Whether the reference answer is the image's text and nothing else, or says that there is none."""
+    if text_in_image is None:
+        return False
+    reference, text = normalise_text(reference), normalise_text(text_in_image)
+    # A caption may end so, too.
+    return reference == text if text else reference.endswith(NO_TEXT) and len(reference) < CAPTION_CHARACTERS
+
+
+def is_right(answer: str, reference: str) -> bool:
+    """Whether an answer is the reference, but for what is not compared."""
+    if not normalise_text(reference):
+        return answer.strip() == reference.strip()  # nothing but signs
+    return normalise_text(answer) == normalise_text(reference)
+
+
+def _measure(prediction: Prediction) -> Iterator[_Part]:
+    """By what the reference answer is: the text itself, that there is none, a caption, or a word."""
+    answer, reference = normalise_text(prediction.answer), normalise_text(prediction.reference)
+    text = None if prediction.text is None else normalise_text(prediction.text)
+    if _is_caption(prediction):
+        yield _Part("rouge_l", _ROUGE.score(prediction.reference, prediction.answer)["rougeL"].fmeasure)
+        if text:
+            yield _Part("text_found_in_captions", _count_found(text, answer), len(text))
+    else:
+        yield _Part(f"{RIGHT}{prediction.task}", is_right(prediction.answer, prediction.reference))
+        if text and asks_for_text(prediction.reference, prediction.text):
+            yield _Part("character_error_rate", Levenshtein.distance(answer, reference), len(reference))
+            yield _Part("texts_right", answer == reference)
+            yield _Part("text_found", _count_found(text, answer), len(text))
+        elif asks_for_text(prediction.reference, prediction.text):
+            yield _Part("no_text_right", NO_TEXT in answer)
+    yield _Part("looping", find_loop(prediction.answer) is not None)
+    yield _Part("characters", len(prediction.answer))
+    if prediction.tokens is not None:
+        yield _Part("tokens", prediction.tokens)
+    if prediction.stopped is not None:
+        yield _Part("stopped", prediction.stopped)
+
+
+def _is_caption(prediction: Prediction) -> bool:
+    reference, text = normalise_text(prediction.reference), normalise_text(prediction.text or "")
+    return len(reference) >= CAPTION_CHARACTERS and reference != text
+
+
+def _count_found(text: str, answer: str) -> int:
+    """How many characters of a normalised text stand in the answer within a piece of FOUND_PIECE of its characters.
+
+    Lines may be quoted one by one and with words between, so the pieces may stand anywhere.
+    """
+    length = min(FOUND_PIECE, len(text))
+    found = np.zeros(len(text), dtype=bool)  # (characters,)
+    for start in range(len(text) - length + 1):
+        if text[start : start + length] in answer:
+            found[start : start + length] = True
+    return int(found.sum())
+
+
+def _compare_captions(predictions: Sequence[Prediction]) -> dict[str, Score]:
+    captions = [prediction for prediction in predictions if _is_caption(prediction)]
+    if not captions:
+        return {}
+    images = [prediction.image for prediction in captions]
+    answers, references = (
+        [prediction.answer for prediction in captions],
+        [[prediction.reference for prediction in captions]],
+    )
+    scores = {}
+    for name, metric in (("chrf", CHRF()), ("bleu", BLEU(tokenize="zh"))):
+        # sacrebleu's own bootstrap draws answers, not images, and fails where a drawn BLEU is zero.
+        counts = np.array(metric._extract_corpus_statistics(answers, references))  # (captions, n-gram counts)
+
+        def compute(sums, metric=metric):
+            return np.array([metric._compute_score_from_stats(row.tolist()).score for row in sums])
+
+        scores[name] = _estimate(images, counts, compute)
+    return scores
+
+
+def estimate_mean(images: Sequence[str], values: Sequence[float]) -> Score:
+    """The mean of a value of every answer, with its interval as by `score_predictions`."""
+    counts = np.array([(value, 1) for value in values], dtype=float)  # (answers, value and one)
+    return _estimate(images, counts, _divide)
+
+
+def _divide(sums: np.ndarray) -> np.ndarray:
+    points, of = sums.T
+    return points / of
+
+
+def _estimate(images: Sequence[str], counts: np.ndarray, compute: Callable[[np.ndarray], np.ndarray]) -> Score:
+    """The score of all answers, and its interval by drawing images with all their answers.
+
+    Args:
+        images: of every answer.
+        counts: what every answer adds, (answers, counts).
+        compute: rows of summed counts, (rows, counts), to their scores, (rows,).
+    """
+    rows = {image: row for row, image in enumerate(dict.fromkeys(images))}
+    sums = np.zeros((len(rows), counts.shape[1]), counts.dtype)  # (images, counts)
+    np.add.at(sums, [rows[image] for image in images], counts)
+    draws = np.random.default_rng(0).multinomial(
+        len(rows), np.full(len(rows), 1 / len(rows)), size=RESAMPLES
+    )  # (RESAMPLES, images): how often every image was drawn
+    low, high = np.percentile(compute(draws @ sums), [2.5, 97.5])
+    (value,) = compute(sums.sum(axis=0, keepdims=True))
+    return Score(float(value), float(low), float(high), len(images))

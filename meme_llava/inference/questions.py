@@ -1,0 +1,91 @@
+"""Questions about images: of files, or of an annotation file."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
+from meme_llava.dataset.image_inspection import IMAGE_SUFFIXES
+from meme_llava.dataset.images import resolve_image_path
+from meme_llava.dataset.quarantine import read_quarantined_places
+from meme_llava.dataset.records import Record, read_records
+from meme_llava.errors import UserError
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to ask about one image, and the reference answer where it is known."""
+
+    image: Path
+    text: str
+    reference: str | None = None
+    system: str | None = None
+    text_in_image: str | None = None  # None where it is not known, "" where there is none
+    task: str = ""
+
+
+def list_file_questions(paths: list[Path], text: str) -> list[Question]:
+    """The same question about every image file of a list of files and folders (not their subfolders).
+
+    Raises:
+        UserError: a path does not exist, or a folder holds no image.
+    """
+    images = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise UserError(f"{path}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            images += found
+        elif path.exists():
+            images.append(path)
+        else:
+            raise UserError(f"{path}: no such file or folder")
+    return [Question(image, text) for image in images]
+
+
+def find_question(record: Record, image_folder: Path) -> Question | None:
+    """A record's first question with its reference answer, if the record begins with one image and a line break.
+
+    Raises:
+        RecordFault: the image's path leaves the image folder.
+    """
+    system = record.turns[0].text if record.turns[0].role == "system" else None
+    user, reference = [turn for turn in record.turns if turn.role != "system"][:2]
+    text = user.text.removeprefix(f"{IMAGE_PLACEHOLDER}\n")
+    if text == user.text or IMAGE_PLACEHOLDER in text:
+        return None
+    image = resolve_image_path(record.images[0], image_folder)
+    return Question(image, text, reference.text.strip(), system, record.text, record.task)
+
+
+def list_record_questions(
+    annotations: Path, image_folder: Path, limit: int | None, quarantine: Path | None = None
+) -> list[Question]:
+    """The first question of every record that begins with one image, with its reference answer.
+
+    Malformed records and those of `quarantine` are not asked; they are counted on standard error.
+
+    Raises:
+        UserError: no record begins with one image, or a path leaves the image folder.
+    """
+    records, malformed = read_records(annotations)
+    if malformed:
+        print(f"{len(malformed)} malformed records are not asked, e.g. {malformed[0]}", file=sys.stderr)
+    if quarantine is not None:
+        places = read_quarantined_places(quarantine)
+        asked = [record for record in records if record.place not in places]
+        print(f"{len(records) - len(asked)} quarantined records are not asked", file=sys.stderr)
+        records = asked
+    questions = []
+    for record in records[:limit]:
+        try:
+            question = find_question(record, image_folder)
+        except ValueError as error:
+            raise UserError(f"{record.place} (id {record.record_id!r}): {error}") from error
+        questions += [] if question is None else [question]
+    if not questions:
+        raise UserError(f"{annotations}: no record begins with {IMAGE_PLACEHOLDER}, a line break and a question")
+    if left_out := len(records[:limit]) - len(questions):
+        print(f"{left_out} records do not begin with one image and are not asked", file=sys.stderr)
+    return questions

@@ -1,0 +1,1 @@
+"""The LLaVA: names, packed attention, loss, what is trainable."""

@@ -1,0 +1,218 @@
+"""The parts of a LLaVA by role, and strict loading of a saved one.
+
+Roles, not key prefixes, name the parts: "vision_tower", "multi_modal_projector", "language_model".
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoProcessor, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.utils import logging as transformers_logging
+
+from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, ConversationEncoder
+from meme_llava.dataset.images import ImagePolicy
+from meme_llava.errors import UserError
+from meme_llava.model.tensor_names import check_same_names, find_stored
+from meme_llava.storage.tensor_reader import open_model_tensors
+
+VISION_TOWER = "vision_tower"
+PROJECTOR = "multi_modal_projector"
+LANGUAGE_MODEL = "language_model"
+ROLES = (VISION_TOWER, PROJECTOR, LANGUAGE_MODEL)
+
+
+@dataclass(frozen=True)
+class Processing:
+    """What stands between a user's data and a model: tokens and pixels, read from the model's own folder."""
+
+    processor: object  # transformers LlavaProcessor, saved beside every output
+    encoder: ConversationEncoder
+    image_policy: ImagePolicy
+    tokens_per_image: int
+
+    @property
+    def tokenizer(self):
+        return self.processor.tokenizer
+
+
+def role_of(name: str) -> str:
+    """The role of a parameter or module by its name in memory, bare or wrapped by peft."""
+    parts = name.split(".")
+    for role in ROLES:
+        if role in parts:
+            return role
+    if "lm_head" in parts:
+        return LANGUAGE_MODEL
+    raise ValueError(f"{name!r} belongs to no part of a LLaVA")
+
+
+def has_class_token(vision_config) -> bool:
+    """Whether a tower puts a class token in front of its patches (CLIP and Chinese-CLIP do, SigLIP does not)."""
+    return "siglip" not in vision_config.model_type
+
+
+def count_image_tokens(config: LlavaConfig) -> int:
+    """Positions one image takes: one per patch, plus the class token where the config keeps it."""
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    keeps_class_token = config.vision_feature_select_strategy == "full" and has_class_token(config.vision_config)
+    return patches + int(keeps_class_token)
+
+
+def count_used_vision_layers(config: LlavaConfig) -> int:
+    """Vision layers whose output reaches the projector; the layers after it never receive a gradient."""
+    layers = config.vision_config.num_hidden_layers
+    feature_layer = config.vision_feature_layer
+    # hidden_states holds the embeddings and every layer's output: layers + 1 entries.
+    return feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
+
+
+def is_unused_vision_parameter(name: str, config: LlavaConfig) -> bool:
+    """Whether a vision tower's parameter lies after the layer whose features are used."""
+    if role_of(name) != VISION_TOWER:
+        return False
+    parts = name.split(".")
+    if "layers" in parts:
+        return int(parts[parts.index("layers") + 1]) >= count_used_vision_layers(config)
+    return not any(part in parts for part in ("embeddings", "pre_layrnorm"))
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars and load reports; whatever they would say is checked and raised by us."""
+    verbosity, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load_strictly(model_class, folder: Path, allowed_unexpected: tuple[str, ...] = (), **options):
+    """`model_class.from_pretrained(folder)` that refuses a missing, unexpected or mismatched tensor.
+
+    Args:
+        allowed_unexpected: prefixes of tensors that the folder may hold and the class does not use.
+    """
+    try:
+        with quiet_transformers():
+            model, report = model_class.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True, **options
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
+        raise UserError(f"{folder}: cannot be loaded as {model_class.__name__}: {error}") from error
+    unexpected = [key for key in report["unexpected_keys"] if not key.startswith(allowed_unexpected or ("\0",))]
+    for kind, keys in (
+        ("missing", report["missing_keys"]),
+        ("unexpected", unexpected),
+        ("of another shape", report["mismatched_keys"]),
+    ):
+        if keys:
+            shown = ", ".join(str(key) for key in sorted(keys, key=str)[:3])
+            raise UserError(f"{folder}: {len(keys)} tensors are {kind} for {model_class.__name__}, e.g. {shown}")
+    return model
+
+
+def check_llava_folder(folder: Path) -> None:
+    """Raise UserError unless `folder` looks like a LLaVA's."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such model folder")
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise UserError(f"{folder}: has no config.json, so it is not a model folder")
+    model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+    if model_type != "llava":
+        raise UserError(f"{folder}: is a {model_type!r} model, expected 'llava'. Build one with build_base_model.py.")
+
+
+def make_empty_model(model_class, config, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """`model_class` with parameters that have shape and dtype but no storage; buffers are real."""
+    with init_empty_weights(include_buffers=False), quiet_transformers():
+        model = getattr(model_class, "_from_config", None) or model_class.from_config
+        return model(config, dtype=dtype).eval()
+
+
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in the place of the one of that name."""
+    *path, leaf = name.split(".")
+    setattr(module.get_submodule(".".join(path)), leaf, parameter)
+
+
+def load_llava(
+    folder: Path, dtype: torch.dtype, model_class: type[LlavaForConditionalGeneration] = LlavaForConditionalGeneration
+) -> LlavaForConditionalGeneration:
+    """Load a LLaVA that build_base_model.py or merge_lora.py wrote, in `dtype`, on the CPU.
+
+    Every tensor is read and converted on its own, so that loading takes no more memory than the model.
+
+    Args:
+        model_class: LlavaForConditionalGeneration, or a class with the same parameters.
+
+    Raises:
+        UserError: a tensor is missing, unexpected, or of another shape.
+    """
+    check_llava_folder(folder)
+    try:
+        config = LlavaConfig.from_pretrained(folder, local_files_only=True)
+        config._name_or_path = str(folder)  # peft notes it in an adapter's configuration
+        model = make_empty_model(model_class, config, dtype)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: cannot be loaded: {error}") from error
+    with open_model_tensors(folder) as tensors:
+        outlines = dict(model.named_parameters())
+        stored_names = {name: find_stored(tensors, name) for name in outlines}
+        check_same_names(stored_names.values(), tensors, str(folder))
+        for name, outline in outlines.items():
+            stored = tensors.stored[stored_names[name]]
+            if stored.shape != tuple(outline.shape):
+                raise UserError(f"{stored.path}: {name} is {stored.shape}, config.json asks for {tuple(outline.shape)}")
+            weight = nn.Parameter(tensors.read_as(stored_names[name], dtype), requires_grad=False)
+            set_parameter(model, name, weight)
+    model.tie_weights()
+    return model
+
+
+def load_processing(folder: Path) -> Processing:
+    """Tokenizer, image policy and prompt encoder of a model folder, checked against its config.
+
+    Raises:
+        UserError: a file is missing, or the ids of `<image>` in config, tokenizer and processor disagree.
+    """
+    check_llava_folder(folder)
+    try:
+        with quiet_transformers():
+            processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+            config = LlavaConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: its processor cannot be loaded: {error}") from error
+    source = str(folder)
+    if type(processor).__name__ != "LlavaProcessor":
+        raise UserError(f"{folder}: processor_config.json gives {type(processor).__name__}, expected LlavaProcessor")
+    tokens_per_image = count_image_tokens(config)
+    encoder = ConversationEncoder(processor.tokenizer, tokens_per_image, source)
+    ids = {
+        "config.json": config.image_token_id,
+        "tokenizer": encoder.image_token_id,
+        "processor": processor.image_token_id,
+    }
+    if len(set(ids.values())) != 1:
+        raise UserError(f"{folder}: the id of {IMAGE_PLACEHOLDER} differs: {ids}. Build the model again.")
+    if max(processor.tokenizer.get_vocab().values()) >= config.text_config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has ids up to {max(processor.tokenizer.get_vocab().values())}, the embedding "
+            f"only {config.text_config.vocab_size} rows. Build the model again."
+        )
+    image_policy = ImagePolicy.from_image_processor(processor.image_processor, source)
+    return Processing(processor, encoder, image_policy, tokens_per_image)

@@ -1,0 +1,244 @@
+"""Attention kernels for packed rows: each record attends to its own path and to nothing else.
+
+A packed row needs no mask over all its positions. Each segment attends, causally, to its path, whose last positions are
+the segment itself; that is what kernels for sequences of varying length compute when they align queries and keys at
+their ends. Nothing about models beyond the attention interface of transformers.
+"""
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
+from itertools import pairwise
+
+import torch
+from torch.nn import functional
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from meme_llava.errors import UserError
+
+SDPA = "packed_sdpa"
+MATMUL = "packed_matmul"
+VARLEN = "packed_varlen"
+FLASH_ATTENTION_2 = "packed_flash_attention_2"
+NAMES = {"sdpa": SDPA, "matmul": MATMUL, "varlen": VARLEN, "flash_attention_2": FLASH_ATTENTION_2}
+
+
+@dataclass(frozen=True)
+class _Segment:
+    tree: int  # which tree of the row it belongs to
+    length: int
+    path: torch.Tensor | None  # int64 (keys,), positions within the tree; None for a tree's first segment: itself
+    mask: torch.Tensor | None  # bool (length, keys), where path is given
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Which positions of a packed row attend to which, as `PackingCollator` returns it.
+
+    Args:
+        cu_seqlens_q: int32 (segments + 1,).
+        kv_index: int64 (keys,).
+        cu_seqlens_k: int32 (segments + 1,).
+    """
+
+    cu_seqlens_q: torch.Tensor
+    kv_index: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+    @property
+    def kernel_bounds(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """Where queries and keys of each segment begin, and how many it has at most, as kernels take them."""
+        return self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen_q, self.max_seqlen_k
+
+    @cached_property
+    def tree_lengths(self) -> list[int]:
+        """Positions of each tree: a record and all that share its beginning."""
+        starts = [start for start, is_root in zip(self._starts[:-1], self._are_roots, strict=True) if is_root]
+        return [end - start for start, end in pairwise([*starts, self._starts[-1]])]
+
+    @cached_property
+    def segments(self) -> list[_Segment]:
+        """The segments one by one, for attention without a kernel for varying lengths. Reads the tensors back once."""
+        segments, tree, tree_start = [], -1, 0
+        bounds = zip(pairwise(self._starts), pairwise(self.cu_seqlens_k.tolist()), self._are_roots, strict=True)
+        for (start, end), (path_start, path_end), is_root in bounds:
+            length, keys = end - start, path_end - path_start
+            if is_root:
+                tree, tree_start = tree + 1, start
+                segments.append(_Segment(tree, length, None, None))
+                continue
+            path = self.kv_index[path_start:path_end] - tree_start
+            mask = torch.ones((length, keys), dtype=torch.bool, device=path.device).tril(keys - length)
+            segments.append(_Segment(tree, length, path, mask))
+        return segments
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return self.cu_seqlens_q.tolist()
+
+    @cached_property
+    def _are_roots(self) -> list[bool]:
+        """Per segment, whether it is a tree's first: its path is the segment itself."""
+        return (self.cu_seqlens_q.diff() == self.cu_seqlens_k.diff()).tolist()
+
+
+def choose_attention(setting: str, device: torch.device, uses_bf16: bool) -> str:
+    """The attention that --attention stands for on this device.
+
+    auto: flash-attn where it is installed, else torch's own kernel for varying lengths; both compute in bf16 on a GPU.
+    In bf16 on a CPU it is plain matrix products, whose backward pass was measured to be three times as fast there as
+    that of scaled_dot_product_attention; everywhere else it is the latter. Both go segment by segment.
+
+    Raises:
+        UserError: the one asked for cannot run here.
+    """
+    on_gpu = device.type == "cuda" and uses_bf16
+    possible = {
+        "flash_attention_2": on_gpu and importlib.util.find_spec("flash_attn") is not None,
+        "varlen": on_gpu and _find_varlen_attention() is not None,
+        "sdpa": True,
+        "matmul": True,
+    }
+    if setting == "auto":
+        if device.type == "cpu" and uses_bf16:
+            return MATMUL
+        return NAMES[next(name for name, can_run in possible.items() if can_run)]
+    if not possible[setting]:
+        needed = "the package flash-attn" if setting == "flash_attention_2" else "torch 2.11 or newer"
+        usable = ", ".join(name for name, can_run in possible.items() if can_run)
+        raise UserError(f"--attention {setting} needs a GPU, bf16 and {needed}; what can run here: {usable}")
+    return NAMES[setting]
+
+
+def attend_with_sdpa(module, query, key, value, attention_mask, scaling, dropout=0.0, *, packing: Packing, **kwargs):
+    """Attention of transformers' interface over a packed row, segment by segment.
+
+    Args:
+        query: (1, heads, positions, head_dim).
+        key, value: (1, key_value_heads, positions, head_dim).
+
+    Returns:
+        (1, positions, heads, head_dim), and None for the weights.
+    """
+
+    def attend(own_query, own_key, own_value, mask):
+        return functional.scaled_dot_product_attention(
+            own_query, own_key, own_value, mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+        )
+
+    return _attend_by_segment(module, query, key, value, packing, attend)
+
+
+def attend_with_matmul(module, query, key, value, attention_mask, scaling, dropout=0.0, *, packing: Packing, **kwargs):
+    """Like `attend_with_sdpa`, in plain matrix products."""
+
+    def attend(own_query, own_key, own_value, mask):
+        scores = own_query @ own_key.transpose(2, 3) * scaling  # (1, heads, length, keys)
+        if mask is None:
+            mask = _make_causal_mask(scores.shape[-1], scores.device)
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        return functional.dropout(weights, dropout) @ own_value
+
+    return _attend_by_segment(module, query, key, value, packing, attend)
+
+
+@lru_cache(maxsize=64)
+def _make_causal_mask(length: int, device: torch.device) -> torch.Tensor:
+    """bool (length, length): a position sees itself and what stands before it."""
+    return torch.ones((length, length), dtype=torch.bool, device=device).tril()
+
+
+def _attend_by_segment(module, query, key, value, packing: Packing, attend: Callable):
+    """Call `attend` for every segment with its queries, the keys and values of its path, and its mask, if any."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # (1, heads, positions, head_dim)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    # Splitting costs one concatenation in the backward pass; slicing would fill a whole row with zeros per segment.
+    queries = query.split([segment.length for segment in packing.segments], dim=2)
+    keys = key.split(packing.tree_lengths, dim=2)
+    values = value.split(packing.tree_lengths, dim=2)
+    outputs = []
+    for segment, own_query in zip(packing.segments, queries, strict=True):
+        own_key, own_value = keys[segment.tree], values[segment.tree]
+        if segment.path is None:
+            own_key, own_value = own_key[:, :, : segment.length], own_value[:, :, : segment.length]
+        else:
+            own_key, own_value = own_key.index_select(2, segment.path), own_value.index_select(2, segment.path)
+        outputs.append(attend(own_query, own_key, own_value, segment.mask))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def attend_with_varlen(module, query, key, value, attention_mask, scaling, dropout=0.0, *, packing: Packing, **kwargs):
+    """Like `attend_with_sdpa`, in one call of torch.nn.attention.varlen.varlen_attn."""
+    attend, known_options = _find_varlen_attention()
+    query, key, value = _lay_out_for_kernel(query, key, value, packing)
+    options = {"enable_gqa": True} if "enable_gqa" in known_options else {}
+    if not options:
+        key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+        value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    output = attend(
+        query,
+        key,
+        value,
+        *packing.kernel_bounds,
+        scale=scaling,
+        window_size=(-1, 0),  # causal, aligned at the ends
+        **options,
+    )
+    return output[None], None
+
+
+def attend_with_flash_attention_2(
+    module, query, key, value, attention_mask, scaling, dropout=0.0, *, packing: Packing, **kwargs
+):
+    """Like `attend_with_sdpa`, in one call of the flash-attn package, version 2.1 or newer."""
+    from flash_attn import flash_attn_varlen_func
+
+    query, key, value = _lay_out_for_kernel(query, key, value, packing)
+    output = flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        *packing.kernel_bounds,
+        dropout_p=dropout,
+        softmax_scale=scaling,
+        causal=True,  # aligned at the ends
+    )
+    return output[None], None
+
+
+def _lay_out_for_kernel(query, key, value, packing: Packing) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(1, heads, positions, head_dim) each → queries (positions, heads, head_dim), keys and values along all paths."""
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embeddings are float32 where the weights are; the kernels take half precision only.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    if len(packing.kv_index) != len(query):
+        key = key.index_select(0, packing.kv_index)  # (keys, key_value_heads, head_dim)
+        value = value.index_select(0, packing.kv_index)
+    return query, key, value
+
+
+@cache
+def _find_varlen_attention() -> tuple[Callable, set[str]] | None:
+    """torch's attention for sequences of varying length and its options, where it has the ones needed here."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    options = set(inspect.signature(varlen_attn).parameters)
+    return (varlen_attn, options) if {"scale", "window_size"} <= options else None
+
+
+for name, attend in (
+    (SDPA, attend_with_sdpa),
+    (MATMUL, attend_with_matmul),
+    (VARLEN, attend_with_varlen),
+    (FLASH_ATTENTION_2, attend_with_flash_attention_2),
+):
+    # A compiled layer calls these as they are: compiled, they would be so anew for every number and length of segments.
+    ALL_ATTENTION_FUNCTIONS.register(name, torch.compiler.disable(attend))

@@ -1,0 +1,276 @@
+"""What a train type means: what is frozen, what gets LoRA, what trains in full, and at which learning rate.
+
+Also how the trained part alone is written and put back on its base.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from meme_llava.errors import UserError
+from meme_llava.model.llava import (
+    LANGUAGE_MODEL,
+    PROJECTOR,
+    ROLES,
+    VISION_TOWER,
+    is_unused_vision_parameter,
+    role_of,
+)
+from meme_llava.model.settings import LearningRates, LoraRecipe
+from meme_llava.model.tensor_names import check_same_names, to_disk_name, to_memory_name
+from meme_llava.storage.folders import set_file_modes
+from meme_llava.storage.run_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Trainable parameters of one role that share learning rate and weight decay."""
+
+    role: str
+    learning_rate: float
+    weight_decay: float
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    uses_muon: bool = False
+
+    @property
+    def rate_name(self) -> str:
+        """Under which its learning rate is logged; a role has one rate for each optimizer."""
+        return f"{self.role} by Muon" if self.uses_muon else self.role
+
+    def describe(self) -> dict:
+        """What the run record keeps of the group."""
+        is_lora = any("lora_" in name for name in self.names)
+        matrices = "matrices by Muon" if self.uses_muon else "matrices"
+        return {
+            "role": self.role,
+            "kind": "LoRA" if is_lora else "vectors" if self.parameters[0].dim() < 2 else matrices,
+            "tensors": len(self.names),
+            "parameters": sum(parameter.numel() for parameter in self.parameters),
+            "learning_rate": self.learning_rate,
+            "weight_decay": self.weight_decay,
+        }
+
+
+def prepare_trainable(model: nn.Module, recipe: LoraRecipe, seed: int) -> nn.Module:
+    """Freeze, add LoRA and unfreeze as the recipe says; trainable parameters become float32.
+
+    (DeepSpeed in bf16 rounds them again and keeps float32 masters of its own.)
+
+    The projector always learns in full. Vision layers after the used features stay frozen: no gradient reaches them.
+
+    Raises:
+        UserError: a LoRA module name matches nothing.
+    """
+    training = {
+        VISION_TOWER: recipe.vision_tower_training,
+        LANGUAGE_MODEL: recipe.language_model_training,
+        PROJECTOR: "full",
+    }
+    model.requires_grad_(False)
+    # The Trainer turns the cache off on the top-level config only; the language model reads its own.
+    model.config.text_config.use_cache = False
+    if recipe.uses_lora:
+        targets = find_lora_targets(model, recipe)
+        lora_config = LoraConfig(
+            r=recipe.lora_r,
+            lora_alpha=recipe.lora_alpha,
+            lora_dropout=recipe.lora_dropout,
+            target_modules=_to_pattern(targets),
+            modules_to_save=[PROJECTOR],
+        )
+        # The Trainer seeds later; LoRA's start values are drawn here.
+        torch.manual_seed(seed)
+        model = get_peft_model(model, lora_config)
+        adapted = {name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A")}
+        check_same_names({f"base_model.model.{name}" for name in targets}, adapted, "LoRA targets")
+    else:
+        for name, parameter in model.named_parameters():
+            learns = training[role_of(name)] == "full"
+            parameter.requires_grad_(learns and not is_unused_vision_parameter(name, model.config))
+    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+        keep_lora_inputs(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def keep_lora_inputs(model: nn.Module) -> None:
+    """Let LoRA take its input as it comes.
+
+    A base in bf16 trains under autocast, or in an engine that computes in bf16 throughout; peft would convert the input
+    to float32, dropout would work on that, and autocast convert it back.
+    """
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
+
+
+def find_lora_targets(model: nn.Module, recipe: LoraRecipe) -> list[str]:
+    """Full names of the linear layers that get LoRA, chosen by role and by their own name."""
+    wanted = {
+        VISION_TOWER: recipe.lora_vision_modules if recipe.vision_tower_training == "lora" else [],
+        LANGUAGE_MODEL: recipe.lora_language_modules if recipe.language_model_training == "lora" else [],
+    }
+    targets = []
+    for role, leaf_names in wanted.items():
+        linear = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+            and "layers" in name.split(".")
+            and role_of(name) == role
+            and not is_unused_vision_parameter(name, model.config)
+        ]
+        for leaf_name in leaf_names:
+            matches = [name for name in linear if name.split(".")[-1] == leaf_name]
+            if not matches:
+                available = sorted({name.split(".")[-1] for name in linear})
+                raise UserError(
+                    f"LoRA module {leaf_name!r} matches nothing in the {role}; it has {', '.join(available)}"
+                )
+            targets += matches
+    return targets
+
+
+def plan_parameter_groups(model: nn.Module, rates: LearningRates) -> list[ParameterGroup]:
+    """Every trainable parameter in exactly one group; biases and norms never decay.
+
+    Raises:
+        UserError: nothing of a role is trainable although it should be, or the groups do not add up.
+    """
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    groups = []
+    for role in ROLES:
+        for decays, uses_muon in ((True, True), (True, False), (False, False)):
+            # Biases, norm scales and the class embedding are the one-dimensional parameters.
+            names = tuple(
+                name
+                for name, parameter in trainable.items()
+                if role_of(name) == role
+                and (parameter.dim() >= 2) == decays
+                and (rates.muon_lr is not None and is_vision_layer_matrix(name, parameter)) == uses_muon
+            )
+            if names:
+                parameters = tuple(trainable[name] for name in names)
+                learning_rate = rates.muon_lr if uses_muon else rates.high_lr if role == PROJECTOR else rates.low_lr
+                decay = rates.weight_decay if decays else 0.0
+                groups.append(ParameterGroup(role, learning_rate, decay, names, parameters, uses_muon))
+    grouped = [name for group in groups for name in group.names]
+    if sorted(grouped) != sorted(trainable):
+        raise UserError(f"{len(trainable)} tensors learn but {len(grouped)} are in parameter groups")
+    if not any(group.role == PROJECTOR for group in groups):
+        raise UserError("the multi_modal_projector does not learn; no train type is meant to freeze it")
+    return groups
+
+
+def is_vision_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix of the vision tower's layers, which Muon may update; embeddings are not."""
+    return parameter.dim() == 2 and role_of(name) == VISION_TOWER and "layers" in name.split(".")
+
+
+def save_trained_weights(model: nn.Module, folder: Path, state_dict: dict | None = None) -> None:
+    """Write only what learned: a peft adapter with the projector, or `trained_weights.safetensors`.
+
+    Args:
+        state_dict: the model's tensors, where an engine has gathered them; else the model's own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        tensors = get_peft_model_state_dict(model, state_dict=state_dict)
+        config = model.peft_config["default"]
+        config.inference_mode = True
+        config.save_pretrained(folder)
+        config.inference_mode = False
+        path = folder / ADAPTER_WEIGHTS
+    else:
+        source = state_dict if state_dict is not None else dict(model.named_parameters())
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        tensors = {to_disk_name(name): source[name] for name in names}
+        path = folder / TRAINED_WEIGHTS
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    set_file_modes(folder)
+
+
+def load_trained_weights(model: nn.Module, folder: Path) -> None:
+    """Put saved trained weights into a model prepared the same way; every tensor must find its place."""
+    if isinstance(model, PeftModel):
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+        check_same_names(get_peft_model_state_dict(model), tensors, str(folder / ADAPTER_WEIGHTS))
+        set_peft_model_state_dict(model, tensors)
+        return
+    tensors = {to_memory_name(name): tensor for name, tensor in load_file(folder / TRAINED_WEIGHTS).items()}
+    parameters = dict(model.named_parameters())
+    check_same_names(set(tensors) & set(parameters), tensors, str(folder / TRAINED_WEIGHTS))
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
+
+def load_projector(model: nn.Module, folder: Path) -> None:
+    """Put the multi_modal_projector that another run trained on the same base into a model prepared to learn.
+
+    Raises:
+        UserError: its tensors are not those of this model's projector.
+    """
+    path = next(path for path in (folder / ADAPTER_WEIGHTS, folder / TRAINED_WEIGHTS) if path.is_file())
+    # The names in front of it depend on what else learned there and learns here.
+    before = {
+        _name_in_projector(name): tensor for name, tensor in load_file(path).items() if role_of(name) == PROJECTOR
+    }
+    parameters = {
+        _name_in_projector(name): parameter
+        for name, parameter in model.named_parameters()
+        if role_of(name) == PROJECTOR and parameter.requires_grad
+    }
+    check_same_names(parameters, before, f"{path}, the projector's tensors")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(before[name])
+
+
+def _name_in_projector(name: str) -> str:
+    return name.rpartition(f"{PROJECTOR}.")[2].removeprefix("modules_to_save.default.")
+
+
+def apply_trained_weights(model: nn.Module, folder: Path) -> nn.Module:
+    """Base model → base + what train.py saved in `folder`, for asking it before merging."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        load_trained_weights(model, folder)
+        return model
+    model = add_adapter(model, folder)
+    load_trained_weights(model, folder)
+    return model
+
+
+def add_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """Base model → base with the modules of the adapter in `folder`, its weights not yet loaded."""
+    config = PeftConfig.from_pretrained(folder)
+    # The run record knows the base and its fingerprint; peft would only warn that the folder's name changed.
+    config.base_model_name_or_path = None
+    # The adapter learned as float32; in the model's own dtype a forward pass needs no autocast.
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def _to_pattern(names: list[str]) -> str:
+    """One regular expression for many module names: layer numbers and last names folded together."""
+    folded: dict[tuple[str, str, str], set[str]] = {}
+    for name in names:
+        head, layer, middle, leaf = re.fullmatch(r"(.*\.layers)\.(\d+)\.(.*)\.([^.]+)", name).groups()
+        folded.setdefault((head, middle, leaf), set()).add(layer)
+    by_layers: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
+    for (head, middle, leaf), layers in folded.items():
+        by_layers.setdefault((head, middle, tuple(sorted(layers, key=int))), []).append(leaf)
+    return "|".join(
+        rf"{re.escape(head)}\.({'|'.join(layers)})\.{re.escape(middle)}\.({'|'.join(leaves)})"
+        for (head, middle, layers), leaves in by_layers.items()
+    )

@@ -1,0 +1,1 @@
+"""Stages of run.sh: what each of them runs, which are finished, which resume."""

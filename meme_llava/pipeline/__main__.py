@@ -1,0 +1,218 @@
+"""Checks and runs of the stages of run.sh.
+
+    python -m meme_llava.pipeline check|run STAGES 0 [STAGE…] [FLAGS OF train.py…]
+
+scripts/stages.sh calls it: `check` needs no environment; `run` runs what is not finished. STAGES are those that run.sh
+declares, each after its number of words. Settings are environment variables.
+"""
+
+import functools
+import importlib.util
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from meme_llava.cli import parse_arguments
+from meme_llava.errors import UserError, stop_on_user_error
+from meme_llava.pipeline.plan import LOOKS, choose_devices, plan_stages
+from meme_llava.pipeline.settings import check_names, describe_settings, list_settings, name_settings
+from meme_llava.pipeline.stage import Flags, Stage, split_flags, split_stages
+from meme_llava.storage.made_from import describe_making, is_same, list_differences, write_note
+
+ONCE = ("build", "train", "merge")  # stages whose result stands; the others run again, and find what they have
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@stop_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    mode, *words = sys.argv[1:] if argv is None else argv
+    declared, words = split_stages(words)
+    names, train_flags = split_flags("--help" if word == "-h" else word for word in words)
+    if not names and train_flags == {"help": []}:
+        print(describe_settings())
+        return
+    variables = {name: os.environ.get(name, "") for name in list_settings()}
+    check_names(os.environ, list(variables))
+    processes, environment = choose_devices(variables["GPUS"], os.environ.get("CUDA_VISIBLE_DEVICES"))
+    stages, chosen = plan_stages(declared, names, train_flags, variables, processes)
+    is_dry, looks = variables["DRY_RUN"] != "0", LOOKS & train_flags.keys()
+    has_libraries = importlib.util.find_spec("transformers") is not None
+    if mode == "run" and not has_libraries:
+        raise UserError("the active Python environment lacks our libraries: pip install -r requirements.txt")
+    if has_libraries and (is_dry or mode == "run") and not looks:
+        check_settings(chosen, train_flags)
+    if is_dry:
+        print(*(shlex.join(stage.command) for stage in chosen), sep="\n")
+    if mode == "check":
+        return
+    if "help" not in train_flags and variables["NODE_RANK"] == "0":
+        check_needs(chosen, stages)
+    os.environ.update(environment)
+    if looks:
+        run_command(*chosen[0].command)
+        return
+    if "DS_ACCELERATOR" not in environment:
+        check_gpus(variables["GPUS"], processes)
+    run_stages(chosen, variables)
+
+
+def check_settings(stages: Sequence[Stage], train_flags: Flags) -> None:
+    """Have the parsers of all scripts read their flags, so that none fails hours later."""
+    from meme_llava.convert.settings import BuildArguments, MergeArguments
+    from meme_llava.distributed.launch import parse_launch_arguments
+    from meme_llava.evaluate.settings import EvaluateArguments
+    from meme_llava.inference.settings import InferArguments
+    from meme_llava.train.settings import parse_train_arguments
+
+    classes = {"build": BuildArguments, "merge": MergeArguments, "infer": InferArguments, "evaluate": EvaluateArguments}
+    for stage in stages:
+        try:
+            if stage.name in classes:
+                parse_arguments(classes[stage.name], stage.arguments, "", prog=stage.program[1])
+            elif stage.name == "train":
+                parse_launch_arguments(stage.program[3:])
+                parse_train_arguments(stage.arguments, "", prog=stage.program[-1])
+        except UserError as error:
+            raise UserError(name_settings(str(error), stage, train_flags)) from error
+
+
+def check_needs(chosen: Sequence[Stage], stages: Sequence[Stage]) -> None:
+    """Stop at a stage that needs the result of another one, which is neither there nor made before."""
+    for stage in chosen:
+        words = {word.rpartition("=")[2] for word in stage.command}
+        for maker in (maker for maker in stages if maker.name != stage.name and maker not in chosen):
+            if words & set(maker.flags.get("output_dir", [])) and not maker.is_made:
+                raise UserError(
+                    f"{stage.name} needs {maker.folder}, which is not there; run first, with the same variables: "
+                    f"bash run.sh {maker.name}"
+                )
+
+
+def check_gpus(gpus: str, processes: int) -> None:
+    """Stop where fewer GPUs can be used than are asked for."""
+    # A driver too old for torch shows GPUs that torch cannot use.
+    program = "import torch, torch.cuda as c; print(c.device_count() if c.is_available() else 0, torch.version.cuda)"
+    answer = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True).stdout
+    found, cuda = int(answer.split()[0]), answer.split()[1]
+    if processes > found:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
+        raise UserError(
+            f"GPUS={gpus} asks for {processes} GPUs, torch sees {found} (CUDA_VISIBLE_DEVICES={visible}, torch made "
+            f"for CUDA {cuda}; nvidia-smi shows whether the driver is older); set GPUS={found or 'cpu'}"
+        )
+
+
+def run_stages(chosen: Sequence[Stage], variables: Mapping[str, str]) -> None:
+    """Check records and images, then run the chosen stages in their order, and say where the results are."""
+    output, is_first_node = Path(variables["OUTPUT_DIR"]), variables["NODE_RANK"] == "0"
+    training = [stage for stage in chosen if stage.name == "train"]
+    if is_first_node:
+        check_input(chosen, training)
+    for stage in chosen:
+        if len(training) == 2 and stage in training:
+            which = "1 of 2: the projector alone" if stage is training[0] else "2 of 2: with that projector"
+            print(f"\n=== train {which} ===", flush=True)
+        left_out = output / "train" / "quarantine.jsonl"
+        if stage.name in ONCE:
+            make_result(stage, writes_note=is_first_node)
+        elif (
+            stage.name == "infer"
+            and left_out.is_file()
+            and is_same(*stage.flags["annotations"], variables["ANNOTATIONS"])
+        ):
+            # What was left out of training is no reference to compare with.
+            run_command(*stage.command, "--quarantine", str(left_out))
+        else:
+            run_command(*stage.command)
+    if not is_first_node:
+        print(f"node {variables['NODE_RANK']} is done; node 0 goes on", file=sys.stderr)
+    elif (output / "merged").is_dir():
+        print(describe_results(variables))
+
+
+def check_input(chosen: Sequence[Stage], training: Sequence[Stage]) -> None:
+    """Check records and images of training and evaluation, before anything is built for them."""
+    if len(training) == 2 and not training[0].is_finished and (training[1].is_finished or training[1].is_interrupted):
+        raise UserError(
+            f"{training[1].folder} was trained without the projector of {training[0].folder}, which is not there; set "
+            "another OUTPUT_DIR"
+        )
+    if training and not training[-1].is_finished:
+        for stage in training:
+            run_command("python", "-m", "meme_llava.train.precheck", *stage.arguments, *stage.resume_flags)
+    for stage in [stage for stage in chosen if stage.name == "evaluate"][:1]:
+        asked = [f"--{name}={stage.flags[name][0]}" for name in ("annotations", "image_folder")]
+        run_command("python", "-m", "meme_llava.evaluate.precheck", *asked)
+
+
+def make_result(stage: Stage, writes_note: bool) -> None:
+    """Run a stage unless its result is there, made from the same settings and input."""
+    from meme_llava.train.settings import free_settings
+
+    making = describe_making(stage.flags, free_settings())
+    if not stage.is_finished:
+        stage.folder.parent.mkdir(parents=True, exist_ok=True)
+        was_made = stage.is_made
+        if writes_note and not was_made:
+            # Before it runs: a kill right after the result is in place must not leave one without a note.
+            write_note(stage.note, making)
+        run_command(*stage.command, *stage.resume_flags)
+        if writes_note and was_made:
+            write_note(stage.note, making)
+    elif differences := list_differences(stage.note, making):
+        print(*differences, sep="\n", file=sys.stderr)
+        raise UserError(
+            f"{stage.folder} was made from other settings or input (< then, > now). Set another OUTPUT_DIR; the old "
+            "result stays."
+        )
+    else:
+        print(f"finished already: {stage.folder}", flush=True)
+
+
+def run_command(*command: str) -> None:
+    """Run `python …` to its end; a signal to this process reaches it. Exits with its code unless that is 0."""
+    signals, running = [], []
+
+    def hand_on(number: int, frame: object) -> None:
+        signals.append(number)
+        for process in running:
+            process.terminate()
+
+    # Under nohup, whoever hangs up is not heard.
+    heard = (number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN)
+    handlers = {number: signal.signal(number, hand_on) for number in heard}
+    # Ctrl-C reaches every process of a terminal; the command is to hear of it once, from here.
+    prepare = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    running.append(subprocess.Popen([sys.executable, *command[1:]], stdin=subprocess.DEVNULL, preexec_fn=prepare))
+    if signals:
+        running[0].terminate()
+    code = running[0].wait()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if code == -signal.SIGTERM and signals:
+        sys.exit(128 + signals[0])
+    if code:
+        sys.exit(code if code > 0 else 128 - code)
+
+
+def describe_results(variables: Mapping[str, str]) -> str:
+    """Where the results are, and what to do with them."""
+    output = variables["OUTPUT_DIR"]
+    python = "python" if variables["VENV"] == "active" else f"{variables['VENV']}/bin/python"
+    curves = f"training_curves.png; tensorboard --logdir {output}/train/tensorboard"
+    lines = {"base model": variables["BASE_DIR"], "adapter, curves": f"{output}/train ({curves})"}
+    lines["standalone model"] = f"{output}/merged"
+    if Path(output, "report.html").is_file():
+        lines["scores, answers"] = f"{output}/scores, before training {output}/scores_before"
+        lines["page to look at"] = f"{output}/report.html (others beside it: python report.py {output} OTHER_DIR)"
+    model = shlex.quote(f"{output}/merged")
+    lines["ask it yourself"] = f"{python} infer.py --model {model} --image FILE --question TEXT"
+    return "\n" + "\n".join(f"{name:<20}{place}" for name, place in lines.items())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""What a call of run.sh runs: its stages with the devices of this node, evaluation memes and flags of the user."""
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from meme_llava.errors import UserError
+from meme_llava.pipeline.stage import Flags, Stage
+from meme_llava.storage.made_from import is_same
+
+SAMPLES, UNSEEN = "data/annotations.json", "data/unseen/annotations.json"
+LOOKS = {"plan", "show_batch", "help"}  # flags with which train.py trains nothing
+OF_BOTH_STAGES = {"train_type", "num_train_epochs", "high_lr", "output_dir"}  # what the projector's own stage replaces
+SECONDS_TO_MEET = "7200"  # node 0 may have to download and build the base model before it meets the others
+
+
+def plan_stages(
+    declared: Sequence[Stage], names: Sequence[str], train_flags: Flags, variables: Mapping[str, str], processes: int
+) -> tuple[list[Stage], list[Stage]]:
+    """All stages as they are started, and those of them that run.
+
+    Args:
+        declared: the stages as run.sh has them.
+        names: the stages that the user named; none: all that can run.
+        train_flags: what he gave to train.py besides.
+        variables: the settings.
+        processes: how many train on this node.
+
+    Raises:
+        UserError: a setting is wrong, as far as run.sh itself uses it.
+    """
+    known = list(dict.fromkeys(stage.name for stage in declared))
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"unknown stage {unknown[0]}; expected {', '.join(known)}")
+    # The first value may be a name that a flag gives.
+    if late := [value for values in train_flags.values() for value in values[1:] if value in known]:
+        raise UserError(f"{late[0]} stands after the flags of train.py; put stages first")
+    if Path(variables["OUTPUT_DIR"]).is_file():
+        raise UserError(f"OUTPUT_DIR={variables['OUTPUT_DIR']} is a file, expected a folder")
+    evaluation = choose_evaluation(variables)
+    if "evaluate" in names and evaluation is None:
+        raise UserError("evaluate needs EVAL_ANNOTATIONS, an annotation file of memes that are not trained on")
+    if LOOKS & train_flags.keys() or variables["NODE_RANK"] != "0":
+        # The other nodes wait for node 0, which checks and builds.
+        names = ["train"]
+    names = names or [name for name in known if evaluation or name not in ("evaluate", "report")]
+    asked = evaluation or {"annotations": variables["ANNOTATIONS"], "image_folder": variables["IMAGE_FOLDER"]}
+    stages = []
+    for stage in declared:
+        if stage.name == "train":
+            stages += plan_training(stage, train_flags, variables, processes, evaluation)
+        else:
+            stages.append(stage.change(**asked) if "annotations" in stage.flags else stage)
+    return stages, [stage for stage in stages if stage.name in names]
+
+
+def plan_training(
+    stage: Stage,
+    train_flags: Flags,
+    variables: Mapping[str, str],
+    processes: int,
+    evaluation: dict[str, str] | None,
+) -> list[Stage]:
+    """The train stage, one process a GPU; with PROJECTOR_EPOCHS, the stage of the projector before it."""
+    nodes, port = read_count(variables, "NNODES"), variables["MASTER_PORT"]
+    batches = (read_count(variables, name) for name in ("GLOBAL_BATCH", "DEVICE_BATCH"))
+    flags = stage.flags | {"device_batch_size": [str(choose_device_batch(*batches, processes * nodes))]}
+    if "warmup_steps" in train_flags:
+        flags.pop("warmup_ratio")
+    if evaluation and "eval_every" in train_flags and "eval_annotations" not in train_flags:
+        flags |= {f"eval_{name}": [value] for name, value in evaluation.items()}
+    if "plan" in train_flags:
+        flags["gpus"] = [str(processes * nodes)]
+    launcher = ["-m", "meme_llava.distributed.launch", "--die_with_parent", "--processes", str(processes)]
+    if nodes > 1 or variables["NODE_RANK"] != "0":
+        launcher += ["--nodes", str(nodes), "--node_rank", variables["NODE_RANK"]]
+        launcher += ["--master_addr", variables["MASTER_ADDR"], "--start_timeout", SECONDS_TO_MEET]
+        port = port or "29500"
+    launcher += ["--master_port", port] if port else []
+    looks = LOOKS & train_flags.keys()
+    python, *script = stage.program
+    stage = dataclasses.replace(
+        stage, program=[python, *([] if looks else launcher), *script], flags=flags | train_flags
+    )
+    epochs = variables["PROJECTOR_EPOCHS"]
+    if epochs == "0":
+        return [stage]
+    if twice := sorted(OF_BOTH_STAGES & train_flags.keys()):
+        raise UserError(
+            f"--{twice[0]} counts for both stages of PROJECTOR_EPOCHS={epochs}; set TRAIN_TYPE, EPOCHS, HIGH_LR or "
+            "OUTPUT_DIR in its place"
+        )
+    if variables["TRAIN_TYPE"] == "projector":
+        raise UserError(f"PROJECTOR_EPOCHS={epochs} and TRAIN_TYPE=projector train the same; set PROJECTOR_EPOCHS=0")
+    alone = {"train_type": "projector", "num_train_epochs": epochs, "high_lr": variables["PROJECTOR_LR"]}
+    projector = stage.change(**alone, output_dir=f"{variables['OUTPUT_DIR']}/projector")
+    # What is shown of a run does not wait for its first stage.
+    return [stage] if looks else [projector, stage.change(projector_from=str(projector.folder))]
+
+
+def choose_evaluation(variables: Mapping[str, str]) -> dict[str, str] | None:
+    """Annotations and image folder of the memes that are kept out of training; None without any."""
+    annotations, folder = variables["EVAL_ANNOTATIONS"], variables["EVAL_IMAGE_FOLDER"]
+    if annotations == "auto":
+        annotations = UNSEEN if is_same(variables["ANNOTATIONS"], SAMPLES) else "none"
+    if annotations == "none":
+        return None
+    if folder == "auto":
+        folder = str(Path(UNSEEN).parent) if is_same(annotations, UNSEEN) else variables["IMAGE_FOLDER"]
+    for name, path in (("EVAL_ANNOTATIONS", annotations), ("EVAL_IMAGE_FOLDER", folder)):
+        if not Path(path).exists():
+            raise UserError(f"{name}={path}: no such file or folder")
+    if is_same(annotations, variables["ANNOTATIONS"]):
+        raise UserError("EVAL_ANNOTATIONS is ANNOTATIONS; give memes that are not trained on, or EVAL_ANNOTATIONS=none")
+    return {"annotations": annotations, "image_folder": folder}
+
+
+def choose_devices(gpus: str, visible: str | None) -> tuple[int, dict[str, str]]:
+    """Processes of this node for a value of GPUS, and variables that tell libraries what they compute on.
+
+    Args:
+        visible: CUDA_VISIBLE_DEVICES as the user has set it.
+    """
+    if not re.fullmatch(r"auto|cpu(:[1-9])?|0|[1-9]\d*|\d+(,\d+)*,|\d+(,\d+)+", gpus):
+        raise UserError(f"GPUS is '{gpus}', expected auto, a count, a list such as 0,3, cpu or cpu:2 (up to cpu:9)")
+    if "," in gpus:
+        listed = gpus.rstrip(",")
+        return listed.count(",") + 1, {"CUDA_VISIBLE_DEVICES": listed}
+    if count := count_gpus() if gpus == "auto" else 0 if gpus.startswith("cpu") else int(gpus):
+        # A single process must see a single GPU, or torch splits its batches over all of them.
+        return count, {"CUDA_VISIBLE_DEVICES": (visible or "0").partition(",")[0]} if count == 1 else {}
+    # OpenMP's threads spin while they wait; on a laptop that is busy otherwise, long spins halve the speed.
+    spins = os.environ.get("GOMP_SPINCOUNT", "1000")
+    cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "GOMP_SPINCOUNT": spins}
+    return int(gpus.partition(":")[2] or 1), cpu
+
+
+def count_gpus() -> int:
+    """The GPUs that a job was given, by number or UUID; else those that the driver lists."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return sum(word not in ("", "-1") for word in visible.split(","))
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
+    return sum(line.startswith("GPU") for line in listed.splitlines())
+
+
+def choose_device_batch(global_batch: int, device_batch: int, gpus: int) -> int:
+    """Records that a GPU computes at once: `device_batch`, or fewer where a step has not so many for each."""
+    unit, product = device_batch * gpus, "DEVICE_BATCH x GPUs"
+    if global_batch < unit:
+        unit, product, device_batch = gpus, "GPUs", global_batch // gpus
+    if global_batch % unit or not device_batch:
+        near = max(1, round(global_batch / unit)) * unit
+        raise UserError(
+            f"GLOBAL_BATCH={global_batch} is not a multiple of {product} = {unit}. Set GLOBAL_BATCH={near}."
+        )
+    return device_batch
+
+
+def read_count(variables: Mapping[str, str], name: str) -> int:
+    if not re.fullmatch(r"[1-9]\d*", variables[name]):
+        raise UserError(f"{name} is '{variables[name]}', expected a whole number above 0")
+    return int(variables[name])

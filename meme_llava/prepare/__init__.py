@@ -1,0 +1,1 @@
+"""How downloads become annotation files."""

@@ -1,0 +1,212 @@
+"""An experiment as a report sees it: an evaluation, with what is known of the run that made the model.
+
+Nothing about pages.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from meme_llava.errors import UserError
+from meme_llava.evaluate.results_folder import RUN_RECORD, find_evaluation, read_finished_evaluation, read_predictions
+from meme_llava.evaluate.scores import Score
+
+TRAINER_STATE = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One column of a report.
+
+    Args:
+        name: heads the column.
+        scores: by the names of `evaluate.scores`.
+        predictions: lines of predictions.jsonl by their questions.
+        image_folder: where their images are.
+        asked: what decides about the answers; of two experiments the same annotations and limit.
+        facts: label and value of what is known of model and training, in the order to be shown.
+        log_history: the Trainer's log entries; empty for a model that we did not train, or where they are gone.
+        warning: what speaks against its being what the run's name says, or empty.
+    """
+
+    name: str
+    scores: dict[str, Score]
+    predictions: dict[tuple, dict]
+    image_folder: Path
+    asked: dict
+    facts: dict[str, str]
+    log_history: list[dict]
+    warning: str = ""
+
+
+def read_experiments(runs: list[str]) -> list[Experiment]:
+    """Read every run: an OUTPUT_DIR of run.sh or a folder of evaluate.py, as FOLDER or NAME=FOLDER.
+
+    Raises:
+        UserError: a folder holds no finished evaluation, two have one name, or they were asked different questions.
+    """
+    experiments = [_read_experiment(run) for run in runs]
+    names = [experiment.name for experiment in experiments]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two experiments are called {name!r}; name them differently, as in before=FOLDER")
+    first = experiments[0]
+    for run, experiment in zip(runs, experiments, strict=True):
+        for key in ("annotations_sha256", "limit"):
+            if experiment.asked[key] != first.asked[key]:
+                raise UserError(
+                    f"{run}: was asked other records than {runs[0]} ({key} is {experiment.asked[key]!r}, there "
+                    f"{first.asked[key]!r}); a report compares answers to the same questions"
+                )
+    return experiments
+
+
+def _read_experiment(run: str) -> Experiment:
+    name, separator, rest = run.partition("=")
+    # A folder may have "=" in its name.
+    folder, given_name = (Path(rest), name) if separator and name and not Path(run).exists() else (Path(run), None)
+    evaluation = find_evaluation(folder)
+    metrics = read_finished_evaluation(evaluation)
+    training = find_training_record(metrics["model"])
+    facts = describe_model(metrics)
+    log_history = []
+    if training is not None:
+        log_history = _read_log_history([folder / "train", Path(metrics["settings"]["model"])], training)
+        facts |= describe_training(training, log_history)
+        if (projector := training.get("projector")) is not None:
+            earlier = projector["run_record"]
+            facts |= describe_projector(earlier, _read_log_history([folder / "projector"], earlier))
+    default_name = metrics["title"] if evaluation == folder else folder.resolve().name
+    return Experiment(
+        name=given_name or default_name,
+        scores={key: Score(**score) for key, score in metrics["scores"].items()},
+        predictions=read_predictions(evaluation),
+        image_folder=Path(metrics["image_folder"]),
+        asked=metrics["asked"],
+        facts=facts,
+        log_history=log_history,
+        warning="" if evaluation == folder else _warn_of_other_training(folder, metrics["title"], training),
+    )
+
+
+def _warn_of_other_training(folder: Path, title: str, training: dict | None) -> str:
+    """That the evaluation in an OUTPUT_DIR of run.sh is of another training than the one there, if it is."""
+    try:
+        there = json.loads((folder / "train" / RUN_RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    # It holds when the training began.
+    if training is not None and training["environment"] == there.get("environment"):
+        return ""
+    return (
+        f"{folder}: the model that was evaluated, {title}, is not of the training in {folder / 'train'}; merge and "
+        "evaluate that one anew"
+    )
+
+
+def find_training_record(record: dict | None) -> dict | None:
+    """The run record of train.py behind a model's run record; None for a model that was not trained by us."""
+    if record is None or record.get("stage") == "train":
+        return record
+    return record.get("training")
+
+
+def _read_log_history(places: Sequence[Path], training: dict) -> list[dict]:
+    """The Trainer's log of just this training, from the first of the places that has it."""
+    for place in (*places, Path(training["settings"]["output_dir"])):
+        try:
+            there = json.loads((place / RUN_RECORD).read_text(encoding="utf-8"))
+            if there.get("environment") == training["environment"]:
+                return json.loads((place / TRAINER_STATE).read_text(encoding="utf-8"))["log_history"]
+        except (OSError, ValueError, KeyError, AttributeError):
+            continue
+    return []
+
+
+def describe_model(metrics: dict) -> dict[str, str]:
+    """What answered, and of which towers it is made."""
+    facts = {"model": metrics["title"]}
+    build = find_build_record(metrics["model"])
+    if build is not None:
+        settings = build["settings"]
+        facts["language model"] = settings["language_model"]
+        facts["vision tower"] = settings["vision_model"]
+        facts["images"] = settings["image_policy"]
+    return facts
+
+
+def find_build_record(record: dict | None) -> dict | None:
+    """The run record of build_base_model.py at the beginning of a model, through all trainings on one another."""
+    while record is not None and record.get("stage") != "build":
+        training = find_training_record(record)
+        record = None if training is None else training["base"]["run_record"]
+    return record
+
+
+def describe_training(training: dict, log_history: list[dict]) -> dict[str, str]:
+    """The recipe, in the words of the settings, with what it was applied to and how long it took."""
+    settings, schedule, data = training["settings"], training["schedule"], training["data"]
+    facts = {"train type": settings["train_type"]}
+    uses_lora = any(group["kind"] == "LoRA" for group in training["parameter_groups"])
+    if uses_lora:
+        facts["LoRA"] = f"r {settings['lora_r']}, alpha {settings['lora_alpha']:g}"
+        facts["vision LoRA on"] = ", ".join(settings["lora_vision_modules"]) or "nothing"
+        if settings["vision_tower_training"] != "lora":
+            facts["vision LoRA on"] = f"nothing ({settings['vision_tower_training']})"
+        facts["language LoRA on"] = ", ".join(settings["lora_language_modules"]) or "nothing"
+        if settings["language_model_training"] != "lora":
+            facts["language LoRA on"] = f"nothing ({settings['language_model_training']})"
+    for group in training["parameter_groups"]:
+        facts[f"learning rate: {group['role']}"] = f"{group['learning_rate']:g}"
+    facts["projector alone first"] = "no"
+    facts |= {
+        "passes": f"{settings['num_train_epochs']:g}" if settings["max_steps"] is None else "as max_steps",
+        "steps": f"{training['step']:,}",
+        "warmup steps": f"{schedule['warmup_steps']:,}",
+        "schedule": settings["lr_scheduler_type"],
+        "global batch": f"{settings['global_batch_size']:,}",
+        "model_max_length": f"{settings['model_max_length']:,}",
+        "data": settings["annotations"],
+        "data sha256": data["sha256"][:12],
+        "records": f"{data['records']:,}",
+        "precision": settings["precision"],
+        "seed": str(settings["seed"]),
+        "devices": f"{schedule['processes']} ({schedule['engine']})",
+    }
+    if seconds := measure_training_seconds(log_history, settings["global_batch_size"]):
+        facts["training time"] = format_seconds(seconds)
+    environment = training["environment"]
+    changed = environment.get("git_changed_files")
+    facts["begun"] = str(environment["time"])[:16].replace("T", " ")
+    if environment.get("git_commit"):
+        facts["git commit"] = environment["git_commit"][:10] + (f", {changed} files changed" if changed else "")
+    return facts
+
+
+def describe_projector(earlier: dict, log_history: list[dict]) -> dict[str, str]:
+    """The stage in which the projector learned alone, by the run record of that, and the time that it took besides."""
+    settings = earlier["settings"]
+    seconds = measure_training_seconds(log_history, settings["global_batch_size"])
+    time = f", {format_seconds(seconds)} more" if seconds else ""
+    passes = "1 pass" if settings["num_train_epochs"] == 1 else f"{settings['num_train_epochs']:g} passes"
+    return {"projector alone first": f"{passes} at {settings['high_lr']:g}{time}"}
+
+
+def measure_training_seconds(log_history: list[dict], global_batch_size: int) -> float:
+    """Seconds that the logged steps took by their speed, without checkpoints and pauses; 0 where none is logged."""
+    seconds, last_step = 0.0, 0
+    for entry in log_history:
+        if "captions_per_second" in entry:
+            seconds += (entry["step"] - last_step) * global_batch_size / entry["captions_per_second"]
+            last_step = entry["step"]
+    return seconds
+
+
+def format_seconds(seconds: float) -> str:
+    """As "1 h 05 min", "4 min 09 s" or "12 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

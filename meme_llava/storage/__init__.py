@@ -1,0 +1,1 @@
+"""Files written whole, hashes, run records, hub folders, tensors in files."""

@@ -1,0 +1,9 @@
+"""The folder of what is kept between runs."""
+
+import os
+from pathlib import Path
+
+
+def find_default_cache() -> Path:
+    """Where checked images are remembered unless the user says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meme_llava" / "images.sqlite"

@@ -1,0 +1,102 @@
+"""Fingerprints of a model's weights, whatever files they are divided into, and the base that belongs to an adapter.
+
+A sha256 over every tensor's name, shape, dtype and bytes. 15 GB take seconds to hash, so what was found is remembered
+together with the state of the files it was found in.
+"""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from meme_llava.errors import CheckpointError
+from meme_llava.storage.cache import find_default_cache
+from meme_llava.storage.hashing import describe_state, hash_file
+from meme_llava.storage.manifest import MANIFEST
+from meme_llava.storage.run_record import holds_trained_weights, read_trained_record
+from meme_llava.storage.tensor_reader import open_model_tensors, view_bytes
+
+THREADS = 4
+
+
+def fingerprint_folder(folder: Path) -> str:
+    """The fingerprint of a model folder's weights: 64 hexadecimal digits.
+
+    Raises:
+        UserError: the folder holds no weights, or a file of them is damaged.
+    """
+    with open_model_tensors(folder) as tensors:
+        paths = sorted({stored.path for stored in tensors.stored.values()})
+        states = {str(path.resolve()): describe_state(path) for path in paths}
+        key = hashlib.sha256(json.dumps(states).encode()).hexdigest()
+        remembered = find_default_cache().parent / "fingerprints" / key
+        try:
+            return remembered.read_text(encoding="ascii")
+        except (OSError, UnicodeDecodeError):
+            names = list(tensors)
+    fingerprint = _compute(folder, names)
+    try:
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        written = remembered.with_suffix(f".{os.getpid()}")
+        written.write_text(fingerprint, encoding="ascii")
+        written.replace(remembered)
+    except OSError:
+        pass  # a home that cannot be written costs time alone
+    return fingerprint
+
+
+def _compute(folder: Path, names: list[str]) -> str:
+    threads = min(THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        shares = pool.map(lambda start: _hash_tensors(folder, names[start::threads]), range(threads))
+        digests = {name: digest for share in shares for name, digest in share.items()}
+    whole = hashlib.sha256()
+    for name in names:
+        whole.update(f"{name} {digests[name]}\n".encode())
+    return whole.hexdigest()
+
+
+def _hash_tensors(folder: Path, names: list[str]) -> dict[str, str]:
+    digests = {}
+    # One reader cannot serve several threads.
+    with open_model_tensors(folder) as tensors:
+        for name in names:
+            stored = tensors.stored[name]
+            digest = hashlib.sha256(f"{stored.shape} {stored.dtype}\n".encode())
+            for piece in tensors.read_pieces(name, reuse=True):
+                digest.update(view_bytes(piece))
+            digests[name] = digest.hexdigest()
+    return digests
+
+
+def identify_weights(folder: Path) -> str:
+    """64 hexadecimal digits that are others whenever the weights are: of a whole model, or of trained weights and base.
+
+    Raises:
+        UserError: the folder holds neither.
+    """
+    # The manifest of trained weights lists their hash and that of their run record, which names the base.
+    return hash_file(folder / MANIFEST) if holds_trained_weights(folder) else fingerprint_folder(folder)
+
+
+def find_base(adapter: Path, base_model: Path | None) -> Path:
+    """The base model that trained weights belong to.
+
+    Args:
+        adapter: output or checkpoint of train.py.
+        base_model: where the base is now, if it moved since training.
+
+    Raises:
+        UserError: `adapter` holds no trained weights, is damaged, or its base is missing or another one.
+    """
+    record = read_trained_record(adapter)
+    folder = base_model or Path(record["base"]["folder"])
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: the base model of {adapter} is not there; say where it is with --base_model")
+    if fingerprint_folder(folder) != record["base"]["fingerprint"]:
+        raise CheckpointError(
+            f"{folder}: is not the base model that {adapter} was trained on (their weights differ); give the right "
+            "one with --base_model"
+        )
+    return folder

@@ -1,0 +1,150 @@
+"""Output folders, written whole or not at all.
+
+Every directory stands alone: it loads without any other, and its run record says how it came to be.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from meme_llava.errors import DiskFullError, UserError, is_disk_full
+from meme_llava.storage.run_record import RUN_RECORD
+
+
+@contextlib.contextmanager
+def write_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield a temporary directory beside `output_dir` and rename it into place when the block succeeds.
+
+    Everything is on the disk before the rename, so whenever the machine or the process stops, `output_dir` is what it
+    was before or the complete result. What a killed process left is removed by the next one. A directory that is
+    replaced stands as `.NAME.replaced` for the moment between two renames; it comes back if that was the last moment.
+
+    Raises:
+        UserError: `output_dir` is a file, holds something and `overwrite` is off, or another process writes it.
+    """
+    if output_dir.is_symlink():
+        output_dir = output_dir.resolve()  # to a larger disk; the link stays
+    temporary = output_dir.with_name(f".{output_dir.name}.incomplete")
+    replaced = output_dir.with_name(f".{output_dir.name}.replaced")
+    if replaced.exists() and not output_dir.exists():
+        replaced.rename(output_dir)
+    check_output_dir(output_dir, overwrite)
+    temporary.mkdir(parents=True, exist_ok=True)
+    with lock_directory(temporary):
+        empty_directory(temporary)
+        _remove(replaced)
+        try:
+            yield temporary
+            set_file_modes(temporary)
+            for path in (*sorted(temporary.rglob("*")), temporary):
+                fsync_path(path)
+            check_output_dir(output_dir, overwrite)  # again: it took a while
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError) and is_disk_full(error):
+                raise DiskFullError(
+                    f"{temporary}: the disk is full. Free some, or choose another --output_dir."
+                ) from error
+            raise
+        if output_dir.exists():
+            output_dir.rename(replaced)
+        temporary.rename(output_dir)
+        fsync_path(output_dir.parent)
+        _remove(replaced)
+
+
+@contextlib.contextmanager
+def lock_directory(directory: Path, patience: float = 0) -> Iterator[None]:
+    """Keep other processes off a directory; the kernel lets go of the lock when this process ends, however it does.
+
+    Args:
+        patience: seconds to wait for a lock that another process holds.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    end = time.monotonic() + patience
+    try:
+        while not _try_lock(descriptor):
+            if time.monotonic() > end:
+                raise UserError(f"{directory}: is being written by another process; wait for it or stop it")
+            time.sleep(0.2)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # some network file systems know no locks
+    return True
+
+
+def empty_directory(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _remove(replaced: Path) -> None:
+    # Under another name first: half of a directory must not come back as the old result.
+    removed = replaced.with_suffix(".removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    if replaced.exists():
+        replaced.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def fsync_path(path: Path) -> None:
+    """Return when a file's or directory's content would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_apart(output_dir: Path, inputs: dict[str, Path]) -> None:
+    """Raise UserError if writing `output_dir` could touch an input, given as {what it is: its folder}."""
+    output = output_dir.resolve()
+    for name, folder in inputs.items():
+        path = folder.resolve()
+        if output.is_relative_to(path) or path.is_relative_to(output):
+            raise UserError(f"{output_dir}: is, holds or lies in the {name} {folder}; choose another --output_dir")
+
+
+def check_output_dir(output_dir: Path, overwrite: bool) -> None:
+    """Raise UserError unless something may be written to `output_dir`; --overwrite replaces only what we wrote."""
+    if output_dir.name in ("", ".."):
+        raise UserError(f"{output_dir}: is not a name for a new directory; give --output_dir one of its own")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"{output_dir}: is a file, expected a directory to write to")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
+        raise UserError(f"{output_dir}: is not empty. Choose another --output_dir, or pass --overwrite to replace it.")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / RUN_RECORD).is_file():
+        raise UserError(
+            f"{output_dir}: has no {RUN_RECORD}, so it is not an output of ours and --overwrite leaves it alone. "
+            "Choose another --output_dir, or delete it yourself."
+        )
+
+
+def set_file_modes(directory: Path) -> None:
+    """Give weight files the mode that the umask allows; safetensors writes them readable by the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in directory.rglob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
+
+
+def write_json(path: Path, value) -> None:
+    """Write readable UTF-8 JSON."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

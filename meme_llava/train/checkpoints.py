@@ -1,0 +1,225 @@
+"""The checkpoints of a run: each whole or absent, kept while it is needed, found when a run goes on.
+
+All processes write `.checkpoint-N.incomplete` together; when everything is on the disk its manifest is written, and it
+becomes `checkpoint-N`. Older ones go only after the new one was read back.
+"""
+
+import contextlib
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from meme_llava.distributed.environment import is_main_process
+from meme_llava.distributed.processes import any_process, broadcast_from_main, gather, wait_for_all
+from meme_llava.errors import CheckpointError, DiskFullError, UserError, is_disk_full
+from meme_llava.storage.folders import fsync_path, lock_directory, set_file_modes
+from meme_llava.storage.manifest import MANIFEST, describe_file, verify_directory, write_manifest
+from meme_llava.storage.tensor_writer import check_free_space
+
+NAME = "checkpoint-{}"
+INCOMPLETE = ".checkpoint-{}.incomplete"
+FINAL_INCOMPLETE = ".final.incomplete"
+CORRUPT_SUFFIX = ".passed_over"
+# What a checkpoint holds besides tensors: tokenizer, processor, records, the log so far.
+SIDECAR_BYTES = 50_000_000
+# Worker processes of a killed run live on for a few seconds, and its lock with them.
+LOCK_PATIENCE_SECONDS = 15
+
+
+@dataclass(frozen=True)
+class CheckpointContent:
+    """What a checkpoint says of its run.
+
+    Args:
+        write_sidecars: writes processor and run record of a step into a folder.
+        make_manifest_metadata: what its manifest says of a step besides the files.
+        keep: how many checkpoints stay.
+    """
+
+    write_sidecars: Callable[[Path, int], None]
+    make_manifest_metadata: Callable[[int], Mapping]
+    keep: int
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The run's checkpoints, oldest first; whether they are whole is not looked at."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=read_step)
+
+
+def read_step(checkpoint: Path) -> int:
+    """The optimizer step in a checkpoint's name."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def find_newest(output_dir: Path) -> Path | None:
+    """The newest checkpoint that is whole, every byte of it read.
+
+    What is passed over is named with its reason, and put aside under another name when the run goes on.
+    """
+    for checkpoint in reversed(list_checkpoints(output_dir)):
+        try:
+            verify_directory(checkpoint)
+            return checkpoint
+        except CheckpointError as error:
+            print(f"passed over {checkpoint.name}: {error}", flush=True)
+    return None
+
+
+def archive_newer_checkpoints(output_dir: Path, checkpoint: Path | None) -> None:
+    """Rename checkpoints newer than the one that a run goes on from; their names will be needed."""
+    for newer in list_checkpoints(output_dir):
+        if checkpoint is None or read_step(newer) > read_step(checkpoint):
+            aside = newer.with_name(newer.name + CORRUPT_SUFFIX)
+            shutil.rmtree(aside, ignore_errors=True)
+            newer.rename(aside)
+            print(f"{newer.name} is kept as {aside.name}; delete it when you need it no more", flush=True)
+
+
+def write_checkpoint(
+    output_dir: Path,
+    step: int,
+    tensor_bytes: int,
+    write_files: Callable[[Path], Sequence[Path]],
+    make_manifest_metadata: Callable[[], Mapping],
+    keep: int,
+) -> Path:
+    """Write a checkpoint; all processes call this together.
+
+    Args:
+        tensor_bytes: what its tensors take.
+        write_files: writes this process's files into a folder and returns them.
+        make_manifest_metadata: what the manifest says besides the files; called in the main process.
+        keep: how many of the newest checkpoints stay.
+
+    Raises:
+        UserError: it could not be written; older checkpoints are untouched. The same in every process.
+    """
+    folder = output_dir / INCOMPLETE.format(step)
+    checkpoint = output_dir / NAME.format(step)
+    broadcast_from_main(lambda: _make_room(output_dir, folder, tensor_bytes + SIDECAR_BYTES))
+    own, error = {}, None
+    try:
+        own = _write_own(folder, write_files)
+    except (OSError, UserError) as failure:
+        error = failure
+    if any_process(error is not None):
+        broadcast_from_main(lambda: shutil.rmtree(folder, ignore_errors=True))
+        problem = next(found for found in gather(_to_user_error(error, folder, tensor_bytes)) if found is not None)
+        problem.is_common = True
+        raise problem
+    everything = gather(own)
+    files = {name: described for described_files in everything for name, described in described_files.items()}
+    broadcast_from_main(lambda: _complete(folder, checkpoint, files, make_manifest_metadata(), keep))
+    return checkpoint
+
+
+def _make_room(output_dir: Path, folder: Path, needed: int) -> None:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for leftover in (*output_dir.glob(INCOMPLETE.format("*")), output_dir / FINAL_INCOMPLETE):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        check_free_space(output_dir, needed)
+    except DiskFullError as error:
+        raise DiskFullError(f"no room for a checkpoint: {error} {_describe_kept(output_dir)}") from error
+    folder.mkdir()
+
+
+def _write_own(folder: Path, write_files: Callable[[Path], Sequence[Path]]) -> dict[str, dict]:
+    described = {}
+    for path in write_files(folder):
+        fsync_path(path)
+        described[path.name] = describe_file(path)
+    return described
+
+
+def _to_user_error(error: Exception | None, folder: Path, needed: int) -> UserError | None:
+    if error is None or isinstance(error, UserError):
+        return error
+    kind, reason = UserError, error.strerror or str(error)
+    if is_disk_full(error):
+        kind = DiskFullError
+        free = shutil.disk_usage(folder.parent).free
+        reason += f"; it takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
+    return kind(
+        f"{folder}: the checkpoint could not be written ({reason}). Free some room or fix the disk, then start the "
+        f"same command again. {_describe_kept(folder.parent)}"
+    )
+
+
+def _describe_kept(output_dir: Path) -> str:
+    kept = list_checkpoints(output_dir)
+    return f"{kept[-1].name} and older ones are untouched." if kept else "There is no older checkpoint."
+
+
+def _complete(folder: Path, checkpoint: Path, files: Mapping, facts: Mapping, keep: int) -> None:
+    set_file_modes(folder)
+    write_manifest(folder, files, facts)
+    fsync_path(folder / MANIFEST)
+    fsync_path(folder)
+    if checkpoint.exists():  # a damaged one that nobody could put aside
+        shutil.rmtree(checkpoint)
+    folder.rename(checkpoint)
+    fsync_path(checkpoint.parent)
+    verify_directory(checkpoint)
+    for older in list_checkpoints(checkpoint.parent)[:-keep]:
+        # Under another name first: half of a checkpoint must not look like one.
+        removed = older.with_name(INCOMPLETE.format(read_step(older)))
+        older.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def write_final(output_dir: Path, checkpoint: Path, names: Sequence[str], last: str) -> None:
+    """Put the final files of a run, those of its last checkpoint, beside its checkpoints; only the main process.
+
+    Args:
+        names: of the files, in the order in which they appear.
+        last: the one that says that all are there.
+    """
+    folder = output_dir / FINAL_INCOMPLETE
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        for name in names:
+            shutil.copyfile(checkpoint / name, folder / name)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise _to_user_error(error, folder, SIDECAR_BYTES) from error
+    write_manifest(folder, {name: describe_file(folder / name) for name in names}, {"copied_from": checkpoint.name})
+    for name in (*names, MANIFEST):
+        fsync_path(folder / name)
+    for name in (*(name for name in names if name != last), MANIFEST, last):
+        (folder / name).replace(output_dir / name)
+    folder.rmdir()
+    fsync_path(output_dir)
+
+
+@contextlib.contextmanager
+def hold_output_dir(output_dir: Path) -> Iterator[None]:
+    """Keep other runs off the directory, and see that all processes write to the same one.
+
+    Raises:
+        UserError: another run writes it, or a machine does not share it.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def take() -> str | None:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_directory(output_dir, LOCK_PATIENCE_SECONDS))
+            probe = output_dir / f".shared-{id(stack)}"
+            probe.touch()
+            stack.callback(lambda: probe.unlink(missing_ok=True))
+            return probe.name
+
+        name = broadcast_from_main(take)
+        if any_process(not (output_dir / name).exists()):
+            raise UserError(
+                f"{output_dir}: not every machine sees the same folder there. Checkpoints are written by all of them "
+                "together; put OUTPUT_DIR on storage that they share."
+            )
+        wait_for_all()
+        if is_main_process():
+            (output_dir / name).unlink()
+        yield

@@ -1,0 +1,143 @@
+"""How this machine computes a run's steps: which attention kernel, and which layers are recomputed to save memory."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import psutil
+import torch
+from transformers import LlavaConfig, TrainingArguments
+
+from meme_llava.dataset.images import ImagePolicy
+from meme_llava.errors import UserError
+from meme_llava.model.activation_checkpointing import CheckpointedLayers
+from meme_llava.model.packed_attention import NAMES, choose_attention
+from meme_llava.model.packed_llava import check_compiler
+from meme_llava.train.hf_arguments import choose_bf16
+from meme_llava.train.planning.accelerators import GIB
+from meme_llava.train.planning.memory import ShardingPlan, StepEstimator, StepMemory, find_usable
+from meme_llava.train.settings import TrainArguments
+
+# Float32 numbers that a layer keeps for each position, at most, as multiples of its width and of its MLP's.
+KEPT_WIDTHS, KEPT_MLP_WIDTHS = 40, 20
+# Weights, gradients, two moments of Adam and temporaries, at most, as a multiple of the float32 weights.
+STATE_COPIES = 6
+
+
+@dataclass(frozen=True)
+class Computation:
+    """How steps are computed; it changes memory and time, and results by no more than rounding.
+
+    Args:
+        attention: name of the language model's attention, from `choose_attention`.
+        recomputed: layers that compute their activations again in the backward pass.
+        largest: positions of the longest device batch.
+        memory: of the step with that batch; None where it was not estimated, because it was not asked for, or because
+            it cannot come near the machine's memory.
+        usable: bytes that a step may take.
+    """
+
+    attention: str
+    recomputed: CheckpointedLayers
+    largest: int
+    memory: StepMemory | None
+    usable: int
+
+    @property
+    def attention_setting(self) -> str:
+        """The attention by the name that --attention has for it."""
+        return next(setting for setting, name in NAMES.items() if name == self.attention)
+
+    def to_record(self) -> dict:
+        """What the run record keeps."""
+        estimate = {} if self.memory is None else {"estimated_step_bytes": self.memory.total}
+        return {"attention": self.attention_setting, "recomputed_layers": asdict(self.recomputed), **estimate}
+
+    def describe(self) -> str:
+        """One line for a person, and a second one if the step may not fit."""
+        layers = "no layer computed twice"
+        if self.recomputed != CheckpointedLayers():
+            layers = f"{self.recomputed.language} language and {self.recomputed.vision} vision layers computed twice"
+        line = f"attention {self.attention_setting}; {layers}"
+        if self.memory is None:
+            return line
+        line += f"; the largest batch, {self.largest:,} positions, takes about {self.memory.total / GIB:.1f} GiB"
+        if self.memory.total > self.usable:
+            line += (
+                f"\nwarning: only {self.usable / GIB:.1f} GiB can be used, so the run may stop for lack of memory when "
+                "it comes to that batch; --plan shows what would fit"
+            )
+        return line
+
+
+def check_gpus_answer() -> None:
+    """Raise UserError where the driver shows GPUs that torch cannot compute on; a run would go on on the CPU."""
+    if torch.cuda.is_available() or torch.cuda.device_count() == 0:
+        return
+    raise UserError(
+        f"this machine has {torch.cuda.device_count()} GPU(s), but torch {torch.__version__}, made for CUDA "
+        f"{torch.version.cuda}, cannot use them; most often the driver is older than that (nvidia-smi shows it). "
+        "Install a newer driver, or a torch for an older CUDA; with CUDA_VISIBLE_DEVICES= (run.sh: GPUS=cpu) the CPU "
+        "is used."
+    )
+
+
+def check_device(arguments: TrainArguments) -> None:
+    """Raise UserError if this machine lacks what the settings ask of it."""
+    check_gpus_answer()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    choose_attention(arguments.attention, device, choose_bf16(arguments))
+    if arguments.torch_compile:
+        check_compiler(device)
+
+
+def plan_computation(
+    arguments: TrainArguments, image_policy: ImagePolicy, largest_batch: Mapping, training_arguments: TrainingArguments
+) -> Computation:
+    """Choose what the settings leave open, before the model is loaded.
+
+    Args:
+        largest_batch: the device batch with the most positions of the run.
+
+    Raises:
+        UserError: the attention asked for cannot run here.
+    """
+    device = training_arguments.device
+    attention = choose_attention(arguments.attention, device, training_arguments.bf16)
+    config = LlavaConfig.from_pretrained(arguments.model, local_files_only=True)
+    on_gpu = device.type == "cuda"
+    engine = ShardingPlan.of_run(arguments, training_arguments.world_size, on_gpu)
+    estimator = StepEstimator(config, image_policy, arguments, engine, largest_batch)
+    memory = measure_memory(device, training_arguments.world_size)
+    usable, largest = find_usable(memory), largest_batch["input_ids"].numel()
+    setting = arguments.gradient_checkpointing
+    if setting != "auto" or (not on_gpu and bound_memory(arguments, config, largest_batch) <= usable):
+        recomputed = estimator.most if setting == "full" else CheckpointedLayers()
+        return Computation(attention, recomputed, largest, None, usable)
+    recomputed = estimator.choose_recomputed(setting, memory)
+    return Computation(attention, recomputed, largest, estimator.estimate(recomputed), usable)
+
+
+def measure_memory(device: torch.device, processes: int) -> int:
+    """Bytes that a process can have on this machine at most; the processes of a CPU run share its memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total // processes
+
+
+def bound_memory(arguments: TrainArguments, config: LlavaConfig, batch: Mapping) -> int:
+    """More bytes than a step in float32 can take, counted roughly. Saves small runs the seconds of an exact count."""
+    text, vision = config.text_config, config.vision_config
+    positions = batch["input_ids"].numel()
+    pixels = batch.get("pixel_values", batch.get("vision_features"))
+    patches = (vision.image_size // vision.patch_size) ** 2 + 1
+    stored = sum(path.stat().st_size for path in arguments.model.glob("*.safetensors"))
+    kept = positions * text.num_hidden_layers * _count_kept(text)
+    kept += len(pixels) * patches * vision.num_hidden_layers * _count_kept(vision)
+    # Every segment's mask over its path, in every layer.
+    masks = batch["max_seqlen_q"] * len(batch["kv_index"]) * text.num_hidden_layers
+    logits = 4 * len(batch["loss_positions"]) * text.vocab_size
+    return 2 * STATE_COPIES * stored + 4 * (kept + logits) + masks
+
+
+def _count_kept(config) -> int:
+    return KEPT_WIDTHS * config.hidden_size + KEPT_MLP_WIDTHS * config.intermediate_size

@@ -1,0 +1,54 @@
+"""What a run starts from: a checkpoint or none, the records that train, those that are evaluated."""
+
+from dataclasses import dataclass
+
+from meme_llava.dataset.dataset import LoadedData, load_records
+from meme_llava.dataset.tokenization import Tokenization
+from meme_llava.distributed.processes import broadcast_from_main, check_processes_agree
+from meme_llava.model.llava import Processing, load_processing
+from meme_llava.train.resume import StartPoint, choose_start
+from meme_llava.train.session import Session
+from meme_llava.train.settings import TrainArguments
+from meme_llava.train.trackers import check_trackers
+from meme_llava.train.validation import ValidationData, load_validation
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """Everything that a run reads but the model's weights."""
+
+    start: StartPoint
+    processing: Processing
+    data: LoadedData
+    validation: ValidationData | None = None
+
+
+def load_inputs(arguments: TrainArguments, session: Session) -> RunInputs:
+    """Find the start point, read and check all records; all processes call it together.
+
+    Raises:
+        UserError: a tracker cannot be used, a checkpoint is damaged, or a record is bad.
+        ProcessError: the processes found different records.
+    """
+    heartbeat = session.heartbeat
+    broadcast_from_main(lambda: check_trackers(arguments.report_to))
+    heartbeat.beat("verifying checkpoints")
+    start = broadcast_from_main(lambda: choose_start(arguments))
+    heartbeat.beat("reading the records")
+    processing = load_processing(arguments.model)
+    data = load_training_records(arguments, processing)
+    heartbeat.beat("reading the validation records")
+    validation = load_validation(arguments, processing)
+    heartbeat.beat("comparing records with the others")
+    check_processes_agree([checked.record.place for checked in data.checked.usable])
+    return RunInputs(start, processing, data, validation)
+
+
+def load_training_records(arguments: TrainArguments, processing: Processing) -> LoadedData:
+    """The records that train.
+
+    Raises:
+        UserError: a record is bad or does not fit into model_max_length, or nothing is left.
+    """
+    tokens = Tokenization(processing.encoder, arguments.model_max_length)
+    return load_records(arguments.source, arguments, tokens, processing.image_policy)

@@ -1,0 +1,182 @@
+"""Floating point operations of a training step, from the model, its trainable parameters, and a batch's counts. Nothing
+about time or devices.
+
+Counted are model FLOPs as the field counts them: matrix multiplications, convolutions and attention, a multiplication
+and an addition as two. Nothing that is recomputed to save memory counts, nor norms, activations and the optimizer. A
+frozen weight costs no gradient of its own, and nothing flows back below the first thing that learns.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from torch import nn
+
+from meme_llava.model.llava import (
+    LANGUAGE_MODEL,
+    PROJECTOR,
+    VISION_TOWER,
+    count_image_tokens,
+    count_used_vision_layers,
+    has_class_token,
+    role_of,
+)
+
+# The order in which a vision layer uses its projections; a gradient flows back only to where something learns.
+VISION_LAYER_ORDER = ({"q_proj", "k_proj", "v_proj"}, {"out_proj"}, {"fc1"}, {"fc2"})
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """What of a batch decides its cost; counts of several batches add up.
+
+    Args:
+        positions: of the packed row.
+        attention_pairs: pairs of query and key that attend, over all segments.
+        images: that go through the projector.
+        encoded_images: that go through the vision tower; fewer where features are cached.
+        supervised: positions that carry loss.
+    """
+
+    positions: int = 0
+    attention_pairs: int = 0
+    images: int = 0
+    encoded_images: int = 0
+    supervised: int = 0
+
+    def __add__(self, other: "StepCounts") -> "StepCounts":
+        return StepCounts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+def count_batch(batch: Mapping) -> StepCounts:
+    """The counts of a batch that `PackingCollator` returned. Reads tensors back: call it before they go to a device."""
+    queries = batch["cu_seqlens_q"].long().diff()  # (segments,)
+    keys = batch["cu_seqlens_k"].long().diff()  # (segments,)
+    # Causal, aligned at the ends: a segment's first query sees all keys but the segment's other queries.
+    pairs = queries * (keys - queries) + queries * (queries + 1) // 2
+    features = batch.get("vision_features")
+    encoded = 0 if features is not None else len(batch["pixel_values"])
+    return StepCounts(
+        positions=batch["input_ids"].numel(),
+        attention_pairs=int(pairs.sum()),
+        images=encoded if features is None else len(features),
+        encoded_images=encoded,
+        supervised=batch["loss_positions"].numel(),
+    )
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating point operations of a forward pass and of the two halves of its backward pass."""
+
+    forward: int = 0
+    input_gradients: int = 0
+    weight_gradients: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.input_gradients + self.weight_gradients
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def __mul__(self, times: int) -> "Flops":
+        return Flops(*(getattr(self, field.name) * times for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class TrainingCosts:
+    """The FLOPs of training a model, per unit of each count of `StepCounts`."""
+
+    per_position: Flops
+    per_attention_pair: Flops
+    per_image: Flops
+    per_encoded_image: Flops
+    per_supervised: Flops
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> "TrainingCosts":
+        """Read the costs off a LLaVA that `prepare_trainable` prepared; its parameters may be without storage."""
+        per_position, per_image, per_supervised = Flops(), Flops(), Flops()
+        vision_trainable = any(
+            parameter.requires_grad for name, parameter in model.named_parameters() if role_of(name) == VISION_TOWER
+        )
+        for name, linear in _find_linears(model):
+            parts = name.split(".")
+            if role_of(name) == PROJECTOR:
+                # Behind a frozen tower the projector's first layer needs no gradient of its input.
+                per_image += _cost_linear(name, linear, vision_trainable or "linear_1" not in parts)
+            elif role_of(name) == LANGUAGE_MODEL:
+                # The projector always learns, so a gradient flows through the whole language model.
+                cost = _cost_linear(name, linear, reached=True)
+                if "lm_head" in parts:
+                    per_supervised += cost
+                else:
+                    per_position += cost
+        text = model.config.text_config
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return cls(
+            per_position,
+            _cost_attention_pair(text.num_attention_heads * head_size, reached=True) * text.num_hidden_layers,
+            per_image * count_image_tokens(model.config),
+            _cost_vision_tower(model),
+            per_supervised,
+        )
+
+    def count(self, counts: StepCounts) -> Flops:
+        """The FLOPs of a batch, or of several whose counts were added."""
+        return (
+            self.per_position * counts.positions
+            + self.per_attention_pair * counts.attention_pairs
+            + self.per_image * counts.images
+            + self.per_encoded_image * counts.encoded_images
+            + self.per_supervised * counts.supervised
+        )
+
+    def flops(self, counts: StepCounts) -> int:
+        """All FLOPs of a batch, forward and backward."""
+        return self.count(counts).total
+
+
+def _find_linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """The linear layers that compute, LoRA's own among them, without the frozen copies that peft keeps beside."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "original_module" not in name.split(".")
+    ]
+
+
+def _cost_linear(name: str, linear: nn.Linear, reached: bool) -> Flops:
+    """FLOPs per row; `reached`: something before it learns, so that its input needs a gradient."""
+    product = 2 * linear.in_features * linear.out_features
+    # The second LoRA matrix follows the first, which learns.
+    return Flops(product, product * (reached or "lora_B" in name.split(".")), product * linear.weight.requires_grad)
+
+
+def _cost_attention_pair(width: int, reached: bool) -> Flops:
+    """FLOPs of one query and key over all heads: two products forward, four backward."""
+    return Flops(4 * width, 8 * width * reached)
+
+
+def _cost_vision_tower(model: nn.Module) -> Flops:
+    """FLOPs per image of the vision layers that are used."""
+    config = model.config.vision_config
+    tower = [(name, module) for name, module in model.named_modules() if VISION_TOWER in name.split(".")]
+    embedding = next(module for _, module in tower if isinstance(module, nn.Conv2d))
+    patches = (config.image_size // config.patch_size) ** 2
+    positions = patches + has_class_token(config)
+    product = 2 * embedding.weight.numel() * patches
+    cost = Flops(product, 0, product * embedding.weight.requires_grad)
+    # From the first thing that learns, gradients flow through all that follows.
+    reached = any(parameter.requires_grad for parameter in embedding.parameters())
+    linears = [(name, module) for name, module in _find_linears(model) if VISION_TOWER in name.split(".")]
+    for layer in range(count_used_vision_layers(model.config)):
+        own = [(name, module) for name, module in linears if f".layers.{layer}." in name]
+        for names in VISION_LAYER_ORDER:
+            stage = [(name, module) for name, module in own if names & set(name.split("."))]
+            for name, linear in stage:
+                cost += _cost_linear(name, linear, reached) * positions
+            reached = reached or any(linear.weight.requires_grad for _, linear in stage)
+            if names is VISION_LAYER_ORDER[0]:
+                cost += _cost_attention_pair(config.hidden_size, reached) * positions**2
+    return cost

@@ -1,0 +1,124 @@
+"""Checks between two optimizer steps: whether the last one was finite, whether to stop, and that all processes agree.
+Nothing about models.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainerCallback, TrainerControl
+
+from meme_llava.distributed.environment import is_main_process
+from meme_llava.distributed.heartbeat import Heartbeat
+from meme_llava.distributed.processes import StopRequest, any_process, gather
+from meme_llava.errors import NonFiniteError, UserError
+
+MAX_SKIPPED_IN_A_ROW = 3
+MAX_LISTED_RECORDS = 8
+
+
+@dataclass
+class FiniteCheck:
+    """What the running optimizer step was made of, and whether its losses and gradients are finite.
+
+    The update of a step that is not must not happen in any process; `mark_loss` sees to it that one process's loss
+    reaches all of them, through their gradients.
+    """
+
+    record_ids: list[list[str]] = field(default_factory=list)  # of every device batch of this process
+    finite: list[torch.Tensor] = field(default_factory=list)  # of every loss of this process so far
+    gradients_are_finite: bool = True
+
+    def begin(self, record_ids: list[list[str]]) -> None:
+        """Forget the last step."""
+        self.record_ids, self.finite, self.gradients_are_finite = record_ids, [], True
+
+    def mark_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss, or one that gives no finite gradient. No device waits for this."""
+        finite = torch.isfinite(loss.detach())
+        self.finite.append(finite)
+        return loss * torch.where(finite, 1.0, float("nan")).to(loss.dtype)
+
+    def list_suspects(self) -> list[str]:
+        """This process's records in batches whose loss was not finite."""
+        return [
+            record_id
+            for finite, record_ids in zip(self.finite, self.record_ids, strict=False)
+            if not bool(finite)
+            for record_id in record_ids
+        ]
+
+
+class StepGuard(TrainerCallback):
+    """Counts steps that are not finite, stops after too many, and stops all processes when one is asked to."""
+
+    def __init__(self, soundness: FiniteCheck, request: StopRequest, heartbeat: Heartbeat):
+        self._soundness = soundness
+        self._request = request
+        self._heartbeat = heartbeat
+        self._skipped_in_a_row = 0
+        self.stopped_by: str | None = None
+        self.steps_in_window = 0  # since the last log line
+        self.skipped_in_window = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._request.is_deferred = self._heartbeat.trains = True
+
+    def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
+        # An engine that skips an update by itself does not move the schedule; it follows the steps all the same.
+        while lr_scheduler.last_epoch < state.global_step:
+            lr_scheduler.step()
+        self.steps_in_window += 1
+        if self._soundness.gradients_are_finite:
+            self._skipped_in_a_row = 0
+        else:
+            self._report_skipped(state.global_step)
+        self.stop_if_asked(control)
+        self._heartbeat.beat(f"after step {state.global_step}")
+
+    def stop_if_asked(self, control: TrainerControl) -> bool:
+        """Whether a signal asks any process to stop; then training saves and stops. All processes call it together."""
+        if not any_process(self._request.name is not None):
+            return False
+        self.stopped_by = next(name for name in gather(self._request.name) if name is not None)
+        control.should_save = control.should_training_stop = True
+        return True
+
+    def _report_skipped(self, step: int) -> None:
+        self.skipped_in_window += 1
+        self._skipped_in_a_row += 1
+        suspects = [record_id for found in gather(self._soundness.list_suspects()) for record_id in found]
+        trained = [r for found in gather(self._soundness.record_ids) for batch in found for r in batch]
+        what = "the loss of these records" if suspects else "the gradient of these records"
+        text = f"{what} is not finite: {_list_some(suspects or trained)}"
+        if is_main_process():
+            print(f"step {step} is skipped, no weight changed: {text}", flush=True)
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"{MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {step}, were not finite. At last {text}. No such "
+                "step changed a weight, and the newest checkpoint is sound. Look at these records, or lower --low_lr "
+                "and --high_lr."
+            )
+
+
+def _list_some(record_ids: Sequence[str]) -> str:
+    unique = list(dict.fromkeys(record_ids))
+    more = f" and {len(unique) - MAX_LISTED_RECORDS} more" if len(unique) > MAX_LISTED_RECORDS else ""
+    return ", ".join(repr(record_id) for record_id in unique[:MAX_LISTED_RECORDS]) + more
+
+
+class FirstGradientCheck(TrainerCallback):
+    """After the first step, stops if a tensor that should learn got no gradient at all."""
+
+    def __init__(self, names_without_gradient: set[str], handles: list):
+        self._names, self._handles = names_without_gradient, handles
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._names:
+            raise UserError(
+                f"after the first step {len(self._names)} tensors that should learn have no gradient, e.g. "
+                f"{', '.join(sorted(self._names)[:3])}"
+            )

@@ -1,0 +1,299 @@
+"""The launcher: exit codes, last words, signals, and that nothing outlives a run."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from conftest import ROOT
+
+from meme_llava.distributed.cluster import join_cluster
+from meme_llava.errors import ProcessError
+
+REPORT_ENVIRONMENT = """
+import os, sys
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "GLOO_SOCKET_IFNAME")
+line = " ".join(f"{name}={os.environ.get(name)}" for name in names)
+os.write(1, (line + " " + " ".join(sys.argv[1:]) + "\\n").encode())
+"""
+# A process, its child that ignores signals, and a file that tells when both are there.
+WITH_CHILD = """
+import os, signal, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c",
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)", sys.argv[1]])
+open(os.path.join(sys.argv[1], os.environ.get("RANK", "0")), "w").close()
+time.sleep(600)
+"""
+SAVES_ON_SIGTERM = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b"saved\\n"), os._exit(75)))
+open(os.path.join(sys.argv[1], os.environ.get("RANK", "0")), "w").close()
+time.sleep(600)
+"""
+
+
+def make_command(tmp_path, script: str, *arguments, processes=1, flags=()) -> list[str]:
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    launcher = [sys.executable, "-m", "meme_llava.distributed.launch", "--processes", str(processes), *flags]
+    return [*launcher, str(path), *map(str, arguments)]
+
+
+def start(command, quiet=False, **variables) -> subprocess.Popen:
+    """Start a command. What a killed one started may keep its output open, so it should be `quiet`."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    target = subprocess.DEVNULL if quiet else subprocess.PIPE
+    streams = {"stdout": target, "stderr": target}
+    return subprocess.Popen(
+        command,
+        env=environment,
+        text=True,
+        start_new_session=True,
+        # Tests that run under nohup would hand on that it is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        **streams,
+    )
+
+
+def launch(tmp_path, script, *arguments, processes=1, flags=(), **variables):
+    process = start(make_command(tmp_path, script, *arguments, processes=processes, flags=flags), **variables)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come true in time"
+        time.sleep(0.02)
+
+
+def find_all(tmp_path) -> list[int]:
+    """Processes whose command line names a test's folder, but for zombies."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline", "status"]):
+        if process.info["status"] != psutil.STATUS_ZOMBIE and any(
+            str(tmp_path) in word for word in process.info["cmdline"] or ()
+        ):
+            found.append(process.info["pid"])
+    return found
+
+
+def end_all(tmp_path):
+    """Kill what a test's processes left behind."""
+    for pid in find_all(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_one_process_needs_no_meeting_place(tmp_path):
+    code, out, err = launch(tmp_path, REPORT_ENVIRONMENT, "--flag", "a b")
+    assert (code, err) == (0, "")
+    assert out == (
+        "RANK=None LOCAL_RANK=None WORLD_SIZE=None LOCAL_WORLD_SIZE=None MASTER_ADDR=None GLOO_SOCKET_IFNAME=None "
+        "--flag a b\n"
+    )
+
+
+def test_several_processes_meet_on_the_loopback_interface(tmp_path):
+    code, out, err = launch(tmp_path, REPORT_ENVIRONMENT, processes=2)
+    assert code == 0, err
+    assert sorted(out.splitlines()) == [
+        f"RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 GLOO_SOCKET_IFNAME=lo "
+        for rank in (0, 1)
+    ]
+
+
+def test_an_interface_that_the_user_chose_stays(tmp_path):
+    _, out, _ = launch(tmp_path, REPORT_ENVIRONMENT, processes=2, GLOO_SOCKET_IFNAME="eth7")
+    assert out.count("GLOO_SOCKET_IFNAME=eth7") == 2
+
+
+def test_nothing_listens_for_other_machines(tmp_path):
+    process = start(make_command(tmp_path, WITH_CHILD, tmp_path, processes=2), quiet=True)
+    wait_for(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
+    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+    listening = [c.laddr for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.pid in family]
+    assert listening and {address.ip for address in listening} == {"127.0.0.1"}
+    process.kill()
+    process.wait()
+    end_all(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "message"),
+    [
+        ("sys.exit(7)", 7, "process 1 stopped: too little room on a disk; see its message above"),
+        ("sys.exit(75)", 75, ""),
+        ("raise ValueError('no such luck')", 1, "Last words of process 1:\n"),
+        ("os.kill(os.getpid(), 9)", 8, "process 1 was killed by SIGKILL (the kernel does that when memory runs out"),
+        ("os.kill(os.getpid(), 11)", 8, "process 1 was killed by SIGSEGV; last seen starting"),
+    ],
+)
+def test_the_first_fault_names_the_process_and_gives_the_exit_code(tmp_path, body, code, message):
+    """Process 0 would go on for ever; it answers a request to stop, as training does."""
+    script = f"""
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+if os.environ["RANK"] == "1":
+    {body}
+time.sleep(600)
+"""
+    found, _, err = launch(tmp_path, script, processes=2)
+    assert found == code, err
+    assert message in err
+    if code == 1:
+        assert "    ValueError: no such luck" in err
+    assert find_all(tmp_path) == []
+
+
+def test_a_process_that_failed_because_of_another_is_not_blamed(tmp_path):
+    script = """
+import os, sys, time
+if os.environ["RANK"] == "0":
+    sys.exit(81)
+time.sleep(0.5)
+sys.exit(1)
+"""
+    code, _, err = launch(tmp_path, script, processes=2)
+    assert code == 1 and "process 1 ended with exit code 1" in err
+
+
+def test_a_process_that_the_others_waited_for_in_vain_is_named(tmp_path):
+    script = "import os, sys, time\nif os.environ['RANK'] == '1': time.sleep(600)\nsys.exit(81)"
+    code, _, err = launch(tmp_path, script, processes=2)
+    assert code == 8 and "the others timed out: process 1 last seen starting" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_is_handed_on_and_all_are_waited_for(tmp_path, number):
+    process = start(make_command(tmp_path, SAVES_ON_SIGTERM, tmp_path, processes=2))
+    wait_for(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert out == "saved\nsaved\n" and f"{number.name}: the run saves its state and stops" in err
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    process = start(make_command(tmp_path, WITH_CHILD, tmp_path))
+    wait_for(lambda: (tmp_path / "0").exists())
+    stopped = [p for p in psutil.Process(process.pid).children(recursive=True)]
+    for child in stopped:
+        child.suspend()  # it cannot answer
+    process.send_signal(signal.SIGINT)
+    time.sleep(2.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and "SIGINT again: ending at once, nothing more is saved" in err
+    assert find_all(tmp_path) == []
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_no_process_outlives_a_launcher_that_is_killed(tmp_path, processes):
+    process = start(make_command(tmp_path, WITH_CHILD, tmp_path, processes=processes), quiet=True)
+    wait_for(lambda: all((tmp_path / str(rank)).exists() for rank in range(processes)))
+    ranks = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks), 10)
+    end_all(tmp_path)  # what a process started by itself nobody ends without the launcher
+
+
+def test_the_launcher_ends_with_the_shell_that_started_it(tmp_path):
+    command = make_command(tmp_path, WITH_CHILD, tmp_path, flags=["--die_with_parent"])
+    shell = start(["bash", "-c", '"$@" & wait', "run", *command], quiet=True)
+    wait_for(lambda: (tmp_path / "0").exists())
+    own = psutil.Process(shell.pid).children(recursive=True)[:2]  # the launcher and its process
+    shell.kill()
+    wait_for(lambda: not any(process.is_running() and process.status() != "zombie" for process in own), 10)
+    end_all(tmp_path)  # what a process started by itself nobody ends without the launcher
+
+
+def test_what_a_process_started_is_ended_with_it(tmp_path):
+    script = WITH_CHILD.replace("time.sleep(600)\n", "os._exit(3)\n")
+    code, _, _ = launch(tmp_path, script, tmp_path)
+    assert code == 3
+    wait_for(lambda: not find_all(tmp_path), 5)
+
+
+def test_a_port_in_use_is_one_line(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, out, err = launch(tmp_path, REPORT_ENVIRONMENT, processes=2, flags=["--master_port", str(port)])
+    assert code == 8 and out == ""
+    assert err == (
+        f"error: port {port} on 127.0.0.1 cannot be used (Address already in use); choose another MASTER_PORT, or on "
+        "one machine none, which takes a free one\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--processes", "0"], 2, "must be at least 1"),
+        (["--nodes", "2", "--node_rank", "2", "--master_port", "1"], 2, "--node_rank is 2, expected 0 to 1"),
+        (["--nodes", "2"], 2, "--master_port is needed with several machines"),
+        (["--nodes", "2", "--master_port", "29511"], 8, "MASTER_ADDR=127.0.0.1 is 127.0.0.1, which every"),
+        (["--nodes", "2", "--master_port", "29511", "--master_addr", "192.0.2.1"], 8,
+         "MASTER_ADDR=192.0.2.1 is not an address of this node"),
+        (["--nodes", "2", "--master_port", "29511", "--master_addr", "no.such.host.invalid"], 8, "no such host"),
+        (["--proceses", "2"], 2, "error: "),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_said_before_anything_starts(tmp_path, flags, code, message):
+    found, out, err = launch(tmp_path, REPORT_ENVIRONMENT, flags=flags)
+    assert (found, out) == (code, "") and message in err and "Traceback" not in err
+
+
+def test_a_machine_that_does_not_come_is_named():
+    addresses = [
+        entry.address
+        for entries in psutil.net_if_addrs().values()
+        for entry in entries
+        if entry.family == socket.AF_INET and not entry.address.startswith("127.")
+    ]
+    if not addresses:
+        pytest.skip("this machine has no address but its own loopback")
+    address = addresses[0]
+    with socket.socket() as free:
+        free.bind((address, 0))
+        port = free.getsockname()[1]
+    with (
+        pytest.raises(ProcessError, match="machine 1 of 2 did not come within 1 s. Start run.sh there"),
+        join_cluster(2, 0, 1, address, port, start_timeout=1),
+    ):
+        pass
+
+
+def test_a_process_that_shows_no_progress_is_found(tmp_path):
+    """Two report every 0.2 s; one stops after five reports, and the other waits for it then."""
+    script = """
+import os, sys, time
+from meme_llava.distributed.heartbeat import Heartbeat
+heartbeat = Heartbeat(hang_timeout=2)
+heartbeat.trains = True
+for count in range(5 if os.environ["RANK"] == "1" else 6):
+    heartbeat.beat(f"at mark {count}")
+    time.sleep(0.2)
+time.sleep(600)
+"""
+    code, _, err = launch(tmp_path, script, processes=2)
+    assert code == 8
+    assert (
+        "no sign of progress for 2 s (--hang_timeout). Furthest behind: process 1 (process 1 last seen at mark 4)"
+        in err
+    )
+
+
+def test_memory_that_gpus_allocate_grows_in_segments_unless_the_user_says_otherwise(tmp_path):
+    script = "import os; print(os.environ.get('PYTORCH_ALLOC_CONF'), os.environ.get('PYTORCH_CUDA_ALLOC_CONF'))"
+    assert launch(tmp_path, script)[1].split() == ["expandable_segments:True", "None"]
+    assert launch(tmp_path, script, PYTORCH_CUDA_ALLOC_CONF="backend:native")[1].split() == ["None", "backend:native"]
+    assert launch(tmp_path, script, PYTORCH_ALLOC_CONF="backend:native")[1].split() == ["backend:native", "None"]

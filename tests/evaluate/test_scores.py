@@ -1,0 +1,130 @@
+"""What an answer is compared with, and every score by hand."""
+
+import pytest
+
+from meme_llava.dataset.text_quality import normalise_text
+from meme_llava.evaluate.scores import asks_for_text, describe_measure, is_right, score_predictions
+from meme_llava.inference.predictions import Prediction
+
+
+def ask(answer, reference, text=None, task="", image="a.png", tokens=None, stopped=None):
+    return Prediction(image, task, "?", answer, reference, text, tokens, stopped)
+
+
+def test_only_letters_and_digits_are_compared():
+    assert normalise_text("ＯＫ，我 太难了！\n５2０") == "ok我太难了520"
+
+
+def test_reading_by_hand():
+    scores = score_predictions(
+        [
+            ask("我太难了！", "我太难了", "我太难了", "text"),  # right but for punctuation
+            ask("好呀好", "好耶", "好耶", "text"),  # one wrong, one surplus
+            ask("", "收到", "收到", "text"),  # two missing
+            ask("图片里没有文字。", "图片里没有文字。", "", "text"),
+            ask("困", "图片里没有文字。", "", "text"),
+            ask("开心", "开心", "好耶", "mood"),
+            ask("难过", "开心", "", "mood"),
+        ]
+    )
+    values = {name: (score.value, score.count) for name, score in scores.items()}
+    assert values == {
+        "character_error_rate": (4 / 8, 3),
+        "texts_right": (pytest.approx(1 / 3), 3),
+        "text_found": (4 / 8, 3),  # not 好耶, of which 好 alone was answered
+        "no_text_right": (0.5, 2),
+        "looping": (0.0, 7),
+        "characters": (pytest.approx((5 + 3 + 0 + 8 + 1 + 2 + 2) / 7), 7),
+        "right: mood": (0.5, 2),
+        "right: text": (2 / 5, 5),
+    }
+
+
+def test_captions_by_hand():
+    """The longest common subsequence of 写着好耶小猫很开心 and 写着好耶小狗开心 has 7 characters."""
+    scores = score_predictions([ask("写着“好耶”，小狗开心", "写着“好耶”，小猫很开心呀", "好耶", "description")])
+    recall, precision = 7 / 10, 7 / 8
+    assert scores["rouge_l"].value == pytest.approx(2 * precision * recall / (precision + recall))
+    assert scores["text_found_in_captions"].value == 1.0
+    assert 0 < scores["bleu"].value < 100 and 0 < scores["chrf"].value < 100
+    assert "right: description" not in scores
+    same = score_predictions([ask("写着“好耶”，小猫很开心呀", "写着“好耶”，小猫很开心呀", "好耶")])
+    assert [same[name].value for name in ("chrf", "bleu", "rouge_l")] == pytest.approx([100, 100, 1])
+
+
+def test_scores_of_captions_have_intervals_by_image():
+    """Half of the images have a caption that shares nothing with the reference; a draw of these alone scores zero."""
+    reference = "图片里画着一只坐在窗边的小猫"
+    once = [ask(reference if row % 2 else "别的", reference, image=f"{row}.png") for row in range(4)]
+    for name in ("chrf", "bleu", "rouge_l"):
+        one, ten = (score_predictions(answered)[name] for answered in (once, once * 10))
+        assert (one.low, one.high) == pytest.approx((ten.low, ten.high))
+        assert one.value == pytest.approx(ten.value)
+        assert one.low < 5  # BLEU is smoothed
+        assert one.high == pytest.approx(1 if name == "rouge_l" else 100)
+
+
+def test_the_text_is_found_line_by_line():
+    """Of 今天不上班明天也不上 a caption quotes 今天不上班 and 明天; 明天 is too short a piece."""
+    answer = "上面写着“今天不上班”，下面提到明天。"
+    scores = score_predictions([ask(answer, "图里写着今天不上班、明天也不上。", "今天不上班\n明天也不上")])
+    assert scores["text_found_in_captions"].value == 5 / 10
+
+
+def test_the_text_is_found_among_other_words():
+    """A model that was not asked to be short is not told so as if it had not read."""
+    scores = score_predictions([ask("这张图里写的是“我太难了”。", "我太难了", "我太难了", "text")])
+    assert scores["text_found"].value == 1.0
+    assert scores["character_error_rate"].value == 7 / 4
+
+
+@pytest.mark.parametrize(
+    ("reference", "text", "asks"),
+    [
+        ("我太难了", "我太难了！", True),
+        ("图片里没有文字。", "", True),
+        ("图片里没有文字。", None, False),  # nobody knows
+        ("开心", "我太难了", False),
+        ("这是一张猫咪的表情包，图中没有文字", "", False),
+    ],
+)
+def test_which_questions_ask_for_the_text(reference, text, asks):
+    assert asks_for_text(reference, text) is asks
+
+
+def test_signs_alone_are_a_truth_too():
+    assert is_right("？？？", "？？？") and not is_right("", "？？？") and not is_right("好", "😂")
+    assert is_right("好耶！", "好耶")
+
+
+def test_what_cannot_be_judged_has_no_score():
+    assert set(score_predictions([ask("一只猫", "一只猫")])) == {"looping", "characters", "right: "}
+
+
+def test_how_answers_end():
+    endless = "哈" * 100
+    scores = score_predictions(
+        [ask("好", "好", tokens=2, stopped=True), ask(endless, "好", tokens=128, stopped=False, image="b.png")]
+    )
+    assert scores["looping"].value == 0.5
+    assert scores["stopped"].value == 0.5
+    assert scores["tokens"].value == 65
+
+
+def test_intervals_come_from_drawing_images():
+    """100 images of which half are read: binomial with a standard deviation of 5 %. Ten answers about each image
+    say no more than one."""
+    once = [ask("好" if row % 2 else "坏", "好", "好", "text", f"{row}.png") for row in range(100)]
+    for answered in (once, once * 10):
+        score = score_predictions(answered)["texts_right"]
+        assert score.value == 0.5
+        assert score.low == pytest.approx(0.40, abs=0.015)
+        assert score.high == pytest.approx(0.60, abs=0.015)
+    (alone,) = [score_predictions(once[:1])["texts_right"]]
+    assert alone.low == alone.high == alone.value == 0.0
+
+
+def test_every_score_has_a_title():
+    assert describe_measure("right: mood").title == "exact match: mood"
+    assert describe_measure("right: ").title == "exact match: all"
+    assert describe_measure("character_error_rate").better == "lower"

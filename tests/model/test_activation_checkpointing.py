@@ -1,0 +1,91 @@
+"""Tests of activation_checkpointing.py: the same gradients with less kept, and the fewest layers that fit."""
+
+import pytest
+import torch
+from test_flops import load_prepared, make_batch
+
+from meme_llava.model.activation_checkpointing import (
+    CheckpointedLayers,
+    choose_recomputed_layers,
+    count_layers,
+    recompute_layers,
+)
+
+
+def compute_gradients(model, recomputed: CheckpointedLayers) -> tuple[dict, int]:
+    """Gradients of one batch by name, and the bytes that autograd kept for the backward pass."""
+    recompute_layers(model, recomputed)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(**make_batch(model.config.image_token_id))["loss"]
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, sum(kept.values())
+
+
+@pytest.mark.parametrize(
+    "recomputed", [CheckpointedLayers(1, 0), CheckpointedLayers(2, 0), CheckpointedLayers(2, 2)], ids=str
+)
+@pytest.mark.parametrize("train_type", ["lora", "full"])
+def test_gradients_stay_the_same_to_the_bit(world, train_type, recomputed):
+    model = load_prepared(world, train_type=train_type)
+    expected, kept = compute_gradients(model, CheckpointedLayers())
+
+    gradients, kept_less = compute_gradients(model, recomputed)
+
+    assert expected.keys() == gradients.keys()
+    assert all(torch.equal(expected[name], gradients[name]) for name in expected)
+    assert kept_less < kept
+
+
+def test_a_dropped_element_is_dropped_again(world):
+    model = load_prepared(world, lora_dropout=0.5)
+    results = []
+    for recomputed in (CheckpointedLayers(), CheckpointedLayers(2, 2)):
+        torch.manual_seed(0)
+        results.append(compute_gradients(model, recomputed)[0])
+
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_layers_can_keep_their_activations_again(world):
+    model = load_prepared(world)
+    _, kept = compute_gradients(model, CheckpointedLayers())
+    compute_gradients(model, CheckpointedLayers(2, 2))
+
+    assert compute_gradients(model, CheckpointedLayers())[1] == kept
+
+
+@pytest.mark.parametrize(
+    ("needed", "chosen"),
+    [
+        (0, CheckpointedLayers(0, 0)),
+        (2, CheckpointedLayers(2, 0)),
+        (5, CheckpointedLayers(3, 2)),
+        (99, CheckpointedLayers(3, 4)),
+    ],
+)
+def test_auto_recomputes_the_fewest_layers_language_first(needed, chosen):
+    def fits(recomputed):
+        return recomputed.language + recomputed.vision >= needed
+
+    assert choose_recomputed_layers("auto", CheckpointedLayers(3, 4), fits) == chosen
+
+
+def test_off_and_full_ask_nobody():
+    most = CheckpointedLayers(3, 4)
+
+    assert choose_recomputed_layers("none", most, fits=None) == CheckpointedLayers()
+    assert choose_recomputed_layers("full", most, fits=None) == most
+
+
+def test_a_frozen_tower_has_nothing_to_recompute(world):
+    config = load_prepared(world).config
+
+    assert count_layers(config, vision_trainable=True) == CheckpointedLayers(2, 2)
+    assert count_layers(config, vision_trainable=False) == CheckpointedLayers(2, 0)

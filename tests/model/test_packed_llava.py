@@ -1,0 +1,463 @@
+"""A packed row is the same mathematics as its records one by one, through transformers' own LLaVA."""
+
+import sys
+import types
+
+import pytest
+import torch
+from conftest import train_flags
+from peft.tuners.lora import LoraLayer
+from torch._dynamo.utils import counters
+from torch.nn import functional
+
+from meme_llava.dataset.collator import PackingCollator
+from meme_llava.dataset.conversation import Turn
+from meme_llava.dataset.images import open_image
+from meme_llava.dataset.pixels import read_pixels, to_pixel_values
+from meme_llava.errors import UserError
+from meme_llava.model import packed_attention
+from meme_llava.model.llava import load_llava, load_processing
+from meme_llava.model.loss import CHUNK, CrossEntropyHead
+from meme_llava.model.packed_attention import FLASH_ATTENTION_2, MATMUL, SDPA, VARLEN, choose_attention
+from meme_llava.model.packed_llava import check_compiler, compile_layers, load_packed_llava, prepare_packed_llava
+from meme_llava.model.trainable import prepare_trainable
+from meme_llava.train.settings import parse_train_arguments
+
+ASK = "<image>\n图里写了什么？"
+# Per case: (images, question, answer, question, answer, …) of every record.
+CASES = {
+    "text_only": [((), "你好", "写着困。"), ((), "你好", "收到")],
+    "one_image": [((0,), ASK, "写着“我太难了”。")],
+    "several_captions_of_one_image": [
+        ((0,), ASK, "写着“我太难了”。"),
+        ((0,), ASK, "写着“好耶”。"),
+        ((0,), ASK, "困"),
+        ((0,), "<image>\n什么意思？", "很开心。"),
+    ],
+    "many_images": [
+        ((0, 1), "<image>和<image>\n有什么不同？", "困"),
+        ((0, 1), "<image>和<image>\n有什么不同？", "收到，好耶"),
+        ((0, 2), "<image>和<image>\n有什么不同？", "困"),
+        ((0, 0), "<image>和<image>\n有什么不同？", "没有"),
+    ],
+    "two_turns": [
+        ((3,), ASK, "写着“收到”。", "什么意思？", "很开心。"),
+        ((3,), ASK, "写着“收到”。", "什么意思？", "好耶"),
+        ((3,), ASK, "写着“收到”。"),
+    ],
+    "the_question_before_the_image": [((1,), "图里写了什么？<image>", "困"), ((1,), "什么意思？<image>", "困")],
+    "the_same_record_twice": [((4,), ASK, "摸鱼中"), ((4,), ASK, "摸鱼中")],
+    "everything_together": [
+        ((0,), ASK, "写着“我太难了”。"),
+        ((), "你好", "写着困。"),
+        ((1, 2), "<image>和<image>\n有什么不同？", "收到"),
+        ((0,), ASK, "写着“好耶”。", "什么意思？", "很开心。"),
+        ((1,), ASK, "爱了爱了"),
+        ((0, 2), "<image>和<image>\n有什么不同？", "收到"),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def processing(world):
+    return load_processing(world.base)
+
+
+@pytest.fixture(scope="module")
+def collator(processing):
+    return PackingCollator(processing.encoder.image_token_id, processing.tokens_per_image, processing.image_policy.size)
+
+
+def make_examples(world, processing, records) -> list[dict]:
+    examples = []
+    for number, (images, *texts) in enumerate(records):
+        turns = [Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(texts)]
+        encoded = processing.encoder.encode_example(turns)
+        paths = tuple(world.image_folder / f"p{image}.png" for image in images)
+        examples.append(
+            {
+                "record_id": f"r{number}",
+                "input_ids": torch.tensor(encoded.input_ids),
+                "labels": torch.tensor(encoded.labels),
+                "image_paths": paths,
+                "pixel_values": [read_pixels(path, processing.image_policy) for path in paths],
+            }
+        )
+    return examples
+
+
+def load_packed(world, processing, **changes):
+    """A model with what learns, and dropout off; LoRA's second matrices are not zero, so that all gradients flow."""
+    arguments = parse_train_arguments(train_flags(world, world.folder, lora_dropout=0, **changes), "")
+    model = load_packed_llava(world.base, torch.float32, processing.image_policy, SDPA)
+    model = prepare_trainable(model, arguments, arguments.seed)
+    randomise_lora(model)
+    return model
+
+
+def load_plain(world, **changes):
+    arguments = parse_train_arguments(train_flags(world, world.folder, lora_dropout=0, **changes), "")
+    model = prepare_trainable(load_llava(world.base, torch.float32), arguments, arguments.seed)
+    randomise_lora(model)
+    return model
+
+
+def randomise_lora(model):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def sum_losses_one_by_one(model, processing, examples, average):
+    """The loss as a person would write it: every record alone, all logits, cross entropy of the next token."""
+    total = 0.0
+    for example in examples:
+        pixels = [to_pixel_values(open_image(path), processing.image_policy) for path in example["image_paths"]]
+        logits = model(
+            input_ids=example["input_ids"][None],
+            pixel_values=torch.stack(pixels) if pixels else None,
+            use_cache=False,
+        ).logits[0]
+        losses = functional.cross_entropy(logits[:-1], example["labels"][1:], reduction="none", ignore_index=-100)
+        count = int((example["labels"][1:] != -100).sum())
+        total = total + losses.sum() / (count if average == "caption" else 1)
+    return total
+
+
+def collect_gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("average", ["token", "caption"])
+@pytest.mark.parametrize("train_type", ["lora", "full"])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_equal_those_of_separate_records(world, processing, collator, case, train_type, average):
+    examples = make_examples(world, processing, CASES[case])
+    packed = load_packed(world, processing, train_type=train_type)
+    plain = load_plain(world, train_type=train_type)
+    collate = PackingCollator(
+        collator.image_token_id, collator.tokens_per_image, collator.image_size, loss_average=average
+    )
+    ours = packed(**collate(examples))["loss"]
+    expected = sum_losses_one_by_one(plain, processing, examples, average)
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-6)
+    ours.backward()
+    expected.backward()
+    ours, expected = collect_gradients(packed), collect_gradients(plain)
+    assert set(ours) == set(expected)
+    for name, gradient in expected.items():
+        if gradient is None:
+            # A text has no image to learn from; the parts that see images get zeros.
+            assert case == "text_only" and not ours[name].any(), name
+            continue
+        if "vision_tower" in name and name.endswith("k_proj.bias"):
+            # It adds the same to all scores of a query: the true gradient is zero, and what is there is rounding.
+            assert ours[name].norm() < 1e-6 and gradient.norm() < 1e-6, name
+            continue
+        assert float((ours[name] - gradient).norm()) <= 1e-5 * float(gradient.norm()), name
+
+
+def test_a_record_sees_nothing_of_its_neighbours(world, processing, collator):
+    """Another neighbour changes nothing, to the bit; the same holds for two captions of one image."""
+    model = load_packed(world, processing).eval()
+    own, one, other = (
+        ((0,), ASK, "写着“我太难了”。"),
+        ((0,), ASK, "很开心，好耶好耶"),
+        ((5,), "<image>\n什么意思？", "困"),
+    )
+
+    def read_own_loss(*records):
+        batch = collator(make_examples(world, processing, records))
+        # The loss of one token, the last of the first record.
+        target = processing.encoder.turn_end_id
+        keep = (batch["loss_targets"] == target).nonzero()[:1, 0]
+        batch.update({name: batch[name][keep] for name in ("loss_positions", "loss_targets", "loss_weights")})
+        with torch.no_grad():
+            return model(**batch)["loss"]
+
+    # Sorted by tokens, one of both captions comes first; it is the same one in each call.
+    assert torch.equal(read_own_loss(own), read_own_loss(own, other))
+    assert torch.equal(read_own_loss(own, one), read_own_loss(own, one, other))
+
+
+def stand_in_for_varlen(calls):
+    """What kernels for varying lengths compute, written plainly: causal, queries and keys aligned at their ends."""
+
+    def attend(query, key, value, query_starts, key_starts, longest_query, longest_key, *, scale, causal):
+        calls.append((query.dtype, len(query), len(key), longest_query, longest_key))
+        assert query_starts.dtype == key_starts.dtype == torch.int32
+        group = query.shape[1] // key.shape[1]
+        outputs = []
+        for number in range(len(query_starts) - 1):
+            own = query[query_starts[number] : query_starts[number + 1]].transpose(0, 1)  # (heads, length, head_dim)
+            bounds = slice(int(key_starts[number]), int(key_starts[number + 1]))
+            keys = key[bounds].transpose(0, 1).repeat_interleave(group, dim=0)
+            values = value[bounds].transpose(0, 1).repeat_interleave(group, dim=0)
+            scores = own @ keys.transpose(1, 2) * scale
+            assert causal and scores.shape[1] <= longest_query and scores.shape[2] <= longest_key
+            mask = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
+            outputs.append((scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values).transpose(0, 1))
+        return torch.cat(outputs)
+
+    return attend
+
+
+def make_varlen(attend):
+    """With the signature of torch.nn.attention.varlen.varlen_attn."""
+
+    def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        assert enable_gqa and window_size == (-1, 0)
+        return attend(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, causal=True)
+
+    return varlen_attn
+
+
+def make_older_varlen(attend):
+    """As torch 2.11 has it: keys and queries have the same number of heads."""
+
+    def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        assert q.shape[1] == k.shape[1] == v.shape[1] and window_size == (-1, 0)
+        return attend(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, causal=True)
+
+    return varlen_attn
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Stand-ins for the GPU's kernels: choose one by name; `calls` tells how it was called."""
+    calls = []
+
+    def choose(name):
+        attend = stand_in_for_varlen(calls)
+        if name == "flash_attention_2":
+            package = types.ModuleType("flash_attn")
+            package.flash_attn_varlen_func = lambda *tensors, dropout_p, softmax_scale, causal: attend(
+                *tensors, scale=softmax_scale, causal=causal
+            )
+            monkeypatch.setitem(sys.modules, "flash_attn", package)
+            return FLASH_ATTENTION_2
+        make = make_older_varlen if name == "older varlen" else make_varlen
+        packed_attention._find_varlen_attention.cache_clear()
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", make(attend))
+        return VARLEN
+
+    yield choose, calls
+    packed_attention._find_varlen_attention.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["varlen", "older varlen", "flash_attention_2"])
+def test_the_kernels_of_gpus_are_called_for_the_same_result(world, processing, collator, kernels, name):
+    choose, calls = kernels
+    batch = collator(make_examples(world, processing, CASES["everything_together"]))
+    gradients, losses = [], []
+    for attention in (SDPA, choose(name)):
+        model = load_packed(world, processing)
+        model.get_base_model().model.language_model.config._attn_implementation = attention
+        loss = model(**batch)["loss"]
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(collect_gradients(model))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for key, gradient in gradients[0].items():
+        assert torch.allclose(gradients[1][key], gradient, atol=1e-6, rtol=1e-4), key
+    assert len(calls) == 2  # layers
+    positions, keys = batch["input_ids"].shape[1], len(batch["kv_index"])
+    assert calls[0] == (torch.float32, positions, keys, batch["max_seqlen_q"], batch["max_seqlen_k"])
+    assert keys > positions  # something was shared
+
+
+def test_plain_matrix_products_give_the_same_result(world, processing, collator):
+    batch = collator(make_examples(world, processing, CASES["everything_together"]))
+    assert len(batch["kv_index"]) > batch["input_ids"].shape[1]  # something is shared, so there are masks
+    gradients, losses = [], []
+    for attention in (SDPA, MATMUL):
+        model = load_packed(world, processing)
+        prepare_packed_llava(model.get_base_model(), processing.image_policy, attention, "test")
+        loss = model(**batch)["loss"]
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(collect_gradients(model))
+    tower = model.get_base_model().model.vision_tower
+    assert tower.config._attn_implementation == "eager"
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for key, gradient in gradients[0].items():
+        assert torch.allclose(gradients[1][key], gradient, atol=1e-6, rtol=1e-4), key
+
+
+def test_half_precision_reaches_the_kernels(world, processing, collator, kernels):
+    choose, calls = kernels
+    model = load_packed(world, processing)
+    model.get_base_model().model.language_model.config._attn_implementation = choose("varlen")
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**collator(make_examples(world, processing, CASES["one_image"])))["loss"].backward()
+    assert {call[0] for call in calls} == {torch.bfloat16}
+
+
+def test_attention_is_chosen_by_what_can_run(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose_attention("auto", cpu, uses_bf16=False) == SDPA
+    assert choose_attention("auto", cpu, uses_bf16=True) == MATMUL
+    assert choose_attention("matmul", cpu, uses_bf16=False) == MATMUL
+    assert choose_attention("auto", gpu, uses_bf16=True) == VARLEN
+    assert choose_attention("auto", gpu, uses_bf16=False) == SDPA
+    assert choose_attention("sdpa", gpu, uses_bf16=True) == SDPA
+    with pytest.raises(UserError, match="varlen needs a GPU, bf16 and torch 2.11 or newer; .* run here: sdpa, matmul"):
+        choose_attention("varlen", cpu, uses_bf16=False)
+    with pytest.raises(UserError, match="flash_attention_2 needs .* flash-attn; .* run here: varlen, sdpa, matmul"):
+        choose_attention("flash_attention_2", gpu, uses_bf16=True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "flash_attn" else None)
+    assert choose_attention("auto", gpu, uses_bf16=True) == FLASH_ATTENTION_2
+
+
+def test_only_the_vision_layers_that_are_used_run(world, processing, collator):
+    """Three layers, features of the second: the third and the norm behind it are never called."""
+    model = load_packed_llava(world.base, torch.float32, processing.image_policy, SDPA)
+    called = []
+    for name, module in model.model.vision_tower.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    model(**collator(make_examples(world, processing, CASES["one_image"])))
+    assert "encoder.layers.1" in called
+    assert not [name for name in called if name.startswith(("encoder.layers.2", "post_layernorm"))]
+
+
+@pytest.mark.parametrize(("train_type", "keeps"), [("lora", True), ("projector", False), ("freeze_vision", False)])
+def test_a_frozen_tower_keeps_nothing_for_the_backward_pass(world, processing, collator, train_type, keeps):
+    model = load_packed(world, processing, train_type=train_type)
+    llava = model.get_base_model() if train_type == "lora" else model
+    pixels = collator(make_examples(world, processing, CASES["one_image"]))["pixel_values"]
+    assert llava.encode_images(pixels).requires_grad is keeps
+
+
+def test_each_image_is_encoded_once(world, processing, collator):
+    model = load_packed_llava(world.base, torch.float32, processing.image_policy, SDPA)
+    encoded = []
+    model.model.vision_tower.embeddings.register_forward_hook(lambda _, inputs, __: encoded.append(len(inputs[0])))
+    model(**collator(make_examples(world, processing, CASES["everything_together"])))
+    assert encoded == [3]
+
+
+def test_no_logits_of_all_positions_exist(world, processing, collator):
+    """Nothing as large as (supervised positions x vocabulary) is kept for the backward pass."""
+    records = [((0,), ASK, "写着“我太难了”。" * 20), ((1,), ASK, "今天也要加油鸭" * 20)]
+    model = load_packed(world, processing)
+    batch = collator(make_examples(world, processing, records))
+    vocabulary = model.get_base_model().config.text_config.vocab_size
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        model(**batch)["loss"].backward()
+    assert len(batch["loss_positions"]) > 200
+    assert max(sizes) < len(batch["loss_positions"]) * vocabulary
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_the_loss_head_is_plain_cross_entropy(learns):
+    """Three chunks, the last one not full; gradients of hidden states and, where it learns, of the matrix."""
+    torch.manual_seed(0)
+    positions, width, vocabulary = 2 * CHUNK + 7, 8, 50
+    head = CrossEntropyHead(width, vocabulary, bias=False).double()
+    head.weight.requires_grad_(learns)
+    hidden = torch.randn(positions, width, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(vocabulary, (positions,))
+    weights = torch.rand(positions)
+    loss = head(hidden, targets, weights)
+    (3 * loss).backward()
+    ours = [hidden.grad.clone()] + ([head.weight.grad.clone()] if learns else [])
+    hidden.grad = head.weight.grad = None
+    losses = functional.cross_entropy(functional.linear(hidden, head.weight), targets, reduction="none")
+    expected = (weights.double() * losses).sum()
+    (3 * expected).backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    theirs = [hidden.grad] + ([head.weight.grad] if learns else [])
+    for our, their in zip(ours, theirs, strict=True):
+        assert torch.allclose(our, their, rtol=1e-4, atol=1e-6)
+    assert torch.equal(head(hidden), functional.linear(hidden, head.weight))
+
+
+def test_the_loss_of_half_precision_is_computed_in_float32():
+    """2,000 positions of loss near 4: a sum in bfloat16 would be off by whole units."""
+    torch.manual_seed(0)
+    head = CrossEntropyHead(8, 50, bias=False).bfloat16()
+    hidden, targets = torch.randn(2000, 8, dtype=torch.bfloat16), torch.randint(50, (2000,))
+    logits = functional.linear(hidden, head.weight).float()
+    expected = functional.cross_entropy(logits, targets, reduction="sum")
+    assert head(hidden, targets, torch.ones(2000)).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_compiled_layers_are_not_compiled_again_for_every_length(world, processing, collator):
+    model = load_packed(world, processing)
+    eager = load_packed(world, processing)
+    compile_layers(model, backend="eager")
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = []
+    for case in ("one_image", "several_captions_of_one_image", "many_images", "two_turns", "everything_together"):
+        batch = collator(make_examples(world, processing, CASES[case]))
+        assert model(**batch)["loss"].item() == pytest.approx(eager(**batch)["loss"].item(), rel=1e-6)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs[-1] == graphs[2], graphs
+
+
+def test_compiling_without_a_compiler_stops_with_one_line(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="--torch_compile needs a C.. compiler, and there is no no-such-compiler"):
+        check_compiler(torch.device("cpu"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--torch_compile needs the package triton"):
+        check_compiler(torch.device("cuda"))
+
+
+def test_a_model_that_cannot_be_packed_is_refused(world, processing):
+    model = load_packed_llava(world.base, torch.float32, processing.image_policy, SDPA)
+    model.config.vision_feature_layer = [-2, -1]
+    with pytest.raises(UserError, match=r"somewhere: uses the vision layers \[-2, -1\], expected a single one"):
+        prepare_packed_llava(model, processing.image_policy, SDPA, "somewhere")
+    model.config.vision_feature_layer = -2
+    model.config.text_config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(UserError, match="somewhere: its language model attends in a sliding window"):
+        prepare_packed_llava(model, processing.image_policy, SDPA, "somewhere")
+
+
+def test_a_base_in_bf16_hands_lora_its_input_without_a_conversion(world, processing, collator):
+    arguments = parse_train_arguments(train_flags(world, world.folder, lora_dropout=0), "")
+    model = load_packed_llava(world.base, torch.bfloat16, processing.image_policy, SDPA)
+    model = prepare_trainable(model, arguments, 0)
+    randomise_lora(model)
+    lora = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    seen = set()
+    for module in lora.values():
+        module.lora_A["default"].register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].dtype))
+    batch = collator(make_examples(world, processing, CASES["everything_together"]))
+    results = []
+    for casts in (False, True):
+        for module in lora.values():
+            assert not module.cast_input_dtype_enabled or results
+            module.cast_input_dtype_enabled = casts
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch)["loss"]
+        loss.backward()
+        if not casts:
+            assert seen == {torch.bfloat16}
+        results.append([loss, *(parameter.grad for parameter in model.parameters() if parameter.requires_grad)])
+    # What peft's conversion to float32 brings, autocast takes away again: the same bits without both.
+    for without, with_casts in zip(*results, strict=True):
+        assert torch.equal(without, with_casts)
+
+
+def test_layouts_for_kernels_are_views_in_the_backward_pass_too():
+    query, key, value = (torch.randn(1, 2, 6, 4, requires_grad=True) for _ in range(3))
+    starts = torch.tensor([0, 6], dtype=torch.int32)
+    packing = packed_attention.Packing(starts, torch.arange(6), starts, 6, 6)
+    laid_out = packed_attention._lay_out_for_kernel(query, key, value, packing)
+    waiting, names = [tensor.grad_fn for tensor in laid_out], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None:
+            names.add(node.name())
+            waiting += [following for following, _ in node.next_functions]
+    # A selection's backward fills a whole tensor with zeros and copies into it.
+    assert names == {"TransposeBackward0", "SqueezeBackward1", "torch::autograd::AccumulateGrad"}

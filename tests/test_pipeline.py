@@ -1,0 +1,421 @@
+"""The pipeline room, without bash: what a call of run.sh runs, which results stand and which are refused."""
+
+import dataclasses
+import shlex
+import string
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from meme_llava.errors import UserError
+from meme_llava.pipeline.__main__ import main, make_result, run_command
+from meme_llava.pipeline.plan import choose_device_batch, choose_devices
+from meme_llava.pipeline.settings import SETTING, list_settings
+from meme_llava.pipeline.stage import Stage, split_flags
+from meme_llava.storage.made_from import is_same, list_differences
+from meme_llava.train.settings import TrainArguments, free_settings
+
+LAUNCHER = "python -m meme_llava.distributed.launch --die_with_parent --processes"
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """A function that gives exit code, output and errors of a dry run, as bash would start it."""
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("run.sh", "scripts/more_settings.sh")]
+    lines = [line for line in texts[0].replace("\\\n", " ").splitlines() if line.startswith("stage ")]
+    assert len(lines) == 7
+    defaults = dict(found.groups() for text in texts for found in SETTING.finditer(text))
+    monkeypatch.chdir(ROOT)
+
+    def call(*words, **variables):
+        with monkeypatch.context() as environment:
+            for name in defaults:
+                environment.delenv(name, raising=False)
+            values = {**defaults, "GPUS": "cpu", "DRY_RUN": "1", **variables}
+            values["BASE_DIR"] = string.Template(values["BASE_DIR"]).substitute(values)
+            for name, value in values.items():
+                environment.setenv(name, value)
+            stages = [shlex.split(string.Template(line).substitute(values))[1:] for line in lines]
+            declared = [word for stage in stages for word in (str(len(stage)), *stage)]
+            code = 0
+            try:
+                main(["check", *declared, "0", *words])
+            except SystemExit as stop:
+                code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def dry_run(call):
+    def dry_run(*words, **variables):
+        code, out, errors = call(*words, **variables)
+        assert (code, errors) == (0, "")
+        return out.splitlines()
+
+    return dry_run
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("EPOCH", "EPOCHS"),
+        ("GPU", "GPUS"),
+        ("LOW_LRS", "LOW_LR"),
+        ("OUTPUT_DIT", "OUTPUT_DIR"),
+        ("LORA_ALHPA", "LORA_ALPHA"),
+        ("DRYRUN", "DRY_RUN"),
+        ("epochs", "EPOCHS"),
+    ],
+)
+def test_a_misspelt_variable_stops_the_run(call, written, meant):
+    code, out, errors = call(**{written: "1"})
+    assert (code, out) == (2, "")
+    assert errors == (
+        f"error: the variable {written} is set, which run.sh does not know; did you mean {meant}? "
+        f"(else: unset {written})\n"
+    )
+
+
+def test_a_hostfile_of_earlier_versions_is_not_ignored(call):
+    code, out, errors = call(HOSTFILE="hosts.txt")
+    assert (code, out) == (2, "") and errors.startswith(
+        "error: HOSTFILE is no longer a setting; a loop in docs/multi_gpu"
+    )
+
+
+def test_other_variables_are_no_slips(dry_run):
+    dry_run(ENV="prod", EPOCHE="", LR="1", HIGH="2", RANK="0", MASTER="a", NODE="b", LORA="c", GPU_COUNT="8")
+
+
+def test_memes_of_ones_own_are_evaluated_before_and_after_training(dry_run):
+    *_, infer, before, after, _ = dry_run(EVAL_ANNOTATIONS="data/README.md", EVAL_IMAGE_FOLDER="tests")
+    asked = "--annotations data/README.md --image_folder tests"
+    assert infer == f"python infer.py --model output/merged {asked} --limit 20"
+    assert before == f"python evaluate.py --model output/base --output_dir output/scores_before {asked}"
+    assert after == (
+        f"python evaluate.py --model output/merged --output_dir output/scores {asked} "
+        "--compare_with output/scores_before"
+    )
+
+
+@pytest.mark.parametrize("variables", [{"ANNOTATIONS": "data/README.md"}, {"EVAL_ANNOTATIONS": "none"}])
+def test_without_memes_kept_out_of_training_the_trained_ones_are_asked_for(dry_run, variables):
+    """The drawn memes of data/unseen say nothing about a model of other memes."""
+    *_, merge, infer = dry_run(**variables)
+    assert merge == "python merge_lora.py --adapter output/train --output_dir output/merged"
+    annotations = variables.get("ANNOTATIONS", "data/annotations.json")
+    assert infer == (
+        f"python infer.py --model output/merged --annotations {annotations} --image_folder data --limit 20"
+    )
+
+
+def test_kept_memes_lie_where_the_trained_ones_do_unless_told_otherwise(dry_run):
+    *_, before, _ = dry_run(EVAL_ANNOTATIONS="data/README.md", IMAGE_FOLDER="tests")
+    assert "--annotations data/README.md --image_folder tests" in before
+
+
+@pytest.mark.parametrize("gpus", ["1", "2", "4", "8"])
+def test_nothing_else_edited_runs_on_any_usual_number_of_gpus(dry_run, gpus):
+    (train,) = dry_run("train", GPUS=gpus)
+    device_batch = {"1": 8, "2": 4, "4": 2, "8": 1}[gpus]
+    assert f"--global_batch_size 8 --device_batch_size {device_batch}" in train
+
+
+def test_training_is_evaluated_on_the_memes_that_are_kept_out_of_it(call, dry_run):
+    kept = "--eval_annotations data/unseen/annotations.json --eval_image_folder data/unseen"
+    for flag in ("--eval_every 50", "--eval-every=50"):
+        (line,) = dry_run("train", *flag.split())
+        assert line.endswith(f" {kept} --eval_every 50")
+    (line,) = dry_run("train", "--eval_every", "50", "--eval_annotations", "mine.json", "--eval_image_folder", "mine")
+    assert kept not in line and "--eval_annotations mine.json" in line
+    code, _, errors = call("train", "--eval_every", "50", EVAL_ANNOTATIONS="none")
+    assert code == 2
+    assert errors.startswith("error: --eval_every needs --eval_annotations, which is not there")
+    (line,) = dry_run("train")
+    assert "--eval" not in line
+
+
+def test_several_nodes(dry_run):
+    node = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "2950"}
+    (train,) = dry_run("train", GPUS="4", **node)
+    assert train.startswith(
+        f"{LAUNCHER} 4 --nodes 2 --node_rank 1 --master_addr 10.0.0.1 --start_timeout 7200 --master_port 2950 train.py "
+    )
+
+
+def test_nodes_but_the_first_only_train(dry_run):
+    """Node 0 checks, builds and merges."""
+    node = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
+    (train,) = dry_run(GPUS="4", **node)
+    assert "--node_rank 1 --master_addr 10.0.0.1 --start_timeout 7200 --master_port 29500" in train
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes"),
+    [
+        ("cpu", 1),
+        ("cpu:2", 2),
+        ("1", 1),
+        ("2", 2),
+        ("0,3", 2),
+        ("3,", 1),
+    ],
+)
+def test_gpus_by_count_or_list(dry_run, gpus, processes):
+    (train,) = dry_run("train", GPUS=gpus, GLOBAL_BATCH="8", DEVICE_BATCH="1")
+    assert train.startswith(f"{LAUNCHER} {processes} train.py")
+
+
+@pytest.mark.parametrize("engine", ["single", "ddp", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2"])
+def test_every_engine_is_one_word(dry_run, engine):
+    (train,) = dry_run("train", ENGINE=engine, GPUS="2")
+    assert train.endswith(f" --engine {engine}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        (["bild"], {}, "unknown stage bild; expected build, train, merge, infer, evaluate, report"),
+        (
+            ["evaluate"],
+            {"EVAL_ANNOTATIONS": "none"},
+            "evaluate needs EVAL_ANNOTATIONS, an annotation file of memes that are not trained on",
+        ),
+        ([], {"EVAL_ANNOTATIONS": "missing.json"}, "EVAL_ANNOTATIONS=missing.json: no such file or folder"),
+        (
+            [],
+            {"EVAL_ANNOTATIONS": "data/README.md", "EVAL_IMAGE_FOLDER": "missing"},
+            "EVAL_IMAGE_FOLDER=missing: no such file or folder",
+        ),
+        ([], {"EVAL_ANNOTATIONS": "data/../data/annotations.json"}, "EVAL_ANNOTATIONS is ANNOTATIONS"),
+        (["--save_steps", "5", "train"], {}, "train stands after the flags of train.py; put stages first"),
+        ([], {"GPUS": "08"}, "GPUS is '08'"),
+        ([], {"OUTPUT_DIR": "run.sh"}, "OUTPUT_DIR=run.sh is a file"),
+        ([], {"GPUS": "many"}, "GPUS is 'many', expected auto, a count, a list such as 0,3, cpu or cpu:2"),
+        ([], {"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK is 2, expected 0 to 1, below NNODES"),
+        (["merge"], {"NODE_RANK": "1"}, "NODE_RANK is 1, expected 0 to 0, below NNODES"),
+        ([], {"MASTER_PORT": "99999", "GPUS": "cpu:2"}, "MASTER_PORT is 99999, expected 0 to 65535"),
+        ([], {"GPUS": "0,x"}, "GPUS is '0,x'"),
+        ([], {"DEVICE_BATCH": "3"}, "GLOBAL_BATCH=8 is not a multiple of DEVICE_BATCH x GPUs = 3. Set GLOBAL_BATCH=9."),
+        ([], {"GLOBAL_BATCH": "ten"}, "GLOBAL_BATCH is 'ten', expected a whole number above 0"),
+        ([], {"DEVICE_BATCH": "0"}, "DEVICE_BATCH is '0', expected a whole number above 0"),
+        ([], {"GPUS": "2", "ENGINE": "zero7"}, "error: ENGINE zero7: no such engine; there are auto"),
+        ([], {"LOW_LR": "-1"}, "error: LOW_LR is -1.0, expected greater than 0"),
+        (["train", "--low_lr", "-1"], {}, "error: --low_lr is -1.0, expected greater than 0"),
+        ([], {"PROJECTOR_EPOCHS": "1", "PROJECTOR_LR": "fast"}, "error: PROJECTOR_LR: invalid float value: 'fast'"),
+        (["train", "--output_dir", "b"], {"PROJECTOR_EPOCHS": "1"}, "error: --output_dir counts for both stages of"),
+        ([], {"PROJECTOR_EPOCHS": "1", "TRAIN_TYPE": "projector"}, "train the same; set PROJECTOR_EPOCHS=0"),
+        ([], {"MASTER_PORT": "http"}, "error: MASTER_PORT: invalid int value: 'http'"),
+        ([], {"IMAGE_POLICY": "padd"}, "error: IMAGE_POLICY: invalid choice: 'padd'"),
+    ],
+)
+def test_wrong_values_stop_before_anything_runs(call, arguments, variables, message):
+    code, out, errors = call(*arguments, **variables)
+    assert (code, out) == (2, "")
+    assert message in errors
+
+
+def test_warmup_in_steps_takes_the_place_of_the_share(dry_run):
+    (train,) = dry_run("train", "--warmup_steps", "5")
+    assert "--warmup_ratio" not in train and train.endswith(" --warmup_steps 5")
+
+
+def test_every_setting_is_known_once():
+    names = list_settings()
+    assert len(names) == len(set(names)) == 30
+    assert {"EPOCHS", "OUTPUT_DIR", "PROJECTOR_LR", "MASTER_PORT", "PRESET", "DRY_RUN"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "device_batch", "gpus", "expected"),
+    [
+        (64, 8, 8, 8),
+        (64, 8, 2, 8),
+        (8, 8, 4, 2),
+        (60, 8, 4, "GLOBAL_BATCH=60 is not a multiple of DEVICE_BATCH x GPUs = 32. Set GLOBAL_BATCH=64."),
+        (36, 8, 4, "GLOBAL_BATCH=36 is not a multiple of DEVICE_BATCH x GPUs = 32. Set GLOBAL_BATCH=32."),
+        (10, 8, 4, "GLOBAL_BATCH=10 is not a multiple of GPUs = 4. Set GLOBAL_BATCH=8."),
+        (3, 8, 8, "GLOBAL_BATCH=3 is not a multiple of GPUs = 8. Set GLOBAL_BATCH=8."),
+    ],
+)
+def test_the_device_batch_divides_the_step(global_batch, device_batch, gpus, expected):
+    if isinstance(expected, int):
+        assert choose_device_batch(global_batch, device_batch, gpus) == expected
+        return
+    with pytest.raises(UserError) as error:
+        choose_device_batch(global_batch, device_batch, gpus)
+    assert str(error.value) == expected
+
+
+def test_processes_see_the_gpus_that_are_meant(monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "GOMP_SPINCOUNT": "1000"}
+    assert choose_devices("cpu", None) == (1, cpu)
+    assert choose_devices("cpu:3", "5") == (3, cpu)
+    assert choose_devices("0", None) == (1, cpu)
+    assert choose_devices("8", None) == (8, {})
+    assert choose_devices("1", None) == (1, {"CUDA_VISIBLE_DEVICES": "0"})
+    assert choose_devices("1", "5,6") == (1, {"CUDA_VISIBLE_DEVICES": "5"})
+    assert choose_devices("0,3", None) == (2, {"CUDA_VISIBLE_DEVICES": "0,3"})
+    assert choose_devices("3,", None) == (1, {"CUDA_VISIBLE_DEVICES": "3"})
+
+
+def test_flags_in_every_spelling():
+    assert split_flags(["train", "--a-b=1", "--c", "x", "y", "--d", "--a_b", "-2"]) == (
+        ["train"],
+        {"a_b": ["-2"], "c": ["x", "y"], "d": []},
+    )
+
+
+def test_one_value_in_several_spellings(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert is_same("5e-4", "0.0005")
+    assert is_same("out/", "out") and is_same("out", str(tmp_path / "out")) and is_same("a/../out", "./out")
+    assert not is_same("5e-4", "5e-5") and not is_same("out", "output") and not is_same("lora", "full")
+
+
+def test_free_settings_are_settings():
+    assert free_settings() <= {field.name for field in dataclasses.fields(TrainArguments)}
+    assert {"save_steps", "report_to", "eval_every", "run_name", "logging_steps"} <= free_settings()
+
+
+SCRIPT = """
+import pathlib, sys
+folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+folder.mkdir()
+(folder / "run_record.json").write_text("{}")
+"""
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    """A stage whose script writes a run record."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "data.json").write_text("[]")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "run_record.json").write_text("1")
+    flags = {"annotations": ["data.json"], "model": ["base"], "output_dir": ["out"], "low_lr": ["5e-4"]}
+    return Stage("train", ["python", "script.py"], flags | {"engine": ["ddp"], "save_steps": ["5"]})
+
+
+def test_a_result_is_made_once(stage, capsys):
+    make_result(stage, writes_note=True)
+    assert capsys.readouterr().out == ""
+    make_result(stage, writes_note=True)
+    assert capsys.readouterr().out == "finished already: out\n"
+
+
+def test_a_kill_right_after_the_result_is_in_place_leaves_a_finished_stage(stage, tmp_path, capsys):
+    (tmp_path / "script.py").write_text(f"{SCRIPT}\nimport os; os.kill(os.getpid(), 9)")
+    with pytest.raises(SystemExit):
+        make_result(stage, writes_note=True)
+    make_result(stage, writes_note=True)
+    assert capsys.readouterr().out == "finished already: out\n"
+
+
+def test_a_result_of_other_hands_gets_no_note_before_its_script_agrees(stage, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run_record.json").write_text("{}")
+    for _ in range(2):
+        # The script finds the folder there and fails, as those of the product do.
+        with pytest.raises(SystemExit):
+            make_result(stage, writes_note=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"engine": "zero2"},
+        {"save_steps": "7"},
+        {"report_to": "none"},
+        {"no_torch_compile": "true"},
+        {"low_lr": "0.0005"},
+        {"annotations": "./data.json"},
+        {"output_dir": "out/"},
+        {"model": "base/../base"},
+    ],
+)
+def test_what_changes_no_result_asks_for_no_new_one(stage, capsys, change):
+    make_result(stage, writes_note=True)
+    make_result(stage.change(**change), writes_note=True)
+    assert capsys.readouterr().out == "finished already: out\n"
+
+
+def test_absolute_paths_are_the_same_folders(stage, tmp_path, capsys):
+    make_result(stage, writes_note=True)
+    make_result(stage.change(model=str(tmp_path / "base"), output_dir=str(tmp_path / "out")), writes_note=True)
+    assert capsys.readouterr().out == f"finished already: {tmp_path}/out\n"
+
+
+def test_other_settings_are_refused_with_what_differs(stage, capsys):
+    make_result(stage, writes_note=True)
+    with pytest.raises(UserError, match="^out was made from other settings or input .* Set another OUTPUT_DIR"):
+        make_result(stage.change(low_lr="1e-5", seed="7"), writes_note=True)
+    assert capsys.readouterr().err == "< --low_lr 5e-4\n> --low_lr 1e-5\n> --seed 7\n"
+
+
+def test_other_contents_are_refused(stage, tmp_path, capsys):
+    make_result(stage, writes_note=True)
+    (tmp_path / "base" / "run_record.json").write_text("2")
+    with pytest.raises(UserError, match="was made from other settings or input"):
+        make_result(stage, writes_note=True)
+    one, two = (
+        "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b",
+        "d4735e3a265e16eee03f59718b9b5d03019c07d8b6c51f90da3a666eec13ab35",
+    )
+    name = "contents of --model/run_record.json"
+    assert capsys.readouterr().err == f"< {name} {one}\n> {name} {two}\n"
+
+
+def test_a_note_that_is_none_is_refused(tmp_path):
+    note = tmp_path / "train.command"
+    note.write_text("train.py --model output/base\n123 45 data/annotations.json\n")
+    assert list_differences(note, {}) == [f"< {note}: no note of this version of run.sh"]
+
+
+def test_the_other_nodes_write_no_note(stage):
+    make_result(stage, writes_note=False)
+    assert stage.is_made and not stage.is_finished
+
+
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [
+        ("import sys; sys.exit(7)", 7),
+        ("import os; os.kill(os.getpid(), 9)", 137),
+        # A signal to this process reaches the command, which says how it ended …
+        (
+            "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
+            "os.kill(os.getppid(), signal.SIGINT); time.sleep(30)",
+            75,
+        ),
+        # … or does not.
+        ("import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(30)", 130),
+        ("import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(30)", 143),
+    ],
+)
+def test_a_command_ends_the_chain_with_its_code(program, code):
+    with pytest.raises(SystemExit) as stop:
+        run_command("python", "-c", program)
+    assert stop.value.code == code
+
+
+def test_a_command_that_ends_well_is_followed_by_the_next():
+    run_command("python", "-c", "import sys; assert sys.stdin.read() == ''")
+
+
+def test_no_library_is_needed_before_the_first_stage():
+    """Help and most wrong settings are answered before an environment is made."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import meme_llava.pipeline.__main__; "
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    command = [sys.executable, "-I", "-S", "-c", program]
+    modules = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert "meme_llava" in modules
+    assert modules & {"numpy", "torch", "transformers", "yaml", "rich", "psutil"} == set()

@@ -1,0 +1,297 @@
+"""Lessons ask what stands on the page, in the order of the patches or of reading."""
+
+import json
+import random
+import subprocess
+from pathlib import Path
+
+import make_towers
+import numpy as np
+import pytest
+from conftest import run_drawing
+from meme_characters import MOODS  # noqa: E402
+from meme_groups import Group, draw_group  # noqa: E402
+from meme_lines import list_alphabet  # noqa: E402
+from meme_pages import MOOD_MARKS, Letter, Page, RowKind, plan_scene  # noqa: E402
+from meme_pictures import Meme  # noqa: E402
+from PIL import Image
+from transformers import AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
+
+from meme_llava.model.llava import load_strictly
+from meme_llava.storage.run_record import read_run_record
+
+HALVES = (slice(0, 80), slice(80, 160))
+
+
+def draw(folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    return run_drawing("draw_lessons.py", folder, *flags)
+
+
+def read_turns(folder: Path) -> dict[str, tuple[str, str]]:
+    records = json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
+    return {record["id"]: tuple(turn["value"] for turn in record["conversations"]) for record in records}
+
+
+def test_a_field_names_the_patch_of_every_letter():
+    # Patches are 16 pixels a side, ten a row.
+    letters = [
+        Letter("我", 15.9, 8, 16),
+        Letter("太", 16.1, 8, 16),
+        Letter("难", 159, 40, 30),
+        Letter("了", 0, 150, 60),
+    ]
+    page = Page("p", letters, is_plain=True)
+    assert page.text == "我太难了"
+    rows = ["□" * 10] * 10
+    rows[0] = "我太" + "□" * 8
+    rows[2] = "□" * 9 + "难"
+    rows[9] = "了" + "□" * 9
+    assert page.field == "".join(rows)
+
+
+@pytest.fixture(scope="module")
+def lessons(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("lessons")
+    counts = {
+        "copies": 3,
+        "spelled_fields": 3,
+        "spelled_texts": 12,
+        "spelled_moods": 3,
+        "crowded_fields": 12,
+        "crowded_texts": 3,
+        "scene_fields": 3,
+        "scene_texts": 12,
+        "group_fields": 12,
+        "groups": 12,
+        "memes": 2,
+    }
+    flags = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
+    process = draw(folder, *flags, "--seed", "5", "--plain", "1", "--most_letters", "7")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith(f"Drew 56 images into {folder / 'images'}, wrote 81 lessons; fonts found: ")
+    return folder
+
+
+def test_each_lesson_is_answered_from_its_page(lessons):
+    turns = read_turns(lessons)
+    assert len(turns) == 81
+    for identifier, (question, answer) in turns.items():
+        page, _, words = question.partition("\n")
+        kind = identifier.rpartition("_")[0]
+        if kind == "copies":
+            assert page == answer and 1 <= len(answer) <= 16
+        elif kind.startswith("spelled"):
+            assert len(page) == 100
+            text = "".join(character for character in page if character not in {"□", *MOOD_MARKS.values()})
+            if kind == "spelled_texts":
+                assert answer == (text or "图片里没有文字。")
+            elif kind == "spelled_moods":
+                assert page.count(MOOD_MARKS[answer]) == 1
+            else:
+                assert answer == page
+        else:
+            assert page == "<image>"
+        if kind.endswith("fields"):
+            assert words == "逐格读出图中的文字。" and len(answer) == 100
+        if kind == "spelled_fields":
+            assert 2 <= len(set(answer)) <= 4 and not set(answer) & {"□"}
+        if kind == "crowded_texts":
+            assert len(answer) > 7 and not set(answer) & {"□"}
+        elif kind.endswith("texts"):
+            assert answer == "图片里没有文字。" or 1 <= len(answer) <= 7 and not set(answer) & {"□"}
+        if kind == "group_fields":
+            assert len(answer.replace("□", "")) in (1, 4, 9) and set(answer) <= {"□", *MOOD_MARKS.values()}
+        if kind == "groups":
+            moods = answer.split("，")
+            assert set(moods) <= set(MOODS) and len(moods) in (1, 4, 9)
+            assert (words == "逐个说出图中角色的心情。") == (len(moods) > 1)
+
+
+def test_ink_stands_where_the_field_says(lessons):
+    """The first and last lettered rows of patches of plain pages, by hand from the pixels."""
+    for identifier, (_, answer) in read_turns(lessons).items():
+        if not identifier.startswith("crowded_fields"):
+            continue
+        with Image.open(lessons / "images" / f"{identifier}.png") as image:
+            ink = np.asarray(image.convert("L")) < 200
+        assert ink.shape == (160, 160)
+        inked_rows = ink.any(axis=1).nonzero()[0]
+        rows = [answer[start : start + 10] for start in range(0, 100, 10)]
+        lettered = [number for number, row in enumerate(rows) if set(row) - {"□"}]
+        # A letter's ink is around its middle, and letters are 14 to 36 pixels high.
+        assert 0 <= lettered[0] * 16 + 16 - inked_rows[0] and lettered[0] * 16 - inked_rows[0] <= 30
+        assert inked_rows[-1] >= lettered[-1] * 16 - 16 and inked_rows[-1] - lettered[-1] * 16 <= 16 + 30
+
+
+def test_a_crowded_page_is_full(tmp_path):
+    draw(tmp_path, "--crowded_fields", "12", "--smallest", "20", "--largest", "20")
+    counts = [100 - answer.count("□") for _, answer in read_turns(tmp_path).values()]
+    # Letters of 20 pixels, at most 24 apart: 6 to 8 rows of 6 to 8, of which a tenth may be left out.
+    assert len(counts) == 12 and min(counts) > 26 and max(counts) <= 64
+
+
+def test_a_full_page_has_a_letter_in_every_patch(tmp_path):
+    draw(tmp_path, "--full_fields", "2", "--plain", "1")
+    for identifier, (_, answer) in read_turns(tmp_path).items():
+        assert len(answer) == 100 and set(answer) <= set(list_alphabet()) and len(set(answer)) > 50
+        with Image.open(tmp_path / "images" / f"{identifier}.png") as image:
+            ink = np.asarray(image.convert("L")) < 200
+        patches = ink.reshape(10, 16, 10, 16).any(axis=(1, 3))  # (10, 10)
+        # Wherever a Chinese letter should be there is ink.
+        assert all(inked for character, inked in zip(answer, patches.flat, strict=True) if character > "一")
+
+
+def test_pages_without_words_are_letters_by_chance(tmp_path):
+    draw(tmp_path / "chance", "--crowded_texts", "8", "--words", "0")
+    draw(tmp_path / "words", "--crowded_texts", "8", "--words", "1")
+    shares = {}
+    for name in ("chance", "words"):
+        text = "".join(answer for _, answer in read_turns(tmp_path / name).values())
+        shares[name] = sum(text.count(common) for common in "我你的了天") / len(text)
+    # By chance 5 in 169.
+    assert shares["chance"] < 0.04 and shares["words"] > 0.055
+
+
+def test_rows_may_have_few_characters_that_share_patches(tmp_path):
+    """Letters of 10 pixels stand closer than the patches' 16."""
+    small = ["--few", "1", "--smallest", "10", "--largest", "10", "--share_patches", "--most_letters", "100"]
+    draw(tmp_path, "--scene_texts", "12", "--scene_fields", "12", "--crowded_texts", "4", *small)
+    answers = {"scene_texts": [], "scene_fields": [], "crowded_texts": []}
+    for identifier, (_, answer) in read_turns(tmp_path).items():
+        answers[identifier.rpartition("_")[0]].append(answer)
+    # More letters than there are patches.
+    assert min(map(len, answers["crowded_texts"])) > 130
+    assert {len(answer) for answer in answers["scene_fields"]} == {100}
+    # Rows of two or three characters follow each other; among 169, ten by chance are hardly ever three different ones.
+    tens = [set(answer[:10]) for answer in answers["scene_texts"] if len(answer) >= 10 and "没有" not in answer]
+    assert len(tens) >= 6 and sorted(map(len, tens))[len(tens) // 2] <= 3
+    assert any(ten <= set("0124569G") for ten in tens)
+
+
+def test_a_group_shows_the_moods_of_the_answer_in_order():
+    """Red hearts, and nothing else as red, stand where someone is in love."""
+    figures = [Meme("g", "小猫", mood, None, "", "jpeg") for mood in ("无语", "心动", "惊讶", "心动")]
+    group = Group("g", figures)
+    assert group.answer == "无语，心动，惊讶，心动"
+    # A cell is 80 pixels or five patches, its middle 40 pixels: in the third patch.
+    blank = "□"
+    rows = [blank * 10] * 10
+    rows[2] = blank * 2 + "⑤" + blank * 4 + "⑧" + blank * 2
+    rows[7] = blank * 2 + "④" + blank * 4 + "⑧" + blank * 2
+    assert group.field == "".join(rows)
+    red = np.asarray(draw_group(random.Random(0), group)).astype(int)
+    red = (red[..., 0] > 180) & (red[..., 1] < 110) & (red[..., 2] < 140)
+    counts = [red[rows, columns].sum() for rows in HALVES for columns in HALVES]
+    assert min(counts[1], counts[3]) > 4 * max(counts[0], counts[2])
+
+
+def test_a_scene_is_short_where_it_must_be_and_may_have_a_figure():
+    scenes = [plan_scene(str(seed), random.Random(seed), RowKind(13, 34, words=0.5), True, 16) for seed in range(60)]
+    assert max(len(scene.letters) for scene in scenes) == 16
+    assert {scene.figure is None for scene in scenes} == {True, False}
+    for scene in scenes:
+        if scene.figure:
+            meme, (left, top, right, bottom) = scene.figure
+            assert right - left == pytest.approx(bottom - top) and 0 <= left and right <= 160
+            assert scene.field.count(MOOD_MARKS[meme.mood]) == 1
+            # Words and figure are apart.
+            assert all(
+                letter.y - letter.size / 2 >= bottom - 0.01 or letter.y + letter.size / 2 <= top + 0.01
+                for letter in scene.letters
+            )
+        # Rows follow each other downwards, and the letters of a row to the right.
+        places = [(letter.y, letter.x) for letter in scene.letters]
+        assert places == sorted(places)
+
+
+def test_the_same_seed_draws_the_same_lessons(lessons, tmp_path):
+    draw(tmp_path / "one", "--crowded_fields", "4", "--memes", "2", "--seed", "5", "--processes", "2")
+    draw(tmp_path / "two", "--crowded_fields", "4", "--memes", "2", "--seed", "5")
+    draw(tmp_path / "other", "--crowded_fields", "4", "--memes", "2", "--seed", "6")
+    one, two, other = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.*")} for name in ("one", "two", "other")
+    )
+    assert one == two and len(one) == 8  # six images, annotations, alphabet
+    assert [name for name in one if one[name] == other.get(name)] == ["alphabet.txt"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "no lesson is asked for; give at least one of --copies, --spelled_fields"),
+        (["--copies", "-1"], "--copies must not be negative"),
+        (["--copies", "1", "--processes", "0"], "--processes must be at least 1"),
+        (["--copies", "1", "--most_letters", "0"], "--most_letters must be at least 1"),
+        (["--copies", "1", "--plain", "30"], "--plain must be 0 to 1"),
+        (["--copies", "1", "--words", "-1"], "--words must be 0 to 1"),
+        (["--copies", "1", "--few", "2"], "--few must be 0 to 1"),
+        (["--crowded_fields", "1", "--smallest", "40", "--largest", "30"], "--smallest and --largest must be 4 to 160"),
+    ],
+)
+def test_lessons_that_cannot_be_meant_are_refused(tmp_path, flags, message):
+    process = draw(tmp_path / "lessons", *flags)
+    assert process.returncode == 2 and message in process.stderr
+    assert not (tmp_path / "lessons").exists()
+
+
+def test_a_folder_with_images_is_left_alone(lessons):
+    before = sorted(path.name for path in (lessons / "images").iterdir())
+    process = draw(lessons, "--crowded_fields", "1")
+    assert process.returncode == 2 and "is not empty; choose another --output_dir" in process.stderr
+    assert sorted(path.name for path in (lessons / "images").iterdir()) == before
+
+
+# ---- The random towers that the lessons are for ----
+
+
+@pytest.fixture(scope="module")
+def towers(lessons, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("towers") / "random"
+    make_towers.main(["--alphabet", str(lessons / "alphabet.txt"), "--output_dir", str(folder)])
+    return folder
+
+
+def test_every_character_of_a_lesson_is_one_token(lessons, towers):
+    tokenizer = AutoTokenizer.from_pretrained(towers / "language_model")
+    alphabet = (lessons / "alphabet.txt").read_text(encoding="utf-8").strip()
+    assert set(list_alphabet()) | {"□"} <= set(alphabet)
+    for question, answer in read_turns(lessons).values():
+        text = question.removeprefix("<image>\n") + answer
+        assert set(text) - {"\n"} <= set(alphabet)
+    assert [character for character in alphabet if len(tokenizer(character)["input_ids"]) != 1] == []
+    # In a row, too: the hundred characters of a field take the hundred positions of the image tokens.
+    field = "我OK6no哈哈哈太" * 10
+    assert len(tokenizer(field)["input_ids"]) == 100
+
+
+def test_random_towers_can_be_built_again_and_say_how_they_were_made(towers):
+    language_model = load_strictly(Qwen2ForCausalLM, towers / "language_model")
+    vision_model = load_strictly(ChineseCLIPModel, towers / "vision_tower").vision_model
+    assert language_model.config.tie_word_embeddings
+    parameters = sum(p.numel() for p in language_model.parameters()) + sum(p.numel() for p in vision_model.parameters())
+    assert parameters < 15_000_000
+    positions = vision_model.embeddings.position_embedding.weight  # (1 + 100, 256)
+    assert positions.shape == (101, 256)
+    # Patch (row 2, column 3), highest frequency: sin 2, cos 2, sin 3, cos 3.
+    assert positions[1 + 23, [0, 64, 128, 192]].tolist() == pytest.approx([0.9093, -0.4161, 0.1411, -0.99], abs=1e-4)
+    assert read_run_record(towers)["settings"]["seed"] == 0
+
+
+def test_a_copier_has_one_layer_with_one_head(lessons, tmp_path):
+    flags = ["--alphabet", str(lessons / "alphabet.txt"), "--output_dir", str(tmp_path / "towers"), "--copier"]
+    make_towers.main(flags)
+    config = load_strictly(Qwen2ForCausalLM, tmp_path / "towers" / "language_model").config
+    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (1, 1, 1)
+    assert config.intermediate_size == 64
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "cannot be read"), (" \n", "has no characters")])
+def test_an_alphabet_without_characters_is_refused(tmp_path, capsys, content, message):
+    path = tmp_path / "alphabet.txt"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        make_towers.main(["--alphabet", str(path), "--output_dir", str(tmp_path / "towers")])
+    assert stop.value.code == 2
+    assert f"--alphabet {path} {message}" in capsys.readouterr().err
+    assert not (tmp_path / "towers").exists()

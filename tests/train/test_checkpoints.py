@@ -1,0 +1,358 @@
+"""Checkpoints are whole or absent: damage of any kind is found, named and passed over, and two are always kept."""
+
+import json
+import os
+import shutil
+import signal
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import read_losses, train_flags
+from safetensors.torch import load_file
+
+import infer
+import merge_lora
+import train
+from meme_llava.errors import CheckpointError, DiskFullError, UserError
+from meme_llava.storage import tensor_writer
+from meme_llava.storage.manifest import read_manifest, verify_directory, write_manifest
+from meme_llava.train import checkpoints, prepare
+from meme_llava.train.checkpoints import find_newest, hold_output_dir, list_checkpoints, write_checkpoint
+from meme_llava.train.hf_arguments import count_steps
+from meme_llava.train.settings import parse_train_arguments
+
+CHECKPOINT_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "manifest.json",
+    "optimizer-00001-of-00001.safetensors",
+    "processor_config.json",
+    "run_record.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "trainer_state.json",
+)
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory) -> Path:
+    """Six steps with every second one kept."""
+    output_dir = tmp_path_factory.mktemp("finished") / "out"
+    train.main(train_flags(world, output_dir, max_steps=6, save_steps=2, save_total_limit=3, lora_dropout=0.1))
+    return output_dir
+
+
+def interrupt(finished, output_dir) -> Path:
+    """The directory as it was after step 4, the last two checkpoints there."""
+    output_dir.mkdir()
+    for step in (2, 4):
+        shutil.copytree(finished / f"checkpoint-{step}", output_dir / f"checkpoint-{step}")
+    return output_dir
+
+
+def resume_flags(world, output_dir, **changes):
+    changes = {"max_steps": 6, "save_steps": 2, "save_total_limit": 3, "lora_dropout": 0.1, **changes}
+    return train_flags(world, output_dir, resume_from_checkpoint="latest", **changes)
+
+
+def resume(world, output_dir, **changes):
+    train.main(resume_flags(world, output_dir, **changes))
+
+
+def fail(capsys, world, output_dir, code, **changes) -> str:
+    with pytest.raises(SystemExit) as stop:
+        resume(world, output_dir, **changes)
+    assert stop.value.code == code
+    return capsys.readouterr().err
+
+
+def flip_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "deleted": Path.unlink,
+    "emptied": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3]),
+    "flipped": flip_byte,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+def test_any_damage_to_any_file_is_found_and_the_checkpoint_before_is_taken(finished, tmp_path, capsys, name, damage):
+    output_dir = interrupt(finished, tmp_path / "out")
+    assert {path.name for path in (output_dir / "checkpoint-4").iterdir()} == set(CHECKPOINT_FILES)
+    DAMAGES[damage](output_dir / "checkpoint-4" / name)
+    assert find_newest(output_dir) == output_dir / "checkpoint-2"
+    said = capsys.readouterr().out
+    assert said.startswith("passed over checkpoint-4: ") and name in said
+
+
+def test_every_byte_of_a_manifest_counts(finished, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(finished / "checkpoint-4", folder)
+    text = (folder / "manifest.json").read_bytes()
+    for place in range(0, len(text), 37):
+        changed = bytearray(text)
+        changed[place] ^= 1
+        (folder / "manifest.json").write_bytes(changed)
+        with pytest.raises(CheckpointError, match=r"manifest.json: is damaged|is missing|says|differs"):
+            verify_directory(folder)
+    (folder / "manifest.json").write_bytes(text.replace(b"\n", b"\r\n"))
+    with pytest.raises(CheckpointError, match="its own checksum differs"):
+        verify_directory(folder)
+
+
+def test_a_run_goes_on_from_the_one_before_and_ends_the_same(world, finished, tmp_path, capsys):
+    output_dir = interrupt(finished, tmp_path / "out")
+    flip_byte(output_dir / "checkpoint-4" / "optimizer-00001-of-00001.safetensors")
+    resume(world, output_dir)
+    said = capsys.readouterr().out
+    assert "passed over checkpoint-4: " in said and "sha256 differs" in said
+    assert "checkpoint-4 is kept as checkpoint-4.passed_over" in said
+    assert f"continuing from {output_dir}/checkpoint-2: 2 steps, 8 records behind it" in said
+    assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert read_losses(output_dir) == read_losses(finished)
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (output_dir, finished))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_without_a_whole_checkpoint_nothing_starts_over_by_itself(world, finished, tmp_path, capsys):
+    output_dir = interrupt(finished, tmp_path / "out")
+    for step in (2, 4):
+        (output_dir / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    error = fail(capsys, world, output_dir, 4)
+    assert "none of checkpoint-2, checkpoint-4 is whole, for the reasons above" in error
+    assert len(list_checkpoints(output_dir)) == 2
+
+
+def test_a_manifest_says_what_a_reader_must_know(world, finished):
+    manifest = read_manifest(finished / "checkpoint-4")
+    assert (manifest["step"], manifest["records"], manifest["updates"]) == (4, 16, 4)
+    assert (manifest["processes"], manifest["engine"], manifest["global_batch_size"]) == (1, "single", 4)
+    record = json.loads((finished / "run_record.json").read_text())
+    assert manifest["base_fingerprint"] == record["base"]["fingerprint"]
+    assert manifest["data_sha256"] == record["data"]["sha256"]
+    assert manifest["libraries"]["torch"] == version("torch")
+    assert set(manifest["files"]) == set(CHECKPOINT_FILES) - {"manifest.json"}
+
+
+def write_small(output_dir, step, keep=2, content=b"x"):
+    def write_files(folder):
+        (folder / "weights").write_bytes(content)
+        return [folder / "weights"]
+
+    return write_checkpoint(output_dir, step, len(content), write_files, lambda: {"step": step}, keep)
+
+
+def test_older_checkpoints_go_only_after_the_new_one_was_read_back(tmp_path, monkeypatch):
+    for step in (1, 2, 10):
+        write_small(tmp_path, step)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
+
+    def find_damage(folder):
+        raise CheckpointError(f"{folder}: the disk gave back something else")
+
+    monkeypatch.setattr(checkpoints, "verify_directory", find_damage)
+    with pytest.raises(CheckpointError, match="something else"):
+        write_small(tmp_path, 11)
+    assert [path.name for path in list_checkpoints(tmp_path)][:2] == ["checkpoint-2", "checkpoint-10"]
+
+
+def die_in_second_write(tmp_path, event) -> bool:
+    """Write a second checkpoint in a process that dies at its `event`-th touch of the disk; whether it came to that."""
+    child = os.fork()
+    if child == 0:
+        counted = [0]
+
+        def count():
+            counted[0] += 1
+            if counted[0] == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def wrap(original):
+            return lambda *arguments, **options: (count(), original(*arguments, **options), count())[1]
+
+        for name in ("fsync_path", "write_manifest", "verify_directory", "set_file_modes", "describe_file"):
+            setattr(checkpoints, name, wrap(getattr(checkpoints, name)))
+        for name in ("rename", "mkdir"):
+            setattr(Path, name, wrap(getattr(Path, name)))
+        checkpoints.shutil = SimpleNamespace(rmtree=wrap(shutil.rmtree), disk_usage=shutil.disk_usage)
+        write_small(tmp_path, 3, content=b"new" * 1000)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def test_death_at_any_point_of_a_save_leaves_whole_checkpoints_alone(tmp_path):
+    """Before and behind everything that reaches the disk; with two checkpoints there, the oldest of which is to go."""
+    event, outcomes = 1, set()
+    while True:
+        folder = tmp_path / str(event)
+        folder.mkdir()
+        for step in (1, 2):
+            write_small(folder, step)
+        died = die_in_second_write(folder, event)
+        names = [path.name for path in list_checkpoints(folder)]
+        for path in list_checkpoints(folder):
+            verify_directory(path)
+        assert len(names) >= 2 and "checkpoint-2" in names
+        newest = find_newest(folder)
+        outcomes.add(newest.name)
+        # The same again goes well, whatever lies about, and nothing but checkpoints is left.
+        write_small(folder, 3 if newest.name == "checkpoint-2" else 4)
+        assert not list(folder.glob(".*"))
+        if not died:
+            break
+        event += 1
+    assert event > 20 and outcomes == {"checkpoint-2", "checkpoint-3"}
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    write_small(tmp_path, 1)
+
+    def write_files(folder):
+        (folder / "weights").write_bytes(b"begun")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(DiskFullError, match=r"No space left on device; it takes 5.0 MB, .* checkpoint-1 and older"):
+        write_checkpoint(tmp_path, 2, 5_000_000, write_files, dict, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_room_is_asked_for_before_the_first_byte(tmp_path):
+    with pytest.raises(DiskFullError, match="no room for a checkpoint: .*There is no older checkpoint"):
+        write_checkpoint(tmp_path, 1, 10**18, lambda folder: pytest.fail("it wrote"), dict, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_real_full_disk(world, tmp_path):
+    """A file system of 64 MiB, filled by somebody else."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0 or os.system(f"mount -t tmpfs -o size=64m tmpfs {disk} 2>/dev/null") != 0:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        write_small(disk, 1, content=b"x" * 1000)
+        (disk / "other").write_bytes(b"x" * (60 << 20))
+        with pytest.raises(DiskFullError, match="no room for a checkpoint"):
+            write_small(disk, 2)
+        tensor_writer_check = tensor_writer.check_free_space
+        checkpoints.check_free_space = lambda folder, needed: None
+        try:
+            with pytest.raises(DiskFullError, match="No space left on device"):
+                write_small(disk, 2, content=b"x" * (8 << 20))
+        finally:
+            checkpoints.check_free_space = tensor_writer_check
+        assert sorted(path.name for path in disk.iterdir()) == ["checkpoint-1", "other"]
+        verify_directory(disk / "checkpoint-1")
+    finally:
+        os.system(f"umount {disk}")
+
+
+def test_two_runs_do_not_write_one_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "LOCK_PATIENCE_SECONDS", 0.5)
+    with hold_output_dir(tmp_path):
+        with pytest.raises(UserError, match="is being written by another process"), hold_output_dir(tmp_path):
+            pass
+    with hold_output_dir(tmp_path):
+        pass
+
+
+def test_a_result_that_was_not_put_in_place_whole_is_put_there_without_training(world, finished, tmp_path, monkeypatch):
+    output_dir = interrupt(finished, tmp_path / "out")
+    shutil.copytree(finished / "checkpoint-6", output_dir / "checkpoint-6")
+    (output_dir / "adapter_config.json").write_text("half")
+    monkeypatch.setattr(prepare, "load_packed_llava", lambda *_: pytest.fail("the model was loaded"))
+    resume(world, output_dir)
+    verify_directory(output_dir)
+    assert json.loads((output_dir / "run_record.json").read_text())["finished"] is True
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "run_record.json"])
+def test_merge_and_infer_refuse_a_damaged_adapter(world, finished, tmp_path, capsys, name):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(finished, adapter, ignore=shutil.ignore_patterns("checkpoint-*"))
+    content = (adapter / name).read_text(encoding="latin-1")
+    (adapter / name).write_text(content.replace("0", "1"), encoding="latin-1")
+    commands = [
+        (merge_lora.main, ["--adapter", str(adapter), "--output_dir", str(tmp_path / "merged")]),
+        (infer.main, ["--model", str(adapter), "--image", str(world.image_folder / "p0.png")]),
+    ]
+    for main, flags in commands:
+        with pytest.raises(SystemExit) as stop:
+            main(flags)
+        assert stop.value.code in (2, 4)
+        assert str(adapter / name) in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"low_lr": 1e-3}, "low_lr was 0.005, is 0.001"),
+        ({"global_batch_size": 2, "device_batch_size": 2}, "global_batch_size was 4, is 2"),
+        ({"shared_images": None}, "shared_images was True, is False"),
+    ],
+)
+def test_what_changed_is_refused_or_allowed_by_name(world, finished, tmp_path, capsys, changes, message):
+    output_dir = interrupt(finished, tmp_path / "out")
+    flags = {name: value for name, value in changes.items() if value is not None}
+    extra = ["--no_shared_images"] if "shared_images" in changes else []
+    base = {"max_steps": 6, "save_steps": 2, "lora_dropout": 0.1, "resume_from_checkpoint": "latest", **flags}
+    with pytest.raises(SystemExit) as stop:
+        train.main([*train_flags(world, output_dir, **base), *extra])
+    assert stop.value.code == 4
+    error = capsys.readouterr().err
+    assert message in error and "pass --allow_changes to go on with it" in error
+    train.main([*train_flags(world, output_dir, **base), *extra, "--allow_changes"])
+    assert f"changed since, as allowed: {message}" in capsys.readouterr().out
+    record = json.loads((output_dir / "run_record.json").read_text())
+    batch = changes.get("global_batch_size", 4)
+    assert record["position"] == {"step": 6, "records": 16 + 2 * batch}
+
+
+def test_a_finished_run_is_trained_longer_only_when_that_is_allowed(world, finished, tmp_path, capsys):
+    output_dir = tmp_path / "out"
+    shutil.copytree(finished, output_dir)
+    assert "max_steps was 6, is 8" in fail(capsys, world, output_dir, 4, max_steps=8)
+    train.main([*resume_flags(world, output_dir, max_steps=8), "--allow_changes"])
+    assert len(read_losses(output_dir)) == 8
+    assert json.loads((output_dir / "run_record.json").read_text())["step"] == 8
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main([*resume_flags(world, interrupt(finished, tmp_path / "cut"), max_steps=3), "--allow_changes"])
+    assert stop.value.code == 4
+    assert "checkpoint-4 has 4 steps behind it, and this run is to have 3; raise" in capsys.readouterr().err
+
+
+def test_another_base_is_refused(world, finished, tmp_path, capsys):
+    """Of equal shapes, only drawn otherwise."""
+    other = tmp_path / "base"
+    shutil.copytree(world.base, other)
+    weights = other / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1  # one value somewhere
+    weights.write_bytes(content)
+    output_dir = interrupt(finished, tmp_path / "out")
+    assert "the base model is another one" in fail(capsys, world, output_dir, 4, model=other)
+
+
+def test_steps_are_counted_from_the_records_behind_a_checkpoint(world):
+    arguments = parse_train_arguments(train_flags(world, Path("out"), num_train_epochs=5, global_batch_size=4), "")
+    assert count_steps(arguments, 24)[0] == 30  # 120 records, 4 a step
+    # 10 steps of 4, and the 80 that are left by 8.
+    larger = parse_train_arguments(train_flags(world, Path("out"), num_train_epochs=5, global_batch_size=8), "")
+    assert count_steps(larger, 24, first_step=10, first_record=40)[0] == 20
+
+
+def test_an_empty_manifest_lists_nothing_and_still_verifies(tmp_path):
+    write_manifest(tmp_path, {}, {"fact": "事实"})
+    assert verify_directory(tmp_path) == {"fact": "事实", "files": {}}

@@ -1,0 +1,136 @@
+"""A run computes as few layers twice as memory asks for, and says so."""
+
+import json
+
+import pytest
+from conftest import train_flags
+from transformers import LlavaConfig
+
+import train
+from meme_llava.dataset.collator import PackingCollator
+from meme_llava.dataset.dataset import TrainingOrder, load_records
+from meme_llava.dataset.settings import RecordPolicy, RecordSource
+from meme_llava.dataset.tokenization import Tokenization
+from meme_llava.distributed.engines import choose_engine
+from meme_llava.model.activation_checkpointing import CheckpointedLayers
+from meme_llava.model.llava import load_processing
+from meme_llava.train import computation, prepare
+from meme_llava.train.computation import bound_memory, plan_computation
+from meme_llava.train.hf_arguments import make_training_arguments
+from meme_llava.train.planning import accelerators
+from meme_llava.train.planning.memory import ShardingPlan, StepEstimator
+from meme_llava.train.settings import parse_train_arguments
+
+
+@pytest.fixture(scope="module")
+def processing(world):
+    return load_processing(world.base)
+
+
+@pytest.fixture(scope="module")
+def largest_batch(world, processing):
+    source, tokens = RecordSource(world.annotations, world.image_folder), Tokenization(processing.encoder, 200)
+    data = load_records(source, RecordPolicy(), tokens, processing.image_policy)
+    collate = PackingCollator(
+        processing.encoder.image_token_id, processing.tokens_per_image, processing.image_policy.size
+    )
+    order = TrainingOrder(data.dataset, 2, 4, 4, 1, seed=0, shared_images=True)
+    return collate(order.fetch_largest_batch())
+
+
+def plan(world, processing, largest_batch, folder, **changes):
+    arguments = parse_train_arguments(train_flags(world, folder, **changes), "")
+    training_arguments = make_training_arguments(arguments, choose_engine("single", 1, on_gpu=False), 1, 0, 1)
+    return plan_computation(arguments, processing.image_policy, largest_batch, training_arguments)
+
+
+@pytest.mark.parametrize("train_type", ["lora", "projector", "freeze_vision", "full"])
+def test_the_rough_bound_is_never_below_the_estimate(world, processing, largest_batch, tmp_path, train_type):
+    arguments = parse_train_arguments(train_flags(world, tmp_path, train_type=train_type), "")
+    config = LlavaConfig.from_pretrained(world.base)
+    engine = ShardingPlan.of_run(arguments, 1, on_gpu=False)
+    estimator = StepEstimator(config, processing.image_policy, arguments, engine, largest_batch)
+    estimate = estimator.estimate(CheckpointedLayers()).total
+    assert estimate < bound_memory(arguments, config, largest_batch)
+
+
+def test_a_small_run_on_a_cpu_needs_no_estimate(world, processing, largest_batch, tmp_path, monkeypatch):
+    monkeypatch.setattr(StepEstimator, "choose_recomputed", lambda *_: pytest.fail("the step was traced"))
+    chosen = plan(world, processing, largest_batch, tmp_path)
+    assert chosen.recomputed == CheckpointedLayers(0, 0) and chosen.memory is None
+    assert chosen.describe() == "attention sdpa; no layer computed twice"
+
+
+@pytest.mark.parametrize(("setting", "language", "vision"), [("none", 0, 0), ("full", 2, 2)])
+def test_none_and_full_mean_what_they_say(world, processing, largest_batch, tmp_path, setting, language, vision):
+    chosen = plan(world, processing, largest_batch, tmp_path, gradient_checkpointing=setting)
+    assert chosen.recomputed == CheckpointedLayers(language, vision)
+
+
+def test_auto_on_a_small_machine_computes_layers_twice(world, processing, largest_batch, tmp_path, monkeypatch):
+    """The machine's memory is set below what the step takes, and then far below."""
+    arguments = parse_train_arguments(train_flags(world, tmp_path), "")
+    config = LlavaConfig.from_pretrained(world.base)
+    engine = ShardingPlan.of_run(arguments, 1, on_gpu=False)
+    estimator = StepEstimator(config, processing.image_policy, arguments, engine, largest_batch)
+    kept = estimator.estimate(CheckpointedLayers()).total
+    monkeypatch.setattr("meme_llava.train.planning.memory.find_usable", lambda memory: memory)
+    monkeypatch.setattr(computation, "find_usable", lambda memory: memory)
+    monkeypatch.setattr(computation, "measure_memory", lambda *_: kept - 1)
+    chosen = plan(world, processing, largest_batch, tmp_path)
+    assert chosen.recomputed == CheckpointedLayers(1, 0) and chosen.memory.total <= kept - 1
+    assert "1 language and 0 vision layers computed twice; the largest batch, " in chosen.describe()
+    assert chosen.to_record()["recomputed_layers"] == {"language": 1, "vision": 0}
+
+    monkeypatch.setattr(computation, "measure_memory", lambda *_: 1)
+    chosen = plan(world, processing, largest_batch, tmp_path)
+    assert chosen.recomputed == CheckpointedLayers(2, 2)
+    assert "warning: only 0.0 GiB can be used, so the run may stop for lack of memory" in chosen.describe()
+
+
+@pytest.mark.parametrize(("setting", "times"), [("none", 1), ("full", 2)])
+def test_layers_run_as_often_as_was_asked(world, tmp_path, monkeypatch, setting, times):
+    calls = []
+    load = prepare.load_packed_llava
+
+    def watch(*arguments):
+        model = load(*arguments)
+        for layer in (model.model.language_model.layers[1], model.model.vision_tower.encoder.layers[0]):
+            # Inside the layer: its own hooks are outside of what runs again.
+            layer.mlp.register_forward_pre_hook(lambda module, _: calls.append(type(module).__name__))
+        return model
+
+    monkeypatch.setattr(prepare, "load_packed_llava", watch)
+    train.main(train_flags(world, tmp_path / "out", max_steps=1, gradient_checkpointing=setting))
+    assert sorted(calls) == ["ChineseCLIPVisionMLP"] * times + ["Qwen2MLP"] * times
+    record = json.loads((tmp_path / "out" / "run_record.json").read_text())["computation"]
+    layers = {"language": 2, "vision": 2} if times == 2 else {"language": 0, "vision": 0}
+    assert record == {"attention": "sdpa", "recomputed_layers": layers}
+
+
+def test_a_plan_is_printed_and_nothing_is_trained(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "load_packed_llava", lambda *_: pytest.fail("the model was loaded"))
+    flags = train_flags(world, tmp_path / "out", global_batch_size=8, device_batch_size=1)
+    train.main([*flags, "--plan", "--accelerator", "a800-80gb", "--gpus", "4"])
+    printed = capsys.readouterr().out
+    assert "8 = 4 device(s) x 1 x 2 in turn" in printed and "a800-80gb" in printed
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--plan", "--engine", "zero7"])
+    assert "--engine zero7: no such engine; there are auto, single, ddp, zero2" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--plan", "--gpus", "3"])
+    assert "--global_batch_size 8 is not a multiple of --device_batch_size 1 x 3" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--plan", "--accelerator", "a900"])
+    assert "--accelerator a900: no known accelerator; there are a800-80gb" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "multiplies"),
+    [("avx512f amx_bf16", True), ("avx512f avx512_bf16", True), ("avx512f avx512bw", False), (None, False)],
+)
+def test_linux_tells_whether_a_cpu_multiplies_bf16(monkeypatch, flags, multiplies):
+    text = "processor\t: 0\n" + ("" if flags is None else f"flags\t\t: fpu {flags} sse\n")
+    monkeypatch.setattr(accelerators.Path, "read_text", lambda path: text)
+    assert accelerators.multiplies_bf16() is multiplies

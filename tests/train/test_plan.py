@@ -1,0 +1,280 @@
+"""Tests of plan.py, memory.py and trace.py: what a plan promises, against what the real model keeps."""
+
+import dataclasses
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import IMAGE_SIZE, train_flags
+from test_flops import TOKENS_PER_IMAGE, load_prepared, make_batch, make_example
+from transformers import LlavaConfig
+
+from meme_llava.dataset.collator import PackingCollator
+from meme_llava.errors import UserError
+from meme_llava.model.activation_checkpointing import CheckpointedLayers, recompute_layers
+from meme_llava.model.llava import load_processing
+from meme_llava.train.planning.accelerators import GIB, Accelerator, find_accelerator
+from meme_llava.train.planning.advice import shrink_batch
+from meme_llava.train.planning.flops import TrainingCosts, count_batch
+from meme_llava.train.planning.memory import ShardingPlan, StepEstimator, find_usable
+from meme_llava.train.planning.plan import RunOutline, format_seconds, plan_training, print_plan
+from meme_llava.train.planning.trace import Precision, outline_model, set_depths, trace_step
+from meme_llava.train.settings import parse_train_arguments
+
+FLOAT32_ON_CPU = Precision(on_gpu=False, uses_bf16=False, keeps_float32=True)
+BF16_ON_GPU = Precision(on_gpu=True, uses_bf16=True, keeps_float32=True)
+
+
+def make_arguments(world, **changes):
+    return parse_train_arguments(train_flags(world, world.folder / "unused", **changes), description="")
+
+
+def make_estimator(world, engine=None, config=None, **changes) -> StepEstimator:
+    config = config or LlavaConfig.from_pretrained(world.base)
+    return StepEstimator(
+        config,
+        load_processing(world.base).image_policy,
+        make_arguments(world, **changes),
+        engine or ShardingPlan(1, FLOAT32_ON_CPU),
+        make_batch(config.image_token_id),
+    )
+
+
+def count_kept_bytes(model, batch) -> int:
+    """Bytes of the different storages that autograd keeps of a real forward pass, parameters and batch apart."""
+    known = [*model.parameters(), *model.buffers(), *(v for v in batch.values() if isinstance(v, torch.Tensor))]
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in known}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # a tensor that is held cannot give its address away
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**batch)
+    return sum(size for address, (size, _) in kept.items() if address not in addresses)
+
+
+@pytest.mark.parametrize(
+    ("train_type", "dropout"),
+    [("lora", 0.0), ("lora", 0.1), ("projector", 0.0), ("freeze_vision", 0.0), ("full", 0.0)],
+)
+def test_activations_are_what_the_real_model_keeps(world, train_type, dropout):
+    model = load_prepared(world, train_type=train_type, lora_dropout=dropout)
+    kept = count_kept_bytes(model, make_batch(model.config.image_token_id))
+
+    memory = make_estimator(world, train_type=train_type, lora_dropout=dropout).estimate(CheckpointedLayers())
+
+    assert memory.activations == pytest.approx(kept, rel=0.02)
+
+
+@pytest.mark.parametrize("arithmetic", [FLOAT32_ON_CPU, BF16_ON_GPU], ids=["cpu", "gpu"])
+def test_deeper_models_are_extrapolated(world, arithmetic):
+    config = set_depths(LlavaConfig.from_pretrained(world.base), language=4, vision=3)
+    few = {"lora_vision_modules": ["fc1"], "lora_language_modules": ["q_proj"]}
+    estimator = make_estimator(world, ShardingPlan(1, arithmetic), config, **few)
+    model = outline_model(config, estimator.image_policy, estimator.arguments, arithmetic)
+
+    for recomputed in (
+        CheckpointedLayers(),
+        CheckpointedLayers(1, 0),
+        CheckpointedLayers(4, 1),
+        CheckpointedLayers(4, 3),
+    ):
+        recompute_layers(model, recomputed)
+        whole = trace_step(model, estimator.batch, arithmetic)
+
+        # Casts of weights are shared between modules, so layers are alike up to a few bytes.
+        assert estimator.estimate(recomputed).activations == pytest.approx(whole.activations, rel=0.005), recomputed
+
+
+def test_bf16_on_a_gpu_keeps_less_than_float32(world):
+    kept = []
+    for arithmetic in (FLOAT32_ON_CPU, BF16_ON_GPU):
+        estimator = make_estimator(world, ShardingPlan(1, arithmetic), train_type="projector")
+        kept.append(estimator.estimate(CheckpointedLayers()).activations)
+
+    assert kept[1] < 0.75 * kept[0]
+
+
+@pytest.fixture(scope="module")
+def projector_estimator(world):
+    """Runs the fewest operations: the vision tower keeps nothing."""
+    return make_estimator(world, ShardingPlan(1, BF16_ON_GPU), train_type="projector")
+
+
+def test_muon_keeps_one_moment_of_the_matrices_it_updates(world):
+    memory = [
+        make_estimator(world, train_type="full", muon_lr=muon_lr).estimate(CheckpointedLayers()).optimizer
+        for muon_lr in (None, 2e-2)
+    ]
+    model = load_prepared(world, train_type="full")
+    layers = [layer for layer in model.model.vision_tower.modules() if isinstance(layer, torch.nn.Linear)]
+    learning = [layer.weight.numel() for layer in layers if layer.weight.requires_grad]
+    assert len(learning) == 2 * 6
+    assert memory[0] - memory[1] == 4 * sum(learning)
+
+
+def test_state_is_divided_as_the_engine_says(world, projector_estimator):
+    real = load_prepared(world, train_type="projector")
+    learns = sum(parameter.numel() for parameter in real.parameters() if parameter.requires_grad)
+    frozen = sum(parameter.numel() for parameter in real.parameters()) - learns
+    zero = {"reduce_bucket_size": 1000, "overlap_comm": True}
+    all_bf16 = dataclasses.replace(BF16_ON_GPU, keeps_float32=False)
+    expected = [  # weights, gradients, optimizer, communication
+        (ShardingPlan(1, BF16_ON_GPU), (2 * frozen + 4 * learns, 4 * learns, 8 * learns, 0)),
+        (ShardingPlan(2, BF16_ON_GPU), (2 * frozen + 4 * learns, 4 * learns, 8 * learns, 4 * learns)),
+        (ShardingPlan(2, all_bf16, 1, zero), (2 * (frozen + learns), 2 * learns, 6 * learns, 4000)),
+        (ShardingPlan(2, all_bf16, 2, zero), (2 * (frozen + learns), learns, 6 * learns, 4000)),
+    ]
+    for engine, parts in expected:
+        projector_estimator = projector_estimator.with_engine(engine)
+        memory = projector_estimator.estimate(CheckpointedLayers())
+
+        assert (memory.weights, memory.gradients, memory.optimizer, memory.communication) == parts, engine.name
+        assert memory.total == sum(dataclasses.astuple(memory))
+
+
+def test_the_engine_is_read_from_the_deepspeed_file(world):
+    arguments = make_arguments(world, engine="zero2")
+
+    engine = ShardingPlan.of_run(arguments, 8, on_gpu=True)
+
+    assert (engine.name, engine.processes, engine.arithmetic.keeps_float32) == ("ZeRO-2", 8, False)
+    assert ShardingPlan.of_run(make_arguments(world), 8, on_gpu=True).name == "ZeRO-2"
+    assert ShardingPlan.of_run(make_arguments(world, engine="ddp"), 8, on_gpu=True).name == "DDP"
+    fsdp = ShardingPlan.of_run(make_arguments(world, engine="fsdp2"), 8, on_gpu=True)
+    assert (fsdp.name, fsdp.divides(3), fsdp.arithmetic.keeps_float32) == ("FSDP2", 8, True)
+
+
+def test_a_smaller_batch_is_that_of_the_first_records():
+    image_token_id = 99
+    examples = [
+        make_example(image_token_id, ["a"], [1, 2, 3, 4, 5], supervised=2),
+        make_example(image_token_id, ["a"], [1, 2, 3, 6, 7, 8], supervised=3),
+        make_example(image_token_id, ["bb", "ccc"], [9, 10, 11], supervised=2),
+        make_example(image_token_id, ["dddd"], [12, 13], supervised=1),
+    ]
+    collate = PackingCollator(image_token_id, TOKENS_PER_IMAGE, IMAGE_SIZE)
+    config = LlavaConfig(image_token_id=image_token_id, vision_feature_select_strategy="default")
+    config.vision_config.image_size, config.vision_config.patch_size = IMAGE_SIZE, 14
+    expected = collate(examples[:2])
+
+    batch = shrink_batch(collate(examples), 0.5, config)
+
+    assert batch.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(value)), name
+
+
+def make_outline(world) -> RunOutline:
+    batch = make_batch(LlavaConfig.from_pretrained(world.base).image_token_id)
+    return RunOutline(records=8, steps=100, warmup_steps=10, counts=[count_batch(batch)] * 2, largest=batch)
+
+
+def make_plan(world, accelerator, processes=1, **changes):
+    config, policy = LlavaConfig.from_pretrained(world.base), load_processing(world.base).image_policy
+    arguments = make_arguments(world, **{"train_type": "projector", **changes})
+    return plan_training(config, policy, arguments, make_outline(world), accelerator, processes)
+
+
+def make_machine(usable: float) -> Accelerator:
+    """A GPU of 100 TFLOP/s of which `usable` bytes may be filled."""
+    return Accelerator("test", "test", 100.0, (usable + GIB) / 0.92 / GIB)
+
+
+def test_auto_recomputes_what_does_not_fit_and_nothing_else(world, projector_estimator):
+    off, full = (
+        projector_estimator.estimate(recomputed).total
+        for recomputed in (CheckpointedLayers(), projector_estimator.most)
+    )
+    one = projector_estimator.estimate(CheckpointedLayers(1, 0)).total
+
+    def choose(usable):
+        memory = int(make_machine(usable).memory_gib * GIB)
+        return projector_estimator.choose_recomputed("auto", memory)
+
+    assert find_usable(80 * GIB) == int(80 * GIB * 0.92) - GIB
+    assert full < one < off
+    assert choose(off + 100) == CheckpointedLayers()
+    assert choose(off - 100) == CheckpointedLayers(1, 0)
+    assert choose(one - 100) == CheckpointedLayers(2, 0)
+    assert choose(full - 100) == projector_estimator.most == CheckpointedLayers(2, 0)
+
+
+@pytest.fixture(scope="module")
+def a800_plan(world):
+    return make_plan(world, find_accelerator("a800-80gb"), processes=2, global_batch_size=16)
+
+
+def test_time_is_work_over_speed(world, a800_plan):
+    batch = make_outline(world).largest
+    flops = TrainingCosts.of_model(load_prepared(world, train_type="projector")).flops(count_batch(batch))
+
+    # 16 captions on 2 devices of 4: 4 device batches.
+    assert (a800_plan.accumulation, a800_plan.flops) == (2, 4 * flops)
+    assert a800_plan.step_seconds == pytest.approx(4 * flops / (2 * 312e12 * 0.4))
+
+
+def test_a_printed_plan_says_what_a_run_takes(a800_plan, capsys):
+    print_plan(a800_plan)
+
+    printed = capsys.readouterr().out
+    for expected in (
+        "16 = 2 device(s) x 4 x 2 in turn",
+        "100, 10 of them warmup",
+        "112, 7 per caption",  # four batches of 28
+        "3,200, 28.6 times as many",  # 16 captions of 200
+        "44 per step, 39%",
+        "2 x a800-80gb, ZeRO-2, in MiB",
+        "auto (this run)",
+        "not estimated: too little work for the speed of",
+    ):
+        assert expected in printed
+    assert "does not fit" not in printed and "evaluations" not in printed
+
+
+def test_a_printed_plan_gives_times_of_a_run_with_work_to_do(a800_plan, capsys):
+    """16 captions in 2.5 s on 2 devices."""
+    print_plan(replace(a800_plan, step_seconds=2.5))
+
+    printed = capsys.readouterr().out
+    for expected in ("40% of 312 TFLOP/s per device", format_seconds(2.5), "6.40, 3.20 per device"):
+        assert expected in printed
+
+
+def test_a_plan_says_how_often_a_run_is_evaluated(world, a800_plan, capsys):
+    """100 steps: 33 times every 3 of them, and behind the last."""
+    arguments = make_arguments(
+        world, eval_every=3, eval_annotations=world.annotations, eval_image_folder=world.image_folder
+    )
+    print_plan(replace(a800_plan, arguments=arguments))
+
+    assert "34, which are not in the time" in capsys.readouterr().out
+
+
+def test_a_run_that_does_not_fit_gets_advice_that_was_tried(world, projector_estimator, capsys):
+    accelerator = make_machine(projector_estimator.estimate(CheckpointedLayers()).total - 100)
+    plan = make_plan(world, accelerator, gradient_checkpointing="none")
+    print_plan(plan)
+
+    assert [planned.fits for _, planned in plan.advice] == [True]
+    assert plan.advice[0][0] == "--device_batch_size 2"
+    assert "This run does not fit" in capsys.readouterr().out
+
+
+def test_when_the_state_alone_is_too_much_more_devices_are_tried(world):
+    plan = make_plan(world, make_machine(1000), processes=2, global_batch_size=16, gradient_checkpointing="none")
+
+    changes = [change for change, _ in plan.advice]
+    assert changes[:2] == [
+        "--engine zero3, --gradient_checkpointing full",  # ZeRO-2 is what two GPUs have by themselves
+        "4 GPUs with --engine zero3, --gradient_checkpointing full",
+    ]
+    assert changes[-1].startswith("a device with the memory of ") and plan.advice[-1][1].fits
+
+
+def test_a_device_without_bf16_is_refused(world):
+    with pytest.raises(UserError, match="v100-32gb has no bf16; pass --precision fp32"):
+        make_plan(world, find_accelerator("v100-32gb"))
