@@ -9,12 +9,9 @@ dictionary and of wordfreq's list, then what our own lines, questions and figure
 
 import collections
 import string
-import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-for folder in (HERE, HERE.parents[1]):
-    sys.path.append(str(folder))
 
 COUNT = 3200  # of the most frequent
 SIGNS = "，。！？、：；“”‘’（）《》【】…—～·￥％＋＝／"

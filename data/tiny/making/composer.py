@@ -1,7 +1,7 @@
-"""Page composer: pictures of many pages at once, from layouts, glyphs and scenery, on a GPU or a CPU.
+"""Page composer: images of many pages at once, from layouts, glyphs and scenery, on a GPU or a CPU.
 
 Letters are sampled at twice the page's resolution, where outlines are grown, too; everything else at the page's own.
-Pictures are (B, 3, SIDE, SIDE), from 0 to 1.
+Images are (B, 3, SIDE, SIDE), from 0 to 1.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ REACH = 0.72  # how far from its middle a row is looked for, in ems
 def compose(
     dice: Dice, layout: Layout, atlas: Atlas, scenery: Scenery, plain: float = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pictures of pages, the facts (B, 3) about their figures (see Scenery), and the figures' middles (B, 2).
+    """Images of pages, the facts (B, 3) about their figures (see Scenery), and the figures' middles (B, 2).
 
     A share of `plain` pages is black on white, with nothing behind the letters and nothing worn.
     """
@@ -33,13 +33,13 @@ def compose(
     letters, outline = grow(alpha, style.bold), grow(alpha, style.bold + style.outline)
     letters, outline = F.avg_pool2d(letters, 2), F.avg_pool2d(outline, 2)  # (B, 1, SIDE, SIDE)
     page = paint_ground(style)
-    page, middles = paint_picture(dice, page, style, scenery)
+    page, middles = paint_image(dice, page, style, scenery)
     page = paint_bars(page, style, layout, extents)
     opacity = style.opacity.gather(1, row.flatten(1)).view_as(row)[:, None]
     has_outline = (style.outline > 0).view(-1, 1, 1, 1)
     page = torch.lerp(page, color_rows(style.edge, row), outline * has_outline * opacity)
     page = torch.lerp(page, color_rows(style.fill, row), letters * opacity)
-    facts = torch.where((style.picture >= 0)[:, None], scenery.facts[style.picture.clamp(min=0)], -1)
+    facts = torch.where((style.image >= 0)[:, None], scenery.facts[style.image.clamp(min=0)], -1)
     return torch.where(is_plain.view(-1, 1, 1, 1), page, wear_out(dice, page)), facts, middles
 
 
@@ -155,8 +155,8 @@ def paint_ground(style: Style) -> torch.Tensor:
     return page.expand(-1, -1, -1, SIDE)
 
 
-def paint_picture(dice: Dice, page: torch.Tensor, style: Style, scenery: Scenery) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pages with their pictures, and the middles (B, 2) of these in pixels."""
+def paint_image(dice: Dice, page: torch.Tensor, style: Style, scenery: Scenery) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pages with their images, and the middles (B, 2) of these in pixels."""
     count = len(page)
     size = (style.box[:, 2:] - style.box[:, :2]).clamp(min=8)
     across = size.amin(1, keepdim=True) * dice.uniform(0.8, 1.12, count, 1)
@@ -170,9 +170,9 @@ def paint_picture(dice: Dice, page: torch.Tensor, style: Style, scenery: Scenery
     offset = (SIDE / 2 - middle) / half
     theta[:, 0, 2], theta[:, 1, 2] = turn * offset[:, 0], offset[:, 1]
     grid = F.affine_grid(theta, [count, 4, SIDE, SIDE], align_corners=False)
-    cut = F.grid_sample(scenery.pixels[style.picture.clamp(min=0)].float() / 255, grid, align_corners=False)
+    cut = F.grid_sample(scenery.pixels[style.image.clamp(min=0)].float() / 255, grid, align_corners=False)
     dimmed = torch.where(style.full, dice.uniform(0.45, 1.05, count), 1.0).view(-1, 1, 1, 1)
-    opacity = cut[:, 3:] * (style.picture >= 0).view(-1, 1, 1, 1)
+    opacity = cut[:, 3:] * (style.image >= 0).view(-1, 1, 1, 1)
     color = (cut[:, :3] / cut[:, 3:].clamp(min=0.02)).clamp(0, 1) * dimmed
     return torch.lerp(page, color.clamp(0, 1), opacity), middle
 

@@ -70,7 +70,7 @@ class Course:
         groups = self.studio.draw_groups(max(1, int(self.settings.batch * GROUP_SHARE)))
         batch = join(pages, groups)
         with self.autocast():
-            features = self.modules["vision"](batch.pictures)
+            features = self.modules["vision"](batch.images)
             losses = self.modules["reader"].losses(features, batch.slots, batch.places, batch.placed)
         weigh_reading(losses).backward()
         if losses["accuracy"] > READY:
@@ -109,7 +109,7 @@ class Course:
         batch = join(*parts)
         order = torch.randperm(count, generator=self.studio.dice.generator, device=self.device)
         with self.autocast():
-            features = self.modules["vision"](batch.pictures)
+            features = self.modules["vision"](batch.images)
             losses = self.modules["reader"].losses(
                 features[:seen], batch.slots[:seen], batch.places[:seen], batch.placed[:seen]
             )
@@ -174,9 +174,9 @@ class Course:
                 codes = F.normalize(self.modules["reader"].codes[1:], dim=-1)
                 self.modules["language"].codes[self.teacher.tokens[1:]] = codes
         if stage == "joint":
-            pictures = self.studio.draw_pages(32).pictures
+            images = self.studio.draw_pages(32).images
             with torch.no_grad(), self.autocast():
-                self.scale = 1 / float(self.modules["vision"](pictures).float().std())
+                self.scale = 1 / float(self.modules["vision"](images).float().std())
         self.optimizer = Optimizer(self.modules, names, muon_rate, rate)
 
     @property

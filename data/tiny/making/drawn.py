@@ -1,24 +1,18 @@
-"""Drawn memes: pictures of draw_memes.py's kind with lines of every known character, kept in memory."""
+"""Drawn memes: images of draw_memes.py's kind with lines of every known character, kept in memory."""
 
 import io
 import random
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
+from draw_memes import FORMATS, TEXTLESS_SHARE
+from glyphs import Face
+from layout import SIDE
+from meme_images import Meme, draw_meme, save_image
 from PIL import Image
-
-for folder in (Path(__file__).parent, Path(__file__).parents[2]):
-    sys.path.append(str(folder))
-
-from draw_memes import FORMATS, TEXTLESS_SHARE  # noqa: E402
-from glyphs import Face  # noqa: E402
-from layout import SIDE  # noqa: E402
-from meme_pictures import Meme, draw_meme, save_picture  # noqa: E402
-from scenery import FIGURE_NAMES, MOOD_NAMES, PROP_NAMES  # noqa: E402
-from texts import GAP, ROW, RowWriter  # noqa: E402
+from scenery import FIGURE_NAMES, MOOD_NAMES, PROP_NAMES
+from texts import GAP, ROW, RowWriter
 
 LONGEST = 12  # letters
 KINDS = ("words", "line", "line", "line", "chance", "few")
@@ -26,7 +20,7 @@ KINDS = ("words", "line", "line", "line", "chance", "few")
 
 @dataclass
 class DrawnMemes:
-    """Pictures (memes, 3, SIDE, SIDE) uint8, texts (memes, ROW) of numbers, facts (memes, 3), see Scenery."""
+    """Images (memes, 3, SIDE, SIDE) uint8, texts (memes, ROW) of numbers, facts (memes, 3), see Scenery."""
 
     pixels: torch.Tensor
     texts: torch.Tensor
@@ -42,27 +36,27 @@ def draw_one(rng: random.Random, writer: RowWriter, faces: list[Face]) -> tuple[
         line = writer.write(rng.choice(KINDS), rng.randrange(1, LONGEST + 1))[:LONGEST]
         strangers = {*writer.alphabet.strangers, GAP, " "}
         line = "".join(character for character in line if character not in strangers)
-    picture_format = rng.choice(FORMATS)
-    meme = Meme("meme", FIGURE_NAMES[name], MOOD_NAMES[mood], PROP_NAMES[prop], line, picture_format)
+    image_format = rng.choice(FORMATS)
+    meme = Meme("meme", FIGURE_NAMES[name], MOOD_NAMES[mood], PROP_NAMES[prop], line, image_format)
     file = io.BytesIO()
     file.name = meme.file_name
-    save_picture(rng, draw_meme(rng, meme, faces), meme, file)
-    picture = Image.open(file).convert("RGBA")
-    ground = Image.new("RGBA", picture.size, "white")
-    ground.alpha_composite(picture)
+    save_image(rng, draw_meme(rng, meme, faces), meme, file)
+    image = Image.open(file).convert("RGBA")
+    ground = Image.new("RGBA", image.size, "white")
+    ground.alpha_composite(image)
     seen = ground.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     return np.asarray(seen), [writer.alphabet.numbers[character] for character in line], (mood, name, prop)
 
 
 def draw_part(writer: RowWriter, faces: list[Face], count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`count` memes: pictures (count, SIDE, SIDE, 3), texts (count, ROW), facts (count, 3)."""
+    """`count` memes: images (count, SIDE, SIDE, 3), texts (count, ROW), facts (count, 3)."""
     rng = random.Random(seed)
     writer.rng.seed(seed)
     texts = np.zeros((count, ROW), np.int64)
-    pictures, facts = [], []
+    images, facts = [], []
     for number in range(count):
-        picture, text, fact = draw_one(rng, writer, faces)
+        image, text, fact = draw_one(rng, writer, faces)
         texts[number, : len(text)] = text
-        pictures.append(picture)
+        images.append(image)
         facts.append(fact)
-    return np.stack(pictures), texts, np.array(facts)
+    return np.stack(images), texts, np.array(facts)

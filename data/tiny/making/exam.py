@@ -33,7 +33,7 @@ def answer(course, batch) -> dict[str, float]:
         letters = embeddings[course.teacher.tokens.clamp(min=0)]
         patches = modules["spelled"](letters, batch.slots, batch.places, batch.placed)
         return read(course, patches, batch)
-    features = modules["vision"](batch.pictures)
+    features = modules["vision"](batch.images)
     losses = modules["reader"].losses(features, batch.slots, batch.places, batch.placed)
     found = {name: float(losses[name]) for name in ("accuracy", "counted", "mood") if name in losses}
     if course.stage == "joint":

@@ -1,4 +1,4 @@
-"""Glyph atlas: every character of every font as a small picture, in the sizes that pages need.
+"""Glyph atlas: every character of every font as a small image, in the sizes that pages need.
 
 A cell is a square with the character's em box in its middle. Cells are kept in several sizes in one flat tensor, so
 that a page of any letter size is composed by looking pixels up.

@@ -62,7 +62,7 @@ def make_language_config(sizes: Sizes) -> Qwen2Config:
 
 
 class VisionTower(nn.Module):
-    """The used layers of the tower: pictures (B, 3, SIDE, SIDE) become features (B, patches, width)."""
+    """The used layers of the tower: images (B, 3, SIDE, SIDE) become features (B, patches, width)."""
 
     def __init__(self, sizes: Sizes):
         super().__init__()
@@ -71,8 +71,8 @@ class VisionTower(nn.Module):
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("deviation", torch.tensor(DEVIATION).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self.model((pictures - self.mean) / self.deviation).last_hidden_state[:, 1:]
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model((images - self.mean) / self.deviation).last_hidden_state[:, 1:]
 
 
 def show_places(embeddings: nn.Module, patch_deviation: float = 0.02) -> None:

@@ -11,18 +11,16 @@ import re
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
-for folder in (HERE, HERE.parents[1], HERE.parents[2]):
-    sys.path.append(str(folder))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from choose_characters import COUNT, list_needed  # noqa: E402
 from draw_lessons import FIELD_QUESTION  # noqa: E402
 from draw_memes import DESCRIPTIONS, MOOD_QUESTIONS, NO_TEXT, TEXT_QUESTIONS  # noqa: E402
 from glyphs import read_characters  # noqa: E402
 from lessons import MARKS, list_names, write_questions  # noqa: E402
+from make_towers import ALPHABET_WEIGHT, train_tokenizer  # noqa: E402
 
-from meme_llava.conversation import IMAGE_PLACEHOLDER, ConversationEncoder, Turn  # noqa: E402
-from meme_llava.tiny_towers import ALPHABET_WEIGHT, train_tokenizer  # noqa: E402
+from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, ConversationEncoder, Turn  # noqa: E402
 
 PIECES = 6  # of a description: literals, each with a variable behind it
 

@@ -1,11 +1,10 @@
-"""Scenery: pictures without a letter that stand behind and beside the text of pages, and what is known about them.
+"""Scenery: images without a letter that stand behind and beside the text of pages, and what is known about them.
 
 Figures of our own in every mood, faces drawn with a few strokes, colours and shapes, photographs if there are any.
 """
 
 import math
 import random
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -13,13 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from meme_characters import CHARACTERS, MOODS, PROPS, draw_figure
+from meme_images import draw_background
 from PIL import Image, ImageDraw, ImageOps
-
-for folder in (Path(__file__).parent, Path(__file__).parents[2]):
-    sys.path.append(str(folder))
-
-from meme_characters import CHARACTERS, MOODS, PROPS, draw_figure  # noqa: E402
-from meme_pictures import draw_background  # noqa: E402
 
 SIZE = 128  # pixels a side
 KINDS = ("figure", "cartoon", "photo")
@@ -28,12 +23,12 @@ MOOD_NAMES, FIGURE_NAMES, PROP_NAMES = list(MOODS), list(CHARACTERS), [None, *PR
 
 @dataclass
 class Scenery:
-    """Pictures in the order of their kinds.
+    """Images in the order of their kinds.
 
     Args:
-        pixels: (pictures, 4, SIZE, SIZE) uint8, red, green, blue, opacity.
-        starts: for each kind the number of its first picture, then the number of all.
-        facts: (pictures, 3) int64, places in MOOD_NAMES, FIGURE_NAMES and PROP_NAMES; -1 where there is no figure.
+        pixels: (images, 4, SIZE, SIZE) uint8, red, green, blue, opacity.
+        starts: for each kind the number of its first image, then the number of all.
+        facts: (images, 3) int64, places in MOOD_NAMES, FIGURE_NAMES and PROP_NAMES; -1 where there is no figure.
     """
 
     pixels: torch.Tensor
@@ -41,11 +36,11 @@ class Scenery:
     facts: torch.Tensor
 
 
-def fit(picture: Image.Image) -> Image.Image:
-    """The picture in the middle of a transparent square, as large as fits."""
-    picture = ImageOps.contain(picture, (SIZE, SIZE), Image.Resampling.BICUBIC)
+def fit(image: Image.Image) -> Image.Image:
+    """The image in the middle of a transparent square, as large as fits."""
+    image = ImageOps.contain(image, (SIZE, SIZE), Image.Resampling.BICUBIC)
     square = Image.new("RGBA", (SIZE, SIZE))
-    square.paste(picture, ((SIZE - picture.width) // 2, (SIZE - picture.height) // 2))
+    square.paste(image, ((SIZE - image.width) // 2, (SIZE - image.height) // 2))
     return square
 
 
@@ -64,8 +59,8 @@ def draw_own_figure(rng: random.Random) -> tuple[Image.Image, tuple[int, int, in
 def draw_cartoon(rng: random.Random) -> Image.Image:
     """A head of a few strokes, perhaps with a body, hair, blots and scribbles."""
     side = 2 * SIZE
-    picture = Image.new("RGBA", (side, side))
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGBA", (side, side))
+    canvas = ImageDraw.Draw(image)
     ink = rng.choice(((0, 0, 0), (0, 0, 0), (30, 26, 24), tuple(rng.randrange(120) for _ in range(3))))
     skin = rng.choice(
         ((255, 255, 255), (255, 255, 255), (250, 244, 236), tuple(rng.randrange(120, 256) for _ in range(3)))
@@ -93,7 +88,7 @@ def draw_cartoon(rng: random.Random) -> Image.Image:
     canvas.arc((x - mouth, y + high * 0.25, x + mouth, y + high * 0.7), start, start + 180, ink, line)
     for _ in range(rng.randrange(9)):
         draw_scribble(rng, canvas, ink, line, side)
-    return picture.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    return image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
 
 
 def draw_scribble(rng: random.Random, canvas: ImageDraw.ImageDraw, ink: tuple, line: int, side: int) -> None:
@@ -125,38 +120,36 @@ def draw_scene(rng: random.Random, photos: list[Image.Image]) -> Image.Image:
         photo = rng.choice(photos)
         side = rng.uniform(0.25, 1) * min(photo.size)
         left, top = rng.uniform(0, photo.width - side), rng.uniform(0, photo.height - side)
-        picture = photo.resize((SIZE, SIZE), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
-        picture = picture.rotate(rng.choice((0, 0, 90, 180, 270)))
-        channels = list(picture.split())
+        image = photo.resize((SIZE, SIZE), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
+        image = image.rotate(rng.choice((0, 0, 90, 180, 270)))
+        channels = list(image.split())
         rng.shuffle(channels)
-        return (Image.merge("RGB", channels) if rng.random() < 0.5 else picture).convert("RGBA")
+        return (Image.merge("RGB", channels) if rng.random() < 0.5 else image).convert("RGBA")
     kind = rng.choices(("photo", "pale", "strong", "night"), (6, 1, 2, 1))[0]
-    picture = draw_background(rng, (2 * SIZE, 2 * SIZE), kind).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    image = draw_background(rng, (2 * SIZE, 2 * SIZE), kind).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     if rng.random() < 0.5:
-        picture.alpha_composite(draw_cartoon(rng))
-    return picture
+        image.alpha_composite(draw_cartoon(rng))
+    return image
 
 
 def draw_part(photo_folder: Path | None, counts: tuple[int, int, int], seed: int) -> tuple[list[np.ndarray], list]:
-    """Pixels (pictures, SIZE, SIZE, 4) of each kind, and the facts about the figures."""
+    """Pixels (images, SIZE, SIZE, 4) of each kind, and the facts about the figures."""
     rng = random.Random(seed)
     photos = [Image.open(path).convert("RGB") for path in sorted(photo_folder.iterdir())] if photo_folder else []
     figures = [draw_own_figure(rng) for _ in range(counts[0])]
     cartoons = [draw_cartoon(rng) for _ in range(counts[1])]
     scenes = [draw_scene(rng, photos) for _ in range(counts[2])]
     drawn = ([figure for figure, _ in figures], cartoons, scenes)
-    return [np.stack([np.asarray(picture) for picture in pictures]) for pictures in drawn], [
-        fact for _, fact in figures
-    ]
+    return [np.stack([np.asarray(image) for image in images]) for images in drawn], [fact for _, fact in figures]
 
 
 def make_scenery(photo_folder: Path | None, counts: tuple[int, int, int], seed: int, processes: int = 1) -> Scenery:
-    """So many pictures of each kind, rounded up to a multiple of 16."""
+    """So many images of each kind, rounded up to a multiple of 16."""
     parts = 16
     each = tuple(-(-count // parts) for count in counts)
     with ProcessPoolExecutor(processes) as pool:
         drawn = list(pool.map(partial(draw_part, photo_folder, each), range(seed * parts, (seed + 1) * parts)))
-    kinds = [np.concatenate([pictures[kind] for pictures, _ in drawn]) for kind in range(len(KINDS))]
+    kinds = [np.concatenate([images[kind] for images, _ in drawn]) for kind in range(len(KINDS))]
     facts = torch.tensor([fact for _, part in drawn for fact in part])
     others = torch.full((parts * (each[1] + each[2]), 3), -1)
     pixels = torch.from_numpy(np.concatenate(kinds)).permute(0, 3, 1, 2).contiguous()

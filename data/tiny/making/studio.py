@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from composer import compose, paint_ground, paint_picture
+from composer import compose, paint_ground, paint_image
 from drawn import DrawnMemes, draw_part
 from glyphs import Atlas, Face, find_faces, make_atlas
 from layout import PATCHES, SHARES, SIDE, SLOTS, Dice, label_pages, make_label_table, plan_layout
@@ -25,13 +25,13 @@ class Batch:
     """Pages and what they show.
 
     Args:
-        pictures: (B, 3, SIDE, SIDE) or None where only the labels were wanted.
+        images: (B, 3, SIDE, SIDE) or None where only the labels were wanted.
         slots: (B, patches, SLOTS); places: (B, patches, SLOTS, 2); text: (B, T); see layout.Labels.
         facts: (B, 3) of the page's figure; placed: (B, patches, 3) of all its figures, where they stand.
         is_whole: (B,) bool, whether the slots hold all of the text.
     """
 
-    pictures: torch.Tensor | None
+    images: torch.Tensor | None
     slots: torch.Tensor
     places: torch.Tensor
     text: torch.Tensor
@@ -54,13 +54,13 @@ class Studio:
         """Pages; see plan_layout and compose."""
         layout = plan_layout(self.dice, self.bank, self.atlas, count, shares, aligned)
         labels = label_pages(layout, self.table)
-        pictures, facts, middles = compose(self.dice, layout, self.atlas, self.scenery, plain)
+        images, facts, middles = compose(self.dice, layout, self.atlas, self.scenery, plain)
         placed = place_facts(facts[:, None], middles[:, None], SIDE)
-        return Batch(pictures, labels.slots, labels.places, labels.text, facts, placed, is_whole(labels))
+        return Batch(images, labels.slots, labels.places, labels.text, facts, placed, is_whole(labels))
 
     @torch.no_grad()
     def spell_pages(self, count: int, shares: tuple[float, ...] = SHARES) -> Batch:
-        """Labels without pictures, some with a figure somewhere."""
+        """Labels without images, some with a figure somewhere."""
         labels = label_pages(plan_layout(self.dice, self.bank, self.atlas, count, shares), self.table)
         number = self.dice.below(self.scenery.starts[1], count)
         facts = torch.where(self.dice.happens(0.35, count, 1), self.scenery.facts[number], -1)
@@ -94,14 +94,14 @@ class Studio:
         page = paint_ground(SimpleNamespace(ground=ground, shade=ground)).contiguous()
         all_facts, all_middles = [], []
         for cell in range(9):
-            picture = dice.below(self.scenery.starts[1], count)
-            picture = torch.where(cell < across**2, picture, -1)
+            image = dice.below(self.scenery.starts[1], count)
+            image = torch.where(cell < across**2, image, -1)
             left, top = (cell % across) * SIDE / across, (cell // across) * SIDE / across
             box = torch.stack([left, top, left + SIDE / across, top + SIDE / across], dim=1)
             full = torch.zeros(count, dtype=torch.bool, device=device)
-            style = SimpleNamespace(picture=picture, full=full, box=box, flip=dice.happens(0.5, count))
-            page, _ = paint_picture(dice, page, style, self.scenery)
-            all_facts.append(torch.where((picture >= 0)[:, None], self.scenery.facts[picture.clamp(min=0)], -1))
+            style = SimpleNamespace(image=image, full=full, box=box, flip=dice.happens(0.5, count))
+            page, _ = paint_image(dice, page, style, self.scenery)
+            all_facts.append(torch.where((image >= 0)[:, None], self.scenery.facts[image.clamp(min=0)], -1))
             all_middles.append((box[:, :2] + box[:, 2:]) / 2)
         facts, middles = torch.stack(all_facts, dim=1), torch.stack(all_middles, dim=1).clamp(0, SIDE - 1)
         # Those that are not there would overwrite others: a patch of their own is only read where the fact is -1.
@@ -121,12 +121,12 @@ class Studio:
     def pick_memes(self, memes: DrawnMemes, count: int) -> Batch:
         """Some of the drawn memes; where their letters stand is not known."""
         chosen = self.dice.below(len(memes.texts), count)
-        pictures = memes.pixels[chosen].float() / 255
-        pictures = torch.where(self.dice.happens(0.3, count, 1, 1, 1), wear_out(self.dice, pictures), pictures)
+        images = memes.pixels[chosen].float() / 255
+        images = torch.where(self.dice.happens(0.3, count, 1, 1, 1), wear_out(self.dice, images), images)
         slots = torch.zeros(count, PATCHES**2, SLOTS, dtype=torch.long, device=self.dice.device)
         placed = torch.full((count, PATCHES**2, 3), -1, device=self.dice.device)
         whole = torch.ones(count, dtype=torch.bool, device=self.dice.device)
-        return Batch(pictures, slots, slots[..., None].float(), memes.texts[chosen], memes.facts[chosen], placed, whole)
+        return Batch(images, slots, slots[..., None].float(), memes.texts[chosen], memes.facts[chosen], placed, whole)
 
 
 def is_whole(labels) -> torch.Tensor:
@@ -160,7 +160,7 @@ def load_material(settings, writer: RowWriter) -> Material:
         "atlas": make_atlas(find_faces(settings.fonts), writer.alphabet.drawn, processes),
         "bank": make_text_bank(writer, settings.rows, seed, processes),
         "exam_bank": make_text_bank(writer, max(settings.rows // 50, 400), seed + 1, processes),
-        "scenery": make_scenery(settings.photos, (settings.pictures,) * 3, seed, processes),
+        "scenery": make_scenery(settings.photos, (settings.images,) * 3, seed, processes),
     }
     torch.save(material, path)
     return Material(**material)
@@ -179,8 +179,8 @@ class MemeDrawer:
 
     def collect(self, device: str) -> DrawnMemes:
         """All memes, when the last of them is drawn."""
-        pictures, texts, facts = zip(*(part.result() for part in self.parts), strict=True)
+        images, texts, facts = zip(*(part.result() for part in self.parts), strict=True)
         self.pool.shutdown()
         join = lambda parts: torch.cat([torch.as_tensor(part) for part in parts])  # noqa: E731
-        pixels = join(pictures).to(device).permute(0, 3, 1, 2).contiguous()
+        pixels = join(images).to(device).permute(0, 3, 1, 2).contiguous()
         return DrawnMemes(pixels, join(texts).to(device), join(facts).long().to(device))

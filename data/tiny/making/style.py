@@ -1,4 +1,4 @@
-"""Style of pages: colours, outlines, bars and pictures that leave the text legible."""
+"""Style of pages: colours, outlines, bars and images that leave the text legible."""
 
 from dataclasses import dataclass
 
@@ -20,8 +20,8 @@ class Style:
         bold: (B,) int64, likewise, of the letters themselves.
         opacity: (B, R) of letters.
         ground: (B, 3) colour of the page; shade: (B, 3) the one at the other end of a gradient.
-        picture: (B,) int64 number in the scenery, -1 for none.
-        full: (B,) bool, whether the picture fills the page.
+        image: (B,) int64 number in the scenery, -1 for none.
+        full: (B,) bool, whether the image fills the page.
         box: (B, 4) otherwise: left, top, right and bottom of the room it has.
         flip: (B,) bool.
         bar: (B,) int64, 0 for none, 1 for bars behind the text, 2 for bubbles.
@@ -35,7 +35,7 @@ class Style:
     opacity: torch.Tensor
     ground: torch.Tensor
     shade: torch.Tensor
-    picture: torch.Tensor
+    image: torch.Tensor
     full: torch.Tensor
     box: torch.Tensor
     flip: torch.Tensor
@@ -68,23 +68,23 @@ def find_room(layout: Layout, extents: torch.Tensor) -> torch.Tensor:
 
 
 def choose_style(dice: Dice, layout: Layout, scenery: Scenery, extents: torch.Tensor) -> Style:
-    """Colours, picture and outlines that leave the text legible."""
+    """Colours, image and outlines that leave the text legible."""
     count, device = len(layout.letters), dice.device
     kind = dice.choose((0.36, 0.29, 0.24, 0.11), count)  # figure, cartoon, photo, nothing
     starts = torch.tensor([*scenery.starts, scenery.starts[-1]], device=device)
     low, high = starts[kind], starts[(kind + 1).clamp(max=3)]
-    picture = (low + (dice.uniform(0, 1, count) * (high - low)).long()).clamp(max=scenery.starts[-1] - 1)
-    picture = torch.where(kind == 3, -1, picture)
+    image = (low + (dice.uniform(0, 1, count) * (high - low)).long()).clamp(max=scenery.starts[-1] - 1)
+    image = torch.where(kind == 3, -1, image)
     room = find_room(layout, extents)
     small = (room[:, 2:] - room[:, :2]).amin(1) < 30
     anywhere = small | dice.happens(0.12, count)
     full = (kind == 2) & dice.happens(0.8, count)
-    picture = torch.where(anywhere & ~full & dice.happens(0.6, count), -1, picture)
+    image = torch.where(anywhere & ~full & dice.happens(0.6, count), -1, image)
     wide = dice.uniform(60, 150, count)
     x, y = dice.uniform(0, 1, count) * (SIDE - wide), dice.uniform(0, 1, count) * (SIDE - wide)
     box = torch.where(anywhere[:, None], torch.stack([x, y, x + wide, y + wide], dim=1), room)
     ground, is_dark = choose_ground(dice, count)
-    busy = full | (anywhere & (picture >= 0))
+    busy = full | (anywhere & (image >= 0))
     fill, edge, outlined = choose_inks(dice, count, is_dark, busy)
     bar = dice.choose((0.82, 0.1, 0.08), count) * (layout.kinds == 1)
     bar_dark = dice.happens(0.4, count)
@@ -106,7 +106,7 @@ def choose_style(dice: Dice, layout: Layout, scenery: Scenery, extents: torch.Te
         opacity,
         ground,
         shade,
-        picture,
+        image,
         full,
         box,
         dice.happens(0.5, count),
@@ -145,6 +145,6 @@ def choose_inks(
 
 def make_plain(style: Style, is_plain: torch.Tensor) -> None:
     """Black on white on these pages (B,)."""
-    for name, value in (("fill", 0.0), ("ground", 1.0), ("shade", 1.0), ("picture", -1), ("outline", 0), ("bar", 0)):
+    for name, value in (("fill", 0.0), ("ground", 1.0), ("shade", 1.0), ("image", -1), ("outline", 0), ("bar", 0)):
         tensor = getattr(style, name)
         setattr(style, name, torch.where(is_plain.view(-1, *[1] * (tensor.dim() - 1)), value, tensor))

@@ -5,7 +5,6 @@ letter.
 """
 
 import random
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-for folder in (Path(__file__).parent, Path(__file__).parents[2]):
-    sys.path.append(str(folder))
-
-from glyphs import STRANGER, list_strangers  # noqa: E402
-from meme_lines import LINES, PATTERNS, WORDS, is_unseen  # noqa: E402
+from glyphs import STRANGER, list_strangers
+from meme_lines import LINES, PATTERNS, WORDS, is_unseen
 
 ROW = 20  # letters a row holds at most
 GAP = "\u3000"

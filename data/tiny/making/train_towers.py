@@ -108,7 +108,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--projector_rate", type=float, default=2e-3)
     parser.add_argument("--reading_weight", type=float, default=0.3, help="of the heads' loss in joint steps")
     parser.add_argument("--rows", type=int, default=400_000, help="rows of text")
-    parser.add_argument("--pictures", type=int, default=2000, help="pictures of each kind of scenery")
+    parser.add_argument("--images", type=int, default=2000, help="images of each kind of scenery")
     parser.add_argument("--memes", type=int, default=6400, help="drawn memes; 0 for none")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop in time, with a checkpoint")
     parser.add_argument("--save_every", type=float, default=120, help="seconds")

@@ -1,4 +1,4 @@
-"""Wear: what pictures go through before they are seen. Blur, lost resolution, JPEG, noise, faded colours."""
+"""Wear: what images go through before they are seen. Blur, lost resolution, JPEG, noise, faded colours."""
 
 import math
 

@@ -14,17 +14,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
 
-HERE = Path(__file__).parent
-for folder in (HERE, HERE.parents[1], HERE.parents[2]):
-    sys.path.append(str(folder))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from layout import PATCHES, SIDE  # noqa: E402
+from make_towers import make_vision_tower  # noqa: E402
 from networks import Sizes, make_language_config  # noqa: E402
+from split_towers import scale_features  # noqa: E402
 
-from meme_llava.checkpoint import RUN_RECORD, describe_environment, write_directory, write_json  # noqa: E402
-from meme_llava.model import load_strictly, quiet_transformers  # noqa: E402
-from meme_llava.split_towers import scale_features  # noqa: E402
-from meme_llava.tiny_towers import make_vision_tower  # noqa: E402
+from meme_llava.model.llava import load_strictly, quiet_transformers  # noqa: E402
+from meme_llava.storage.folders import write_directory, write_json  # noqa: E402
+from meme_llava.storage.run_record import RUN_RECORD, describe_environment  # noqa: E402
 
 
 def write_vision_tower(weights: dict[str, torch.Tensor], sizes: Sizes, scale: float, folder: Path) -> None:

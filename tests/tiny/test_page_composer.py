@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-sys.path[:0] = [str(ROOT / "data" / "tiny" / "making"), str(ROOT / "data")]
+sys.path.insert(0, str(ROOT / "data" / "tiny" / "making"))
 
 from composer import compose  # noqa: E402
 from glyphs import CELL, EM, LEVELS, Atlas, choose_level  # noqa: E402
@@ -163,7 +163,7 @@ def test_copies_stand_a_letter_a_patch(alphabet, atlas, scenery):
         assert text.tolist() == wanted + [0] * (ROW - 3)
 
 
-def test_a_picture_gets_the_largest_room(alphabet):
+def test_a_image_gets_the_largest_room(alphabet):
     layout = make_layout(alphabet, [("一二三", 80, 140)])
     room = find_room(layout, measure_rows(layout))
     assert room[0].tolist() == pytest.approx([0, 0, 160, 140 - 0.55 * 16])
@@ -188,7 +188,7 @@ def test_compression_keeps_flat_pages_and_loses_more_when_coarser():
     assert errors[0] < 0.02 < errors[1]
 
 
-def test_worn_pages_are_pictures_of_256_shades():
+def test_worn_pages_are_images_of_256_shades():
     pages = wear_out(Dice(0, "cpu"), torch.rand(8, 3, SIDE, SIDE))
     assert torch.equal(pages, (pages * 255).round() / 255)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-sys.path[:0] = [str(ROOT / "data" / "tiny" / "making"), str(ROOT / "data")]
+sys.path.insert(0, str(ROOT / "data" / "tiny" / "making"))
 
 import prepare_towers  # noqa: E402
 import studio as studio_module  # noqa: E402
@@ -23,8 +23,8 @@ from scenery import FIGURE_NAMES, MOOD_NAMES, PROP_NAMES  # noqa: E402
 from transformers import AutoTokenizer, LlavaConfig  # noqa: E402
 
 import build_base_model  # noqa: E402
-from meme_llava.assembly import _draw_projector  # noqa: E402
-from meme_llava.model import load_llava  # noqa: E402
+from meme_llava.convert.build import _draw_projector  # noqa: E402
+from meme_llava.model.llava import load_llava  # noqa: E402
 
 SMALL = {"vision_width": 32, "vision_layers": 2, "vision_heads": 2, "vision_mlp": 32}
 SMALL |= {"width": 96, "layers": 1, "heads": 2, "mlp": 32}
@@ -162,7 +162,7 @@ def test_an_interrupted_course_goes_on_and_ends_in_towers_that_build(start, tmp_
     monkeypatch.setattr(studio_module, "make_atlas", make_blocks)
     monkeypatch.setattr(studio_module, "find_faces", lambda folder: [])
     flags = ["--start", str(start), "--output_dir", str(tmp_path / "work"), "--memes", "0", "--device", "cpu"]
-    flags += ["--rows", "400", "--pictures", "1", "--batch", "2", "--language_batch", "2", "--joint_batch", "4"]
+    flags += ["--rows", "400", "--images", "1", "--batch", "2", "--language_batch", "2", "--joint_batch", "4"]
     flags += ["--vision_steps", "2", "--language_steps", "2", "--joint_steps", "3", "--projectors", "2", "--life", "4"]
     flags += ["--note_every", "1", "--exam_pages", "2", "--processes", "1", "--sizes", json.dumps(SMALL)]
     train_towers.main([*flags, "--seconds", "0"])
@@ -177,15 +177,15 @@ def test_an_interrupted_course_goes_on_and_ends_in_towers_that_build(start, tmp_
     base = ["--language_model", str(towers / "language_model"), "--vision_model", str(towers / "vision_tower")]
     build_base_model.main([*base, "--output_dir", str(tmp_path / "base")])
     model = load_llava(tmp_path / "base", torch.float32)
-    picture = torch.rand(1, 3, SIDE, SIDE)
+    image = torch.rand(1, 3, SIDE, SIDE)
     course = torch.load(tmp_path / "work" / "checkpoint.pt", weights_only=False)
     tower = VisionTower(Sizes(**{**SMALL}))
     tower.load_state_dict(
         {name[7:]: weight for name, weight in course["modules"].items() if name.startswith("vision.")}
     )
     with torch.no_grad():
-        wanted = tower(picture) * course["scale"]
-        found = model.model.vision_tower((picture - tower.mean) / tower.deviation, output_hidden_states=True)
+        wanted = tower(image) * course["scale"]
+        found = model.model.vision_tower((image - tower.mean) / tower.deviation, output_hidden_states=True)
     assert torch.allclose(found.hidden_states[-2][:, 1:], wanted, atol=0.02)
     embeddings = course["modules"]["language.codes"] @ course["modules"]["language.mix"]
     assert torch.allclose(model.lm_head.weight[: len(embeddings)], embeddings, atol=1e-3)
