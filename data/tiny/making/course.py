@@ -125,8 +125,9 @@ class Course:
         whole.backward()
         self.pool.step()
         old = trust >= 0.99
+        old = old | ~old.any()  # at first all are young
         name = "field" if is_field else "answer"
-        self.note(**{name: loss[old].mean() if old.any() else loss.mean(), f"{name} right": right.float()[old].mean()})
+        self.note(**{name: loss[old].mean(), f"{name} right": right[old].float().mean()})
         self.note(accuracy=losses["accuracy"], counted=losses["counted"])
 
     # ---- Parts of steps ----
