@@ -70,11 +70,15 @@ def make_tables(tokenizer, characters: list[str]) -> dict:
     }
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Prepare towers in training.", allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--characters", type=int, default=COUNT, help="so many of the most frequent Chinese ones")
-    settings = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    settings = parse_arguments(argv)
     folder, needed = settings.output_dir, set(list_needed())
     characters = [
         character

@@ -63,13 +63,17 @@ def write_language_model(weights: dict[str, torch.Tensor], sizes: Sizes, start: 
     tokenizer.save_pretrained(folder)
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write trained towers as two folders.", allow_abbrev=False)
     parser.add_argument("--start", type=Path, required=True, help="what prepare_towers.py wrote")
     parser.add_argument("--export", type=Path, required=True, help="what train_towers.py exported")
     parser.add_argument("--output_dir", type=Path, required=True, help="gets language_model and vision_tower")
     parser.add_argument("--overwrite", action="store_true", help="replace a non-empty output_dir")
-    settings = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    settings = parse_arguments(argv)
     facts = json.loads((settings.export / "facts.json").read_text(encoding="utf-8"))
     sizes = Sizes(**facts["sizes"])
     vision, language = (load_file(settings.export / f"{name}.safetensors") for name in ("vision", "language"))
