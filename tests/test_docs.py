@@ -33,7 +33,10 @@ TWINS = ("README", "docs/install", "docs/full_size", "data/README")
 README_LINES = 200
 IMAGE_BYTES = 300_000
 MAKING_FOLDER = "data/tiny/making"
-MAKING = (f"{MAKING_FOLDER}/draw_memes.py", f"{MAKING_FOLDER}/draw_lessons.py")
+MAKING = tuple(
+    f"{MAKING_FOLDER}/{name}.py"
+    for name in ("draw_memes", "draw_lessons", "prepare_towers", "train_towers", "write_towers")
+)
 BENCHMARKS = tuple(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("benchmarks/*.py")))
 # Flags of tests/run.sh, tensorboard, mlflow, transformers serve, vllm serve, hf download, git clone and this folder.
 FOREIGN_FLAGS = {

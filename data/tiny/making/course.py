@@ -1,0 +1,257 @@
+"""Course: everything that learns, and the steps of its three stages."""
+
+import argparse
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from drawn import DrawnMemes
+from layout import SHARES
+from lessons import Lesson, Teacher
+from networks import LanguageModel, PatchReader, ProjectorPool, Sizes, SpelledPatches, VisionTower
+from optimizer import Optimizer
+from safetensors.torch import save_file
+from studio import Batch, Studio
+from torch import nn
+
+CAPTIONS = (0.1, 0.9, 0.0, 0.0, 0.0)  # shares of layout.KINDS
+CROWDED = (0.05, 0.25, 0.15, 0.05, 0.5)
+DIFFICULTIES = 3
+READY = 0.6  # of the letters named: then the next pages are more difficult, and so they are in time in any case
+FIELD_EVERY = 8  # one joint step in so many asks for fields
+DRAWN_SHARE, GROUP_SHARE = 0.25, 0.08
+
+
+class Course:
+    """Everything that learns, with the steps of every stage."""
+
+    def __init__(self, settings: argparse.Namespace, sizes: Sizes, studio: Studio, teacher: Teacher):
+        self.settings, self.sizes, self.studio, self.teacher = settings, sizes, studio, teacher
+        self.device = settings.device
+        torch.manual_seed(settings.seed)
+        self.modules = nn.ModuleDict(
+            {
+                "vision": VisionTower(sizes),
+                "reader": PatchReader(sizes, len(teacher.tokens) - 1),
+                "language": LanguageModel(sizes),
+                "spelled": SpelledPatches(sizes),
+            }
+        ).to(self.device)
+        self.pool = ProjectorPool(
+            sizes, settings.projectors, settings.life, settings.projector_rate, 1000 + settings.seed
+        )
+        self.pool.to(self.device)
+        self.pool.moments = [[tensor.to(self.device) for tensor in moment] for moment in self.pool.moments]
+        self.scale = 1.0  # of features, so that they are about 1 for the projectors
+        self.memes: DrawnMemes | None = None
+        self.difficulty = 0.0  # of the vision tower's pages, up to DIFFICULTIES
+        self.figures: dict[str, list[float]] = {}
+
+    def autocast(self):
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.settings.bf16)
+
+    def note(self, **figures: torch.Tensor) -> None:
+        for name, value in figures.items():
+            self.figures.setdefault(name, []).append(value.detach())
+
+    # ---- Stages: one step each, to the gradients ----
+
+    def vision_step(self, progress: float) -> None:
+        # What is easy comes first: plain letters that fill a patch each, then such letters anywhere, then plain pages
+        # of every kind. From what is difficult alone, a tower learns nothing for a long time.
+        self.difficulty = max(self.difficulty, DIFFICULTIES * min(1.0, (progress - 0.3) / 0.4))
+        loose, other, worn = (min(1.0, max(0.0, self.difficulty - number)) for number in range(DIFFICULTIES))
+        shares = CROWDED if self.settings.crowded else SHARES
+        aligned = (0.9 * (1 - other), loose)
+        pages = self.studio.draw_pages(self.settings.batch, shares, 0.9 * (1 - worn), aligned)
+        groups = self.studio.draw_groups(max(1, int(self.settings.batch * GROUP_SHARE)))
+        batch = join(pages, groups)
+        with self.autocast():
+            features = self.modules["vision"](batch.images)
+            losses = self.modules["reader"].losses(features, batch.slots, batch.places, batch.placed)
+        weigh_reading(losses).backward()
+        if losses["accuracy"] > READY:
+            self.difficulty += DIFFICULTIES / 0.4 * (progress - self.last_progress)
+        self.last_progress = progress
+        self.note(**losses, difficulty=torch.tensor(self.difficulty))
+
+    def language_step(self, progress: float) -> None:
+        # Copying comes first, by itself: from a mixture it is learned late.
+        is_copy = progress < 0.25
+        is_field = not is_copy and self.count % FIELD_EVERY == 0
+        if is_copy:
+            batch = self.studio.spell_copies(self.settings.language_batch)
+        else:
+            batch = self.studio.spell_pages(self.settings.language_batch, CAPTIONS if progress < 0.5 else SHARES)
+        lesson = self.make_lesson(batch, is_field)
+        lesson.supervised &= batch.is_whole[:, None]
+        embeddings = self.modules["language"].embeddings
+        letters = embeddings[self.teacher.tokens.clamp(min=0)]
+        with self.autocast():
+            patches = self.modules["spelled"](letters, batch.slots, batch.places, batch.placed)
+            loss, right = self.answer(patches, lesson, embeddings)
+        loss.mean().backward()
+        name = "field" if is_field else "answer"
+        self.note(**{name: loss.mean(), f"{name} right": right.float().mean()})
+
+    def joint_step(self, progress: float) -> None:
+        is_field = self.count % FIELD_EVERY == 0
+        count = self.settings.joint_batch
+        groups = max(1, int(count * (0.4 if is_field else GROUP_SHARE)))
+        drawn = 0 if is_field or self.memes is None else int(count * DRAWN_SHARE)
+        parts = [self.studio.draw_pages(count - groups - drawn), self.studio.draw_groups(groups)]
+        seen = count - drawn  # pages of which all labels are known
+        if drawn:
+            parts.append(self.studio.pick_memes(self.memes, drawn))
+        batch = join(*parts)
+        order = torch.randperm(count, generator=self.studio.dice.generator, device=self.device)
+        with self.autocast():
+            features = self.modules["vision"](batch.images)
+            losses = self.modules["reader"].losses(
+                features[:seen], batch.slots[:seen], batch.places[:seen], batch.placed[:seen]
+            )
+            patches = torch.empty_like(features[..., :1]).expand(-1, -1, self.sizes.width).clone()
+            patches = patches.index_copy(0, order, self.pool(features[order] * self.scale).to(patches.dtype))
+            lesson = self.make_lesson(batch, is_field)
+            loss, right = self.answer(patches, lesson, self.modules["language"].embeddings)
+        page = lesson.supervised.nonzero()[:, 0]  # of each answered token
+        projector = torch.empty_like(order).index_copy(0, order, torch.arange(count, device=self.device))
+        projector = projector * self.settings.projectors // count
+        trust = self.pool.trust(order.device)[projector[page]]
+        whole = (loss * trust).sum() / trust.sum() + self.settings.reading_weight * weigh_reading(losses)
+        whole.backward()
+        self.pool.step()
+        old = trust >= 0.99
+        old = old | ~old.any()  # at first all are young
+        name = "field" if is_field else "answer"
+        self.note(**{name: loss[old].mean(), f"{name} right": right[old].float().mean()})
+        self.note(accuracy=losses["accuracy"], counted=losses["counted"])
+
+    # ---- Parts of steps ----
+
+    def make_lesson(self, batch: Batch, is_field: bool) -> Lesson:
+        dice = self.studio.dice
+        if is_field:
+            return self.teacher.make_field_lesson(dice, batch.slots, batch.placed)
+        tasks = dice.choose((0.55, 0.25, 0.2), len(batch.text))
+        tasks = torch.where(batch.facts[:, 0] >= 0, tasks, 0)
+        # Of a group, only the text is asked for, and there is none.
+        tasks = torch.where((batch.placed[..., 0] >= 0).sum(1) > 1, 0, tasks)
+        return self.teacher.make_lesson(dice, tasks, batch.text, batch.facts)
+
+    def answer(
+        self, patches: torch.Tensor, lesson: Lesson, embeddings: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of every supervised token (tokens,): the loss, and whether it is the likeliest."""
+        prefix = embeddings[self.teacher.prefix].expand(len(patches), -1, -1)
+        states = torch.cat([prefix.to(patches.dtype), patches, embeddings[lesson.ids].to(patches.dtype)], dim=1)
+        hidden = self.modules["language"](states)[:, prefix.shape[1] + patches.shape[1] - 1 : -1]
+        chosen = hidden[lesson.supervised]
+        scores = (chosen @ embeddings.T.to(chosen.dtype)).float()
+        wanted = lesson.ids[lesson.supervised]
+        return F.cross_entropy(scores, wanted, reduction="none"), scores.argmax(-1) == wanted
+
+    # ---- State ----
+
+    @property
+    def stages(self) -> dict[str, tuple]:
+        """Name: steps, what learns, peak rates of Muon and AdamW, the step."""
+        settings = self.settings
+        return {
+            "vision": (settings.vision_steps, ("vision", "reader"), 2e-2, 2e-3, self.vision_step),
+            "language": (settings.language_steps, ("language", "spelled"), 1e-2, 2e-3, self.language_step),
+            "joint": (settings.joint_steps, ("vision", "reader", "language"), 6e-3, 1e-3, self.joint_step),
+        }
+
+    def begin(self, stage: str) -> None:
+        """What has to be done between stages."""
+        self.stage, self.count, self.spent, self.last_progress = stage, 0, 0.0, 0.0
+        self.steps, names, muon_rate, rate, self.step = self.stages[stage]
+        if stage == "language":
+            with torch.no_grad():
+                codes = F.normalize(self.modules["reader"].codes[1:], dim=-1)
+                self.modules["language"].codes[self.teacher.tokens[1:]] = codes
+        if stage == "joint":
+            images = self.studio.draw_pages(32).images
+            with torch.no_grad(), self.autocast():
+                self.scale = 1 / float(self.modules["vision"](images).float().std())
+        self.optimizer = Optimizer(self.modules, names, muon_rate, rate)
+
+    @property
+    def progress(self) -> float:
+        """How much of the stage is done, by steps, or by time where its seconds are given."""
+        if self.settings.stage_seconds:
+            seconds = self.settings.stage_seconds[list(self.stages).index(self.stage)]
+            return self.spent / seconds if seconds else 1.0
+        return self.count / self.steps if self.steps else 1.0
+
+    def share(self, progress: float) -> float:
+        """Of the peak rates: a short rise, then half a cosine. Projectors learn alone while all are young."""
+        if self.stage == "joint" and self.count < self.settings.life // 4:
+            return 0.0
+        return min(1, progress / 0.03) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
+
+    def state(self) -> dict:
+        return {
+            "stage": self.stage,
+            "count": self.count,
+            "spent": self.spent,
+            "difficulty": self.difficulty,
+            "modules": self.modules.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "pool": (
+                self.pool.state_dict(),
+                {name: getattr(self.pool, name) for name in ("moments", "ages", "lives", "next_seed")},
+            ),
+            "scale": self.scale,
+            "dice": self.studio.dice.generator.get_state().cpu(),
+        }
+
+    def restore(self, state: dict) -> None:
+        self.begin(state["stage"])
+        for name in ("count", "spent", "scale", "difficulty"):
+            setattr(self, name, state[name])
+        self.last_progress = self.progress
+        self.modules.load_state_dict(state["modules"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        weights, others = state["pool"]
+        self.pool.load_state_dict(weights)
+        vars(self.pool).update(others)
+        self.studio.dice.generator.set_state(state["dice"].cpu())
+
+    def export(self, folder: Path) -> None:
+        """Weights in float16, small files."""
+        folder.mkdir(parents=True, exist_ok=True)
+        language = {name: weight for name, weight in self.modules["language"].model.state_dict().items()}
+        language["embed_tokens.weight"] = self.modules["language"].embeddings
+        parts = {
+            "vision": self.modules["vision"].model.state_dict(),
+            "language": language,
+            "reader": self.modules["reader"].state_dict(),
+            "projectors": self.pool.state_dict(),
+        }
+        for name, weights in parts.items():
+            save_file(
+                {key: weight.detach().half().cpu().contiguous() for key, weight in weights.items()},
+                folder / f"{name}.safetensors",
+            )
+        facts = {"scale": self.scale, "sizes": asdict(self.sizes), "stage": self.stage, "step": self.count}
+        (folder / "facts.json").write_text(json.dumps(facts | {"ages": self.pool.ages}, indent=1) + "\n")
+
+
+def weigh_reading(losses: dict) -> torch.Tensor:
+    """One loss of all that the heads tell."""
+    whole = losses["character"] + 0.5 * losses["count"] + 0.5 * losses["place"]
+    return whole + (0.2 * losses["facts"] if "facts" in losses else 0)
+
+
+def join(*batches: Batch) -> Batch:
+    """Batches as one, texts padded to the same length."""
+    longest = max(batch.text.shape[1] for batch in batches)
+    fields = {name: [getattr(batch, name) for batch in batches] for name in vars(batches[0])}
+    fields["text"] = [F.pad(text, (0, longest - text.shape[1])) for text in fields["text"]]
+    fields["places"] = [places.expand(-1, -1, -1, 2) for places in fields["places"]]
+    return Batch(**{name: torch.cat(parts) for name, parts in fields.items()})

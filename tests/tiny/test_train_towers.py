@@ -1,0 +1,191 @@
+"""The course of the towers: lessons say what they should, projectors are renewed, a run ends in towers that build."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "data" / "tiny" / "making"))
+
+import prepare_towers  # noqa: E402
+import studio as studio_module  # noqa: E402
+import train_towers  # noqa: E402
+import write_towers  # noqa: E402
+from exam import distance  # noqa: E402
+from glyphs import LEVELS, Atlas  # noqa: E402
+from layout import PATCHES, SIDE, Dice  # noqa: E402
+from lessons import TASKS, Teacher, compact, place_facts  # noqa: E402
+from networks import ProjectorPool, Sizes, VisionTower  # noqa: E402
+from optimizer import orthogonalize  # noqa: E402
+from scenery import FIGURE_NAMES, MOOD_NAMES, PROP_NAMES  # noqa: E402
+from transformers import AutoTokenizer, LlavaConfig  # noqa: E402
+
+import build_base_model  # noqa: E402
+from meme_llava.convert.build import _draw_projector  # noqa: E402
+from meme_llava.model.llava import load_llava  # noqa: E402
+
+SMALL = {"vision_width": 32, "vision_layers": 2, "vision_heads": 2, "vision_mlp": 32}
+SMALL |= {"width": 96, "layers": 1, "heads": 2, "mlp": 32}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start")
+    prepare_towers.main(["--output_dir", str(folder), "--characters", "300"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(start):
+    return Teacher(start / "tables.json", "cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(start):
+    return AutoTokenizer.from_pretrained(start)
+
+
+def spell(start, text):
+    known = (start / "characters.txt").read_text(encoding="utf-8").strip()
+    return torch.tensor([[known.index(character) + 1 for character in text] + [0]])
+
+
+def name_facts(mood, figure, prop):
+    return torch.tensor([[MOOD_NAMES.index(mood), FIGURE_NAMES.index(figure), PROP_NAMES.index(prop)]])
+
+
+def give_lesson(teacher, tokenizer, task, text, facts):
+    """Question and answer in words; the answer ends with its end token."""
+    lesson = teacher.make_lesson(Dice(0, "cpu"), torch.tensor([TASKS.index(task)]), text, facts)
+    answer = tokenizer.decode(lesson.ids[lesson.supervised])
+    assert answer.endswith("<|im_end|>")
+    question = tokenizer.decode(lesson.ids[~lesson.supervised])
+    assert question.startswith("\n") and question.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    return question.removeprefix("\n").split("<")[0], answer.removesuffix("<|im_end|>")
+
+
+def test_a_text_is_answered_letter_by_letter(teacher, tokenizer, start):
+    facts = torch.tensor([[-1, -1, -1]])
+    _, answer = give_lesson(teacher, tokenizer, "text", spell(start, "我要奶茶OK！"), facts)
+    assert answer == "我要奶茶OK！"
+    _, answer = give_lesson(teacher, tokenizer, "text", torch.zeros(1, 3, dtype=torch.long), facts)
+    assert answer == "图片里没有文字。"
+
+
+def test_moods_and_descriptions_are_those_of_the_sample_memes(teacher, tokenizer, start):
+    facts = name_facts("犯困", "熊猫", "戴着帽子")
+    _, answer = give_lesson(teacher, tokenizer, "mood", spell(start, "早上好"), facts)
+    assert answer == "犯困"
+    question, answer = give_lesson(teacher, tokenizer, "description", spell(start, "早上好"), facts)
+    expected = {
+        "这张表情包写了什么，是什么意思？": "图中一只熊猫，戴着帽子，看起来很犯困，配文“早上好”，表达犯困的心情。",
+        "请描述一下这张表情包。": "这是一张熊猫的表情包，戴着帽子，写着“早上好”，熊猫的表情是犯困。",
+        "图里有什么文字？画的是谁？": "文字是“早上好”，画的是一只熊猫，戴着帽子，它很犯困。",
+        "这张图想表达什么？": "熊猫很犯困，戴着帽子，它说“早上好”，适合在犯困的时候用。",
+        "介绍一下这张图片。": "画面里有一只熊猫，戴着帽子，文字“早上好”和它的表情都透着犯困。",
+    }
+    assert answer == expected[question]
+
+
+def test_a_field_names_what_stands_at_every_patch(teacher, tokenizer, start):
+    slots = torch.zeros(1, PATCHES**2, 3, dtype=torch.long)
+    slots[0, 3, 0], slots[0, 3, 1] = spell(start, "早上")[0, :2]
+    facts = torch.full((1, PATCHES**2, 3), -1)
+    facts[0, 99] = name_facts("开心", "小猫", None)[0]
+    lesson = teacher.make_field_lesson(Dice(0, "cpu"), slots, facts)
+    assert tokenizer.decode(lesson.ids[lesson.supervised]) == "□□□早" + "□" * 95 + "①<|im_end|>"
+
+
+def test_the_end_of_a_text_that_is_cut_is_not_learned(teacher, start):
+    text = spell(start, "我" * 70)
+    lesson = teacher.make_lesson(Dice(0, "cpu"), torch.tensor([0]), text, torch.tensor([[-1, -1, -1]]))
+    assert int(lesson.supervised.sum()) == 60
+
+
+def test_pieces_are_joined_without_their_gaps():
+    ids, sources = compact([torch.tensor([[5, -1], [6, 7]]), torch.tensor([[-1, 8], [-1, -1]])])
+    assert ids.tolist() == [[5, 8], [6, 7]]
+    assert sources.tolist() == [[0, 1], [0, 0]]
+
+
+def test_facts_stand_at_the_patch_of_the_figures_middle():
+    placed = place_facts(torch.tensor([[[1, 2, 3]]]), torch.tensor([[[24.0, 159.0]]]), SIDE)
+    assert placed[0, 91].tolist() == [1, 2, 3]
+    assert int((placed >= 0).sum()) == 3
+
+
+def test_projectors_are_drawn_as_the_assembly_draws_them_and_renewed_when_old():
+    pool = ProjectorPool(Sizes(**SMALL), 2, life=3, peak=1e-3, seed=1000)
+    config = LlavaConfig(
+        vision_config={"hidden_size": 32, "num_attention_heads": 2},
+        text_config={"model_type": "qwen2", "hidden_size": 96},
+    )
+    config.text_config.initializer_range = 0.035
+    drawn = _draw_projector(config, 1001)
+    assert torch.equal(pool.weights[0][1], drawn["linear_1.weight"])
+    assert torch.equal(pool.weights[2][1], drawn["linear_2.weight"])
+    first = pool.weights[0].detach().clone()
+    for _ in range(3):
+        pool(torch.randn(4, PATCHES**2, 32)).square().mean().backward()
+        pool.step()
+    assert pool.ages == [0, 3]  # the second one lives longer the first time
+    assert torch.equal(pool.weights[0][0], _draw_projector(config, 1002)["linear_1.weight"])
+    assert 1e-4 < float((pool.weights[0].detach()[1] - first[1]).abs().max()) < 3e-3
+
+
+def test_orthogonal_updates_change_all_directions_alike():
+    matrices = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 1e3]).view(
+        3, 1, 1
+    )
+    values = torch.linalg.svdvals(orthogonalize(matrices))
+    assert 0.6 < float(values.min()) and float(values.max()) < 1.3
+
+
+@pytest.mark.parametrize(("first", "second", "wanted"), [([], [], 0), ([1, 2], [], 2), ([1, 2, 3], [2, 4], 2)])
+def test_distance_counts_changes(first, second, wanted):
+    assert distance(first, second) == wanted
+
+
+def make_blocks(faces, characters, processes):
+    """An atlas without fonts: every letter is a full cell."""
+    sizes = [side * side for side in LEVELS]
+    pixels = torch.cat([torch.cat([torch.zeros(size), torch.full((size,), 255.0)]) for size in sizes]).byte()
+    starts = torch.tensor([2 * sum(sizes[:level]) for level in range(len(sizes))])
+    cells = torch.ones(1, len(characters) + 1, dtype=torch.long)
+    cells[0, 0] = 0
+    return Atlas(pixels, starts, cells, torch.ones(1, len(characters) + 1))
+
+
+def test_an_interrupted_course_goes_on_and_ends_in_towers_that_build(start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(studio_module, "make_atlas", make_blocks)
+    monkeypatch.setattr(studio_module, "find_faces", lambda folder: [])
+    flags = ["--start", str(start), "--output_dir", str(tmp_path / "work"), "--memes", "0", "--device", "cpu"]
+    flags += ["--rows", "400", "--images", "1", "--batch", "2", "--language_batch", "2", "--joint_batch", "4"]
+    flags += ["--vision_steps", "2", "--language_steps", "2", "--joint_steps", "3", "--projectors", "2", "--life", "4"]
+    flags += ["--note_every", "1", "--exam_pages", "2", "--processes", "1", "--sizes", json.dumps(SMALL)]
+    train_towers.main([*flags, "--seconds", "0"])
+    assert "time is over" in capsys.readouterr().out
+    state = torch.load(tmp_path / "work" / "checkpoint.pt", weights_only=False)
+    assert (state["stage"], state["count"]) == ("vision", 1)
+    train_towers.main(flags)
+    shown = capsys.readouterr().out
+    assert "vision 2 (100%" in shown and "vision 1 (" not in shown and "joint 3 (100%" in shown
+    export, towers = tmp_path / "work" / "export", tmp_path / "towers"
+    write_towers.main(["--start", str(start), "--export", str(export), "--output_dir", str(towers)])
+    base = ["--language_model", str(towers / "language_model"), "--vision_model", str(towers / "vision_tower")]
+    build_base_model.main([*base, "--output_dir", str(tmp_path / "base")])
+    model = load_llava(tmp_path / "base", torch.float32)
+    image = torch.rand(1, 3, SIDE, SIDE)
+    course = torch.load(tmp_path / "work" / "checkpoint.pt", weights_only=False)
+    tower = VisionTower(Sizes(**{**SMALL}))
+    tower.load_state_dict(
+        {name[7:]: weight for name, weight in course["modules"].items() if name.startswith("vision.")}
+    )
+    with torch.no_grad():
+        wanted = tower(image) * course["scale"]
+        found = model.model.vision_tower((image - tower.mean) / tower.deviation, output_hidden_states=True)
+    assert torch.allclose(found.hidden_states[-2][:, 1:], wanted, atol=0.02)
+    embeddings = course["modules"]["language.codes"] @ course["modules"]["language.mix"]
+    assert torch.allclose(model.lm_head.weight[: len(embeddings)], embeddings, atol=1e-3)
