@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+import signal
 import string
 import subprocess
 import sys
@@ -400,6 +401,15 @@ def test_the_other_nodes_write_no_note(stage):
     ],
 )
 def test_a_command_ends_the_chain_with_its_code(program, code):
+    # Behind nohup and in the background of a shell SIGINT is ignored, and stays so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _check_code(program, code)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _check_code(program, code):
     with pytest.raises(SystemExit) as stop:
         run_command("python", "-c", program)
     assert stop.value.code == code

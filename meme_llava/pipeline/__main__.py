@@ -75,7 +75,7 @@ def check_settings(stages: Sequence[Stage], train_flags: Flags) -> None:
                 parse_arguments(classes[stage.name], stage.arguments, "", prog=stage.program[1])
             elif stage.name == "train":
                 parse_launch_arguments(stage.program[3:])
-                parse_train_arguments(stage.arguments, "", prog=stage.program[-1])
+                parse_train_arguments([*stage.arguments, *stage.resume_flags], "", prog=stage.program[-1])
         except UserError as error:
             raise UserError(name_settings(str(error), stage, train_flags)) from error
 

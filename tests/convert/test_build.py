@@ -493,7 +493,7 @@ def test_the_sources_bytes_are_copied_as_they_are(world, tmp_path):
 
 
 def test_no_verify_writes_the_same_files_without_checks(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(build_base_model, "verify_assembled", None)
+    monkeypatch.setattr("meme_llava.convert.build_check.verify_assembled", None)
     out = build(world.language_model, world.vision_tower, tmp_path / "out", "--no_verify")
     printed = capsys.readouterr().out
     assert "Proved on" not in printed and f"base model: {out}" in printed

@@ -422,8 +422,8 @@ def test_a_wrong_replacement_is_noticed_layer_by_layer_too(trained_full, tmp_pat
 
 
 def test_no_verify_writes_the_same_files_without_checks(trained, merged, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(merge_lora, "verify_merged", None)
-    monkeypatch.setattr(merge_lora, "verify_exported", None)
+    monkeypatch.setattr("meme_llava.convert.merge_check.verify_merged", None)
+    monkeypatch.setattr("meme_llava.convert.export.verify_exported", None)
     out = tmp_path / "out"
     merge(["--adapter", str(trained), "--output_dir", str(out), "--no_verify"])
     printed = capsys.readouterr().out
@@ -703,7 +703,7 @@ def test_an_export_that_sees_something_else_is_an_error(trained, tmp_path, monke
             config["vision_config"]["hidden_act"] = "gelu"
             (folder / "config.json").write_text(json.dumps(config))
 
-        monkeypatch.setattr(merge_lora, "export_clip_tower", export_wrongly)
+        monkeypatch.setattr(export, "export_clip_tower", export_wrongly)
     error = fail(capsys, "--adapter", trained, "--output_dir", tmp_path / "out", "--export", "clip")
     assert f"gives other {part if part == 'features' else 'pixels'} than" in error
     assert list(tmp_path.iterdir()) == []
