@@ -160,7 +160,7 @@ def test_other_settings_need_another_folder(flags, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.main([*flags, "--output_dir", str(output_dir), "--limit", "2"])
     assert stop.value.code == 2
-    assert "was made with other settings (limit was None, is 2; other images)" in capsys.readouterr().err
+    assert "was made with other settings (other images; limit was None, is 2)" in capsys.readouterr().err
     assert len(read_rows(output_dir)) == 6
     evaluate.main([*flags, "--output_dir", str(output_dir), "--limit", "2", "--overwrite"])
     assert len(read_rows(output_dir)) == 2
