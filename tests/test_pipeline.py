@@ -404,14 +404,10 @@ def test_a_command_ends_the_chain_with_its_code(program, code):
     # Behind nohup and in the background of a shell SIGINT is ignored, and stays so.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        _check_code(program, code)
+        with pytest.raises(SystemExit) as stop:
+            run_command("python", "-c", program)
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _check_code(program, code):
-    with pytest.raises(SystemExit) as stop:
-        run_command("python", "-c", program)
     assert stop.value.code == code
 
 
