@@ -167,7 +167,7 @@ def test_an_interrupted_course_goes_on_and_ends_in_towers_that_build(start, tmp_
     flags += ["--note_every", "1", "--exam_pages", "2", "--processes", "1", "--sizes", json.dumps(SMALL)]
     train_towers.main([*flags, "--seconds", "0"])
     assert "time is over" in capsys.readouterr().out
-    state = torch.load(tmp_path / "work" / "checkpoint.pt", weights_only=False)
+    state = torch.load(tmp_path / "work" / "checkpoint.pt", weights_only=True)
     assert (state["stage"], state["count"]) == ("vision", 1)
     train_towers.main(flags)
     shown = capsys.readouterr().out
@@ -178,7 +178,7 @@ def test_an_interrupted_course_goes_on_and_ends_in_towers_that_build(start, tmp_
     build_base_model.main([*base, "--output_dir", str(tmp_path / "base")])
     model = load_llava(tmp_path / "base", torch.float32)
     image = torch.rand(1, 3, SIDE, SIDE)
-    course = torch.load(tmp_path / "work" / "checkpoint.pt", weights_only=False)
+    course = torch.load(tmp_path / "work" / "checkpoint.pt", weights_only=True)
     tower = VisionTower(Sizes(**{**SMALL}))
     tower.load_state_dict(
         {name[7:]: weight for name, weight in course["modules"].items() if name.startswith("vision.")}

@@ -1,7 +1,7 @@
 """Studio: batches of pages, groups of figures and drawn memes with everything that is known about them."""
 
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -154,16 +154,17 @@ def load_material(settings, writer: RowWriter) -> Material:
     """The material kept in the output folder, or made and kept there; `settings` are train_towers.py's."""
     path = settings.output_dir / "material.pt"
     if path.is_file():
-        return Material(**torch.load(path, weights_only=False))
+        kept = torch.load(path, weights_only=True)
+        return Material(**{part.name: part.type(**kept[part.name]) for part in fields(Material)})
     seed, processes = settings.seed, settings.processes
-    material = {
-        "atlas": make_atlas(find_faces(settings.fonts), writer.alphabet.drawn, processes),
-        "bank": make_text_bank(writer, settings.rows, seed, processes),
-        "exam_bank": make_text_bank(writer, max(settings.rows // 50, 400), seed + 1, processes),
-        "scenery": make_scenery(settings.photos, (settings.images,) * 3, seed, processes),
-    }
-    torch.save(material, path)
-    return Material(**material)
+    material = Material(
+        atlas=make_atlas(find_faces(settings.fonts), writer.alphabet.drawn, processes),
+        bank=make_text_bank(writer, settings.rows, seed, processes),
+        exam_bank=make_text_bank(writer, max(settings.rows // 50, 400), seed + 1, processes),
+        scenery=make_scenery(settings.photos, (settings.images,) * 3, seed, processes),
+    )
+    torch.save({name: vars(part) for name, part in vars(material).items()}, path)
+    return material
 
 
 class MemeDrawer:

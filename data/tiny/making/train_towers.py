@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     course = Course(settings, sizes, studio, teacher)
     checkpoint = settings.output_dir / "checkpoint.pt"
     if checkpoint.is_file():
-        course.restore(torch.load(checkpoint, map_location=settings.device, weights_only=False))
+        course.restore(torch.load(checkpoint, map_location=settings.device, weights_only=True))
     else:
         course.begin("vision")
     run(course, exam_studio, drawer, started)
