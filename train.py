@@ -26,8 +26,8 @@ def main(argv: list[str] | None = None) -> None:
     from meme_llava.train.inputs import load_inputs
     from meme_llava.train.look import look_at_run
     from meme_llava.train.out_of_memory import explain_out_of_memory
-    from meme_llava.train.prepare import prepare_run
-    from meme_llava.train.run import is_nothing_left, plan_run
+    from meme_llava.train.prepared_run import prepare_run
+    from meme_llava.train.run_plan import is_nothing_left, plan_run
     from meme_llava.train.session import join_processes
 
     if arguments.plan or arguments.show_batch:

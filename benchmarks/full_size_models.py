@@ -40,9 +40,9 @@ from meme_llava.model.trainable import plan_parameter_groups, prepare_trainable,
 from meme_llava.storage.folders import write_directory, write_json  # noqa: E402
 from meme_llava.storage.manifest import describe_file, write_manifest  # noqa: E402
 from meme_llava.train.inputs import RunInputs, load_training_records  # noqa: E402
-from meme_llava.train.prepare import make_run_record, write_sidecars  # noqa: E402
+from meme_llava.train.prepared_run import make_run_record, write_sidecars  # noqa: E402
 from meme_llava.train.resume import StartPoint  # noqa: E402
-from meme_llava.train.run import plan_run  # noqa: E402
+from meme_llava.train.run_plan import plan_run  # noqa: E402
 from meme_llava.train.settings import parse_train_arguments  # noqa: E402
 
 SCALE_RECORD = "benchmark_scale.json"

@@ -27,7 +27,7 @@ from meme_llava.inference.predictions import Prediction
 from meme_llava.model.llava import Processing
 from meme_llava.model.packed_llava import answer_unpacked
 from meme_llava.terminal import print_table
-from meme_llava.train.prepare import PreparedRun
+from meme_llava.train.prepared_run import PreparedRun
 from meme_llava.train.tracker_runs import TrackerRuns
 from meme_llava.train.validation import ANSWERS, ValidationData, shard_for_rank
 

@@ -17,9 +17,9 @@ from meme_llava.train.checkpoints import (
 from meme_llava.train.curves import draw_training_curves
 from meme_llava.train.evaluation import make_evaluation
 from meme_llava.train.optimizer_state import OPTIMIZER_PREFIX
-from meme_llava.train.prepare import PreparedRun
+from meme_llava.train.prepared_run import PreparedRun
 from meme_llava.train.progress import ProgressBar, show_progress_with
-from meme_llava.train.run import RunPlan
+from meme_llava.train.run_plan import RunPlan
 from meme_llava.train.session import Session
 from meme_llava.train.throughput import CountingCollator
 from meme_llava.train.tracker_runs import TrackerRuns, open_tracker_runs

@@ -17,9 +17,9 @@ from meme_llava.train.inputs import RunInputs, load_training_records
 from meme_llava.train.planning.accelerators import CPU, find_accelerator, find_own_device
 from meme_llava.train.planning.flops import count_batch
 from meme_llava.train.planning.plan import SAMPLED_RECORDS, RunOutline, TrainingPlan, plan_training, print_plan
-from meme_llava.train.prepare import make_collator, make_order
+from meme_llava.train.prepared_run import make_collator, make_order
 from meme_llava.train.resume import StartPoint
-from meme_llava.train.run import RunPlan, plan_run
+from meme_llava.train.run_plan import RunPlan, plan_run
 from meme_llava.train.settings import TrainArguments
 from meme_llava.train.show_batch import print_batch
 

@@ -7,7 +7,7 @@ import torch
 
 from meme_llava.distributed.engines import DDP, SINGLE, Engine
 from meme_llava.errors import OutOfMemoryError
-from meme_llava.train.run import RunPlan
+from meme_llava.train.run_plan import RunPlan
 from meme_llava.train.settings import TrainArguments
 
 _SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")

@@ -11,9 +11,9 @@ import pytest
 from conftest import run_drawing
 from meme_characters import MOODS  # noqa: E402
 from meme_groups import Group, draw_group  # noqa: E402
+from meme_images import Meme  # noqa: E402
 from meme_lines import list_alphabet  # noqa: E402
 from meme_pages import MOOD_MARKS, Letter, Page, RowKind, plan_scene  # noqa: E402
-from meme_pictures import Meme  # noqa: E402
 from PIL import Image
 from transformers import AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
 

@@ -29,6 +29,7 @@ from draw_memes import (
 from meme_characters import CHARACTERS, MOODS, PROPS
 from meme_fonts import FontFace, find_fonts
 from meme_groups import Group, draw_group, plan_group
+from meme_images import Meme
 from meme_lines import LineSource, list_alphabet
 from meme_pages import (
     BLANK,
@@ -43,7 +44,6 @@ from meme_pages import (
     plan_full_page,
     plan_scene,
 )
-from meme_pictures import Meme
 
 GROUP_QUESTION = "逐个说出图中角色的心情。"
 FIELD_QUESTION = "逐格读出图中的文字。"

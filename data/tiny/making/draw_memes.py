@@ -3,7 +3,7 @@
     python data/tiny/making/draw_memes.py --output_dir /tmp/memes --count 1000 --seed 7
 
 writes images/ and annotations.json. `meme_lines.py` knows what memes say, `meme_characters.py` how the figures look,
-`meme_pictures.py` how both make an image, `meme_fonts.py` which fonts there are. This file deals them out and knows
+`meme_images.py` how both make an image, `meme_fonts.py` which fonts there are. This file deals them out and knows
 the questions and answers. The same seed, fonts, numpy and Pillow version give the same files.
 """
 
@@ -18,8 +18,8 @@ from pathlib import Path
 
 from meme_characters import CHARACTERS, MOODS, PROPS
 from meme_fonts import FontFace, find_fonts
+from meme_images import Meme, draw_meme, save_image
 from meme_lines import LineSource, list_alphabet
-from meme_pictures import Meme, draw_meme, save_image
 
 TEXTLESS_SHARE = 10  # one meme in N carries no words
 FORMATS = ("jpeg",) * 16 + ("png", "palette", "transparent")

@@ -9,7 +9,7 @@ import torch
 from draw_memes import FORMATS, TEXTLESS_SHARE
 from glyphs import Face
 from layout import SIDE
-from meme_pictures import Meme, draw_meme, save_image
+from meme_images import Meme, draw_meme, save_image
 from PIL import Image
 from scenery import FIGURE_NAMES, MOOD_NAMES, PROP_NAMES
 from texts import GAP, ROW, RowWriter

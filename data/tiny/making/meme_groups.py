@@ -3,8 +3,8 @@
 import random
 from dataclasses import dataclass
 
+from meme_images import OVERSIZE, Box, Meme, choose_figure, choose_ground, draw_background, place_figure, wear_out
 from meme_pages import SIDE, mark_figure, write_field
-from meme_pictures import OVERSIZE, Box, Meme, choose_figure, choose_ground, draw_background, place_figure, wear_out
 from PIL import Image
 
 FIGURES_A_ROW = (1, 2, 3)

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 from meme_characters import MOODS
 from meme_fonts import FontFace, load_font
-from meme_lines import ALPHABET, LineSource
-from meme_pictures import (
+from meme_images import (
     OVERSIZE,
     Box,
     Meme,
@@ -27,6 +26,7 @@ from meme_pictures import (
     place_figure,
     wear_out,
 )
+from meme_lines import ALPHABET, LineSource
 from PIL import Image, ImageDraw
 
 SIDE = 160  # pixels

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from meme_characters import CHARACTERS, MOODS, PROPS, draw_figure
-from meme_pictures import draw_background
+from meme_images import draw_background
 from PIL import Image, ImageDraw, ImageOps
 
 SIZE = 128  # pixels a side

@@ -32,7 +32,7 @@ from meme_llava.terminal import print_table
 from meme_llava.train.computation import Computation, plan_computation
 from meme_llava.train.hf_arguments import make_training_arguments
 from meme_llava.train.inputs import RunInputs
-from meme_llava.train.run import RunPlan
+from meme_llava.train.run_plan import RunPlan
 from meme_llava.train.settings import TrainArguments
 from meme_llava.train.vision_features import encode_images
 
