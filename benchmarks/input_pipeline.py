@@ -33,6 +33,7 @@ from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, ConversationEncod
 from meme_llava.dataset.dataset import LoadedData, TrainingOrder, load_records  # noqa: E402
 from meme_llava.dataset.images import ImagePolicy  # noqa: E402
 from meme_llava.dataset.records import read_records  # noqa: E402
+from meme_llava.dataset.sampling import BatchShape  # noqa: E402
 from meme_llava.dataset.settings import RecordPolicy, RecordSource  # noqa: E402
 from meme_llava.dataset.tokenization import Tokenization  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
@@ -142,7 +143,8 @@ def make_order_and_collator(arguments: argparse.Namespace, epochs: int) -> tuple
     """The same parts that train.py puts together, for one process."""
     dataset, encoder = shared["data"].dataset, shared["encoder"]
     steps = max(1, len(dataset) * epochs // GLOBAL_BATCH_SIZE)
-    order = TrainingOrder(dataset, steps, GLOBAL_BATCH_SIZE, arguments.device_batch_size, 1, 0, shared_images=True)
+    shape = BatchShape(GLOBAL_BATCH_SIZE, arguments.device_batch_size, processes=1)
+    order = TrainingOrder(dataset, steps, shape, seed=0, shared_images=True)
     return order, PackingCollator(encoder.image_token_id, encoder.tokens_per_image, shared["policy"].size)
 
 

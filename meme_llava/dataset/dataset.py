@@ -153,25 +153,21 @@ class TrainingOrder(Dataset):
         self,
         dataset: MemeDataset,
         steps: int,
-        global_batch_size: int,
-        device_batch_size: int,
-        processes: int,
+        shape: BatchShape,
         seed: int,
         shared_images: bool,
         first_step: int = 0,
         first_record: int = 0,
     ):
         self._dataset = dataset
-        self._shape = BatchShape(global_batch_size, device_batch_size, processes)
+        self._shape = shape
         self._sharing = dataset.sharing if shared_images else None
         if shared_images:
-            to_come = plan_shared_order(
-                dataset.lengths, dataset.sharing, steps - first_step, self._shape, seed, first_record
-            )
+            to_come = plan_shared_order(dataset.lengths, dataset.sharing, steps - first_step, shape, seed, first_record)
         else:
-            end = first_record + (steps - first_step) * global_batch_size
+            end = first_record + (steps - first_step) * shape.global_batch_size
             to_come = shuffle_records(len(dataset), end, seed)[first_record:]
-        self._first_record_to_come = first_step * global_batch_size
+        self._first_record_to_come = first_step * shape.global_batch_size
         self.order = np.concatenate([np.zeros(self._first_record_to_come, np.int64), to_come])
 
     def __len__(self) -> int:

@@ -14,9 +14,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList, TrainerCallback
 
-from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.images import open_image
-from meme_llava.distributed.engines import Engine
 from meme_llava.distributed.environment import count_processes
 from meme_llava.distributed.heartbeat import Heartbeat
 from meme_llava.distributed.processes import broadcast_from_main, gather
@@ -24,12 +22,11 @@ from meme_llava.errors import UserError
 from meme_llava.evaluate.scores import describe_measure, name_figure, score_predictions
 from meme_llava.inference.generation import Answerer, choose_stops
 from meme_llava.inference.predictions import Prediction
-from meme_llava.model.llava import Processing
 from meme_llava.model.packed_llava import answer_unpacked
 from meme_llava.terminal import print_table
 from meme_llava.train.prepared_run import PreparedRun
 from meme_llava.train.tracker_runs import TrackerRuns
-from meme_llava.train.validation import ANSWERS, ValidationData, shard_for_rank
+from meme_llava.train.validation import ANSWERS, shard_for_rank
 
 LOSS = "eval_loss"
 
@@ -39,35 +36,21 @@ class EvaluationInterrupted(Exception):
 
 
 class TrainingEvaluation:
-    """Evaluates a model on the validation records; all processes call it together.
+    """Evaluates the model of a run on its validation records; all processes call it together.
 
     Args:
-        every: optimizer steps between two evaluations; there is one after the last step, too.
-        batch_size: records, and questions, that a device computes at once.
+        run: that has validation records.
         heartbeat: a long evaluation is not a hang.
     """
 
-    def __init__(
-        self,
-        every: int,
-        data: ValidationData,
-        processing: Processing,
-        collator: PackingCollator,
-        engine: Engine,
-        batch_size: int,
-        max_new_tokens: int,
-        output_dir: Path,
-        trackers: TrackerRuns,
-        heartbeat: Heartbeat,
-    ):
-        self._every = every
-        self._data, self._processing, self._collator = data, processing, collator
-        self._engine, self._batch_size, self._max_new_tokens = engine, batch_size, max_new_tokens
-        self._output_dir, self._trackers, self._heartbeat = output_dir, trackers, heartbeat
+    def __init__(self, run: PreparedRun, trackers: TrackerRuns, heartbeat: Heartbeat):
+        self._arguments, self._engine = run.plan.arguments, run.plan.engine
+        self._data, self._processing, self._collator = run.inputs.validation, run.inputs.processing, run.collator
+        self._trackers, self._heartbeat = trackers, heartbeat
 
     def is_due(self, step: int, last_step: int) -> bool:
-        """Whether there is an evaluation after an optimizer step."""
-        return step > 0 and (step % self._every == 0 or step == last_step)
+        """Whether there is an evaluation after an optimizer step; there is one after the last, too."""
+        return step > 0 and (step % self._arguments.eval_every == 0 or step == last_step)
 
     def evaluate(
         self,
@@ -127,14 +110,15 @@ class TrainingEvaluation:
                 images = [open_image(question.image, self._processing.image_policy) for question in questions]
             except ValueError as error:
                 raise UserError(f"{error}; it was sound when the run started") from error
-            answers = answerer.answer_together(images, list(questions), self._max_new_tokens)
+            answers = answerer.answer_together(images, list(questions), self._arguments.eval_max_new_tokens)
             if place is not None:
                 own.append((place, [Prediction.of_answer(*pair) for pair in zip(questions, answers, strict=True)]))
         found = sorted((one for several in gather(own) for one in several), key=lambda one: one[0])
         return [prediction for _, several in found for prediction in several]
 
     def _cut(self, items: Sequence) -> list[Sequence]:
-        return [items[start : start + self._batch_size] for start in range(0, len(items), self._batch_size)]
+        size = self._arguments.device_batch_size
+        return [items[start : start + size] for start in range(0, len(items), size)]
 
     def _pause(self, activity: str, is_stopping: Callable[[], bool]) -> None:
         self._heartbeat.beat(activity)
@@ -146,31 +130,12 @@ class TrainingEvaluation:
         scores = score_predictions(predictions)
         figures = {LOSS: loss} | {name_figure(name): score.value for name, score in scores.items()}
         shown = [predictions[place] for place in self._data.shown]
-        keep_answers(self._output_dir / ANSWERS, step, shown)
+        keep_answers(self._arguments.output_dir / ANSWERS, step, shown)
         self._trackers.report_answers(step, shown)
         seconds = time.perf_counter() - start
         with tqdm.external_write_mode():
             print_answers(step, figures, shown, f"{self._data.records} records, {len(predictions)} questions", seconds)
         return figures
-
-
-def make_evaluation(run: PreparedRun, trackers: TrackerRuns, heartbeat: Heartbeat) -> TrainingEvaluation | None:
-    """What evaluates a run's model while it trains; None without validation records."""
-    inputs, arguments = run.inputs, run.plan.arguments
-    if inputs.validation is None:
-        return None
-    return TrainingEvaluation(
-        arguments.eval_every,
-        inputs.validation,
-        inputs.processing,
-        run.collator,
-        run.plan.engine,
-        arguments.device_batch_size,
-        arguments.eval_max_new_tokens,
-        arguments.output_dir,
-        trackers,
-        heartbeat,
-    )
 
 
 class EvaluationCallback(TrainerCallback):

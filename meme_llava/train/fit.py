@@ -15,7 +15,7 @@ from meme_llava.train.checkpoints import (
     write_final,
 )
 from meme_llava.train.curves import draw_training_curves
-from meme_llava.train.evaluation import make_evaluation
+from meme_llava.train.evaluation import TrainingEvaluation
 from meme_llava.train.optimizer_state import OPTIMIZER_PREFIX
 from meme_llava.train.prepared_run import PreparedRun
 from meme_llava.train.progress import ProgressBar, show_progress_with
@@ -54,6 +54,7 @@ def fit(run: PreparedRun, session: Session) -> None:
 def make_trainer(run: PreparedRun, session: Session, trackers: TrackerRuns) -> MemeTrainer:
     """What computes the steps."""
     arguments, data = run.plan.arguments, run.inputs.data
+    evaluation = None if run.inputs.validation is None else TrainingEvaluation(run, trackers, session.heartbeat)
     trainer = MemeTrainer(
         groups=run.groups,
         engine=run.plan.engine,
@@ -63,7 +64,7 @@ def make_trainer(run: PreparedRun, session: Session, trackers: TrackerRuns) -> M
         quarantined_records=len(data.checked.bad),
         request=session.request,
         heartbeat=session.heartbeat,
-        evaluation=make_evaluation(run, trackers, session.heartbeat),
+        evaluation=evaluation,
         model=run.model,
         args=run.training_arguments,
         train_dataset=run.order,

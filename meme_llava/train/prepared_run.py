@@ -13,6 +13,7 @@ from meme_llava.dataset.checked_data import print_findings
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import LoadedData, TrainingOrder
 from meme_llava.dataset.quarantine import write_quarantine
+from meme_llava.dataset.sampling import BatchShape
 from meme_llava.distributed.engine_setup import load_whole
 from meme_llava.distributed.environment import is_main_process
 from meme_llava.distributed.heartbeat import Heartbeat
@@ -112,9 +113,7 @@ def make_order(plan: RunPlan, data: LoadedData) -> TrainingOrder:
     return TrainingOrder(
         data.dataset,
         plan.steps,
-        arguments.global_batch_size,
-        arguments.device_batch_size,
-        plan.processes,
+        BatchShape(arguments.global_batch_size, arguments.device_batch_size, plan.processes),
         arguments.seed,
         arguments.shared_images,
         plan.start.step,

@@ -18,6 +18,7 @@ from meme_llava.dataset.dataset import MemeDataset, TrainingOrder, load_records
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.dataset.quarantine import write_quarantine
 from meme_llava.dataset.records import read_records
+from meme_llava.dataset.sampling import BatchShape
 from meme_llava.dataset.settings import RecordPolicy, RecordSource
 from meme_llava.dataset.tokenization import Tokenization
 from meme_llava.errors import UserError
@@ -578,7 +579,8 @@ def five(tmp_path, image_folder, encoder) -> MemeDataset:
 
 def order_training(dataset: MemeDataset, steps: int, global_batch_size: int, seed: int, **changes) -> TrainingOrder:
     settings = {"device_batch_size": global_batch_size, "processes": 1, "shared_images": False, **changes}
-    return TrainingOrder(dataset, steps, global_batch_size, seed=seed, **settings)
+    shape = BatchShape(global_batch_size, settings.pop("device_batch_size"), settings.pop("processes"))
+    return TrainingOrder(dataset, steps, shape, seed, **settings)
 
 
 def test_the_order_of_training_is_the_one_runs_were_trained_in(five):

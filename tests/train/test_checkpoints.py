@@ -19,7 +19,7 @@ import train
 from meme_llava.errors import CheckpointError, DiskFullError, UserError
 from meme_llava.storage import tensor_writer
 from meme_llava.storage.manifest import read_manifest, verify_directory, write_manifest
-from meme_llava.train import checkpoints, prepare
+from meme_llava.train import checkpoints, prepared_run
 from meme_llava.train.checkpoints import find_newest, hold_output_dir, list_checkpoints, write_checkpoint
 from meme_llava.train.hf_arguments import count_steps
 from meme_llava.train.settings import parse_train_arguments
@@ -270,7 +270,7 @@ def test_a_result_that_was_not_put_in_place_whole_is_put_there_without_training(
     output_dir = interrupt(finished, tmp_path / "out")
     shutil.copytree(finished / "checkpoint-6", output_dir / "checkpoint-6")
     (output_dir / "adapter_config.json").write_text("half")
-    monkeypatch.setattr(prepare, "load_packed_llava", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(prepared_run, "load_packed_llava", lambda *_: pytest.fail("the model was loaded"))
     resume(world, output_dir)
     verify_directory(output_dir)
     assert json.loads((output_dir / "run_record.json").read_text())["finished"] is True

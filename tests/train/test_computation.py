@@ -9,13 +9,14 @@ from transformers import LlavaConfig
 import train
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import TrainingOrder, load_records
+from meme_llava.dataset.sampling import BatchShape
 from meme_llava.dataset.settings import RecordPolicy, RecordSource
 from meme_llava.dataset.tokenization import Tokenization
 from meme_llava.distributed.engines import choose_engine
 from meme_llava.model import devices
 from meme_llava.model.activation_checkpointing import CheckpointedLayers
 from meme_llava.model.llava import load_processing
-from meme_llava.train import computation, prepare
+from meme_llava.train import computation, prepared_run
 from meme_llava.train.computation import bound_memory, plan_computation
 from meme_llava.train.hf_arguments import make_training_arguments
 from meme_llava.train.planning.memory import ShardingPlan, StepEstimator
@@ -34,7 +35,7 @@ def largest_batch(world, processing):
     collate = PackingCollator(
         processing.encoder.image_token_id, processing.tokens_per_image, processing.image_policy.size
     )
-    order = TrainingOrder(data.dataset, 2, 4, 4, 1, seed=0, shared_images=True)
+    order = TrainingOrder(data.dataset, 2, BatchShape(4, 4, 1), seed=0, shared_images=True)
     return collate(order.fetch_largest_batch())
 
 
@@ -91,7 +92,7 @@ def test_auto_on_a_small_machine_computes_layers_twice(world, processing, larges
 @pytest.mark.parametrize(("setting", "times"), [("none", 1), ("full", 2)])
 def test_layers_run_as_often_as_was_asked(world, tmp_path, monkeypatch, setting, times):
     calls = []
-    load = prepare.load_packed_llava
+    load = prepared_run.load_packed_llava
 
     def watch(*arguments):
         model = load(*arguments)
@@ -100,7 +101,7 @@ def test_layers_run_as_often_as_was_asked(world, tmp_path, monkeypatch, setting,
             layer.mlp.register_forward_pre_hook(lambda module, _: calls.append(type(module).__name__))
         return model
 
-    monkeypatch.setattr(prepare, "load_packed_llava", watch)
+    monkeypatch.setattr(prepared_run, "load_packed_llava", watch)
     train.main(train_flags(world, tmp_path / "out", max_steps=1, gradient_checkpointing=setting))
     assert sorted(calls) == ["ChineseCLIPVisionMLP"] * times + ["Qwen2MLP"] * times
     record = json.loads((tmp_path / "out" / "run_record.json").read_text())["computation"]
@@ -109,7 +110,7 @@ def test_layers_run_as_often_as_was_asked(world, tmp_path, monkeypatch, setting,
 
 
 def test_a_plan_is_printed_and_nothing_is_trained(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "load_packed_llava", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(prepared_run, "load_packed_llava", lambda *_: pytest.fail("the model was loaded"))
     flags = train_flags(world, tmp_path / "out", global_batch_size=8, device_batch_size=1)
     train.main([*flags, "--plan", "--accelerator", "a800-80gb", "--gpus", "4"])
     printed = capsys.readouterr().out

@@ -22,7 +22,7 @@ from meme_llava.distributed.heartbeat import Heartbeat
 from meme_llava.inference.generation import Answerer, load_answerer
 from meme_llava.inference.predictions import Answer
 from meme_llava.inference.questions import Question
-from meme_llava.train import curves, precheck, prepare
+from meme_llava.train import curves, precheck, prepared_run
 from meme_llava.train.evaluation import TrainingEvaluation
 from meme_llava.train.validation import choose_shown
 
@@ -314,7 +314,7 @@ def test_a_long_evaluation_is_no_hang_and_no_slow_training(world, validation, tm
 def test_what_cannot_be_evaluated_stops_before_the_model_is_loaded(
     world, validation, tmp_path, monkeypatch, capsys, changes, message
 ):
-    monkeypatch.setattr(prepare, "load_packed_llava", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(prepared_run, "load_packed_llava", lambda *_: pytest.fail("the model was loaded"))
     monkeypatch.chdir(tmp_path)
     flags = train_flags(world, tmp_path / "out", **eval_settings(world, validation, **changes))
     assert message in fail(capsys, flags)
@@ -323,7 +323,7 @@ def test_what_cannot_be_evaluated_stops_before_the_model_is_loaded(
 
 
 def test_an_image_damaged_behind_its_header_is_found_before_training(world, validation, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "load_packed_llava", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(prepared_run, "load_packed_llava", lambda *_: pytest.fail("the model was loaded"))
     for name in ("p0.png", "p1.png", "p4.png"):
         (tmp_path / name).write_bytes((world.image_folder / name).read_bytes())
     (tmp_path / "p4.png").write_bytes((tmp_path / "p4.png").read_bytes()[:-40])

@@ -26,7 +26,7 @@ from meme_llava.model import trainable
 from meme_llava.model.llava import load_llava, load_processing
 from meme_llava.model.packed_llava import load_packed_llava
 from meme_llava.storage.cache import find_default_cache
-from meme_llava.train import precheck, prepare
+from meme_llava.train import precheck, prepared_run
 from meme_llava.train.settings import parse_train_arguments
 from meme_llava.train.trainer import MemeTrainer
 
@@ -123,6 +123,15 @@ USED_VISION = (
 )
 
 
+def keep_loaded_models(monkeypatch) -> list:
+    """Gets every model that training loads."""
+    models = []
+    monkeypatch.setattr(
+        prepared_run, "load_packed_llava", lambda *given: models.append(load_packed_llava(*given)) or models[-1]
+    )
+    return models
+
+
 @pytest.mark.parametrize(
     ("train_type", "learning_prefixes"),
     [
@@ -133,8 +142,7 @@ USED_VISION = (
 )
 def test_exactly_the_promised_tensors_change(world, tmp_path, monkeypatch, train_type, learning_prefixes):
     """Two real steps; every parameter that should move moves, every other is bit-identical."""
-    models = []
-    monkeypatch.setattr(prepare, "load_packed_llava", lambda *a: models.append(load_packed_llava(*a)) or models[-1])
+    models = keep_loaded_models(monkeypatch)
     train.main(train_flags(world, tmp_path / "out", train_type=train_type, max_steps=2))
     before = dict(load_llava(world.base, torch.float32).named_parameters())
     changed = {name for name, parameter in models[0].named_parameters() if not torch.equal(parameter, before[name])}
@@ -150,8 +158,7 @@ def test_exactly_the_promised_tensors_change(world, tmp_path, monkeypatch, train
 
 
 def test_lora_leaves_every_base_tensor_alone(world, tmp_path, monkeypatch):
-    models = []
-    monkeypatch.setattr(prepare, "load_packed_llava", lambda *a: models.append(load_packed_llava(*a)) or models[-1])
+    models = keep_loaded_models(monkeypatch)
     train.main(train_flags(world, tmp_path / "out"))
     before = dict(load_llava(world.base, torch.float32).named_parameters())
     seen = 0
@@ -433,7 +440,7 @@ def test_resuming_on_other_data_is_refused(world, trained, tmp_path, capsys):
 
 
 def test_wrong_settings_stop_before_the_model_loads(world, trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "load_packed_llava", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(prepared_run, "load_packed_llava", lambda *args: pytest.fail("the model was loaded"))
     out = tmp_path / "out"
 
     def message(**changes):
@@ -547,7 +554,7 @@ def test_after_the_precheck_a_damaged_image_stops_the_run_before_the_model_is_lo
     assert "annotations.json record 5 (id 'r5'): " in found and "[damaged_image]" in found
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "load_packed_llava", lambda *_: pytest.fail("the model was loaded"))
+        patch.setattr(prepared_run, "load_packed_llava", lambda *_: pytest.fail("the model was loaded"))
         assert "annotations.json record 5 (id 'r5'): " in fail(capsys, flags)
     train.main([*flags, "--bad_records", "quarantine", "--max_steps", "1"])
     printed = capsys.readouterr().out
@@ -592,14 +599,14 @@ def test_one_process_with_several_gpus_is_refused(world, tmp_path, monkeypatch, 
 
 def test_a_tensor_without_gradient_stops_the_run(world, tmp_path, monkeypatch, capsys):
     """As if the dead last vision layer had been made trainable."""
-    plan = prepare.plan_parameter_groups
+    plan = prepared_run.plan_parameter_groups
 
     def with_dead_layer(model, *rates):
         layer = "vision_tower.encoder.layers.2.mlp.fc1.weight"
         next(p for name, p in model.named_parameters() if name.endswith(layer)).requires_grad_(True)
         return plan(model, *rates)
 
-    monkeypatch.setattr(prepare, "plan_parameter_groups", with_dead_layer)
+    monkeypatch.setattr(prepared_run, "plan_parameter_groups", with_dead_layer)
     error = fail(capsys, train_flags(world, tmp_path / "out"))
     assert "after the first step 1 tensors that should learn have no gradient" in error
     assert "encoder.layers.2.mlp.fc1.weight" in error
