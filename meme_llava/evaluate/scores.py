@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from rapidfuzz.distance import Levenshtein
-from rouge_score.rouge_scorer import RougeScorer
+from rapidfuzz.distance import Indel, Levenshtein
 from sacrebleu.metrics import BLEU, CHRF
 
 from meme_llava.dataset.text_quality import find_loop, normalise_text
@@ -109,16 +108,6 @@ class _Part:
     of: float = 1
 
 
-class _Characters:
-    """ROUGE is made for languages with spaces; in Chinese, characters are compared."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return list(normalise_text(text))
-
-
-_ROUGE = RougeScorer(["rougeL"], tokenizer=_Characters())
-
-
 def score_predictions(predictions: Sequence[Prediction]) -> dict[str, Score]:
     """All scores for which there is an answer, by name, in the order of MEASURES and then of the tasks.
 
@@ -164,7 +153,8 @@ def _measure(prediction: Prediction) -> Iterator[_Part]:
     answer, reference = normalise_text(prediction.answer), normalise_text(prediction.reference)
     text = None if prediction.text is None else normalise_text(prediction.text)
     if _is_caption(prediction):
-        yield _Part("rouge_l", _ROUGE.score(prediction.reference, prediction.answer)["rougeL"].fmeasure)
+        # ROUGE-L's F1 is twice the longest common subsequence over both lengths, which is what this counts.
+        yield _Part("rouge_l", Indel.normalized_similarity(answer, reference))
         if text:
             yield _Part("text_found_in_captions", _count_found(text, answer), len(text))
     else:
