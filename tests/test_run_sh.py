@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, read_losses
@@ -16,7 +17,6 @@ DEFAULT_TRAINING = (
     "--warmup_ratio 0.1 --lora_r 32 --lora_alpha 64 --model_max_length 512 --global_batch_size 8 "
     "--device_batch_size 8 --engine auto"
 )
-UNSEEN_RECORDS = 80
 UNSEEN = "--annotations data/unseen/annotations.json --image_folder data/unseen"
 REAL_RUN = {
     "LANGUAGE_MODEL": "Qwen/Qwen2-7B-Instruct",
@@ -155,22 +155,22 @@ def test_more_gpus_than_there_are(tmp_path):
     assert "GPUS=9 asks for 9 GPUs, torch sees 0" in result.stderr
 
 
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    """The default chain as a newcomer runs it, but for the place of its output, one pass, and fewer unseen memes."""
-    folder = tmp_path_factory.mktemp("run")
-    records = json.loads((ROOT / "data" / "unseen" / "annotations.json").read_text(encoding="utf-8"))
-    (folder / "unseen.json").write_text(json.dumps(records[:UNSEEN_RECORDS], ensure_ascii=False), encoding="utf-8")
-    output = folder / "out put"
-    variables = {
-        "OUTPUT_DIR": str(output),
-        "EPOCHS": "1",
-        "EVAL_ANNOTATIONS": str(folder / "unseen.json"),
-        "EVAL_IMAGE_FOLDER": "data/unseen",
-    }
+def run_chain(folder: Path, training_records: int | None, unseen_records: int):
+    """The default chain as a newcomer runs it, but for the place of its output, one pass, and fewer memes."""
+    variables = {"OUTPUT_DIR": str(folder / "out put"), "EPOCHS": "1"}
+    for name, source, count in (("", "data", training_records), ("EVAL_", "data/unseen", unseen_records)):
+        records = json.loads((ROOT / source / "annotations.json").read_text(encoding="utf-8"))[:count]
+        annotations = folder / f"{name}annotations.json"
+        annotations.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+        variables |= {f"{name}ANNOTATIONS": str(annotations), f"{name}IMAGE_FOLDER": source}
     result = run(**variables)
     assert result.returncode == 0, result.stderr
-    return output, variables, result
+    return folder / "out put", variables, result
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    return run_chain(tmp_path_factory.mktemp("run"), training_records=32, unseen_records=20)
 
 
 def test_whole_chain_ends_with_answers_and_places(chain):
@@ -186,9 +186,10 @@ def test_whole_chain_ends_with_answers_and_places(chain):
     assert head == ",before,after"
 
 
-def test_the_embedded_default_learns_to_read_unseen_memes(chain):
+@pytest.mark.long
+def test_the_embedded_default_learns_to_read_unseen_memes(tmp_path):
     """A third of its training is enough to see it; the bounds leave room for another order of sums."""
-    output, _, _ = chain
+    output, _, _ = run_chain(tmp_path, training_records=None, unseen_records=80)
     assert len(read_losses(output / "train")) == 188  # 1,500 records, 8 a step
     before, after = (
         json.loads((output / folder / "metrics.json").read_text())["scores"] for folder in ("scores_before", "scores")

@@ -3,12 +3,7 @@
 import itertools
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  the backend must be chosen first
-
-from meme_llava.storage.run_record import RATE_PREFIX  # noqa: E402
+from meme_llava.storage.run_record import RATE_PREFIX
 
 
 def draw_training_curves(log_history: list[dict], path: Path) -> None:
@@ -17,6 +12,12 @@ def draw_training_curves(log_history: list[dict], path: Path) -> None:
     Args:
         log_history: the Trainer's log entries; those with a "loss" are drawn, and those with an "eval_loss".
     """
+    # It takes a second to load, and one process needs it once.
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     entries = [entry for entry in log_history if "loss" in entry]
     evaluated = [entry for entry in log_history if "eval_loss" in entry]
     steps = [entry["step"] for entry in entries]
