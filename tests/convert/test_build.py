@@ -1,6 +1,7 @@
 """Assembling: what comes out loads alone, is what went in, and a wrong source stops with a sentence."""
 
 import contextlib
+import itertools
 import json
 import shutil
 
@@ -330,6 +331,7 @@ def test_a_tower_of_336_pixels_gives_576_tokens(world, tmp_path):
     assert record["checks"]["one <image> token per feature"] == "576 = 576"
 
 
+@pytest.mark.long
 def test_real_qwen_tokenizer_on_a_thin_model(world, tmp_path):
     """The vocabulary of Qwen2-7B: <image> takes the first free id, inside the padded embedding."""
     source = SHARED_DATA / "qwen_tokenizer"
@@ -428,7 +430,7 @@ def find_source(world, name):
     return tensors[name.removeprefix("vision_tower.")]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.long), torch.float16])
 def test_all_tensors_are_rounded_to_the_dtype_that_is_asked_for(world, tmp_path, dtype):
     base = build(world.language_model, world.vision_tower, tmp_path / "base", "--dtype", str(dtype)[6:])
     found, projector = (load_file(folder / "model.safetensors") for folder in (base, world.base))
@@ -537,16 +539,26 @@ def make_half(world, folder):
     save_language_model(model, world, folder)
 
 
-@pytest.mark.parametrize("dtype", ["source", "bfloat16", "float16"])
+SOURCES = {
+    "qwen_and_chinese_clip": (None, None),
+    "llama_with_new_rows": (make_llama, make_clip),
+    "tied_and_siglip": (make_tied, make_siglip),
+    "half_language_model": (make_half, None),
+}
+# Every source and every dtype once; --all takes all pairs.
+USUAL_PAIRS = [("tied_and_siglip", "source"), ("llama_with_new_rows", "bfloat16"), ("half_language_model", "float16")]
+
+
 @pytest.mark.parametrize(
-    ("make_language_model", "make_tower"),
-    [(None, None), (make_llama, make_clip), (make_tied, make_siglip), (make_half, None)],
-    ids=["qwen_and_chinese_clip", "llama_with_new_rows", "tied_and_siglip", "half_language_model"],
+    ("sources", "dtype"),
+    [
+        pytest.param(*pair, marks=[] if pair in USUAL_PAIRS else pytest.mark.long)
+        for pair in itertools.product(SOURCES, ["source", "bfloat16", "float16"])
+    ],
 )
-def test_comparison_layer_by_layer(
-    world, tmp_path, monkeypatch, no_memory, capsys, dtype, make_language_model, make_tower
-):
+def test_comparison_layer_by_layer(world, tmp_path, monkeypatch, no_memory, capsys, sources, dtype):
     """Where memory is short the same comparison passes, bit for bit, and its bar ends where it should."""
+    make_language_model, make_tower = SOURCES[sources]
     language_model, tower = world.language_model, world.vision_tower
     if make_language_model:
         language_model = tmp_path / "language"
