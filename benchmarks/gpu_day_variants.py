@@ -19,7 +19,8 @@ from throughput_models import SHAPES  # noqa: E402
 from torch.nn import functional  # noqa: E402
 from transformers.models.qwen2 import modeling_qwen2  # noqa: E402
 
-from meme_llava.model.packed_llava import check_compiler, compile_layers  # noqa: E402
+from meme_llava.model.packed_llava import compile_layers  # noqa: E402
+from meme_llava.train.device import check_compiler  # noqa: E402
 
 NEEDED_SECONDS = 12  # for one more variant
 CAPTIONS = 8

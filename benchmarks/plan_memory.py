@@ -29,8 +29,8 @@ from meme_llava.dataset.collator import PackingCollator  # noqa: E402
 from meme_llava.dataset.conversation import IGNORED_LABEL  # noqa: E402
 from meme_llava.dataset.images import ImagePolicy  # noqa: E402
 from meme_llava.model.activation_checkpointing import recompute_layers  # noqa: E402
+from meme_llava.model.attention_choice import SDPA  # noqa: E402
 from meme_llava.model.llava import count_image_tokens  # noqa: E402
-from meme_llava.model.packed_attention import SDPA  # noqa: E402
 from meme_llava.model.packed_llava import PackedLlava, prepare_packed_llava  # noqa: E402
 from meme_llava.model.trainable import prepare_trainable  # noqa: E402
 from meme_llava.terminal import print_table  # noqa: E402

@@ -5,24 +5,16 @@ the segment itself; that is what kernels for sequences of varying length compute
 their ends. Nothing about models beyond the attention interface of transformers.
 """
 
-import importlib.util
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import torch
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from meme_llava.errors import UserError
-
-SDPA = "packed_sdpa"
-MATMUL = "packed_matmul"
-VARLEN = "packed_varlen"
-FLASH_ATTENTION_2 = "packed_flash_attention_2"
-NAMES = {"sdpa": SDPA, "matmul": MATMUL, "varlen": VARLEN, "flash_attention_2": FLASH_ATTENTION_2}
+from meme_llava.model.attention_choice import FLASH_ATTENTION_2, MATMUL, SDPA, VARLEN, find_varlen_attention
 
 
 @dataclass(frozen=True)
@@ -86,34 +78,6 @@ class Packing:
         return (self.cu_seqlens_q.diff() == self.cu_seqlens_k.diff()).tolist()
 
 
-def choose_attention(setting: str, device: torch.device, uses_bf16: bool) -> str:
-    """The attention that --attention stands for on this device.
-
-    auto: flash-attn where it is installed, else torch's own kernel for varying lengths; both compute in bf16 on a GPU.
-    In bf16 on a CPU it is plain matrix products, whose backward pass was measured to be three times as fast there as
-    that of scaled_dot_product_attention; everywhere else it is the latter. Both go segment by segment.
-
-    Raises:
-        UserError: the one asked for cannot run here.
-    """
-    on_gpu = device.type == "cuda" and uses_bf16
-    possible = {
-        "flash_attention_2": on_gpu and importlib.util.find_spec("flash_attn") is not None,
-        "varlen": on_gpu and _find_varlen_attention() is not None,
-        "sdpa": True,
-        "matmul": True,
-    }
-    if setting == "auto":
-        if device.type == "cpu" and uses_bf16:
-            return MATMUL
-        return NAMES[next(name for name, can_run in possible.items() if can_run)]
-    if not possible[setting]:
-        needed = "the package flash-attn" if setting == "flash_attention_2" else "torch 2.11 or newer"
-        usable = ", ".join(name for name, can_run in possible.items() if can_run)
-        raise UserError(f"--attention {setting} needs a GPU, bf16 and {needed}; what can run here: {usable}")
-    return NAMES[setting]
-
-
 def attend_with_sdpa(module, query, key, value, attention_mask, scaling, dropout=0.0, *, packing: Packing, **kwargs):
     """Attention of transformers' interface over a packed row, segment by segment.
 
@@ -173,7 +137,7 @@ def _attend_by_segment(module, query, key, value, packing: Packing, attend: Call
 
 def attend_with_varlen(module, query, key, value, attention_mask, scaling, dropout=0.0, *, packing: Packing, **kwargs):
     """Like `attend_with_sdpa`, in one call of torch.nn.attention.varlen.varlen_attn."""
-    attend, known_options = _find_varlen_attention()
+    attend, known_options = find_varlen_attention()
     query, key, value = _lay_out_for_kernel(query, key, value, packing)
     options = {"enable_gqa": True} if "enable_gqa" in known_options else {}
     if not options:
@@ -221,17 +185,6 @@ def _lay_out_for_kernel(query, key, value, packing: Packing) -> tuple[torch.Tens
         key = key.index_select(0, packing.kv_index)  # (keys, key_value_heads, head_dim)
         value = value.index_select(0, packing.kv_index)
     return query, key, value
-
-
-@cache
-def _find_varlen_attention() -> tuple[Callable, set[str]] | None:
-    """torch's attention for sequences of varying length and its options, where it has the ones needed here."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    options = set(inspect.signature(varlen_attn).parameters)
-    return (varlen_attn, options) if {"scale", "window_size"} <= options else None
 
 
 for name, attend in (

@@ -6,10 +6,7 @@ record had gone through it alone. Nothing about files, prompts or optimizers.
 """
 
 import contextlib
-import importlib.util
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -23,9 +20,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.dataset.pixels import normalise
 from meme_llava.errors import UserError
+from meme_llava.model.attention_choice import MATMUL
 from meme_llava.model.llava import count_used_vision_layers, load_llava
 from meme_llava.model.loss import CrossEntropyHead
-from meme_llava.model.packed_attention import MATMUL, Packing
+from meme_llava.model.packed_attention import Packing
 
 
 class PackedLlava(LlavaForConditionalGeneration):
@@ -101,7 +99,7 @@ def load_packed_llava(folder: Path, dtype: torch.dtype, image_policy: ImagePolic
     """Load a LLaVA folder for training on packed rows.
 
     Args:
-        attention: what `packed_attention.choose_attention` returned.
+        attention: what `attention_choice.choose_attention` returned.
 
     Raises:
         UserError: a tensor is missing, unexpected or of another shape, or the model cannot be packed.
@@ -172,17 +170,6 @@ def answer_unpacked(model: torch.nn.Module) -> Iterator[None]:
                 # It keeps gathered what a backward pass would need, and would take it for the weights after an update.
                 module.reshard()
         model.train(was_training)
-
-
-def check_compiler(device: torch.device) -> None:
-    """Raise UserError unless layers can be compiled for this device."""
-    if device.type == "cuda":
-        missing = None if importlib.util.find_spec("triton") else "the package triton"
-    else:
-        compiler = os.environ.get("CXX", "g++")
-        missing = None if shutil.which(compiler) else f"a C++ compiler, and there is no {compiler}"
-    if missing:
-        raise UserError(f"--torch_compile needs {missing}; install it, or leave the flag out")
 
 
 def list_repeated_layers(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -8,11 +8,8 @@ import torch
 from transformers import LlavaConfig, TrainingArguments
 
 from meme_llava.dataset.images import ImagePolicy
-from meme_llava.errors import UserError
 from meme_llava.model.activation_checkpointing import CheckpointedLayers
-from meme_llava.model.packed_attention import NAMES, choose_attention
-from meme_llava.model.packed_llava import check_compiler
-from meme_llava.train.hf_arguments import choose_bf16
+from meme_llava.model.attention_choice import NAMES, choose_attention
 from meme_llava.train.planning.accelerators import GIB
 from meme_llava.train.planning.memory import ShardingPlan, StepEstimator, StepMemory, find_usable
 from meme_llava.train.settings import TrainArguments
@@ -67,27 +64,6 @@ class Computation:
                 "it comes to that batch; --plan shows what would fit"
             )
         return line
-
-
-def check_gpus_answer() -> None:
-    """Raise UserError where the driver shows GPUs that torch cannot compute on; a run would go on on the CPU."""
-    if torch.cuda.is_available() or torch.cuda.device_count() == 0:
-        return
-    raise UserError(
-        f"this machine has {torch.cuda.device_count()} GPU(s), but torch {torch.__version__}, made for CUDA "
-        f"{torch.version.cuda}, cannot use them; most often the driver is older than that (nvidia-smi shows it). "
-        "Install a newer driver, or a torch for an older CUDA; with CUDA_VISIBLE_DEVICES= (run.sh: GPUS=cpu) the CPU "
-        "is used."
-    )
-
-
-def check_device(arguments: TrainArguments) -> None:
-    """Raise UserError if this machine lacks what the settings ask of it."""
-    check_gpus_answer()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    choose_attention(arguments.attention, device, choose_bf16(arguments))
-    if arguments.torch_compile:
-        check_compiler(device)
 
 
 def plan_computation(

@@ -10,7 +10,7 @@ from meme_llava.distributed.engine_setup import allow_fsdp_on_cpu, prepare_envir
 from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine
 from meme_llava.distributed.environment import count_processes
 from meme_llava.errors import ProcessError, UserError
-from meme_llava.model.devices import gpu_multiplies_bf16, multiplies_bf16
+from meme_llava.train.device import choose_bf16
 from meme_llava.train.settings import TrainArguments
 
 WORKERS_PER_GPU = 2
@@ -42,22 +42,6 @@ def count_steps(arguments: TrainArguments, records: int, first_step: int = 0, fi
     if arguments.warmup_steps >= steps:
         raise UserError(f"warmup takes {arguments.warmup_steps} of {steps} steps; lower --warmup_steps or train longer")
     return steps, arguments.warmup_steps
-
-
-def choose_bf16(arguments: TrainArguments) -> bool:
-    """Whether steps compute in bf16 here. Raises UserError for a precision that this machine does not have."""
-    precision, has_gpu = arguments.precision, torch.cuda.is_available()
-    if precision == "bf16" and not has_gpu and multiplies_bf16():
-        return True
-    if precision in ("bf16", "tf32") and not has_gpu:
-        reasons = {
-            "bf16": "on a CPU without AMX or AVX512_BF16 it is several times slower than fp32",
-            "tf32": "no CPU has it",
-        }
-        raise UserError(f"--precision {precision} needs a GPU here: {reasons[precision]}")
-    if precision in ("auto", "bf16") and has_gpu and not gpu_multiplies_bf16():
-        raise UserError("this GPU has no bf16; pass --precision fp32 (fp16 overflows with Qwen2)")
-    return precision in ("auto", "bf16") and has_gpu
 
 
 def make_training_arguments(

@@ -8,10 +8,9 @@ python -m meme_llava.train.precheck <the flags of train.py>
 from meme_llava.dataset.check import check_records
 from meme_llava.dataset.checked_data import print_findings
 from meme_llava.errors import stop_on_user_error
-from meme_llava.train.computation import check_device
+from meme_llava.train.device import check_device
 from meme_llava.train.settings import parse_train_arguments
 from meme_llava.train.trackers import check_trackers
-from meme_llava.train.validation import check_validation
 
 
 @stop_on_user_error
@@ -22,6 +21,8 @@ def main(argv: list[str] | None = None) -> None:
     check_trackers(arguments.report_to)
     checked = check_records(arguments.source, arguments)
     if arguments.eval_every is not None:
+        from meme_llava.train.validation import check_validation  # loads transformers
+
         check_validation(arguments)
     print_findings(checked)
     print(f"settings are sound, {len(checked.usable)} records can be trained on as far as seen without a model")

@@ -16,11 +16,19 @@ from meme_llava.dataset.images import open_image
 from meme_llava.dataset.pixels import read_pixels, to_pixel_values
 from meme_llava.errors import UserError
 from meme_llava.model import packed_attention
+from meme_llava.model.attention_choice import (
+    FLASH_ATTENTION_2,
+    MATMUL,
+    SDPA,
+    VARLEN,
+    choose_attention,
+    find_varlen_attention,
+)
 from meme_llava.model.llava import load_llava, load_processing
 from meme_llava.model.loss import CHUNK, CrossEntropyHead
-from meme_llava.model.packed_attention import FLASH_ATTENTION_2, MATMUL, SDPA, VARLEN, choose_attention
-from meme_llava.model.packed_llava import check_compiler, compile_layers, load_packed_llava, prepare_packed_llava
+from meme_llava.model.packed_llava import compile_layers, load_packed_llava, prepare_packed_llava
 from meme_llava.model.trainable import prepare_trainable
+from meme_llava.train.device import check_compiler
 from meme_llava.train.settings import parse_train_arguments
 
 ASK = "<image>\n图里写了什么？"
@@ -239,12 +247,12 @@ def kernels(monkeypatch):
             monkeypatch.setitem(sys.modules, "flash_attn", package)
             return FLASH_ATTENTION_2
         make = make_older_varlen if name == "older varlen" else make_varlen
-        packed_attention._find_varlen_attention.cache_clear()
+        find_varlen_attention.cache_clear()
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", make(attend))
         return VARLEN
 
     yield choose, calls
-    packed_attention._find_varlen_attention.cache_clear()
+    find_varlen_attention.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["varlen", "older varlen", "flash_attention_2"])

@@ -15,8 +15,8 @@ import train
 from meme_llava.dataset.pixels import read_pixels
 from meme_llava.distributed.heartbeat import Heartbeat
 from meme_llava.errors import UserError
+from meme_llava.model.attention_choice import SDPA
 from meme_llava.model.llava import load_processing
-from meme_llava.model.packed_attention import SDPA
 from meme_llava.model.packed_llava import PackedLlava, load_packed_llava
 from meme_llava.train import vision_features
 from meme_llava.train.vision_features import encode_images
