@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, read_losses
 from helpers import find_processes, finish, go_on, list_whole_checkpoints, make_command, run, start, wait_until
 
+pytestmark = pytest.mark.long
 HOSTS = ("memellava0", "memellava1")
 ADDRESSES = ("10.77.31.1", "10.77.31.2")
 PORT = 29631
@@ -99,7 +100,6 @@ def test_two_machines_train_and_lose_one(world, hosts, tmp_path):
     assert read_losses(out) == read_losses(tmp_path / "alone")
 
 
-@pytest.mark.long
 def test_a_cut_cable_ends_both_and_the_one_that_is_left_goes_on(world, hosts, tmp_path):
     """No process dies and no connection is closed; only nothing comes any more."""
     out = tmp_path / "out"
@@ -119,7 +119,6 @@ def test_a_cut_cable_ends_both_and_the_one_that_is_left_goes_on(world, hosts, tm
     assert len(read_losses(out)) == 6
 
 
-@pytest.mark.long
 def test_a_signal_to_one_machine_stops_both(world, hosts, tmp_path):
     out = tmp_path / "out"
     since = time.monotonic()
@@ -130,7 +129,6 @@ def test_a_signal_to_one_machine_stops_both(world, hosts, tmp_path):
     assert find_processes(out) == []
 
 
-@pytest.mark.long
 def test_a_process_that_dies_on_one_machine_is_named_on_the_other(world, hosts, tmp_path):
     out = tmp_path / "out"
     since = time.monotonic()
@@ -142,7 +140,6 @@ def test_a_process_that_dies_on_one_machine_is_named_on_the_other(world, hosts, 
     assert "machine 1 stopped: process 1 was killed by SIGKILL" in results[0].output
 
 
-@pytest.mark.long
 def test_machines_that_start_another_number_of_processes_do_not_begin(world, hosts, tmp_path):
     since = time.monotonic()
     out = tmp_path / "out"
@@ -154,7 +151,6 @@ def test_machines_that_start_another_number_of_processes_do_not_begin(world, hos
     assert "this machine starts 1 process(es), machine 1 2; all must start as many" in results[0].output
 
 
-@pytest.mark.long
 def test_a_loop_over_ssh_starts_run_sh_on_every_node(hosts, tmp_path):
     """The loop of `bash run.sh --help`; ssh goes to a namespace in place of a machine."""
     programs = tmp_path / "bin"
@@ -193,7 +189,6 @@ sys.exit(max(task.wait() for task in tasks))
 """
 
 
-@pytest.mark.long
 def test_the_slurm_script_builds_trains_and_merges(hosts, tmp_path):
     """srun starts a task a machine, here a namespace each; a run that was stopped is queued again."""
     programs = tmp_path / "bin"

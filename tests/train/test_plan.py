@@ -9,6 +9,7 @@ from conftest import IMAGE_SIZE, train_flags
 from test_flops import TOKENS_PER_IMAGE, load_prepared, make_batch, make_example
 from transformers import LlavaConfig
 
+import train
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.errors import UserError
 from meme_llava.model.activation_checkpointing import CheckpointedLayers, recompute_layers
@@ -278,3 +279,10 @@ def test_when_the_state_alone_is_too_much_more_devices_are_tried(world):
 def test_a_device_without_bf16_is_refused(world):
     with pytest.raises(UserError, match="v100-32gb has no bf16; pass --precision fp32"):
         make_plan(world, find_accelerator("v100-32gb"))
+
+
+def test_a_plan_for_more_gpus_than_there_are_asks_for_their_name(world, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main([*train_flags(world, tmp_path / "out", device_batch_size=1), "--plan", "--gpus", "4"])
+    assert stop.value.code == 2
+    assert "this plan is for 4 GPUs, and there is none here; name one with --accelerator" in capsys.readouterr().err
