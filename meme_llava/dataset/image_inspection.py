@@ -6,7 +6,6 @@ records.
 
 import contextlib
 import multiprocessing
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +21,7 @@ from PIL import Image
 from meme_llava.dataset.findings import RecordFault
 from meme_llava.dataset.image_cache import ImageCache, ImageFacts
 from meme_llava.dataset.images import PARSER_ERRORS, list_header_notes, open_header, open_image
+from meme_llava.machine import count_cores
 from meme_llava.storage.hashing import hash_file, try_hash_file
 
 SMALLEST_SIDE = 4  # pixels; less is a tracking dot, no image
@@ -138,7 +138,7 @@ def inspect_images(
         advance: takes how many files were done.
     """
     found: dict[Path, ImageFacts] = {}
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or count_cores()
 
     def is_settled(path: Path, facts: ImageFacts | None) -> bool:
         if facts is None or not (facts.decoded or facts.width * facts.height > max_pixels):

@@ -1,7 +1,6 @@
 """Token ids of all records, each conversation encoded once, and the prefixes that they share. Nothing about batches."""
 
 import multiprocessing
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ import numpy as np
 
 from meme_llava.dataset.conversation import IGNORED_LABEL, ConversationEncoder, DoesNotFit, Turn
 from meme_llava.dataset.prefix_sharing import PrefixSharing, count_common_prefix
+from meme_llava.machine import count_own_cores
 
 RECORDS_PER_TASK = 512
 # In sort keys images are numbered from here, beyond every token id.
@@ -87,7 +87,7 @@ def tokenize_records(
         workers: processes; None takes this process's share of the CPUs.
     """
     encoder = tokens.encoder
-    in_order = _encode_all(_GroupEncoder(conversations, tokens), workers or _share_of_cpus())
+    in_order = _encode_all(_GroupEncoder(conversations, tokens), workers or count_own_cores())
     count = len(conversations)
     encoded: list = [None] * count
     groups, order, prefix_lengths = (np.empty(count, np.int64) for _ in range(3))
@@ -195,7 +195,3 @@ def _encode_all(group_encoder: _GroupEncoder, workers: int) -> list[tuple[int, _
     else:
         encoded = [group_encoder.encode_group(group) for task in tasks for group in task]
     return [(number, record) for number, group in enumerate(encoded) for record in group]
-
-
-def _share_of_cpus() -> int:
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

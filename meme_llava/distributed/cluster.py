@@ -18,6 +18,7 @@ from datetime import timedelta
 import psutil
 
 from meme_llava.errors import ProcessError, Stopped, UserError
+from meme_llava.machine import count_cores
 
 BEAT_SECONDS = 2
 LOST_SECONDS = 20
@@ -198,7 +199,7 @@ def join_cluster(
         "MASTER_PORT": str(port),
         # torch's own word for: the store is there already, in the launcher.
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, _count_cores() // processes))),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, count_cores() // processes))),
     }
     # Left to themselves, gloo and NCCL may take an interface by which the others do not reach this machine.
     interface = _find_interface(own_address)
@@ -208,11 +209,6 @@ def join_cluster(
     cluster = Cluster(nodes, node, processes, environment, store)
     cluster.start(start_timeout)
     yield cluster
-
-
-def _count_cores() -> int:
-    """CPU cores that this process may use: a scheduler or container can give it fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _resolve(master_addr: str) -> tuple[int, str]:

@@ -13,6 +13,16 @@ def find_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def find_local_rank() -> int:
+    """The number of this process on its node, and so of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def count_local_processes() -> int:
+    """Processes of the run on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def is_main_process() -> bool:
     """Whether this process prints and writes for all."""
     return find_rank() == 0

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from meme_llava.distributed.environment import count_processes, is_main_process
+from meme_llava.distributed.environment import count_processes, find_local_rank, is_main_process
 from meme_llava.errors import ProcessError, Stopped, UserError
 
 # torch's own limit for waiting is the second line of defence, behind the launcher's.
@@ -41,7 +41,7 @@ def start_process_group(hang_timeout: float, needs_group: bool) -> None:
     if distributed.is_initialized() or (count_processes() == 1 and not needs_group):
         return
     on_gpu = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = find_local_rank()
     if on_gpu:
         if local_rank >= torch.cuda.device_count():
             raise ProcessError(

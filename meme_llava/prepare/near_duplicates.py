@@ -5,7 +5,6 @@ Nothing about records.
 """
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 
 from meme_llava.dataset.images import open_image
 from meme_llava.errors import UserError
+from meme_llava.machine import count_cores
 from meme_llava.storage.hashing import hash_file
 from meme_llava.terminal import show_count
 
@@ -50,7 +50,7 @@ def hash_images(paths: Sequence[Path]) -> list[ImageHash | ValueError]:
             return error
 
     hashes = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool, show_count("images hashed", len(paths)) as advance:
+    with ThreadPoolExecutor(count_cores()) as pool, show_count("images hashed", len(paths)) as advance:
         for image_hash in pool.map(hash_or_error, paths):
             hashes.append(image_hash)
             advance(1)

@@ -6,7 +6,6 @@ A page needs no network, and its content security policy lets no script run but 
 import base64
 import hashlib
 import io
-import os
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -19,12 +18,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from meme_llava.dataset.images import open_image
+from meme_llava.machine import count_cores
 
 FOLDER = Path(__file__).parent
 THUMBNAIL_SIDE = 200  # pixels of the longer side
 THUMBNAIL_QUALITY = 75
 # Every thread holds one decoded image, so this bounds the memory.
-THUMBNAIL_THREADS = min(4, os.cpu_count() or 1)
+THUMBNAIL_THREADS = min(4, count_cores())
 LONG_TEXT = 120  # columns, a Chinese letter takes two; shorter texts never need folding
 # Controls that reorder, hide or break text, and half characters, which no file can hold.
 _UNSEEN = re.compile(

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from meme_llava.errors import CheckpointError
+from meme_llava.machine import count_cores
 from meme_llava.storage.cache import find_default_cache
 from meme_llava.storage.hashing import describe_state, hash_file
 from meme_llava.storage.manifest import MANIFEST
@@ -47,7 +48,7 @@ def fingerprint_folder(folder: Path) -> str:
 
 
 def _compute(folder: Path, names: list[str]) -> str:
-    threads = min(THREADS, os.cpu_count() or 1)
+    threads = min(THREADS, count_cores())
     with ThreadPoolExecutor(threads) as pool:
         shares = pool.map(lambda start: _hash_tensors(folder, names[start::threads]), range(threads))
         digests = {name: digest for share in shares for name, digest in share.items()}

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from meme_llava.distributed.environment import count_local_processes, find_local_rank
 from meme_llava.distributed.heartbeat import Heartbeat
 from meme_llava.distributed.processes import WorkerStart, wait_for_all
 from meme_llava.errors import DiskFullError, UserError
@@ -93,7 +94,7 @@ def encode_images(
     if not paths:
         raise UserError("--cache_vision_features: no record has an image; leave it out")
     folder = output_dir / VISION_FEATURES / os.environ.get("GROUP_RANK", "0")  # machines may see the same disk
-    process, processes = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    process, processes = find_local_rank(), count_local_processes()
     config = model.config
     dtype = torch.bfloat16 if uses_bf16 else torch.float32
     features = VisionFeatures(
