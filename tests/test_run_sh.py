@@ -1,7 +1,6 @@
 """run.sh: the commands it gives, what it refuses, and that a finished stage is never answered with an old result."""
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, read_losses
+from launching import run_sh as run
 
 LAUNCHER = "python -m meme_llava.distributed.launch --die_with_parent --processes"
 DEFAULT_TRAINING = (
@@ -29,12 +29,6 @@ REAL_RUN = {
     "DEVICE_BATCH": "1",
     "GPUS": "8",
 }
-
-
-def run(*arguments, **variables):
-    environment = {**os.environ, "VENV": "active", "GPUS": "cpu", **variables}
-    command = ["bash", str(ROOT / "run.sh"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
 
 
 def dry_run(*arguments, **variables):

@@ -1,6 +1,5 @@
 """Assembling: what comes out loads alone, is what went in, and a wrong source stops with a sentence."""
 
-import contextlib
 import itertools
 import json
 import shutil
@@ -8,14 +7,13 @@ import shutil
 import pytest
 import torch
 from conftest import LANGUAGE_DIMENSIONS, SHARED_DATA, VISION_DIMENSIONS
+from conversions import BASE_FILES, TEXT_TOWER, Bars, build, make_clip, run_and_read_error, save_language_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
     ChineseCLIPModel,
-    CLIPConfig,
-    CLIPModel,
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -31,32 +29,6 @@ from meme_llava.convert import build as assembly
 from meme_llava.convert import offloading
 from meme_llava.errors import UserError
 from meme_llava.model.llava import load_processing
-
-BASE_FILES = {
-    "chat_template.jinja",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "run_record.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-}
-TEXT_TOWER = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "vocab_size": 64,
-    "max_position_embeddings": 16,
-}
-
-
-def build(language_model, vision_model, output_dir, *more):
-    flags = ["--language_model", language_model, "--vision_model", vision_model, "--output_dir", output_dir, *more]
-    build_base_model.main([str(flag) for flag in flags])
-    return output_dir
 
 
 def test_directory_holds_exactly_what_it_should(world):
@@ -156,12 +128,6 @@ def test_scaled_positions_are_written_for_old_readers(world, tmp_path):
     assert {name: reread[name] for name in yarn} == yarn
 
 
-def save_language_model(model, world, folder):
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(world.language_model).save_pretrained(folder)
-    return folder
-
-
 def test_tied_embeddings_stay_tied(world, tmp_path):
     config = Qwen2Config(vocab_size=512, tie_word_embeddings=True, **LANGUAGE_DIMENSIONS)
     folder = save_language_model(Qwen2ForCausalLM(config), world, tmp_path / "tied")
@@ -254,13 +220,6 @@ def test_a_model_without_begin_and_end_tokens_gets_zero_rows(world, tmp_path):
     assert embedding[rows:].count_nonzero() == 0 and len(embedding) > rows + 3
 
 
-def make_clip(folder, size=28):
-    vision = {**VISION_DIMENSIONS, "image_size": size, "patch_size": 14}
-    model = CLIPModel(CLIPConfig(vision_config=vision, text_config=TEXT_TOWER, projection_dim=8))
-    model.save_pretrained(folder)
-    return model
-
-
 def make_siglip(folder):
     vision = {**VISION_DIMENSIONS, "image_size": 28, "patch_size": 14}
     SiglipModel(SiglipConfig(vision_config=vision, text_config=TEXT_TOWER)).save_pretrained(folder)
@@ -347,13 +306,6 @@ def test_real_qwen_tokenizer_on_a_thin_model(world, tmp_path):
     assert config["image_token_index"] == 151_665
     assert config["text_config"]["vocab_size"] == 152_064
     assert load_file(base / "model.safetensors")["language_model.lm_head.weight"].shape == (152_064, 64)
-
-
-def run_and_read_error(capsys, *arguments, code=2):
-    with pytest.raises(SystemExit) as stop:
-        build(*arguments)
-    assert stop.value.code == code
-    return capsys.readouterr().err
 
 
 def test_wrong_sources_stop_with_a_sentence(world, tmp_path, capsys):
@@ -511,22 +463,6 @@ def test_no_verify_writes_the_same_files_without_checks(world, tmp_path, monkeyp
 def no_memory(monkeypatch):
     """No model fits any more, so comparisons run layer by layer."""
     monkeypatch.setattr(offloading, "measure_available_memory", lambda: 0)
-
-
-class Bars:
-    """Stands in for `terminal.show_bytes`: {title: [total, what was shown in all]}."""
-
-    def __init__(self):
-        self.shown = {}
-
-    @contextlib.contextmanager
-    def __call__(self, title, total):
-        shown = self.shown[title] = [total, 0]
-
-        def advance(count):
-            shown[1] += count
-
-        yield advance
 
 
 def make_tied(world, folder):

@@ -4,14 +4,13 @@ import hashlib
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import LANGUAGE_DIMENSIONS, ROOT, reseal, train_flags
+from conftest import LANGUAGE_DIMENSIONS, ROOT, train_flags
+from conversions import BASE_FILES, Bars, build, fail, make_clip, merge, save_language_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_build import BASE_FILES, Bars, build, make_clip, save_language_model
 from transformers import (
     AutoProcessor,
     ChineseCLIPVisionModel,
@@ -34,7 +33,6 @@ from meme_llava.model.llava import load_llava, load_processing
 from meme_llava.model.tensor_names import to_disk_name
 from meme_llava.model.trainable import apply_trained_weights, save_trained_weights
 from meme_llava.storage import tensor_reader
-from meme_llava.storage.run_record import holds_trained_weights
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +40,6 @@ def merged(world, trained):
     output_dir = world.folder / "merged"
     merge(["--adapter", str(trained), "--output_dir", str(output_dir)])
     return output_dir
-
-
-def merge(flags):
-    """merge_lora.py, on an adapter whose manifest knows of what a test did to it."""
-    adapter = Path(flags[flags.index("--adapter") + 1])
-    if holds_trained_weights(adapter):
-        reseal(adapter)
-    merge_lora.main(flags)
-
-
-def fail(capsys, *flags, code=2):
-    with pytest.raises(SystemExit) as stop:
-        merge([str(flag) for flag in flags])
-    assert stop.value.code == code
-    return capsys.readouterr().err
 
 
 def copy_adapter(trained, tmp_path):

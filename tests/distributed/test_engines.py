@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, read_losses, reseal, train_flags
-from helpers import make_command, run, weights_equal
+from launching import make_command, run, weights_equal
 from safetensors.torch import load_file, save_file
 
 import infer

@@ -7,7 +7,16 @@ import time
 
 import pytest
 from conftest import read_losses
-from helpers import find_processes, finish, list_whole_checkpoints, make_command, run, start, wait_until, weights_equal
+from launching import (
+    find_processes,
+    finish,
+    list_whole_checkpoints,
+    make_command,
+    run,
+    start,
+    wait_until,
+    weights_equal,
+)
 
 # A checkpoint every second step; with them so close, about a third of the kills fall into the writing of one.
 STEPS, SAVE_STEPS = 16, 2

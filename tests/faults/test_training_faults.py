@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from conftest import ROOT, read_losses, train_flags
-from helpers import RECIPE, find_processes, go_on, list_whole_checkpoints, run, strip_settings, weights_equal
+from launching import RECIPE, find_processes, go_on, list_whole_checkpoints, run, strip_settings, weights_equal
 
 import train
 

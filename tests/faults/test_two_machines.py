@@ -12,7 +12,7 @@ import time
 
 import pytest
 from conftest import ROOT, read_losses
-from helpers import find_processes, finish, go_on, list_whole_checkpoints, make_command, run, start, wait_until
+from launching import find_processes, finish, go_on, list_whole_checkpoints, make_command, run, start, wait_until
 
 pytestmark = pytest.mark.long
 HOSTS = ("memellava0", "memellava1")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_flops import load_prepared, make_batch
+from batches import load_prepared, make_batch
 
 from meme_llava.model.activation_checkpointing import (
     CheckpointedLayers,

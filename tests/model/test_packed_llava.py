@@ -394,6 +394,7 @@ def test_the_loss_of_half_precision_is_computed_in_float32():
     assert head(hidden, targets, torch.ones(2000)).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@pytest.mark.long
 def test_compiled_layers_are_not_compiled_again_for_every_length(world, processing, collator):
     model = load_packed(world, processing)
     eager = load_packed(world, processing)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from test_build import BASE_FILES
+from conversions import BASE_FILES
 
 import build_base_model
 import merge_lora

@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from conversions import BASE_FILES, build, fail, run_and_read_error
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_build import BASE_FILES, build, run_and_read_error
-from test_merge import fail
-from test_tensor_reader import bits, draw_all
+from tensors import bits, draw_all
 from transformers import LlavaForConditionalGeneration
 
 import merge_lora

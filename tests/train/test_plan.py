@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from batches import TOKENS_PER_IMAGE, load_prepared, make_batch, make_example
 from conftest import IMAGE_SIZE, train_flags
-from test_flops import TOKENS_PER_IMAGE, load_prepared, make_batch, make_example
 from transformers import LlavaConfig
 
 import train

@@ -2,16 +2,14 @@
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from importlib.metadata import version
 
 import pytest
 import torch
-from conftest import ROOT, read_losses, train_flags
+from conftest import read_losses, train_flags
+from launching import run_with_torchrun
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainingArguments
@@ -318,14 +316,6 @@ def test_the_log_says_how_fast_it_went_and_what_it_waited_for(world, tmp_path):
             entry["captions_per_second"] * entry["positions_per_caption"]
         )
         assert "mfu" not in entry  # a CPU has no datasheet
-
-
-def run_with_torchrun(flags, processes=2, environment=None):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
-    return subprocess.run(
-        [*command, *flags], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300, check=False
-    )
 
 
 # Each process has a cache of its own, as on two machines; only one knows that an image is damaged.

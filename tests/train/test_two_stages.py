@@ -2,14 +2,15 @@
 
 import json
 import os
+import shlex
 import shutil
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT, train_flags
+from launching import run_sh as run
 from safetensors.torch import load_file
-from test_run_sh import run
 
 import train
 
@@ -82,23 +83,22 @@ def test_what_is_no_run_is_refused(world, tmp_path, capsys):
     assert "expected an output_dir or checkpoint of train.py" in capsys.readouterr().err
 
 
-def test_run_sh_runs_both_stages_and_merges_the_second(world, tmp_path):
+def test_run_sh_runs_both_stages(world, tmp_path):
     variables = {
         **{"VENV": "active", "GPUS": "cpu", "BASE_DIR": world.base, "OUTPUT_DIR": tmp_path, "EVAL_ANNOTATIONS": "none"},
         **{"ANNOTATIONS": world.annotations, "IMAGE_FOLDER": world.image_folder, "MODEL_MAX_LENGTH": 200},
         **{"PROJECTOR_EPOCHS": 1, "PROJECTOR_LR": "1e-2", "EPOCHS": 1, "GLOBAL_BATCH": 4, "DEVICE_BATCH": 4},
     }
     variables = {name: str(value) for name, value in variables.items()}
-    result = run("train", "merge", **variables)
+    result = run("train", **variables)
     assert result.returncode == 0, result.stderr
     records = [json.loads((tmp_path / name / "run_record.json").read_text()) for name in ("projector", "train")]
     assert [record["settings"]["train_type"] for record in records] == ["projector", "lora"]
     assert [record["settings"]["high_lr"] for record in records] == [1e-2, 2e-3]
     assert records[1]["projector"]["folder"] == str(tmp_path / "projector")
-    assert json.loads((tmp_path / "merged" / "run_record.json").read_text())["stage"] == "merge"
     noted = (tmp_path / "projector.command").read_text()
-    again = run("train", "merge", **variables)
-    assert again.stdout.count("finished already: ") == 3
+    again = run("train", **variables)
+    assert again.stdout.count("finished already: ") == 2
     assert result.stdout.count("=== train 1 of 2: the projector alone ===") == 1
     # What is gone would be trained anew, only to find that the second stage began with another one.
     (tmp_path / "projector.command").unlink()
@@ -143,14 +143,16 @@ def test_a_preset_says_what_is_run(path):
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
-def test_a_preset_can_be_planned(world, tmp_path, path):
+def test_a_preset_can_be_planned(world, tmp_path, capsys, path):
     """On the tiny base: the numbers are the preset's, the towers are not."""
-    variables = {"BASE_DIR": world.base, "OUTPUT_DIR": tmp_path / "out", "EVAL_ANNOTATIONS": "none"}
-    variables |= {"ANNOTATIONS": world.annotations, "IMAGE_FOLDER": world.image_folder, "GPUS": "8", "VENV": "active"}
+    variables = {"BASE_DIR": world.base, "OUTPUT_DIR": tmp_path / "out", "EVAL_ANNOTATIONS": "none", "GPUS": "8"}
+    variables |= {"ANNOTATIONS": world.annotations, "IMAGE_FOLDER": world.image_folder, "DRY_RUN": "1"}
     variables = {name: str(value) for name, value in variables.items()}
-    result = run("train", "--plan", "--accelerator", "a800-80gb", PRESET=path.stem, **variables)
-    assert result.returncode == 0, result.stderr
-    assert "a800-80gb" in result.stdout
+    planned = run("train", "--plan", "--accelerator", "a800-80gb", PRESET=path.stem, **variables)
+    assert planned.returncode == 0, planned.stderr
+    words = shlex.split(planned.stdout.splitlines()[-1])
+    train.main(words[words.index("train.py") + 1 :])
+    assert "a800-80gb" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 import torch
 from conftest import read_losses, train_flags
+from launching import run_with_torchrun
 from PIL import Image
-from test_train import run_with_torchrun
 
 import train
 from meme_llava.dataset.pixels import read_pixels

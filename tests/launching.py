@@ -1,4 +1,4 @@
-"""Runs training under the launcher with faults, and looks at what is left."""
+"""Runs in processes of their own: training under a launcher, with faults or without, and run.sh; what they leave."""
 
 import json
 import os
@@ -113,3 +113,18 @@ def wait_until(condition, seconds: float) -> bool:
 def strip_settings(output: str) -> str:
     """Output without the tables, so that a message is not found in a setting's name."""
     return "\n".join(line for line in output.splitlines() if not re.match(r"^ {2}\w+ {2,}", line))
+
+
+def run_with_torchrun(flags, processes=2, environment=None):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
+    return subprocess.run(
+        [*command, *flags], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def run_sh(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    """run.sh on the CPU, in the environment of the tests, with variables set."""
+    environment = {**os.environ, "VENV": "active", "GPUS": "cpu", **variables}
+    command = ["bash", str(ROOT / "run.sh"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
