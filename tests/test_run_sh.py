@@ -316,6 +316,7 @@ def test_show_batch_leaves_the_stage_unfinished(chain):
     assert "<image: 4 tokens at" in result.stdout
 
 
+@pytest.mark.long
 def test_a_run_on_gpus_is_planned_without_them(chain):
     """GPUs, ZeRO stage and batch are run.sh's, although one process on a CPU looks at them."""
     output, variables, _ = chain

@@ -34,7 +34,7 @@ def single(world, tmp_path_factory):
 
 @pytest.fixture(
     scope="module",
-    params=[name if name in ("zero2", "fsdp2") else pytest.param(name, marks=pytest.mark.long) for name in DIVIDED],
+    params=[name if name == "zero2" else pytest.param(name, marks=pytest.mark.long) for name in DIVIDED],
 )
 def divided(request, world, tmp_path_factory):
     """The same run on two processes, by engine."""
@@ -201,9 +201,8 @@ def test_one_process_may_move_its_optimizer_to_main_memory(world, single, tmp_pa
     assert read_losses(tmp_path / "out") == pytest.approx(read_losses(single), abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "engine", ["zero2", *(pytest.param(name, marks=pytest.mark.long) for name in DIVIDED if name != "zero2")]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("engine", DIVIDED)
 def test_in_bf16_what_learns_is_kept_in_float32(world, single, tmp_path, engine):
     """As on GPUs: steps compute in bf16, updates are made and saved in float32, and a resumed run loses no bit."""
     bf16 = [{"kind": "compute_in_bf16"}]

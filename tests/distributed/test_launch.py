@@ -126,11 +126,17 @@ def test_nothing_listens_for_other_machines(tmp_path):
 @pytest.mark.parametrize(
     ("body", "code", "message"),
     [
-        ("sys.exit(7)", 7, "process 1 stopped: too little room on a disk; see its message above"),
+        pytest.param(
+            *("sys.exit(7)", 7, "process 1 stopped: too little room on a disk; see its message above"),
+            marks=pytest.mark.long,
+        ),
         ("sys.exit(75)", 75, ""),
         ("raise ValueError('no such luck')", 1, "Last words of process 1:\n"),
         ("os.kill(os.getpid(), 9)", 8, "process 1 was killed by SIGKILL (the kernel does that when memory runs out"),
-        ("os.kill(os.getpid(), 11)", 8, "process 1 was killed by SIGSEGV; last seen starting"),
+        pytest.param(
+            *("os.kill(os.getpid(), 11)", 8, "process 1 was killed by SIGSEGV; last seen starting"),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_the_first_fault_names_the_process_and_gives_the_exit_code(tmp_path, body, code, message):
@@ -168,7 +174,9 @@ def test_a_process_that_the_others_waited_for_in_vain_is_named(tmp_path):
     assert code == 8 and "the others timed out: process 1 last seen starting" in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(one, marks=pytest.mark.long) for one in (signal.SIGINT, signal.SIGHUP))]
+)
 def test_a_signal_is_handed_on_and_all_are_waited_for(tmp_path, number):
     process = start(make_command(tmp_path, SAVES_ON_SIGTERM, tmp_path, processes=2))
     wait_for(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())

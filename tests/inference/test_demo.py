@@ -422,6 +422,7 @@ def test_two_visitors_at_once_get_their_own_answers(open_tab, world, answerer, b
     assert [read_columns(tab, 1) for tab in tabs] == wanted
 
 
+@pytest.mark.long
 def test_images_may_be_pasted_dropped_or_chosen_from_the_examples(open_tab, world):
     tab = open_tab(width=390)
     give = """([kind, bytes]) => {
@@ -443,6 +444,7 @@ def test_images_may_be_pasted_dropped_or_chosen_from_the_examples(open_tab, worl
     assert second["y"] >= first["y"] + first["height"] and second["x"] == first["x"]
 
 
+@pytest.mark.long
 def test_a_file_that_is_too_big_is_not_sent(open_tab):
     tab = open_tab()
     # Made in the page, since playwright hands over 50 MB at most.

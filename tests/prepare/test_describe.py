@@ -752,6 +752,7 @@ def test_names_that_are_not_utf8_are_named(tmp_path, folder, capsys):
 # A real server
 
 
+@pytest.mark.long
 def test_a_real_server_gives_the_captions_of_infer(world, server, served_model, answerer, tmp_path, monkeypatch):
     """transformers serve, asked by describe.py, says what infer.py says about the same JPEG bytes."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # a proxy must not come between us and our own machine

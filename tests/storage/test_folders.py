@@ -392,6 +392,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("script", [merge_lora, build_base_model], ids=["merge", "build"])
 def test_a_killed_command_is_started_again(world, trained, tmp_path, results, script):
     """The whole story as a user meets it: a command, kill -9, a refused impatient second one, the command again."""

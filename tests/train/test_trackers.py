@@ -98,6 +98,7 @@ def test_wandb_offline(world, tmp_path):
     assert read_events(out).Scalars("train/loss")
 
 
+@pytest.mark.long
 def test_swanlab_offline(world, tmp_path):
     out = tmp_path / "out"
     train_apart(world, out, "swanlab", tmp_path / "here", SWANLAB_MODE="offline")
@@ -110,6 +111,7 @@ def test_swanlab_offline(world, tmp_path):
     assert "parameter_groups" in (run / "files" / "config.yaml").read_text()
 
 
+@pytest.mark.long
 def test_mlflow_in_a_file(world, tmp_path):
     out = tmp_path / "out"
     train_apart(world, out, "mlflow", tmp_path / "here")

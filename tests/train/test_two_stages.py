@@ -83,6 +83,7 @@ def test_what_is_no_run_is_refused(world, tmp_path, capsys):
     assert "expected an output_dir or checkpoint of train.py" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_run_sh_runs_both_stages(world, tmp_path):
     variables = {
         **{"VENV": "active", "GPUS": "cpu", "BASE_DIR": world.base, "OUTPUT_DIR": tmp_path, "EVAL_ANNOTATIONS": "none"},
