@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint and tests, in their own environment:  bash tests/run.sh [--all] [pytest arguments]
-# --all takes every fault and fifty random kills, too; that is half an hour more.
+# --all takes every engine, every fault and fifty random kills, too; that is an hour more.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
