@@ -1,5 +1,6 @@
 """A tiny world built with the product's own code: images, records, two towers, a base model, a trained adapter."""
 
+import gc
 import json
 import os
 import socket
@@ -113,6 +114,9 @@ def world(tmp_path_factory) -> World:
             *("--output_dir", str(base)),
         ]
     )
+    # A training collects garbage several times; what the libraries have loaded need not be looked through each time.
+    gc.collect()
+    gc.freeze()
     return World(folder, annotations, images, folder / "language_model", folder / "vision_tower", base, records)
 
 
@@ -221,6 +225,13 @@ def browser():
 def answerer(served_model):
     """The merged model, as infer.py loads it."""
     return load_answerer(served_model, device="cpu", dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def quick_curves(request, monkeypatch):
+    """Drawing its curves takes as long as a training here; the first one draws them, and every one under a launcher."""
+    if "trained" in request.fixturenames or "world" in request.fixturenames:
+        monkeypatch.setattr("meme_llava.train.fit.draw_training_curves", lambda log_history, path: path.touch())
 
 
 @pytest.fixture(autouse=True)

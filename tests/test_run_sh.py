@@ -273,6 +273,7 @@ def interrupt(chain):
     return stop
 
 
+@pytest.mark.long
 def test_an_interrupted_run_goes_on(chain, interrupt):
     """The same command again: training continues from its newest checkpoint, to the same weights."""
     output, variables, _ = chain

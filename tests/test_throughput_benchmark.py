@@ -106,6 +106,7 @@ def test_a_way_that_does_not_fit_is_measured_with_gradient_checkpointing_and_say
     assert "published: DID NOT FIT without gradient checkpointing" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_machine_without_optional_packages_runs_it_and_gets_every_figure(tmp_path):
     file = tmp_path / "figures.json"
     argv = ["--shapes", "tiny", "--rounds", "1", "--json", str(file)]

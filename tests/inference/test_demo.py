@@ -404,6 +404,7 @@ def test_a_visitor_asks_both_models_in_several_turns(
     assert [len(column) for column in read_columns(tab, 1)] == [1, 1]
 
 
+@pytest.mark.long
 def test_two_visitors_at_once_get_their_own_answers(open_tab, world, answerer, base_answerer):
     paths = [world.image_folder / name for name in ("p0.png", "p7.png")]
     tabs = [open_tab(), open_tab()]

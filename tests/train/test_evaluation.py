@@ -207,14 +207,8 @@ def test_the_curves_show_the_validation_loss(tmp_path, monkeypatch):
     assert lines["validation"].get_xydata().tolist() == [[2, 1.5]]
 
 
-@pytest.mark.parametrize(
-    "engine",
-    [
-        "zero2",
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("ddp", "zero3", "fsdp2")),
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("zero2_offload", "zero3_offload")),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2", "zero2_offload", "zero3_offload"])
 def test_several_processes_find_what_one_finds(world, validation, tmp_path, engine):
     """Three questions for two processes: in the last round one has none left, and answers all the same."""
     recipe = {**RECIPE, "lora_dropout": 0, "device_batch_size": 1}

@@ -59,7 +59,11 @@ def count_kept_bytes(model, batch) -> int:
 
 @pytest.mark.parametrize(
     ("train_type", "dropout"),
-    [("lora", 0.0), ("lora", 0.1), ("projector", 0.0), ("freeze_vision", 0.0), ("full", 0.0)],
+    [
+        ("lora", 0.1),
+        ("full", 0.0),
+        *(pytest.param(name, 0.0, marks=pytest.mark.long) for name in ("lora", "projector", "freeze_vision")),
+    ],
 )
 def test_activations_are_what_the_real_model_keeps(world, train_type, dropout):
     model = load_prepared(world, train_type=train_type, lora_dropout=dropout)
@@ -70,7 +74,9 @@ def test_activations_are_what_the_real_model_keeps(world, train_type, dropout):
     assert memory.activations == pytest.approx(kept, rel=0.02)
 
 
-@pytest.mark.parametrize("arithmetic", [FLOAT32_ON_CPU, BF16_ON_GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize(
+    "arithmetic", [pytest.param(FLOAT32_ON_CPU, marks=pytest.mark.long), BF16_ON_GPU], ids=["cpu", "gpu"]
+)
 def test_deeper_models_are_extrapolated(world, arithmetic):
     config = set_depths(LlavaConfig.from_pretrained(world.base), language=4, vision=3)
     few = {"lora_vision_modules": ["fc1"], "lora_language_modules": ["q_proj"]}

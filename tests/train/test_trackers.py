@@ -86,6 +86,7 @@ def test_a_user_may_put_the_events_elsewhere(world, tmp_path, monkeypatch):
     assert list((tmp_path / "events").iterdir()) and not (tmp_path / "out" / "tensorboard").exists()
 
 
+@pytest.mark.long
 def test_wandb_offline(world, tmp_path):
     out = tmp_path / "out"
     train_apart(world, out, "wandb", tmp_path / "here", WANDB_MODE="offline")

@@ -143,9 +143,8 @@ def test_a_preset_says_what_is_run(path):
     assert {flag: settings[flag] for flag in flags} == {flag: str(preset[name]) for flag, name in flags.items()}
 
 
-@pytest.mark.parametrize(
-    "path", [pytest.param(path, id=path.stem, marks=[] if path.stem == "v1" else pytest.mark.long) for path in PRESETS]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_can_be_planned(world, tmp_path, capsys, path):
     """On the tiny base: the numbers are the preset's, the towers are not."""
     variables = {"BASE_DIR": world.base, "OUTPUT_DIR": tmp_path / "out", "EVAL_ANNOTATIONS": "none", "GPUS": "8"}
