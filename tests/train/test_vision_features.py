@@ -53,6 +53,7 @@ def test_the_tower_runs_once_an_image(world, tmp_path, monkeypatch):
     assert encoded == [8]
 
 
+@pytest.mark.long
 def test_processes_share_the_work_and_the_file(world, tmp_path):
     changes = {"train_type": "projector", "device_batch_size": 1, "max_steps": 3}
     train.main(train_flags(world, tmp_path / "one", **changes))
