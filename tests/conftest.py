@@ -17,16 +17,14 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # What tests find in images is remembered for this session alone.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="meme_llava_tests_")
 
+# Torch and transformers are loaded where they are used: the process that deals out the tests needs neither.
 import pytest  # noqa: E402
-import torch  # noqa: E402
-from make_towers import make_language_model, make_vision_tower  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
 import build_base_model  # noqa: E402
 import merge_lora  # noqa: E402
 import train  # noqa: E402
 from meme_llava.errors import CheckpointError  # noqa: E402
-from meme_llava.inference.generation import load_answerer  # noqa: E402
 from meme_llava.storage.manifest import MANIFEST, describe_file, verify_directory, write_manifest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,6 +102,8 @@ def world(tmp_path_factory) -> World:
     annotations = folder / "annotations.json"
     annotations.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
     texts = [turn["value"] for record in records for turn in record["conversations"]]
+    from make_towers import make_language_model, make_vision_tower
+
     make_language_model(folder / "language_model", texts, seed=0, **LANGUAGE_DIMENSIONS)
     make_vision_tower(folder / "vision_tower", IMAGE_SIZE, seed=0, **VISION_DIMENSIONS)
     base = folder / "base"
@@ -224,6 +224,8 @@ def browser():
 @pytest.fixture(scope="session")
 def answerer(served_model):
     """The merged model, as infer.py loads it."""
+    from meme_llava.inference.generation import load_answerer
+
     return load_answerer(served_model, device="cpu", dtype="float32")
 
 
@@ -237,6 +239,8 @@ def quick_curves(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def one_thread():
     # Sums in another order differ in the last bit; one thread keeps every run the same.
+    import torch
+
     torch.set_num_threads(1)
 
 

@@ -14,6 +14,7 @@ import merge_lora
 import train
 
 
+@pytest.mark.long
 def test_build_two_steps_merge_and_infer(world, tmp_path, capsys):
     source = SHARED_DATA / "qwen_tokenizer"
     if not source.is_dir():

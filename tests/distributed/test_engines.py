@@ -101,9 +101,8 @@ def test_a_checkpoint_of_any_engine_goes_on_in_one_process(world, single, divide
     assert read_losses(tmp_path / "out") == pytest.approx(read_losses(single), abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "engine", ["zero3", *(pytest.param(name, marks=pytest.mark.long) for name in DIVIDED if name != "zero3")]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("engine", DIVIDED)
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(world, tmp_path, engine):
     """Dropout, two rounds a step, workers, in the middle of a pass, packed rows with shared images."""
     changes = {"engine": engine, "dataloader_workers": 1, "global_batch_size": 6, "save_total_limit": 3}

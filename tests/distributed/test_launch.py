@@ -131,7 +131,7 @@ def test_nothing_listens_for_other_machines(tmp_path):
             marks=pytest.mark.long,
         ),
         ("sys.exit(75)", 75, ""),
-        ("raise ValueError('no such luck')", 1, "Last words of process 1:\n"),
+        pytest.param("raise ValueError('no such luck')", 1, "Last words of process 1:\n", marks=pytest.mark.long),
         ("os.kill(os.getpid(), 9)", 8, "process 1 was killed by SIGKILL (the kernel does that when memory runs out"),
         pytest.param(
             *("os.kill(os.getpid(), 11)", 8, "process 1 was killed by SIGSEGV; last seen starting"),

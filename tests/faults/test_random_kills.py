@@ -18,6 +18,7 @@ from launching import (
     weights_equal,
 )
 
+pytestmark = pytest.mark.long
 # A checkpoint every second step; with them so close, about a third of the kills fall into the writing of one.
 STEPS, SAVE_STEPS = 16, 2
 CHANGES = {"max_steps": STEPS, "save_steps": SAVE_STEPS}
@@ -60,7 +61,6 @@ def list_names(output_dir) -> set[str]:
     return {path.name for path in output_dir.glob("checkpoint-*")}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("engine", "processes", "kills"), [("zero2", 2, 20), ("single", 1, 20), ("ddp", 2, 10)])
 def test_random_kills(world, tmp_path, engine, processes, kills):
     """The moments differ in every run of this test; MEME_LLAVA_SEED repeats one."""
@@ -95,7 +95,7 @@ def resume(output_dir) -> dict:
     return {**CHANGES, **({"resume_from_checkpoint": "latest"} if found else {})}
 
 
-@pytest.mark.parametrize("engine", ["zero2", pytest.param("zero3", marks=pytest.mark.long)])
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
 def test_no_process_outlives_a_launcher_that_is_killed(world, tmp_path, engine):
     """The ranks and their data workers; nobody is left to end them but themselves."""
     out = tmp_path / "out"

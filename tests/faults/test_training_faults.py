@@ -56,7 +56,9 @@ FAULTS = [
     Fault("SIGINT to one process", signals("SIGINT", 0), 75, INTERRUPTED, [2, 3], engine="zero2"),
     Fault("SIGINT to one process", signals("SIGINT", 0), 75, INTERRUPTED, [2, 3], 1, "single", fast=True),
     Fault("SIGTERM to a process and its data workers", [{**TERM_1, "kind": "signal_job"}], 75,
-          TERMINATED, [2, 3], changes={"dataloader_workers": 1}, exact=False, fast=True),
+          TERMINATED, [2, 3], changes={"dataloader_workers": 1}),
+    Fault("SIGTERM to a process and its data workers", [{**TERM_1, "rank": 0, "kind": "signal_job"}], 75,
+          TERMINATED, [2, 3], 1, "single", {"dataloader_workers": 1}, fast=True),
     Fault("a process is killed", signals("SIGKILL", 1), 8,
           r"process 1 was killed by SIGKILL .*last seen .* in step 3; all processes were ended", [2], engine="zero2"),
     Fault("a process is killed", signals("SIGKILL", 0), 8, "process 0 was killed by SIGKILL", [2], 1, "single"),
@@ -148,9 +150,9 @@ def test_a_fault_ends_as_it_should(world, whole, tmp_path, capfd, fault):
         assert len(read_losses(out)) == 5  # of six steps; the skipped one has none
         return
 
-    if fault.processes == 1 and fault.left:  # as in `whole`
-        changes = {**RECIPE, **fault.changes, "engine": fault.engine, "resume_from_checkpoint": "latest"}
-        train.main(train_flags(world, out, **changes))
+    if fault.processes == 1:  # as in `whole`
+        start = {"resume_from_checkpoint": "latest"} if fault.left else {}
+        train.main(train_flags(world, out, **{**RECIPE, **fault.changes}, engine=fault.engine, **start))
         said = capfd.readouterr().out
     else:
         again = go_on(world, out, fault.processes, engine=fault.engine, **fault.changes)

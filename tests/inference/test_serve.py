@@ -8,6 +8,7 @@ from meme_llava.dataset.images import open_image
 
 openai = pytest.importorskip("openai", reason="needs the packages of data/requirements.txt")
 
+pytestmark = pytest.mark.long
 QUESTION = "图里写了什么？"
 NEW_TOKENS = 16  # a model of two training steps never stops by itself
 ANSWER_SECONDS = 60

@@ -70,8 +70,7 @@ def test_none_and_full_mean_what_they_say(world, processing, largest_batch, tmp_
 
 def test_auto_on_a_small_machine_computes_layers_twice(world, processing, largest_batch, tmp_path, monkeypatch):
     """The machine's memory is set below what the step takes, and then far below."""
-    few = {"lora_vision_modules": ["fc1"], "lora_language_modules": ["q_proj"]}
-    arguments = parse_train_arguments(train_flags(world, tmp_path, **few), "")
+    arguments = parse_train_arguments(train_flags(world, tmp_path, train_type="projector"), "")
     config = LlavaConfig.from_pretrained(world.base)
     engine = ShardingPlan.of_run(arguments, 1, on_gpu=False)
     estimator = StepEstimator(config, processing.image_policy, arguments, engine, largest_batch)
@@ -79,14 +78,14 @@ def test_auto_on_a_small_machine_computes_layers_twice(world, processing, larges
     monkeypatch.setattr("meme_llava.train.planning.memory.find_usable", lambda memory: memory)
     monkeypatch.setattr(computation, "find_usable", lambda memory: memory)
     monkeypatch.setattr(computation, "measure_memory", lambda *_: kept - 1)
-    chosen = plan(world, processing, largest_batch, tmp_path, **few)
+    chosen = plan(world, processing, largest_batch, tmp_path, train_type="projector")
     assert chosen.recomputed == CheckpointedLayers(1, 0) and chosen.memory.total <= kept - 1
     assert "1 language and 0 vision layers computed twice; the largest batch, " in chosen.describe()
     assert chosen.to_record()["recomputed_layers"] == {"language": 1, "vision": 0}
 
     monkeypatch.setattr(computation, "measure_memory", lambda *_: 1)
-    chosen = plan(world, processing, largest_batch, tmp_path, **few)
-    assert chosen.recomputed == CheckpointedLayers(2, 2)
+    chosen = plan(world, processing, largest_batch, tmp_path, train_type="projector")
+    assert chosen.recomputed == CheckpointedLayers(2, 0)
     assert "warning: only 0.0 GiB can be used, so the run may stop for lack of memory" in chosen.describe()
 
 

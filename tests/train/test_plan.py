@@ -74,9 +74,8 @@ def test_activations_are_what_the_real_model_keeps(world, train_type, dropout):
     assert memory.activations == pytest.approx(kept, rel=0.02)
 
 
-@pytest.mark.parametrize(
-    "arithmetic", [pytest.param(FLOAT32_ON_CPU, marks=pytest.mark.long), BF16_ON_GPU], ids=["cpu", "gpu"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("arithmetic", [FLOAT32_ON_CPU, BF16_ON_GPU], ids=["cpu", "gpu"])
 def test_deeper_models_are_extrapolated(world, arithmetic):
     config = set_depths(LlavaConfig.from_pretrained(world.base), language=4, vision=3)
     few = {"lora_vision_modules": ["fc1"], "lora_language_modules": ["q_proj"]}
