@@ -107,6 +107,7 @@ def test_several_processes_meet_on_the_loopback_interface(tmp_path):
     ]
 
 
+@pytest.mark.long
 def test_an_interface_that_the_user_chose_stays(tmp_path):
     _, out, _ = launch(tmp_path, REPORT_ENVIRONMENT, processes=2, GLOO_SOCKET_IFNAME="eth7")
     assert out.count("GLOO_SOCKET_IFNAME=eth7") == 2
@@ -229,6 +230,7 @@ def test_what_a_process_started_is_ended_with_it(tmp_path):
     wait_for(lambda: not find_all(tmp_path), 5)
 
 
+@pytest.mark.long
 def test_a_port_in_use_is_one_line(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

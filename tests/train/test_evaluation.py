@@ -276,6 +276,7 @@ def test_a_run_that_goes_on_keeps_the_answers_up_to_its_checkpoint(world, valida
     assert [one["step"] for one in read_answers(tmp_path / "out")] == [2, 2, 3, 5]
 
 
+@pytest.mark.long
 def test_a_long_evaluation_is_no_hang_and_no_slow_training(world, validation, tmp_path, monkeypatch):
     """It takes three seconds more than the four steps of a log line, which do not take that long."""
     ask, marks = TrainingEvaluation._ask, []
