@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         with hold_output_dir(arguments.output_dir), explain_out_of_memory(plan):
             if plan.start.step < plan.steps:
                 fit(prepare_run(plan, inputs, session.heartbeat), session)
-            finish(plan)
+            finish(plan, session.heartbeat)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 
 from transformers.trainer import TRAINER_STATE_NAME
 
+from meme_llava.distributed.heartbeat import Heartbeat
 from meme_llava.distributed.processes import broadcast_from_main, leave_process_group
 from meme_llava.errors import Stopped
 from meme_llava.storage.manifest import read_manifest
@@ -75,8 +76,9 @@ def make_trainer(run: PreparedRun, session: Session, trackers: TrackerRuns) -> M
     return trainer
 
 
-def finish(plan: RunPlan) -> None:
+def finish(plan: RunPlan, heartbeat: Heartbeat) -> None:
     """Make the last checkpoint's weights the run's result, with its curves; all processes call it together."""
+    heartbeat.beat("writing the result")
     broadcast_from_main(lambda: _write_result(plan))
 
 

@@ -72,7 +72,7 @@ FAULTS = [
     Fault("the only process hangs", [{"kind": "hang", "step": 3}], 8, "Furthest behind: process 0", [2], 1, "single",
           {"hang_timeout": 4}),
     Fault("a process hangs before the first step", [{"kind": "hang_before_start", "rank": 1}], 8,
-          "Furthest behind: process 1 .process 1 last seen reading the records", [], changes={"hang_timeout": 1}),
+          "Furthest behind: process 1 .process 1 last seen reading the records", [], changes={"hang_timeout": 4}),
     Fault("an unexpected error in one process", [{"kind": "fail", "rank": 1, "step": 3, "message": "no such luck"}], 1,
           r"Last words of process 1:\n[\s\S]*RuntimeError: no such luck", [2], engine="zero2"),
     Fault("one loss is NaN on one process", [{"kind": "spoil_loss", "rank": 1, "steps": [3], "value": "nan"}], 0,
