@@ -232,7 +232,7 @@ def answerer(served_model):
 @pytest.fixture(autouse=True)
 def quick_curves(request, monkeypatch):
     """Drawing its curves takes as long as a training here; the first one draws them, and every one under a launcher."""
-    if "trained" in request.fixturenames or "world" in request.fixturenames:
+    if "world" in request.fixturenames:
         monkeypatch.setattr("meme_llava.train.fit.draw_training_curves", lambda log_history, path: path.touch())
 
 
