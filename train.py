@@ -1,6 +1,6 @@
 """Train a LLaVA on memes: LoRA on both towers and the whole projector, or another recipe of configs/train.
 
-    python -m meme_llava.distributed.launch --processes 8 train.py --model output/base \
+    torchrun --nproc_per_node 8 train.py --model output/base \
         --annotations data/annotations.json --image_folder data --output_dir output/train --train_type lora \
         --high_lr 1e-3 --low_lr 2e-5 …
 

@@ -63,12 +63,12 @@ class Chain:
             shutil.rmtree(folder)  # the base has their weights
 
     def list_train_command(self) -> list[object]:
-        """train.py under the launcher, with the published settings."""
+        """train.py with the published settings."""
         data = ROOT / "data"
         workers = [] if self.device == "cuda" else ["--dataloader_workers", 1]
         return [
-            *("-m", "meme_llava.distributed.launch", "--die_with_parent", "--processes", 1, ROOT / "train.py"),
-            *("--model", self.base, "--annotations", data / "annotations.json", "--image_folder", data),
+            *(ROOT / "train.py", "--model", self.base, "--annotations", data / "annotations.json"),
+            *("--image_folder", data),
             *("--output_dir", self.trained, "--train_type", "lora", "--num_train_epochs", 5, "--max_steps", STEPS),
             *("--high_lr", "1e-3", "--low_lr", "2e-5", "--warmup_ratio", "0.1", "--lora_r", 32, "--lora_alpha", 64),
             *("--model_max_length", 2048, "--global_batch_size", GLOBAL_BATCH[self.scale]),
@@ -84,7 +84,7 @@ class Chain:
         ]
 
     def train_until_signal(self) -> tuple[int, float]:
-        """Train, and when the first checkpoint is there, signal the launcher and all below it. Returns exit code and
+        """Train, and when the first checkpoint is there, signal it and all below it. Returns exit code and
         seconds from the signal to the end."""
         command = [sys.executable, *map(str, self.list_train_command())]
         print("$", *command, flush=True)
@@ -95,8 +95,8 @@ class Chain:
             raise RuntimeError(f"training ended with exit code {process.returncode} before its first checkpoint")
         # A step more, so that what the signal saves is a checkpoint of its own.
         time.sleep(POLL_SECONDS)
-        launcher = psutil.Process(process.pid)
-        family = [launcher, *launcher.children(recursive=True)]
+        parent = psutil.Process(process.pid)
+        family = [parent, *parent.children(recursive=True)]
         print(f"SIGTERM to {len(family)} processes: {[' '.join(one.cmdline()[:3]) for one in family]}", flush=True)
         start = time.monotonic()
         for member in family:

@@ -31,10 +31,12 @@ class Result:
 
 
 def make_command(world, output_dir: Path, processes: int, launcher_flags=(), **changes) -> list[str]:
-    """The launcher's command line for a run of six steps on the tiny world."""
-    flags = train_flags(world, output_dir, **{**RECIPE, **changes})
-    launcher = [sys.executable, "-m", "meme_llava.distributed.launch", "--processes", str(processes), *launcher_flags]
-    return [*launcher, FAULTY_TRAIN, *flags]
+    """The command line of a run of six steps on the tiny world: under the launcher, but for a single process."""
+    script = [FAULTY_TRAIN, *train_flags(world, output_dir, **{**RECIPE, **changes})]
+    if processes == 1 and not launcher_flags:
+        return [sys.executable, *script]
+    launcher = ["-m", "meme_llava.distributed.launch", "--nproc_per_node", str(processes), *launcher_flags]
+    return [sys.executable, *launcher, *script]
 
 
 def start(command: list[str], faults=(), log: Path | None = None, **variables) -> subprocess.Popen:
@@ -64,7 +66,7 @@ def finish(process: subprocess.Popen, since: float) -> Result:
 
 
 def run(world, output_dir: Path, processes: int, faults=(), launcher_flags=(), **changes) -> Result:
-    """A whole run under the launcher."""
+    """A whole run."""
     since = time.monotonic()
     return finish(start(make_command(world, output_dir, processes, launcher_flags, **changes), faults), since)
 
@@ -91,7 +93,7 @@ def weights_equal(one: Path, other: Path) -> bool:
 
 
 def find_processes(output_dir: Path) -> list[psutil.Process]:
-    """Processes of a run that are alive, the launcher among them."""
+    """Processes of a run that are alive, with the launcher."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         command = process.info["cmdline"] or []

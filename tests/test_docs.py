@@ -44,6 +44,7 @@ FOREIGN_FLAGS = {
     *("--logdir", "--backend-store-uri"),
     *("--host", "--port", "--chat-template-kwargs", "--chat-template-content-format", "--max-model-len"),
     *("--repo-type", "--local-dir", "--exclude", "--depth"),
+    "--gpus-per-node",
 }
 # Variables of other programs, and DRY_RUN.
 FOREIGN_VARIABLES = {

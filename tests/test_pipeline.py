@@ -18,7 +18,7 @@ from meme_llava.pipeline.stage import Stage, split_flags
 from meme_llava.storage.made_from import is_same, list_differences
 from meme_llava.train.settings import TrainArguments, free_settings
 
-LAUNCHER = "python -m meme_llava.distributed.launch --die_with_parent --processes"
+LAUNCHER = "python -m meme_llava.distributed.launch --nproc_per_node"
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_several_nodes(dry_run):
     node = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "2950"}
     (train,) = dry_run("train", GPUS="4", **node)
     assert train.startswith(
-        f"{LAUNCHER} 4 --nodes 2 --node_rank 1 --master_addr 10.0.0.1 --start_timeout 7200 --master_port 2950 train.py "
+        f"{LAUNCHER} 4 --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --start_timeout 7200 --master_port 2950 train.py"
     )
 
 
@@ -168,7 +168,7 @@ def test_nodes_but_the_first_only_train(dry_run):
 )
 def test_gpus_by_count_or_list(dry_run, gpus, processes):
     (train,) = dry_run("train", GPUS=gpus, GLOBAL_BATCH="8", DEVICE_BATCH="1")
-    assert train.startswith(f"{LAUNCHER} {processes} train.py")
+    assert train.startswith("python train.py" if processes == 1 else f"{LAUNCHER} {processes} train.py")
 
 
 @pytest.mark.parametrize("engine", ["single", "ddp", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2"])
@@ -210,7 +210,7 @@ def test_every_engine_is_one_word(dry_run, engine):
         ([], {"PROJECTOR_EPOCHS": "1", "PROJECTOR_LR": "fast"}, "error: PROJECTOR_LR: invalid float value: 'fast'"),
         (["train", "--output_dir", "b"], {"PROJECTOR_EPOCHS": "1"}, "error: --output_dir counts for both stages of"),
         ([], {"PROJECTOR_EPOCHS": "1", "TRAIN_TYPE": "projector"}, "train the same; set PROJECTOR_EPOCHS=0"),
-        ([], {"MASTER_PORT": "http"}, "error: MASTER_PORT: invalid int value: 'http'"),
+        ([], {"MASTER_PORT": "http", "GPUS": "cpu:2"}, "error: MASTER_PORT: invalid int value: 'http'"),
         ([], {"IMAGE_POLICY": "padd"}, "error: IMAGE_POLICY: invalid choice: 'padd'"),
     ],
 )
@@ -398,6 +398,12 @@ def test_the_other_nodes_write_no_note(stage):
         # … or does not.
         ("import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(30)", 130),
         ("import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(30)", 143),
+        # … and a later one ends it, whatever it does.
+        (
+            "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+            "[(os.kill(os.getppid(), signal.SIGINT), time.sleep(2.5)) for _ in range(9)]",
+            130,
+        ),
     ],
 )
 def test_a_command_ends_the_chain_with_its_code(program, code):

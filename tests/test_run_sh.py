@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT, read_losses
 from launching import run_sh as run
 
-LAUNCHER = "python -m meme_llava.distributed.launch --die_with_parent --processes"
+LAUNCHER = "python -m meme_llava.distributed.launch --nproc_per_node"
 DEFAULT_TRAINING = (
-    f"{LAUNCHER} 1 train.py --model output/base --annotations data/annotations.json --image_folder data "
+    "python train.py --model output/base --annotations data/annotations.json --image_folder data "
     "--output_dir output/train --train_type lora --num_train_epochs 3 --high_lr 2e-3 --low_lr 5e-4 "
     "--warmup_ratio 0.1 --lora_r 32 --lora_alpha 64 --model_max_length 512 --global_batch_size 8 "
     "--device_batch_size 8 --engine auto"

@@ -1,6 +1,19 @@
-"""What the launcher tells a process in its environment. Without torch."""
+"""What launchers tell a process in its environment, and what libraries would take from there. Without torch.
 
+Ours, torchrun, `accelerate launch` and `deepspeed` set what torch reads: RANK, WORLD_SIZE, MASTER_ADDR, ….
+"""
+
+import ctypes
 import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import MutableMapping
+
+PR_SET_PDEATHSIG = 1
+# Settings of `accelerate launch`, which accelerate would follow in place of ours.
+FOREIGN_PREFIXES = ("ACCELERATE_", "FSDP_")
 
 
 def count_processes() -> int:
@@ -26,3 +39,79 @@ def count_local_processes() -> int:
 def is_main_process() -> bool:
     """Whether this process prints and writes for all."""
     return find_rank() == 0
+
+
+def settle_environment(variables: MutableMapping[str, str] = os.environ) -> None:
+    """Prepare the environment for a process that trains, whoever started it."""
+    read_slurm(variables)
+    choose_allocator(variables)
+    foreign = [name for name in variables if name.startswith(FOREIGN_PREFIXES)]
+    for name in foreign:
+        del variables[name]
+    if foreign and is_main_process():
+        print(f"ignored: {', '.join(sorted(foreign))}; --engine and --precision count", flush=True)
+    if "RANK" in variables:
+        die_with_parent()
+        choose_interface(variables)
+
+
+def read_slurm(variables: MutableMapping[str, str]) -> None:
+    """Take the process's numbers from srun where it started several and no other launcher said any."""
+    # In a batch script, which srun did not start, SLURM_PROCID is there, too, but no step.
+    if "RANK" in variables or int(variables.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return
+    # Such as node[03-05,09], host-a,host-b.
+    first = re.match(r"([^\[,]+)(?:\[(\d+))?", variables["SLURM_STEP_NODELIST"])
+    # Such as 4(x2),3: tasks on each node.
+    on_each = re.match(r"\d+", variables["SLURM_STEP_TASKS_PER_NODE"])[0]
+    port = 20000 + (int(variables["SLURM_JOB_ID"]) * 100 + int(variables.get("SLURM_STEP_ID", "0"))) % 20000
+    variables |= {
+        "RANK": variables["SLURM_PROCID"],
+        "LOCAL_RANK": variables["SLURM_LOCALID"],
+        "WORLD_SIZE": variables["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_WORLD_SIZE": on_each,
+        "MASTER_ADDR": variables.get("MASTER_ADDR", "".join(filter(None, first.groups()))),
+        "MASTER_PORT": variables.get("MASTER_PORT", str(port)),
+    }
+
+
+def choose_allocator(variables: MutableMapping[str, str]) -> None:
+    """Settle how torch allocates a GPU's memory, unless the user has.
+
+    Every packed row has another length. Segments that can grow leave no gaps between blocks of all those lengths.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & variables.keys():
+        variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, however that ends; see prctl(2), PR_SET_PDEATHSIG."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before this line
+            os._exit(1)
+
+
+def choose_interface(variables: MutableMapping[str, str]) -> None:
+    """Have gloo and NCCL talk where the other processes are: on one node nothing listens to the network.
+
+    Left to themselves, they may take an interface by which other nodes do not reach this one.
+    """
+    import psutil  # a bare Python, with which run.sh checks its settings, has none
+
+    is_alone = variables["WORLD_SIZE"] == variables.get("LOCAL_WORLD_SIZE")
+    address = find_own_address("127.0.0.1" if is_alone else variables["MASTER_ADDR"])
+    for interface, entries in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in entries):
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                variables.setdefault(name, interface)
+            return
+
+
+def find_own_address(other: str) -> str:
+    """The address by which this node reaches another; nothing is sent. Raises OSError for no such host."""
+    family, *_, place = socket.getaddrinfo(other, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(place)
+        return probe.getsockname()[0]

@@ -1,43 +1,34 @@
-"""The heartbeat by which a process shows its launcher how far it is, so that one that is stuck is noticed."""
+"""The heartbeat of a process that trains: one that is stuck says where, and ends itself."""
 
-import contextlib
-import json
-import os
-from collections.abc import Sequence
+import faulthandler
 
-PROGRESS_DESCRIPTOR = "MEME_LLAVA_PROGRESS_DESCRIPTOR"
 # Before the first step a file of many gigabytes may be read in one go.
 START_PATIENCE = 6
+STANDARD_ERROR = 2
 
 
 class Heartbeat:
-    """Tells the launcher, if there is one, how far this process is, so that it can notice one that is stuck.
+    """Ends this process when too much time passes without a beat; every thread's stack is printed then.
+
+    The processes of a run wait for each other, so one that is stuck ends them all. It watches inside a `with` block.
 
     Args:
-        hang_timeout: seconds without a beat in any process after which the launcher ends the run; before training
-            begins, six times as many.
+        hang_timeout: seconds; before training begins, six times as many.
     """
 
     def __init__(self, hang_timeout: float):
-        descriptor = os.environ.get(PROGRESS_DESCRIPTOR)
-        self._descriptor = int(descriptor) if descriptor is not None else None
         self._hang_timeout = hang_timeout
+        self.patience = START_PATIENCE * hang_timeout
         self.trains = False
-        self._count = 0
-        if self._descriptor is not None:
-            os.set_blocking(self._descriptor, False)
 
-    def beat(self, activity: str) -> None:
-        """Say that something was reached, and what comes now."""
-        if self._descriptor is None:
-            return
-        self._count += 1
-        timeout = self._hang_timeout * (1 if self.trains else START_PATIENCE)
-        line = json.dumps([self._count, timeout, activity], ensure_ascii=True) + "\n"
-        with contextlib.suppress(OSError):  # a launcher that is gone or does not read is not reason to wait
-            os.write(self._descriptor, line.encode())
+    def __enter__(self) -> "Heartbeat":
+        self.beat()
+        return self
 
+    def __exit__(self, *error) -> None:
+        faulthandler.cancel_dump_traceback_later()
 
-def parse_progress(line: bytes) -> Sequence:
-    """Count, hang timeout and activity of a beat."""
-    return json.loads(line)
+    def beat(self) -> None:
+        """Say that something was reached."""
+        seconds = self._hang_timeout if self.trains else self.patience
+        faulthandler.dump_traceback_later(seconds, exit=True, file=STANDARD_ERROR)

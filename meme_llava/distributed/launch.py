@@ -1,36 +1,31 @@
-"""The launcher: it starts a run's processes on this machine, one a GPU, and watches them; a dead or stuck one ends them
-all.
+"""The launcher: a run's processes on this node, one a GPU. The first that fails ends them all.
 
-python -m meme_llava.distributed.launch --processes 8 train.py …
-python -m meme_llava.distributed.launch --processes 8 --nodes 2 --node_rank 1 --master_addr 10.0.0.1 train.py …
+    python -m meme_llava.distributed.launch --nproc_per_node 8 train.py …
+    python -m meme_llava.distributed.launch --nproc_per_node 8 --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 \
+        --master_port 29500 train.py …
 
-Sets the environment that torch.distributed reads (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, …). A signal to this
-process is handed on, so that the run saves its state and ends with exit code 75.
+torchrun takes the same flags, and train.py trains the same under it. But its exit code is 1 whatever the script's is, a
+wrong setting ends in its traceback, and its store listens to the whole network. So this starts the processes as
+torchrun does, and ends as they do. A signal is handed on: the run saves its state, exit code 75.
 """
 
 import argparse
 import contextlib
-import ctypes
+import logging
 import os
-import selectors
 import signal
 import sys
+import tempfile
 import time
 
-from meme_llava.distributed.cluster import Cluster, join_cluster
-from meme_llava.distributed.supervised_process import SupervisedProcess
-from meme_llava.errors import EXIT_MEANINGS, PEER_FAILED, ProcessError, Stopped, UserError, stop_on_user_error
+from meme_llava.distributed.script_exit import explain_failures, with_code
+from meme_llava.errors import UserError, stop_on_user_error
+from meme_llava.machine import count_cores
 
-PR_SET_PDEATHSIG = 1
-# Once a process has failed, the others have so long to end by themselves; each may have something to say.
-GRACE_SECONDS = 3
-# Where they were asked to stop, because one of them did, or where it must turn out which machine was lost.
-LONG_GRACE_SECONDS = 30
-REPEATED_SIGNAL_SECONDS = 2
+REPEATED_SIGNAL_SECONDS = 2  # a scheduler's signal comes by several ways at once
+SAVE_SECONDS = 24 * 3600  # whoever does not want to wait for a save sends a second signal
 POLL_SECONDS = 0.2
 INTERRUPTED = 130  # as a shell answers for a program that Ctrl-C ended
-RESTART = "The newest checkpoint is kept; start the same command again."
-DUMP_SECONDS = 1
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,258 +36,111 @@ class _Parser(argparse.ArgumentParser):
 def parse_launch_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The launcher's own flags come before the script; everything after it belongs to the script."""
     parser = _Parser(
-        prog="python -m meme_llava.distributed.launch",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "python -m meme_llava.distributed.launch", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--processes", type=int, default=1, help="processes on this machine, one a GPU")
-    parser.add_argument("--nodes", type=int, default=1, help="machines of the run")
-    parser.add_argument("--node_rank", type=int, default=0, help="number of this machine, counted from 0")
-    parser.add_argument("--master_addr", default="127.0.0.1", help="address of machine 0")
-    parser.add_argument("--master_port", type=int, default=0, help="port on machine 0; 0 = a free one, on one machine")
-    parser.add_argument("--start_timeout", type=float, default=600, help="seconds to wait for the other machines")
-    parser.add_argument("--die_with_parent", action="store_true", help="end at once when the starting shell is killed")
+    parser.add_argument("--nproc_per_node", type=int, default=1, help="processes on this node, one a GPU")
+    parser.add_argument("--nnodes", type=int, default=1, help="nodes of the run")
+    parser.add_argument("--node_rank", type=int, default=0, help="number of this node, counted from 0")
+    parser.add_argument("--master_addr", default="127.0.0.1", help="address of node 0")
+    parser.add_argument("--master_port", type=int, default=0, help="port on node 0; 0: a free one, on one node")
+    parser.add_argument("--start_timeout", type=float, default=600, help="seconds to wait for the other nodes")
     parser.add_argument("script", help="a Python script")
     parser.add_argument("script_arguments", nargs=argparse.REMAINDER)
     arguments = parser.parse_args(argv)
-    if arguments.processes < 1 or arguments.nodes < 1:
-        raise UserError("--processes and --nodes must be at least 1")
-    if not 0 <= arguments.node_rank < arguments.nodes:
-        raise UserError(f"--node_rank is {arguments.node_rank}, expected 0 to {arguments.nodes - 1}, below --nodes")
-    if not 0 <= arguments.master_port < 65536:
-        raise UserError(f"--master_port is {arguments.master_port}, expected 0 to 65535")
-    if arguments.nodes > 1 and arguments.master_port == 0:
-        raise UserError("--master_port is needed with several machines; they must agree on it")
+    if arguments.nproc_per_node < 1 or arguments.nnodes < 1:
+        parser.error("--nproc_per_node and --nnodes must be at least 1")
+    if not 0 <= arguments.node_rank < arguments.nnodes:
+        parser.error(f"--node_rank is {arguments.node_rank}, expected 0 to {arguments.nnodes - 1}, below --nnodes")
+    least = 0 if arguments.nnodes == 1 else 1
+    if not least <= arguments.master_port < 65536:
+        parser.error(f"--master_port is {arguments.master_port}, expected {least} to 65535")
     return arguments
 
 
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_launch_arguments(argv)
-    if arguments.die_with_parent:
-        die_with_parent(os.getppid())
-    with join_cluster(
-        arguments.nodes,
-        arguments.node_rank,
-        arguments.processes,
-        arguments.master_addr,
-        arguments.master_port,
-        arguments.start_timeout,
-    ) as cluster:
-        command = [sys.executable, arguments.script, *arguments.script_arguments]
-        supervisor = Supervisor(command, cluster, arguments.processes)
-        supervisor.start()
-        supervisor.watch()
+    # Torch takes seconds to load; what is wrong with the flags is said before.
+    from meme_llava.distributed.meeting import check_address, meet
+
+    if arguments.nnodes > 1:
+        check_address(arguments.master_addr)
+    nodes, node, processes = arguments.nnodes, arguments.node_rank, arguments.nproc_per_node
+    with meet(nodes, node, processes, arguments.master_addr, arguments.master_port, arguments.start_timeout) as port:
+        shared = {
+            "MASTER_ADDR": arguments.master_addr,
+            "MASTER_PORT": port,
+            # torch's own word for: the store is there already, in the launcher.
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "WORLD_SIZE": nodes * processes,
+            "LOCAL_WORLD_SIZE": processes,
+            "GROUP_RANK": node,
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, count_cores() // processes)),
+        }
+        ranks = {local: {"RANK": node * processes + local, "LOCAL_RANK": local} for local in range(processes)}
+        environments = {
+            local: {name: str(value) for name, value in {**shared, **own}.items()} for local, own in ranks.items()
+        }
+        run_processes([arguments.script, *arguments.script_arguments], environments)
 
 
-class Supervisor:
-    """The processes of this machine, from their start until none is left.
+def run_processes(arguments: list[str], environments: dict[int, dict[str, str]]) -> None:
+    """Run `python ARGUMENTS…` in each of the environments, given by local rank, until all have ended.
 
-    Args:
-        command: what each of them runs.
-        cluster: the other machines.
-        count: processes on this machine.
+    Raises:
+        UserError: one of them failed; with the exit code, rank and last words of the one that says most about why.
     """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
 
-    def __init__(self, command: list[str], cluster: Cluster, count: int):
-        self._command = command
-        self._cluster = cluster
-        self._count = count
-        self._processes: list[SupervisedProcess] = []
-        self._selector = selectors.DefaultSelector()
-        self._signals: list[int] = []
-        self._asked_at: float | None = None
-        self._deadline: float | None = None
-
-    def start(self) -> None:
-        """Start all processes; signals to this one are handed on from now on."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            # nohup ignores SIGHUP, and so do we then.
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, lambda number, frame: self._signals.append(number))
-        parent = os.getpid()
-        for local_rank in range(self._count):
-            process = SupervisedProcess(
-                rank=self._cluster.node * self._count + local_rank,
-                command=self._command,
-                environment={**choose_allocator(), **os.environ, **self._cluster.make_environment(local_rank)},
-                prepare=lambda: die_with_parent(parent),
-                # On a terminal its progress bar needs the terminal itself.
-                shares_terminal=local_rank == 0 and sys.stderr.isatty(),
-            )
-            process.register(self._selector)
-            self._processes.append(process)
-
-    def watch(self) -> None:
-        """Return when every process ended well.
-
-        Raises:
-            UserError: one of them, or of another machine's, did not; of the class whose exit code fits best.
-        """
-        failure: UserError | None = None
-        try:
-            while failure is None and not self._is_over():
-                self._poll()
-                failure = self._find_failure()
-        finally:
-            self._end_all(failure)
-        failure = failure or self._explain_exits()
-        self._cluster.report_end(failure)
-        if failure is not None:
-            raise failure
-
-    def _poll(self) -> None:
-        for key, _ in self._selector.select(POLL_SECONDS):
-            key.data()
-        for process in self._processes:
-            process.poll()
-        self._cluster.progress = {process.rank: process.progress for process in self._processes}
-        while self._signals:
-            self._hand_on(self._signals.pop(0))
-
-    def _hand_on(self, number: int) -> None:
-        name = signal.Signals(number).name
-        if self._asked_at is not None:
-            # A scheduler's signal comes by several ways.
-            if time.monotonic() - self._asked_at < REPEATED_SIGNAL_SECONDS:
-                return
-            print(f"{name} again: ending at once, nothing more is saved", file=sys.stderr, flush=True)
-            self._deadline = time.monotonic()
-            return
-        self._asked_at = time.monotonic()
-        print(f"{name}: the run saves its state and stops; once more ends it at once", file=sys.stderr, flush=True)
-        self._send(signal.SIGTERM)
-
-    def _send(self, number: int) -> None:
-        for process in self._processes:
-            process.send(number)
-
-    def _find_failure(self) -> UserError | None:
-        """What ends the run now, if anything does."""
-        machine_failure = self._cluster.find_failure()
-        if machine_failure is not None:
-            return machine_failure
-        if self._deadline is None:
-            self._set_deadline()
-        elif time.monotonic() >= self._deadline:
-            at_once = _with_code(
-                Stopped, "ended at once by a second signal; the newest checkpoint is kept", INTERRUPTED
-            )
-            return self._explain_exits() or at_once
-        return self._find_stuck()
-
-    def _set_deadline(self) -> None:
-        """Once a process ended badly, say how long the others have."""
-        codes = {process.exit_code for process in self._list_failed()}
-        if self._cluster.stopped_elsewhere():
-            codes.add(Stopped.exit_code)
-        if not codes:
-            return
-        asked = codes == {Stopped.exit_code}
-        if asked:
-            # One that stopped before training began waits for nobody; the others are to stop, too.
-            self._send(signal.SIGTERM)
-        self._deadline = time.monotonic() + (LONG_GRACE_SECONDS if asked or self._lost_machine() else GRACE_SECONDS)
-
-    def _list_failed(self) -> list[SupervisedProcess]:
-        return [process for process in self._processes if process.exit_code not in (None, 0)]
-
-    def _lost_machine(self) -> bool:
-        """Whether nothing failed here but for want of a process on another machine; its silence will tell which."""
-        return self._cluster.nodes > 1 and {process.exit_code for process in self._list_failed()} == {PEER_FAILED}
-
-    def _is_over(self) -> bool:
-        if any(process.runs for process in self._processes):
-            return False
-        return not self._lost_machine() or (self._deadline is not None and time.monotonic() >= self._deadline)
-
-    def _find_stuck(self) -> UserError | None:
-        limits = [process.hang_timeout for process in self._processes if process.hang_timeout is not None]
-        if not limits or any(time.monotonic() - process.last_sign < max(limits) for process in self._processes):
-            return None
-        progress = self._cluster.read_all_progress()
-        least = min(progress.values())
-        stuck = sorted(rank for rank, mark in progress.items() if mark == least)
-        # The others of its step wait for a process that is halted, whatever their marks.
-        stuck = [process.rank for process in self._processes if process.is_halted()] or stuck
-        states = [process.describe_state() for process in self._processes if process.rank in stuck]
-        for process in self._processes:
-            self._print_stacks(process)
-        where = f" ({'; '.join(states)})" if states else ""
-        noun = "process" if len(stuck) == 1 else "processes"
-        return ProcessError(
-            f"no sign of progress for {max(limits):g} s (--hang_timeout). Furthest behind: {noun} "
-            f"{', '.join(map(str, stuck))}{where}; all processes were ended. {RESTART}"
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # What is ignored stays so: SIGHUP under nohup, SIGINT in the background of a shell.
+    heard = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(number.name for number in heard)
+    with tempfile.TemporaryDirectory() as folder:
+        # Last words are read from a file. On a terminal the progress bar of process 0 needs the terminal itself.
+        tee = {local: Std.NONE if local == 0 and sys.stderr.isatty() else Std.ERR for local in environments}
+        context = start_processes(
+            name="train",
+            entrypoint=sys.executable,
+            args=dict.fromkeys(environments, tuple(arguments)),
+            envs=environments,
+            logs_specs=DefaultLogsSpecs(folder, tee=tee),
+            log_line_prefixes=dict.fromkeys(environments, ""),
         )
-
-    def _print_stacks(self, process: SupervisedProcess) -> None:
-        """Have a process say where each of its threads is; one that is halted cannot answer."""
-        print(f"process {process.rank} is here:", file=sys.stderr, flush=True)
-        process.send(signal.SIGUSR1)
-        end = time.monotonic() + DUMP_SECONDS
-        while time.monotonic() < end:
-            self._poll()
-
-    def _explain_exits(self) -> UserError | None:
-        """The error of the process whose end says most about what went wrong."""
-        failed = self._list_failed()
-        if not failed:
-            return None
-        known = [process for process in failed if process.exit_code in EXIT_MEANINGS]
-        killed = [process for process in failed if process.exit_code < 0]
-        own_fault = [process for process in failed if process.exit_code != PEER_FAILED]
-        if not own_fault and any(process.runs for process in self._processes):
-            return self._explain_silence([process for process in self._processes if process.runs])
-        first = min(known or killed or own_fault or failed, key=lambda process: process.ended_at)
-        if first.exit_code == Stopped.exit_code:
-            return _with_code(Stopped, "", Stopped.exit_code)
-        whole_run = self._count * self._cluster.nodes > 1
-        if first.exit_code in EXIT_MEANINGS:
-            meaning = f"process {first.rank} stopped: {EXIT_MEANINGS[first.exit_code]}; see its message above"
-            return _with_code(UserError, meaning if whole_run else "", first.exit_code)
-        ended = f"; all processes were ended. {RESTART}"
-        unexpected = first.exit_code > 0 and first.exit_code != PEER_FAILED
-        text = f"{first.describe_end()}{ended}{first.quote_last_words()}"
-        return _with_code(ProcessError, text, first.exit_code if unexpected else ProcessError.exit_code)
-
-    def _explain_silence(self, silent: list[SupervisedProcess]) -> UserError:
-        """The error of processes that kept the others waiting until those gave up."""
-        states = "; ".join(process.describe_state() for process in silent)
-        return ProcessError(f"the others timed out: {states}. {RESTART}")
-
-    def _end_all(self, failure: UserError | None) -> None:
-        if failure is not None:
-            # They may be in the middle of a message.
-            with contextlib.suppress(OSError):
-                self._poll()
-        for process in self._processes:
-            process.kill_group()
-        for process in self._processes:
-            process.close(self._selector)
+        try:
+            result = wait_for_end(context)
+        finally:
+            for pid in context.pids().values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)  # also what it started
+            context.close()
+        if result.is_failed():
+            raise explain_failures(result, [int(environments[local]["RANK"]) for local in environments])
 
 
-def choose_allocator() -> dict[str, str]:
-    """Settings of torch's GPU memory for what this process starts; none where the user has some.
+def wait_for_end(context):
+    """Wait until all processes ended well, or one did not and the others were ended. A signal is handed on."""
+    from torch.distributed.elastic.multiprocessing import SignalException
 
-    Every packed row has another length. Segments that can grow leave no gaps between blocks of all those lengths.
-    """
-    given = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ)
-    return {} if given else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    try:
+        return context.wait(period=POLL_SECONDS)
+    except SignalException as asked:
+        print(f"{asked.sigval.name}: the run saves its state and stops; once more ends it at once", file=sys.stderr)
+    ignore_signals(REPEATED_SIGNAL_SECONDS)
+    try:
+        context.close(signal.SIGTERM, timeout=SAVE_SECONDS)
+        return context.wait(0)
+    except SignalException as again:
+        print(f"{again.sigval.name} again: ending at once, nothing more is saved", file=sys.stderr)
+        raise with_code("ended at once by a second signal; the newest checkpoint is kept", INTERRUPTED) from again
 
 
-def _with_code(kind: type[UserError], text: str, code: int) -> UserError:
-    error = kind(text)
-    error.exit_code = code
-    return error
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, however that ends; see prctl(2), PR_SET_PDEATHSIG."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before this line
-            os._exit(1)
+def ignore_signals(seconds: float) -> None:
+    """Pass over signals that come so soon."""
+    end = time.monotonic() + seconds
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if callable(handler := signal.getsignal(number)):
+            signal.signal(number, lambda *given, handler=handler: time.monotonic() < end or handler(*given))
 
 
 if __name__ == "__main__":

@@ -21,18 +21,18 @@ from torch import distributed
 from meme_llava.distributed.environment import count_processes, find_local_rank, is_main_process
 from meme_llava.errors import ProcessError, Stopped, UserError
 
-# torch's own limit for waiting is the second line of defence, behind the launcher's.
+# torch's own limit for waiting is the second line of defence, behind the heartbeat's.
 COLLECTIVE_MARGIN_SECONDS = 60
 # Signals that come so soon after another are the same one.
 REPEATED_SIGNAL_SECONDS = 2
 Value = TypeVar("Value")
 
 
-def start_process_group(hang_timeout: float, needs_group: bool) -> None:
+def start_process_group(patience: float, needs_group: bool) -> None:
     """Meet the other processes of the run.
 
     Args:
-        hang_timeout: seconds without progress after which the launcher ends the run.
+        patience: the longest time that a process may take between two beats of its heart, in seconds.
         needs_group: an engine that asks for a process group even where there is one process.
 
     Raises:
@@ -46,12 +46,13 @@ def start_process_group(hang_timeout: float, needs_group: bool) -> None:
         if local_rank >= torch.cuda.device_count():
             raise ProcessError(
                 f"the launcher started process {local_rank} on a machine with {torch.cuda.device_count()} GPUs "
-                f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); lower GPUS"
+                f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); lower GPUS, and "
+                "give Slurm no --gpus-per-task"
             )
         torch.cuda.set_device(local_rank)
     # What the processes tell each other about the run is not business of the GPU's.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    timeout = timedelta(seconds=hang_timeout + COLLECTIVE_MARGIN_SECONDS)
+    timeout = timedelta(seconds=patience + COLLECTIVE_MARGIN_SECONDS)
     if "RANK" in os.environ:
         distributed.init_process_group(backend, timeout=timeout)
         return

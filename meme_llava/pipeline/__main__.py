@@ -6,17 +6,19 @@ scripts/stages.sh calls it: `check` needs no environment; `run` runs what is not
 declares, each after its number of words. Settings are environment variables.
 """
 
-import functools
 import importlib.util
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from meme_llava.cli import parse_arguments
+from meme_llava.distributed.environment import die_with_parent
+from meme_llava.distributed.script_exit import describe_end
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.pipeline.plan import LOOKS, choose_devices, plan_stages
 from meme_llava.pipeline.settings import check_names, describe_settings, list_settings, name_settings
@@ -24,6 +26,7 @@ from meme_llava.pipeline.stage import Flags, Stage, split_flags, split_stages
 from meme_llava.storage.made_from import describe_making, is_same, list_differences, write_note
 
 ONCE = ("build", "train", "merge")  # stages whose result stands; the others run again, and find what they have
+REPEATED_SIGNAL_SECONDS = 2
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -74,7 +77,8 @@ def check_settings(stages: Sequence[Stage], train_flags: Flags) -> None:
             if stage.name in classes:
                 parse_arguments(classes[stage.name], stage.arguments, "", prog=stage.program[1])
             elif stage.name == "train":
-                parse_launch_arguments(stage.program[3:])
+                if stage.program[1] == "-m":
+                    parse_launch_arguments(stage.program[3:])
                 parse_train_arguments([*stage.arguments, *stage.resume_flags], "", prog=stage.program[-1])
         except UserError as error:
             raise UserError(name_settings(str(error), stage, train_flags)) from error
@@ -174,27 +178,36 @@ def make_result(stage: Stage, writes_note: bool) -> None:
 
 
 def run_command(*command: str) -> None:
-    """Run `python …` to its end; a signal to this process reaches it. Exits with its code unless that is 0."""
-    signals, running = [], []
+    """Run `python …` to its end; a signal to this process reaches it, a later one ends it at once. Exits with its code
+    unless that is 0."""
+    signals, running, since = [], [], []
 
     def hand_on(number: int, frame: object) -> None:
         signals.append(number)
+        since.append(time.monotonic())
         for process in running:
-            process.terminate()
+            # A scheduler's signal comes by several ways; one that comes later says that there is no time to save.
+            (process.kill if since[-1] - since[0] > REPEATED_SIGNAL_SECONDS else process.terminate)()
 
     # Under nohup, whoever hangs up is not heard.
     heard = (number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN)
     handlers = {number: signal.signal(number, hand_on) for number in heard}
-    # Ctrl-C reaches every process of a terminal; the command is to hear of it once, from here.
-    prepare = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+
+    def prepare() -> None:
+        # Ctrl-C reaches every process of a terminal; the command is to hear of it once, from here.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        die_with_parent()
+
     running.append(subprocess.Popen([sys.executable, *command[1:]], stdin=subprocess.DEVNULL, preexec_fn=prepare))
     if signals:
         running[0].terminate()
     code = running[0].wait()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if code == -signal.SIGTERM and signals:
+    if code in (-signal.SIGTERM, -signal.SIGKILL) and signals:
         sys.exit(128 + signals[0])
+    if code < 0:
+        print(f"error: {describe_end(command[1], code)}", file=sys.stderr)
     if code:
         sys.exit(code if code > 0 else 128 - code)
 

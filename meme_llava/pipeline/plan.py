@@ -75,17 +75,17 @@ def plan_training(
         flags |= {f"eval_{name}": [value] for name, value in evaluation.items()}
     if "plan" in train_flags:
         flags["gpus"] = [str(processes * nodes)]
-    launcher = ["-m", "meme_llava.distributed.launch", "--die_with_parent", "--processes", str(processes)]
+    launcher = ["-m", "meme_llava.distributed.launch", "--nproc_per_node", str(processes)]
     if nodes > 1 or variables["NODE_RANK"] != "0":
-        launcher += ["--nodes", str(nodes), "--node_rank", variables["NODE_RANK"]]
+        launcher += ["--nnodes", str(nodes), "--node_rank", variables["NODE_RANK"]]
         launcher += ["--master_addr", variables["MASTER_ADDR"], "--start_timeout", SECONDS_TO_MEET]
         port = port or "29500"
     launcher += ["--master_port", port] if port else []
     looks = LOOKS & train_flags.keys()
     python, *script = stage.program
-    stage = dataclasses.replace(
-        stage, program=[python, *([] if looks else launcher), *script], flags=flags | train_flags
-    )
+    if looks or (processes, nodes, variables["NODE_RANK"]) == (1, 1, "0"):
+        launcher = []
+    stage = dataclasses.replace(stage, program=[python, *launcher, *script], flags=flags | train_flags)
     epochs = variables["PROJECTOR_EPOCHS"]
     if epochs == "0":
         return [stage]

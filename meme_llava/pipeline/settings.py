@@ -43,7 +43,7 @@ def check_names(variables: Mapping[str, str], known: Sequence[str]) -> None:
 def name_settings(message: str, stage: Stage, train_flags: Flags) -> str:
     """A message about flags as one about the settings that gave them; what the user typed as a flag stays one."""
     given = dict(re.findall(r'--(\w+) "\$([A-Z][A-Z0-9_]*)"', FILES[0].read_text(encoding="utf-8")))
-    given |= {"master_port": "MASTER_PORT", "node_rank": "NODE_RANK", "nodes": "NNODES"}
+    given |= {"master_port": "MASTER_PORT", "node_rank": "NODE_RANK", "nnodes": "NNODES"}
     if stage.flags.get("train_type") == ["projector"]:
         given |= {"num_train_epochs": "PROJECTOR_EPOCHS", "high_lr": "PROJECTOR_LR"}
     message = re.sub(r"^.*?: argument (--\w+): (.*?)(\. --help lists.*)?$", r"\1: \2", message)

@@ -77,7 +77,7 @@ class TrainingEvaluation:
         loss = self._measure_loss(measure, is_stopping)
         with answer_unpacked(model), autocast():
             predictions = self._ask(model, device, is_stopping)
-        self._heartbeat.beat("scoring answers")
+        self._heartbeat.beat()
         return broadcast_from_main(lambda: self._report(step, loss, predictions, start))
 
     def _measure_loss(self, measure: Callable[[Mapping], torch.Tensor], is_stopping: Callable[[], bool]) -> float:
@@ -85,7 +85,7 @@ class TrainingEvaluation:
         batches = self._cut(range(self._data.records))
         own = []
         for place, numbers in shard_for_rank(batches):
-            self._pause(f"measuring the validation loss, batch {place}", is_stopping)
+            self._pause(is_stopping)
             batch = self._collator(self._data.dataset.__getitems__(list(numbers)))
             weight = batch["loss_weights"].sum(dtype=torch.float64).item()
             loss = measure(batch).double().item()
@@ -105,7 +105,7 @@ class TrainingEvaluation:
         answerer = Answerer(model, self._processing, generation_config, options, device)
         own = []
         for place, questions in shard_for_rank(self._cut(self._data.questions)):
-            self._pause("asking the validation questions", is_stopping)
+            self._pause(is_stopping)
             try:
                 images = [open_image(question.image, self._processing.image_policy) for question in questions]
             except ValueError as error:
@@ -120,8 +120,8 @@ class TrainingEvaluation:
         size = self._arguments.device_batch_size
         return [items[start : start + size] for start in range(0, len(items), size)]
 
-    def _pause(self, activity: str, is_stopping: Callable[[], bool]) -> None:
-        self._heartbeat.beat(activity)
+    def _pause(self, is_stopping: Callable[[], bool]) -> None:
+        self._heartbeat.beat()
         if is_stopping():
             raise EvaluationInterrupted
 
@@ -160,7 +160,7 @@ class _Beat(StoppingCriteria):
         self._heartbeat = heartbeat
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        self._heartbeat.beat("answering validation questions")
+        self._heartbeat.beat()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 

@@ -36,7 +36,7 @@ def fit(run: PreparedRun, session: Session) -> None:
     """
     plan, arguments = run.plan, run.plan.arguments
     broadcast_from_main(lambda: archive_newer_checkpoints(arguments.output_dir, plan.start.checkpoint))
-    session.heartbeat.beat("starting trackers")
+    session.heartbeat.beat()
     with open_tracker_runs(arguments.report_to, arguments.output_dir, arguments.run_name) as trackers:
         trainer = make_trainer(run, session, trackers)
         trackers.join(trainer)
@@ -78,7 +78,7 @@ def make_trainer(run: PreparedRun, session: Session, trackers: TrackerRuns) -> M
 
 def finish(plan: RunPlan, heartbeat: Heartbeat) -> None:
     """Make the last checkpoint's weights the run's result, with its curves; all processes call it together."""
-    heartbeat.beat("writing the result")
+    heartbeat.beat()
     broadcast_from_main(lambda: _write_result(plan))
 
 

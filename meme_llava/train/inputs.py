@@ -32,14 +32,14 @@ def load_inputs(arguments: TrainArguments, session: Session) -> RunInputs:
     """
     heartbeat = session.heartbeat
     broadcast_from_main(lambda: check_trackers(arguments.report_to))
-    heartbeat.beat("verifying checkpoints")
+    heartbeat.beat()
     start = broadcast_from_main(lambda: choose_start(arguments))
-    heartbeat.beat("reading the records")
+    heartbeat.beat()
     processing = load_processing(arguments.model)
     data = load_training_records(arguments, processing)
-    heartbeat.beat("reading the validation records")
+    heartbeat.beat()
     validation = load_validation(arguments, processing)
-    heartbeat.beat("comparing records with the others")
+    heartbeat.beat()
     check_processes_agree([checked.record.place for checked in data.checked.usable])
     return RunInputs(start, processing, data, validation)
 

@@ -76,7 +76,7 @@ def prepare_run(plan: RunPlan, inputs: RunInputs, heartbeat: Heartbeat) -> Prepa
     )
     largest_batch = collator(order.fetch_largest_batch())
     computation = plan_computation(arguments, processing.image_policy, largest_batch, training_arguments)
-    heartbeat.beat("loading the model")
+    heartbeat.beat()
     model = prepare_model(plan, processing, computation, training_arguments)
     if arguments.cache_vision_features:
         data.dataset.vision_features = encode_images(

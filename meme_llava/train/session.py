@@ -42,8 +42,7 @@ def join_processes(arguments: TrainArguments) -> Iterator[Session]:
     derive_accumulation(arguments, processes)  # raises where the batches do not divide
     check_device(arguments)
     heartbeat = Heartbeat(arguments.hang_timeout)
-    with handle_stop_signals() as request:
-        heartbeat.beat("meeting the other processes")
-        start_process_group(arguments.hang_timeout, engine.needs_process_group)
+    with handle_stop_signals() as request, heartbeat:
+        start_process_group(heartbeat.patience, engine.needs_process_group)
         yield Session(engine, processes, heartbeat, request)
         leave_process_group()

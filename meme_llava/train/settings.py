@@ -7,6 +7,7 @@ an unknown or contradictory setting is an error.
 
 import argparse
 import difflib
+import sys
 from dataclasses import dataclass
 
 import yaml
@@ -98,6 +99,8 @@ def free_settings() -> frozenset[str]:
 
 def parse_train_arguments(argv: list[str] | None, description: str, prog: str | None = None) -> TrainArguments:
     """Like `parse_arguments`, with the recipe of `--train_type` between command line and defaults."""
+    # deepspeed's launcher gives it to every process; the variable LOCAL_RANK says the same.
+    argv = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank=")]
     parser = make_parser(TrainArguments, description, prog)
     # The train type decides which recipe is read, so it is looked up before everything else.
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -74,7 +74,7 @@ class StepGuard(TrainerCallback):
         else:
             self._report_skipped(state.global_step)
         self.stop_if_asked(control)
-        self._heartbeat.beat(f"after step {state.global_step}")
+        self._heartbeat.beat()
 
     def stop_if_asked(self, control: TrainerControl) -> bool:
         """Whether a signal asks any process to stop; then training saves and stops. All processes call it together."""

@@ -143,7 +143,7 @@ class MemeTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         step = self.state.global_step
-        self._heartbeat.beat(f"reading the records of step {step + 1}")
+        self._heartbeat.beat()
         batches = self._meter.fetch(epoch_iterator, num_batches)
         # Dropout depends on seed, step and process alone, so a resumed run draws what the whole one would have drawn.
         # Not before reading: a loader that starts draws a number, too.
@@ -151,7 +151,7 @@ class MemeTrainer(Trainer):
         torch.manual_seed(int(seed[0]))
         self._soundness.begin([batch.pop(RECORD_IDS) for batch in batches])
         weight = sum(batch["loss_weights"].sum(dtype=torch.float64) for batch in batches)
-        self._heartbeat.beat(f"waiting for the others in step {step + 1}")
+        self._heartbeat.beat()
         return batches, self.accelerator.reduce(weight.to(device), "sum")
 
     def _prepare_inputs(self, inputs):
@@ -173,7 +173,7 @@ class MemeTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._names_without_gradient is None:
             self._watch_first_gradients()
-        self._heartbeat.beat(f"computing step {self.state.global_step + 1}")
+        self._heartbeat.beat()
         loss = super().training_step(model, inputs, num_items_in_batch)
         # One that is not finite would stay in the Trainer's running sum for ever.
         return torch.where(torch.isfinite(loss), loss, 0.0)
@@ -257,7 +257,7 @@ class MemeTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         step, start = self.state.global_step, time.monotonic()
-        self._heartbeat.beat(f"writing checkpoint {step}")
+        self._heartbeat.beat()
         state = self._make_state()
         updates = state.count_updates()
         write_checkpoint(
@@ -279,7 +279,7 @@ class MemeTrainer(Trainer):
     def _write_files(self, folder: Path, state: TrainingState) -> list[Path]:
         """Write this process's files of a checkpoint."""
         weights = state.gather_weights()
-        self._heartbeat.beat("writing optimizer state")
+        self._heartbeat.beat()
         written = state.write_moments(folder)
         if not is_main_process():
             return written

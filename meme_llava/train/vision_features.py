@@ -112,7 +112,7 @@ def encode_images(
             with torch.autocast(model.device.type, torch.bfloat16, enabled=uses_bf16):
                 features.write(numbers.tolist(), model.encode_images(pixels.to(model.device)))
             advance(len(numbers))
-            heartbeat.beat("encoding images")
+            heartbeat.beat()
     wait_for_all()
     return features
 

@@ -1,4 +1,4 @@
-"""train.py with a fault: python -m meme_llava.distributed.launch tests/faults/inject.py <flags of train.py>
+"""train.py with a fault: python tests/faults/inject.py <flags of train.py>, or the same under a launcher
 
 FAULTS in the environment is a JSON list of {"kind": a function of this file, "rank": the process that it strikes, …}.
 """

@@ -49,9 +49,9 @@ def strike(world, output_dir, processes, engine, victim: str, delay: float) -> N
     wait_until(trains, 60)
     time.sleep(delay)
     family = [found for found in find_processes(output_dir) if found.pid != process.pid]
-    if victim == "launcher":
+    if victim == "launcher" or not family:
         process.kill()
-    elif family:
+    else:
         family[0 if victim == "first" else -1].kill()
     finish(process, since)
     assert wait_until(lambda: not find_processes(output_dir), 10), "a process outlived its run"

@@ -70,7 +70,8 @@ def test_what_is_read_is_what_the_tower_gave(world, tmp_path, uses_bf16):
     model = load_packed_llava(world.base, torch.float32, processing.image_policy, SDPA).requires_grad_(False)
     paths = [world.image_folder / f"p{number}.png" for number in (4, 0, 2)]
     read_image = partial(read_pixels, policy=processing.image_policy)
-    features = encode_images(model, paths, read_image, tmp_path, 0, uses_bf16, Heartbeat(60))
+    with Heartbeat(60) as heartbeat:
+        features = encode_images(model, paths, read_image, tmp_path, 0, uses_bf16, heartbeat)
     assert features.size == (tmp_path / "vision_features" / "0" / "features.bin").stat().st_size
     pixels = torch.stack([read_pixels(path, processing.image_policy) for path in paths])
     with torch.autocast("cpu", torch.bfloat16, enabled=uses_bf16):
