@@ -237,6 +237,21 @@ def quick_curves(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def fresh_accelerator(request, monkeypatch):
+    """A process trains once; that of the tests does it again and again, each time with another accelerator."""
+    if "world" in request.fixturenames:
+        from accelerate.state import AcceleratorState
+
+        from meme_llava.train import prepared_run
+
+        def make_accelerator(*arguments, make=prepared_run.make_accelerator):
+            AcceleratorState._reset_state(reset_partial_state=True)
+            return make(*arguments)
+
+        monkeypatch.setattr(prepared_run, "make_accelerator", make_accelerator)
+
+
+@pytest.fixture(autouse=True)
 def one_thread():
     # Sums in another order differ in the last bit; one thread keeps every run the same.
     import torch

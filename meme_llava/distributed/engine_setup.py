@@ -1,17 +1,24 @@
-"""What an engine's libraries need around loading and training a model."""
+"""An engine as accelerate's, and what its libraries need around it."""
 
-import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
 
+import torch
+from accelerate import Accelerator
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType
-from transformers import TrainingArguments
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from meme_llava.distributed.engines import DDP, DEEPSPEED, FSDP, SINGLE, Engine
-from meme_llava.errors import ProcessError
+from meme_llava.distributed.environment import count_processes
+from meme_llava.errors import ProcessError, UserError
 
 
 def prepare_environment(engine: Engine, on_gpu: bool) -> None:
@@ -29,15 +36,98 @@ def prepare_environment(engine: Engine, on_gpu: bool) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-@contextlib.contextmanager
-def load_whole(training_arguments: TrainingArguments) -> Iterator[None]:
-    """Let a model be loaded whole, as ours are, and divided by ZeRO-3 later; transformers would divide it at once."""
-    config = getattr(training_arguments, "hf_deepspeed_config", None)
-    if config is not None:
-        unset_hf_deepspeed_config()
-    yield
-    if config is not None:
-        set_hf_deepspeed_config(config)
+@dataclass(frozen=True)
+class StepShape:
+    """What an engine must know of an optimizer step.
+
+    Args:
+        accumulation: device batches of this process in a step.
+        hidden_size: of the language model, by which DeepSpeed's buffers are measured.
+    """
+
+    device_batch_size: int
+    accumulation: int
+    max_grad_norm: float
+    uses_bf16: bool
+    uses_tf32: bool
+    hidden_size: int
+
+
+def make_accelerator(engine: Engine, shape: StepShape) -> Accelerator:
+    """What prepares model and optimizer for the engine.
+
+    Raises:
+        UserError: one process sees several GPUs, or the engine's file leaves open what nothing here says.
+        ProcessError: the libraries see another number of processes than the launcher started.
+    """
+    on_gpu = torch.cuda.is_available()
+    if torch.cuda.device_count() > 1 and count_processes() == 1:
+        raise UserError(
+            f"one process sees {torch.cuda.device_count()} GPUs; start one process a GPU, as run.sh does, or choose "
+            "one with CUDA_VISIBLE_DEVICES=0"
+        )
+    prepare_environment(engine, on_gpu)
+    if on_gpu:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = shape.uses_tf32
+    # It chooses the device; an Accelerator that is told of a CPU itself takes no DeepSpeed.
+    PartialState(cpu=not on_gpu)
+    plugins = {}
+    if engine.kind == DEEPSPEED:
+        plugins["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=fill_config(engine, shape), zero3_init_flag=False)
+    if engine.kind == FSDP:
+        plugins["fsdp_plugin"] = make_fsdp_plugin(engine, shape.uses_bf16)
+        if not on_gpu:
+            allow_fsdp_on_cpu()
+    accelerator = Accelerator(
+        mixed_precision="bf16" if shape.uses_bf16 else "no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(shape.accumulation, sync_with_dataloader=False),
+        **plugins,
+    )
+    if accelerator.num_processes != count_processes():
+        raise ProcessError(
+            f"the launcher started {count_processes()} processes but training sees {accelerator.num_processes}"
+        )
+    return accelerator
+
+
+def fill_config(engine: Engine, shape: StepShape) -> dict:
+    """A DeepSpeed file with the run's own values in the places of "auto"."""
+    width = shape.hidden_size
+    values = {
+        "train_micro_batch_size_per_gpu": shape.device_batch_size,
+        "gradient_accumulation_steps": shape.accumulation,
+        "train_batch_size": shape.device_batch_size * shape.accumulation * count_processes(),
+        "gradient_clipping": shape.max_grad_norm,
+        "bf16.enabled": shape.uses_bf16,
+        # The sizes that transformers takes for them.
+        "zero_optimization.reduce_bucket_size": width * width,
+        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * width * width),
+        "zero_optimization.stage3_param_persistence_threshold": 10 * width,
+    }
+
+    def fill(config: Mapping, prefix: str) -> dict:
+        filled = {}
+        for key, value in config.items():
+            path = f"{prefix}{key}"
+            if value == "auto" and path not in values:
+                raise UserError(f'{engine.path}: {path} is "auto", which only {", ".join(values)} can be; give a value')
+            nested = fill(value, f"{path}.") if isinstance(value, Mapping) else value
+            filled[key] = values[path] if value == "auto" else nested
+        return filled
+
+    return fill(engine.config, "")
+
+
+def make_fsdp_plugin(engine: Engine, uses_bf16: bool) -> FullyShardedDataParallelPlugin:
+    """accelerate's settings of FSDP2."""
+    options = {name: value for name, value in engine.config.items() if name != "version"}
+    if uses_bf16:
+        # accelerate's own choice would round the loss and its weights to bf16. Gradients are summed in bf16, as by
+        # ZeRO; in float32 FSDP stumbles over the vision layer that is not computed.
+        options["mixed_precision_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=engine.config["version"], auto_wrap_policy="transformer_based_wrap", **options
+    )
 
 
 def allow_fsdp_on_cpu() -> None:

@@ -11,8 +11,7 @@ from pathlib import Path
 from meme_llava.errors import UserError
 from meme_llava.evaluate.results_folder import RUN_RECORD, find_evaluation, read_finished_evaluation, read_predictions
 from meme_llava.evaluate.scores import Score
-
-TRAINER_STATE = "trainer_state.json"
+from meme_llava.storage.training_log import read_training_log
 
 
 @dataclass(frozen=True)
@@ -113,12 +112,12 @@ def find_training_record(record: dict | None) -> dict | None:
 
 
 def _read_log_history(places: Sequence[Path], training: dict) -> list[dict]:
-    """The Trainer's log of just this training, from the first of the places that has it."""
+    """The log of just this training, from the first of the places that has it."""
     for place in (*places, Path(training["settings"]["output_dir"])):
         try:
             there = json.loads((place / RUN_RECORD).read_text(encoding="utf-8"))
             if there.get("environment") == training["environment"]:
-                return json.loads((place / TRAINER_STATE).read_text(encoding="utf-8"))["log_history"]
+                return read_training_log(place)
         except (OSError, ValueError, KeyError, AttributeError):
             continue
     return []

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 import psutil
 import torch
-from transformers import LlavaConfig, TrainingArguments
+from transformers import LlavaConfig
 
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.model.activation_checkpointing import CheckpointedLayers
@@ -67,7 +67,12 @@ class Computation:
 
 
 def plan_computation(
-    arguments: TrainArguments, image_policy: ImagePolicy, largest_batch: Mapping, training_arguments: TrainingArguments
+    arguments: TrainArguments,
+    image_policy: ImagePolicy,
+    largest_batch: Mapping,
+    device: torch.device,
+    uses_bf16: bool,
+    processes: int,
 ) -> Computation:
     """Choose what the settings leave open, before the model is loaded.
 
@@ -77,13 +82,12 @@ def plan_computation(
     Raises:
         UserError: the attention asked for cannot run here.
     """
-    device = training_arguments.device
-    attention = choose_attention(arguments.attention, device, training_arguments.bf16)
+    attention = choose_attention(arguments.attention, device, uses_bf16)
     config = LlavaConfig.from_pretrained(arguments.model, local_files_only=True)
     on_gpu = device.type == "cuda"
-    engine = ShardingPlan.of_run(arguments, training_arguments.world_size, on_gpu)
+    engine = ShardingPlan.of_run(arguments, processes, on_gpu)
     estimator = StepEstimator(config, image_policy, arguments, engine, largest_batch)
-    memory = measure_memory(device, training_arguments.world_size)
+    memory = measure_memory(device, processes)
     usable, largest = find_usable(memory), largest_batch["input_ids"].numel()
     setting = arguments.gradient_checkpointing
     if setting != "auto" or (not on_gpu and bound_memory(arguments, config, largest_batch) <= usable):

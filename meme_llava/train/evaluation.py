@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import StoppingCriteria, StoppingCriteriaList, TrainerCallback
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from meme_llava.dataset.images import open_image
 from meme_llava.distributed.environment import count_processes
@@ -136,21 +136,6 @@ class TrainingEvaluation:
         with tqdm.external_write_mode():
             print_answers(step, figures, shown, f"{self._data.records} records, {len(predictions)} questions", seconds)
         return figures
-
-
-class EvaluationCallback(TrainerCallback):
-    """Asks the Trainer to evaluate when it is time, and at once where a stopped run had no time for it."""
-
-    def __init__(self, evaluation: TrainingEvaluation, evaluate: Callable[[], object]):
-        self._evaluation, self._evaluate = evaluation, evaluate
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        logged = any(entry["step"] == state.global_step and LOSS in entry for entry in state.log_history)
-        if self._evaluation.is_due(state.global_step, state.max_steps) and not logged:
-            self._evaluate()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_evaluate = self._evaluation.is_due(state.global_step, state.max_steps)
 
 
 class _Beat(StoppingCriteria):

@@ -12,7 +12,6 @@ from meme_llava.distributed.engines import check_muon_runs, choose_engine
 from meme_llava.distributed.environment import count_processes
 from meme_llava.errors import UserError
 from meme_llava.model.llava import load_processing
-from meme_llava.train.hf_arguments import derive_accumulation
 from meme_llava.train.inputs import RunInputs, load_training_records
 from meme_llava.train.planning.accelerators import CPU, find_accelerator, find_own_device
 from meme_llava.train.planning.flops import count_batch
@@ -20,6 +19,7 @@ from meme_llava.train.planning.plan import SAMPLED_RECORDS, RunOutline, Training
 from meme_llava.train.prepared_run import make_collator, make_order
 from meme_llava.train.resume import StartPoint
 from meme_llava.train.run_plan import RunPlan, plan_run
+from meme_llava.train.schedule import derive_accumulation
 from meme_llava.train.settings import TrainArguments
 from meme_llava.train.show_batch import print_batch
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import nn
-from transformers import TrainingArguments
+from transformers import LlavaConfig
 
 from meme_llava.cli import to_plain
 from meme_llava.dataset.checked_data import print_findings
@@ -14,7 +15,7 @@ from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import LoadedData, TrainingOrder
 from meme_llava.dataset.quarantine import write_quarantine
 from meme_llava.dataset.sampling import BatchShape
-from meme_llava.distributed.engine_setup import load_whole
+from meme_llava.distributed.engine_setup import StepShape, make_accelerator
 from meme_llava.distributed.environment import is_main_process
 from meme_llava.distributed.heartbeat import Heartbeat
 from meme_llava.model.activation_checkpointing import recompute_layers
@@ -31,7 +32,7 @@ from meme_llava.storage.folders import write_json
 from meme_llava.storage.run_record import RUN_RECORD
 from meme_llava.terminal import print_table
 from meme_llava.train.computation import Computation, plan_computation
-from meme_llava.train.hf_arguments import make_training_arguments
+from meme_llava.train.device import choose_bf16, count_workers
 from meme_llava.train.inputs import RunInputs
 from meme_llava.train.run_plan import RunPlan
 from meme_llava.train.settings import TrainArguments
@@ -56,7 +57,8 @@ class PreparedRun:
     order: TrainingOrder
     collator: PackingCollator
     computation: Computation
-    training_arguments: TrainingArguments
+    accelerator: Accelerator
+    uses_bf16: bool
 
     def to_record(self, step: int) -> dict:
         """The run record at an optimizer step."""
@@ -71,29 +73,44 @@ def prepare_run(plan: RunPlan, inputs: RunInputs, heartbeat: Heartbeat) -> Prepa
     """Load the model as it is at the start point, with what is trainable, and print what the run is."""
     arguments, processing, data = plan.arguments, inputs.processing, inputs.data
     collator, order = make_collator(arguments, processing), make_order(plan, data)
-    training_arguments = make_training_arguments(
-        arguments, plan.engine, plan.steps, plan.warmup_steps, plan.accumulation
-    )
+    uses_bf16 = choose_bf16(arguments)
+    accelerator = make_accelerator(plan.engine, describe_step(plan, uses_bf16))
     largest_batch = collator(order.fetch_largest_batch())
-    computation = plan_computation(arguments, processing.image_policy, largest_batch, training_arguments)
+    computation = plan_computation(
+        arguments, processing.image_policy, largest_batch, accelerator.device, uses_bf16, plan.processes
+    )
     heartbeat.beat()
-    model = prepare_model(plan, processing, computation, training_arguments)
+    model = prepare_model(plan, processing, computation, uses_bf16)
     if arguments.cache_vision_features:
         data.dataset.vision_features = encode_images(
-            model.to(training_arguments.device),
+            model.to(accelerator.device),
             data.dataset.image_paths,
             data.dataset.read_image,
             arguments.output_dir,
-            training_arguments.dataloader_num_workers,
-            training_arguments.bf16,
+            count_workers(arguments, accelerator.device),
+            uses_bf16,
             heartbeat,
         )
     groups = plan_parameter_groups(model, arguments)
-    run = PreparedRun(plan, inputs, model, groups, order, collator, computation, training_arguments)
+    run = PreparedRun(plan, inputs, model, groups, order, collator, computation, accelerator, uses_bf16)
     if is_main_process():
         print_run(run)
         print_left_out(arguments.output_dir, data)
     return run
+
+
+def describe_step(plan: RunPlan, uses_bf16: bool) -> StepShape:
+    """What the engine must know of a step."""
+    arguments = plan.arguments
+    config = LlavaConfig.from_pretrained(arguments.model, local_files_only=True)
+    return StepShape(
+        arguments.device_batch_size,
+        plan.accumulation,
+        arguments.max_grad_norm,
+        uses_bf16,
+        arguments.precision == "tf32",
+        config.text_config.hidden_size,
+    )
 
 
 def make_collator(arguments: TrainArguments, processing: Processing) -> PackingCollator:
@@ -121,15 +138,12 @@ def make_order(plan: RunPlan, data: LoadedData) -> TrainingOrder:
     )
 
 
-def prepare_model(
-    plan: RunPlan, processing: Processing, computation: Computation, training_arguments: TrainingArguments
-) -> nn.Module:
+def prepare_model(plan: RunPlan, processing: Processing, computation: Computation, uses_bf16: bool) -> nn.Module:
     """The base with what is trainable, as it is at the start point, and how its layers compute."""
     arguments = plan.arguments
     # bf16, half the memory, where training computes in it; what is trainable becomes float32.
-    dtype = torch.bfloat16 if training_arguments.bf16 else torch.float32
-    with load_whole(training_arguments):
-        model = load_packed_llava(arguments.model, dtype, processing.image_policy, computation.attention)
+    dtype = torch.bfloat16 if uses_bf16 else torch.float32
+    model = load_packed_llava(arguments.model, dtype, processing.image_policy, computation.attention)
     model = prepare_trainable(model, arguments, arguments.seed)
     if plan.start.checkpoint is not None:
         load_trained_weights(model, plan.start.checkpoint)

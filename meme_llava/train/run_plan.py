@@ -11,9 +11,9 @@ from meme_llava.errors import CheckpointError
 from meme_llava.storage.fingerprint import fingerprint_folder, identify_weights
 from meme_llava.storage.hashing import hash_file
 from meme_llava.storage.run_record import RUN_RECORD, describe_environment, read_run_record, read_trained_record
-from meme_llava.train.hf_arguments import count_steps, derive_accumulation
 from meme_llava.train.inputs import RunInputs
 from meme_llava.train.resume import StartPoint, check_continues, describe_continuation, is_finished
+from meme_llava.train.schedule import count_steps, derive_accumulation
 from meme_llava.train.settings import TrainArguments
 
 

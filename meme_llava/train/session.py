@@ -11,7 +11,7 @@ from meme_llava.distributed.environment import count_processes
 from meme_llava.distributed.heartbeat import Heartbeat
 from meme_llava.distributed.processes import StopRequest, handle_stop_signals, leave_process_group, start_process_group
 from meme_llava.train.device import check_device
-from meme_llava.train.hf_arguments import derive_accumulation
+from meme_llava.train.schedule import derive_accumulation
 from meme_llava.train.settings import TrainArguments
 
 

@@ -2,14 +2,13 @@
 Nothing about models.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import TrainerCallback, TrainerControl
+from torch import nn
 
 from meme_llava.distributed.environment import is_main_process
-from meme_llava.distributed.heartbeat import Heartbeat
 from meme_llava.distributed.processes import StopRequest, any_process, gather
 from meme_llava.errors import NonFiniteError, UserError
 
@@ -49,43 +48,29 @@ class FiniteCheck:
         ]
 
 
-class StepGuard(TrainerCallback):
-    """Counts steps that are not finite, stops after too many, and stops all processes when one is asked to."""
+class StepGuard:
+    """Stops after too many steps that are not finite, and stops all processes when one is asked to."""
 
-    def __init__(self, soundness: FiniteCheck, request: StopRequest, heartbeat: Heartbeat):
+    def __init__(self, soundness: FiniteCheck, request: StopRequest):
         self._soundness = soundness
         self._request = request
-        self._heartbeat = heartbeat
         self._skipped_in_a_row = 0
         self.stopped_by: str | None = None
-        self.steps_in_window = 0  # since the last log line
-        self.skipped_in_window = 0
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._request.is_deferred = self._heartbeat.trains = True
-
-    def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
-        # An engine that skips an update by itself does not move the schedule; it follows the steps all the same.
-        while lr_scheduler.last_epoch < state.global_step:
-            lr_scheduler.step()
-        self.steps_in_window += 1
+    def after_step(self, step: int) -> None:
+        """Say that a step was skipped, if it was. Raises NonFiniteError after too many in a row."""
         if self._soundness.gradients_are_finite:
             self._skipped_in_a_row = 0
         else:
-            self._report_skipped(state.global_step)
-        self.stop_if_asked(control)
-        self._heartbeat.beat()
+            self._report_skipped(step)
 
-    def stop_if_asked(self, control: TrainerControl) -> bool:
-        """Whether a signal asks any process to stop; then training saves and stops. All processes call it together."""
-        if not any_process(self._request.name is not None):
-            return False
-        self.stopped_by = next(name for name in gather(self._request.name) if name is not None)
-        control.should_save = control.should_training_stop = True
-        return True
+    def ask_to_stop(self) -> bool:
+        """Whether a signal asks any process to stop; all processes call it together."""
+        if self.stopped_by is None and any_process(self._request.name is not None):
+            self.stopped_by = next(name for name in gather(self._request.name) if name is not None)
+        return self.stopped_by is not None
 
     def _report_skipped(self, step: int) -> None:
-        self.skipped_in_window += 1
         self._skipped_in_a_row += 1
         suspects = [record_id for found in gather(self._soundness.list_suspects()) for record_id in found]
         trained = [r for found in gather(self._soundness.record_ids) for batch in found for r in batch]
@@ -107,18 +92,29 @@ def _list_some(record_ids: Sequence[str]) -> str:
     return ", ".join(repr(record_id) for record_id in unique[:MAX_LISTED_RECORDS]) + more
 
 
-class FirstGradientCheck(TrainerCallback):
-    """After the first step, stops if a tensor that should learn got no gradient at all."""
+class FirstGradientCheck:
+    """Sees that every tensor that should learn gets a gradient in the first step.
 
-    def __init__(self, names_without_gradient: set[str], handles: list):
-        self._names, self._handles = names_without_gradient, handles
+    Args:
+        names: of those tensors, in `model` as its engine holds it.
+    """
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def __init__(self, names: Iterable[str], model: nn.Module):
+        self._missing = set(names)
+        # DeepSpeed takes gradients away at once, and hooks see nothing of those that FSDP shards.
+        self._handles = [
+            parameter.register_hook(lambda gradient, name=name: self._missing.discard(name))
+            for name, parameter in model.named_parameters()
+            if name in self._missing
+        ]
+
+    def check(self, model: nn.Module) -> None:
+        """Raise UserError if one got none. After the backward pass, before the update."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
-        if self._names:
+        self._missing -= {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+        if self._missing:
             raise UserError(
-                f"after the first step {len(self._names)} tensors that should learn have no gradient, e.g. "
-                f"{', '.join(sorted(self._names)[:3])}"
+                f"after the first step {len(self._missing)} tensors that should learn have no gradient, e.g. "
+                f"{', '.join(sorted(self._missing)[:3])}"
             )

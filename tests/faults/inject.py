@@ -25,53 +25,54 @@ from meme_llava.distributed.script_exit import run_and_leave  # noqa: E402
 from meme_llava.storage import tensor_writer  # noqa: E402
 from meme_llava.train import (
     checkpoints,  # noqa: E402
-    hf_arguments,  # noqa: E402
     inputs,  # noqa: E402
     optimizer_state,  # noqa: E402
+    prepared_run,  # noqa: E402
 )
-from meme_llava.train.trainer import MemeTrainer  # noqa: E402
+from meme_llava.train.loop import TrainingLoop  # noqa: E402
+from meme_llava.train.step_guard import FiniteCheck  # noqa: E402
 
 
 def before_step(step: int, act, every: bool = False) -> None:
-    """Call `act(trainer)` when the computation of an optimizer step begins, or of every device batch."""
-    original = MemeTrainer.training_step
+    """Call `act(loop)` when the computation of an optimizer step begins, or of every device batch."""
+    original = TrainingLoop._compute_loss
     waiting = [step]
 
-    def training_step(self, *arguments):
-        if every or [self.state.global_step + 1] == waiting:
+    def compute_loss(self, *arguments):
+        if every or [self.step + 1] == waiting:
             waiting.clear()
             act(self)
         return original(self, *arguments)
 
-    MemeTrainer.training_step = training_step
+    TrainingLoop._compute_loss = compute_loss
 
 
 def slow(seconds: float) -> None:
     """Every device batch takes longer."""
-    before_step(0, lambda trainer: time.sleep(seconds), every=True)
+    before_step(0, lambda loop: time.sleep(seconds), every=True)
 
 
 def signal_self(step: int, number: str) -> None:
     """A signal reaches this process alone; SIGKILL is a process that dies, SIGSTOP one that halts."""
-    before_step(step, lambda trainer: os.kill(os.getpid(), getattr(signal, number)))
+    before_step(step, lambda loop: os.kill(os.getpid(), getattr(signal, number)))
 
 
 def signal_job(step: int, number: str) -> None:
     """A signal reaches this process and all that it started, as a scheduler sends it: from outside, for torch's data
     workers end without an error when it comes from their parent."""
     command = ["kill", "-s", number, "--", f"-{os.getpgid(0)}"]
-    before_step(step, lambda trainer: subprocess.run(command, check=True, start_new_session=True))
+    before_step(step, lambda loop: subprocess.run(command, check=True, start_new_session=True))
 
 
 def hang(step: int) -> None:
     """This process waits for something that never comes."""
-    before_step(step, lambda trainer: time.sleep(100_000))
+    before_step(step, lambda loop: time.sleep(100_000))
 
 
 def fail(step: int, message: str) -> None:
     """An error that nobody expected."""
 
-    def act(trainer):
+    def act(loop):
         raise RuntimeError(message)
 
     before_step(step, act)
@@ -80,7 +81,7 @@ def fail(step: int, message: str) -> None:
 def run_out_of_memory(step: int) -> None:
     """The device has no room for the step."""
 
-    def act(trainer):
+    def act(loop):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79 GiB")
 
     before_step(step, act)
@@ -88,28 +89,21 @@ def run_out_of_memory(step: int) -> None:
 
 def spoil_loss(steps: list[int], value: str) -> None:
     """The loss of some steps is not finite."""
-    original = MemeTrainer.compute_loss
+    original, running = FiniteCheck.mark_loss, [0]
+    before_step(0, lambda loop: running.__setitem__(0, loop.step + 1), every=True)
 
-    def compute_loss(self, model, inputs, **options):
-        call_model = model
+    def mark_loss(self, loss):
+        return original(self, loss * float(value) if running[0] in steps else loss)
 
-        def spoiled(**batch):
-            outputs = call_model(**batch)
-            if self.state.global_step + 1 in steps:
-                outputs["loss"] = outputs["loss"] * float(value)
-            return outputs
-
-        return original(self, spoiled, inputs, **options)
-
-    MemeTrainer.compute_loss = compute_loss
+    FiniteCheck.mark_loss = mark_loss
 
 
 def spoil_gradient(steps: list[int]) -> None:
     """Losses are finite, a gradient is not."""
 
-    def act(trainer):
-        if trainer.state.global_step + 1 in steps:
-            name, parameter = next((n, p) for n, p in trainer.model.named_parameters() if p.requires_grad)
+    def act(loop):
+        if loop.step + 1 in steps:
+            name, parameter = next((n, p) for n, p in loop._model.named_parameters() if p.requires_grad)
             handles = [parameter.register_hook(lambda gradient: handles.pop().remove() or gradient * float("inf"))]
 
     before_step(0, act, every=True)
@@ -118,8 +112,8 @@ def spoil_gradient(steps: list[int]) -> None:
 def spoil_weight(step: int) -> None:
     """A weight becomes infinite in memory, as a broken device makes it."""
 
-    def act(trainer):
-        next(p for p in trainer.model.parameters() if p.requires_grad).data.view(-1)[0] = float("inf")
+    def act(loop):
+        next(p for p in loop._model.parameters() if p.requires_grad).data.view(-1)[0] = float("inf")
 
     before_step(step, act)
 
@@ -149,7 +143,7 @@ def kill_in_save(save: int, event: int) -> None:
         count()
 
     checkpoints.fsync_path = fsync_path
-    sys.modules["meme_llava.train.trainer"].write_checkpoint = write_checkpoint
+    sys.modules["meme_llava.train.loop"].write_checkpoint = write_checkpoint
 
 
 def fail_to_write(save: int) -> None:
@@ -195,7 +189,7 @@ def kill_in_final() -> None:
 def kill_worker(step: int) -> None:
     """The kernel, short of memory, kills a process that reads images."""
 
-    def act(trainer):
+    def act(loop):
         for child in psutil.Process().children():
             child.kill()
 
@@ -209,11 +203,11 @@ def damage_image(step: int) -> None:
     def load_records(*arguments):
         data = original(*arguments)
         read = data.dataset.read_image
-        trainer_step = [0]
-        before_step(0, lambda trainer: trainer_step.__setitem__(0, trainer.state.global_step + 1), every=True)
+        loop_step = [0]
+        before_step(0, lambda loop: loop_step.__setitem__(0, loop.step + 1), every=True)
 
         def read_image(path):
-            if trainer_step[0] >= step - 1:
+            if loop_step[0] >= step - 1:
                 raise ValueError(f"{path}: the image is damaged")
             return read(path)
 
@@ -225,7 +219,7 @@ def damage_image(step: int) -> None:
 
 def compute_in_bf16() -> None:
     """No fault: what a GPU does by itself, and a CPU only slowly."""
-    hf_arguments.choose_bf16 = lambda arguments: True
+    prepared_run.choose_bf16 = lambda arguments: True
 
 
 def hang_before_start() -> None:

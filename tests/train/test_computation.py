@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from conftest import train_flags
 from transformers import LlavaConfig
 
@@ -12,13 +13,11 @@ from meme_llava.dataset.dataset import TrainingOrder, load_records
 from meme_llava.dataset.sampling import BatchShape
 from meme_llava.dataset.settings import RecordPolicy, RecordSource
 from meme_llava.dataset.tokenization import Tokenization
-from meme_llava.distributed.engines import choose_engine
 from meme_llava.model import devices
 from meme_llava.model.activation_checkpointing import CheckpointedLayers
 from meme_llava.model.llava import load_processing
 from meme_llava.train import computation, prepared_run
 from meme_llava.train.computation import bound_memory, plan_computation
-from meme_llava.train.hf_arguments import make_training_arguments
 from meme_llava.train.planning.memory import ShardingPlan, StepEstimator
 from meme_llava.train.settings import parse_train_arguments
 
@@ -41,8 +40,7 @@ def largest_batch(world, processing):
 
 def plan(world, processing, largest_batch, folder, **changes):
     arguments = parse_train_arguments(train_flags(world, folder, **changes), "")
-    training_arguments = make_training_arguments(arguments, choose_engine("single", 1, on_gpu=False), 1, 0, 1)
-    return plan_computation(arguments, processing.image_policy, largest_batch, training_arguments)
+    return plan_computation(arguments, processing.image_policy, largest_batch, torch.device("cpu"), False, 1)
 
 
 @pytest.mark.parametrize("train_type", ["lora", "full"])

@@ -12,7 +12,6 @@ from conftest import read_losses, train_flags
 from launching import run_with_torchrun
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import TrainingArguments
 
 import train
 from meme_llava.dataset.conversation import Turn
@@ -24,9 +23,8 @@ from meme_llava.model import trainable
 from meme_llava.model.llava import load_llava, load_processing
 from meme_llava.model.packed_llava import load_packed_llava
 from meme_llava.storage.cache import find_default_cache
-from meme_llava.train import precheck, prepared_run
+from meme_llava.train import device, loop, precheck, prepared_run
 from meme_llava.train.settings import parse_train_arguments
-from meme_llava.train.trainer import MemeTrainer
 
 ADAPTER_FILES = {
     "adapter_config.json",
@@ -574,8 +572,9 @@ def test_what_a_machine_cannot_do_stops_before_data_is_read(world, tmp_path, cap
 
 
 def test_one_process_with_several_gpus_is_refused(world, tmp_path, monkeypatch, capsys):
-    """torch would silently spread the batch over all of them."""
-    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
+    """All but one of them would idle."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(device, "check_gpus_answer", lambda: None)
     assert "one process sees 4 GPUs" in fail(capsys, train_flags(world, tmp_path / "out"))
 
 
@@ -595,15 +594,20 @@ def test_a_tensor_without_gradient_stops_the_run(world, tmp_path, monkeypatch, c
 
 
 def test_the_optimizer_is_fused_and_workers_fetch_ahead(world, tmp_path, monkeypatch):
-    trainers = []
-    create = MemeTrainer.create_optimizer
-    monkeypatch.setattr(MemeTrainer, "create_optimizer", lambda self, *a: trainers.append(self) or create(self, *a))
+    optimizers, loaders = [], []
+    monkeypatch.setattr(loop, "make_optimizer", lambda *a, make=loop.make_optimizer: keep(optimizers, make(*a)))
+    monkeypatch.setattr(loop, "DataLoader", lambda *a, make=loop.DataLoader, **k: keep(loaders, make(*a, **k)))
     train.main(train_flags(world, tmp_path / "out", max_steps=1, dataloader_workers=1))
-    assert type(trainers[0].optimizer.optimizer) is torch.optim.AdamW and trainers[0].optimizer.defaults["fused"]
-    assert trainers[0].args.dataloader_prefetch_factor == 4 and trainers[0].args.dataloader_num_workers == 1
+    assert type(optimizers[0]) is torch.optim.AdamW and optimizers[0].defaults["fused"]
+    assert (loaders[0].num_workers, loaders[0].prefetch_factor) == (1, 4)
     # A CPU's cores compute the step; workers would take time from it.
     train.main(train_flags(world, tmp_path / "cpu", max_steps=1, dataloader_workers=None))
-    assert trainers[-1].args.dataloader_num_workers == 0
+    assert loaders[-1].num_workers == 0
+
+
+def keep(kept, thing):
+    kept.append(thing)
+    return thing
 
 
 def test_text_only_records_train(world, tmp_path):

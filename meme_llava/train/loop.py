@@ -1,0 +1,314 @@
+"""The training loop: the steps of a prepared run in their order, and what happens between two of them."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader
+from transformers import get_scheduler
+
+from meme_llava.distributed.engine_setup import check_engine_runs
+from meme_llava.distributed.engines import DEEPSPEED, FSDP
+from meme_llava.distributed.environment import find_rank, is_main_process
+from meme_llava.distributed.processes import WorkerStart
+from meme_llava.errors import NonFiniteError
+from meme_llava.model.trainable import ParameterGroup, save_trained_weights
+from meme_llava.storage.manifest import read_manifest
+from meme_llava.storage.run_record import RATE_PREFIX
+from meme_llava.storage.training_log import read_training_log, write_training_log
+from meme_llava.train.checkpoints import CheckpointContent, write_checkpoint
+from meme_llava.train.device import count_workers
+from meme_llava.train.evaluation import LOSS, EvaluationInterrupted, TrainingEvaluation
+from meme_llava.train.muon import MuonWithAdamW
+from meme_llava.train.optimizer_state import OPTIMIZER_PREFIX, TrainingState
+from meme_llava.train.planning.flops import TrainingCosts
+from meme_llava.train.prepared_run import PreparedRun
+from meme_llava.train.progress import ProgressBar
+from meme_llava.train.session import Session
+from meme_llava.train.step_guard import FiniteCheck, FirstGradientCheck, StepGuard
+from meme_llava.train.throughput import RECORD_IDS, CountingCollator, ThroughputMeter, find_own_accelerator
+from meme_llava.train.tracker_runs import TrackerRuns
+
+PREFETCHED_BATCHES = 4  # device batches that each worker process holds ready
+# Launchers and schedulers end a process 30 seconds after they asked it to stop.
+LONG_SAVE_SECONDS = 20
+
+
+class TrainingLoop:
+    """Trains a prepared run from its start point to its last step; all processes make every call together.
+
+    Args:
+        trackers: that are told what is logged.
+    """
+
+    def __init__(self, run: PreparedRun, session: Session, trackers: TrackerRuns):
+        plan, arguments, data = run.plan, run.plan.arguments, run.inputs.data
+        self._run, self._plan, self._arguments, self._engine = run, plan, arguments, plan.engine
+        self._accelerator, self._heartbeat, self._trackers = run.accelerator, session.heartbeat, trackers
+        self._device = run.accelerator.device
+        self._content = CheckpointContent(run.write_sidecars, plan.make_manifest_metadata, arguments.save_total_limit)
+        self._check = FiniteCheck()
+        self._guard = StepGuard(self._check, session.request)
+        self._request = session.request
+        self._bar = ProgressBar(plan.start.step, plan.steps)
+        self._meter = ThroughputMeter(
+            TrainingCosts.of_model(run.model),
+            arguments.global_batch_size,
+            find_own_accelerator(self._device),
+            plan.processes,
+            lambda counts: self._accelerator.reduce(counts.to(self._device), "sum").cpu(),
+        )
+        self._evaluation = None
+        if run.inputs.validation is not None:
+            self._evaluation = TrainingEvaluation(run, trackers, session.heartbeat)
+        self._quarantined, self._records = len(data.checked.bad), len(data.dataset)
+        self.step = plan.start.step
+        self._log_history = read_training_log(plan.start.checkpoint) if plan.start.checkpoint else []
+        # Of the steps since the last log line: their losses, and how many were skipped.
+        self._losses, self._skipped = [], 0
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Hand model and optimizer to the engine, and take up the checkpoint's state."""
+        run, plan = self._run, self._plan
+        optimizer = make_optimizer(run.groups)
+        # Only its formula is used, so that the rates follow from the step alone.
+        self._schedule = get_scheduler(self._arguments.lr_scheduler_type, optimizer, plan.warmup_steps, plan.steps)
+        weights = None
+        if plan.start.checkpoint is not None and self._engine.kind == DEEPSPEED and run.uses_bf16:
+            # The checkpoint's are in the model already; DeepSpeed in bf16 rounds what it is given.
+            weights = {
+                name: parameter.detach().clone()
+                for group in run.groups
+                for name, parameter in zip(group.names, group.parameters, strict=True)
+            }
+        self._engine_model, self._engine_optimizer = self._accelerator.prepare(run.model, optimizer)
+        check_engine_runs(self._engine, self._engine_model)
+        # FSDP shards the model's own modules; the others hold it whole.
+        self._model = self._engine_model if self._engine.kind == FSDP else run.model
+        if self._engine.kind == FSDP:
+            torch.distributed.fsdp.register_fsdp_forward_method(self._model, "generate")
+        if plan.start.checkpoint is not None:
+            updates = read_manifest(plan.start.checkpoint)["updates"]
+            self._make_state().load(plan.start.checkpoint, weights, updates)
+        self._engine_model.train()
+
+    def train(self) -> str | None:
+        """Train to the last step. Returns the signal that ended it before, if one did."""
+        self._request.is_deferred = self._heartbeat.trains = True
+        batches = iter(self._make_loader())
+        self._watch_first_gradients()
+        try:
+            if self._evaluation is not None and self._lacks_evaluation():
+                self._evaluate()
+            while self.step < self._plan.steps and self._guard.stopped_by is None:
+                self._train_step(batches)
+                self._finish_step()
+        finally:
+            self._bar.close()
+        return self._guard.stopped_by
+
+    def _train_step(self, batches: Iterator[dict]) -> None:
+        """One optimizer step: every token, or every caption, of it weighs the same, however it is split."""
+        device_batches, weight = self._fetch(batches)
+        self._seed()
+        self._set_rates()
+        losses = []
+        for batch in device_batches:
+            self._heartbeat.beat()
+            with self._accelerator.accumulate(self._engine_model):
+                loss = self._compute_loss(batch, weight)
+                # accelerate and DeepSpeed take the mean over device batches; what is wanted is their sum.
+                self._accelerator.backward(loss * len(device_batches))
+                losses.append(loss.detach())
+        self._norm = self._clip_gradients()
+        if self._check.gradients_are_finite:
+            self._engine_optimizer.step()
+            self._losses.append(sum(losses))
+        self._engine_optimizer.zero_grad()
+        self.step += 1
+
+    def _make_loader(self) -> DataLoader:
+        """This process's device batches that are to come; each process takes its own in turn."""
+        size, processes = self._arguments.device_batch_size, self._plan.processes
+        order, rounds = self._run.order, self._plan.accumulation * processes
+        numbers = range(self.step * rounds + find_rank(), len(order) // size, processes)
+        workers = count_workers(self._arguments, self._device)
+        return DataLoader(
+            order,
+            batch_sampler=[range(number * size, (number + 1) * size) for number in numbers],
+            collate_fn=CountingCollator(self._run.collator),
+            num_workers=workers,
+            prefetch_factor=PREFETCHED_BATCHES if workers else None,
+            pin_memory=self._device.type == "cuda",
+            # A scheduler's SIGTERM reaches every process of a job; the workers must live until the state is saved.
+            worker_init_fn=WorkerStart(),
+        )
+
+    def _fetch(self, batches: Iterator[dict]) -> tuple[list[dict], torch.Tensor]:
+        """The step's device batches of this process, and the loss weight of all of the step, over all processes."""
+        self._heartbeat.beat()
+        device_batches = self._meter.fetch(batches, self._plan.accumulation)
+        self._check.begin([batch.pop(RECORD_IDS) for batch in device_batches])
+        weight = sum(batch["loss_weights"].sum(dtype=torch.float64) for batch in device_batches)
+        self._heartbeat.beat()
+        return device_batches, self._accelerator.reduce(weight.to(self._device), "sum")
+
+    def _seed(self) -> None:
+        """Let dropout depend on seed, step and process alone: a resumed run draws what the whole one would have."""
+        seed = np.random.SeedSequence([self._arguments.seed, self.step, find_rank()]).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed[0]))
+
+    def _set_rates(self) -> None:
+        schedule = self._schedule
+        self._rates = [
+            base * factor(self.step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self._engine_optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate
+
+    def _compute_loss(self, batch: Mapping, weight: torch.Tensor) -> torch.Tensor:
+        """This device batch's share of the step's mean loss, times the processes: engines average gradients."""
+        outputs = self._engine_model(**send_to_device(batch, self._device, non_blocking=True))
+        return self._check.mark_loss(outputs["loss"] * (self._plan.processes / weight).float())
+
+    def _clip_gradients(self) -> float:
+        """Clip to max_grad_norm and see whether all is finite, in all processes alike; returns the norm before."""
+        if self._first_gradients is not None:
+            self._first_gradients.check(self._model)
+            self._first_gradients = None
+        # DeepSpeed has clipped and stepped already, in its backward.
+        norm = self._accelerator.clip_grad_norm_(
+            self._engine_model.parameters(), self._arguments.max_grad_norm or float("inf")
+        )
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        self._check.gradients_are_finite = bool(np.isfinite(norm))
+        return norm
+
+    def _watch_first_gradients(self) -> None:
+        names = {name for group in self._run.groups for name in group.names}
+        self._first_gradients = FirstGradientCheck(names, self._model)
+
+    def _finish_step(self) -> None:
+        """What follows a step: checks, the log line, evaluation, a checkpoint."""
+        step, is_last = self.step, self.step == self._plan.steps
+        self._skipped += not self._check.gradients_are_finite
+        self._guard.after_step(step)
+        self._bar.update()
+        if step % self._arguments.logging_steps == 0 or is_last:
+            self._log_training()
+        stops = self._guard.ask_to_stop()
+        if self._evaluation is not None and not stops and self._evaluation.is_due(step, self._plan.steps):
+            stops = not self._evaluate()
+        if step % self._arguments.save_steps == 0 or is_last or stops:
+            self._save()
+        self._heartbeat.beat()
+
+    def _log_training(self) -> None:
+        """Log the steps since the last line: the mean loss of those that counted, rates, speed."""
+        figures = {}
+        if self._losses:
+            mean = torch.stack(self._losses).double().mean()
+            figures["loss"] = float(self._accelerator.reduce(mean, "mean"))
+            figures["grad_norm"] = self._norm
+        for group, rate in zip(self._run.groups, self._rates, strict=True):
+            figures[f"{RATE_PREFIX}{group.rate_name}"] = rate
+        figures |= self._meter.read()
+        if self._skipped:
+            figures["skipped_steps"] = self._skipped
+        if not self._check.gradients_are_finite:
+            figures.pop("grad_norm", None)
+        if self._quarantined:
+            figures["quarantined_records"] = self._quarantined
+        self._losses, self._skipped = [], 0
+        self._log(figures)
+        self._bar.show(self.step, figures)
+
+    def _log(self, figures: Mapping[str, float]) -> None:
+        epoch = self.step * self._arguments.global_batch_size / self._records
+        self._log_history.append({**figures, "epoch": epoch, "step": self.step})
+        self._trackers.log(figures | {"epoch": epoch}, self.step)
+
+    def _lacks_evaluation(self) -> bool:
+        """Whether a stopped run had no time for the evaluation of the step that it continues from."""
+        logged = any(entry["step"] == self.step and LOSS in entry for entry in self._log_history)
+        return self._evaluation.is_due(self.step, self._plan.steps) and not logged
+
+    def _evaluate(self) -> bool:
+        """Evaluate on the validation records. Returns whether it was done; False where the run is asked to stop."""
+        with self._meter.leave_out(), contextlib.suppress(EvaluationInterrupted):
+            figures = self._evaluation.evaluate(
+                self.step,
+                self._model,
+                self._device,
+                self._measure,
+                contextlib.nullcontext if self._engine.kind == DEEPSPEED else self._accelerator.autocast,
+                self._guard.ask_to_stop,
+            )
+            self._log(figures)
+            return True
+        return False
+
+    def _measure(self, batch: Mapping) -> torch.Tensor:
+        self._engine_model.eval()
+        with torch.no_grad():
+            loss = self._engine_model(**send_to_device(batch, self._device, non_blocking=True))["loss"]
+        self._engine_model.train()
+        return loss
+
+    def _save(self) -> None:
+        step, start = self.step, time.monotonic()
+        self._heartbeat.beat()
+        state = self._make_state()
+        updates = state.count_updates()
+        write_checkpoint(
+            self._arguments.output_dir,
+            step,
+            state.nbytes,
+            lambda folder: self._write_files(folder, state),
+            lambda: {**self._content.make_manifest_metadata(step), "updates": updates},
+            self._content.keep,
+        )
+        seconds = time.monotonic() - start
+        if seconds > LONG_SAVE_SECONDS and is_main_process():
+            print(
+                f"writing a checkpoint took {seconds:.0f} s; a scheduler that ends jobs must ask them earlier than "
+                "that (Slurm: --signal=TERM@SECONDS)",
+                flush=True,
+            )
+
+    def _write_files(self, folder: Path, state: TrainingState) -> list[Path]:
+        """Write this process's files of a checkpoint."""
+        weights = state.gather_weights()
+        self._heartbeat.beat()
+        written = state.write_moments(folder)
+        if not is_main_process():
+            return written
+        broken = [name for name, weight in weights.items() if not bool(torch.isfinite(weight).all())]
+        if broken:
+            raise NonFiniteError(
+                f"{len(broken)} weights are not finite, e.g. {broken[0]}; nothing was saved, and the newest checkpoint "
+                "is sound. Lower --low_lr and --high_lr."
+            )
+        save_trained_weights(self._model, folder, weights)
+        self._content.write_sidecars(folder, self.step)
+        write_training_log(folder, self.step, self._log_history)
+        return [*written, *(path for path in folder.iterdir() if not path.name.startswith(OPTIMIZER_PREFIX))]
+
+    def _make_state(self) -> TrainingState:
+        return TrainingState(self._engine, self._run.groups, self._engine_optimizer.optimizer)
+
+
+def make_optimizer(groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
+    """AdamW with each group's rate and decay; Muon beside it where a group uses it."""
+    if any(group.uses_muon for group in groups):
+        return MuonWithAdamW(groups)
+    options = [
+        {"params": list(group.parameters), "lr": group.learning_rate, "weight_decay": group.weight_decay}
+        for group in groups
+    ]
+    return torch.optim.AdamW(options, fused=True)
