@@ -74,7 +74,7 @@ def prepare_trainable(model: nn.Module, recipe: LoraRecipe, seed: int) -> nn.Mod
         PROJECTOR: "full",
     }
     model.requires_grad_(False)
-    # The Trainer turns the cache off on the top-level config only; the language model reads its own.
+    # The top-level config has one, too, but the language model reads its own.
     model.config.text_config.use_cache = False
     if recipe.uses_lora:
         targets = find_lora_targets(model, recipe)
@@ -85,7 +85,7 @@ def prepare_trainable(model: nn.Module, recipe: LoraRecipe, seed: int) -> nn.Mod
             target_modules=_to_pattern(targets),
             modules_to_save=[PROJECTOR],
         )
-        # The Trainer seeds later; LoRA's start values are drawn here.
+        # LoRA's start values are drawn here.
         torch.manual_seed(seed)
         model = get_peft_model(model, lora_config)
         adapted = {name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A")}

@@ -25,7 +25,7 @@ class Experiment:
         image_folder: where their images are.
         asked: what decides about the answers; of two experiments the same annotations and limit.
         facts: label and value of what is known of model and training, in the order to be shown.
-        log_history: the Trainer's log entries; empty for a model that we did not train, or where they are gone.
+        log_history: the training log's entries; empty for a model that we did not train, or where they are gone.
         warning: what speaks against its being what the run's name says, or empty.
     """
 

@@ -10,7 +10,7 @@ def draw_training_curves(log_history: list[dict], path: Path) -> None:
     """Write a PNG with the loss above and every role's learning rate below, over optimizer steps.
 
     Args:
-        log_history: the Trainer's log entries; those with a "loss" are drawn, and those with an "eval_loss".
+        log_history: the training log's entries; those with a "loss" are drawn, and those with an "eval_loss".
     """
     # It takes a second to load, and one process needs it once.
     import matplotlib
