@@ -67,21 +67,27 @@ def main(argv: list[str] | None = None) -> None:
         check_address(arguments.master_addr)
     nodes, node, processes = arguments.nnodes, arguments.node_rank, arguments.nproc_per_node
     with meet(nodes, node, processes, arguments.master_addr, arguments.master_port, arguments.start_timeout) as port:
-        shared = {
-            "MASTER_ADDR": arguments.master_addr,
-            "MASTER_PORT": port,
-            # torch's own word for: the store is there already, in the launcher.
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "WORLD_SIZE": nodes * processes,
-            "LOCAL_WORLD_SIZE": processes,
-            "GROUP_RANK": node,
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, count_cores() // processes)),
-        }
-        ranks = {local: {"RANK": node * processes + local, "LOCAL_RANK": local} for local in range(processes)}
-        environments = {
-            local: {name: str(value) for name, value in {**shared, **own}.items()} for local, own in ranks.items()
-        }
+        environments = make_environments(nodes, node, processes, arguments.master_addr, port)
         run_processes([arguments.script, *arguments.script_arguments], environments)
+
+
+def make_environments(nodes: int, node: int, processes: int, address: str, port: int) -> dict[int, dict[str, str]]:
+    """What torch.distributed reads in each process of this node, by local rank."""
+    shared = {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+        # torch's own word for: the store is there already, in the launcher.
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": nodes * processes,
+        "LOCAL_WORLD_SIZE": processes,
+        "GROUP_RANK": node,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, count_cores() // processes)),
+    }
+    return {
+        local: {name: str(value) for name, value in shared.items()}
+        | {"RANK": str(node * processes + local), "LOCAL_RANK": str(local)}
+        for local in range(processes)
+    }
 
 
 def run_processes(arguments: list[str], environments: dict[int, dict[str, str]]) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import train_flags
 
-from meme_llava.distributed.cluster import join_cluster
+from meme_llava.distributed.launch import make_environments
 from meme_llava.errors import UserError
 from meme_llava.inference.generation import choose_dtype
 from meme_llava.train.device import check_device, choose_bf16
@@ -34,5 +34,5 @@ def test_threads_are_divided_from_the_cores_that_a_job_was_given(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
     monkeypatch.setattr("os.cpu_count", lambda: 64)
-    with join_cluster(1, 0, 2, "127.0.0.1", 0, 10) as cluster:
-        assert cluster.make_environment(0)["OMP_NUM_THREADS"] == "3"
+    environments = make_environments(nodes=1, node=0, processes=2, address="127.0.0.1", port=29500)
+    assert [environment["OMP_NUM_THREADS"] for environment in environments.values()] == ["3", "3"]
