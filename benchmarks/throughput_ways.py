@@ -135,9 +135,6 @@ class _Collator:
             self.workload.image_policy.size,
             shared_images=shares,
         )(items)
-        if "vision_features" in batch:
-            # The collator takes whatever is not uint8 for features; here it is pixels of the slow path.
-            batch["pixel_values"] = batch.pop("vision_features")
         if not self.way.loss_where_it_counts:
             batch = _score_all_positions(batch)
         return {**batch, "counts": count_batch(batch)}

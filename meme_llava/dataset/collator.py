@@ -58,8 +58,7 @@ class PackingCollator:
             kv_index: int64 (keys,), the row positions of all paths, one path after the other.
             cu_seqlens_k: int32 (segments + 1,), where each path begins in kv_index, and its end.
             max_seqlen_q, max_seqlen_k: positions, as plain numbers.
-            pixel_values: uint8 (images, 3, size, size); or vision_features (images, tokens, width) where the
-                examples bring those.
+            pixel_values: uint8 (images, 3, size, size).
             image_runs: int64 (runs,), which image each run of image tokens shows.
             loss_positions, loss_targets: int64 (supervised,); the hidden state at the position predicts the target.
             loss_weights: float32 (supervised,).
@@ -126,8 +125,7 @@ class _Images:
     def to_tensors(self, image_size: int) -> dict[str, torch.Tensor]:
         if not self.tensors:
             return {"pixel_values": torch.zeros((1, 3, image_size, image_size), dtype=torch.uint8)}
-        name = "pixel_values" if self.tensors[0].dtype == torch.uint8 else "vision_features"
-        return {name: torch.stack(self.tensors)}
+        return {"pixel_values": torch.stack(self.tensors)}
 
 
 class _Row:

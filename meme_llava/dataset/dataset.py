@@ -3,7 +3,6 @@
 Nothing about batches or models.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +27,7 @@ class MemeDataset(Dataset):
     """Records as token ids and pixels; images are decoded when asked for, in the process that asks.
 
     An item is {"record_id", "input_ids" int64 (length,), "labels" int64 (length,), "image_paths" one file for every run
-    of image tokens, "pixel_values" their pixels, uint8 (3, size, size) each, or features, (tokens, vision width)}.
+    of image tokens, "pixel_values" their pixels, uint8 (3, size, size) each}.
 
     Args:
         records: what trains, with its `tokens`.
@@ -46,8 +45,6 @@ class MemeDataset(Dataset):
         self._tokens = tokens
         self._image_policy = image_policy
         self._max_pixels = max_pixels
-        # Where every image was encoded once, before training, items hold its features in place of pixels.
-        self.vision_features: Mapping[Path, torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self._records)
@@ -79,9 +76,7 @@ class MemeDataset(Dataset):
         }
 
     def read_image(self, path: Path) -> torch.Tensor:
-        """Pixels of one image, uint8 (3, size, size), or its features. Raises as `open_image` does."""
-        if self.vision_features is not None:
-            return self.vision_features[path]
+        """Pixels of one image, uint8 (3, size, size). Raises as `open_image` does."""
         return read_pixels(path, self._image_policy, self._max_pixels)
 
     @property

@@ -31,11 +31,6 @@ def find_local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def count_local_processes() -> int:
-    """Processes of the run on this node."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def is_main_process() -> bool:
     """Whether this process prints and writes for all."""
     return find_rank() == 0

@@ -80,7 +80,6 @@ def make_environments(nodes: int, node: int, processes: int, address: str, port:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": nodes * processes,
         "LOCAL_WORLD_SIZE": processes,
-        "GROUP_RANK": node,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, count_cores() // processes)),
     }
     return {

@@ -47,15 +47,13 @@ class PackedLlava(LlavaForConditionalGeneration):
         loss_positions: torch.Tensor,
         loss_targets: torch.Tensor,
         loss_weights: torch.Tensor,
-        pixel_values: torch.Tensor | None = None,
-        vision_features: torch.Tensor | None = None,
+        pixel_values: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """The sum of weight times cross entropy over all supervised positions, a float32 scalar, as {"loss": …}.
 
-        The arguments are those that `PackingCollator` describes; images come as pixels or as vision features.
+        The arguments are those that `PackingCollator` describes.
         """
-        if vision_features is None:
-            vision_features = self.encode_images(pixel_values)  # (images, tokens, vision width)
+        vision_features = self.encode_images(pixel_values)  # (images, tokens, vision width)
         features = self.model.multi_modal_projector(vision_features)  # (images, tokens, width)
         embeddings = self.get_input_embeddings()(input_ids)  # (1, positions, width)
         is_image = (input_ids == self.config.image_token_id).unsqueeze(-1)  # (1, positions, 1)

@@ -108,11 +108,10 @@ def bound_memory(arguments: TrainArguments, config: LlavaConfig, batch: Mapping)
     """More bytes than a step in float32 can take, counted roughly. Saves small runs the seconds of an exact count."""
     text, vision = config.text_config, config.vision_config
     positions = batch["input_ids"].numel()
-    pixels = batch.get("pixel_values", batch.get("vision_features"))
     patches = (vision.image_size // vision.patch_size) ** 2 + 1
     stored = sum(path.stat().st_size for path in arguments.model.glob("*.safetensors"))
     kept = positions * text.num_hidden_layers * _count_kept(text)
-    kept += len(pixels) * patches * vision.num_hidden_layers * _count_kept(vision)
+    kept += len(batch["pixel_values"]) * patches * vision.num_hidden_layers * _count_kept(vision)
     # Every segment's mask over its path, in every layer.
     masks = batch["max_seqlen_q"] * len(batch["kv_index"]) * text.num_hidden_layers
     logits = 4 * len(batch["loss_positions"]) * text.vocab_size

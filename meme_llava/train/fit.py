@@ -14,7 +14,6 @@ from meme_llava.train.prepared_run import PreparedRun
 from meme_llava.train.run_plan import RunPlan
 from meme_llava.train.session import Session
 from meme_llava.train.tracker_runs import open_tracker_runs
-from meme_llava.train.vision_features import remove_features
 
 
 def fit(run: PreparedRun, session: Session) -> None:
@@ -51,5 +50,4 @@ def _write_result(plan: RunPlan) -> None:
     draw_training_curves(read_training_log(checkpoint), output_dir / "training_curves.png")
     names = [name for name in read_manifest(checkpoint)["files"] if not name.startswith(OPTIMIZER_PREFIX)]
     write_final(output_dir, checkpoint, names, last=RUN_RECORD)
-    remove_features(output_dir)
     print(f"trained weights, run record and curves: {output_dir}", flush=True)

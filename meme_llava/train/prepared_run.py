@@ -32,11 +32,10 @@ from meme_llava.storage.folders import write_json
 from meme_llava.storage.run_record import RUN_RECORD
 from meme_llava.terminal import print_table
 from meme_llava.train.computation import Computation, plan_computation
-from meme_llava.train.device import choose_bf16, count_workers
+from meme_llava.train.device import choose_bf16
 from meme_llava.train.inputs import RunInputs
 from meme_llava.train.run_plan import RunPlan
 from meme_llava.train.settings import TrainArguments
-from meme_llava.train.vision_features import encode_images
 
 MAX_LISTED_CUTS = 20
 
@@ -81,16 +80,6 @@ def prepare_run(plan: RunPlan, inputs: RunInputs, heartbeat: Heartbeat) -> Prepa
     )
     heartbeat.beat()
     model = prepare_model(plan, processing, computation, uses_bf16)
-    if arguments.cache_vision_features:
-        data.dataset.vision_features = encode_images(
-            model.to(accelerator.device),
-            data.dataset.image_paths,
-            data.dataset.read_image,
-            arguments.output_dir,
-            count_workers(arguments, accelerator.device),
-            uses_bf16,
-            heartbeat,
-        )
     groups = plan_parameter_groups(model, arguments)
     run = PreparedRun(plan, inputs, model, groups, order, collator, computation, accelerator, uses_bf16)
     if is_main_process():

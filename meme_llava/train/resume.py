@@ -11,11 +11,10 @@ from meme_llava.train.checkpoints import CORRUPT_SUFFIX, find_newest, list_check
 from meme_llava.train.settings import TrainArguments, free_settings
 from meme_llava.train.tracker_runs import FOLDERS
 from meme_llava.train.validation import ANSWERS
-from meme_llava.train.vision_features import VISION_FEATURES
 
 LATEST = "latest"
 # What an interrupted start leaves behind before its first checkpoint is not a result.
-LEFTOVERS = {QUARANTINE, VISION_FEATURES, ANSWERS, *FOLDERS}
+LEFTOVERS = {QUARANTINE, ANSWERS, *FOLDERS}
 # Where a run's input and output lie may change; what lies there is compared.
 PLACES = {"model", "annotations", "image_folder", "output_dir"}
 # Settings that decide which tensors learn; no permission lets a checkpoint fit others.

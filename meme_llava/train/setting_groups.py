@@ -73,12 +73,6 @@ class ComputationSettings:
         default="auto",
         metadata=describe("recompute layers to save memory; auto: as few as the device's memory asks for", free=True),
     )
-    cache_vision_features: bool = field(
-        default=False,
-        metadata=describe(
-            "with a frozen vision tower: encode every image once, before training, to output_dir", free=True
-        ),
-    )
     torch_compile: bool = field(
         default=False,
         metadata=describe("compile the layers that repeat; needs a C++ compiler or Triton", free=True),

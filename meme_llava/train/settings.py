@@ -57,11 +57,6 @@ class TrainArguments(
                 "--muon_lr is for a vision tower that learns in full, and --train_type "
                 f"{self.train_type} has none; leave it out"
             )
-        if self.cache_vision_features and self.vision_tower_training != "frozen":
-            raise UserError(
-                f"--cache_vision_features needs a frozen vision tower; --train_type {self.train_type} trains it "
-                f"({self.vision_tower_training}), so its features change"
-            )
 
     @property
     def source(self) -> RecordSource:

@@ -153,13 +153,6 @@ def test_every_caption_weighs_the_same_when_asked(collator):
     assert collator(examples)["loss_weights"].tolist() == [1, 1, 1, 1]
 
 
-def test_features_take_the_place_of_pixels(collator):
-    example = make_example([IMAGE, IMAGE, A], [NONE, NONE, A], 5)
-    example["pixel_values"] = [torch.full((2, 4), 0.5)]
-    batch = collator([example])
-    assert "pixel_values" not in batch and torch.equal(batch["vision_features"], torch.full((1, 2, 4), 0.5))
-
-
 def test_image_tokens_that_are_wrong_in_two_records_but_right_in_sum_are_refused(collator):
     # 1 + 3 tokens for 2 + 2: by the sums alone each record would get a piece of the other's image.
     records = [

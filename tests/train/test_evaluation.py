@@ -120,7 +120,7 @@ def test_answers_are_those_of_the_checkpoint_of_that_step(world, evaluated):
     "changes",
     [
         {"gradient_checkpointing": "full"},
-        {"train_type": "projector", "cache_vision_features": "true"},
+        {"train_type": "projector"},
         {"train_type": "full"},
     ],
 )

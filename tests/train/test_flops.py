@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from batches import TOKENS_PER_IMAGE, load_prepared, make_batch
+from batches import load_prepared, make_batch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,18 +17,7 @@ def test_counts_of_a_batch_are_those_of_its_tree():
     # Paths: 9 positions; 7 shared + 3 own; 11; 5. Pairs: 45; 3 x 7 + 6; 66; 15.
     counts = count_batch(make_batch(99))
 
-    assert counts == StepCounts(
-        positions=28, attention_pairs=45 + 27 + 66 + 15, images=3, encoded_images=3, supervised=11
-    )
-
-
-def test_cached_features_are_not_encoded_again():
-    batch = make_batch(99)
-    batch["vision_features"] = torch.zeros(len(batch.pop("pixel_values")), TOKENS_PER_IMAGE, 16)
-
-    counts = count_batch(batch)
-
-    assert (counts.images, counts.encoded_images) == (3, 0)
+    assert counts == StepCounts(positions=28, attention_pairs=45 + 27 + 66 + 15, images=3, supervised=11)
 
 
 def test_counts_of_batches_add_up():

@@ -109,7 +109,6 @@ def test_a_complete_command_line_written_out():
         "shared_images": True,
         "attention": "auto",
         "gradient_checkpointing": "auto",
-        "cache_vision_features": False,
         "torch_compile": False,
         "plan": False,
         "accelerator": None,

@@ -106,7 +106,6 @@ def shrink_batch(batch: Mapping, share: float, config: LlavaConfig) -> dict:
     input_ids = batch["input_ids"][:, :positions]
     runs = int((input_ids == config.image_token_id).sum()) // count_image_tokens(config)
     shown, image_runs = batch["image_runs"][:runs].unique(return_inverse=True)
-    images = "pixel_values" if "pixel_values" in batch else "vision_features"
     carries_loss = batch["loss_positions"] < positions
     return {
         "input_ids": input_ids,
@@ -116,7 +115,7 @@ def shrink_batch(batch: Mapping, share: float, config: LlavaConfig) -> dict:
         "cu_seqlens_k": cu_seqlens_k,
         "max_seqlen_q": int(starts.diff().max()),
         "max_seqlen_k": int(cu_seqlens_k.diff().max()),
-        images: batch[images][shown] if runs else batch[images][:1],
+        "pixel_values": batch["pixel_values"][shown] if runs else batch["pixel_values"][:1],
         "image_runs": image_runs,
         **{name: batch[name][carries_loss] for name in ("loss_positions", "loss_targets", "loss_weights")},
     }

@@ -33,14 +33,12 @@ class StepCounts:
         positions: of the packed row.
         attention_pairs: pairs of query and key that attend, over all segments.
         images: that go through the projector.
-        encoded_images: that go through the vision tower; fewer where features are cached.
         supervised: positions that carry loss.
     """
 
     positions: int = 0
     attention_pairs: int = 0
     images: int = 0
-    encoded_images: int = 0
     supervised: int = 0
 
     def __add__(self, other: "StepCounts") -> "StepCounts":
@@ -53,13 +51,10 @@ def count_batch(batch: Mapping) -> StepCounts:
     keys = batch["cu_seqlens_k"].long().diff()  # (segments,)
     # Causal, aligned at the ends: a segment's first query sees all keys but the segment's other queries.
     pairs = queries * (keys - queries) + queries * (queries + 1) // 2
-    features = batch.get("vision_features")
-    encoded = 0 if features is not None else len(batch["pixel_values"])
     return StepCounts(
         positions=batch["input_ids"].numel(),
         attention_pairs=int(pairs.sum()),
-        images=encoded if features is None else len(features),
-        encoded_images=encoded,
+        images=len(batch["pixel_values"]),
         supervised=batch["loss_positions"].numel(),
     )
 
@@ -128,7 +123,7 @@ class TrainingCosts:
             self.per_position * counts.positions
             + self.per_attention_pair * counts.attention_pairs
             + self.per_image * counts.images
-            + self.per_encoded_image * counts.encoded_images
+            + self.per_encoded_image * counts.images
             + self.per_supervised * counts.supervised
         )
 

@@ -153,7 +153,7 @@ def count_recomputed(
     """FLOPs that computing activations again adds: another forward pass of these layers."""
     layers = estimator.most
     language = costs.per_position * counts.positions + costs.per_attention_pair * counts.attention_pairs
-    vision = costs.per_encoded_image * counts.encoded_images
+    vision = costs.per_encoded_image * counts.images
     share = recomputed.vision / layers.vision if layers.vision else 0
     return language.forward * recomputed.language / layers.language + vision.forward * share
 
@@ -188,7 +188,7 @@ def list_data_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
     arguments, outline, mean = plan.arguments, plan.outline, plan.mean
     devices, captions = plan.engine.processes, arguments.global_batch_size
     positions, supervised, images = (
-        mean[name] * plan.accumulation * devices for name in ("positions", "supervised", "encoded_images")
+        mean[name] * plan.accumulation * devices for name in ("positions", "supervised", "images")
     )
     padded = captions * arguments.model_max_length
     split = f"{devices} device(s) x {arguments.device_batch_size} x {plan.accumulation} in turn"

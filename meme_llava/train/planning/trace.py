@@ -104,10 +104,7 @@ def trace_step(model: nn.Module, batch: Mapping, arithmetic: Precision) -> Trace
             # Those of the batches before it, when several make an optimizer step.
             parameter.grad = torch.zeros_like(parameter)
     mode = next(model.parameters()).fake_mode
-    batch = {
-        name: mode.from_tensor(value) if name in ("pixel_values", "vision_features") else value
-        for name, value in batch.items()
-    }
+    batch = {name: mode.from_tensor(value) if name == "pixel_values" else value for name, value in batch.items()}
     head = next(module for name, module in model.named_modules() if name.split(".")[-1] == "lm_head")
     live = _LiveBytes(model)
     peaks: list[int] = []  # before the loss, and in it
