@@ -15,7 +15,6 @@ sys.path.insert(0, str(ROOT))
 from meme_llava.cli import parse_arguments, to_plain  # noqa: E402
 from meme_llava.dataset.check import check_data  # noqa: E402
 from meme_llava.dataset.checked_data import suggest_folder  # noqa: E402
-from meme_llava.dataset.image_cache import ImageCache  # noqa: E402
 from meme_llava.dataset.image_inspection import Inspection  # noqa: E402
 from meme_llava.dataset.quarantine import QUARANTINE, write_quarantine  # noqa: E402
 from meme_llava.dataset.settings import RecordSource  # noqa: E402
@@ -34,7 +33,6 @@ from meme_llava.report.check_summary import (  # noqa: E402
     print_summary,
     write_findings,
 )
-from meme_llava.storage.cache import find_default_cache  # noqa: E402
 from meme_llava.storage.folders import write_directory, write_json  # noqa: E402
 from meme_llava.storage.hashing import hash_file  # noqa: E402
 from meme_llava.storage.run_record import RUN_RECORD, describe_environment  # noqa: E402
@@ -49,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         RecordSource(arguments.annotations, arguments.image_folder),
         arguments,
         Tokenization(processing.encoder, arguments.model_max_length) if processing else None,
-        Inspection(ImageCache(find_default_cache()), workers=arguments.workers, show_progress=show_count),
+        Inspection(workers=arguments.workers, show_progress=show_count),
     )
     lengths = measure_lengths(checked, processing.tokens_per_image) if processing else None
     facts, histograms = list_facts(checked, lengths, arguments), make_histograms(checked, lengths)

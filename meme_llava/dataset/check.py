@@ -10,15 +10,13 @@ from pathlib import Path
 from meme_llava.dataset.checked_data import CheckedData, CheckedRecord, stop_on_bad_records
 from meme_llava.dataset.conversation import CONTROL_TOKENS, IMAGE_PLACEHOLDER
 from meme_llava.dataset.findings import Finding, RecordFault
-from meme_llava.dataset.image_cache import ImageCache, ImageFacts
-from meme_llava.dataset.image_inspection import Inspection, check_image
+from meme_llava.dataset.image_inspection import ImageFacts, Inspection, check_image
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.records import Record, read_records
 from meme_llava.dataset.settings import RecordPolicy, RecordSource
 from meme_llava.dataset.text_quality import find_loop, find_refusal, measure_recall, normalise_text
 from meme_llava.dataset.tokenization import Conversation, Tokenization, TokenizedRecords, tokenize_records
 from meme_llava.errors import UserError
-from meme_llava.storage.cache import find_default_cache
 from meme_llava.terminal import show_count
 
 SMALLEST_RECALL = 0.5  # of the characters known to stand in an image; a caption may quote them in part
@@ -63,13 +61,12 @@ def check_data(
 
 
 def check_records(source: RecordSource, policy: RecordPolicy) -> CheckedData:
-    """Check records without a model, and decode every image that is not known to be sound.
+    """Check records without a model, and decode every image.
 
     Raises:
         UserError: a record or image is bad, or nothing is left.
     """
-    inspection = Inspection(ImageCache(find_default_cache()), show_progress=show_count)
-    checked = check_data(source, policy, inspection=inspection)
+    checked = check_data(source, policy, inspection=Inspection(show_progress=show_count))
     stop_on_bad_records(checked, policy.bad_records)
     return checked
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from meme_llava.dataset.findings import KINDS, Finding, Severities
-from meme_llava.dataset.image_cache import ImageFacts
+from meme_llava.dataset.image_inspection import ImageFacts
 from meme_llava.dataset.records import Record
 from meme_llava.dataset.tokenization import RecordLengths, TokenizedRecords
 from meme_llava.errors import UserError
@@ -77,11 +77,6 @@ class CheckedData:
         """Findings of every kind that was found, in the order of `findings.KINDS`."""
         counts = Counter(finding.kind for finding in self.findings)
         return {kind: counts[kind] for kind in KINDS if counts[kind]}
-
-    @property
-    def undecoded(self) -> int:
-        """Images of which only the header was read."""
-        return sum(not facts.decoded and facts.fault is None for facts in self.facts.values())
 
 
 def stop_on_bad_records(checked: CheckedData, bad_records: str) -> None:

@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 
 from meme_llava.dataset.check import check_data
 from meme_llava.dataset.checked_data import CheckedData, CheckedRecord, stop_on_bad_records
-from meme_llava.dataset.image_cache import ImageCache
 from meme_llava.dataset.image_inspection import Inspection
 from meme_llava.dataset.images import MAX_PIXELS, ImagePolicy
 from meme_llava.dataset.pixels import read_pixels
@@ -20,7 +19,6 @@ from meme_llava.dataset.sampling import BatchShape, PackedLengths, plan_shared_o
 from meme_llava.dataset.settings import RecordPolicy, RecordSource
 from meme_llava.dataset.tokenization import Tokenization, TokenizedRecords
 from meme_llava.errors import UserError
-from meme_llava.storage.cache import find_default_cache
 
 
 class MemeDataset(Dataset):
@@ -114,18 +112,21 @@ class LoadedData:
 
 
 def load_records(
-    source: RecordSource, policy: RecordPolicy, tokens: Tokenization, image_policy: ImagePolicy
+    source: RecordSource,
+    policy: RecordPolicy,
+    tokens: Tokenization,
+    image_policy: ImagePolicy,
+    inspection: Inspection | None = None,
 ) -> LoadedData:
     """Read, check and tokenise every record before anything is trained.
 
-    Images that an earlier check decoded are known from the cache; of the others the header is read, and one that is
-    damaged after it stops the run when it is reached.
+    Args:
+        inspection: how images are looked at; every one is opened whole if it is not given.
 
     Raises:
         UserError: a record is bad and `policy` makes that an error (they are listed), or nothing is left.
     """
-    known = ImageCache(find_default_cache(), read_only=True)
-    checked = check_data(source, policy, tokens, Inspection(known, decode=False))
+    checked = check_data(source, policy, tokens, inspection)
     stop_on_bad_records(checked, policy.bad_records)
     return LoadedData(MemeDataset(checked.usable, checked.usable_tokens, image_policy, policy.max_pixels), checked)
 

@@ -1,17 +1,12 @@
-"""Inspection of image files: many in parallel, each content once.
+"""Inspection of image files, many in parallel. Nothing about records."""
 
-Results are kept by the hash of a file's contents, so a second look at the same files takes seconds. Nothing about
-records.
-"""
-
-import contextlib
 import multiprocessing
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -19,10 +14,9 @@ from typing import TypeVar
 from PIL import Image
 
 from meme_llava.dataset.findings import RecordFault
-from meme_llava.dataset.image_cache import ImageCache, ImageFacts
 from meme_llava.dataset.images import PARSER_ERRORS, list_header_notes, open_header, open_image
 from meme_llava.machine import count_cores
-from meme_llava.storage.hashing import hash_file, try_hash_file
+from meme_llava.storage.hashing import hash_file
 
 SMALLEST_SIDE = 4  # pixels; less is a tracking dot, no image
 LOW_RESOLUTION = 64  # pixels; a line of words needs more
@@ -41,18 +35,31 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
+class ImageFacts:
+    """What the contents of one file are, whatever its name and whatever limits a run has.
+
+    `fault` is (kind of finding, detail) if it cannot be used. `decoded` is False if only the header was read.
+    """
+
+    sha256: str | None
+    format: str | None = None
+    width: int = 0
+    height: int = 0
+    notes: tuple[tuple[str, str], ...] = ()
+    fault: tuple[str, str] | None = None
+    decoded: bool = False
+
+
+@dataclass(frozen=True)
 class Inspection:
     """How image files are looked at.
 
     Args:
-        cache: what earlier looks found.
-        decode: open every image whole, in parallel, unless the cache knows it; else read the header of those that the
-            cache does not know.
+        decode: open every image whole, in parallel; else read its header.
         workers: processes; None takes the CPUs this process may use.
         show_progress: such as `terminal.show_count`.
     """
 
-    cache: ImageCache = field(default_factory=lambda: ImageCache(None))
     decode: bool = True
     workers: int | None = None
     show_progress: Callable | None = None
@@ -61,11 +68,11 @@ class Inspection:
         """What every file is, each looked at once."""
         paths = list(dict.fromkeys(paths))
         if not self.decode:
-            return {path: self.cache.look_up(path) or inspect_image(path, max_pixels, decode=False) for path in paths}
+            return {path: inspect_image(path, max_pixels, decode=False) for path in paths}
         if self.show_progress is None:
-            return inspect_images(paths, max_pixels, self.cache, self.workers)
+            return inspect_images(paths, max_pixels, self.workers)
         with self.show_progress("images", len(paths)) as advance:
-            return inspect_images(paths, max_pixels, self.cache, self.workers, advance)
+            return inspect_images(paths, max_pixels, self.workers, advance)
 
 
 def inspect_image(path: Path, max_pixels: int, decode: bool = True) -> ImageFacts:
@@ -127,41 +134,20 @@ def check_image(path: Path, facts: ImageFacts, max_pixels: int) -> list[tuple[st
 def inspect_images(
     paths: Iterable[Path],
     max_pixels: int,
-    cache: ImageCache,
     workers: int | None = None,
     advance: Callable[[int], object] = lambda count: None,
 ) -> dict[Path, ImageFacts]:
-    """Open and decode every file that the cache does not know, in parallel.
+    """Open and decode every file, in parallel.
 
     Args:
         workers: processes; None takes the CPUs this process may use.
         advance: takes how many files were done.
     """
     found: dict[Path, ImageFacts] = {}
-    workers = workers or count_cores()
-
-    def is_settled(path: Path, facts: ImageFacts | None) -> bool:
-        if facts is None or not (facts.decoded or facts.width * facts.height > max_pixels):
-            return False
+    inspect = partial(inspect_image, max_pixels=max_pixels)
+    for path, facts in _map_in_processes(inspect, list(dict.fromkeys(paths)), workers or count_cores(), _blame):
         found[path] = facts
         advance(1)
-        return True
-
-    unknown = [path for path in dict.fromkeys(paths) if not is_settled(path, cache.look_up(path))]
-    with contextlib.ExitStack() as stack:
-        stack.callback(cache.commit)
-        if cache.holds_contents:
-            # Files that were copied, renamed or touched need no decoding; hashing takes a fraction of the time.
-            hashed = list(_map_in_processes(try_hash_file, unknown, workers, lambda path: None))
-            for path, sha256 in hashed:
-                if is_settled(path, facts := cache.look_up_contents(sha256)):
-                    cache.remember(path, facts)
-            unknown = [path for path in unknown if path not in found]
-        inspect = partial(inspect_image, max_pixels=max_pixels)
-        for path, facts in _map_in_processes(inspect, unknown, workers, _blame):
-            found[path] = facts
-            cache.remember(path, facts)
-            advance(1)
     return found
 
 

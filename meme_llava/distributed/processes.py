@@ -5,12 +5,11 @@ Nothing about what they compute.
 
 import contextlib
 import faulthandler
-import hashlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -108,22 +107,6 @@ def any_process(value: bool) -> bool:
     flag = torch.tensor([int(value)], dtype=torch.int32)
     distributed.all_reduce(flag, distributed.ReduceOp.MAX)
     return bool(flag.item())
-
-
-def check_processes_agree(records: Sequence[str]) -> None:
-    """Raise ProcessError unless all processes train on the same records, given by their places.
-
-    An image that changes or is checked while the processes start can be bad for one and good for another.
-    """
-    digest = hashlib.sha256("\n".join(records).encode()).hexdigest()
-    found = gather((len(records), digest))
-    if len(set(found)) > 1:
-        counts = ", ".join(str(count) for count, _ in found)
-        raise ProcessError(
-            f"the processes found different records to train on ({counts} of them); images changed while they "
-            "started, or this machine's cache of checked images differs from another's. Run data/check.py, then "
-            "start again."
-        )
 
 
 class StopRequest:

@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from meme_llava.cli import describe, parse_arguments
-from meme_llava.dataset.image_cache import ImageCache
 from meme_llava.dataset.image_inspection import inspect_images
 from meme_llava.dataset.images import MAX_PIXELS
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.inference.questions import Question, list_record_questions
-from meme_llava.storage.cache import find_default_cache
 
 MAX_LISTED = 10
 
@@ -33,8 +31,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_images(questions: list[Question], annotations: Path, image_folder: Path) -> None:
-    """Decode every image that is not known to be sound. Raises UserError with those that no model can be shown."""
-    found = inspect_images([question.image for question in questions], MAX_PIXELS, ImageCache(find_default_cache()))
+    """Decode every image. Raises UserError with those that no model can be shown."""
+    found = inspect_images([question.image for question in questions], MAX_PIXELS)
     bad = [f"  {path}: {facts.fault[1]}" for path, facts in found.items() if facts.fault is not None]
     if bad:
         more = f"\n  … and {len(bad) - MAX_LISTED} more" if len(bad) > MAX_LISTED else ""

@@ -4,6 +4,6 @@ import os
 from pathlib import Path
 
 
-def find_default_cache() -> Path:
-    """Where checked images are remembered unless the user says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meme_llava" / "images.sqlite"
+def find_cache() -> Path:
+    """Where fingerprints are remembered unless the user says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meme_llava"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from meme_llava.errors import CheckpointError
 from meme_llava.machine import count_cores
-from meme_llava.storage.cache import find_default_cache
+from meme_llava.storage.cache import find_cache
 from meme_llava.storage.hashing import describe_state, hash_file
 from meme_llava.storage.manifest import MANIFEST
 from meme_llava.storage.run_record import holds_trained_weights, read_trained_record
@@ -31,7 +31,7 @@ def fingerprint_folder(folder: Path) -> str:
         paths = sorted({stored.path for stored in tensors.stored.values()})
         states = {str(path.resolve()): describe_state(path) for path in paths}
         key = hashlib.sha256(json.dumps(states).encode()).hexdigest()
-        remembered = find_default_cache().parent / "fingerprints" / key
+        remembered = find_cache() / "fingerprints" / key
         try:
             return remembered.read_text(encoding="ascii")
         except (OSError, UnicodeDecodeError):

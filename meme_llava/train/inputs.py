@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from meme_llava.dataset.dataset import LoadedData, load_records
+from meme_llava.dataset.image_inspection import Inspection
 from meme_llava.dataset.tokenization import Tokenization
-from meme_llava.distributed.processes import broadcast_from_main, check_processes_agree
+from meme_llava.distributed.processes import broadcast_from_main
 from meme_llava.model.llava import Processing, load_processing
 from meme_llava.train.resume import StartPoint, choose_start
 from meme_llava.train.session import Session
@@ -28,7 +29,6 @@ def load_inputs(arguments: TrainArguments, session: Session) -> RunInputs:
 
     Raises:
         UserError: a tracker cannot be used, a checkpoint is damaged, or a record is bad.
-        ProcessError: the processes found different records.
     """
     heartbeat = session.heartbeat
     broadcast_from_main(lambda: check_trackers(arguments.report_to))
@@ -36,19 +36,23 @@ def load_inputs(arguments: TrainArguments, session: Session) -> RunInputs:
     start = broadcast_from_main(lambda: choose_start(arguments))
     heartbeat.beat()
     processing = load_processing(arguments.model)
-    data = load_training_records(arguments, processing)
+    # One process looks at every image, and all train on what it found.
+    data = broadcast_from_main(lambda: load_training_records(arguments, processing))
     heartbeat.beat()
-    validation = load_validation(arguments, processing)
-    heartbeat.beat()
-    check_processes_agree([checked.record.place for checked in data.checked.usable])
+    validation = broadcast_from_main(lambda: load_validation(arguments, processing))
     return RunInputs(start, processing, data, validation)
 
 
-def load_training_records(arguments: TrainArguments, processing: Processing) -> LoadedData:
+def load_training_records(
+    arguments: TrainArguments, processing: Processing, inspection: Inspection | None = None
+) -> LoadedData:
     """The records that train.
+
+    Args:
+        inspection: how images are looked at; every one is opened whole if it is not given.
 
     Raises:
         UserError: a record is bad or does not fit into model_max_length, or nothing is left.
     """
     tokens = Tokenization(processing.encoder, arguments.model_max_length)
-    return load_records(arguments.source, arguments, tokens, processing.image_policy)
+    return load_records(arguments.source, arguments, tokens, processing.image_policy, inspection)

@@ -7,6 +7,7 @@ import torch
 from transformers import LlavaConfig
 
 from meme_llava.dataset.dataset import TrainingOrder
+from meme_llava.dataset.image_inspection import Inspection
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.distributed.engines import check_muon_runs, choose_engine
 from meme_llava.distributed.environment import count_processes
@@ -32,7 +33,7 @@ def look_at_run(arguments: TrainArguments) -> None:
     engine = choose_engine(arguments.engine, processes, arguments.plan or torch.cuda.is_available())
     check_muon_runs(engine, arguments.muon_lr)
     processing = load_processing(arguments.model)
-    data = load_training_records(arguments, processing)
+    data = load_training_records(arguments, processing, Inspection(decode=False))
     run = plan_run(arguments, engine, processes, RunInputs(StartPoint(), processing, data))
     collator, order = make_collator(arguments, processing), make_order(run, data)
     if arguments.show_batch:

@@ -1,7 +1,5 @@
 """What would stop train.py, found without a model; run.sh asks before it builds one.
 
-Every image is decoded here, and remembered, so train.py need not.
-
 python -m meme_llava.train.precheck <the flags of train.py>
 """
 

@@ -196,5 +196,3 @@ def print_left_out(output_dir: Path, data: LoadedData) -> None:
     print_findings(data.checked)
     if path := write_quarantine(output_dir, data.checked):
         print(f"{len(data.checked.bad)} bad records are left out; they are listed in {path}")
-    if data.checked.undecoded:
-        print(f"{data.checked.undecoded} images were never decoded whole; data/check.py does that before a run")

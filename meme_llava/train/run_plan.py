@@ -118,7 +118,6 @@ def describe_data(arguments: TrainArguments, data: LoadedData) -> dict:
         "records": len(dataset),
         "bad_records": len(data.checked.bad),
         "findings": data.checked.counts,
-        "undecoded_images": data.checked.undecoded,
         "cut_records": data.cut_records,
         "images": len(dataset.image_paths),
         "images_in_records": int(dataset.image_counts.sum()),

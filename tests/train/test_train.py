@@ -15,14 +15,11 @@ from safetensors.torch import load_file
 
 import train
 from meme_llava.dataset.conversation import Turn
-from meme_llava.dataset.image_cache import ImageCache
-from meme_llava.dataset.image_inspection import inspect_images
 from meme_llava.dataset.images import open_image
 from meme_llava.dataset.pixels import to_pixel_values
 from meme_llava.model import trainable
 from meme_llava.model.llava import load_llava, load_processing
 from meme_llava.model.packed_llava import load_packed_llava
-from meme_llava.storage.cache import find_default_cache
 from meme_llava.train import device, loop, precheck, prepared_run
 from meme_llava.train.settings import parse_train_arguments
 
@@ -319,33 +316,6 @@ def test_the_log_says_how_fast_it_went_and_what_it_waited_for(world, tmp_path):
         assert "mfu" not in entry  # a CPU has no datasheet
 
 
-# Each process has a cache of its own, as on two machines; only one knows that an image is damaged.
-WITH_OWN_CACHE = """
-import os, runpy, sys
-os.environ["XDG_CACHE_HOME"] = os.path.join(sys.argv[1], os.environ["RANK"])
-sys.argv = sys.argv[2:]
-sys.path.insert(0, ".")
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.mark.long
-def test_processes_that_know_of_different_damage_stop_before_they_train(world, tmp_path, monkeypatch):
-    images = tmp_path / "images"
-    shutil.copytree(world.image_folder, images)
-    Image.effect_noise((200, 200), 90).save(images / "p5.png")
-    (images / "p5.png").write_bytes((images / "p5.png").read_bytes()[:-5000])
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "1"))
-    inspect_images([images / "p5.png"], 50_000_000, ImageCache(find_default_cache()))
-    launcher = tmp_path / "with_own_cache.py"
-    launcher.write_text(WITH_OWN_CACHE)
-    flags = train_flags(world, tmp_path / "out", image_folder=images, bad_records="quarantine", device_batch_size=1)
-    result = run_with_torchrun([str(launcher), str(tmp_path), "train.py", *flags])
-    assert result.returncode != 0
-    assert "the processes found different records to train on (8, 7 of them)" in result.stderr
-    assert not (tmp_path / "out").exists()
-
-
 def test_resumed_run_equals_the_uninterrupted_one(world, tmp_path):
     """Dropout on, accumulation, across a pass over the records: losses and weights are the same bits."""
     changes = {"max_steps": 6, "save_steps": 3, "global_batch_size": 4, "device_batch_size": 2, "lora_dropout": 0.1}
@@ -519,8 +489,7 @@ def test_kinds_are_allowed_and_refused_by_flags(world, tmp_path, capsys):
 def test_after_the_precheck_a_damaged_image_stops_the_run_before_the_model_is_loaded(
     world, tmp_path, monkeypatch, capsys
 ):
-    """Behind its header the image is damaged: the precheck decodes it, and training knows of it from there."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    """Behind its header the image is damaged; precheck and training both decode it."""
     images = tmp_path / "images"
     shutil.copytree(world.image_folder, images)
     Image.effect_noise((200, 200), 90).save(images / "p5.png")
@@ -546,13 +515,17 @@ def test_after_the_precheck_a_damaged_image_stops_the_run_before_the_model_is_lo
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_breaks_during_training_names_its_record(world, tmp_path, capsys, workers):
-    """Its header is sound, so the check before training passes; the run stops with one line, no traceback."""
+def test_an_image_that_breaks_during_training_names_its_record(world, tmp_path, capsys, monkeypatch, workers):
+    """It was sound when it was checked; the run stops with one line, no traceback."""
     images = tmp_path / "images"
     shutil.copytree(world.image_folder, images)
-    noise = Image.effect_noise((200, 200), 90)
-    noise.save(images / "p5.png")
-    (images / "p5.png").write_bytes((images / "p5.png").read_bytes()[:-5000])
+    Image.effect_noise((200, 200), 90).save(images / "p5.png")
+
+    def damage_and_train(self, train=loop.TrainingLoop.train):
+        (images / "p5.png").write_bytes((images / "p5.png").read_bytes()[:-5000])
+        return train(self)
+
+    monkeypatch.setattr(loop.TrainingLoop, "train", damage_and_train)
     error = fail(capsys, train_flags(world, tmp_path / "out", image_folder=images, dataloader_workers=workers))
     line = next(line for line in error.splitlines() if line.startswith("error: "))
     assert line.startswith("error: annotations.json record 5 (id 'r5'): ") and "the image is damaged" in line
