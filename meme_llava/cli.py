@@ -18,15 +18,16 @@ from meme_llava.errors import UserError
 Arguments = TypeVar("Arguments")
 
 
-def describe(text: str, *, free: bool = False, **metadata) -> dict:
+def describe(text: str, *, free: bool = False, public: bool = True, **metadata) -> dict:
     """Field metadata for a help text.
 
     Args:
+        public: --help and the documents list it.
         free: the setting changes neither which records a step trains on nor its update, only how it is computed and
             shown; a run continues, and a finished one is the same, with another value.
         metadata: options for argparse.
     """
-    return {"help": text, "free": free, **metadata}
+    return {"help": text if public else argparse.SUPPRESS, "free": free, **metadata}
 
 
 def list_free_settings(arguments_class: type) -> frozenset[str]:

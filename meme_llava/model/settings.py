@@ -46,13 +46,8 @@ class LearningRates:
 
     high_lr: float = field(metadata=describe("peak learning rate of the multi_modal_projector"))
     low_lr: float = field(metadata=describe("peak learning rate of everything else that learns"))
-    muon_lr: float | None = field(
-        default=None,
-        metadata=describe(
-            "peak learning rate of Muon, which then updates the matrices of the vision tower's layers; else AdamW, "
-            "at low_lr"
-        ),
-    )
+    # Only the makers of the embedded towers set it: for a vision tower that learns in full, from random weights.
+    muon_lr: float | None = field(default=None, metadata=describe("peak learning rate of Muon", public=False))
     weight_decay: float = field(default=0.0, metadata=describe("decay of matrices; never of biases and norms"))
 
     def __post_init__(self) -> None:
