@@ -242,13 +242,13 @@ def fresh_accelerator(request, monkeypatch):
     if "world" in request.fixturenames:
         from accelerate.state import AcceleratorState
 
-        from meme_llava.train import prepared_run
+        from meme_llava.train import loop
 
-        def make_accelerator(*arguments, make=prepared_run.make_accelerator):
+        def make_accelerator(*arguments, make=loop.make_accelerator):
             AcceleratorState._reset_state(reset_partial_state=True)
             return make(*arguments)
 
-        monkeypatch.setattr(prepared_run, "make_accelerator", make_accelerator)
+        monkeypatch.setattr(loop, "make_accelerator", make_accelerator)
 
 
 @pytest.fixture(autouse=True)

@@ -54,18 +54,13 @@ class StepShape:
 
 
 def make_accelerator(engine: Engine, shape: StepShape) -> Accelerator:
-    """What prepares model and optimizer for the engine.
+    """What prepares model and optimizer for the engine. Made after the model: transformers would load one in pieces
+    for ZeRO-3, and ours are loaded whole.
 
     Raises:
-        UserError: one process sees several GPUs, or the engine's file leaves open what nothing here says.
         ProcessError: the libraries see another number of processes than the launcher started.
     """
     on_gpu = torch.cuda.is_available()
-    if torch.cuda.device_count() > 1 and count_processes() == 1:
-        raise UserError(
-            f"one process sees {torch.cuda.device_count()} GPUs; start one process a GPU, as run.sh does, or choose "
-            "one with CUDA_VISIBLE_DEVICES=0"
-        )
     prepare_environment(engine, on_gpu)
     if on_gpu:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = shape.uses_tf32
@@ -91,7 +86,11 @@ def make_accelerator(engine: Engine, shape: StepShape) -> Accelerator:
 
 
 def fill_config(engine: Engine, shape: StepShape) -> dict:
-    """A DeepSpeed file with the run's own values in the places of "auto"."""
+    """A DeepSpeed file with the run's own values in the places of "auto".
+
+    Raises:
+        UserError: nothing here says what another "auto" is.
+    """
     width = shape.hidden_size
     values = {
         "train_micro_batch_size_per_gpu": shape.device_batch_size,

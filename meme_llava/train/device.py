@@ -6,6 +6,7 @@ import shutil
 
 import torch
 
+from meme_llava.distributed.environment import count_processes
 from meme_llava.errors import UserError
 from meme_llava.model.attention_choice import choose_attention
 from meme_llava.model.devices import gpu_multiplies_bf16, multiplies_bf16
@@ -60,6 +61,21 @@ def check_device(arguments: TrainArguments) -> None:
     choose_attention(arguments.attention, device, choose_bf16(arguments))
     if arguments.torch_compile:
         check_compiler(device)
+
+
+def check_no_gpu_idles() -> None:
+    """Raise UserError where one process trains and sees several GPUs."""
+    if torch.cuda.device_count() > 1 and count_processes() == 1:
+        raise UserError(
+            f"one process sees {torch.cuda.device_count()} GPUs; start one process a GPU, as run.sh does, or choose "
+            "one with CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def find_device() -> torch.device:
+    """The device of this process."""
+    on_gpu = torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def count_workers(arguments: TrainArguments, device: torch.device) -> int:

@@ -11,7 +11,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
-from meme_llava.distributed.engine_setup import check_engine_runs
+from meme_llava.distributed.engine_setup import check_engine_runs, make_accelerator
 from meme_llava.distributed.engines import DEEPSPEED, FSDP
 from meme_llava.distributed.environment import find_rank, is_main_process
 from meme_llava.distributed.processes import WorkerStart
@@ -48,8 +48,8 @@ class TrainingLoop:
     def __init__(self, run: PreparedRun, session: Session, trackers: TrackerRuns):
         plan, arguments, data = run.plan, run.plan.arguments, run.inputs.data
         self._run, self._plan, self._arguments, self._engine = run, plan, arguments, plan.engine
-        self._accelerator, self._heartbeat, self._trackers = run.accelerator, session.heartbeat, trackers
-        self._device = run.accelerator.device
+        self._accelerator = make_accelerator(plan.engine, run.step_shape)
+        self._heartbeat, self._trackers, self._device = session.heartbeat, trackers, self._accelerator.device
         self._content = CheckpointContent(run.write_sidecars, plan.make_manifest_metadata, arguments.save_total_limit)
         self._check = FiniteCheck()
         self._guard = StepGuard(self._check, session.request)
@@ -79,7 +79,7 @@ class TrainingLoop:
         # Only its formula is used, so that the rates follow from the step alone.
         self._schedule = get_scheduler(self._arguments.lr_scheduler_type, optimizer, plan.warmup_steps, plan.steps)
         weights = None
-        if plan.start.checkpoint is not None and self._engine.kind == DEEPSPEED and run.uses_bf16:
+        if plan.start.checkpoint is not None and self._engine.kind == DEEPSPEED and run.step_shape.uses_bf16:
             # The checkpoint's are in the model already; DeepSpeed in bf16 rounds what it is given.
             weights = {
                 name: parameter.detach().clone()

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 from transformers import LlavaConfig
 
@@ -15,7 +14,8 @@ from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import LoadedData, TrainingOrder
 from meme_llava.dataset.quarantine import write_quarantine
 from meme_llava.dataset.sampling import BatchShape
-from meme_llava.distributed.engine_setup import StepShape, make_accelerator
+from meme_llava.distributed.engine_setup import StepShape, fill_config
+from meme_llava.distributed.engines import DEEPSPEED
 from meme_llava.distributed.environment import is_main_process
 from meme_llava.distributed.heartbeat import Heartbeat
 from meme_llava.model.activation_checkpointing import recompute_layers
@@ -32,7 +32,7 @@ from meme_llava.storage.folders import write_json
 from meme_llava.storage.run_record import RUN_RECORD
 from meme_llava.terminal import print_table
 from meme_llava.train.computation import Computation, plan_computation
-from meme_llava.train.device import choose_bf16
+from meme_llava.train.device import choose_bf16, find_device
 from meme_llava.train.inputs import RunInputs
 from meme_llava.train.run_plan import RunPlan
 from meme_llava.train.settings import TrainArguments
@@ -56,8 +56,7 @@ class PreparedRun:
     order: TrainingOrder
     collator: PackingCollator
     computation: Computation
-    accelerator: Accelerator
-    uses_bf16: bool
+    step_shape: StepShape
 
     def to_record(self, step: int) -> dict:
         """The run record at an optimizer step."""
@@ -72,23 +71,24 @@ def prepare_run(plan: RunPlan, inputs: RunInputs, heartbeat: Heartbeat) -> Prepa
     """Load the model as it is at the start point, with what is trainable, and print what the run is."""
     arguments, processing, data = plan.arguments, inputs.processing, inputs.data
     collator, order = make_collator(arguments, processing), make_order(plan, data)
-    uses_bf16 = choose_bf16(arguments)
-    accelerator = make_accelerator(plan.engine, describe_step(plan, uses_bf16))
+    step_shape = describe_step(plan)
+    if plan.engine.kind == DEEPSPEED:
+        fill_config(plan.engine, step_shape)  # raises where the file leaves something open
     largest_batch = collator(order.fetch_largest_batch())
     computation = plan_computation(
-        arguments, processing.image_policy, largest_batch, accelerator.device, uses_bf16, plan.processes
+        arguments, processing.image_policy, largest_batch, find_device(), step_shape.uses_bf16, plan.processes
     )
     heartbeat.beat()
-    model = prepare_model(plan, processing, computation, uses_bf16)
+    model = prepare_model(plan, processing, computation, step_shape.uses_bf16)
     groups = plan_parameter_groups(model, arguments)
-    run = PreparedRun(plan, inputs, model, groups, order, collator, computation, accelerator, uses_bf16)
+    run = PreparedRun(plan, inputs, model, groups, order, collator, computation, step_shape)
     if is_main_process():
         print_run(run)
         print_left_out(arguments.output_dir, data)
     return run
 
 
-def describe_step(plan: RunPlan, uses_bf16: bool) -> StepShape:
+def describe_step(plan: RunPlan) -> StepShape:
     """What the engine must know of a step."""
     arguments = plan.arguments
     config = LlavaConfig.from_pretrained(arguments.model, local_files_only=True)
@@ -96,7 +96,7 @@ def describe_step(plan: RunPlan, uses_bf16: bool) -> StepShape:
         arguments.device_batch_size,
         plan.accumulation,
         arguments.max_grad_norm,
-        uses_bf16,
+        choose_bf16(arguments),
         arguments.precision == "tf32",
         config.text_config.hidden_size,
     )

@@ -10,7 +10,7 @@ from meme_llava.distributed.engines import Engine, check_muon_runs, choose_engin
 from meme_llava.distributed.environment import count_processes
 from meme_llava.distributed.heartbeat import Heartbeat
 from meme_llava.distributed.processes import StopRequest, handle_stop_signals, leave_process_group, start_process_group
-from meme_llava.train.device import check_device
+from meme_llava.train.device import check_device, check_no_gpu_idles
 from meme_llava.train.schedule import derive_accumulation
 from meme_llava.train.settings import TrainArguments
 
@@ -41,6 +41,7 @@ def join_processes(arguments: TrainArguments) -> Iterator[Session]:
     check_muon_runs(engine, arguments.muon_lr)
     derive_accumulation(arguments, processes)  # raises where the batches do not divide
     check_device(arguments)
+    check_no_gpu_idles()
     heartbeat = Heartbeat(arguments.hang_timeout)
     with handle_stop_signals() as request, heartbeat:
         start_process_group(heartbeat.patience, engine.needs_process_group)
