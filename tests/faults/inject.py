@@ -198,23 +198,22 @@ def kill_worker(step: int) -> None:
 
 def damage_image(step: int) -> None:
     """Images that were sound at the start are cut off when training comes to them."""
-    original = inputs.load_records
+    original, running = TrainingLoop.train, [0]
+    before_step(0, lambda loop: running.__setitem__(0, loop.step + 1), every=True)
 
-    def load_records(*arguments):
-        data = original(*arguments)
-        read = data.dataset.read_image
-        loop_step = [0]
-        before_step(0, lambda loop: loop_step.__setitem__(0, loop.step + 1), every=True)
+    def train(self):
+        dataset = self._run.inputs.data.dataset
+        read = dataset.read_image
 
         def read_image(path):
-            if loop_step[0] >= step - 1:
+            if running[0] >= step - 1:
                 raise ValueError(f"{path}: the image is damaged")
             return read(path)
 
-        data.dataset.read_image = read_image
-        return data
+        dataset.read_image = read_image
+        return original(self)
 
-    inputs.load_records = load_records
+    TrainingLoop.train = train
 
 
 def compute_in_bf16() -> None:
@@ -224,8 +223,7 @@ def compute_in_bf16() -> None:
 
 def hang_before_start() -> None:
     """This process gets stuck before the first step."""
-    original = inputs.load_records
-    inputs.load_records = lambda *arguments: time.sleep(100_000) or original(*arguments)
+    inputs.load_processing = lambda *arguments: time.sleep(100_000)
 
 
 def main() -> None:
