@@ -9,7 +9,6 @@ import contextlib
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from meme_llava.distributed.environment import is_main_process
@@ -27,21 +26,6 @@ CORRUPT_SUFFIX = ".passed_over"
 SIDECAR_BYTES = 50_000_000
 # Worker processes of a killed run live on for a few seconds, and its lock with them.
 LOCK_PATIENCE_SECONDS = 15
-
-
-@dataclass(frozen=True)
-class CheckpointContent:
-    """What a checkpoint says of its run.
-
-    Args:
-        write_sidecars: writes processor and run record of a step into a folder.
-        make_manifest_metadata: what its manifest says of a step besides the files.
-        keep: how many checkpoints stay.
-    """
-
-    write_sidecars: Callable[[Path, int], None]
-    make_manifest_metadata: Callable[[int], Mapping]
-    keep: int
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

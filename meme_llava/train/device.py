@@ -12,8 +12,6 @@ from meme_llava.model.attention_choice import choose_attention
 from meme_llava.model.devices import gpu_multiplies_bf16, multiplies_bf16
 from meme_llava.train.settings import TrainArguments
 
-WORKERS_PER_GPU = 2
-
 
 def choose_bf16(arguments: TrainArguments) -> bool:
     """Whether steps compute in bf16 here. Raises UserError for a precision that this machine does not have."""
@@ -76,11 +74,3 @@ def find_device() -> torch.device:
     """The device of this process."""
     on_gpu = torch.cuda.is_available()
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-
-
-def count_workers(arguments: TrainArguments, device: torch.device) -> int:
-    """Processes of a device that decode images."""
-    if arguments.dataloader_workers is not None:
-        return arguments.dataloader_workers
-    # On a CPU the step itself keeps all cores busy; workers beside it were measured to cost 5 %.
-    return WORKERS_PER_GPU if device.type == "cuda" else 0

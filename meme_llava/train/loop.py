@@ -2,38 +2,35 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from meme_llava.distributed.engine_setup import check_engine_runs, make_accelerator
 from meme_llava.distributed.engines import DEEPSPEED, FSDP
 from meme_llava.distributed.environment import find_rank, is_main_process
-from meme_llava.distributed.processes import WorkerStart
 from meme_llava.errors import NonFiniteError
-from meme_llava.model.trainable import ParameterGroup, save_trained_weights
+from meme_llava.model.trainable import save_trained_weights
 from meme_llava.storage.manifest import read_manifest
 from meme_llava.storage.run_record import RATE_PREFIX
 from meme_llava.storage.training_log import read_training_log, write_training_log
-from meme_llava.train.checkpoints import CheckpointContent, write_checkpoint
-from meme_llava.train.device import count_workers
+from meme_llava.train.checkpoints import write_checkpoint
 from meme_llava.train.evaluation import LOSS, EvaluationInterrupted, TrainingEvaluation
-from meme_llava.train.muon import MuonWithAdamW
+from meme_llava.train.loader import make_loader
+from meme_llava.train.optimizer import make_optimizer
 from meme_llava.train.optimizer_state import OPTIMIZER_PREFIX, TrainingState
 from meme_llava.train.planning.flops import TrainingCosts
 from meme_llava.train.prepared_run import PreparedRun
 from meme_llava.train.progress import ProgressBar
 from meme_llava.train.session import Session
 from meme_llava.train.step_guard import FiniteCheck, FirstGradientCheck, StepGuard
-from meme_llava.train.throughput import RECORD_IDS, CountingCollator, ThroughputMeter, find_own_accelerator
+from meme_llava.train.throughput import RECORD_IDS, ThroughputMeter, find_own_accelerator
 from meme_llava.train.tracker_runs import TrackerRuns
 
-PREFETCHED_BATCHES = 4  # device batches that each worker process holds ready
 # Launchers and schedulers end a process 30 seconds after they asked it to stop.
 LONG_SAVE_SECONDS = 20
 
@@ -50,7 +47,6 @@ class TrainingLoop:
         self._run, self._plan, self._arguments, self._engine = run, plan, arguments, plan.engine
         self._accelerator = make_accelerator(plan.engine, run.step_shape)
         self._heartbeat, self._trackers, self._device = session.heartbeat, trackers, self._accelerator.device
-        self._content = CheckpointContent(run.write_sidecars, plan.make_manifest_metadata, arguments.save_total_limit)
         self._check = FiniteCheck()
         self._guard = StepGuard(self._check, session.request)
         self._request = session.request
@@ -100,8 +96,10 @@ class TrainingLoop:
     def train(self) -> str | None:
         """Train to the last step. Returns the signal that ended it before, if one did."""
         self._request.is_deferred = self._heartbeat.trains = True
-        batches = iter(self._make_loader())
-        self._watch_first_gradients()
+        batches = iter(make_loader(self._run, self._device))
+        self._first_gradients = FirstGradientCheck(
+            (name for group in self._run.groups for name in group.names), self._model
+        )
         try:
             if self._evaluation is not None and self._lacks_evaluation():
                 self._evaluate()
@@ -131,23 +129,6 @@ class TrainingLoop:
             self._losses.append(sum(losses))
         self._engine_optimizer.zero_grad()
         self.step += 1
-
-    def _make_loader(self) -> DataLoader:
-        """This process's device batches that are to come; each process takes its own in turn."""
-        size, processes = self._arguments.device_batch_size, self._plan.processes
-        order, rounds = self._run.order, self._plan.accumulation * processes
-        numbers = range(self.step * rounds + find_rank(), len(order) // size, processes)
-        workers = count_workers(self._arguments, self._device)
-        return DataLoader(
-            order,
-            batch_sampler=[range(number * size, (number + 1) * size) for number in numbers],
-            collate_fn=CountingCollator(self._run.collator),
-            num_workers=workers,
-            prefetch_factor=PREFETCHED_BATCHES if workers else None,
-            pin_memory=self._device.type == "cuda",
-            # A scheduler's SIGTERM reaches every process of a job; the workers must live until the state is saved.
-            worker_init_fn=WorkerStart(),
-        )
 
     def _fetch(self, batches: Iterator[dict]) -> tuple[list[dict], torch.Tensor]:
         """The step's device batches of this process, and the loss weight of all of the step, over all processes."""
@@ -188,10 +169,6 @@ class TrainingLoop:
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         self._check.gradients_are_finite = bool(np.isfinite(norm))
         return norm
-
-    def _watch_first_gradients(self) -> None:
-        names = {name for group in self._run.groups for name in group.names}
-        self._first_gradients = FirstGradientCheck(names, self._model)
 
     def _finish_step(self) -> None:
         """What follows a step: checks, the log line, evaluation, a checkpoint."""
@@ -270,8 +247,8 @@ class TrainingLoop:
             step,
             state.nbytes,
             lambda folder: self._write_files(folder, state),
-            lambda: {**self._content.make_manifest_metadata(step), "updates": updates},
-            self._content.keep,
+            lambda: {**self._plan.make_manifest_metadata(step), "updates": updates},
+            self._arguments.save_total_limit,
         )
         seconds = time.monotonic() - start
         if seconds > LONG_SAVE_SECONDS and is_main_process():
@@ -295,20 +272,9 @@ class TrainingLoop:
                 "is sound. Lower --low_lr and --high_lr."
             )
         save_trained_weights(self._model, folder, weights)
-        self._content.write_sidecars(folder, self.step)
+        self._run.write_sidecars(folder, self.step)
         write_training_log(folder, self.step, self._log_history)
         return [*written, *(path for path in folder.iterdir() if not path.name.startswith(OPTIMIZER_PREFIX))]
 
     def _make_state(self) -> TrainingState:
         return TrainingState(self._engine, self._run.groups, self._engine_optimizer.optimizer)
-
-
-def make_optimizer(groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
-    """AdamW with each group's rate and decay; Muon beside it where a group uses it."""
-    if any(group.uses_muon for group in groups):
-        return MuonWithAdamW(groups)
-    options = [
-        {"params": list(group.parameters), "lr": group.learning_rate, "weight_decay": group.weight_decay}
-        for group in groups
-    ]
-    return torch.optim.AdamW(options, fused=True)

@@ -569,7 +569,7 @@ def test_a_tensor_without_gradient_stops_the_run(world, tmp_path, monkeypatch, c
 def test_the_optimizer_is_fused_and_workers_fetch_ahead(world, tmp_path, monkeypatch):
     optimizers, loaders = [], []
     monkeypatch.setattr(loop, "make_optimizer", lambda *a, make=loop.make_optimizer: keep(optimizers, make(*a)))
-    monkeypatch.setattr(loop, "DataLoader", lambda *a, make=loop.DataLoader, **k: keep(loaders, make(*a, **k)))
+    monkeypatch.setattr(loop, "make_loader", lambda *a, make=loop.make_loader: keep(loaders, make(*a)))
     train.main(train_flags(world, tmp_path / "out", max_steps=1, dataloader_workers=1))
     assert type(optimizers[0]) is torch.optim.AdamW and optimizers[0].defaults["fused"]
     assert (loaders[0].num_workers, loaders[0].prefetch_factor) == (1, 4)

@@ -1,4 +1,4 @@
-"""torch's Muon and AdamW behind one optimizer, sharing a model's parameters."""
+"""The optimizer of a run: torch's AdamW, and its Muon beside it where a group asks for that."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,17 @@ import torch
 from meme_llava.model.trainable import ParameterGroup
 
 MOMENTUM_BUFFER = "momentum_buffer"  # torch.optim.Muon's name for its only moment
+
+
+def make_optimizer(groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
+    """AdamW with each group's rate and decay; Muon beside it where a group uses it."""
+    if any(group.uses_muon for group in groups):
+        return MuonWithAdamW(groups)
+    options = [
+        {"params": list(group.parameters), "lr": group.learning_rate, "weight_decay": group.weight_decay}
+        for group in groups
+    ]
+    return torch.optim.AdamW(options, fused=True)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
