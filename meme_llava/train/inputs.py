@@ -36,6 +36,8 @@ def load_inputs(arguments: TrainArguments, session: Session) -> RunInputs:
     start = broadcast_from_main(lambda: choose_start(arguments))
     heartbeat.beat()
     processing = load_processing(arguments.model)
+    # Before waiting for the others: of several that end for want of a beat, the stuck one is the first.
+    heartbeat.beat()
     # One process looks at every image, and all train on what it found.
     data = broadcast_from_main(lambda: load_training_records(arguments, processing))
     heartbeat.beat()
