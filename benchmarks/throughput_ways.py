@@ -157,7 +157,7 @@ class _Collator:
             "labels": labels,
             "attention_mask": attention_mask,
             "pixel_values": pixel_values,
-            "counts": StepCounts(positions, pairs, images, images, positions),
+            "counts": StepCounts(positions, pairs, images, positions),
         }
 
 
