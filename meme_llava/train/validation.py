@@ -11,9 +11,9 @@ from typing import TypeVar
 from meme_llava.dataset.check import check_records
 from meme_llava.dataset.checked_data import CheckedData, CheckedRecord
 from meme_llava.dataset.dataset import MemeDataset, load_records
+from meme_llava.dataset.image_inspection import Inspection
 from meme_llava.dataset.tokenization import Tokenization
 from meme_llava.distributed.environment import count_processes, find_rank
-from meme_llava.distributed.processes import broadcast_from_main
 from meme_llava.errors import UserError
 from meme_llava.inference.questions import Question, find_question
 from meme_llava.model.llava import Processing
@@ -56,16 +56,17 @@ def check_validation(arguments: TrainArguments) -> None:
 
 
 def load_validation(arguments: TrainArguments, processing: Processing) -> ValidationData | None:
-    """The validation records, checked; None where nothing is evaluated while training. All processes call it together.
+    """The validation records, checked; None where nothing is evaluated while training.
 
     Raises:
         UserError: a record does not fit into model_max_length, or another reason of `check_validation`.
     """
     if arguments.eval_every is None:
         return None
-    broadcast_from_main(lambda: check_validation(arguments))
+    check_validation(arguments)
     tokens = Tokenization(processing.encoder, arguments.model_max_length)
-    loaded = load_records(arguments.eval_source, arguments, tokens, processing.image_policy)
+    # The check has just decoded all images.
+    loaded = load_records(arguments.eval_source, arguments, tokens, processing.image_policy, Inspection(decode=False))
     questions = _list_questions(arguments, loaded.checked)
     records = len(_take_first(arguments, loaded.checked))
     return ValidationData(
