@@ -242,13 +242,13 @@ def fresh_accelerator(request, monkeypatch):
     if "world" in request.fixturenames:
         from accelerate.state import AcceleratorState
 
-        from meme_llava.train import loop
+        from meme_llava.train import prepared_run
 
-        def make_accelerator(*arguments, make=loop.make_accelerator):
+        def choose_device(engine, choose=prepared_run.choose_device):
             AcceleratorState._reset_state(reset_partial_state=True)
-            return make(*arguments)
+            return choose(engine)
 
-        monkeypatch.setattr(loop, "make_accelerator", make_accelerator)
+        monkeypatch.setattr(prepared_run, "choose_device", choose_device)
 
 
 @pytest.fixture(autouse=True)

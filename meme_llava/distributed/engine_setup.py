@@ -53,6 +53,17 @@ class StepShape:
     hidden_size: int
 
 
+def choose_device(engine: Engine) -> torch.device:
+    """The device of this process, which accelerate takes from here on.
+
+    Before anything else asks accelerate: on a CPU a tracker would find one process where there are several, and an
+    Accelerator that is told of the CPU itself takes no DeepSpeed.
+    """
+    on_gpu = torch.cuda.is_available()
+    prepare_environment(engine, on_gpu)
+    return PartialState(cpu=not on_gpu).device
+
+
 def make_accelerator(engine: Engine, shape: StepShape) -> Accelerator:
     """What prepares model and optimizer for the engine. Made after the model: transformers would load one in pieces
     for ZeRO-3, and ours are loaded whole.
@@ -61,11 +72,8 @@ def make_accelerator(engine: Engine, shape: StepShape) -> Accelerator:
         ProcessError: the libraries see another number of processes than the launcher started.
     """
     on_gpu = torch.cuda.is_available()
-    prepare_environment(engine, on_gpu)
     if on_gpu:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = shape.uses_tf32
-    # It chooses the device; an Accelerator that is told of a CPU itself takes no DeepSpeed.
-    PartialState(cpu=not on_gpu)
     plugins = {}
     if engine.kind == DEEPSPEED:
         plugins["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=fill_config(engine, shape), zero3_init_flag=False)

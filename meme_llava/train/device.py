@@ -68,9 +68,3 @@ def check_no_gpu_idles() -> None:
             f"one process sees {torch.cuda.device_count()} GPUs; start one process a GPU, as run.sh does, or choose "
             "one with CUDA_VISIBLE_DEVICES=0"
         )
-
-
-def find_device() -> torch.device:
-    """The device of this process."""
-    on_gpu = torch.cuda.is_available()
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

@@ -14,7 +14,7 @@ from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import LoadedData, TrainingOrder
 from meme_llava.dataset.quarantine import write_quarantine
 from meme_llava.dataset.sampling import BatchShape
-from meme_llava.distributed.engine_setup import StepShape, fill_config
+from meme_llava.distributed.engine_setup import StepShape, choose_device, fill_config
 from meme_llava.distributed.engines import DEEPSPEED
 from meme_llava.distributed.environment import is_main_process
 from meme_llava.distributed.heartbeat import Heartbeat
@@ -32,7 +32,7 @@ from meme_llava.storage.folders import write_json
 from meme_llava.storage.run_record import RUN_RECORD
 from meme_llava.terminal import print_table
 from meme_llava.train.computation import Computation, plan_computation
-from meme_llava.train.device import choose_bf16, find_device
+from meme_llava.train.device import choose_bf16
 from meme_llava.train.inputs import RunInputs
 from meme_llava.train.run_plan import RunPlan
 from meme_llava.train.settings import TrainArguments
@@ -71,12 +71,13 @@ def prepare_run(plan: RunPlan, inputs: RunInputs, heartbeat: Heartbeat) -> Prepa
     """Load the model as it is at the start point, with what is trainable, and print what the run is."""
     arguments, processing, data = plan.arguments, inputs.processing, inputs.data
     collator, order = make_collator(arguments, processing), make_order(plan, data)
+    device = choose_device(plan.engine)
     step_shape = describe_step(plan)
     if plan.engine.kind == DEEPSPEED:
         fill_config(plan.engine, step_shape)  # raises where the file leaves something open
     largest_batch = collator(order.fetch_largest_batch())
     computation = plan_computation(
-        arguments, processing.image_policy, largest_batch, find_device(), step_shape.uses_bf16, plan.processes
+        arguments, processing.image_policy, largest_batch, device, step_shape.uses_bf16, plan.processes
     )
     heartbeat.beat()
     model = prepare_model(plan, processing, computation, step_shape.uses_bf16)

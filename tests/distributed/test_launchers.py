@@ -60,7 +60,7 @@ def test_other_launchers_train_the_same(world, losses, tmp_path, launcher, engin
 
 def test_srun_trains_the_same(world, losses, tmp_path):
     """Without a Slurm here: two processes with the variables that srun sets (srun(1), OUTPUT ENVIRONMENT VARIABLES)."""
-    flags = train_flags(world, tmp_path / "out", engine="ddp", **CHANGES)
+    flags = train_flags(world, tmp_path / "out", engine="ddp", report_to="tensorboard", **CHANGES)
     slurm = {
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_STEP_ID": "0",
