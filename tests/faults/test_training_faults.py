@@ -72,7 +72,7 @@ FAULTS = [
     Fault("the only process hangs", [{"kind": "hang", "step": 3}], 1, r"Timeout \(0:00:04\)!\n[\s\S]*inject.py", [2], 1,
           "single", {"hang_timeout": 4}),
     Fault("a process hangs before the first step", [{"kind": "hang_before_start", "rank": 1}], 1,
-          "process 1 made no progress for --hang_timeout seconds", [], changes={"hang_timeout": 4}),
+          "process [01] made no progress for --hang_timeout seconds", [], changes={"hang_timeout": 4}),
     Fault("an unexpected error in one process", [{"kind": "fail", "rank": 1, "step": 3, "message": "no such luck"}], 1,
           r"Last words of process 1:\n[\s\S]*RuntimeError: no such luck", [2], engine="zero2"),
     Fault("one loss is NaN on one process", [{"kind": "spoil_loss", "rank": 1, "steps": [3], "value": "nan"}], 0,
