@@ -12,6 +12,8 @@ import sys
 from collections.abc import MutableMapping
 
 PR_SET_PDEATHSIG = 1
+# A scheduler's signal comes by several ways at once; one that comes later is another.
+REPEATED_SIGNAL_SECONDS = 2
 # Settings of `accelerate launch`, which accelerate would follow in place of ours.
 FOREIGN_PREFIXES = ("ACCELERATE_", "FSDP_")
 

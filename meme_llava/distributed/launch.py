@@ -18,11 +18,11 @@ import sys
 import tempfile
 import time
 
+from meme_llava.distributed.environment import REPEATED_SIGNAL_SECONDS
 from meme_llava.distributed.script_exit import explain_failures, with_code
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.machine import count_cores
 
-REPEATED_SIGNAL_SECONDS = 2  # a scheduler's signal comes by several ways at once
 SAVE_SECONDS = 24 * 3600  # whoever does not want to wait for a save sends a second signal
 POLL_SECONDS = 0.2
 INTERRUPTED = 130  # as a shell answers for a program that Ctrl-C ended

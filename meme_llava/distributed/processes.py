@@ -17,13 +17,16 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from meme_llava.distributed.environment import count_processes, find_local_rank, is_main_process
+from meme_llava.distributed.environment import (
+    REPEATED_SIGNAL_SECONDS,
+    count_processes,
+    find_local_rank,
+    is_main_process,
+)
 from meme_llava.errors import ProcessError, Stopped, UserError
 
 # torch's own limit for waiting is the second line of defence, behind the heartbeat's.
 COLLECTIVE_MARGIN_SECONDS = 60
-# Signals that come so soon after another are the same one.
-REPEATED_SIGNAL_SECONDS = 2
 Value = TypeVar("Value")
 
 

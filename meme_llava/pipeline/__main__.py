@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from meme_llava.cli import parse_arguments
-from meme_llava.distributed.environment import die_with_parent
+from meme_llava.distributed.environment import REPEATED_SIGNAL_SECONDS, die_with_parent
 from meme_llava.distributed.script_exit import describe_end
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.pipeline.plan import LOOKS, choose_devices, plan_stages
@@ -26,7 +26,6 @@ from meme_llava.pipeline.stage import Flags, Stage, split_flags, split_stages
 from meme_llava.storage.made_from import describe_making, is_same, list_differences, write_note
 
 ONCE = ("build", "train", "merge")  # stages whose result stands; the others run again, and find what they have
-REPEATED_SIGNAL_SECONDS = 2
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
