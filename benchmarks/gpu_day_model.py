@@ -14,8 +14,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from meme_llava.model.activation_checkpointing import CheckpointedLayers, count_layers, recompute_layers
-from meme_llava.train.planning.accelerators import GIB, measure_ceiling, recognise_accelerator
-from meme_llava.train.planning.flops import TrainingCosts, count_batch
+from meme_llava.model.flops import TrainingCosts, count_batch, recognise_accelerator
+from meme_llava.train.planning.accelerators import GIB, measure_ceiling
 
 WARM_UPS, REPEATS = 2, 4
 THIN = 64  # a side of LoRA's matrices is no larger

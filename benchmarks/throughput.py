@@ -31,9 +31,9 @@ from throughput_ways import LADDER, PUBLISHED, Training, Way, Workload  # noqa: 
 
 from meme_llava.dataset.sampling import BatchShape  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
+from meme_llava.model.flops import TrainingCosts  # noqa: E402
 from meme_llava.model.llava import count_image_tokens  # noqa: E402
 from meme_llava.terminal import print_table  # noqa: E402
-from meme_llava.train.planning.flops import TrainingCosts  # noqa: E402
 
 # Real captions and the tokenizer that counts them, where somebody put them beside the checkout.
 CAPTIONS = ROOT.parent / "shared" / "data" / "captions"

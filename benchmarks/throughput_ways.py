@@ -20,7 +20,7 @@ from meme_llava.dataset.conversation import IGNORED_LABEL
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.dataset.prefix_sharing import PrefixSharing, count_common_prefix
 from meme_llava.dataset.sampling import BatchShape, plan_shared_order
-from meme_llava.train.planning.flops import StepCounts, count_batch
+from meme_llava.model.flops import StepCounts, count_batch
 
 WORKERS = 2  # of a GPU, as train.py has it; a CPU's cores compute the step themselves
 MAX_GRAD_NORM = 1.0

@@ -18,7 +18,7 @@ from throughput_ways import LADDER, PUBLISHED, Training  # noqa: E402
 
 from meme_llava.dataset.sampling import BatchShape  # noqa: E402
 from meme_llava.errors import UserError  # noqa: E402
-from meme_llava.train.planning.flops import TrainingCosts  # noqa: E402
+from meme_llava.model.flops import TrainingCosts  # noqa: E402
 
 CPU = Platform(torch.device("cpu"), torch.float32)
 STEPS = 3

@@ -12,10 +12,10 @@ from meme_llava.dataset.images import ImagePolicy
 from meme_llava.distributed.engines import check_muon_runs, choose_engine
 from meme_llava.distributed.environment import count_processes
 from meme_llava.errors import UserError
+from meme_llava.model.flops import count_batch
 from meme_llava.model.llava import load_processing
 from meme_llava.train.inputs import RunInputs, load_training_records
 from meme_llava.train.planning.accelerators import CPU, find_accelerator, find_own_device
-from meme_llava.train.planning.flops import count_batch
 from meme_llava.train.planning.plan import SAMPLED_RECORDS, RunOutline, TrainingPlan, plan_training, print_plan
 from meme_llava.train.prepared_run import make_collator, make_order
 from meme_llava.train.resume import StartPoint

@@ -14,6 +14,7 @@ from meme_llava.distributed.engine_setup import check_engine_runs, make_accelera
 from meme_llava.distributed.engines import DEEPSPEED, FSDP
 from meme_llava.distributed.environment import find_rank, is_main_process
 from meme_llava.errors import NonFiniteError
+from meme_llava.model.flops import TrainingCosts
 from meme_llava.model.trainable import save_trained_weights
 from meme_llava.storage.manifest import read_manifest
 from meme_llava.storage.run_record import RATE_PREFIX
@@ -23,7 +24,6 @@ from meme_llava.train.evaluation import LOSS, EvaluationInterrupted, TrainingEva
 from meme_llava.train.loader import make_loader
 from meme_llava.train.optimizer import make_optimizer
 from meme_llava.train.optimizer_state import OPTIMIZER_PREFIX, TrainingState
-from meme_llava.train.planning.flops import TrainingCosts
 from meme_llava.train.prepared_run import PreparedRun
 from meme_llava.train.progress import ProgressBar
 from meme_llava.train.session import Session

@@ -8,8 +8,7 @@ from dataclasses import astuple, dataclass
 
 import torch
 
-from meme_llava.train.planning.accelerators import Accelerator, recognise_accelerator
-from meme_llava.train.planning.flops import StepCounts, TrainingCosts, count_batch
+from meme_llava.model.flops import Accelerator, StepCounts, TrainingCosts, count_batch, recognise_accelerator
 
 COUNTS, USEFUL, RECORD_IDS = "counts", "useful_positions", "record_ids"
 

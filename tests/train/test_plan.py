@@ -13,10 +13,10 @@ import train
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.errors import UserError
 from meme_llava.model.activation_checkpointing import CheckpointedLayers, recompute_layers
+from meme_llava.model.flops import Accelerator, TrainingCosts, count_batch
 from meme_llava.model.llava import load_processing
-from meme_llava.train.planning.accelerators import GIB, Accelerator, find_accelerator
+from meme_llava.train.planning.accelerators import GIB, find_accelerator
 from meme_llava.train.planning.advice import shrink_batch
-from meme_llava.train.planning.flops import TrainingCosts, count_batch
 from meme_llava.train.planning.memory import ShardingPlan, StepEstimator, find_usable
 from meme_llava.train.planning.plan import RunOutline, format_seconds, plan_training, print_plan
 from meme_llava.train.planning.trace import Precision, outline_model, set_depths, trace_step

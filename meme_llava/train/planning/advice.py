@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from transformers import LlavaConfig
 
 from meme_llava.model.activation_checkpointing import CheckpointedLayers
+from meme_llava.model.flops import ACCELERATORS, Accelerator
 from meme_llava.model.llava import count_image_tokens
-from meme_llava.train.planning.accelerators import ACCELERATORS, GIB, Accelerator
+from meme_llava.train.planning.accelerators import GIB
 from meme_llava.train.planning.memory import ShardingPlan, StepEstimator, StepMemory, find_usable
 
 MUCH_LARGER = 1.2  # memory of a device that is worth trying, as a multiple

@@ -15,10 +15,10 @@ from transformers import LlavaConfig
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
 from meme_llava.model.activation_checkpointing import CheckpointedLayers
+from meme_llava.model.flops import Accelerator, StepCounts, TrainingCosts
 from meme_llava.terminal import print_table
-from meme_llava.train.planning.accelerators import GIB, Accelerator
+from meme_llava.train.planning.accelerators import GIB
 from meme_llava.train.planning.advice import MemoryPlan, plan_memory, try_changes
-from meme_llava.train.planning.flops import StepCounts, TrainingCosts
 from meme_llava.train.planning.memory import ShardingPlan, StepEstimator
 from meme_llava.train.settings import TrainArguments
 

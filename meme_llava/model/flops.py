@@ -1,11 +1,15 @@
-"""Floating point operations of a training step, from the model, its trainable parameters, and a batch's counts. Nothing
-about time or devices.
+"""Floating point operations: of a training step, from the model, its trainable parameters and a batch's counts; and of
+the known devices per second.
 
 Counted are model FLOPs as the field counts them: matrix multiplications, convolutions and attention, a multiplication
 and an addition as two. Nothing that is recomputed to save memory counts, nor norms, activations and the optimizer. A
 frozen weight costs no gradient of its own, and nothing flows back below the first thing that learns.
+
+Peaks of devices are the datasheets' dense bf16 figures in TFLOP/s (no sparsity, float32 sums), memory is what torch
+reports as a device's total, in GiB.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -21,6 +25,7 @@ from meme_llava.model.llava import (
     role_of,
 )
 
+CPU = "cpu"
 # The order in which a vision layer uses its projections; a gradient flows back only to where something learns.
 VISION_LAYER_ORDER = ({"q_proj", "k_proj", "v_proj"}, {"out_proj"}, {"fc1"}, {"fc2"})
 
@@ -175,3 +180,51 @@ def _cost_vision_tower(model: nn.Module) -> Flops:
             if names is VISION_LAYER_ORDER[0]:
                 cost += _cost_attention_pair(config.hidden_size, reached) * positions**2
     return cost
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One accelerator.
+
+    Args:
+        name: what `--accelerator` takes.
+        device_name: regular expression for the whole of `torch.cuda.get_device_name()`.
+        peak_tflops: dense bf16 TFLOP/s, None where the device has no bf16; of a CPU the measured fp32 TFLOP/s.
+        memory_gib: device memory in GiB, as torch reports it.
+    """
+
+    name: str
+    device_name: str
+    peak_tflops: float | None
+    memory_gib: float
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.name == CPU
+
+
+ACCELERATORS = (
+    Accelerator("a800-80gb", r"(NVIDIA )?A800(-SXM4-80GB| 80GB PCIe)", 312.0, 79.1),
+    Accelerator("a100-80gb", r"(NVIDIA )?A100(-SXM4-80GB|-SXM-80GB| 80GB PCIe)", 312.0, 79.1),
+    Accelerator("a100-40gb", r"(NVIDIA )?A100-(SXM4|SXM|PCIE)-40GB", 312.0, 39.4),
+    Accelerator("h100-80gb", r"(NVIDIA )?H100 80GB HBM3", 989.4, 79.1),
+    Accelerator("h100-pcie", r"(NVIDIA )?H100 PCIe", 756.0, 79.1),
+    Accelerator("h800-80gb", r"(NVIDIA )?H800", 989.4, 79.1),
+    Accelerator("h800-pcie", r"(NVIDIA )?H800 PCIe", 756.0, 79.1),
+    Accelerator("h200", r"(NVIDIA )?H200", 989.4, 139.7),
+    Accelerator("h20", r"(NVIDIA )?H20", 148.0, 95.0),
+    Accelerator("l40s", r"(NVIDIA )?L40S", 362.1, 44.3),
+    Accelerator("l20", r"(NVIDIA )?L20", 119.5, 44.3),
+    Accelerator("a10", r"(NVIDIA )?A10", 125.0, 22.0),
+    Accelerator("rtx-4090", r"(NVIDIA )?GeForce RTX 4090", 165.2, 23.5),
+    Accelerator("rtx-3090", r"(NVIDIA )?GeForce RTX 3090", 71.0, 23.5),
+    Accelerator("v100-32gb", r"(NVIDIA |Tesla )?V100-(SXM2|SXM3|PCIE)-32GB", None, 31.7),
+    Accelerator("v100-16gb", r"(NVIDIA |Tesla )?V100-(SXM2|PCIE)-16GB", None, 15.7),
+)
+
+
+def recognise_accelerator(device_name: str) -> Accelerator | None:
+    """The accelerator that calls itself `device_name`, as `torch.cuda.get_device_name()` returns it, if it is known."""
+    return next(
+        (accelerator for accelerator in ACCELERATORS if re.fullmatch(accelerator.device_name, device_name)), None
+    )

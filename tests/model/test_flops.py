@@ -1,4 +1,4 @@
-"""Tests of flops.py and accelerators.py: what a step costs, against torch's own count, and which devices are known."""
+"""Tests of flops.py: what a step costs, against torch's own count, and which devices are known."""
 
 import dataclasses
 
@@ -9,8 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from meme_llava.errors import UserError
-from meme_llava.train.planning.accelerators import find_accelerator, measure_ceiling, recognise_accelerator
-from meme_llava.train.planning.flops import Flops, StepCounts, TrainingCosts, count_batch
+from meme_llava.model.flops import Flops, StepCounts, TrainingCosts, count_batch, recognise_accelerator
+from meme_llava.train.planning.accelerators import find_accelerator, measure_ceiling
 
 
 def test_counts_of_a_batch_are_those_of_its_tree():
