@@ -1,7 +1,16 @@
-"""Meme-LLaVA: build, train, merge and ask vision-language models that read Chinese memes."""
+"""Meme-LLaVA: build, train, merge and ask vision-language models that read Chinese memes.
 
+Here: folders of the checkout, and the cores that this process was given.
+"""
+
+import os
 import sys
 import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+DATA = ROOT / "data"
 
 # peft reads a property that transformers has renamed; a user can do nothing about it.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -18,3 +27,13 @@ def _report(kind, error, traceback) -> None:
 
 
 sys.excepthook = _report
+
+
+def count_cores() -> int:
+    """CPU cores that this process may use: a scheduler or container can give it fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def count_own_cores() -> int:
+    """Its share of them beside the other processes of the run on this node."""
+    return max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

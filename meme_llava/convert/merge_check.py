@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from meme_llava import DATA
 from meme_llava.convert.merge import PEFT_PREFIX, TrainedWeights
 from meme_llava.convert.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights
 from meme_llava.convert.towers import HEAD
@@ -27,7 +28,6 @@ from meme_llava.model.llava import (
 )
 from meme_llava.model.tensor_names import find_stored, to_disk_name, to_memory_name
 from meme_llava.model.trainable import add_adapter, apply_trained_weights
-from meme_llava.paths import DATA
 from meme_llava.storage.run_record import ADAPTER_CONFIG
 from meme_llava.storage.tensor_reader import TensorReader, open_model_tensors
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from meme_llava import count_own_cores
 from meme_llava.dataset.conversation import IGNORED_LABEL, ConversationEncoder, DoesNotFit, Turn
 from meme_llava.dataset.prefix_sharing import PrefixSharing, count_common_prefix
-from meme_llava.machine import count_own_cores
 
 RECORDS_PER_TASK = 512
 # In sort keys images are numbered from here, beyond every token id.

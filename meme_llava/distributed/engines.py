@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from meme_llava import CONFIGS
 from meme_llava.errors import UserError
-from meme_llava.paths import CONFIGS
 
 AUTO, SINGLE, DDP = "auto", "single", "ddp"
 DEEPSPEED, FSDP = "deepspeed", "fsdp"

@@ -18,10 +18,10 @@ import sys
 import tempfile
 import time
 
+from meme_llava import count_cores
 from meme_llava.distributed.environment import REPEATED_SIGNAL_SECONDS
 from meme_llava.distributed.script_exit import explain_failures, with_code
 from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.machine import count_cores
 
 SAVE_SECONDS = 24 * 3600  # whoever does not want to wait for a save sends a second signal
 POLL_SECONDS = 0.2

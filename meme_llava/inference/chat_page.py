@@ -16,10 +16,10 @@ from pathlib import Path
 import gradio
 from PIL import Image
 
+from meme_llava import DATA
 from meme_llava.errors import UserError
 from meme_llava.inference.chat import Chat, ChatProblem, Conversation, Reply
 from meme_llava.inference.settings import DEFAULT_QUESTION
-from meme_llava.paths import DATA
 
 EXAMPLE_FOLDER = DATA / "unseen" / "images"
 EXAMPLES = 6

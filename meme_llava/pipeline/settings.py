@@ -4,8 +4,8 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 
+from meme_llava import ROOT
 from meme_llava.errors import UserError
-from meme_llava.paths import ROOT
 from meme_llava.pipeline.stage import Flags, Stage
 
 FILES = (ROOT / "run.sh", ROOT / "scripts" / "more_settings.sh")

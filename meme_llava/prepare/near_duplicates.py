@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from meme_llava import count_cores
 from meme_llava.dataset.images import open_image
 from meme_llava.errors import UserError
-from meme_llava.machine import count_cores
 from meme_llava.storage.hashing import hash_file
 from meme_llava.terminal import show_count
 

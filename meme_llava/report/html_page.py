@@ -17,8 +17,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from meme_llava import count_cores
 from meme_llava.dataset.images import open_image
-from meme_llava.machine import count_cores
 
 FOLDER = Path(__file__).parent
 THUMBNAIL_SIDE = 200  # pixels of the longer side

@@ -10,8 +10,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from meme_llava import count_cores
 from meme_llava.errors import CheckpointError
-from meme_llava.machine import count_cores
 from meme_llava.storage.cache import find_cache
 from meme_llava.storage.hashing import describe_state, hash_file
 from meme_llava.storage.manifest import MANIFEST

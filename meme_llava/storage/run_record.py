@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from meme_llava import ROOT
 from meme_llava.errors import UserError
-from meme_llava.paths import ROOT
 from meme_llava.storage.manifest import verify_directory
 
 RUN_RECORD = "run_record.json"

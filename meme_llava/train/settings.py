@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import yaml
 
+from meme_llava import CONFIGS
 from meme_llava.cli import Parser, list_free_settings, make_parser
 from meme_llava.dataset.settings import BatchSettings, RecordPolicy, RecordSource
 from meme_llava.errors import UserError
 from meme_llava.model.settings import LearningRates, LoraRecipe
-from meme_llava.paths import CONFIGS
 from meme_llava.train.setting_groups import (
     CheckpointSettings,
     ComputationSettings,
