@@ -21,18 +21,19 @@ from meme_llava.train.settings import parse_train_arguments
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_train_arguments(argv, description=__doc__)
     # Torch takes seconds to load; what is wrong with the flags is said before.
+    if arguments.plan or arguments.show_batch:
+        from meme_llava.train.look import look_at_run
+
+        look_at_run(arguments)
+        return
     from meme_llava.train.checkpoints import hold_output_dir
     from meme_llava.train.fit import finish, fit
     from meme_llava.train.inputs import load_inputs
-    from meme_llava.train.look import look_at_run
     from meme_llava.train.out_of_memory import explain_out_of_memory
     from meme_llava.train.prepared_run import prepare_run
     from meme_llava.train.run_plan import is_nothing_left, plan_run
     from meme_llava.train.session import join_processes
 
-    if arguments.plan or arguments.show_batch:
-        look_at_run(arguments)
-        return
     with join_processes(arguments) as session:
         inputs = load_inputs(arguments, session)
         plan = plan_run(arguments, session.engine, session.processes, inputs)

@@ -8,12 +8,11 @@ import torch
 from transformers import LlavaConfig
 
 from meme_llava.dataset.images import ImagePolicy
-from meme_llava.model.activation_checkpointing import CheckpointedLayers
+from meme_llava.model.activation_checkpointing import CheckpointedLayers, count_layers
 from meme_llava.model.attention_choice import NAMES, choose_attention
-from meme_llava.train.planning.accelerators import GIB
-from meme_llava.train.planning.memory import ShardingPlan, StepEstimator, StepMemory, find_usable
 from meme_llava.train.settings import TrainArguments
 
+GIB = 2**30
 # Float32 numbers that a layer keeps for each position, at most, as multiples of its width and of its MLP's.
 KEPT_WIDTHS, KEPT_MLP_WIDTHS = 40, 20
 # Weights, gradients, two moments of Adam and temporaries, at most, as a multiple of the float32 weights.
@@ -28,16 +27,16 @@ class Computation:
         attention: name of the language model's attention, from `choose_attention`.
         recomputed: layers that compute their activations again in the backward pass.
         largest: positions of the longest device batch.
-        memory: of the step with that batch; None where it was not estimated, because it was not asked for, or because
-            it cannot come near the machine's memory.
-        usable: bytes that a step may take.
+        memory: bytes of the step with that batch; None where it was not estimated, because it was not asked for, or
+            because it cannot come near the machine's memory.
+        usable: bytes that a step may take, where that was estimated.
     """
 
     attention: str
     recomputed: CheckpointedLayers
     largest: int
-    memory: StepMemory | None
-    usable: int
+    memory: int | None = None
+    usable: int = 0
 
     @property
     def attention_setting(self) -> str:
@@ -46,7 +45,7 @@ class Computation:
 
     def to_record(self) -> dict:
         """What the run record keeps."""
-        estimate = {} if self.memory is None else {"estimated_step_bytes": self.memory.total}
+        estimate = {} if self.memory is None else {"estimated_step_bytes": self.memory}
         return {"attention": self.attention_setting, "recomputed_layers": asdict(self.recomputed), **estimate}
 
     def describe(self) -> str:
@@ -57,8 +56,8 @@ class Computation:
         line = f"attention {self.attention_setting}; {layers}"
         if self.memory is None:
             return line
-        line += f"; the largest batch, {self.largest:,} positions, takes about {self.memory.total / GIB:.1f} GiB"
-        if self.memory.total > self.usable:
+        line += f"; the largest batch, {self.largest:,} positions, takes about {self.memory / GIB:.1f} GiB"
+        if self.memory > self.usable:
             line += (
                 f"\nwarning: only {self.usable / GIB:.1f} GiB can be used, so the run may stop for lack of memory when "
                 "it comes to that batch; --plan shows what would fit"
@@ -84,17 +83,17 @@ def plan_computation(
     """
     attention = choose_attention(arguments.attention, device, uses_bf16)
     config = LlavaConfig.from_pretrained(arguments.model, local_files_only=True)
-    on_gpu = device.type == "cuda"
+    largest, memory = largest_batch["input_ids"].numel(), measure_memory(device, processes)
+    setting, on_gpu = arguments.gradient_checkpointing, device.type == "cuda"
+    if setting != "auto" or (not on_gpu and bound_memory(arguments, config, largest_batch) <= memory // 2):
+        most = count_layers(config, vision_trainable=arguments.vision_tower_training != "frozen")
+        return Computation(attention, most if setting == "full" else CheckpointedLayers(), largest)
+    from meme_llava.train.planning.memory import ShardingPlan, StepEstimator, find_usable
+
     engine = ShardingPlan.of_run(arguments, processes, on_gpu)
     estimator = StepEstimator(config, image_policy, arguments, engine, largest_batch)
-    memory = measure_memory(device, processes)
-    usable, largest = find_usable(memory), largest_batch["input_ids"].numel()
-    setting = arguments.gradient_checkpointing
-    if setting != "auto" or (not on_gpu and bound_memory(arguments, config, largest_batch) <= usable):
-        recomputed = estimator.most if setting == "full" else CheckpointedLayers()
-        return Computation(attention, recomputed, largest, None, usable)
     recomputed = estimator.choose_recomputed(setting, memory)
-    return Computation(attention, recomputed, largest, estimator.estimate(recomputed), usable)
+    return Computation(attention, recomputed, largest, estimator.estimate(recomputed).total, find_usable(memory))
 
 
 def measure_memory(device: torch.device, processes: int) -> int:
