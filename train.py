@@ -12,7 +12,7 @@ import meme_llava  # noqa: F401
 
 # isort: split
 
-from meme_llava.distributed.script_exit import run_and_leave
+from meme_llava.distributed.environment import run_and_leave
 from meme_llava.errors import stop_on_user_error
 from meme_llava.train.settings import parse_train_arguments
 

@@ -1,21 +1,34 @@
-"""What launchers tell a process in its environment, and what libraries would take from there. Without torch.
+"""One process of a run: what launchers tell it in its environment, its sign of life, and its end. Without torch.
 
 Ours, torchrun, `accelerate launch` and `deepspeed` set what torch reads: RANK, WORLD_SIZE, MASTER_ADDR, ….
 """
 
+import atexit
+import contextlib
 import ctypes
+import faulthandler
 import os
 import re
 import signal
 import socket
 import sys
-from collections.abc import MutableMapping
+import time
+import traceback
+from collections.abc import Callable, MutableMapping
+from typing import NoReturn
+
+from meme_llava.errors import PEER_FAILED
 
 PR_SET_PDEATHSIG = 1
 # A scheduler's signal comes by several ways at once; one that comes later is another.
 REPEATED_SIGNAL_SECONDS = 2
 # Settings of `accelerate launch`, which accelerate would follow in place of ours.
 FOREIGN_PREFIXES = ("ACCELERATE_", "FSDP_")
+# Before the first step a file of many gigabytes may be read in one go.
+START_PATIENCE = 6
+STANDARD_ERROR = 2
+_SIGNS_OF_LOSS = ("/gloo/transport/", "NCCL communicator was aborted", "remote process exited", "Watchdog caught")
+PEER_SECONDS = 2  # the process that failed is to be gone, and known by its own exit code, before the others
 
 
 def count_processes() -> int:
@@ -112,3 +125,70 @@ def find_own_address(other: str) -> str:
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(place)
         return probe.getsockname()[0]
+
+
+class Heartbeat:
+    """Ends this process when too much time passes without a beat; every thread's stack is printed then.
+
+    The processes of a run wait for each other, so one that is stuck ends them all. It watches inside a `with` block.
+
+    Args:
+        hang_timeout: seconds; before training begins, six times as many.
+    """
+
+    def __init__(self, hang_timeout: float):
+        self._hang_timeout = hang_timeout
+        self.patience = START_PATIENCE * hang_timeout
+        self.trains = False
+
+    def __enter__(self) -> "Heartbeat":
+        self.beat()
+        return self
+
+    def __exit__(self, *error) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
+    def beat(self) -> None:
+        """Say that something was reached."""
+        seconds = self._hang_timeout if self.trains else self.patience
+        faulthandler.dump_traceback_later(seconds, exit=True, file=STANDARD_ERROR)
+
+
+def is_peer_failure(error: BaseException) -> bool:
+    """Whether an error says no more than that another process of the run is gone or does not answer."""
+    # Torch's own error for it cannot have been raised where torch was never loaded.
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and isinstance(error, distributed.DistNetworkError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_LOSS)
+
+
+def run_and_leave(main: Callable[[], None]) -> NoReturn:
+    """Run a script's `main` and end this process with its exit code.
+
+    Where several processes trained, torch's communication threads can abort one whose interpreter is taken down, after
+    all its work was done; so what Python has to see to at exit is seen to, and the rest left out.
+    """
+    settle_environment()
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except BaseException as error:
+        code = 1
+        if is_peer_failure(error):
+            # The launcher knows which; a traceback of this one would only hide what that one said.
+            print(f"[process {find_rank()}] lost another process", file=sys.stderr, flush=True)
+            time.sleep(PEER_SECONDS)
+            code = PEER_FAILED
+        else:
+            traceback.print_exc()
+    if count_processes() == 1:
+        sys.exit(code)
+    with contextlib.suppress(Exception):
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

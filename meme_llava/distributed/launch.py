@@ -11,20 +11,28 @@ torchrun does, and ends as they do. A signal is handed on: the run saves its sta
 
 import argparse
 import contextlib
+import ipaddress
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
 
 from meme_llava import count_cores
 from meme_llava.distributed.environment import REPEATED_SIGNAL_SECONDS
-from meme_llava.distributed.script_exit import explain_failures, with_code
-from meme_llava.errors import UserError, stop_on_user_error
+from meme_llava.errors import EXIT_MEANINGS, PEER_FAILED, ProcessError, Stopped, UserError, stop_on_user_error
 
 SAVE_SECONDS = 24 * 3600  # whoever does not want to wait for a save sends a second signal
 POLL_SECONDS = 0.2
+LINGER_SECONDS = 10
+LAST_LINES = 12
+RESTART = "The newest checkpoint is kept; start the same command again."
+TERM_SECONDS = 20  # torch's launcher kills what has not heeded SIGTERM for thirty seconds
 INTERRUPTED = 130  # as a shell answers for a program that Ctrl-C ended
 
 
@@ -60,15 +68,80 @@ def parse_launch_arguments(argv: list[str] | None) -> argparse.Namespace:
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_launch_arguments(argv)
-    # Torch takes seconds to load; what is wrong with the flags is said before.
-    from meme_llava.distributed.meeting import check_address, meet
-
     if arguments.nnodes > 1:
         check_address(arguments.master_addr)
     nodes, node, processes = arguments.nnodes, arguments.node_rank, arguments.nproc_per_node
     with meet(nodes, node, processes, arguments.master_addr, arguments.master_port, arguments.start_timeout) as port:
         environments = make_environments(nodes, node, processes, arguments.master_addr, port)
         run_processes([arguments.script, *arguments.script_arguments], environments)
+
+
+@contextlib.contextmanager
+def meet(nodes: int, node: int, processes: int, address: str, port: int, timeout: float) -> Iterator[int]:
+    """Wait for the other nodes, and let node 0 leave last. Yields the port.
+
+    On one node nothing listens on another interface than the address's, which torch by itself does not heed.
+
+    Raises:
+        ProcessError: the address is not node 0's, the port is taken, a node does not come, or starts another number
+            of processes.
+    """
+    from torch.distributed import TCPStore  # torch takes seconds to load; what is wrong with the flags is said before
+
+    place, listener = f"MASTER_ADDR={address}, MASTER_PORT={port}", None
+    if node == 0:
+        listener = _listen(address, port, place)
+        port = listener.getsockname()[1]
+    if nodes > 1:
+        print(f"node {node} waits for the other {nodes - 1}, at most {timeout:g} s", flush=True)
+    try:
+        store = TCPStore(
+            address,
+            port,
+            world_size=nodes,
+            is_master=node == 0,
+            timeout=timedelta(seconds=timeout),
+            master_listen_fd=listener.detach() if listener else None,
+        )
+        store.set(f"processes/{node}", str(processes))
+        counts = [int(store.get(f"processes/{other}")) for other in range(nodes)]
+    except RuntimeError as error:
+        raise ProcessError(
+            f"{place}: not all {nodes} nodes met within {timeout:g} s. Start run.sh on each of them with the same "
+            "NNODES, MASTER_ADDR and MASTER_PORT and its own NODE_RANK, and let the port through node 0's firewall."
+        ) from error
+    if len(set(counts)) > 1:
+        raise ProcessError(f"the nodes start {counts} processes, by NODE_RANK; give GPUS the same number on each")
+    yield port
+    with contextlib.suppress(RuntimeError):  # node 0 may be gone already, which the others need no more
+        store.set(f"left/{node}", "")
+        if node == 0:
+            store.wait([f"left/{other}" for other in range(nodes)], timedelta(seconds=LINGER_SECONDS))
+
+
+def _listen(address: str, port: int, place: str) -> socket.socket:
+    try:
+        family, *_, found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(found)
+        listener.listen(1024)
+    except OSError as error:
+        raise ProcessError(
+            f"{place}: {error.strerror}; node 0 needs an address of its own and a port that is free (on one node leave "
+            "both out)"
+        ) from error
+    return listener
+
+
+def check_address(address: str) -> None:
+    """Raise ProcessError where other nodes could not reach node 0 at an address."""
+    with contextlib.suppress(OSError):
+        if ipaddress.ip_address(socket.gethostbyname(address)).is_loopback:
+            raise ProcessError(
+                f"MASTER_ADDR={address} is what every node calls itself; give the address by which the other nodes "
+                "reach node 0"
+            )
 
 
 def make_environments(nodes: int, node: int, processes: int, address: str, port: int) -> dict[int, dict[str, str]]:
@@ -146,6 +219,62 @@ def ignore_signals(seconds: float) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if callable(handler := signal.getsignal(number)):
             signal.signal(number, lambda *given, handler=handler: time.monotonic() < end or handler(*given))
+
+
+def describe_end(name: str, code: int) -> str:
+    """How a process ended whose exit code is not its own choice."""
+    if code >= 0:
+        return f"{name} ended with exit code {code}"
+    text = f"{name} was killed by {signal.Signals(-code).name}"
+    return text + (
+        " (the kernel does that when memory runs out; dmesg would say so)" if code == -signal.SIGKILL else ""
+    )
+
+
+def explain_failures(result, ranks: Sequence[int]) -> UserError:
+    """The error of the process whose end says most about what went wrong.
+
+    Args:
+        result: a RunProcsResult of torch.distributed.elastic, with failures and files of standard errors by local rank.
+        ranks: the processes' numbers in the whole run.
+    """
+    since = min(failure.timestamp for failure in result.failures.values())
+    local, failure = min(result.failures.items(), key=lambda item: _rate(item[1], since))
+    code, name = failure.exitcode, f"process {ranks[local]}"
+    if code == Stopped.exit_code:
+        return with_code("", code)
+    if code in EXIT_MEANINGS:
+        return with_code(f"{name} stopped: {EXIT_MEANINGS[code]}; see its message above", code)
+    words = Path(result.stderrs[local]).read_text(errors="replace").splitlines() if result.stderrs[local] else []
+    last = "".join(f"\n    {line}" for line in [line for line in words if line.strip()][-LAST_LINES:])
+    end = f"{name} lost a process on another node" if code == PEER_FAILED else describe_end(name, code)
+    if any(line.startswith("Timeout (") for line in words):  # as faulthandler writes
+        end = f"{name} made no progress for --hang_timeout seconds"
+    text = f"{end}; all processes were ended. {RESTART}"
+    code = code if code > 0 and code != PEER_FAILED else ProcessError.exit_code
+    return with_code(text + (f"\nLast words of process {ranks[local]}:{last}" if last else ""), code)
+
+
+def _rate(failure, since: int) -> tuple[int, int]:
+    """How little a process's end says about what went wrong; among equals, when it was noticed."""
+    code = failure.exitcode
+    was_asked = code == -signal.SIGTERM or (code == -signal.SIGKILL and failure.timestamp - since > TERM_SECONDS)
+    kinds = [
+        code in EXIT_MEANINGS and code != Stopped.exit_code,
+        code < 0 and not was_asked,
+        code > 0 and code not in (Stopped.exit_code, PEER_FAILED),
+        code == Stopped.exit_code,
+        code == PEER_FAILED,
+        True,
+    ]
+    return kinds.index(True), failure.timestamp
+
+
+def with_code(text: str, code: int) -> UserError:
+    """A UserError that ends a script with this exit code."""
+    error = UserError(text)
+    error.exit_code = code
+    return error
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from meme_llava.cli import parse_arguments
 from meme_llava.distributed.environment import REPEATED_SIGNAL_SECONDS, die_with_parent
-from meme_llava.distributed.script_exit import describe_end
+from meme_llava.distributed.launch import describe_end
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.pipeline.plan import LOOKS, choose_devices, plan_stages
 from meme_llava.pipeline.settings import check_names, describe_settings, list_settings, name_settings

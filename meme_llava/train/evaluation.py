@@ -15,8 +15,7 @@ from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from meme_llava.dataset.images import open_image
-from meme_llava.distributed.environment import count_processes
-from meme_llava.distributed.heartbeat import Heartbeat
+from meme_llava.distributed.environment import Heartbeat, count_processes
 from meme_llava.distributed.processes import broadcast_from_main, gather
 from meme_llava.errors import UserError
 from meme_llava.evaluate.scores import describe_measure, name_figure, score_predictions

@@ -1,6 +1,6 @@
 """Training from the start point to the last step, and the run's result."""
 
-from meme_llava.distributed.heartbeat import Heartbeat
+from meme_llava.distributed.environment import Heartbeat
 from meme_llava.distributed.processes import broadcast_from_main, leave_process_group
 from meme_llava.errors import Stopped
 from meme_llava.storage.manifest import read_manifest

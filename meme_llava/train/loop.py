@@ -10,9 +10,9 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import get_scheduler
 
-from meme_llava.distributed.engine_setup import check_engine_runs, make_accelerator
 from meme_llava.distributed.engines import DEEPSPEED, FSDP
 from meme_llava.distributed.environment import find_rank, is_main_process
+from meme_llava.distributed.processes import check_engine_runs, make_accelerator
 from meme_llava.errors import NonFiniteError
 from meme_llava.model.flops import TrainingCosts
 from meme_llava.model.trainable import save_trained_weights

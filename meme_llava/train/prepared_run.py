@@ -14,10 +14,9 @@ from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import LoadedData, TrainingOrder
 from meme_llava.dataset.quarantine import write_quarantine
 from meme_llava.dataset.sampling import BatchShape
-from meme_llava.distributed.engine_setup import StepShape, choose_device, fill_config
 from meme_llava.distributed.engines import DEEPSPEED
-from meme_llava.distributed.environment import is_main_process
-from meme_llava.distributed.heartbeat import Heartbeat
+from meme_llava.distributed.environment import Heartbeat, is_main_process
+from meme_llava.distributed.processes import StepShape, choose_device, fill_config
 from meme_llava.model.activation_checkpointing import recompute_layers
 from meme_llava.model.llava import Processing, quiet_transformers
 from meme_llava.model.packed_llava import compile_layers, load_packed_llava

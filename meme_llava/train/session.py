@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from meme_llava.distributed.engines import Engine, check_muon_runs, choose_engine
-from meme_llava.distributed.environment import count_processes
-from meme_llava.distributed.heartbeat import Heartbeat
+from meme_llava.distributed.environment import Heartbeat, count_processes
 from meme_llava.distributed.processes import StopRequest, handle_stop_signals, leave_process_group, start_process_group
 from meme_llava.train.device import check_device, check_no_gpu_idles
 from meme_llava.train.schedule import derive_accumulation

@@ -13,8 +13,8 @@ import infer
 import merge_lora
 import train
 from meme_llava.distributed import engines
-from meme_llava.distributed.engine_setup import check_engine_runs
 from meme_llava.distributed.engines import choose_engine, list_engines
+from meme_llava.distributed.processes import check_engine_runs
 from meme_llava.errors import ProcessError, UserError
 
 DIVIDED = ("ddp", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2")

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from conftest import ROOT
 
-from meme_llava.distributed.meeting import meet
+from meme_llava.distributed.launch import meet
 from meme_llava.errors import ProcessError
 
 REPORT_ENVIRONMENT = """
@@ -145,7 +145,7 @@ time.sleep(600)
 def test_a_process_that_failed_because_of_another_is_not_blamed(tmp_path):
     script = """
 import os, sys, time
-from meme_llava.distributed.script_exit import run_and_leave
+from meme_llava.distributed.environment import run_and_leave
 
 def main():
     if os.environ["RANK"] == "0":
@@ -259,7 +259,7 @@ def test_a_process_that_shows_no_progress_prints_its_stacks_and_ends_all(tmp_pat
     """Two beat every 0.2 s; one stops, and the other goes on."""
     script = """
 import os, time
-from meme_llava.distributed.heartbeat import Heartbeat
+from meme_llava.distributed.environment import Heartbeat
 
 def wait_for_ever(): time.sleep(600)
 
@@ -279,7 +279,7 @@ with Heartbeat(hang_timeout=2) as heartbeat:
 def test_the_heart_of_a_process_that_ended_beats_no_more(tmp_path):
     script = """
 import time
-from meme_llava.distributed.heartbeat import Heartbeat
+from meme_llava.distributed.environment import Heartbeat
 
 with Heartbeat(hang_timeout=1) as heartbeat:
     heartbeat.trains = True

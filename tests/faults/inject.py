@@ -20,8 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 
 import train  # noqa: E402
-from meme_llava.distributed.environment import find_rank  # noqa: E402
-from meme_llava.distributed.script_exit import run_and_leave  # noqa: E402
+from meme_llava.distributed.environment import (
+    find_rank,  # noqa: E402
+    run_and_leave,  # noqa: E402
+)
 from meme_llava.storage import tensor_writer  # noqa: E402
 from meme_llava.train import (
     checkpoints,  # noqa: E402

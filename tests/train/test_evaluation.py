@@ -19,7 +19,7 @@ import train
 from meme_llava.dataset.images import open_image
 from meme_llava.dataset.pixels import to_pixel_values
 from meme_llava.dataset.records import read_records
-from meme_llava.distributed.heartbeat import Heartbeat
+from meme_llava.distributed.environment import Heartbeat
 from meme_llava.inference.generation import Answerer, load_answerer
 from meme_llava.inference.predictions import Answer
 from meme_llava.inference.questions import Question
