@@ -9,7 +9,6 @@ them in the table. `--answer_with` asks others than our models: the original LLa
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from meme_llava.cli import parse_arguments, to_plain
@@ -32,8 +31,7 @@ from meme_llava.evaluate.scores import (
     show_score,
 )
 from meme_llava.evaluate.settings import EvaluateArguments
-from meme_llava.inference.predictions import Prediction
-from meme_llava.inference.questions import Question, list_record_questions
+from meme_llava.inference.questions import Prediction, Question, list_record_questions
 from meme_llava.storage.hashing import hash_file, hash_files
 from meme_llava.storage.run_record import describe_environment
 from meme_llava.terminal import print_table
@@ -88,8 +86,8 @@ def prepare_answering(source: AnswerSource, image_folder: Path) -> Callable[[Seq
     ask, root = source.load(), image_folder.resolve()
 
     def answer(questions: Sequence[Question]) -> Iterator[dict]:
-        for question, given in zip(questions, ask(questions), strict=True):
-            yield asdict(Prediction.of_answer(question, given)) | {"image": str(question.image.relative_to(root))}
+        for prediction in ask(questions):
+            yield prediction.to_line(root)
 
     return answer
 

@@ -11,8 +11,7 @@ import sys
 from meme_llava.cli import parse_arguments
 from meme_llava.dataset.images import open_image
 from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.inference.predictions import Answer
-from meme_llava.inference.questions import Question, list_file_questions, list_record_questions
+from meme_llava.inference.questions import Prediction, Question, list_file_questions, list_record_questions
 from meme_llava.inference.settings import InferArguments
 
 MAX_LISTED_WRONG = 10
@@ -60,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{unreadable} of {len(questions)} images could not be read")
 
 
-def report(question: Question, answer: Answer, arguments: InferArguments) -> None:
+def report(question: Question, answer: Prediction, arguments: InferArguments) -> None:
     """Print what is not streamed: a JSON line, an answer beside the reference, or that the answer was cut off."""
     if arguments.json:
         result = {

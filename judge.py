@@ -28,6 +28,7 @@ from meme_llava.evaluate.results_folder import (
 from meme_llava.evaluate.scores import Score
 from meme_llava.evaluate.settings import JudgeArguments
 from meme_llava.inference.endpoints import Endpoint, check_client, find_endpoint
+from meme_llava.inference.questions import Question
 from meme_llava.storage.hashing import hash_file
 from meme_llava.storage.run_record import describe_environment
 from meme_llava.terminal import print_table
@@ -113,14 +114,14 @@ def judge_batch(endpoint: Endpoint, pairs: list[Pair], image_folder: Path, argum
     A verdict is None, with the problem, where there is none.
     """
     # openai is installed by those who ask servers.
-    from meme_llava.inference.endpoint_answers import Request, ask_endpoint
+    from meme_llava.inference.endpoint_answers import ask_endpoint
 
     open_questions = [(place, swapped) for place, pair in enumerate(pairs) if not pair.is_same for swapped in (0, 1)]
     verdicts: dict[tuple[int, int], dict[str, str]] = {}
     problems: dict[int, str] = {}
     for _ in range(ATTEMPTS):
         requests = [
-            Request(resolve_image_path(pairs[place].image, image_folder), pairs[place].write_prompt(bool(swapped)))
+            Question(resolve_image_path(pairs[place].image, image_folder), pairs[place].write_prompt(bool(swapped)))
             for place, swapped in open_questions
         ]
         replies = list(ask_endpoint(endpoint, requests, arguments.max_new_tokens, arguments.timeout))

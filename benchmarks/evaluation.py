@@ -19,11 +19,10 @@ sys.path.insert(0, str(ROOT))
 from meme_llava.dataset.images import open_image  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.inference.generation import Answerer, load_answerer  # noqa: E402
-from meme_llava.inference.predictions import Answer  # noqa: E402
-from meme_llava.inference.questions import Question, list_record_questions  # noqa: E402
+from meme_llava.inference.questions import Prediction, Question, list_record_questions  # noqa: E402
 from meme_llava.terminal import print_table  # noqa: E402
 
-Way = Callable[[Answerer, list[Question], int], list[Answer]]
+Way = Callable[[Answerer, list[Question], int], list[Prediction]]
 
 
 @stop_on_user_error
@@ -74,7 +73,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def answer_alone(answerer: Answerer, questions: list[Question], max_new_tokens: int) -> list[Answer]:
+def answer_alone(answerer: Answerer, questions: list[Question], max_new_tokens: int) -> list[Prediction]:
     """Every question by itself."""
     return [
         answerer.answer(
@@ -90,7 +89,7 @@ def answer_alone(answerer: Answerer, questions: list[Question], max_new_tokens: 
 def make_batched(batch_size: int) -> Way:
     """So many questions at once."""
 
-    def answer_in_batches(answerer: Answerer, questions: list[Question], max_new_tokens: int) -> list[Answer]:
+    def answer_in_batches(answerer: Answerer, questions: list[Question], max_new_tokens: int) -> list[Prediction]:
         answers = []
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]

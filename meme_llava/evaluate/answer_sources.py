@@ -13,13 +13,12 @@ from meme_llava.evaluate.scores import asks_for_text
 from meme_llava.evaluate.settings import EvaluateArguments
 from meme_llava.inference.endpoints import check_client, find_endpoint
 from meme_llava.inference.ocr import TextReader, check_text_reader
-from meme_llava.inference.predictions import Answer
-from meme_llava.inference.questions import Question
+from meme_llava.inference.questions import Prediction, Question
 from meme_llava.storage.hub import resolve_model_folder
 from meme_llava.storage.run_record import RUN_RECORD, read_run_record
 
 # Answers to some questions, in their order, as they come. Raises ValueError for an image that cannot be read.
-Ask = Callable[[list[Question]], Iterator[Answer]]
+Ask = Callable[[list[Question]], Iterator[Prediction]]
 
 
 @dataclass(frozen=True)
@@ -51,15 +50,14 @@ def choose_source(arguments: EvaluateArguments) -> AnswerSource:
     if arguments.answer_with == "endpoint":
         check_client()
         # openai is installed by those who ask servers.
-        from meme_llava.inference.endpoint_answers import Request, ask_endpoint
+        from meme_llava.inference.endpoint_answers import ask_endpoint
 
         endpoint = find_endpoint(
             arguments.preset, arguments.base_url, arguments.model, arguments.key_variable, os.environ
         )
 
-        def ask(questions: list[Question]) -> Iterator[Answer]:
-            requests = [Request(question.image, question.text, question.system) for question in questions]
-            return ask_endpoint(endpoint, requests, arguments.max_new_tokens, arguments.timeout)
+        def ask(questions: list[Question]) -> Iterator[Prediction]:
+            return ask_endpoint(endpoint, questions, arguments.max_new_tokens, arguments.timeout)
 
         identity = {"endpoint": endpoint.host, "model": endpoint.model}
         return AnswerSource(f"{endpoint.model} at {endpoint.host}", identity, None, lambda: ask)
@@ -109,7 +107,7 @@ def _load_our_model(folder: Path, arguments: EvaluateArguments) -> Ask:
     answerer = load_answerer(folder, arguments.base_model, arguments.device, arguments.dtype)
     policy = answerer.processing.image_policy
 
-    def ask(questions: list[Question]) -> Iterator[Answer]:
+    def ask(questions: list[Question]) -> Iterator[Prediction]:
         images = _open_images(questions, policy)
         return iter(answerer.answer_together(images, questions, arguments.max_new_tokens))
 
@@ -121,7 +119,7 @@ def _load_transformers_model(folder: Path, arguments: EvaluateArguments) -> Ask:
 
     model = load_transformers_model(folder, arguments.device, arguments.dtype)
 
-    def ask(questions: list[Question]) -> Iterator[Answer]:
+    def ask(questions: list[Question]) -> Iterator[Prediction]:
         images = _open_images(questions)
         return iter(model.answer_together(images, questions, arguments.max_new_tokens))
 
@@ -136,4 +134,4 @@ def _open_images(questions: list[Question], policy: ImagePolicy | None = None) -
 
 def _load_text_reader() -> Ask:
     reader = TextReader()
-    return lambda questions: (Answer(reader.read(open_image(question.image))) for question in questions)
+    return lambda questions: (Prediction(question, reader.read(open_image(question.image))) for question in questions)

@@ -12,7 +12,7 @@ from rapidfuzz.distance import Indel, Levenshtein
 from sacrebleu.metrics import BLEU, CHRF
 
 from meme_llava.dataset.text_quality import find_loop, normalise_text
-from meme_llava.inference.predictions import Prediction
+from meme_llava.inference.questions import Prediction
 
 NO_TEXT = "没有文字"  # how an answer says that an image holds no words
 # A reference of this many letters, other than the image's text, is a caption, which is compared by likeness.
@@ -117,7 +117,7 @@ def score_predictions(predictions: Sequence[Prediction]) -> dict[str, Score]:
     parts: dict[str, list[tuple[str, _Part]]] = {}
     for prediction in predictions:
         for part in _measure(prediction):
-            parts.setdefault(part.name, []).append((prediction.image, part))
+            parts.setdefault(part.name, []).append((prediction.question.image, part))
     scores = {}
     for name, of_score in parts.items():
         counts = np.array([(part.points, part.of) for _, part in of_score], dtype=float)  # (answers, points and of)
@@ -150,23 +150,23 @@ def is_right(answer: str, reference: str) -> bool:
 
 def _measure(prediction: Prediction) -> Iterator[_Part]:
     """By what the reference answer is: the text itself, that there is none, a caption, or a word."""
-    answer, reference = normalise_text(prediction.answer), normalise_text(prediction.reference)
-    text = None if prediction.text is None else normalise_text(prediction.text)
+    answer, reference = normalise_text(prediction.text), normalise_text(prediction.question.reference)
+    text = None if prediction.question.text_in_image is None else normalise_text(prediction.question.text_in_image)
     if _is_caption(prediction):
         # ROUGE-L's F1 is twice the longest common subsequence over both lengths, which is what this counts.
         yield _Part("rouge_l", Indel.normalized_similarity(answer, reference))
         if text:
             yield _Part("text_found_in_captions", _count_found(text, answer), len(text))
     else:
-        yield _Part(f"{RIGHT}{prediction.task}", is_right(prediction.answer, prediction.reference))
-        if text and asks_for_text(prediction.reference, prediction.text):
+        yield _Part(f"{RIGHT}{prediction.question.task}", is_right(prediction.text, prediction.question.reference))
+        if text and asks_for_text(prediction.question.reference, prediction.question.text_in_image):
             yield _Part("character_error_rate", Levenshtein.distance(answer, reference), len(reference))
             yield _Part("texts_right", answer == reference)
             yield _Part("text_found", _count_found(text, answer), len(text))
-        elif asks_for_text(prediction.reference, prediction.text):
+        elif asks_for_text(prediction.question.reference, prediction.question.text_in_image):
             yield _Part("no_text_right", NO_TEXT in answer)
-    yield _Part("looping", find_loop(prediction.answer) is not None)
-    yield _Part("characters", len(prediction.answer))
+    yield _Part("looping", find_loop(prediction.text) is not None)
+    yield _Part("characters", len(prediction.text))
     if prediction.tokens is not None:
         yield _Part("tokens", prediction.tokens)
     if prediction.stopped is not None:
@@ -174,7 +174,10 @@ def _measure(prediction: Prediction) -> Iterator[_Part]:
 
 
 def _is_caption(prediction: Prediction) -> bool:
-    reference, text = normalise_text(prediction.reference), normalise_text(prediction.text or "")
+    reference, text = (
+        normalise_text(prediction.question.reference),
+        normalise_text(prediction.question.text_in_image or ""),
+    )
     return len(reference) >= CAPTION_CHARACTERS and reference != text
 
 
@@ -195,10 +198,10 @@ def _compare_captions(predictions: Sequence[Prediction]) -> dict[str, Score]:
     captions = [prediction for prediction in predictions if _is_caption(prediction)]
     if not captions:
         return {}
-    images = [prediction.image for prediction in captions]
+    images = [prediction.question.image for prediction in captions]
     answers, references = (
-        [prediction.answer for prediction in captions],
-        [[prediction.reference for prediction in captions]],
+        [prediction.text for prediction in captions],
+        [[prediction.question.reference for prediction in captions]],
     )
     scores = {}
     for name, metric in (("chrf", CHRF()), ("bleu", BLEU(tokenize="zh"))):

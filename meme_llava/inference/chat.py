@@ -16,7 +16,6 @@ from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
 from meme_llava.dataset.findings import RecordFault
 from meme_llava.dataset.images import MAX_PIXELS, ImagePolicy, open_image
 from meme_llava.inference.generation import Answerer, PromptTooLong
-from meme_llava.inference.predictions import Exchange
 from meme_llava.inference.streaming import stream_answer
 
 # A page that is sent every token of a fast model lags behind it.
@@ -135,7 +134,7 @@ class Chat:
 
         reply = column[-1]
         # What gave no answer is not a turn that a model was trained to go on from.
-        earlier = [Exchange(earlier.question, earlier.text) for earlier in column[:-1] if earlier.text]
+        earlier = [(earlier.question, earlier.text) for earlier in column[:-1] if earlier.text]
         arguments = (image, reply.question, self._system, self._max_new_tokens, earlier, should_stop)
         is_whole = False
         shown_at = 0.0

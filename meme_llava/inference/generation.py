@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,8 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.dataset.pixels import to_pixel_values
 from meme_llava.errors import UserError
-from meme_llava.inference.predictions import Answer, Exchange
-from meme_llava.inference.questions import Question
+from meme_llava.inference.questions import Prediction, Question
 from meme_llava.model.devices import gpu_multiplies_bf16
 from meme_llava.model.llava import PROJECTOR, Processing, load_llava, load_processing
 from meme_llava.model.trainable import apply_trained_weights
@@ -44,16 +43,16 @@ class Answerer:
     device: torch.device | None = None
 
     def build_inputs(
-        self, image: Image.Image, question: str, system: str | None = None, earlier: Sequence[Exchange] = ()
+        self, image: Image.Image, question: str, system: str | None = None, earlier: Sequence[tuple[str, str]] = ()
     ) -> dict[str, torch.Tensor]:
         """Inputs of one question: input_ids and attention_mask (1, length), pixel_values (1, 3, size, size).
 
-        The image stands in front of the first question, as in the sample memes. `earlier` is what was asked and
-        answered about it before.
+        The image stands in front of the first question, as in the sample memes. `earlier` holds the
+        questions and answers about it so far.
         """
         turns = [Turn("system", system)] if system is not None else []
-        for exchange in earlier:
-            turns += [Turn("user", exchange.question), Turn("assistant", exchange.answer)]
+        for asked, answered in earlier:
+            turns += [Turn("user", asked), Turn("assistant", answered)]
         turns.append(Turn("user", question))
         if any(IMAGE_PLACEHOLDER in turn.text for turn in turns if turn.role == "user"):
             raise UserError(f"the question holds {IMAGE_PLACEHOLDER}; the image is put in front of it by itself")
@@ -77,9 +76,9 @@ class Answerer:
         system: str | None = None,
         max_new_tokens: int = 512,
         streamer: BaseStreamer | None = None,
-        earlier: Sequence[Exchange] = (),
+        earlier: Sequence[tuple[str, str]] = (),
         stopping: StoppingCriteriaList | None = None,
-    ) -> Answer:
+    ) -> Prediction:
         """The greedy answer about one image; `stopping` may end it before the model does.
 
         Raises:
@@ -94,8 +93,8 @@ class Answerer:
 
     @torch.no_grad()
     def answer_together(
-        self, images: list[Image.Image], questions: list["Question"], max_new_tokens: int = 512
-    ) -> list[Answer]:
+        self, images: list[Image.Image], questions: list[Question], max_new_tokens: int = 512
+    ) -> list[Prediction]:
         """The greedy answers to several questions at once; shorter prompts are padded on the left.
 
         Files often ask several things about an image; the vision tower sees it once.
@@ -124,7 +123,8 @@ class Answerer:
         padded["pixel_values"] = torch.cat(list(pixels.values()))  # (images, 3, size, size)
         places = {path: place for place, path in enumerate(pixels)}
         with self._repeat_features([places[question.image] for question in questions]):
-            return self._generate(padded, max_new_tokens)
+            predictions = self._generate(padded, max_new_tokens)
+        return [replace(one, question=question) for one, question in zip(predictions, questions, strict=True)]
 
     @contextlib.contextmanager
     def _repeat_features(self, of_image: list[int]) -> Iterator[None]:
@@ -153,7 +153,7 @@ class Answerer:
         max_new_tokens: int,
         streamer: BaseStreamer | None = None,
         stopping: StoppingCriteriaList | None = None,
-    ) -> list[Answer]:
+    ) -> list[Prediction]:
         """The answer to every prompt of the inputs."""
         generation_config = copy.copy(self.generation_config)
         generation_config.max_new_tokens = max_new_tokens
@@ -162,7 +162,7 @@ class Answerer:
         output = self.model.generate(**inputs, generation_config=generation_config, **options)
         return [self.read_answer(ids) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
 
-    def read_answer(self, new_ids: list[int]) -> Answer:
+    def read_answer(self, new_ids: list[int]) -> Prediction:
         """The answer that ends at the first end token, if there is one."""
         return read_answer(new_ids, self.generation_config.eos_token_id, self.processing.tokenizer)
 
@@ -171,12 +171,12 @@ class Answerer:
         return TextStreamer(self.processing.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def read_answer(new_ids: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
+def read_answer(new_ids: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Prediction:
     """The answer that ends at the first of the `ends`, if one is there; the padding after it is left out."""
     length = next((place + 1 for place, token in enumerate(new_ids) if token in ends), len(new_ids))
     new_ids = new_ids[:length]
     text = tokenizer.decode(new_ids, skip_special_tokens=True)
-    return Answer(text.strip(), len(new_ids), new_ids[-1] in ends, token_ids=tuple(new_ids))
+    return Prediction(None, text.strip(), len(new_ids), new_ids[-1] in ends, token_ids=tuple(new_ids))
 
 
 def load_answerer(folder: Path, base_model: Path | None = None, device: str = "auto", dtype: str = "auto") -> Answerer:

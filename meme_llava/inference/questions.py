@@ -1,8 +1,9 @@
-"""Questions about images: of files, or of an annotation file."""
+"""Questions about images, of files or of an annotation file, and what is predicted for them, whoever does."""
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
 from meme_llava.dataset.image_inspection import IMAGE_SUFFIXES
@@ -22,6 +23,49 @@ class Question:
     system: str | None = None
     text_in_image: str | None = None  # None where it is not known, "" where there is none
     task: str = ""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model, a server or a text recogniser says to a question.
+
+    Args:
+        question: None in a chat, which keeps its questions itself.
+        tokens: length of the text, or None where it is not known.
+        stopped: whether it ended by itself and was not cut off at the limit, or None where that is not known.
+        problem: why there is none, as "refusal: …"; the text then is what came in its place, or empty.
+        token_ids: of a model that runs here.
+    """
+
+    question: Question | None
+    text: str
+    tokens: int | None = None
+    stopped: bool | None = None
+    problem: str | None = None
+    token_ids: tuple[int, ...] = ()
+
+    def to_line(self, image_folder: Path) -> dict:
+        """The line of predictions.jsonl; the image's path is relative to `image_folder`."""
+        asked = self.question
+        return {
+            "image": str(asked.image.relative_to(image_folder)),
+            "task": asked.task,
+            "question": asked.text,
+            "answer": self.text,
+            "reference": asked.reference,
+            "text": asked.text_in_image,
+            "tokens": self.tokens,
+            "stopped": self.stopped,
+            "problem": self.problem,
+        }
+
+    @classmethod
+    def of_line(cls, line: dict) -> Self:
+        """The prediction in a line of predictions.jsonl."""
+        asked = Question(
+            Path(line["image"]), line["question"], line["reference"], text_in_image=line["text"], task=line["task"]
+        )
+        return cls(asked, line["answer"], line["tokens"], line["stopped"], line["problem"])
 
 
 def list_file_questions(paths: list[Path], text: str) -> list[Question]:

@@ -14,7 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from meme_llava.inference.generation import Answerer
-from meme_llava.inference.predictions import Answer, Exchange
+from meme_llava.inference.questions import Prediction
 
 HALF_CHARACTER = "\ufffd"
 
@@ -25,9 +25,9 @@ def stream_answer(
     question: str,
     system: str | None = None,
     max_new_tokens: int = 512,
-    earlier: Sequence[Exchange] = (),
+    earlier: Sequence[tuple[str, str]] = (),
     should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Answer]:
+) -> Iterator[Prediction]:
     """The greedy answer as it grows, token by token; the last one is what `Answerer.answer` gives.
 
     The model asks `should_stop` after every token, whether anybody iterates or not. Closing the iterator ends its
@@ -35,7 +35,7 @@ def stream_answer(
     """
     tokens = _TokenQueue()
     is_closed = threading.Event()
-    outcome: list[Answer | BaseException] = []
+    outcome: list[Prediction | BaseException] = []
 
     def work() -> None:
         try:

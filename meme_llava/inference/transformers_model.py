@@ -4,7 +4,7 @@ Our own models are asked through `generation`, which knows their prompt; these b
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,8 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from meme_llava.errors import UserError
 from meme_llava.inference.generation import choose_device, choose_dtype, read_answer
-from meme_llava.inference.predictions import Answer
-from meme_llava.inference.questions import Question
+from meme_llava.inference.questions import Prediction, Question
 from meme_llava.model.llava import quiet_transformers
 
 
@@ -28,7 +27,7 @@ class TransformersModel:
     @torch.inference_mode()
     def answer_together(
         self, images: list[Image.Image], questions: list[Question], max_new_tokens: int = 512
-    ) -> list[Answer]:
+    ) -> list[Prediction]:
         """The greedy answers about several RGB images at once; shorter prompts are padded on the left."""
         inputs = self.build_inputs(images, questions).to(self.model.device, self.model.dtype)
         generation_config = copy.copy(self.model.generation_config)
@@ -41,7 +40,10 @@ class TransformersModel:
         generation_config.pad_token_id = self.processor.tokenizer.pad_token_id
         output = self.model.generate(**inputs, generation_config=generation_config)
         prompt_length = inputs["input_ids"].shape[1]
-        return [read_answer(ids, stops, self.processor.tokenizer) for ids in output[:, prompt_length:].tolist()]
+        return [
+            replace(read_answer(ids, stops, self.processor.tokenizer), question=question)
+            for ids, question in zip(output[:, prompt_length:].tolist(), questions, strict=True)
+        ]
 
     def build_inputs(self, images: list[Image.Image], questions: list[Question]):
         """What the processor makes of images and prompts; input_ids (questions, longest), padded on the left."""

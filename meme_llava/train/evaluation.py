@@ -20,7 +20,7 @@ from meme_llava.distributed.processes import broadcast_from_main, gather
 from meme_llava.errors import UserError
 from meme_llava.evaluate.scores import describe_measure, name_figure, score_predictions
 from meme_llava.inference.generation import Answerer, choose_stops
-from meme_llava.inference.predictions import Prediction
+from meme_llava.inference.questions import Prediction
 from meme_llava.model.packed_llava import answer_unpacked
 from meme_llava.terminal import print_table
 from meme_llava.train.prepared_run import PreparedRun
@@ -109,9 +109,9 @@ class TrainingEvaluation:
                 images = [open_image(question.image, self._processing.image_policy) for question in questions]
             except ValueError as error:
                 raise UserError(f"{error}; it was sound when the run started") from error
-            answers = answerer.answer_together(images, list(questions), self._arguments.eval_max_new_tokens)
+            predictions = answerer.answer_together(images, list(questions), self._arguments.eval_max_new_tokens)
             if place is not None:
-                own.append((place, [Prediction.of_answer(*pair) for pair in zip(questions, answers, strict=True)]))
+                own.append((place, predictions))
         found = sorted((one for several in gather(own) for one in several), key=lambda one: one[0])
         return [prediction for _, several in found for prediction in several]
 
@@ -154,9 +154,8 @@ def keep_answers(path: Path, step: int, shown: Sequence[Prediction]) -> None:
     lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
     kept = [line for line in lines if line and json.loads(line)["step"] < step]
     for one in shown:
-        answer = {"step": step} | {
-            name: getattr(one, name) for name in ("image", "question", "reference", "answer", "stopped")
-        }
+        asked = {"image": str(one.question.image), "question": one.question.text, "reference": one.question.reference}
+        answer = {"step": step, **asked, "answer": one.text, "stopped": one.stopped}
         kept.append(json.dumps(answer, ensure_ascii=False))
     temporary = path.with_name(f".{path.name}.incomplete")
     temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
@@ -167,7 +166,7 @@ def print_answers(
     step: int, figures: Mapping[str, float], shown: Sequence[Prediction], of: str, seconds: float
 ) -> None:
     """Print a step's answers beside the reference, and what they and all others are worth."""
-    rows = [(Path(one.image).name, one.question, one.reference, one.answer) for one in shown]
+    rows = [(one.question.image.name, one.question.text, one.question.reference, one.text) for one in shown]
     print_table(f"Answers after step {step}", ("image", "question", "reference", "answer"), rows)
     words = [f"validation loss {figures[LOSS]:.4f}"]
     for name in ("character_error_rate", "text_found", "chrf"):

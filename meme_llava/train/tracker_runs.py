@@ -16,7 +16,7 @@ from meme_llava.dataset.images import open_image
 from meme_llava.distributed.environment import is_main_process
 from meme_llava.distributed.processes import broadcast_from_main
 from meme_llava.errors import Stopped
-from meme_llava.inference.predictions import Prediction
+from meme_llava.inference.questions import Prediction
 from meme_llava.train.trackers import MLFLOW, SWANLAB, TENSORBOARD, WANDB, explain_failure, list_trackers
 
 PROJECT = "meme-llava"
@@ -30,10 +30,8 @@ LONGEST_SIDE = 448  # pixels of an image beside an answer
 
 def describe_prediction(prediction: Prediction) -> str:
     """Everything but the image, a line each."""
-    return (
-        f"{Path(prediction.image).name}\nquestion: {prediction.question}\nreference: {prediction.reference}\n"
-        f"answer: {prediction.answer}"
-    )
+    asked = prediction.question
+    return f"{asked.image.name}\nquestion: {asked.text}\nreference: {asked.reference}\nanswer: {prediction.text}"
 
 
 def open_tracker(name: str, output_dir: Path, run_name: str) -> GeneralTracker:
@@ -111,7 +109,7 @@ class TrackerRuns:
         writer = self._trackers[TENSORBOARD].tracker
         for number, answer in enumerate(answers, 1):
             writer.add_text(f"{ANSWERS}/{number}", to_literal_text(describe_prediction(answer)), step)
-            image = open_image(Path(answer.image))
+            image = open_image(answer.question.image)
             image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
             # uint8 (height, width, 3)
             writer.add_image(f"{ANSWERS}/{number}", np.asarray(image), step, dataformats="HWC")

@@ -1,14 +1,16 @@
 """What an answer is compared with, and every score by hand."""
 
+from pathlib import Path
+
 import pytest
 
 from meme_llava.dataset.text_quality import normalise_text
 from meme_llava.evaluate.scores import asks_for_text, describe_measure, is_right, score_predictions
-from meme_llava.inference.predictions import Prediction
+from meme_llava.inference.questions import Prediction, Question
 
 
 def ask(answer, reference, text=None, task="", image="a.png", tokens=None, stopped=None):
-    return Prediction(image, task, "?", answer, reference, text, tokens, stopped)
+    return Prediction(Question(Path(image), "?", reference, None, text, task), answer, tokens, stopped)
 
 
 def test_only_letters_and_digits_are_compared():

@@ -26,7 +26,6 @@ from meme_llava.dataset.images import open_image
 from meme_llava.inference import chat as chat_module
 from meme_llava.inference.chat import CUT_OFF, STOPPED, TOO_LONG, Chat, ChatProblem, Conversation
 from meme_llava.inference.generation import load_answerer
-from meme_llava.inference.predictions import Exchange
 from meme_llava.inference.settings import DemoArguments
 
 NEW_TOKENS = 12  # a model of two training steps never stops by itself
@@ -71,7 +70,7 @@ def test_every_model_gives_its_own_answer_in_every_turn(chat, answerer, base_ans
     first_texts = set()
     for model, column in zip((answerer, base_answerer), conversation.columns, strict=True):
         first = model.answer(image, QUESTION, max_new_tokens=NEW_TOKENS)
-        earlier = [Exchange(QUESTION, first.text)]
+        earlier = [(QUESTION, first.text)]
         second = model.answer(image, NEXT_QUESTION, max_new_tokens=NEW_TOKENS, earlier=earlier)
         assert [(reply.question, reply.text) for reply in column] == [
             (QUESTION, first.text),
@@ -141,7 +140,7 @@ def test_stopping_ends_the_answer_and_the_next_question_is_answered(answerer, ba
     assert second.text == "" and second.remark == STOPPED
     chat._max_new_tokens = NEW_TOKENS
     list(chat.ask(conversation, NEXT_QUESTION))
-    earlier = [Exchange(QUESTION, first.text)]
+    earlier = [(QUESTION, first.text)]
     image = open_image(world.image_folder / "p0.png")
     wanted = answerer.answer(image, NEXT_QUESTION, max_new_tokens=NEW_TOKENS, earlier=earlier)
     assert conversation.columns[0][1].text == wanted.text
@@ -392,7 +391,7 @@ def test_a_visitor_asks_both_models_in_several_turns(
     ask(tab, NEXT_QUESTION)
     image = open_image(path)
     seconds = [
-        model.answer(image, NEXT_QUESTION, max_new_tokens=NEW_TOKENS, earlier=[Exchange(QUESTION, first)]).text
+        model.answer(image, NEXT_QUESTION, max_new_tokens=NEW_TOKENS, earlier=[(QUESTION, first)]).text
         for model, first in zip((answerer, base_answerer), firsts, strict=True)
     ]
     assert read_columns(tab, 2) == [list(texts) for texts in zip(firsts, seconds, strict=True)]

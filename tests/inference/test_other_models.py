@@ -87,7 +87,7 @@ def test_a_server_answers(asked, tmp_path, capsys):
         ("好耶", 10, True, None),
         ("上面写着好耶", 10, False, None),
         ("", None, None, "rejected: HTTP 400: no such image"),
-        ("", 10, None, "refused: 我不想说"),
+        ("", 10, None, "refusal: 我不想说"),
     ]
     first = next(body for body in server.bodies if len(body["messages"]) == 2)
     assert first["messages"][0] == {"role": "system", "content": SYSTEM}
@@ -130,7 +130,7 @@ def test_one_image_without_an_answer_does_not_stand_in_the_way(asked, tmp_path):
     assert (first["answer"], first["problem"]) == ("好耶", None)
     assert second["problem"].startswith("unanswered: status 200, but no completion")
     assert third["problem"] == "empty: finish_reason 'length'"
-    assert fourth["problem"] == "refused: stopped by the provider's content filter"
+    assert fourth["problem"] == "refusal: stopped by the provider's content filter"
 
 
 def test_nothing_but_problems_is_no_score(asked, tmp_path, capsys):

@@ -10,12 +10,11 @@ from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.dataset.images import open_image
 from meme_llava.errors import UserError
 from meme_llava.inference.generation import PromptTooLong
-from meme_llava.inference.predictions import Exchange
 from meme_llava.inference.streaming import stream_answer
 
 QUESTION = "图里写了什么？"
 LONG = 3000  # tokens; a model of two training steps never stops by itself
-EARLIER = [Exchange("你好", "写着“收到”。"), Exchange("什么意思？", "很开心。")]
+EARLIER = [("你好", "写着“收到”。"), ("什么意思？", "很开心。")]
 
 
 @pytest.fixture
@@ -82,7 +81,7 @@ def test_errors_of_the_model_reach_who_waits(answerer, image):
     with pytest.raises(UserError, match="the question holds <image>"):
         list(stream_answer(answerer, image, "看<image>"))
     with pytest.raises(UserError, match="the question holds <image>"):
-        answerer.build_inputs(image, QUESTION, earlier=[Exchange("看<image>", "好")])
+        answerer.build_inputs(image, QUESTION, earlier=[("看<image>", "好")])
     with pytest.raises(PromptTooLong, match="the model has 4096"):
         list(stream_answer(answerer, Image.new("RGB", (9, 9)), "困" * 5000))
     assert not is_answering()

@@ -21,8 +21,7 @@ from meme_llava.dataset.pixels import to_pixel_values
 from meme_llava.dataset.records import read_records
 from meme_llava.distributed.environment import Heartbeat
 from meme_llava.inference.generation import Answerer, load_answerer
-from meme_llava.inference.predictions import Answer
-from meme_llava.inference.questions import Question
+from meme_llava.inference.questions import Prediction, Question
 from meme_llava.train import curves, precheck, prepared_run
 from meme_llava.train.evaluation import TrainingEvaluation
 from meme_llava.train.validation import choose_shown
@@ -162,7 +161,7 @@ def test_scores_are_those_of_all_answers(world, validation, tmp_path, monkeypatc
     said = {"p0.png": "我太难", "p4.png": "天气真好啊啊啊", "p1.png": "好耶"}
 
     def answer_together(self, images, questions, max_new_tokens):
-        return [Answer(said[question.image.name], 2, True, token_ids=(1, 2)) for question in questions]
+        return [Prediction(question, said[question.image.name], 2, True, token_ids=(1, 2)) for question in questions]
 
     monkeypatch.setattr(Answerer, "answer_together", answer_together)
     settings = eval_settings(world, validation, eval_every=1)
