@@ -10,8 +10,8 @@ from throughput_models import Shapes, make_arguments
 
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.conversation import IGNORED_LABEL
-from meme_llava.model.activation_checkpointing import CheckpointedLayers
 from meme_llava.model.llava import count_image_tokens
+from meme_llava.model.trainable import CheckpointedLayers
 from meme_llava.train.planning.memory import ShardingPlan, StepEstimator
 from meme_llava.train.settings import TrainArguments
 

@@ -15,13 +15,14 @@ from throughput_devices import Platform  # noqa: E402
 from throughput_models import SHAPES, Shapes, make_models  # noqa: E402
 
 from meme_llava.errors import UserError  # noqa: E402
-from meme_llava.model.attention_choice import NAMES, choose_attention  # noqa: E402
 from meme_llava.model.packed_attention import (  # noqa: E402
+    NAMES,
     Packing,
     attend_with_flash_attention_2,
     attend_with_matmul,
     attend_with_sdpa,
     attend_with_varlen,
+    choose_attention,
 )
 from meme_llava.model.packed_llava import PackedLlava, prepare_packed_llava  # noqa: E402
 

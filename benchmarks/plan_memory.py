@@ -28,11 +28,10 @@ from transformers import ChineseCLIPVisionConfig, LlavaConfig, Qwen2Config  # no
 from meme_llava.dataset.collator import PackingCollator  # noqa: E402
 from meme_llava.dataset.conversation import IGNORED_LABEL  # noqa: E402
 from meme_llava.dataset.images import ImagePolicy  # noqa: E402
-from meme_llava.model.activation_checkpointing import recompute_layers  # noqa: E402
-from meme_llava.model.attention_choice import SDPA  # noqa: E402
 from meme_llava.model.llava import count_image_tokens  # noqa: E402
+from meme_llava.model.packed_attention import SDPA  # noqa: E402
 from meme_llava.model.packed_llava import PackedLlava, prepare_packed_llava  # noqa: E402
-from meme_llava.model.trainable import prepare_trainable  # noqa: E402
+from meme_llava.model.trainable import prepare_trainable, recompute_layers  # noqa: E402
 from meme_llava.terminal import print_table  # noqa: E402
 from meme_llava.train.planning.accelerators import GIB  # noqa: E402
 from meme_llava.train.planning.memory import ShardingPlan, StepEstimator  # noqa: E402

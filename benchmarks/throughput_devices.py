@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from meme_llava.errors import UserError
-from meme_llava.model.devices import gpu_multiplies_bf16
+from meme_llava.model.packed_attention import gpu_multiplies_bf16
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from throughput_models import Models
 from throughput_ways import LADDER, PUBLISHED, WORKERS, Training, Way, Workload
 
 from meme_llava.errors import UserError
-from meme_llava.model.activation_checkpointing import CheckpointedLayers, count_layers, recompute_layers
 from meme_llava.model.flops import TrainingCosts
+from meme_llava.model.trainable import CheckpointedLayers, count_layers, recompute_layers
 from meme_llava.train.planning.accelerators import GIB, measure_ceiling
 
 PREFETCHED = 2 * WORKERS  # device batches that the workers have ready

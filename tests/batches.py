@@ -7,8 +7,8 @@ from conftest import IMAGE_SIZE, train_flags
 
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.conversation import IGNORED_LABEL
-from meme_llava.model.attention_choice import SDPA
 from meme_llava.model.llava import load_processing
+from meme_llava.model.packed_attention import SDPA
 from meme_llava.model.packed_llava import load_packed_llava
 from meme_llava.model.trainable import prepare_trainable
 from meme_llava.train.settings import parse_train_arguments

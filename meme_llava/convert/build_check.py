@@ -19,11 +19,13 @@ from meme_llava.model.llava import (
     LANGUAGE_MODEL,
     VISION_TOWER,
     Processing,
+    check_same_names,
+    find_stored,
     load_processing,
     load_strictly,
     make_empty_model,
+    to_disk_name,
 )
-from meme_llava.model.tensor_names import check_same_names, find_stored, to_disk_name
 from meme_llava.storage.tensor_reader import TensorReader, open_model_tensors
 
 PROOF_CHAT = [

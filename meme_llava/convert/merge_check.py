@@ -21,12 +21,14 @@ from meme_llava.errors import UserError
 from meme_llava.model.llava import (
     LANGUAGE_MODEL,
     Processing,
+    find_stored,
     load_llava,
     load_processing,
     load_strictly,
     make_empty_model,
+    to_disk_name,
+    to_memory_name,
 )
-from meme_llava.model.tensor_names import find_stored, to_disk_name, to_memory_name
 from meme_llava.model.trainable import add_adapter, apply_trained_weights
 from meme_llava.storage.run_record import ADAPTER_CONFIG
 from meme_llava.storage.tensor_reader import TensorReader, open_model_tensors

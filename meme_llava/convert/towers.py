@@ -14,8 +14,7 @@ from transformers import (
 )
 
 from meme_llava.errors import UserError
-from meme_llava.model.llava import make_empty_model, quiet_transformers
-from meme_llava.model.tensor_names import check_same_names
+from meme_llava.model.llava import check_same_names, make_empty_model, quiet_transformers
 from meme_llava.storage.tensor_reader import StoredTensor, TensorReader, open_model_tensors
 
 VISION_MODEL_CLASSES = {

@@ -16,8 +16,8 @@ from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.dataset.pixels import to_pixel_values
 from meme_llava.errors import UserError
 from meme_llava.inference.questions import Prediction, Question
-from meme_llava.model.devices import gpu_multiplies_bf16
 from meme_llava.model.llava import PROJECTOR, Processing, load_llava, load_processing
+from meme_llava.model.packed_attention import gpu_multiplies_bf16
 from meme_llava.model.trainable import apply_trained_weights
 from meme_llava.storage.fingerprint import find_base
 from meme_llava.storage.run_record import holds_trained_weights

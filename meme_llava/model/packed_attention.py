@@ -1,20 +1,86 @@
-"""Attention kernels for packed rows: each record attends to its own path and to nothing else.
+"""Attention kernels for packed rows: each record attends to its own path and to nothing else; which one a device runs.
 
 A packed row needs no mask over all its positions. Each segment attends, causally, to its path, whose last positions are
 the segment itself; that is what kernels for sequences of varying length compute when they align queries and keys at
-their ends. Nothing about models beyond the attention interface of transformers.
+their ends. Neither models nor transformers are loaded here: the choice is made before.
 """
 
+import importlib.util
+import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch.nn import functional
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from meme_llava.model.attention_choice import FLASH_ATTENTION_2, MATMUL, SDPA, VARLEN, find_varlen_attention
+from meme_llava.errors import UserError
+
+SDPA = "packed_sdpa"
+MATMUL = "packed_matmul"
+VARLEN = "packed_varlen"
+FLASH_ATTENTION_2 = "packed_flash_attention_2"
+NAMES = {"sdpa": SDPA, "matmul": MATMUL, "varlen": VARLEN, "flash_attention_2": FLASH_ATTENTION_2}
+
+
+def choose_attention(setting: str, device: torch.device, uses_bf16: bool) -> str:
+    """The attention that --attention stands for on this device.
+
+    auto: flash-attn where it is installed, else torch's own kernel for varying lengths; both compute in bf16 on a GPU.
+    In bf16 on a CPU it is plain matrix products, whose backward pass was measured to be three times as fast there as
+    that of scaled_dot_product_attention; everywhere else it is the latter. Both go segment by segment.
+
+    Raises:
+        UserError: the one asked for cannot run here.
+    """
+    on_gpu = device.type == "cuda" and uses_bf16
+    possible = {
+        "flash_attention_2": on_gpu and importlib.util.find_spec("flash_attn") is not None,
+        "varlen": on_gpu and find_varlen_attention() is not None,
+        "sdpa": True,
+        "matmul": True,
+    }
+    if setting == "auto":
+        if device.type == "cpu" and uses_bf16:
+            return MATMUL
+        return NAMES[next(name for name, can_run in possible.items() if can_run)]
+    if not possible[setting]:
+        needed = "the package flash-attn" if setting == "flash_attention_2" else "torch 2.11 or newer"
+        usable = ", ".join(name for name, can_run in possible.items() if can_run)
+        raise UserError(f"--attention {setting} needs a GPU, bf16 and {needed}; what can run here: {usable}")
+    return NAMES[setting]
+
+
+@cache
+def find_varlen_attention() -> tuple[Callable, set[str]] | None:
+    """torch's attention for sequences of varying length and its options, where it has the ones needed here."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    options = set(inspect.signature(varlen_attn).parameters)
+    return (varlen_attn, options) if {"scale", "window_size"} <= options else None
+
+
+def gpu_multiplies_bf16() -> bool:
+    """Whether this machine's GPU has bf16 of its own.
+
+    torch also counts those that only emulate it, from before compute capability 8.0, which are slower than in float32
+    and lack the attention kernels.
+    """
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions that multiply bf16 (Intel's AMX, or AVX-512's), as Linux tells it."""
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return False
+    return flags is not None and not {"amx_bf16", "avx512_bf16"}.isdisjoint(flags.group(1).split())
 
 
 @dataclass(frozen=True)
@@ -185,13 +251,3 @@ def _lay_out_for_kernel(query, key, value, packing: Packing) -> tuple[torch.Tens
         key = key.index_select(0, packing.kv_index)  # (keys, key_value_heads, head_dim)
         value = value.index_select(0, packing.kv_index)
     return query, key, value
-
-
-for name, attend in (
-    (SDPA, attend_with_sdpa),
-    (MATMUL, attend_with_matmul),
-    (VARLEN, attend_with_varlen),
-    (FLASH_ATTENTION_2, attend_with_flash_attention_2),
-):
-    # Compiled layers call these as they are; compiling them would start anew for every new set of segment lengths.
-    ALL_ATTENTION_FUNCTIONS.register(name, torch.compiler.disable(attend))

@@ -8,8 +8,8 @@ import torch
 from transformers import LlavaConfig
 
 from meme_llava.dataset.images import ImagePolicy
-from meme_llava.model.activation_checkpointing import CheckpointedLayers, count_layers
-from meme_llava.model.attention_choice import NAMES, choose_attention
+from meme_llava.model.packed_attention import NAMES, choose_attention
+from meme_llava.model.trainable import CheckpointedLayers, count_layers
 from meme_llava.train.settings import TrainArguments
 
 GIB = 2**30

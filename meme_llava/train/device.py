@@ -8,8 +8,7 @@ import torch
 
 from meme_llava.distributed.environment import count_processes
 from meme_llava.errors import UserError
-from meme_llava.model.attention_choice import choose_attention
-from meme_llava.model.devices import gpu_multiplies_bf16, multiplies_bf16
+from meme_llava.model.packed_attention import choose_attention, gpu_multiplies_bf16, multiplies_bf16
 from meme_llava.train.settings import TrainArguments
 
 

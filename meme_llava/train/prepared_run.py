@@ -17,7 +17,6 @@ from meme_llava.dataset.sampling import BatchShape
 from meme_llava.distributed.engines import DEEPSPEED
 from meme_llava.distributed.environment import Heartbeat, is_main_process
 from meme_llava.distributed.processes import StepShape, choose_device, fill_config
-from meme_llava.model.activation_checkpointing import recompute_layers
 from meme_llava.model.llava import Processing, quiet_transformers
 from meme_llava.model.packed_llava import compile_layers, load_packed_llava
 from meme_llava.model.trainable import (
@@ -26,6 +25,7 @@ from meme_llava.model.trainable import (
     load_trained_weights,
     plan_parameter_groups,
     prepare_trainable,
+    recompute_layers,
 )
 from meme_llava.storage.folders import write_json
 from meme_llava.storage.run_record import RUN_RECORD

@@ -1,10 +1,10 @@
-"""Tests of activation_checkpointing.py: the same gradients with less kept, and the fewest layers that fit."""
+"""Recomputed layers: the same gradients with less kept, and the fewest layers that fit."""
 
 import pytest
 import torch
 from batches import load_prepared, make_batch
 
-from meme_llava.model.activation_checkpointing import (
+from meme_llava.model.trainable import (
     CheckpointedLayers,
     choose_recomputed_layers,
     count_layers,

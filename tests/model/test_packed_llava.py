@@ -16,7 +16,8 @@ from meme_llava.dataset.images import open_image
 from meme_llava.dataset.pixels import read_pixels, to_pixel_values
 from meme_llava.errors import UserError
 from meme_llava.model import packed_attention
-from meme_llava.model.attention_choice import (
+from meme_llava.model.llava import load_llava, load_processing
+from meme_llava.model.packed_attention import (
     FLASH_ATTENTION_2,
     MATMUL,
     SDPA,
@@ -24,9 +25,13 @@ from meme_llava.model.attention_choice import (
     choose_attention,
     find_varlen_attention,
 )
-from meme_llava.model.llava import load_llava, load_processing
-from meme_llava.model.loss import CHUNK, CrossEntropyHead
-from meme_llava.model.packed_llava import compile_layers, load_packed_llava, prepare_packed_llava
+from meme_llava.model.packed_llava import (
+    CHUNK,
+    CrossEntropyHead,
+    compile_layers,
+    load_packed_llava,
+    prepare_packed_llava,
+)
 from meme_llava.model.trainable import prepare_trainable
 from meme_llava.train.device import check_compiler
 from meme_llava.train.settings import parse_train_arguments

@@ -13,9 +13,9 @@ from meme_llava.dataset.dataset import TrainingOrder, load_records
 from meme_llava.dataset.sampling import BatchShape
 from meme_llava.dataset.settings import RecordPolicy, RecordSource
 from meme_llava.dataset.tokenization import Tokenization
-from meme_llava.model import devices
-from meme_llava.model.activation_checkpointing import CheckpointedLayers
+from meme_llava.model import packed_attention
 from meme_llava.model.llava import load_processing
+from meme_llava.model.trainable import CheckpointedLayers
 from meme_llava.train import computation, prepared_run
 from meme_llava.train.computation import bound_memory, plan_computation
 from meme_llava.train.planning.memory import ShardingPlan, StepEstimator
@@ -130,5 +130,5 @@ def test_a_plan_is_printed_and_nothing_is_trained(world, tmp_path, monkeypatch, 
 )
 def test_linux_tells_whether_a_cpu_multiplies_bf16(monkeypatch, flags, multiplies):
     text = "processor\t: 0\n" + ("" if flags is None else f"flags\t\t: fpu {flags} sse\n")
-    monkeypatch.setattr(devices.Path, "read_text", lambda path: text)
-    assert devices.multiplies_bf16() is multiplies
+    monkeypatch.setattr(packed_attention.Path, "read_text", lambda path: text)
+    assert packed_attention.multiplies_bf16() is multiplies

@@ -12,9 +12,9 @@ from transformers import LlavaConfig
 import train
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.errors import UserError
-from meme_llava.model.activation_checkpointing import CheckpointedLayers, recompute_layers
 from meme_llava.model.flops import Accelerator, TrainingCosts, count_batch
 from meme_llava.model.llava import load_processing
+from meme_llava.model.trainable import CheckpointedLayers, recompute_layers
 from meme_llava.train.planning.accelerators import GIB, find_accelerator
 from meme_llava.train.planning.advice import shrink_batch
 from meme_llava.train.planning.memory import ShardingPlan, StepEstimator, find_usable

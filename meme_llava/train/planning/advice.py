@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from transformers import LlavaConfig
 
-from meme_llava.model.activation_checkpointing import CheckpointedLayers
 from meme_llava.model.flops import ACCELERATORS, Accelerator
 from meme_llava.model.llava import count_image_tokens
+from meme_llava.model.trainable import CheckpointedLayers
 from meme_llava.train.planning.accelerators import GIB
 from meme_llava.train.planning.memory import ShardingPlan, StepEstimator, StepMemory, find_usable
 

@@ -14,13 +14,13 @@ from transformers import LlavaConfig
 
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.distributed.engines import DEEPSPEED, FSDP, choose_engine
-from meme_llava.model.activation_checkpointing import (
+from meme_llava.model.trainable import (
     CheckpointedLayers,
     choose_recomputed_layers,
     count_layers,
+    is_vision_layer_matrix,
     recompute_layers,
 )
-from meme_llava.model.trainable import is_vision_layer_matrix
 from meme_llava.train.planning.trace import Precision, Trace, outline_model, set_depths, trace_step
 from meme_llava.train.settings import TrainArguments
 

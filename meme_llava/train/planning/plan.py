@@ -14,8 +14,8 @@ from transformers import LlavaConfig
 
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
-from meme_llava.model.activation_checkpointing import CheckpointedLayers
 from meme_llava.model.flops import Accelerator, StepCounts, TrainingCosts
+from meme_llava.model.trainable import CheckpointedLayers
 from meme_llava.terminal import print_table
 from meme_llava.train.planning.accelerators import GIB
 from meme_llava.train.planning.advice import MemoryPlan, plan_memory, try_changes

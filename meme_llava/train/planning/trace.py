@@ -20,8 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import LlavaConfig
 
 from meme_llava.dataset.images import ImagePolicy
-from meme_llava.model.attention_choice import NAMES, choose_attention
 from meme_llava.model.llava import count_used_vision_layers, make_empty_model, set_parameter
+from meme_llava.model.packed_attention import NAMES, choose_attention
 from meme_llava.model.packed_llava import PackedLlava, prepare_packed_llava
 from meme_llava.model.trainable import prepare_trainable
 from meme_llava.train.settings import TrainArguments
