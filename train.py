@@ -27,19 +27,17 @@ def main(argv: list[str] | None = None) -> None:
         look_at_run(arguments)
         return
     from meme_llava.train.checkpoints import hold_output_dir
-    from meme_llava.train.fit import finish, fit
-    from meme_llava.train.inputs import load_inputs
-    from meme_llava.train.out_of_memory import explain_out_of_memory
+    from meme_llava.train.loop import finish, fit
     from meme_llava.train.prepared_run import prepare_run
-    from meme_llava.train.run_plan import is_nothing_left, plan_run
-    from meme_llava.train.session import join_processes
+    from meme_llava.train.run_plan import is_nothing_left, load_inputs, plan_run
+    from meme_llava.train.session import explain_out_of_memory, join_processes
 
     with join_processes(arguments) as session:
         inputs = load_inputs(arguments, session)
         plan = plan_run(arguments, session.engine, session.processes, inputs)
         if is_nothing_left(plan):
             return
-        with hold_output_dir(arguments.output_dir), explain_out_of_memory(plan):
+        with hold_output_dir(arguments.output_dir), explain_out_of_memory(arguments, session.engine, session.processes):
             if plan.start.step < plan.steps:
                 fit(prepare_run(plan, inputs, session.heartbeat), session)
             finish(plan, session.heartbeat)

@@ -39,10 +39,13 @@ from meme_llava.model.llava import load_processing, quiet_transformers  # noqa: 
 from meme_llava.model.trainable import plan_parameter_groups, prepare_trainable, save_trained_weights  # noqa: E402
 from meme_llava.storage.folders import write_directory, write_json  # noqa: E402
 from meme_llava.storage.manifest import describe_file, write_manifest  # noqa: E402
-from meme_llava.train.inputs import RunInputs, load_training_records  # noqa: E402
 from meme_llava.train.prepared_run import make_run_record, write_sidecars  # noqa: E402
-from meme_llava.train.resume import StartPoint  # noqa: E402
-from meme_llava.train.run_plan import plan_run  # noqa: E402
+from meme_llava.train.run_plan import (  # noqa: E402
+    RunInputs,
+    StartPoint,  # noqa: E402
+    load_training_records,
+    plan_run,  # noqa: E402
+)
 from meme_llava.train.settings import parse_train_arguments  # noqa: E402
 
 SCALE_RECORD = "benchmark_scale.json"

@@ -20,7 +20,7 @@ from torch.nn import functional  # noqa: E402
 from transformers.models.qwen2 import modeling_qwen2  # noqa: E402
 
 from meme_llava.model.packed_llava import compile_layers  # noqa: E402
-from meme_llava.train.device import check_compiler  # noqa: E402
+from meme_llava.train.session import check_compiler  # noqa: E402
 
 NEEDED_SECONDS = 12  # for one more variant
 CAPTIONS = 8

@@ -233,7 +233,7 @@ def answerer(served_model):
 def quick_curves(request, monkeypatch):
     """Drawing its curves takes as long as a training here; the first one draws them, and every one under a launcher."""
     if "world" in request.fixturenames:
-        monkeypatch.setattr("meme_llava.train.fit.draw_training_curves", lambda log_history, path: path.touch())
+        monkeypatch.setattr("meme_llava.train.loop.draw_training_curves", lambda log_history, path: path.touch())
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from meme_llava.dataset.conversation import ConversationEncoder
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.model.llava import Processing
 from meme_llava.terminal import print_table
-from meme_llava.train.show_batch import print_batch
+from meme_llava.train.look import print_batch
 
 
 class Processor:

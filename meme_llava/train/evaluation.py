@@ -24,7 +24,7 @@ from meme_llava.inference.questions import Prediction
 from meme_llava.model.packed_llava import answer_unpacked
 from meme_llava.terminal import print_table
 from meme_llava.train.prepared_run import PreparedRun
-from meme_llava.train.tracker_runs import TrackerRuns
+from meme_llava.train.trackers import TrackerRuns
 from meme_llava.train.validation import ANSWERS, shard_for_rank
 
 LOSS = "eval_loss"

@@ -16,7 +16,7 @@ from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine
 from meme_llava.errors import CheckpointError
 from meme_llava.model.trainable import ParameterGroup
 from meme_llava.storage.tensor_writer import PlannedTensor, write_file
-from meme_llava.train.optimizer import MOMENTUM_BUFFER
+from meme_llava.train.prepared_run import MOMENTUM_BUFFER
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OPTIMIZER_PREFIX = "optimizer-"

@@ -1,20 +1,221 @@
-"""The plan of a training run: how long it is, what it trains on, and what is recorded of it."""
+"""The plan of a run: where it starts, what it trains on, how long it is, and what is recorded of it."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from meme_llava.cli import to_plain
-from meme_llava.dataset.dataset import LoadedData
+from meme_llava.dataset.dataset import LoadedData, load_records
+from meme_llava.dataset.image_inspection import Inspection
+from meme_llava.dataset.quarantine import QUARANTINE
+from meme_llava.dataset.tokenization import Tokenization
 from meme_llava.distributed.engines import Engine
 from meme_llava.distributed.environment import is_main_process
-from meme_llava.errors import CheckpointError
+from meme_llava.distributed.processes import broadcast_from_main
+from meme_llava.errors import CheckpointError, UserError
+from meme_llava.model.llava import Processing, load_processing
 from meme_llava.storage.fingerprint import fingerprint_folder, identify_weights
 from meme_llava.storage.hashing import hash_file
+from meme_llava.storage.manifest import verify_directory
 from meme_llava.storage.run_record import RUN_RECORD, describe_environment, read_run_record, read_trained_record
-from meme_llava.train.inputs import RunInputs
-from meme_llava.train.resume import StartPoint, check_continues, describe_continuation, is_finished
-from meme_llava.train.schedule import count_steps, derive_accumulation
-from meme_llava.train.settings import TrainArguments
+from meme_llava.train.checkpoints import CORRUPT_SUFFIX, find_newest, list_checkpoints
+from meme_llava.train.session import Session, derive_accumulation
+from meme_llava.train.settings import TrainArguments, free_settings
+from meme_llava.train.trackers import FOLDERS, check_trackers
+from meme_llava.train.validation import ANSWERS, ValidationData, load_validation
+
+
+def count_steps(arguments: TrainArguments, records: int, first_step: int = 0, first_record: int = 0) -> tuple[int, int]:
+    """Optimizer steps and warmup steps of the run. Raises UserError when --warmup_steps fill the run.
+
+    Args:
+        first_step: steps that a checkpoint has done.
+        first_record: records that those steps trained on, in batches that may have been of another size.
+    """
+    left = records * arguments.num_train_epochs - first_record
+    steps = arguments.max_steps or first_step + max(0, math.ceil(left / arguments.global_batch_size))
+    if arguments.warmup_steps is None:
+        return steps, min(math.ceil(steps * arguments.warmup_ratio), steps - 1)
+    if arguments.warmup_steps >= steps:
+        raise UserError(f"warmup takes {arguments.warmup_steps} of {steps} steps; lower --warmup_steps or train longer")
+    return steps, arguments.warmup_steps
+
+
+LATEST = "latest"
+# What an interrupted start leaves behind before its first checkpoint is not a result.
+LEFTOVERS = {QUARANTINE, ANSWERS, *FOLDERS}
+# Where a run's input and output lie may change; what lies there is compared.
+PLACES = {"model", "annotations", "image_folder", "output_dir"}
+# Settings that decide which tensors learn; no permission lets a checkpoint fit others.
+FIXED_SETTINGS = {
+    "train_type",
+    "lora_r",
+    "vision_tower_training",
+    "language_model_training",
+    "lora_vision_modules",
+    "lora_language_modules",
+}
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """Where a run starts: optimizer steps and records that a checkpoint has done, and its run record."""
+
+    checkpoint: Path | None = None
+    step: int = 0
+    records: int = 0
+    record: dict | None = None
+
+
+def choose_start(arguments: TrainArguments) -> StartPoint:
+    """Find the checkpoint to continue from, and read every byte of it.
+
+    Raises:
+        UserError: the one asked for is missing or damaged, or a fresh run would write into another run's directory.
+    """
+    output_dir, wanted = arguments.output_dir, arguments.resume_from_checkpoint
+    if wanted is None:
+        found = _list_results(output_dir)
+        if found and not arguments.show_batch:
+            raise UserError(
+                f"{output_dir}: is not empty. Choose another --output_dir, or continue the run in it with "
+                f"--resume_from_checkpoint {LATEST}."
+            )
+        return StartPoint()
+    if wanted == LATEST:
+        checkpoint = find_newest(output_dir)
+        if checkpoint is None:
+            raise _explain_missing(output_dir)
+    else:
+        checkpoint = Path(wanted)
+        verify_directory(checkpoint)
+    record = read_run_record(checkpoint)
+    position = record["position"]
+    return StartPoint(checkpoint, position["step"], position["records"], record)
+
+
+def _explain_missing(output_dir: Path) -> CheckpointError:
+    damaged = [path.name for path in list_checkpoints(output_dir)]
+    if damaged:
+        return CheckpointError(
+            f"{output_dir}: none of {', '.join(damaged)} is whole, for the reasons above. To train from the beginning, "
+            "delete them or choose another --output_dir."
+        )
+    return CheckpointError(f"--resume_from_checkpoint {LATEST}: {output_dir} holds no checkpoint")
+
+
+def _list_results(output_dir: Path) -> list[str]:
+    if not output_dir.is_dir():
+        return []
+    names = {path.name for path in output_dir.iterdir()} - LEFTOVERS
+    return sorted(name for name in names if not name.startswith(".") and not name.endswith(CORRUPT_SUFFIX))
+
+
+def is_finished(output_dir: Path) -> bool:
+    """Whether `output_dir` holds the final output of a run."""
+    return (output_dir / RUN_RECORD).is_file() and read_run_record(output_dir).get("finished") is True
+
+
+def check_continues(start: StartPoint, ours: dict, allow_changes: bool) -> list[str]:
+    """What differs between a checkpoint and the run that is to continue it, if that is allowed.
+
+    Args:
+        ours: the run record as this run would write it.
+
+    Raises:
+        CheckpointError: naming what differs, and was not allowed to.
+    """
+    theirs = start.record
+    settings, own_settings = theirs["settings"], ours["settings"]
+    changed = {
+        name: f"{name} was {settings.get(name)!r}, is {own_settings.get(name)!r}"
+        for name in sorted(settings.keys() | own_settings.keys())
+        if name not in free_settings() | PLACES and settings.get(name) != own_settings.get(name)
+    }
+    if theirs["data"]["sha256"] != ours["data"]["sha256"]:
+        changed["data"] = "the annotations' contents changed"
+    if theirs["data"]["records"] != ours["data"]["records"]:
+        changed["records"] = f"records that train were {theirs['data']['records']}, are {ours['data']['records']}"
+    if theirs["base"]["fingerprint"] != ours["base"]["fingerprint"]:
+        changed["base"] = "the base model is another one"
+    if theirs["step"] >= ours["schedule"]["steps"] and not theirs["finished"]:
+        raise CheckpointError(
+            f"{start.checkpoint} has done {theirs['step']} steps, and this run is to have "
+            f"{ours['schedule']['steps']}; raise --num_train_epochs or --max_steps, or continue an earlier checkpoint"
+        )
+    fixed = [text for name, text in changed.items() if name in FIXED_SETTINGS]
+    if fixed:
+        raise CheckpointError(
+            f"{start.checkpoint} cannot be continued: {'; '.join(fixed)}. Other tensors would learn; start again in "
+            "another --output_dir."
+        )
+    if changed and not allow_changes:
+        raise CheckpointError(
+            f"{start.checkpoint} cannot be continued: {'; '.join(changed.values())}. Restore what changed, start again "
+            "in another --output_dir, or pass --allow_changes to go on with it."
+        )
+    return list(changed.values())
+
+
+def describe_continuation(start: StartPoint, ours: dict, changes: list[str]) -> str:
+    """What a user should know about a run that goes on."""
+    lines = [f"continuing from {start.checkpoint}, after {start.step} steps and {start.records:,} records"]
+    before, now = start.record["schedule"], ours["schedule"]
+    if before["processes"] != now["processes"]:
+        lines.append(
+            f"{before['processes']} process(es) wrote it, {now['processes']} continue(s): the same records come next, "
+            "but dropout draws other numbers and sums have another order, so losses agree without being the same bits"
+        )
+    if before["engine"] != now["engine"]:
+        lines.append(f"the engine was {before['engine']}, is {now['engine']}; weights and optimizer state are the same")
+    lines += [f"changed since, as allowed: {change}" for change in changes]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """Everything that a run reads but the model's weights."""
+
+    start: StartPoint
+    processing: Processing
+    data: LoadedData
+    validation: ValidationData | None = None
+
+
+def load_inputs(arguments: TrainArguments, session: Session) -> RunInputs:
+    """Find the start point, read and check all records; all processes call it together.
+
+    Raises:
+        UserError: a tracker cannot be used, a checkpoint is damaged, or a record is bad.
+    """
+    heartbeat = session.heartbeat
+    broadcast_from_main(lambda: check_trackers(arguments.report_to))
+    heartbeat.beat()
+    start = broadcast_from_main(lambda: choose_start(arguments))
+    heartbeat.beat()
+    processing = load_processing(arguments.model)
+    # Before waiting for the others: of several that end for want of a beat, the stuck one is the first.
+    heartbeat.beat()
+    # One process looks at every image, and all train on what it found.
+    data = broadcast_from_main(lambda: load_training_records(arguments, processing))
+    heartbeat.beat()
+    validation = broadcast_from_main(lambda: load_validation(arguments, processing))
+    return RunInputs(start, processing, data, validation)
+
+
+def load_training_records(
+    arguments: TrainArguments, processing: Processing, inspection: Inspection | None = None
+) -> LoadedData:
+    """The records that train.
+
+    Args:
+        inspection: how images are looked at; every one is opened whole if it is not given.
+
+    Raises:
+        UserError: a record is bad or does not fit into model_max_length, or nothing is left.
+    """
+    tokens = Tokenization(processing.encoder, arguments.model_max_length)
+    return load_records(arguments.source, arguments, tokens, processing.image_policy, inspection)
 
 
 @dataclass(frozen=True)

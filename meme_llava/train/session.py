@@ -1,17 +1,88 @@
-"""What the processes of a run share: the engine that holds the model, a sign of life, a request to stop."""
+"""This process's part in a run: what its device must have, the other processes, what to say when memory runs out."""
 
 import contextlib
+import importlib.util
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from meme_llava.distributed.engines import Engine, check_muon_runs, choose_engine
+from meme_llava.distributed.engines import DDP, SINGLE, Engine, check_muon_runs, choose_engine
 from meme_llava.distributed.environment import Heartbeat, count_processes
 from meme_llava.distributed.processes import StopRequest, handle_stop_signals, leave_process_group, start_process_group
-from meme_llava.train.device import check_device, check_no_gpu_idles
-from meme_llava.train.schedule import derive_accumulation
+from meme_llava.errors import OutOfMemoryError, UserError
+from meme_llava.model.packed_attention import choose_attention, gpu_multiplies_bf16, multiplies_bf16
 from meme_llava.train.settings import TrainArguments
+
+
+def choose_bf16(arguments: TrainArguments) -> bool:
+    """Whether steps compute in bf16 here. Raises UserError for a precision that this machine does not have."""
+    precision, has_gpu = arguments.precision, torch.cuda.is_available()
+    if precision == "bf16" and not has_gpu and multiplies_bf16():
+        return True
+    if precision in ("bf16", "tf32") and not has_gpu:
+        reasons = {
+            "bf16": "on a CPU without AMX or AVX512_BF16 it is several times slower than fp32",
+            "tf32": "no CPU has it",
+        }
+        raise UserError(f"--precision {precision} needs a GPU here: {reasons[precision]}")
+    if precision in ("auto", "bf16") and has_gpu and not gpu_multiplies_bf16():
+        raise UserError("this GPU has no bf16; pass --precision fp32 (fp16 overflows with Qwen2)")
+    return precision in ("auto", "bf16") and has_gpu
+
+
+def check_gpus_answer() -> None:
+    """Raise UserError where the driver shows GPUs that torch cannot compute on; a run would go on on the CPU."""
+    if torch.cuda.is_available() or torch.cuda.device_count() == 0:
+        return
+    raise UserError(
+        f"this machine has {torch.cuda.device_count()} GPU(s), but torch {torch.__version__}, made for CUDA "
+        f"{torch.version.cuda}, cannot use them; most often the driver is older than that (nvidia-smi shows it). "
+        "Install a newer driver, or a torch for an older CUDA; with CUDA_VISIBLE_DEVICES= (run.sh: GPUS=cpu) the CPU "
+        "is used."
+    )
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError unless layers can be compiled for this device."""
+    if device.type == "cuda":
+        missing = None if importlib.util.find_spec("triton") else "the package triton"
+    else:
+        compiler = os.environ.get("CXX", "g++")
+        missing = None if shutil.which(compiler) else f"a C++ compiler, and there is no {compiler}"
+    if missing:
+        raise UserError(f"--torch_compile needs {missing}; install it, or leave the flag out")
+
+
+def check_device(arguments: TrainArguments) -> None:
+    """Raise UserError if this machine lacks what the settings ask of it."""
+    check_gpus_answer()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    choose_attention(arguments.attention, device, choose_bf16(arguments))
+    if arguments.torch_compile:
+        check_compiler(device)
+
+
+def check_no_gpu_idles() -> None:
+    """Raise UserError where one process trains and sees several GPUs."""
+    if torch.cuda.device_count() > 1 and count_processes() == 1:
+        raise UserError(
+            f"one process sees {torch.cuda.device_count()} GPUs; start one process a GPU, as run.sh does, or choose "
+            "one with CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def derive_accumulation(arguments: TrainArguments, processes: int) -> int:
+    """Device batches per optimizer step. Raises UserError when the global batch does not divide."""
+    per_round = arguments.device_batch_size * processes
+    if arguments.global_batch_size % per_round:
+        raise UserError(
+            f"--global_batch_size {arguments.global_batch_size} is not a multiple of --device_batch_size "
+            f"{arguments.device_batch_size} x {processes} process(es) = {per_round}"
+        )
+    return arguments.global_batch_size // per_round
 
 
 @dataclass(frozen=True)
@@ -46,3 +117,51 @@ def join_processes(arguments: TrainArguments) -> Iterator[Session]:
         start_process_group(heartbeat.patience, engine.needs_process_group)
         yield Session(engine, processes, heartbeat, request)
         leave_process_group()
+
+
+_SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_WORKER_SIGN = "is killed by signal: Killed"
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(arguments: TrainArguments, engine: Engine, processes: int) -> Iterator[None]:
+    """Turn a lack of memory inside the block into an OutOfMemoryError that says what would help."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if _WORKER_SIGN in str(error):
+            raise OutOfMemoryError(
+                "the kernel killed a process that reads images, for lack of main memory. Lower --dataloader_workers "
+                "(0 reads them in the training process), then start the same command again."
+            ) from error
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(s in str(error) for s in _SIGNS):
+            raise
+        first_line = (str(error).strip().splitlines() or ["MemoryError"])[0]
+        advice = "\n".join(
+            f"  {number}. {way}" for number, way in enumerate(list_ways_out(arguments, engine, processes), 1)
+        )
+        raise OutOfMemoryError(
+            f"a step does not fit into memory ({first_line[:200]}). What helps, in this order; all of it keeps the "
+            f"global batch of {arguments.global_batch_size} records:\n{advice}\n"
+            "Then start the same command again; the newest checkpoint is kept. --plan counts what a step takes"
+        ) from error
+
+
+def list_ways_out(arguments: TrainArguments, engine: Engine, processes: int) -> list[str]:
+    """Changes that take less memory, the cheapest first."""
+    ways = []
+    size = arguments.device_batch_size
+    smaller = [n for n in range(1, size) if size % n == 0]
+    if smaller:
+        ways.append(f"--device_batch_size {smaller[-1]} (DEVICE_BATCH={smaller[-1]} in run.sh): more rounds, same step")
+    if arguments.gradient_checkpointing != "full":
+        ways.append("--gradient_checkpointing full: layers are computed twice, a third more work")
+    if processes > 1 and engine.kind in (SINGLE, DDP):
+        ways.append("ENGINE=zero2: gradients and optimizer state divided among the GPUs")
+    if processes > 1 and engine.zero_stage in (None, 1, 2) and engine.name != "fsdp2":
+        ways.append("ENGINE=zero3: the weights divided, too")
+    if "offload" not in engine.name:
+        offloaded = "zero3_offload" if engine.zero_stage == 3 else "zero2_offload"
+        ways.append(f"ENGINE={offloaded}: optimizer state in main memory, slower updates")
+    ways.append(f"MODEL_MAX_LENGTH below {arguments.model_max_length}: longer answers are cut, and listed")
+    return ways

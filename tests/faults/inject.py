@@ -27,12 +27,12 @@ from meme_llava.distributed.environment import (
 from meme_llava.storage import tensor_writer  # noqa: E402
 from meme_llava.train import (
     checkpoints,  # noqa: E402
-    inputs,  # noqa: E402
     optimizer_state,  # noqa: E402
     prepared_run,  # noqa: E402
+    run_plan,  # noqa: E402
 )
 from meme_llava.train.loop import TrainingLoop  # noqa: E402
-from meme_llava.train.step_guard import FiniteCheck  # noqa: E402
+from meme_llava.train.progress import FiniteCheck  # noqa: E402
 
 
 def before_step(step: int, act, every: bool = False) -> None:
@@ -225,7 +225,7 @@ def compute_in_bf16() -> None:
 
 def hang_before_start() -> None:
     """This process gets stuck before the first step."""
-    inputs.load_processing = lambda *arguments: time.sleep(100_000)
+    run_plan.load_processing = lambda *arguments: time.sleep(100_000)
 
 
 def main() -> None:

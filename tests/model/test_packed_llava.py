@@ -33,7 +33,7 @@ from meme_llava.model.packed_llava import (
     prepare_packed_llava,
 )
 from meme_llava.model.trainable import prepare_trainable
-from meme_llava.train.device import check_compiler
+from meme_llava.train.session import check_compiler
 from meme_llava.train.settings import parse_train_arguments
 
 ASK = "<image>\n图里写了什么？"

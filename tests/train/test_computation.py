@@ -16,9 +16,9 @@ from meme_llava.dataset.tokenization import Tokenization
 from meme_llava.model import packed_attention
 from meme_llava.model.llava import load_processing
 from meme_llava.model.trainable import CheckpointedLayers
-from meme_llava.train import computation, prepared_run
-from meme_llava.train.computation import bound_memory, plan_computation
+from meme_llava.train import prepared_run
 from meme_llava.train.planning.memory import ShardingPlan, StepEstimator
+from meme_llava.train.prepared_run import bound_memory, plan_computation
 from meme_llava.train.settings import parse_train_arguments
 
 
@@ -74,13 +74,13 @@ def test_auto_on_a_small_machine_computes_layers_twice(world, processing, larges
     estimator = StepEstimator(config, processing.image_policy, arguments, engine, largest_batch)
     kept = estimator.estimate(CheckpointedLayers()).total
     monkeypatch.setattr("meme_llava.train.planning.memory.find_usable", lambda memory: memory)
-    monkeypatch.setattr(computation, "measure_memory", lambda *_: kept - 1)
+    monkeypatch.setattr(prepared_run, "measure_memory", lambda *_: kept - 1)
     chosen = plan(world, processing, largest_batch, tmp_path, train_type="projector")
     assert chosen.recomputed == CheckpointedLayers(1, 0) and chosen.memory <= kept - 1
     assert "1 language and 0 vision layers computed twice; the largest batch, " in chosen.describe()
     assert chosen.to_record()["recomputed_layers"] == {"language": 1, "vision": 0}
 
-    monkeypatch.setattr(computation, "measure_memory", lambda *_: 1)
+    monkeypatch.setattr(prepared_run, "measure_memory", lambda *_: 1)
     chosen = plan(world, processing, largest_batch, tmp_path, train_type="projector")
     assert chosen.recomputed == CheckpointedLayers(2, 0)
     assert "warning: only 0.0 GiB can be used, so the run may stop for lack of memory" in chosen.describe()

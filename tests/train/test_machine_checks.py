@@ -7,7 +7,7 @@ from conftest import train_flags
 from meme_llava.distributed.launch import make_environments
 from meme_llava.errors import UserError
 from meme_llava.inference.generation import choose_dtype
-from meme_llava.train.device import check_device, choose_bf16
+from meme_llava.train.session import check_device, choose_bf16
 from meme_llava.train.settings import parse_train_arguments
 
 

@@ -12,7 +12,7 @@ import train
 from meme_llava.errors import UserError
 from meme_llava.model.llava import load_llava
 from meme_llava.model.trainable import ParameterGroup, plan_parameter_groups, prepare_trainable
-from meme_llava.train.optimizer import MuonWithAdamW
+from meme_llava.train.prepared_run import MuonWithAdamW
 from meme_llava.train.settings import parse_train_arguments
 
 FULL = {"train_type": "full", "muon_lr": 2e-2}

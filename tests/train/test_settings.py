@@ -17,7 +17,7 @@ from meme_llava.errors import UserError
 from meme_llava.evaluate.settings import EvaluateArguments, JudgeArguments, ReportArguments
 from meme_llava.inference.settings import DEFAULT_QUESTION, DemoArguments, InferArguments
 from meme_llava.train import settings
-from meme_llava.train.resume import PLACES
+from meme_llava.train.run_plan import PLACES
 from meme_llava.train.settings import TrainArguments, free_settings, parse_train_arguments, read_recipe
 
 REPOSITORY = ROOT

@@ -13,7 +13,7 @@ from conftest import ROOT, train_flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from meme_llava.train import inputs, precheck
+from meme_llava.train import precheck, run_plan
 from meme_llava.train.trackers import check_trackers
 
 RATES = ("train/learning_rate/vision_tower", "train/learning_rate/multi_modal_projector")
@@ -139,7 +139,7 @@ def test_mlflow_in_a_file(world, tmp_path):
     ],
 )
 def test_a_wrong_tracker_stops_before_data_is_read(world, tmp_path, capsys, monkeypatch, report_to, message):
-    monkeypatch.setattr(inputs, "load_records", lambda *_: pytest.fail("the data was read"))
+    monkeypatch.setattr(run_plan, "load_records", lambda *_: pytest.fail("the data was read"))
     monkeypatch.setattr(precheck, "check_records", lambda *_, **__: pytest.fail("the data was read"))
     flags = train_flags(world, tmp_path / "out", report_to=report_to)
     assert message in fail(capsys, flags)
@@ -151,7 +151,7 @@ def test_a_tracker_that_is_not_installed_stops_before_data_is_read(world, tmp_pa
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == tracker else find(name, *a))
     flags = train_flags(world, tmp_path / "out", report_to=tracker)
-    monkeypatch.setattr(inputs, "load_records", lambda *_: pytest.fail("the data was read"))
+    monkeypatch.setattr(run_plan, "load_records", lambda *_: pytest.fail("the data was read"))
     monkeypatch.setattr(precheck, "check_records", lambda *_, **__: pytest.fail("the data was read"))
     expected = f"--report_to {tracker}: the package {tracker} is not installed; pip install -r configs/requirements/tra"
     assert expected in fail(capsys, flags)

@@ -20,7 +20,7 @@ from meme_llava.dataset.pixels import to_pixel_values
 from meme_llava.model import trainable
 from meme_llava.model.llava import load_llava, load_processing
 from meme_llava.model.packed_llava import load_packed_llava
-from meme_llava.train import device, loop, precheck, prepared_run
+from meme_llava.train import loop, precheck, prepared_run, session
 from meme_llava.train.settings import parse_train_arguments
 
 ADAPTER_FILES = {
@@ -369,7 +369,7 @@ def test_resuming_with_another_recipe_is_refused(world, trained, tmp_path, capsy
 
 def test_a_cpu_that_multiplies_bf16_may_train_in_bf16(world, tmp_path, monkeypatch, capsys):
     """Steps compute in bf16 with plain matrix products; what learns is kept in float32 and comes out nearly alike."""
-    monkeypatch.setattr("meme_llava.train.device.multiplies_bf16", lambda: True)
+    monkeypatch.setattr("meme_llava.train.session.multiplies_bf16", lambda: True)
     losses = {}
     for precision in ("fp32", "bf16"):
         train.main(train_flags(world, tmp_path / precision, precision=precision, max_steps=2, logging_steps=1))
@@ -410,7 +410,7 @@ def test_wrong_settings_stop_before_the_model_loads(world, trained, tmp_path, mo
     assert "--engine zero7: no such engine; there are auto, single, ddp, " in message(engine="zero7")
     assert "--engine fsdp2 divides state among several processes, and there is one" in message(engine="fsdp2")
     assert "--save_total_limit is 1, expected at least 2" in message(save_total_limit=1)
-    monkeypatch.setattr("meme_llava.train.device.multiplies_bf16", lambda: False)
+    monkeypatch.setattr("meme_llava.train.session.multiplies_bf16", lambda: False)
     assert "--precision bf16 needs a GPU here: on a CPU without AMX or AVX512_BF16" in message(precision="bf16")
     assert "--precision tf32 needs a GPU here: no CPU has it" in message(precision="tf32")
     assert "--attention varlen needs a GPU" in message(attention="varlen")
@@ -547,7 +547,7 @@ def test_what_a_machine_cannot_do_stops_before_data_is_read(world, tmp_path, cap
 def test_one_process_with_several_gpus_is_refused(world, tmp_path, monkeypatch, capsys):
     """All but one of them would idle."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(device, "check_gpus_answer", lambda: None)
+    monkeypatch.setattr(session, "check_gpus_answer", lambda: None)
     assert "one process sees 4 GPUs" in fail(capsys, train_flags(world, tmp_path / "out"))
 
 
