@@ -32,7 +32,7 @@ from meme_llava.evaluate.scores import (
 )
 from meme_llava.evaluate.settings import EvaluateArguments
 from meme_llava.inference.questions import Prediction, Question, list_record_questions
-from meme_llava.storage.hashing import hash_file, hash_files
+from meme_llava.storage.files import hash_file, hash_files
 from meme_llava.storage.run_record import describe_environment
 from meme_llava.terminal import print_table
 

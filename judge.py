@@ -29,7 +29,7 @@ from meme_llava.evaluate.scores import Score
 from meme_llava.evaluate.settings import JudgeArguments
 from meme_llava.inference.endpoints import Endpoint, check_client, find_endpoint
 from meme_llava.inference.questions import Question
-from meme_llava.storage.hashing import hash_file
+from meme_llava.storage.files import hash_file
 from meme_llava.storage.run_record import describe_environment
 from meme_llava.terminal import print_table
 

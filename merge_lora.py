@@ -8,7 +8,8 @@ The base and the LoRA settings come from the run record; --base_model is needed 
 from meme_llava.cli import parse_arguments, to_plain
 from meme_llava.convert.settings import MergeArguments
 from meme_llava.errors import stop_on_user_error
-from meme_llava.storage.folders import check_apart, check_output_dir, write_directory, write_json
+from meme_llava.storage.files import write_json
+from meme_llava.storage.folders import check_apart, check_output_dir, write_directory
 from meme_llava.storage.run_record import RUN_RECORD, describe_environment, read_run_record
 from meme_llava.terminal import print_table, show_bytes
 

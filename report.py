@@ -10,8 +10,8 @@ heads its column. The page holds recipes, scores with intervals, curves, and eve
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.evaluate.settings import parse_report_arguments
 from meme_llava.report.experiment import read_experiments
-from meme_llava.report.html_page import write_whole
 from meme_llava.report.report_page import render_report, render_table
+from meme_llava.storage.files import write_whole
 
 # Spreadsheets take a file without it for one in the local encoding.
 BYTE_ORDER_MARK = "\ufeff"

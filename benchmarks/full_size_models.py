@@ -37,7 +37,8 @@ from meme_llava.distributed.engines import SINGLE, choose_engine  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model.llava import load_processing, quiet_transformers  # noqa: E402
 from meme_llava.model.trainable import plan_parameter_groups, prepare_trainable, save_trained_weights  # noqa: E402
-from meme_llava.storage.folders import write_directory, write_json  # noqa: E402
+from meme_llava.storage.files import write_json  # noqa: E402
+from meme_llava.storage.folders import write_directory  # noqa: E402
 from meme_llava.storage.manifest import describe_file, write_manifest  # noqa: E402
 from meme_llava.train.prepared_run import make_run_record, write_sidecars  # noqa: E402
 from meme_llava.train.run_plan import (  # noqa: E402

@@ -33,8 +33,8 @@ from meme_llava.report.check_summary import (  # noqa: E402
     print_summary,
     write_findings,
 )
-from meme_llava.storage.folders import write_directory, write_json  # noqa: E402
-from meme_llava.storage.hashing import hash_file  # noqa: E402
+from meme_llava.storage.files import hash_file, write_json  # noqa: E402
+from meme_llava.storage.folders import write_directory  # noqa: E402
 from meme_llava.storage.run_record import RUN_RECORD, describe_environment  # noqa: E402
 from meme_llava.terminal import show_count  # noqa: E402
 

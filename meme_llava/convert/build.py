@@ -18,7 +18,7 @@ from meme_llava.convert.towers import EMBEDDING, HEAD, Source, open_language_mod
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, TURN_END, TURN_START, make_chat_template
 from meme_llava.dataset.images import Resize
 from meme_llava.model.llava import count_image_tokens, has_class_token, quiet_transformers
-from meme_llava.storage.folders import write_json
+from meme_llava.storage.files import write_json
 from meme_llava.storage.tensor_writer import PlannedTensor, count_bytes, write_tensors
 
 # The features of the last layer but one, as LLaVA takes them: the last one is tuned for the contrastive loss.

@@ -16,7 +16,7 @@ from meme_llava.dataset.images import open_image
 from meme_llava.dataset.pixels import to_pixel_values
 from meme_llava.errors import UserError
 from meme_llava.model.llava import load_processing, make_empty_model, quiet_transformers, to_disk_name
-from meme_llava.storage.folders import write_json
+from meme_llava.storage.files import write_json
 from meme_llava.storage.tensor_reader import open_model_tensors
 
 CHINESE_CLIP, CLIP = "chinese_clip_vision_model", "clip_vision_model"

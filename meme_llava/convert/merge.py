@@ -15,8 +15,7 @@ from peft.utils.other import get_pattern_key
 from meme_llava.convert.rounding import Rounding, plan_rounded
 from meme_llava.errors import UserError
 from meme_llava.model.llava import PROJECTOR, to_disk_name
-from meme_llava.storage.folders import write_json
-from meme_llava.storage.hashing import hash_file
+from meme_llava.storage.files import hash_file, write_json
 from meme_llava.storage.run_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS, read_run_record
 from meme_llava.storage.tensor_reader import WEIGHTS, WEIGHTS_INDEX, TensorReader, open_model_tensors
 from meme_llava.storage.tensor_writer import PlannedTensor, count_bytes, write_tensors

@@ -16,7 +16,7 @@ from PIL import Image
 from meme_llava import count_cores
 from meme_llava.dataset.findings import RecordFault
 from meme_llava.dataset.images import PARSER_ERRORS, list_header_notes, open_header, open_image
-from meme_llava.storage.hashing import hash_file
+from meme_llava.storage.files import hash_file
 
 SMALLEST_SIDE = 4  # pixels; less is a tracking dot, no image
 LOW_RESOLUTION = 64  # pixels; a line of words needs more

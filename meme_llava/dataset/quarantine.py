@@ -1,12 +1,12 @@
 """The file that lists the records left out of training, with the reasons and the records themselves."""
 
-import json
 from pathlib import Path
 
 from meme_llava.dataset.checked_data import CheckedData
 from meme_llava.dataset.findings import RecordFault
 from meme_llava.dataset.records import iterate_values
 from meme_llava.errors import UserError
+from meme_llava.storage.files import write_lines
 
 QUARANTINE = "quarantine.jsonl"
 
@@ -22,16 +22,17 @@ def write_quarantine(output_dir: Path, checked: CheckedData) -> Path | None:
     if not reasons:
         return None
     output_dir.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for place, value in iterate_values(checked.annotations):
-            if place in reasons:
-                line = {
-                    "place": place,
-                    "record_id": reasons[place][0].record_id,
-                    "reasons": [{"kind": finding.kind, "detail": finding.detail} for finding in reasons[place]],
-                    "record": value.content if isinstance(value, RecordFault) else value,
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    lines = (
+        {
+            "place": place,
+            "record_id": reasons[place][0].record_id,
+            "reasons": [{"kind": finding.kind, "detail": finding.detail} for finding in reasons[place]],
+            "record": value.content if isinstance(value, RecordFault) else value,
+        }
+        for place, value in iterate_values(checked.annotations)
+        if place in reasons
+    )
+    write_lines(path, lines)
     return path
 
 

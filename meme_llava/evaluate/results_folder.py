@@ -9,15 +9,15 @@ Nothing about models and scores.
 
 import contextlib
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from meme_llava.errors import DiskFullError, UserError, is_disk_full
-from meme_llava.storage.folders import check_output_dir, empty_directory, lock_directory, write_json
+from meme_llava.errors import UserError
+from meme_llava.storage.files import append_line, cut_torn_line, explain_full_disk, lock, read_lines, write_json
+from meme_llava.storage.folders import check_output_dir, empty_directory
 from meme_llava.storage.run_record import RUN_RECORD
 from meme_llava.terminal import show_count
 
@@ -26,6 +26,7 @@ PREDICTIONS = "predictions.jsonl"
 LINES = {EVALUATE: PREDICTIONS, JUDGE: "judgements.jsonl"}
 METRICS = "metrics.json"
 SCORES = "scores"  # in an OUTPUT_DIR of run.sh
+FULL_DISK_ADVICE = "Free some and start the same command again; answers are kept."
 Item = TypeVar("Item")
 
 
@@ -45,19 +46,14 @@ class EvaluationFolder:
 
     def append(self, content: dict) -> None:
         """Add a line and bring it to the disk. Raises DiskFullError; the lines before stay."""
-        line = json.dumps(content, ensure_ascii=False) + "\n"
-        with _telling_full_disk(self.folder), self._file.open("a", encoding="utf-8") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        with explain_full_disk(self.folder, FULL_DISK_ADVICE):
+            append_line(self._file, content)
         self.lines.append(content)
 
     def finish(self, metrics: dict) -> None:
         """Write the scores, whole or not at all."""
-        temporary = self.folder / f"{METRICS}.incomplete"
-        with _telling_full_disk(self.folder):
-            write_json(temporary, metrics)
-            temporary.replace(self.folder / METRICS)
+        with explain_full_disk(self.folder, FULL_DISK_ADVICE):
+            write_json(self.folder / METRICS, metrics)
         self.metrics = metrics
 
 
@@ -82,10 +78,10 @@ def open_evaluation(output_dir: Path, record: dict, overwrite: bool) -> Iterator
             # A model is not an evaluation; it is not emptied.
             read_evaluation_record(output_dir, record["stage"])
     output_dir.mkdir(parents=True, exist_ok=True)
-    with lock_directory(output_dir):
+    with lock(output_dir):
         if not goes_on:
             empty_directory(output_dir)
-            with _telling_full_disk(output_dir):
+            with explain_full_disk(output_dir, FULL_DISK_ADVICE):
                 write_json(output_dir / RUN_RECORD, record)
         metrics = output_dir / METRICS
         yield EvaluationFolder(
@@ -199,9 +195,7 @@ def read_predictions(folder: Path) -> dict[tuple, dict]:
     predictions: dict[tuple, dict] = {}
     times: Counter[tuple] = Counter()
     try:
-        # Text may hold other separators of lines, at which splitlines would cut.
-        for content in filter(None, path.read_text(encoding="utf-8").split("\n")):
-            line = json.loads(content)
+        for line in read_lines(path):
             question = (line["image"], line["question"], line["reference"])
             # A file may ask the same twice.
             predictions[(*question, times[question])] = line
@@ -225,23 +219,8 @@ def _read_whole_lines(path: Path) -> list[dict]:
     """The lines of the file; a last one that was not written to its end is cut off and asked again."""
     if not path.is_file():
         return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
     try:
-        return [json.loads(line) for line in whole.splitlines()]
+        cut_torn_line(path)
+        return read_lines(path)
     except ValueError as error:
         raise UserError(f"{path}: is damaged ({error}); pass --overwrite to ask everything again") from error
-
-
-@contextlib.contextmanager
-def _telling_full_disk(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if is_disk_full(error):
-            raise DiskFullError(
-                f"{folder}: the disk is full. Free some and start the same command again; answers are kept."
-            ) from error
-        raise

@@ -35,7 +35,7 @@ from meme_llava.model.llava import (
     to_memory_name,
 )
 from meme_llava.model.settings import LearningRates, LoraRecipe
-from meme_llava.storage.folders import set_file_modes
+from meme_llava.storage.files import set_file_modes
 from meme_llava.storage.run_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS
 
 

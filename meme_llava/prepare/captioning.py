@@ -24,7 +24,7 @@ from meme_llava.inference.endpoint_client import (
 from meme_llava.inference.image_upload import encode_image, make_data_url
 from meme_llava.prepare.caption_file import CaptionLedger
 from meme_llava.prepare.describing import UNANSWERED, DescribeArguments, Progress, Prompt
-from meme_llava.storage.hashing import try_hash_file
+from meme_llava.storage.files import try_hash_file
 
 # This many images set aside in a row, with none answered between them, are not an accident.
 LONGEST_BAD_RUN = 10

@@ -20,7 +20,7 @@ from meme_llava.dataset.image_inspection import IMAGE_SUFFIXES
 from meme_llava.errors import UserError
 from meme_llava.inference.endpoints import PRESETS
 from meme_llava.prepare.caption_file import CaptionLedger
-from meme_llava.storage.hashing import try_hash_file
+from meme_llava.storage.files import try_hash_file
 from meme_llava.terminal import SECONDS_BETWEEN_LINES, print_table
 
 # The words first: they are what a reader of memes must learn. A model that may say "unreadable" invents less.

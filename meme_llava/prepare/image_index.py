@@ -15,7 +15,7 @@ from meme_llava.dataset.check import check_image_folder
 from meme_llava.dataset.image_inspection import IMAGE_SUFFIXES
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.errors import UserError
-from meme_llava.storage.hashing import hash_file
+from meme_llava.storage.files import hash_file
 
 # Looking for the nearest of 10,000 names takes half a second.
 _SUGGESTIONS = 50

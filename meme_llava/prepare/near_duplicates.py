@@ -15,7 +15,7 @@ import numpy as np
 from meme_llava import count_cores
 from meme_llava.dataset.images import open_image
 from meme_llava.errors import UserError
-from meme_llava.storage.hashing import hash_file
+from meme_llava.storage.files import hash_file
 from meme_llava.terminal import show_count
 
 # 64-bit distances computed at once; 8 bytes each, and a few copies of that.

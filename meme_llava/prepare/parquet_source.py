@@ -23,7 +23,7 @@ from meme_llava.dataset.images import ACCEPTED_FORMATS, PARSER_ERRORS, resolve_i
 from meme_llava.errors import UserError
 from meme_llava.prepare.parquet_columns import PRESETS, Columns, Preset, find_columns, read_text
 from meme_llava.prepare.writer import AnnotationWriter, DrawingSettings, finish, make_record
-from meme_llava.storage.hashing import hash_file
+from meme_llava.storage.files import hash_file, write_whole
 
 ENDINGS = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "WEBP": "webp", "BMP": "bmp"}
 _ROWS_AT_ONCE = 32
@@ -126,9 +126,7 @@ class _RowReader:
         if path.exists() and path.read_bytes() == data:
             self._note("rows whose image was stored already")
         else:
-            temporary = path.with_name(f".{path.name}.incomplete")
-            temporary.write_bytes(data)
-            temporary.replace(path)
+            write_whole(path, data, fsync=False)
             self._note("images written")
         return path.relative_to(self._settings.image_folder.resolve()).as_posix()
 

@@ -22,7 +22,7 @@ from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
 from meme_llava.dataset.records import name_source, parse_record
 from meme_llava.errors import UserError
 from meme_llava.prepare.questions import DESCRIBE, READ, draw_question
-from meme_llava.storage.hashing import hash_file
+from meme_llava.storage.files import hash_file, to_line, write_json
 from meme_llava.storage.run_record import describe_environment
 from meme_llava.terminal import print_table
 
@@ -108,7 +108,7 @@ class AnnotationWriter:
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._temporary.open("w", encoding="utf-8")
-            self._left_out_lines = self._left_out_temporary.open("w", encoding="utf-8")
+            self._left_out_lines = self._left_out_temporary.open("wb")
         except OSError as error:
             raise UserError(f"--output {self.output}: cannot be written there ({error.strerror or error})") from error
         self._is_jsonl = self.output.suffix == ".jsonl"
@@ -170,7 +170,7 @@ class AnnotationWriter:
         """Something that was not meant to become a record; counted by `kind`."""
         self.left_out[kind] += 1
         line = {"place": place, "reason": reason, "original": original}
-        self._left_out_lines.write(_dump_line(line) + "\n")
+        self._left_out_lines.write(to_line(line, default=repr))
 
     @property
     def images(self) -> int:
@@ -205,17 +205,12 @@ class AnnotationWriter:
     def publish(self, **facts) -> None:
         """Rename everything into place; `facts` go into the manifest too."""
         manifest = {**self._describe(), **facts}
-        manifest_temporary = self.manifest_file.with_name(f".{self.manifest_file.name}.incomplete")
-        with manifest_temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(manifest, ensure_ascii=False, indent=2, default=str) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
         if self.left_out:
             self._left_out_temporary.replace(self.left_out_file)
         else:
             # One of an earlier run would be taken for this one's.
             self.left_out_file.unlink(missing_ok=True)
-        manifest_temporary.replace(self.manifest_file)
+        write_json(self.manifest_file, manifest, default=str)
         self._temporary.replace(self.output)
 
     def _describe(self) -> dict:
@@ -271,13 +266,3 @@ def finish(writer: AnnotationWriter) -> None:
     writer.close()
     writer.publish()
     writer.print_summary()
-
-
-def _dump_line(value) -> str:
-    line = json.dumps(value, ensure_ascii=False, default=repr)
-    try:
-        line.encode()
-    except UnicodeEncodeError:
-        # Half a character has no UTF-8; an escape keeps it.
-        return json.dumps(value, default=repr)
-    return line

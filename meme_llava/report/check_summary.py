@@ -1,6 +1,5 @@
 """The summary of a checked annotation file: lengths, steps, and what data/check.py prints and reports of it."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from meme_llava.dataset.checked_data import CheckedData, CheckedRecord, print_fi
 from meme_llava.dataset.findings import KINDS, Finding, Severities
 from meme_llava.dataset.settings import RecordPolicy
 from meme_llava.report.check_page import GalleryEntry, Histogram, KindCount, ReportContents
+from meme_llava.storage.files import write_lines
 from meme_llava.terminal import print_table
 
 FINDINGS = "findings.jsonl"
@@ -161,10 +161,9 @@ def make_report_contents(
 
 def write_findings(path: Path, checked: CheckedData) -> None:
     """List every finding in a JSONL file, in the order of the annotation file."""
-    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for finding in checked.findings:
-            line = {**finding.__dict__, "severity": checked.severities.severity_of(finding.kind)}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    write_lines(
+        path, ({**one.__dict__, "severity": checked.severities.severity_of(one.kind)} for one in checked.findings)
+    )
 
 
 def _count(title: str, unit: str, values: np.ndarray) -> Histogram:

@@ -1,4 +1,4 @@
-"""What our self-contained HTML pages have in common: escaping, small images, look, and writing them whole.
+"""What our self-contained HTML pages have in common: escaping, small images, look.
 
 A page needs no network, and its content security policy lets no script run but its own.
 """
@@ -66,20 +66,6 @@ def render_page(template: str, title: str, filters: dict | None = None, **values
         for name, file in (("style", "html_page.css"), ("gallery_script", "gallery.js"))
     }
     return environment.get_template(template).render(title=title, **values)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file in one step: it is whole or what it was before.
-
-    Raises:
-        OSError: the folder is missing or cannot be written to.
-    """
-    unfinished = path.with_name(f".{path.name}.partial")
-    try:
-        unfinished.write_text(text, encoding="utf-8", newline="\n")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _make_thumbnail(path: Path, max_pixels: int) -> Thumbnail:

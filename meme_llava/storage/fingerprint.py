@@ -12,8 +12,7 @@ from pathlib import Path
 
 from meme_llava import count_cores
 from meme_llava.errors import CheckpointError
-from meme_llava.storage.cache import find_cache
-from meme_llava.storage.hashing import describe_state, hash_file
+from meme_llava.storage.files import hash_file, write_whole
 from meme_llava.storage.manifest import MANIFEST
 from meme_llava.storage.run_record import holds_trained_weights, read_trained_record
 from meme_llava.storage.tensor_reader import open_model_tensors, view_bytes
@@ -29,9 +28,10 @@ def fingerprint_folder(folder: Path) -> str:
     """
     with open_model_tensors(folder) as tensors:
         paths = sorted({stored.path for stored in tensors.stored.values()})
-        states = {str(path.resolve()): describe_state(path) for path in paths}
+        states = {str(path.resolve()): _describe_state(path.stat()) for path in paths}
         key = hashlib.sha256(json.dumps(states).encode()).hexdigest()
-        remembered = find_cache() / "fingerprints" / key
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        remembered = cache / "meme_llava" / "fingerprints" / key
         try:
             return remembered.read_text(encoding="ascii")
         except (OSError, UnicodeDecodeError):
@@ -39,12 +39,15 @@ def fingerprint_folder(folder: Path) -> str:
     fingerprint = _compute(folder, names)
     try:
         remembered.parent.mkdir(parents=True, exist_ok=True)
-        written = remembered.with_suffix(f".{os.getpid()}")
-        written.write_text(fingerprint, encoding="ascii")
-        written.replace(remembered)
+        write_whole(remembered, fingerprint)
     except OSError:
         pass  # a home that cannot be written costs time alone
     return fingerprint
+
+
+def _describe_state(state: os.stat_result) -> str:
+    # What changes whenever a file's contents change, as git takes it.
+    return f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
 
 
 def _compute(folder: Path, names: list[str]) -> str:

@@ -4,15 +4,12 @@ Every directory stands alone: it loads without any other, and its run record say
 """
 
 import contextlib
-import fcntl
-import json
-import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from meme_llava.errors import DiskFullError, UserError, is_disk_full
+from meme_llava.errors import UserError
+from meme_llava.storage.files import explain_full_disk, fsync_path, lock, set_file_modes
 from meme_llava.storage.run_record import RUN_RECORD
 
 
@@ -35,7 +32,7 @@ def write_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
         replaced.rename(output_dir)
     check_output_dir(output_dir, overwrite)
     temporary.mkdir(parents=True, exist_ok=True)
-    with lock_directory(temporary):
+    with lock(temporary), explain_full_disk(temporary, "Free some, or choose another --output_dir."):
         empty_directory(temporary)
         _remove(replaced)
         try:
@@ -44,47 +41,14 @@ def write_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
             for path in (*sorted(temporary.rglob("*")), temporary):
                 fsync_path(path)
             check_output_dir(output_dir, overwrite)  # again: it took a while
-        except BaseException as error:
+        except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError) and is_disk_full(error):
-                raise DiskFullError(
-                    f"{temporary}: the disk is full. Free some, or choose another --output_dir."
-                ) from error
             raise
         if output_dir.exists():
             output_dir.rename(replaced)
         temporary.rename(output_dir)
         fsync_path(output_dir.parent)
         _remove(replaced)
-
-
-@contextlib.contextmanager
-def lock_directory(directory: Path, patience: float = 0) -> Iterator[None]:
-    """Keep other processes off a directory; the kernel lets go of the lock when this process ends, however it does.
-
-    Args:
-        patience: seconds to wait for a lock that another process holds.
-    """
-    descriptor = os.open(directory, os.O_RDONLY)
-    end = time.monotonic() + patience
-    try:
-        while not _try_lock(descriptor):
-            if time.monotonic() > end:
-                raise UserError(f"{directory}: is being written by another process; wait for it or stop it")
-            time.sleep(0.2)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # some network file systems know no locks
-    return True
 
 
 def empty_directory(directory: Path) -> None:
@@ -102,15 +66,6 @@ def _remove(replaced: Path) -> None:
     if replaced.exists():
         replaced.rename(removed)
         shutil.rmtree(removed, ignore_errors=True)
-
-
-def fsync_path(path: Path) -> None:
-    """Return when a file's or directory's content would survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_apart(output_dir: Path, inputs: dict[str, Path]) -> None:
@@ -135,16 +90,3 @@ def check_output_dir(output_dir: Path, overwrite: bool) -> None:
             f"{output_dir}: has no {RUN_RECORD}, so it is not an output of ours and --overwrite leaves it alone. "
             "Choose another --output_dir, or delete it yourself."
         )
-
-
-def set_file_modes(directory: Path) -> None:
-    """Give weight files the mode that the umask allows; safetensors writes them readable by the owner alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in directory.rglob("*.safetensors"):
-        path.chmod(0o666 & ~umask)
-
-
-def write_json(path: Path, value) -> None:
-    """Write readable UTF-8 JSON."""
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

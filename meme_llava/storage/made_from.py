@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
-from meme_llava.storage.hashing import hash_file
+from meme_llava.storage.files import hash_file, write_json
 from meme_llava.storage.run_record import RUN_RECORD
 
 # What tells one folder of weights from another; the last one stands beside towers that were trained together.
@@ -49,4 +49,4 @@ def list_differences(note: Path, making: Mapping[str, str]) -> list[str]:
 
 
 def write_note(note: Path, making: Mapping[str, str]) -> None:
-    note.write_text(json.dumps(making, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_json(note, making)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from meme_llava.errors import CheckpointError
-from meme_llava.storage.hashing import hash_file
+from meme_llava.storage.files import hash_file, write_whole
 
 MANIFEST = "manifest.json"
 _OWN_HASH = "manifest_sha256"
@@ -31,7 +31,7 @@ def write_manifest(folder: Path, files: Mapping[str, dict], facts: Mapping) -> N
     """
     content = {**facts, "files": dict(files)}
     own_hash = hashlib.sha256(_to_text(content).encode()).hexdigest()
-    (folder / MANIFEST).write_text(_to_text({**content, _OWN_HASH: own_hash}), encoding="utf-8")
+    write_whole(folder / MANIFEST, _to_text({**content, _OWN_HASH: own_hash}))
 
 
 def read_manifest(folder: Path) -> dict:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from meme_llava.storage.folders import write_json
+from meme_llava.storage.files import write_json
 
 TRAINING_LOG = "trainer_state.json"
 

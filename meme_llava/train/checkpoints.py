@@ -14,7 +14,7 @@ from pathlib import Path
 from meme_llava.distributed.environment import is_main_process
 from meme_llava.distributed.processes import any_process, broadcast_from_main, gather, wait_for_all
 from meme_llava.errors import CheckpointError, DiskFullError, UserError, is_disk_full
-from meme_llava.storage.folders import fsync_path, lock_directory, set_file_modes
+from meme_llava.storage.files import fsync_path, lock, set_file_modes
 from meme_llava.storage.manifest import MANIFEST, describe_file, verify_directory, write_manifest
 from meme_llava.storage.tensor_writer import check_free_space
 
@@ -142,7 +142,6 @@ def _describe_kept(output_dir: Path) -> str:
 def _complete(folder: Path, checkpoint: Path, files: Mapping, facts: Mapping, keep: int) -> None:
     set_file_modes(folder)
     write_manifest(folder, files, facts)
-    fsync_path(folder / MANIFEST)
     fsync_path(folder)
     if checkpoint.exists():  # a damaged one that nobody could put aside
         shutil.rmtree(checkpoint)
@@ -192,7 +191,7 @@ def hold_output_dir(output_dir: Path) -> Iterator[None]:
 
         def take() -> str | None:
             output_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock_directory(output_dir, LOCK_PATIENCE_SECONDS))
+            stack.enter_context(lock(output_dir, LOCK_PATIENCE_SECONDS))
             probe = output_dir / f".shared-{id(stack)}"
             probe.touch()
             stack.callback(lambda: probe.unlink(missing_ok=True))

@@ -4,7 +4,6 @@ Training does not feel it: no random number is drawn, no gradient is kept.
 """
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from meme_llava.evaluate.scores import describe_measure, name_figure, score_pred
 from meme_llava.inference.generation import Answerer, choose_stops
 from meme_llava.inference.questions import Prediction
 from meme_llava.model.packed_llava import answer_unpacked
+from meme_llava.storage.files import read_lines, write_lines
 from meme_llava.terminal import print_table
 from meme_llava.train.prepared_run import PreparedRun
 from meme_llava.train.trackers import TrackerRuns
@@ -150,16 +150,19 @@ class _Beat(StoppingCriteria):
 
 def keep_answers(path: Path, step: int, shown: Sequence[Prediction]) -> None:
     """Append the answers of a step to those of earlier ones. Later ones are of a run that was continued before."""
-    # Text may hold other separators of lines, at which splitlines would cut.
-    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-    kept = [line for line in lines if line and json.loads(line)["step"] < step]
-    for one in shown:
-        asked = {"image": str(one.question.image), "question": one.question.text, "reference": one.question.reference}
-        answer = {"step": step, **asked, "answer": one.text, "stopped": one.stopped}
-        kept.append(json.dumps(answer, ensure_ascii=False))
-    temporary = path.with_name(f".{path.name}.incomplete")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    earlier = [line for line in read_lines(path) if line["step"] < step] if path.is_file() else []
+    answers = [
+        {
+            "step": step,
+            "image": str(one.question.image),
+            "question": one.question.text,
+            "reference": one.question.reference,
+            "answer": one.text,
+            "stopped": one.stopped,
+        }
+        for one in shown
+    ]
+    write_lines(path, [*earlier, *answers])
 
 
 def print_answers(

@@ -33,7 +33,7 @@ from meme_llava.model.trainable import (
     prepare_trainable,
     recompute_layers,
 )
-from meme_llava.storage.folders import write_json
+from meme_llava.storage.files import write_json
 from meme_llava.storage.run_record import RUN_RECORD
 from meme_llava.terminal import print_table
 from meme_llava.train.progress import CountingCollator

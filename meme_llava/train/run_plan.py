@@ -14,8 +14,8 @@ from meme_llava.distributed.environment import is_main_process
 from meme_llava.distributed.processes import broadcast_from_main
 from meme_llava.errors import CheckpointError, UserError
 from meme_llava.model.llava import Processing, load_processing
+from meme_llava.storage.files import hash_file
 from meme_llava.storage.fingerprint import fingerprint_folder, identify_weights
-from meme_llava.storage.hashing import hash_file
 from meme_llava.storage.manifest import verify_directory
 from meme_llava.storage.run_record import RUN_RECORD, describe_environment, read_run_record, read_trained_record
 from meme_llava.train.checkpoints import CORRUPT_SUFFIX, find_newest, list_checkpoints

@@ -17,7 +17,7 @@ from meme_llava.distributed.environment import count_processes, find_rank
 from meme_llava.errors import UserError
 from meme_llava.inference.questions import Question, find_question
 from meme_llava.model.llava import Processing
-from meme_llava.storage.hashing import hash_file
+from meme_llava.storage.files import hash_file
 from meme_llava.train.settings import TrainArguments
 
 Item = TypeVar("Item")

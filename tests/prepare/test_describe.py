@@ -1,5 +1,6 @@
 """data/describe.py before a server that misbehaves: what is asked again, what is kept, when it stops, what it costs."""
 
+import errno
 import fcntl
 import importlib.util
 import json
@@ -47,10 +48,7 @@ from meme_llava.inference import endpoint_client  # noqa: E402
 from meme_llava.inference.endpoint_client import backoff_seconds, parse_retry_after  # noqa: E402
 from meme_llava.inference.endpoints import PRESETS, find_endpoint  # noqa: E402
 from meme_llava.inference.image_upload import encode_image  # noqa: E402
-from meme_llava.prepare import (
-    caption_file,  # noqa: E402
-    captioning,  # noqa: E402
-)
+from meme_llava.prepare import captioning  # noqa: E402
 from meme_llava.prepare.describing import DEFAULT_PROMPT, Prompt  # noqa: E402
 
 SCRIPT = ROOT / "data" / "describe.py"
@@ -548,7 +546,7 @@ def test_other_settings_need_another_file(tmp_path, folder, capsys):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("my notes", "not a captions file"),
+        ("my notes", "holds no lines of JSON"),
         ('{"picName": "a.png", "description": "别人的"}\n', "line 1 was not written by this script"),
         ("[]\n", "line 1 was not written by this script"),
         ("torn in the middle\n{}\n", "line 1 is not JSON"),
@@ -597,17 +595,20 @@ def test_a_second_process_is_kept_off(tmp_path, folder, capsys):
         fcntl.flock(file, fcntl.LOCK_EX)
         assert describe(server, folder, output) == 2
         assert not server.requests
-    assert "another process writes captions to it" in capsys.readouterr().err
+    assert "is being written by another process" in capsys.readouterr().err
+
+
+def raise_disk_full(descriptor):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_full_disk_leaves_whole_lines_only(tmp_path, folder, capsys, monkeypatch):
     output = tmp_path / "captions.jsonl"
-    write = os.write
     with CaptionServer() as server:
         assert describe(server, folder, output, "--max_images", "2") == 0
         before = output.read_bytes()
         with monkeypatch.context() as patch:
-            patch.setattr(caption_file.os, "write", lambda descriptor, data: write(descriptor, data[:20]))
+            patch.setattr(os, "fsync", raise_disk_full)
             assert describe(server, folder, output, "--concurrency", "1") == 2
         assert "No space left on device" in capsys.readouterr().err
         assert output.read_bytes() == before

@@ -24,7 +24,8 @@ from meme_llava.cli import parse_arguments, to_plain  # noqa: E402
 from meme_llava.dataset.conversation import DEFAULT_SYSTEM  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model.llava import quiet_transformers  # noqa: E402
-from meme_llava.storage.folders import write_directory, write_json  # noqa: E402
+from meme_llava.storage.files import write_json  # noqa: E402
+from meme_llava.storage.folders import write_directory  # noqa: E402
 from meme_llava.storage.run_record import RUN_RECORD, describe_environment  # noqa: E402
 
 ALPHABET_WEIGHT = 50

@@ -22,7 +22,8 @@ from networks import Sizes, make_language_config  # noqa: E402
 from split_towers import scale_features  # noqa: E402
 
 from meme_llava.model.llava import load_strictly, quiet_transformers  # noqa: E402
-from meme_llava.storage.folders import write_directory, write_json  # noqa: E402
+from meme_llava.storage.files import write_json  # noqa: E402
+from meme_llava.storage.folders import write_directory  # noqa: E402
 from meme_llava.storage.run_record import RUN_RECORD, describe_environment  # noqa: E402
 
 
