@@ -1,6 +1,6 @@
 """The engines that can train: one process, copies on several devices, or state sharded among them.
 
-An engine is one word: `single`, `ddp`, or the name of a file in configs/deepspeed or configs/fsdp.
+An engine is one word: `single`, `ddp`, or the name of a file in configs/deepspeed or configs/fsdp. Without torch.
 """
 
 import json
@@ -14,7 +14,6 @@ from meme_llava.errors import UserError
 
 AUTO, SINGLE, DDP = "auto", "single", "ddp"
 DEEPSPEED, FSDP = "deepspeed", "fsdp"
-DEFAULT_DIVIDED = "zero2"
 
 
 @dataclass(frozen=True)
@@ -46,15 +45,10 @@ class Engine:
         """Whether a forward pass gathers weights from all processes, so that all must make it."""
         return self.kind == FSDP or self.zero_stage == 3
 
-    @property
-    def needs_process_group(self) -> bool:
-        """Whether it communicates even where it has one process."""
-        return self.kind in (DEEPSPEED, FSDP)
-
 
 def list_engines() -> dict[str, Path | None]:
     """Every engine's name with its file, None where it has none."""
-    files = [*sorted((CONFIGS / DEEPSPEED).glob("*.json")), *sorted((CONFIGS / FSDP).glob("*.json"))]
+    files = [path for kind in (DEEPSPEED, FSDP) for path in sorted((CONFIGS / kind).glob("*.json"))]
     return {SINGLE: None, DDP: None, **{path.stem: path for path in files}}
 
 
@@ -65,14 +59,15 @@ def check_engine_name(name: str) -> None:
         raise UserError(f"--engine {name}: no such engine; there are {', '.join(known)}")
 
 
-def choose_engine(name: str, processes: int, on_gpu: bool) -> Engine:
+def choose_engine(name: str, processes: int, on_gpu: bool, muon_lr: float | None = None) -> Engine:
     """The engine of that name; `auto` is one process where there is one, ZeRO-2 on several GPUs, else DDP.
 
     Raises:
-        UserError: there is none of that name, it does not go with that many processes, or its file is wrong.
+        UserError: there is none of that name, it does not go with that many processes or with Muon, or its file is
+            wrong.
     """
     if name == AUTO:
-        name = SINGLE if processes == 1 else DEFAULT_DIVIDED if on_gpu else DDP
+        name = SINGLE if processes == 1 else "zero2" if on_gpu else DDP
     check_engine_name(name)
     if name == SINGLE and processes > 1:
         raise UserError(f"--engine {SINGLE} is for one process, the launcher started {processes}; choose another")
@@ -83,6 +78,11 @@ def choose_engine(name: str, processes: int, on_gpu: bool) -> Engine:
     kind = path.parent.name
     if kind == FSDP and processes == 1:
         raise UserError(f"--engine {name} divides state among several processes, and there is one; choose {SINGLE}")
+    if muon_lr is not None:
+        raise UserError(
+            f"--muon_lr: Muon needs whole matrices, and --engine {name} divides them; pass --engine single or ddp, or "
+            "leave --muon_lr out"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -93,12 +93,3 @@ def choose_engine(name: str, processes: int, on_gpu: bool) -> Engine:
     if kind == FSDP and config.get("version") != 2:
         raise UserError(f'{path}: expected "version": 2; FSDP1 flattens what learns together with what does not')
     return Engine(name, kind, path, config)
-
-
-def check_muon_runs(engine: Engine, muon_lr: float | None) -> None:
-    """Raise UserError where Muon, which needs whole matrices, meets an engine that divides them."""
-    if muon_lr is not None and engine.kind in (DEEPSPEED, FSDP):
-        raise UserError(
-            f"--muon_lr: Muon needs whole matrices, and --engine {engine.name} divides them; pass --engine single or "
-            "ddp, or leave --muon_lr out"
-        )

@@ -1,6 +1,6 @@
 """One process of a run: what launchers tell it in its environment, its sign of life, and its end. Without torch.
 
-Ours, torchrun, `accelerate launch` and `deepspeed` set what torch reads: RANK, WORLD_SIZE, MASTER_ADDR, ….
+Our launcher, torchrun, `accelerate launch` and `deepspeed` set what torch reads: RANK, WORLD_SIZE, MASTER_ADDR, ….
 """
 
 import atexit
@@ -27,8 +27,8 @@ FOREIGN_PREFIXES = ("ACCELERATE_", "FSDP_")
 # Before the first step a file of many gigabytes may be read in one go.
 START_PATIENCE = 6
 STANDARD_ERROR = 2
-_SIGNS_OF_LOSS = ("/gloo/transport/", "NCCL communicator was aborted", "remote process exited", "Watchdog caught")
 PEER_SECONDS = 2  # the process that failed is to be gone, and known by its own exit code, before the others
+_SIGNS_OF_LOSS = ("/gloo/transport/", "NCCL communicator was aborted", "remote process exited", "Watchdog caught")
 
 
 def count_processes() -> int:
@@ -41,11 +41,6 @@ def find_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def find_local_rank() -> int:
-    """The number of this process on its node, and so of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
 def is_main_process() -> bool:
     """Whether this process prints and writes for all."""
     return find_rank() == 0
@@ -54,12 +49,14 @@ def is_main_process() -> bool:
 def settle_environment(variables: MutableMapping[str, str] = os.environ) -> None:
     """Prepare the environment for a process that trains, whoever started it."""
     read_slurm(variables)
-    choose_allocator(variables)
-    foreign = [name for name in variables if name.startswith(FOREIGN_PREFIXES)]
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & variables.keys():
+        # Every packed row has another length. Segments that can grow leave no gaps between blocks of all those lengths.
+        variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    foreign = sorted(name for name in variables if name.startswith(FOREIGN_PREFIXES))
     for name in foreign:
         del variables[name]
     if foreign and is_main_process():
-        print(f"ignored: {', '.join(sorted(foreign))}; --engine and --precision count", flush=True)
+        print(f"ignored: {', '.join(foreign)}; --engine and --precision count", flush=True)
     if "RANK" in variables:
         die_with_parent()
         choose_interface(variables)
@@ -72,26 +69,16 @@ def read_slurm(variables: MutableMapping[str, str]) -> None:
         return
     # Such as node[03-05,09], host-a,host-b.
     first = re.match(r"([^\[,]+)(?:\[(\d+))?", variables["SLURM_STEP_NODELIST"])
-    # Such as 4(x2),3: tasks on each node.
-    on_each = re.match(r"\d+", variables["SLURM_STEP_TASKS_PER_NODE"])[0]
     port = 20000 + (int(variables["SLURM_JOB_ID"]) * 100 + int(variables.get("SLURM_STEP_ID", "0"))) % 20000
     variables |= {
         "RANK": variables["SLURM_PROCID"],
         "LOCAL_RANK": variables["SLURM_LOCALID"],
         "WORLD_SIZE": variables["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_WORLD_SIZE": on_each,
+        # Such as 4(x2),3: tasks on each node.
+        "LOCAL_WORLD_SIZE": re.match(r"\d+", variables["SLURM_STEP_TASKS_PER_NODE"])[0],
         "MASTER_ADDR": variables.get("MASTER_ADDR", "".join(filter(None, first.groups()))),
         "MASTER_PORT": variables.get("MASTER_PORT", str(port)),
     }
-
-
-def choose_allocator(variables: MutableMapping[str, str]) -> None:
-    """Settle how torch allocates a GPU's memory, unless the user has.
-
-    Every packed row has another length. Segments that can grow leave no gaps between blocks of all those lengths.
-    """
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & variables.keys():
-        variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def die_with_parent() -> None:
@@ -111,20 +98,16 @@ def choose_interface(variables: MutableMapping[str, str]) -> None:
     import psutil  # a bare Python, with which run.sh checks its settings, has none
 
     is_alone = variables["WORLD_SIZE"] == variables.get("LOCAL_WORLD_SIZE")
-    address = find_own_address("127.0.0.1" if is_alone else variables["MASTER_ADDR"])
+    other = "127.0.0.1" if is_alone else variables["MASTER_ADDR"]
+    family, *_, place = socket.getaddrinfo(other, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(place)  # which tells this node's own address towards the other; nothing is sent
+        address = probe.getsockname()[0]
     for interface, entries in psutil.net_if_addrs().items():
         if any(entry.address.partition("%")[0] == address for entry in entries):
             for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                 variables.setdefault(name, interface)
             return
-
-
-def find_own_address(other: str) -> str:
-    """The address by which this node reaches another; nothing is sent. Raises OSError for no such host."""
-    family, *_, place = socket.getaddrinfo(other, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(place)
-        return probe.getsockname()[0]
 
 
 class Heartbeat:
@@ -154,15 +137,6 @@ class Heartbeat:
         faulthandler.dump_traceback_later(seconds, exit=True, file=STANDARD_ERROR)
 
 
-def is_peer_failure(error: BaseException) -> bool:
-    """Whether an error says no more than that another process of the run is gone or does not answer."""
-    # Torch's own error for it cannot have been raised where torch was never loaded.
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and isinstance(error, distributed.DistNetworkError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_LOSS)
-
-
 def run_and_leave(main: Callable[[], None]) -> NoReturn:
     """Run a script's `main` and end this process with its exit code.
 
@@ -177,7 +151,7 @@ def run_and_leave(main: Callable[[], None]) -> NoReturn:
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException as error:
         code = 1
-        if is_peer_failure(error):
+        if _is_peer_failure(error):
             # The launcher knows which; a traceback of this one would only hide what that one said.
             print(f"[process {find_rank()}] lost another process", file=sys.stderr, flush=True)
             time.sleep(PEER_SECONDS)
@@ -192,3 +166,12 @@ def run_and_leave(main: Callable[[], None]) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def _is_peer_failure(error: BaseException) -> bool:
+    """Whether an error says no more than that another process of the run is gone or does not answer."""
+    # Torch's own error for it cannot have been raised where torch was never loaded.
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and isinstance(error, distributed.DistNetworkError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_LOSS)

@@ -68,8 +68,6 @@ def parse_launch_arguments(argv: list[str] | None) -> argparse.Namespace:
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_launch_arguments(argv)
-    if arguments.nnodes > 1:
-        check_address(arguments.master_addr)
     nodes, node, processes = arguments.nnodes, arguments.node_rank, arguments.nproc_per_node
     with meet(nodes, node, processes, arguments.master_addr, arguments.master_port, arguments.start_timeout) as port:
         environments = make_environments(nodes, node, processes, arguments.master_addr, port)
@@ -83,15 +81,22 @@ def meet(nodes: int, node: int, processes: int, address: str, port: int, timeout
     On one node nothing listens on another interface than the address's, which torch by itself does not heed.
 
     Raises:
-        ProcessError: the address is not node 0's, the port is taken, a node does not come, or starts another number
-            of processes.
+        ProcessError: other nodes cannot reach the address, it is not node 0's, the port is taken, a node does not
+            come, or starts another number of processes.
     """
-    from torch.distributed import TCPStore  # torch takes seconds to load; what is wrong with the flags is said before
-
     place, listener = f"MASTER_ADDR={address}, MASTER_PORT={port}", None
+    if nodes > 1:
+        with contextlib.suppress(OSError):  # no such host
+            if ipaddress.ip_address(socket.gethostbyname(address)).is_loopback:
+                raise ProcessError(
+                    f"MASTER_ADDR={address} is what every node calls itself; give the address by which the other nodes "
+                    "reach node 0"
+                )
     if node == 0:
         listener = _listen(address, port, place)
         port = listener.getsockname()[1]
+    from torch.distributed import TCPStore  # torch takes seconds to load; what cannot work is said before
+
     if nodes > 1:
         print(f"node {node} waits for the other {nodes - 1}, at most {timeout:g} s", flush=True)
     try:
@@ -122,26 +127,13 @@ def meet(nodes: int, node: int, processes: int, address: str, port: int, timeout
 def _listen(address: str, port: int, place: str) -> socket.socket:
     try:
         family, *_, found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(found)
-        listener.listen(1024)
+        return socket.create_server(found[:2], family=family, backlog=1024)
     except OSError as error:
+        reason = error.strerror.partition(" (while")[0]
         raise ProcessError(
-            f"{place}: {error.strerror}; node 0 needs an address of its own and a port that is free (on one node leave "
+            f"{place}: {reason}; node 0 needs an address of its own and a port that is free (on one node leave "
             "both out)"
         ) from error
-    return listener
-
-
-def check_address(address: str) -> None:
-    """Raise ProcessError where other nodes could not reach node 0 at an address."""
-    with contextlib.suppress(OSError):
-        if ipaddress.ip_address(socket.gethostbyname(address)).is_loopback:
-            raise ProcessError(
-                f"MASTER_ADDR={address} is what every node calls itself; give the address by which the other nodes "
-                "reach node 0"
-            )
 
 
 def make_environments(nodes: int, node: int, processes: int, address: str, port: int) -> dict[int, dict[str, str]]:
@@ -225,10 +217,8 @@ def describe_end(name: str, code: int) -> str:
     """How a process ended whose exit code is not its own choice."""
     if code >= 0:
         return f"{name} ended with exit code {code}"
-    text = f"{name} was killed by {signal.Signals(-code).name}"
-    return text + (
-        " (the kernel does that when memory runs out; dmesg would say so)" if code == -signal.SIGKILL else ""
-    )
+    why = " (the kernel does that when memory runs out; dmesg would say so)" if code == -signal.SIGKILL else ""
+    return f"{name} was killed by {signal.Signals(-code).name}{why}"
 
 
 def explain_failures(result, ranks: Sequence[int]) -> UserError:

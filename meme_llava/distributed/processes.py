@@ -9,10 +9,10 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -24,15 +24,11 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
 )
 from torch import distributed
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
 
 from meme_llava.distributed.engines import DDP, DEEPSPEED, FSDP, SINGLE, Engine
-from meme_llava.distributed.environment import (
-    REPEATED_SIGNAL_SECONDS,
-    count_processes,
-    find_local_rank,
-    is_main_process,
-)
+from meme_llava.distributed.environment import REPEATED_SIGNAL_SECONDS, count_processes, is_main_process
 from meme_llava.errors import ProcessError, Stopped, UserError
 
 # torch's own limit for waiting is the second line of defence, behind the heartbeat's.
@@ -40,21 +36,19 @@ COLLECTIVE_MARGIN_SECONDS = 60
 Value = TypeVar("Value")
 
 
-def start_process_group(patience: float, needs_group: bool) -> None:
-    """Meet the other processes of the run.
+def start_process_group(engine: Engine, patience: float) -> None:
+    """Meet the other processes of the run. DeepSpeed and FSDP ask for a process group even where there is one process.
 
     Args:
         patience: the longest time that a process may take between two beats of its heart, in seconds.
-        needs_group: an engine that asks for a process group even where there is one process.
 
     Raises:
         ProcessError: a process has no GPU of its own.
     """
-    if distributed.is_initialized() or (count_processes() == 1 and not needs_group):
+    if distributed.is_initialized() or (count_processes() == 1 and engine.kind in (SINGLE, DDP)):
         return
-    on_gpu = torch.cuda.is_available()
-    local_rank = find_local_rank()
-    if on_gpu:
+    if on_gpu := torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
             raise ProcessError(
                 f"the launcher started process {local_rank} on a machine with {torch.cuda.device_count()} GPUs "
@@ -80,12 +74,6 @@ def leave_process_group() -> None:
         distributed.destroy_process_group()
 
 
-def wait_for_all() -> None:
-    """Return when every process is here."""
-    if distributed.is_initialized():
-        distributed.barrier()
-
-
 def gather(value: Value) -> list[Value]:
     """The values of all processes, by rank, in each of them."""
     if not distributed.is_initialized():
@@ -97,7 +85,7 @@ def gather(value: Value) -> list[Value]:
 
 def broadcast_from_main(make_value: Callable[[], Value]) -> Value:
     """What the main process makes, in every process. An exception that it raises is raised in all of them."""
-    outcome: list[Any] = [None, None]
+    outcome: list = [None, None]
     if is_main_process():
         try:
             outcome[0] = make_value()
@@ -107,10 +95,9 @@ def broadcast_from_main(make_value: Callable[[], Value]) -> Value:
             outcome[1] = error
     if distributed.is_initialized():
         distributed.broadcast_object_list(outcome, src=0)
-    value, error = outcome
-    if error is not None:
-        raise error
-    return value
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def any_process(value: bool) -> bool:
@@ -158,10 +145,10 @@ def handle_stop_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def leave_signals_to_parent() -> None:
-    """Let the process that started this one answer SIGINT and SIGTERM that reach both.
+def leave_signals_to_parent(worker: int) -> None:
+    """Let the process that trains answer SIGINT and SIGTERM that reach both it and a data worker: a `worker_init_fn`.
 
-    The SIGTERM by which it ends this one still counts; were it ignored, too, the parent would wait for ever.
+    The SIGTERM by which it ends the worker still counts; were it ignored, too, the parent would wait for ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # where a signal cannot be asked who sent it, SIGTERM stays as it is
@@ -174,34 +161,6 @@ def _end_for_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
-
-
-@dataclass(frozen=True)
-class WorkerStart:
-    """What a data worker does first; it can be sent to a process that is spawned."""
-
-    then: Callable[[int], None] | None = None
-
-    def __call__(self, number: int) -> None:
-        """Leave signals to the process that trains, then do what the loader wanted."""
-        leave_signals_to_parent()
-        if self.then is not None:
-            self.then(number)
-
-
-def prepare_environment(engine: Engine, on_gpu: bool) -> None:
-    """Settle what an engine's library would find out for itself, or compile, when it starts."""
-    # torch's word to DeepSpeed about a name of its own; nobody who trains can do anything about it.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-    if on_gpu:
-        return
-    # DeepSpeed, which other libraries import where it is installed, would find the same, with a warning.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if engine.kind == DEEPSPEED:
-        import deepspeed.ops
-
-        # A helper for inference that it would compile when communication starts; it takes minutes and a compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 @dataclass(frozen=True)
@@ -227,8 +186,17 @@ def choose_device(engine: Engine) -> torch.device:
     Before anything else asks accelerate: on a CPU a tracker would find one process where there are several, and an
     Accelerator that is told of the CPU itself takes no DeepSpeed.
     """
+    # torch's word to DeepSpeed about a name of its own; nobody who trains can do anything about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     on_gpu = torch.cuda.is_available()
-    prepare_environment(engine, on_gpu)
+    if not on_gpu:
+        # DeepSpeed, which other libraries import where it is installed, would find the same, with a warning.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if engine.kind == DEEPSPEED:
+            import deepspeed.ops
+
+            # A helper for inference that it would compile when communication starts; it takes minutes and a compiler.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return PartialState(cpu=not on_gpu).device
 
 
@@ -239,16 +207,24 @@ def make_accelerator(engine: Engine, shape: StepShape) -> Accelerator:
     Raises:
         ProcessError: the libraries see another number of processes than the launcher started.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu, plugins = torch.cuda.is_available(), {}
     if on_gpu:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = shape.uses_tf32
-    plugins = {}
     if engine.kind == DEEPSPEED:
-        plugins["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=fill_config(engine, shape), zero3_init_flag=False)
+        plugins["deepspeed_plugin"] = make_deepspeed_plugin(engine, shape)
     if engine.kind == FSDP:
-        plugins["fsdp_plugin"] = make_fsdp_plugin(engine, shape.uses_bf16)
+        options = {name: value for name, value in engine.config.items() if name != "version"}
+        if shape.uses_bf16:
+            # accelerate's own choice would round the loss and its weights to bf16. Gradients are summed in bf16, as by
+            # ZeRO; in float32 FSDP stumbles over the vision layer that is not computed.
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)
+            options["mixed_precision_policy"] = policy
+        plugins["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+            fsdp_version=engine.config["version"], auto_wrap_policy="transformer_based_wrap", **options
+        )
         if not on_gpu:
-            allow_fsdp_on_cpu()
+            # accelerate knows FSDP on GPUs only and would train copies on CPUs.
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     accelerator = Accelerator(
         mixed_precision="bf16" if shape.uses_bf16 else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(shape.accumulation, sync_with_dataloader=False),
@@ -261,69 +237,42 @@ def make_accelerator(engine: Engine, shape: StepShape) -> Accelerator:
     return accelerator
 
 
-def fill_config(engine: Engine, shape: StepShape) -> dict:
-    """A DeepSpeed file with the run's own values in the places of "auto".
+def make_deepspeed_plugin(engine: Engine, shape: StepShape) -> DeepSpeedPlugin:
+    """accelerate's settings of DeepSpeed, with the run's own values in the places of "auto".
 
     Raises:
         UserError: nothing here says what another "auto" is.
     """
     width = shape.hidden_size
+    plugin = DeepSpeedPlugin(
+        hf_ds_config=engine.config,
+        gradient_accumulation_steps=shape.accumulation,
+        gradient_clipping=shape.max_grad_norm,
+        zero3_init_flag=False,
+    )
     values = {
         "train_micro_batch_size_per_gpu": shape.device_batch_size,
-        "gradient_accumulation_steps": shape.accumulation,
         "train_batch_size": shape.device_batch_size * shape.accumulation * count_processes(),
-        "gradient_clipping": shape.max_grad_norm,
         "bf16.enabled": shape.uses_bf16,
         # The sizes that transformers takes for them.
         "zero_optimization.reduce_bucket_size": width * width,
         "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * width * width),
         "zero_optimization.stage3_param_persistence_threshold": 10 * width,
     }
-
-    def fill(config: Mapping, prefix: str) -> dict:
-        filled = {}
-        for key, value in config.items():
-            path = f"{prefix}{key}"
-            if value == "auto" and path not in values:
-                raise UserError(f'{engine.path}: {path} is "auto", which only {", ".join(values)} can be; give a value')
-            nested = fill(value, f"{path}.") if isinstance(value, Mapping) else value
-            filled[key] = values[path] if value == "auto" else nested
-        return filled
-
-    return fill(engine.config, "")
-
-
-def make_fsdp_plugin(engine: Engine, uses_bf16: bool) -> FullyShardedDataParallelPlugin:
-    """accelerate's settings of FSDP2."""
-    options = {name: value for name, value in engine.config.items() if name != "version"}
-    if uses_bf16:
-        # accelerate's own choice would round the loss and its weights to bf16. Gradients are summed in bf16, as by
-        # ZeRO; in float32 FSDP stumbles over the vision layer that is not computed.
-        options["mixed_precision_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)
-    return FullyShardedDataParallelPlugin(
-        fsdp_version=engine.config["version"], auto_wrap_policy="transformer_based_wrap", **options
-    )
-
-
-def allow_fsdp_on_cpu() -> None:
-    """Let accelerate divide a model among CPU processes. It knows FSDP on GPUs only and would train copies instead."""
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    try:
+        plugin.deepspeed_config_process(must_match=False, **values)
+    except ValueError as error:
+        raise UserError(f"{engine.path}: {error}") from error
+    return plugin
 
 
 def check_engine_runs(engine: Engine, wrapped_model: object) -> None:
     """Raise ProcessError unless the engine that was asked for holds the model; libraries fall back without a word."""
-    from torch.distributed.fsdp import FSDPModule
-    from torch.nn.parallel import DistributedDataParallel
-
-    found = type(wrapped_model).__name__
-    right = {
-        SINGLE: not isinstance(wrapped_model, (DistributedDataParallel, FSDPModule)) and found != "DeepSpeedEngine",
-        DDP: isinstance(wrapped_model, DistributedDataParallel),
-        DEEPSPEED: found == "DeepSpeedEngine",
-        FSDP: isinstance(wrapped_model, FSDPModule),
-    }
-    if not right[engine.kind]:
+    kinds = {DistributedDataParallel: DDP, FSDPModule: FSDP}
+    holder = type(wrapped_model).__name__
+    found = next((kind for cls, kind in kinds.items() if isinstance(wrapped_model, cls)), SINGLE)
+    if (DEEPSPEED if holder == "DeepSpeedEngine" else found) != engine.kind:
         raise ProcessError(
-            f"the engine {engine.name} was asked for, but {found} holds the model; start with run.sh, which starts the "
-            "processes as it needs them"
+            f"the engine {engine.name} was asked for, but {holder} holds the model; start with run.sh, which starts "
+            "the processes as it needs them"
         )

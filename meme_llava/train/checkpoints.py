@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from meme_llava.distributed.environment import is_main_process
-from meme_llava.distributed.processes import any_process, broadcast_from_main, gather, wait_for_all
+from meme_llava.distributed.processes import any_process, broadcast_from_main, gather
 from meme_llava.errors import CheckpointError, DiskFullError, UserError, is_disk_full
 from meme_llava.storage.files import fsync_path, lock, set_file_modes
 from meme_llava.storage.manifest import MANIFEST, describe_file, verify_directory, write_manifest
@@ -203,7 +203,6 @@ def hold_output_dir(output_dir: Path) -> Iterator[None]:
                 f"{output_dir}: not every machine sees the same folder there. Checkpoints are written by all of them "
                 "together; put OUTPUT_DIR on storage that they share."
             )
-        wait_for_all()
         if is_main_process():
             (output_dir / name).unlink()
         yield

@@ -13,7 +13,7 @@ from meme_llava.dataset.conversation import IGNORED_LABEL
 from meme_llava.dataset.dataset import TrainingOrder
 from meme_llava.dataset.image_inspection import Inspection
 from meme_llava.dataset.images import ImagePolicy
-from meme_llava.distributed.engines import check_muon_runs, choose_engine
+from meme_llava.distributed.engines import choose_engine
 from meme_llava.distributed.environment import count_processes
 from meme_llava.errors import UserError
 from meme_llava.model.flops import count_batch
@@ -37,8 +37,8 @@ def look_at_run(arguments: TrainArguments) -> None:
     processes = arguments.gpus or count_processes()
     derive_accumulation(arguments, processes)  # raises where the batches do not divide
     # What is planned for several devices is planned for GPUs.
-    engine = choose_engine(arguments.engine, processes, arguments.plan or torch.cuda.is_available())
-    check_muon_runs(engine, arguments.muon_lr)
+    on_gpu = arguments.plan or torch.cuda.is_available()
+    engine = choose_engine(arguments.engine, processes, on_gpu, arguments.muon_lr)
     processing = load_processing(arguments.model)
     data = load_training_records(arguments, processing, Inspection(decode=False))
     run = plan_run(arguments, engine, processes, RunInputs(StartPoint(), processing, data))

@@ -19,7 +19,7 @@ from meme_llava.dataset.quarantine import write_quarantine
 from meme_llava.dataset.sampling import BatchShape
 from meme_llava.distributed.engines import DEEPSPEED
 from meme_llava.distributed.environment import Heartbeat, find_rank, is_main_process
-from meme_llava.distributed.processes import StepShape, WorkerStart, choose_device, fill_config
+from meme_llava.distributed.processes import StepShape, choose_device, leave_signals_to_parent, make_deepspeed_plugin
 from meme_llava.model.llava import Processing, quiet_transformers
 from meme_llava.model.packed_attention import NAMES, choose_attention
 from meme_llava.model.packed_llava import compile_layers, load_packed_llava
@@ -226,7 +226,7 @@ def prepare_run(plan: RunPlan, inputs: RunInputs, heartbeat: Heartbeat) -> Prepa
     device = choose_device(plan.engine)
     step_shape = describe_step(plan)
     if plan.engine.kind == DEEPSPEED:
-        fill_config(plan.engine, step_shape)  # raises where the file leaves something open
+        make_deepspeed_plugin(plan.engine, step_shape)  # raises where the file leaves something open
     largest_batch = collator(order.fetch_largest_batch())
     computation = plan_computation(
         arguments, processing.image_policy, largest_batch, device, step_shape.uses_bf16, plan.processes
@@ -373,5 +373,5 @@ def make_loader(run: PreparedRun, device: torch.device) -> DataLoader:
         prefetch_factor=PREFETCHED_BATCHES if workers else None,
         pin_memory=device.type == "cuda",
         # A scheduler's SIGTERM reaches every process of a job; the workers must live until the state is saved.
-        worker_init_fn=WorkerStart(),
+        worker_init_fn=leave_signals_to_parent,
     )

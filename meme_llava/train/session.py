@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from meme_llava.distributed.engines import DDP, SINGLE, Engine, check_muon_runs, choose_engine
+from meme_llava.distributed.engines import DDP, SINGLE, Engine, choose_engine
 from meme_llava.distributed.environment import Heartbeat, count_processes
 from meme_llava.distributed.processes import StopRequest, handle_stop_signals, leave_process_group, start_process_group
 from meme_llava.errors import OutOfMemoryError, UserError
@@ -107,14 +107,13 @@ def join_processes(arguments: TrainArguments) -> Iterator[Session]:
         UserError: this device, or this number of processes, is not what the settings ask for.
     """
     processes = count_processes()
-    engine = choose_engine(arguments.engine, processes, torch.cuda.is_available())
-    check_muon_runs(engine, arguments.muon_lr)
+    engine = choose_engine(arguments.engine, processes, torch.cuda.is_available(), arguments.muon_lr)
     derive_accumulation(arguments, processes)  # raises where the batches do not divide
     check_device(arguments)
     check_no_gpu_idles()
     heartbeat = Heartbeat(arguments.hang_timeout)
     with handle_stop_signals() as request, heartbeat:
-        start_process_group(heartbeat.patience, engine.needs_process_group)
+        start_process_group(engine, heartbeat.patience)
         yield Session(engine, processes, heartbeat, request)
         leave_process_group()
 

@@ -7,20 +7,20 @@ import time
 from conftest import ROOT
 from torch.utils.data import DataLoader
 
-from meme_llava.distributed.processes import WorkerStart
+from meme_llava.distributed.processes import leave_signals_to_parent
 
 # An error that keeps the loader's iterator alive until the interpreter ends, where multiprocessing ends the workers.
 BREAKS_OFF = """
 from torch.utils.data import DataLoader
-from meme_llava.distributed.processes import WorkerStart
-batches = iter(DataLoader(range(1000), num_workers=2, worker_init_fn=WorkerStart()))
+from meme_llava.distributed.processes import leave_signals_to_parent
+batches = iter(DataLoader(range(1000), num_workers=2, worker_init_fn=leave_signals_to_parent))
 next(batches)
 raise SystemExit(3)
 """
 
 
 def test_a_worker_outlives_a_signal_from_outside_and_ends_by_its_parents():
-    batches = iter(DataLoader(range(1000), num_workers=1, worker_init_fn=WorkerStart()))
+    batches = iter(DataLoader(range(1000), num_workers=1, worker_init_fn=leave_signals_to_parent))
     next(batches)
     (worker,) = batches._workers
     for name in ("TERM", "INT", "TERM"):

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, read_losses, train_flags
 
 import train
-from meme_llava.distributed.environment import choose_allocator, read_slurm
+from meme_llava.distributed.environment import read_slurm, settle_environment
 
 CHANGES = {"global_batch_size": 4, "device_batch_size": 1, "max_steps": 4, "save_steps": 4, "lora_dropout": 0}
 CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -126,5 +126,5 @@ def test_memory_that_gpus_allocate_grows_in_segments_unless_the_user_says_otherw
         ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
         ({"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
     ):
-        choose_allocator(own)
+        settle_environment(own)
         assert own == expected
