@@ -8,8 +8,7 @@ from meme_llava.cli import parse_arguments, to_plain
 from meme_llava.convert.settings import BuildArguments
 from meme_llava.errors import stop_on_user_error
 from meme_llava.storage.files import write_json
-from meme_llava.storage.folders import check_apart, check_output_dir, write_directory
-from meme_llava.storage.hub import resolve_model_folder
+from meme_llava.storage.folders import check_apart, check_output_dir, resolve_model_folder, write_directory
 from meme_llava.storage.run_record import RUN_RECORD, describe_environment
 from meme_llava.terminal import print_table, show_bytes
 

@@ -39,7 +39,7 @@ from meme_llava.model.llava import load_processing, quiet_transformers  # noqa: 
 from meme_llava.model.trainable import plan_parameter_groups, prepare_trainable, save_trained_weights  # noqa: E402
 from meme_llava.storage.files import write_json  # noqa: E402
 from meme_llava.storage.folders import write_directory  # noqa: E402
-from meme_llava.storage.manifest import describe_file, write_manifest  # noqa: E402
+from meme_llava.storage.run_record import describe_file, write_manifest  # noqa: E402
 from meme_llava.train.prepared_run import make_run_record, write_sidecars  # noqa: E402
 from meme_llava.train.run_plan import (  # noqa: E402
     RunInputs,

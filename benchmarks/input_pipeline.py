@@ -27,15 +27,18 @@ import torch  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-from meme_llava.dataset import images, pixels  # noqa: E402
+from meme_llava.dataset import images  # noqa: E402
+from meme_llava.dataset.check import RecordPolicy, RecordSource  # noqa: E402
 from meme_llava.dataset.collator import PackingCollator  # noqa: E402
-from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, ConversationEncoder  # noqa: E402
+from meme_llava.dataset.conversation import (  # noqa: E402
+    IMAGE_PLACEHOLDER,
+    ConversationEncoder,
+    Tokenization,  # noqa: E402
+)
 from meme_llava.dataset.dataset import LoadedData, TrainingOrder, load_records  # noqa: E402
 from meme_llava.dataset.images import ImagePolicy  # noqa: E402
 from meme_llava.dataset.records import read_records  # noqa: E402
 from meme_llava.dataset.sampling import BatchShape  # noqa: E402
-from meme_llava.dataset.settings import RecordPolicy, RecordSource  # noqa: E402
-from meme_llava.dataset.tokenization import Tokenization  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model.llava import load_processing  # noqa: E402
 from meme_llava.terminal import print_table  # noqa: E402
@@ -187,7 +190,7 @@ def measure_stages(arguments: argparse.Namespace) -> tuple[int, dict[str, float]
 
     watch(images, "open_header")
     for name in ("open_image", "fit_to_square"):
-        watch(pixels, name)
+        watch(collator, name)
     watch(PackingCollator, "__call__")
     started = time.process_time()
     for _ in DataLoader(order, arguments.device_batch_size, collate_fn=collator):

@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
+from meme_llava.dataset.collator import to_pixels
 from meme_llava.dataset.conversation import IGNORED_LABEL
 from meme_llava.dataset.images import ImagePolicy, open_image
-from meme_llava.dataset.pixels import to_pixels
 
 # Positions of a record's image, and of the prompt before and after it.
 IMAGE_TOKENS = 576

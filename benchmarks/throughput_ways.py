@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.conversation import IGNORED_LABEL
 from meme_llava.dataset.images import ImagePolicy
-from meme_llava.dataset.prefix_sharing import PrefixSharing, count_common_prefix
-from meme_llava.dataset.sampling import BatchShape, plan_shared_order
+from meme_llava.dataset.sampling import BatchShape, PrefixSharing, count_common_prefix, plan_shared_order
 from meme_llava.model.flops import StepCounts, count_batch
 
 WORKERS = 2  # of a GPU, as train.py has it; a CPU's cores compute the step themselves

@@ -13,12 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from meme_llava.cli import parse_arguments, to_plain  # noqa: E402
-from meme_llava.dataset.check import check_data  # noqa: E402
-from meme_llava.dataset.checked_data import suggest_folder  # noqa: E402
-from meme_llava.dataset.image_inspection import Inspection  # noqa: E402
-from meme_llava.dataset.quarantine import QUARANTINE, write_quarantine  # noqa: E402
-from meme_llava.dataset.settings import RecordSource  # noqa: E402
-from meme_llava.dataset.tokenization import Tokenization  # noqa: E402
+from meme_llava.dataset.check import RecordSource, check_data, suggest_folder, write_quarantine  # noqa: E402
+from meme_llava.dataset.conversation import Tokenization  # noqa: E402
+from meme_llava.dataset.inspection import Inspection  # noqa: E402
+from meme_llava.dataset.records import QUARANTINE  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model.llava import load_processing  # noqa: E402
 from meme_llava.report.check_page import write_check_report  # noqa: E402

@@ -25,7 +25,7 @@ import build_base_model  # noqa: E402
 import merge_lora  # noqa: E402
 import train  # noqa: E402
 from meme_llava.errors import CheckpointError  # noqa: E402
-from meme_llava.storage.manifest import MANIFEST, describe_file, verify_directory, write_manifest  # noqa: E402
+from meme_llava.storage.run_record import MANIFEST, describe_file, verify_directory, write_manifest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, train_flags
 from safetensors.torch import load_file
 
-from meme_llava.storage.manifest import verify_directory
+from meme_llava.storage.run_record import verify_directory
 
 RUN_SECONDS = 180
 FAULTY_TRAIN = str(ROOT / "tests" / "faults" / "inject.py")

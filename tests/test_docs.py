@@ -15,15 +15,13 @@ import pytest
 from conftest import ROOT
 
 from meme_llava import cli
-from meme_llava.dataset.findings import ALLOWABLE, KINDS
-from meme_llava.dataset.records import parse_record
+from meme_llava.dataset.records import ALLOWABLE, KINDS, parse_record
 from meme_llava.errors import UserError
 from meme_llava.evaluate.settings import parse_report_arguments
 from meme_llava.inference.endpoints import PRESETS
 from meme_llava.prepare.describing import REASONS
 from meme_llava.prepare.questions import DESCRIBE, READ
-from meme_llava.storage.manifest import MANIFEST
-from meme_llava.storage.run_record import RUN_RECORD
+from meme_llava.storage.run_record import MANIFEST, RUN_RECORD
 from meme_llava.train import settings as train_settings
 
 DOCUMENTS = sorted(

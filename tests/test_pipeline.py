@@ -15,7 +15,7 @@ from meme_llava.pipeline.__main__ import main, make_result, run_command
 from meme_llava.pipeline.plan import choose_device_batch, choose_devices
 from meme_llava.pipeline.settings import SETTING, list_settings
 from meme_llava.pipeline.stage import Stage, split_flags
-from meme_llava.storage.made_from import is_same, list_differences
+from meme_llava.storage.run_record import is_same, list_differences
 from meme_llava.train.settings import TrainArguments, free_settings
 
 LAUNCHER = "python -m meme_llava.distributed.launch --nproc_per_node"

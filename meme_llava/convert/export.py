@@ -12,8 +12,8 @@ from transformers import AutoImageProcessor, ChineseCLIPVisionModel, CLIPVisionM
 
 from meme_llava import DATA
 from meme_llava.convert.offloading import offload_weights
+from meme_llava.dataset.collator import to_pixel_values
 from meme_llava.dataset.images import open_image
-from meme_llava.dataset.pixels import to_pixel_values
 from meme_llava.errors import UserError
 from meme_llava.model.llava import load_processing, make_empty_model, quiet_transformers, to_disk_name
 from meme_llava.storage.files import write_json

@@ -13,10 +13,10 @@ from meme_llava import DATA
 from meme_llava.convert.merge import PEFT_PREFIX, TrainedWeights
 from meme_llava.convert.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights
 from meme_llava.convert.towers import HEAD
+from meme_llava.dataset.check import RecordPolicy, RecordSource
+from meme_llava.dataset.collator import normalise
+from meme_llava.dataset.conversation import Tokenization
 from meme_llava.dataset.dataset import load_records
-from meme_llava.dataset.pixels import normalise
-from meme_llava.dataset.settings import RecordPolicy, RecordSource
-from meme_llava.dataset.tokenization import Tokenization
 from meme_llava.errors import UserError
 from meme_llava.model.llava import (
     LANGUAGE_MODEL,

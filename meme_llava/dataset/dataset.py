@@ -10,14 +10,19 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from meme_llava.dataset.check import check_data
-from meme_llava.dataset.checked_data import CheckedData, CheckedRecord, stop_on_bad_records
-from meme_llava.dataset.image_inspection import Inspection
+from meme_llava.dataset.check import (
+    CheckedData,
+    CheckedRecord,
+    RecordPolicy,
+    RecordSource,
+    check_data,
+    stop_on_bad_records,
+)
+from meme_llava.dataset.collator import read_pixels
+from meme_llava.dataset.conversation import Tokenization, TokenizedRecords
 from meme_llava.dataset.images import MAX_PIXELS, ImagePolicy
-from meme_llava.dataset.pixels import read_pixels
+from meme_llava.dataset.inspection import Inspection
 from meme_llava.dataset.sampling import BatchShape, PackedLengths, plan_shared_order, shuffle_records
-from meme_llava.dataset.settings import RecordPolicy, RecordSource
-from meme_llava.dataset.tokenization import Tokenization, TokenizedRecords
 from meme_llava.errors import UserError
 
 

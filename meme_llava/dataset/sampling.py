@@ -6,11 +6,76 @@ Every process plans the whole run alike, from the seed and what records share. N
 import heapq
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
-from meme_llava.dataset.prefix_sharing import PrefixSharing
+from meme_llava.cli import check_setting, describe
+
+LossAverage = Literal["token", "caption"]
+
+
+@dataclass(kw_only=True)
+class BatchSettings:
+    """How much of a record trains, which records meet in an optimizer step, and how it becomes device batches."""
+
+    model_max_length: int = field(metadata=describe("positions a record may take, image tokens counted"))
+    global_batch_size: int = field(metadata=describe("records per optimizer step, over all processes"))
+    device_batch_size: int = field(metadata=describe("records a device computes at once", free=True))
+    seed: int = field(default=42, metadata=describe("order of the records, LoRA start values, dropout"))
+    loss_average: LossAverage = field(
+        default="token", metadata=describe("what weighs the same in an optimizer step: every token, or every caption")
+    )
+    shared_images: bool = field(
+        default=True,
+        metadata=describe("draw images instead of records; all captions of one share its encoding and prompt"),
+    )
+
+    def __post_init__(self) -> None:
+        """Stop at values that cannot be meant."""
+        check_setting(self, "model_max_length", self.model_max_length > 0, "greater than 0")
+        for name in ("global_batch_size", "device_batch_size"):
+            check_setting(self, name, getattr(self, name) > 0, "at least 1")
+        check_setting(self, "seed", self.seed >= 0, "0 or more")
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixSharing:
+    """Which records begin alike: all of one group have the same first image. int64 (records,) each.
+
+    `order` puts the records of every group one after another, and inside it those side by side that begin alike.
+    `prefix_lengths` counts the positions at a record's beginning that are also those of the record before it in that
+    order, 0 for the first of a group. Two records of a group share the least of the prefix lengths after the first, up
+    to the second.
+    """
+
+    groups: np.ndarray
+    order: np.ndarray
+    prefix_lengths: np.ndarray
+
+    def select(self, records: np.ndarray) -> "PrefixSharing":
+        """The sharing among some of the records, given by their numbers (int64), in the order given."""
+        by_rank = np.argsort(self.order[records])
+        kept = self.order[records][by_rank]  # increasing
+        prefix_lengths_by_rank = np.empty_like(self.prefix_lengths)
+        prefix_lengths_by_rank[self.order] = self.prefix_lengths
+        prefix_lengths = np.zeros(len(records), np.int64)
+        if len(records):
+            # From behind the rank kept before up to the own one.
+            starts = np.concatenate([[0], kept[:-1] + 1])
+            prefix_lengths[by_rank] = np.minimum.reduceat(prefix_lengths_by_rank[: kept[-1] + 1], starts)
+        order = np.empty(len(records), np.int64)
+        order[by_rank] = np.arange(len(records))
+        return PrefixSharing(self.groups[records], order, prefix_lengths)
+
+
+def count_common_prefix(first: np.ndarray, second: np.ndarray) -> int:
+    """How many entries two arrays have in common before they differ or one ends."""
+    length = min(len(first), len(second))
+    differing = np.flatnonzero(first[:length] != second[:length])
+    return int(differing[0]) if len(differing) else length
+
 
 # Device batches of a step are evened out until the longest is this much above the mean, or by so many exchanges.
 TOLERANCE = 0.02

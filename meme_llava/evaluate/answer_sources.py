@@ -14,7 +14,7 @@ from meme_llava.evaluate.settings import EvaluateArguments
 from meme_llava.inference.endpoints import check_client, find_endpoint
 from meme_llava.inference.ocr import TextReader, check_text_reader
 from meme_llava.inference.questions import Prediction, Question
-from meme_llava.storage.hub import resolve_model_folder
+from meme_llava.storage.folders import resolve_model_folder
 from meme_llava.storage.run_record import RUN_RECORD, read_run_record
 
 # Answers to some questions, in their order, as they come. Raises ValueError for an image that cannot be read.

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from meme_llava.cli import describe, parse_arguments
-from meme_llava.dataset.image_inspection import inspect_images
 from meme_llava.dataset.images import MAX_PIXELS
+from meme_llava.dataset.inspection import inspect_images
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.inference.questions import Question, list_record_questions
 

@@ -11,7 +11,7 @@ import numpy as np
 from rapidfuzz.distance import Indel, Levenshtein
 from sacrebleu.metrics import BLEU, CHRF
 
-from meme_llava.dataset.text_quality import find_loop, normalise_text
+from meme_llava.dataset.inspection import find_loop, normalise_text
 from meme_llava.inference.questions import Prediction
 
 NO_TEXT = "没有文字"  # how an answer says that an image holds no words

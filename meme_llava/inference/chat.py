@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
-from meme_llava.dataset.findings import RecordFault
 from meme_llava.dataset.images import MAX_PIXELS, ImagePolicy, open_image
+from meme_llava.dataset.records import RecordFault
 from meme_llava.inference.generation import Answerer, PromptTooLong
 from meme_llava.inference.streaming import stream_answer
 

@@ -12,8 +12,8 @@ from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from meme_llava.dataset.collator import to_pixel_values
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
-from meme_llava.dataset.pixels import to_pixel_values
 from meme_llava.errors import UserError
 from meme_llava.inference.questions import Prediction, Question
 from meme_llava.model.llava import PROJECTOR, Processing, load_llava, load_processing

@@ -20,8 +20,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from meme_llava.dataset.collator import normalise
 from meme_llava.dataset.images import ImagePolicy
-from meme_llava.dataset.pixels import normalise
 from meme_llava.errors import UserError
 from meme_llava.model.llava import count_used_vision_layers, load_llava
 from meme_llava.model.packed_attention import (

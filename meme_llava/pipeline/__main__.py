@@ -23,7 +23,7 @@ from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.pipeline.plan import LOOKS, choose_devices, plan_stages
 from meme_llava.pipeline.settings import check_names, describe_settings, list_settings, name_settings
 from meme_llava.pipeline.stage import Flags, Stage, split_flags, split_stages
-from meme_llava.storage.made_from import describe_making, is_same, list_differences, write_note
+from meme_llava.storage.run_record import describe_making, is_same, list_differences, write_note
 
 ONCE = ("build", "train", "merge")  # stages whose result stands; the others run again, and find what they have
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

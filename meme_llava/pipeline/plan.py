@@ -10,7 +10,7 @@ from pathlib import Path
 
 from meme_llava.errors import UserError
 from meme_llava.pipeline.stage import Flags, Stage
-from meme_llava.storage.made_from import is_same
+from meme_llava.storage.run_record import is_same
 
 SAMPLES, UNSEEN = "data/annotations.json", "data/unseen/annotations.json"
 LOOKS = {"plan", "show_batch", "help"}  # flags with which train.py trains nothing

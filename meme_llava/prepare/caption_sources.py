@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from meme_llava.cli import describe
-from meme_llava.dataset.text_quality import normalise_text
+from meme_llava.dataset.inspection import normalise_text
 from meme_llava.errors import UserError
 from meme_llava.prepare.file_name_text import read_bqb_name
 from meme_llava.prepare.image_index import FoundImage, ImageIndex

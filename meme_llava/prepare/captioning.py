@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 
 from meme_llava.dataset.images import resolve_image_path
-from meme_llava.dataset.text_quality import find_loop, find_refusal
+from meme_llava.dataset.inspection import find_loop, find_refusal
 from meme_llava.inference.endpoint_client import (
     CaptionClient,
     Completion,

@@ -16,7 +16,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from meme_llava.cli import check_setting, describe
-from meme_llava.dataset.image_inspection import IMAGE_SUFFIXES
+from meme_llava.dataset.inspection import IMAGE_SUFFIXES
 from meme_llava.errors import UserError
 from meme_llava.inference.endpoints import PRESETS
 from meme_llava.prepare.caption_file import CaptionLedger

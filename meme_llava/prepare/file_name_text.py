@@ -5,7 +5,7 @@ Two customs: ChineseBQB's (`滑稽大佬00109-少来这套.jpg`) and names that 
 
 import re
 
-from meme_llava.dataset.text_quality import normalise_text
+from meme_llava.dataset.inspection import normalise_text
 
 # ChineseBQB numbers in five digits (six or seven by mistake), in front of the figure's name or behind it. A dash
 # stands before the text, mostly.

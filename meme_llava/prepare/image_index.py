@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meme_llava.dataset.check import check_image_folder
-from meme_llava.dataset.image_inspection import IMAGE_SUFFIXES
 from meme_llava.dataset.images import resolve_image_path
+from meme_llava.dataset.inspection import IMAGE_SUFFIXES
 from meme_llava.errors import UserError
 from meme_llava.storage.files import hash_file
 

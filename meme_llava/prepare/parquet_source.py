@@ -18,8 +18,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from PIL import Image
 
 from meme_llava.cli import check_setting, describe
-from meme_llava.dataset.file_signatures import START_LENGTH, identify_file_type
-from meme_llava.dataset.images import ACCEPTED_FORMATS, PARSER_ERRORS, resolve_image_path
+from meme_llava.dataset.images import (
+    ACCEPTED_FORMATS,
+    PARSER_ERRORS,
+    START_LENGTH,
+    identify_file_type,
+    resolve_image_path,
+)
 from meme_llava.errors import UserError
 from meme_llava.prepare.parquet_columns import PRESETS, Columns, Preset, find_columns, read_text
 from meme_llava.prepare.writer import AnnotationWriter, DrawingSettings, finish, make_record

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from meme_llava.dataset.findings import RecordFault
-from meme_llava.dataset.records import iterate_values
+from meme_llava.dataset.records import RecordFault, iterate_values
 from meme_llava.errors import UserError
 
 

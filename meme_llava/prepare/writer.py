@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from meme_llava.cli import describe
-from meme_llava.dataset.checked_data import MAX_LISTED as MAX_LISTED_PROBLEMS
+from meme_llava.dataset.check import MAX_LISTED as MAX_LISTED_PROBLEMS
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
 from meme_llava.dataset.records import name_source, parse_record
 from meme_llava.errors import UserError

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
-from meme_llava.dataset.findings import Finding, Severity
 from meme_llava.dataset.images import MAX_PIXELS
+from meme_llava.dataset.records import Finding, Severity
 from meme_llava.report.html_page import make_thumbnails, render_page
 from meme_llava.report.line_chart import find_round_marks
 from meme_llava.storage.files import write_whole

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from meme_llava.cli import check_setting, describe
-from meme_llava.dataset.checked_data import CheckedData, CheckedRecord, print_findings
-from meme_llava.dataset.findings import KINDS, Finding, Severities
-from meme_llava.dataset.settings import RecordPolicy
+from meme_llava.dataset.check import CheckedData, CheckedRecord, RecordPolicy, print_findings
+from meme_llava.dataset.records import KINDS, Finding, Severities
 from meme_llava.report.check_page import GalleryEntry, Histogram, KindCount, ReportContents
 from meme_llava.storage.files import write_lines
 from meme_llava.terminal import print_table

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meme_llava.errors import UserError
-from meme_llava.evaluate.results_folder import RUN_RECORD, find_evaluation, read_finished_evaluation, read_predictions
+from meme_llava.evaluate.results_folder import find_evaluation, read_finished_evaluation, read_predictions
 from meme_llava.evaluate.scores import Score
-from meme_llava.storage.training_log import read_training_log
+from meme_llava.storage.run_record import RUN_RECORD, read_training_log
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rapidfuzz.distance import Levenshtein
 
 from meme_llava.dataset.images import MAX_PIXELS
-from meme_llava.dataset.text_quality import normalise_text
+from meme_llava.dataset.inspection import normalise_text
 from meme_llava.evaluate.scores import (
     Measure,
     describe_figure,

@@ -13,8 +13,7 @@ from pathlib import Path
 from meme_llava import count_cores
 from meme_llava.errors import CheckpointError
 from meme_llava.storage.files import hash_file, write_whole
-from meme_llava.storage.manifest import MANIFEST
-from meme_llava.storage.run_record import holds_trained_weights, read_trained_record
+from meme_llava.storage.run_record import MANIFEST, holds_trained_weights, read_trained_record
 from meme_llava.storage.tensor_reader import open_model_tensors, view_bytes
 
 THREADS = 4

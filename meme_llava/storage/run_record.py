@@ -1,15 +1,85 @@
-"""How an output folder came to be: its run record, the libraries of that day, the base that an adapter needs."""
+"""How an output folder came to be: its run record and log, its manifest, the note of what it was made from.
 
+The manifest lists every file with its size and sha256 and is written last, so that a whole folder can be told from a
+part. `manifest.json` is canonical: JSON with sorted keys and an indent of two, whose `manifest_sha256` is the sha256 of
+the same text without that key. So a change of any byte, in a file or in the manifest itself, is found.
+"""
+
+import hashlib
 import json
+import os
 import platform
+import shlex
 import subprocess
+from collections.abc import Container, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from meme_llava import ROOT
-from meme_llava.errors import UserError
-from meme_llava.storage.manifest import verify_directory
+from meme_llava.errors import CheckpointError, UserError
+from meme_llava.storage.files import hash_file, write_json, write_whole
+
+MANIFEST = "manifest.json"
+_OWN_HASH = "manifest_sha256"
+
+
+def describe_file(path: Path) -> dict:
+    """What a manifest says of a file."""
+    return {"size": path.stat().st_size, "sha256": hash_file(path)}
+
+
+def write_manifest(folder: Path, files: Mapping[str, dict], facts: Mapping) -> None:
+    """Write the manifest of a directory.
+
+    Args:
+        files: {name: what `describe_file` returned} of every file that belongs to the directory.
+        facts: what else a reader must know before it takes the directory.
+    """
+    content = {**facts, "files": dict(files)}
+    own_hash = hashlib.sha256(_to_text(content).encode()).hexdigest()
+    write_whole(folder / MANIFEST, _to_text({**content, _OWN_HASH: own_hash}))
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest's content. Raises CheckpointError when it is missing or any of its bytes changed."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: has no {MANIFEST}, so it was not written to its end, or not copied whole")
+    try:
+        text = path.read_bytes().decode("utf-8")
+        content = json.loads(text)
+        own_hash = content.pop(_OWN_HASH)
+        whole = _to_text({**content, _OWN_HASH: own_hash}) == text
+        if not whole or own_hash != hashlib.sha256(_to_text(content).encode()).hexdigest():
+            raise ValueError("its own checksum differs")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: is damaged ({error})") from error
+    return content
+
+
+def verify_directory(folder: Path) -> dict:
+    """Read every file that the manifest lists, and return the manifest's content.
+
+    Raises:
+        CheckpointError: the first thing that is wrong, with the file's name.
+    """
+    content = read_manifest(folder)
+    for name, expected in content["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: is missing, {MANIFEST} lists it")
+        size = path.stat().st_size
+        if size != expected["size"]:
+            raise CheckpointError(f"{path}: has {size} bytes, {MANIFEST} says {expected['size']}")
+        if hash_file(path) != expected["sha256"]:
+            raise CheckpointError(f"{path}: its contents changed since it was written (sha256 differs)")
+    return content
+
+
+def _to_text(content: Mapping) -> str:
+    return json.dumps(content, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
+
 
 RUN_RECORD = "run_record.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -86,3 +156,59 @@ def read_trained_record(folder: Path) -> dict:
         )
     verify_directory(folder)
     return record
+
+
+# What tells one folder of weights from another; the last one stands beside towers that were trained together.
+IDENTIFYING_FILES = (RUN_RECORD, "config.json", f"../{RUN_RECORD}")
+
+
+def describe_making(flags: Mapping[str, Sequence[str]], free: Container[str]) -> dict[str, str]:
+    """Flags with their values, and hashes of the files that they name, without `free` flags that change no result."""
+    making = {}
+    for name, values in flags.items():
+        if name.removeprefix("no_") in free:
+            continue
+        making[f"--{name}"] = shlex.join(values)
+        if name != "output_dir" and len(values) == 1:
+            for file in (values[0], *(f"{values[0]}/{part}" for part in IDENTIFYING_FILES)):
+                if Path(file).is_file():
+                    making[f"contents of --{name}{file.removeprefix(values[0])}"] = hash_file(Path(file))
+    return making
+
+
+def is_same(then: str, now: str) -> bool:
+    """Whether two values mean the same: one number, or one place on the disk, in whatever spelling."""
+    try:
+        return float(then) == float(now)
+    except ValueError:
+        return os.path.realpath(then) == os.path.realpath(now)
+
+
+def list_differences(note: Path, making: Mapping[str, str]) -> list[str]:
+    """Lines with what a note says (<) and what is so now (>), where that differs."""
+    try:
+        noted = json.loads(note.read_text(encoding="utf-8"))
+    except ValueError:
+        return [f"< {note}: no note of this version of run.sh"]
+    lines = []
+    for name in {**noted, **making}:
+        if name not in noted or name not in making or not is_same(noted[name], making[name]):
+            lines += [f"{sign} {name} {side[name]}" for sign, side in (("<", noted), (">", making)) if name in side]
+    return lines
+
+
+def write_note(note: Path, making: Mapping[str, str]) -> None:
+    write_json(note, making)
+
+
+TRAINING_LOG = "trainer_state.json"
+
+
+def write_training_log(folder: Path, step: int, entries: list[dict]) -> None:
+    """Write the entries up to an optimizer step."""
+    write_json(folder / TRAINING_LOG, {"global_step": step, "log_history": entries})
+
+
+def read_training_log(folder: Path) -> list[dict]:
+    """The entries that a checkpoint or a finished run keeps. Raises OSError where there are none."""
+    return json.loads((folder / TRAINING_LOG).read_text(encoding="utf-8"))["log_history"]

@@ -1,7 +1,7 @@
 """The checkpoints of a run: each whole or absent, kept while it is needed, found when a run goes on.
 
 All processes write `.checkpoint-N.incomplete` together; when everything is on the disk its manifest is written, and it
-becomes `checkpoint-N`. Older ones go only after the new one was read back. `storage.manifest.verify_directory` proves
+becomes `checkpoint-N`. Older ones go only after the new one was read back. `storage.run_record.verify_directory` proves
 one whole.
 """
 
@@ -15,7 +15,7 @@ from meme_llava.distributed.environment import is_main_process
 from meme_llava.distributed.processes import any_process, broadcast_from_main, gather
 from meme_llava.errors import CheckpointError, DiskFullError, UserError, is_disk_full
 from meme_llava.storage.files import fsync_path, lock, set_file_modes
-from meme_llava.storage.manifest import MANIFEST, describe_file, verify_directory, write_manifest
+from meme_llava.storage.run_record import MANIFEST, describe_file, verify_directory, write_manifest
 from meme_llava.storage.tensor_writer import check_free_space
 
 NAME = "checkpoint-{}"

@@ -11,14 +11,14 @@ from transformers import LlavaConfig
 
 from meme_llava.dataset.conversation import IGNORED_LABEL
 from meme_llava.dataset.dataset import TrainingOrder
-from meme_llava.dataset.image_inspection import Inspection
 from meme_llava.dataset.images import ImagePolicy
+from meme_llava.dataset.inspection import Inspection
 from meme_llava.distributed.engines import choose_engine
 from meme_llava.distributed.environment import count_processes
 from meme_llava.errors import UserError
-from meme_llava.model.flops import count_batch
+from meme_llava.model.flops import CPU, count_batch
 from meme_llava.model.llava import Processing, load_processing
-from meme_llava.train.planning.accelerators import CPU, find_accelerator, find_own_device
+from meme_llava.train.planning.accelerators import find_accelerator, find_own_device
 from meme_llava.train.planning.plan import SAMPLED_RECORDS, RunOutline, TrainingPlan, plan_training, print_plan
 from meme_llava.train.prepared_run import make_collator, make_order
 from meme_llava.train.run_plan import (

@@ -21,9 +21,7 @@ from meme_llava.distributed.processes import (
 from meme_llava.errors import NonFiniteError, Stopped
 from meme_llava.model.flops import TrainingCosts
 from meme_llava.model.trainable import save_trained_weights
-from meme_llava.storage.manifest import read_manifest
-from meme_llava.storage.run_record import RATE_PREFIX, RUN_RECORD
-from meme_llava.storage.training_log import read_training_log, write_training_log
+from meme_llava.storage.run_record import RATE_PREFIX, RUN_RECORD, read_manifest, read_training_log, write_training_log
 from meme_llava.train.checkpoints import archive_newer_checkpoints, list_checkpoints, write_checkpoint, write_final
 from meme_llava.train.evaluation import LOSS, EvaluationInterrupted, TrainingEvaluation
 from meme_llava.train.optimizer_state import OPTIMIZER_PREFIX, TrainingState

@@ -3,8 +3,7 @@
 python -m meme_llava.train.precheck <the flags of train.py>
 """
 
-from meme_llava.dataset.check import check_records
-from meme_llava.dataset.checked_data import print_findings
+from meme_llava.dataset.check import check_records, print_findings
 from meme_llava.errors import stop_on_user_error
 from meme_llava.train.session import check_device
 from meme_llava.train.settings import parse_train_arguments

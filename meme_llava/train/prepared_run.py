@@ -11,11 +11,10 @@ from torch.utils.data import DataLoader
 from transformers import LlavaConfig
 
 from meme_llava.cli import to_plain
-from meme_llava.dataset.checked_data import print_findings
+from meme_llava.dataset.check import print_findings, write_quarantine
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import LoadedData, TrainingOrder
 from meme_llava.dataset.images import ImagePolicy
-from meme_llava.dataset.quarantine import write_quarantine
 from meme_llava.dataset.sampling import BatchShape
 from meme_llava.distributed.engines import DEEPSPEED
 from meme_llava.distributed.environment import Heartbeat, find_rank, is_main_process

@@ -18,7 +18,8 @@ import yaml
 
 from meme_llava import CONFIGS
 from meme_llava.cli import Parser, check_setting, describe, list_free_settings, make_parser
-from meme_llava.dataset.settings import BatchSettings, RecordPolicy, RecordSource
+from meme_llava.dataset.check import RecordPolicy, RecordSource
+from meme_llava.dataset.sampling import BatchSettings
 from meme_llava.distributed.engines import check_engine_name
 from meme_llava.errors import UserError
 from meme_llava.model.settings import LearningRates, LoraRecipe

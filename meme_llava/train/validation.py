@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from meme_llava.dataset.check import check_records
-from meme_llava.dataset.checked_data import CheckedData, CheckedRecord
+from meme_llava.dataset.check import CheckedData, CheckedRecord, check_records
+from meme_llava.dataset.conversation import Tokenization
 from meme_llava.dataset.dataset import MemeDataset, load_records
-from meme_llava.dataset.image_inspection import Inspection
-from meme_llava.dataset.tokenization import Tokenization
+from meme_llava.dataset.inspection import Inspection
 from meme_llava.distributed.environment import count_processes, find_rank
 from meme_llava.errors import UserError
 from meme_llava.inference.questions import Question, find_question

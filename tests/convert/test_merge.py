@@ -26,8 +26,8 @@ import train
 from meme_llava.convert import export, merge_check, offloading
 from meme_llava.convert import merge as merging
 from meme_llava.convert.merge import TrainedWeights
+from meme_llava.dataset.collator import to_pixel_values
 from meme_llava.dataset.images import open_image
-from meme_llava.dataset.pixels import to_pixel_values
 from meme_llava.inference.generation import load_answerer
 from meme_llava.model.llava import load_llava, load_processing, to_disk_name
 from meme_llava.model.trainable import apply_trained_weights, save_trained_weights

@@ -15,14 +15,17 @@ from conftest import SHARED_DATA
 from make_towers import train_tokenizer
 from PIL import Image
 
-from meme_llava.dataset.check import check_data
-from meme_llava.dataset.checked_data import CheckedData, stop_on_bad_records
-from meme_llava.dataset.conversation import ConversationEncoder
-from meme_llava.dataset.findings import KINDS, UNTRAINABLE, Severities, Severity
-from meme_llava.dataset.image_inspection import Inspection, check_image, inspect_image
-from meme_llava.dataset.quarantine import write_quarantine
-from meme_llava.dataset.settings import RecordPolicy, RecordSource
-from meme_llava.dataset.tokenization import Tokenization
+from meme_llava.dataset.check import (
+    CheckedData,
+    RecordPolicy,
+    RecordSource,
+    check_data,
+    stop_on_bad_records,
+    write_quarantine,
+)
+from meme_llava.dataset.conversation import ConversationEncoder, Tokenization
+from meme_llava.dataset.inspection import Inspection, check_image, inspect_image
+from meme_llava.dataset.records import KINDS, UNTRAINABLE, Severities, Severity
 from meme_llava.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")

@@ -12,15 +12,13 @@ from make_towers import train_tokenizer
 from PIL import Image
 
 from meme_llava.dataset import dataset as dataset_module
+from meme_llava.dataset.check import RecordPolicy, RecordSource, write_quarantine
 from meme_llava.dataset.collator import PackingCollator
-from meme_llava.dataset.conversation import ConversationEncoder, Turn
+from meme_llava.dataset.conversation import ConversationEncoder, Tokenization, Turn
 from meme_llava.dataset.dataset import MemeDataset, TrainingOrder, load_records
 from meme_llava.dataset.images import ImagePolicy
-from meme_llava.dataset.quarantine import write_quarantine
 from meme_llava.dataset.records import read_records
 from meme_llava.dataset.sampling import BatchShape
-from meme_llava.dataset.settings import RecordPolicy, RecordSource
-from meme_llava.dataset.tokenization import Tokenization
 from meme_llava.errors import UserError
 
 TOKENS_PER_IMAGE = 4

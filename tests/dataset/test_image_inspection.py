@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from meme_llava.dataset import image_inspection as images
-from meme_llava.dataset.image_inspection import (
+from meme_llava.dataset import inspection as images
+from meme_llava.dataset.inspection import (
     EXTENSIONS,
     IMAGE_SUFFIXES,
     ImageFacts,

@@ -17,11 +17,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 import build_base_model
+from meme_llava.dataset.check import RecordPolicy, RecordSource
+from meme_llava.dataset.collator import normalise, read_pixels, to_pixel_values
+from meme_llava.dataset.conversation import Tokenization
 from meme_llava.dataset.dataset import load_records
 from meme_llava.dataset.images import ImagePolicy, open_header, open_image, resolve_image_path
-from meme_llava.dataset.pixels import normalise, read_pixels, to_pixel_values
-from meme_llava.dataset.settings import RecordPolicy, RecordSource
-from meme_llava.dataset.tokenization import Tokenization
 from meme_llava.errors import UserError
 from meme_llava.inference.generation import load_answerer
 from meme_llava.model.llava import load_processing

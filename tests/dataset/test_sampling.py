@@ -3,8 +3,14 @@
 import numpy as np
 import pytest
 
-from meme_llava.dataset.prefix_sharing import PrefixSharing
-from meme_llava.dataset.sampling import BatchShape, PackedLengths, plan_shared_order, shuffle_groups, shuffle_records
+from meme_llava.dataset.sampling import (
+    BatchShape,
+    PackedLengths,
+    PrefixSharing,
+    plan_shared_order,
+    shuffle_groups,
+    shuffle_records,
+)
 
 
 def make_records(sizes: list[int], own=lambda number: 100, prefix: int = 600) -> tuple[np.ndarray, PrefixSharing]:

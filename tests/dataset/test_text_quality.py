@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import SHARED_DATA
 
-from meme_llava.dataset.text_quality import find_loop, find_refusal, measure_recall, normalise_text
+from meme_llava.dataset.inspection import find_loop, find_refusal, measure_recall, normalise_text
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,17 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from meme_llava.dataset import tokenization
-from meme_llava.dataset.conversation import ConversationEncoder, Turn
-from meme_llava.dataset.prefix_sharing import count_common_prefix
-from meme_llava.dataset.tokenization import (
+from meme_llava.dataset import conversation as tokenization
+from meme_llava.dataset.conversation import (
     Conversation,
+    ConversationEncoder,
     RecordLengths,
     Tokenization,
     TokenizedRecords,
+    Turn,
     tokenize_records,
 )
+from meme_llava.dataset.sampling import count_common_prefix
 
 LETTERS = "\nabcdefghijklmnopqrstuvwxyz"
 P, Q = Path("/images/p.png"), Path("/images/q.png")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from meme_llava.dataset.text_quality import normalise_text
+from meme_llava.dataset.inspection import normalise_text
 from meme_llava.evaluate.scores import asks_for_text, describe_measure, is_right, score_predictions
 from meme_llava.inference.questions import Prediction, Question
 

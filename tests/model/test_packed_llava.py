@@ -10,10 +10,9 @@ from peft.tuners.lora import LoraLayer
 from torch._dynamo.utils import counters
 from torch.nn import functional
 
-from meme_llava.dataset.collator import PackingCollator
+from meme_llava.dataset.collator import PackingCollator, read_pixels, to_pixel_values
 from meme_llava.dataset.conversation import Turn
 from meme_llava.dataset.images import open_image
-from meme_llava.dataset.pixels import read_pixels, to_pixel_values
 from meme_llava.errors import UserError
 from meme_llava.model import packed_attention
 from meme_llava.model.llava import load_llava, load_processing

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from meme_llava.dataset.conversation import Turn
-from meme_llava.dataset.findings import Finding
+from meme_llava.dataset.records import Finding
 from meme_llava.report.check_page import GalleryEntry, Histogram, KindCount, ReportContents, write_check_report
 
 ATTACK = (

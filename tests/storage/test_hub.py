@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 from meme_llava.errors import UserError
-from meme_llava.storage.hub import resolve_model_folder
+from meme_llava.storage.folders import resolve_model_folder
 
 REPOSITORY = ROOT
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -50,7 +50,7 @@ MODELS = {
 PROGRAM = """
 import json, sys
 from meme_llava.errors import UserError
-from meme_llava.storage.hub import resolve_model_folder
+from meme_llava.storage.folders import resolve_model_folder
 results = {}
 for name in sys.argv[1:]:
     try:

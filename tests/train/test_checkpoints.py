@@ -18,7 +18,7 @@ import merge_lora
 import train
 from meme_llava.errors import CheckpointError, DiskFullError, UserError
 from meme_llava.storage import tensor_writer
-from meme_llava.storage.manifest import read_manifest, verify_directory, write_manifest
+from meme_llava.storage.run_record import read_manifest, verify_directory, write_manifest
 from meme_llava.train import checkpoints, prepared_run
 from meme_llava.train.checkpoints import find_newest, hold_output_dir, list_checkpoints, write_checkpoint
 from meme_llava.train.run_plan import count_steps

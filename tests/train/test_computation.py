@@ -8,11 +8,11 @@ from conftest import train_flags
 from transformers import LlavaConfig
 
 import train
+from meme_llava.dataset.check import RecordPolicy, RecordSource
 from meme_llava.dataset.collator import PackingCollator
+from meme_llava.dataset.conversation import Tokenization
 from meme_llava.dataset.dataset import TrainingOrder, load_records
 from meme_llava.dataset.sampling import BatchShape
-from meme_llava.dataset.settings import RecordPolicy, RecordSource
-from meme_llava.dataset.tokenization import Tokenization
 from meme_llava.model import packed_attention
 from meme_llava.model.llava import load_processing
 from meme_llava.model.trainable import CheckpointedLayers

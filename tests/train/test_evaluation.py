@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional
 
 import train
+from meme_llava.dataset.collator import to_pixel_values
 from meme_llava.dataset.images import open_image
-from meme_llava.dataset.pixels import to_pixel_values
 from meme_llava.dataset.records import read_records
 from meme_llava.distributed.environment import Heartbeat
 from meme_llava.inference.generation import Answerer, load_answerer

@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
+from meme_llava.dataset.collator import to_pixel_values
 from meme_llava.dataset.conversation import Turn
 from meme_llava.dataset.images import open_image
-from meme_llava.dataset.pixels import to_pixel_values
 from meme_llava.model import trainable
 from meme_llava.model.llava import load_llava, load_processing
 from meme_llava.model.packed_llava import load_packed_llava
