@@ -37,10 +37,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"warning: --host {arguments.host}: whoever reaches this machine can ask; there is no password")
     with tempfile.TemporaryDirectory(prefix="meme_llava_demo_") as folder:
         keep_uploads_in(folder)
-        from meme_llava.inference.chat_page import build_page, list_examples, serve_until_stopped
+        from meme_llava.inference.chat_page import build_page, list_examples, make_css, serve_until_stopped
 
-        page = build_page(chat, [str(folder) for folder in folders], list_examples())
-        serve_until_stopped(page, arguments.host, arguments.port, on_stop=chat.close)
+        names = [str(folder) for folder in folders]
+        page = build_page(chat, names, list_examples())
+        serve_until_stopped(page, make_css(names), arguments.host, arguments.port, on_stop=chat.close)
     print("stopped")
 
 

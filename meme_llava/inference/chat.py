@@ -1,30 +1,37 @@
-"""A visitor's conversation about an image with one model or two, and the notices for what cannot be done. Nothing about
-pages.
+"""Conversations about an image with one model or two: answers that grow, and a sentence for what cannot be done.
+
+Nothing about pages: messages are dictionaries, as gradio.ChatInterface has them.
 """
 
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from html import escape, unescape
 from pathlib import Path
 
 import torch
 from PIL import Image
+from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
-from meme_llava.dataset.images import MAX_PIXELS, ImagePolicy, open_image
+from meme_llava.dataset.images import MAX_PIXELS, open_image
 from meme_llava.dataset.records import RecordFault
 from meme_llava.inference.generation import Answerer, PromptTooLong
-from meme_llava.inference.streaming import stream_answer
+from meme_llava.inference.questions import Prediction
+from meme_llava.inference.settings import DEFAULT_QUESTION
 
 # A page that is sent every token of a fast model lags behind it.
 SECONDS_BETWEEN_UPDATES = 0.1
-PREVIEW_SIDE = 1024  # pixels
 
+WAITING = "…"
 NO_IMAGE = "请先放一张图片。Add an image first."
-NO_QUESTION = "请先写一个问题。Write a question first."
 HOLDS_PLACEHOLDER = f"问题里不能有 {IMAGE_PLACEHOLDER}。The question may not hold {IMAGE_PLACEHOLDER}."
+CUT_OFF = "（到达长度上限 cut off at --max_new_tokens）"
+TOO_LONG = "对话太长，请开始新对话。The conversation is too long; begin a new one."
+OUT_OF_MEMORY = "内存或显存不足，请开始新对话再试。Out of memory; begin a new conversation."
+# By the kinds of `open_image`; none names a path of the server.
 IMAGE_PROBLEMS = {
     "empty_file": "这个文件是空的。The file is empty.",
     "not_an_image": "这个文件不是图片。The file is not an image.",
@@ -35,48 +42,51 @@ IMAGE_PROBLEMS = {
     "missing_image": "图片已经从服务器上删除，请重新放一次。The image is gone from the server; add it again.",
     "unreadable_file": "服务器读不了这个文件，请换一张。The file cannot be read; try another.",
 }
-STOPPED = "已停止 stopped"
-CUT_OFF = "到达长度上限 cut off at --max_new_tokens"
-TOO_LONG = "对话太长，请开始新对话。The conversation is too long; begin a new one."
-OUT_OF_MEMORY = "内存或显存不足，请开始新对话再试。Out of memory; begin a new conversation."
+# What may stand behind an answer, or in place of one, and is no part of it.
+REMARKS = (WAITING, NO_IMAGE, HOLDS_PLACEHOLDER, CUT_OFF, TOO_LONG, OUT_OF_MEMORY, *IMAGE_PROBLEMS.values())
 
 
-class ChatProblem(Exception):
-    """Why something cannot be done, as a visitor is told it."""
+def stream_answer(
+    answerer: Answerer,
+    image: Image.Image,
+    question: str,
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    earlier: Sequence[tuple[str, str]] = (),
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Prediction]:
+    """The greedy answer as it grows; the last one is what `Answerer.answer` gives.
 
+    The model asks `should_stop` after every token, whether anybody iterates or not. Closing the iterator ends its
+    work, too. Its errors are raised here.
+    """
+    streamer = TextIteratorStreamer(answerer.processing.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    is_closed = threading.Event()
 
-@dataclass
-class Reply:
-    """One model's answer to one question; `remark` says why there is no more of it."""
+    def check_stop(ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        return torch.full((len(ids),), is_closed.is_set() or should_stop(), device=ids.device)
 
-    question: str
-    text: str = ""
-    remark: str = ""
-
-
-class Conversation:
-    """A visitor's image, and for each model what was asked and answered about it."""
-
-    # No dataclass: gradio would turn one into a dictionary.
-    def __init__(self) -> None:
-        self.image: Path | None = None
-        self.columns: list[list[Reply]] = []
-        self.stop_asked = False
-
-    def begin(self, image: Path | None) -> None:
-        """Forget what was said, and end what is being said."""
-        self.stop_asked = True
-        self.image = image
-        self.columns = []
+    with ThreadPoolExecutor(1, thread_name_prefix="answer") as pool:
+        arguments = (image, question, system, max_new_tokens, streamer, earlier, StoppingCriteriaList([check_stop]))
+        work = pool.submit(answerer.answer, *arguments)
+        work.add_done_callback(lambda _: streamer.end())  # an error must not leave this loop waiting
+        text = ""
+        try:
+            for piece in streamer:
+                text += piece
+                yield Prediction(None, text.strip())
+        finally:
+            is_closed.set()
+        yield work.result()
 
 
 class Chat:
     """The models, and how they are asked one after the other.
 
-    Only one visitor may be inside `ask` at a time; the page's queue sees to that.
+    Only one visitor may be inside `reply` at a time; the page's queue sees to that.
     """
 
-    def __init__(self, answerers: list[Answerer], system: str | None, max_new_tokens: int):
+    def __init__(self, answerers: Sequence[Answerer], system: str | None, max_new_tokens: int):
         self._answerers = answerers
         self._system = system
         self._max_new_tokens = max_new_tokens
@@ -86,78 +96,76 @@ class Chat:
         """End whatever answer is growing."""
         self._is_closing.set()
 
-    def take_image(self, conversation: Conversation, path: Path) -> Image.Image:
-        """Begin a conversation about another image. Returns it to be shown, at most 1024 pixels a side.
+    def reply(self, message: dict, history: Sequence[dict]) -> Iterator[list[dict]]:
+        """The models' replies as they grow, one message each, or one that says why there is none.
 
-        Raises:
-            ChatProblem: the file is not an image that can be opened; the conversation stays as it is.
+        Args:
+            message: "text", the question, and "files", of which the last becomes the image of a new conversation.
+            history: the earlier messages, with these replies among them.
         """
-        image = open_for_visitor(path)
-        conversation.begin(path)
-        image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
-        return image
-
-    def ask(self, conversation: Conversation, question: str) -> Iterator[None]:
-        """Put a question to every model. The answers grow in `conversation`; iterates whenever they have grown.
-
-        Raises:
-            ChatProblem: it cannot be asked; the conversation stays as it is.
-        """
-        question = question.strip()
-        if conversation.image is None:
-            raise ChatProblem(NO_IMAGE)
-        if not question:
-            raise ChatProblem(NO_QUESTION)
-        if IMAGE_PLACEHOLDER in question:
-            raise ChatProblem(HOLDS_PLACEHOLDER)
-        # Each model opens it for its own square, as infer.py does.
-        images = [
-            open_for_visitor(conversation.image, answerer.processing.image_policy) for answerer in self._answerers
-        ]
-        conversation.stop_asked = False
-        if not conversation.columns:
-            conversation.columns = [[] for _ in self._answerers]
-        columns = conversation.columns
-        for column in columns:
-            column.append(Reply(question))
-        yield
-        for answerer, image, column in zip(self._answerers, images, columns, strict=True):
-            yield from self._answer(conversation, answerer, image, column)
+        path, earlier = self._read_history(history)
+        if message["files"]:
+            path, earlier = Path(message["files"][-1]), [[] for _ in self._answerers]
+        question = message["text"].strip() or DEFAULT_QUESTION
+        problem = NO_IMAGE if path is None else HOLDS_PLACEHOLDER if IMAGE_PLACEHOLDER in question else None
+        try:
+            # Each model opens it for its own square, as infer.py does.
+            images = [] if problem else [open_image(path, one.processing.image_policy) for one in self._answerers]
+        except RecordFault as fault:
+            problem = IMAGE_PROBLEMS[fault.kind]
+        if problem:
+            yield [show_reply(problem)]
+            return
+        texts = [WAITING] * len(images)
+        for place, (answerer, image, exchanges) in enumerate(zip(self._answerers, images, earlier, strict=True)):
+            for texts[place] in self._answer(answerer, image, question, exchanges):
+                yield [show_reply(text) for text in texts]
 
     def _answer(
-        self, conversation: Conversation, answerer: Answerer, image: Image.Image, column: list[Reply]
-    ) -> Iterator[None]:
-        """Let one model answer the last question of its column."""
-
-        def should_stop() -> bool:
-            return conversation.stop_asked or self._is_closing.is_set()
-
-        reply = column[-1]
-        # What gave no answer is not a turn that a model was trained to go on from.
-        earlier = [(earlier.question, earlier.text) for earlier in column[:-1] if earlier.text]
-        arguments = (image, reply.question, self._system, self._max_new_tokens, earlier, should_stop)
-        is_whole = False
-        shown_at = 0.0
+        self, answerer: Answerer, image: Image.Image, question: str, earlier: Sequence[tuple[str, str]]
+    ) -> Iterator[str]:
+        """One model's answer as it grows, at last with a remark where there is no more of it."""
+        text, remark, shown_at = "", "", 0.0
+        arguments = (image, question, self._system, self._max_new_tokens, earlier, self._is_closing.is_set)
         try:
-            if not should_stop():
-                with contextlib.closing(stream_answer(answerer, *arguments)) as answers:
-                    for answer in answers:
-                        reply.text, is_whole = answer.text, answer.stopped
-                        if time.monotonic() - shown_at >= SECONDS_BETWEEN_UPDATES:
-                            yield
-                            shown_at = time.monotonic()
-            if not is_whole:
-                reply.remark = STOPPED if should_stop() else CUT_OFF
+            with contextlib.closing(stream_answer(answerer, *arguments)) as answers:
+                for answer in answers:
+                    text, remark = answer.text, "" if answer.stopped else CUT_OFF
+                    if time.monotonic() - shown_at >= SECONDS_BETWEEN_UPDATES:
+                        yield text or WAITING
+                        shown_at = time.monotonic()
         except PromptTooLong:
-            reply.remark = TOO_LONG
+            remark = TOO_LONG
         except torch.OutOfMemoryError:
-            reply.remark = OUT_OF_MEMORY
-        yield
+            remark = OUT_OF_MEMORY
+        yield "\n".join(filter(None, (text, remark)))
+
+    def _read_history(self, history: Sequence[dict]) -> tuple[Path | None, list[list[tuple[str, str]]]]:
+        """The present image, and what each model was asked and answered about it."""
+        turns = []  # image, question, replies
+        for message in history:
+            parts = message["content"]
+            text = "".join(part["text"] for part in parts if part["type"] == "text")
+            if message["role"] == "user":
+                paths = [part["file"]["path"] for part in parts if part["type"] == "file"]
+                turns.append((paths[-1] if paths else None, text.strip() or DEFAULT_QUESTION, []))
+            elif turns:
+                turns[-1][2].append(unescape(text))
+        path, earlier = None, [[] for _ in self._answerers]
+        for image, question, replies in turns:
+            if replies and replies[0] in IMAGE_PROBLEMS.values():
+                continue
+            if image is not None:
+                path, earlier = Path(image), [[] for _ in self._answerers]
+            for exchanges, reply in zip(earlier, replies, strict=False):
+                for remark in REMARKS:
+                    reply = reply.removesuffix(remark).rstrip("\n")
+                # What gave no answer is not a turn that a model was trained to go on from.
+                if reply:
+                    exchanges.append((question, reply))
+        return path, earlier
 
 
-def open_for_visitor(path: Path, policy: ImagePolicy | None = None) -> Image.Image:
-    """Like `open_image`; raises ChatProblem, which names no path of the server."""
-    try:
-        return open_image(path, policy)
-    except RecordFault as fault:
-        raise ChatProblem(IMAGE_PROBLEMS[fault.kind]) from fault
+def show_reply(text: str) -> dict:
+    """A reply as a message: the page takes HTML, removes tabs and what lines begin with, and none is to be lost."""
+    return {"role": "assistant", "content": escape(text).replace("\t", "&#9;").replace("\n ", "\n&#32;")}

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import inspect
 import os
 import re
 import signal
@@ -10,8 +11,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from html import escape, unescape
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -23,10 +25,19 @@ import demo
 import infer
 from meme_llava.cli import parse_arguments
 from meme_llava.dataset.images import open_image
+from meme_llava.errors import UserError
 from meme_llava.inference import chat as chat_module
-from meme_llava.inference.chat import CUT_OFF, STOPPED, TOO_LONG, Chat, ChatProblem, Conversation
+from meme_llava.inference.chat import (
+    CUT_OFF,
+    IMAGE_PROBLEMS,
+    OUT_OF_MEMORY,
+    TOO_LONG,
+    WAITING,
+    Chat,
+    show_reply,
+)
 from meme_llava.inference.generation import load_answerer
-from meme_llava.inference.settings import DemoArguments
+from meme_llava.inference.settings import DEFAULT_QUESTION, DemoArguments
 
 NEW_TOKENS = 12  # a model of two training steps never stops by itself
 LONG = 3000
@@ -45,10 +56,8 @@ def chat(answerer, base_answerer):
     return Chat([answerer, base_answerer], None, NEW_TOKENS)
 
 
-def begin(chat: Chat, path: Path) -> Conversation:
-    conversation = Conversation()
-    chat.take_image(conversation, path)
-    return conversation
+def is_answering() -> bool:
+    return any(thread.name.startswith("answer") for thread in threading.enumerate())
 
 
 def write_corrupt(folder: Path, world) -> Path:
@@ -61,47 +70,75 @@ def write_corrupt(folder: Path, world) -> Path:
 # ---- Conversations ----
 
 
+class Visitor:
+    """A conversation as the page has it: messages come back as gradio gives them."""
+
+    def __init__(self, chat: Chat):
+        self.chat = chat
+        self.history: list[dict] = []
+        self.shown: list[str] = []  # the replies to the last question
+
+    def ask(self, text: str, image: Path | None = None) -> Iterator[list[str]]:
+        """The replies as they grow; they are history when the last one is there or the iterator is closed."""
+        message = {"text": text, "files": [] if image is None else [str(image)]}
+        try:
+            with contextlib.closing(self.chat.reply(message, list(self.history))) as replies:
+                for reply in replies:
+                    # The page's own component removes indentation and what it takes for HTML.
+                    self.shown = [unescape(inspect.cleandoc(one["content"])) for one in reply]
+                    yield self.shown
+        finally:
+            files = [{"type": "file", "file": {"path": path}} for path in message["files"]]
+            self.history.append({"role": "user", "content": [*files, {"type": "text", "text": text}]})
+            for text in self.shown:
+                self.history.append({"role": "assistant", "content": [{"type": "text", "text": escape(text)}]})
+
+    def hear(self, text: str, image: Path | None = None) -> list[str]:
+        list(self.ask(text, image))
+        return self.shown
+
+
+def cut(texts: Iterable[str]) -> list[str]:
+    """Answers as they are shown: a model of two training steps never ends one by itself."""
+    return [f"{text}\n{CUT_OFF}" for text in texts]
+
+
+def answer(model, path: Path, question: str, *earlier: tuple[str, str]) -> str:
+    return model.answer(open_image(path), question, max_new_tokens=NEW_TOKENS, earlier=earlier).text
+
+
 def test_every_model_gives_its_own_answer_in_every_turn(chat, answerer, base_answerer, world):
     path = world.image_folder / "p0.png"
-    image = open_image(path)
-    conversation = begin(chat, path)
-    for question in (QUESTION, NEXT_QUESTION):
-        list(chat.ask(conversation, f" {question}\n"))
-    first_texts = set()
-    for model, column in zip((answerer, base_answerer), conversation.columns, strict=True):
-        first = model.answer(image, QUESTION, max_new_tokens=NEW_TOKENS)
-        earlier = [(QUESTION, first.text)]
-        second = model.answer(image, NEXT_QUESTION, max_new_tokens=NEW_TOKENS, earlier=earlier)
-        assert [(reply.question, reply.text) for reply in column] == [
-            (QUESTION, first.text),
-            (NEXT_QUESTION, second.text),
-        ]
-        assert {reply.remark for reply in column} == {CUT_OFF}
-        first_texts.add(first.text)
-    assert len(first_texts) == 2, "the models must differ, or this test shows nothing"
+    models = (answerer, base_answerer)
+    visitor = Visitor(chat)
+    firsts = [answer(model, path, QUESTION) for model in models]
+    assert len(set(firsts)) == 2, "the models must differ, or this test shows nothing"
+    assert visitor.hear(f" {QUESTION}\n", path) == cut(firsts)
+    seconds = [
+        answer(model, path, NEXT_QUESTION, (QUESTION, first)) for model, first in zip(models, firsts, strict=True)
+    ]
+    assert visitor.hear(NEXT_QUESTION) == cut(seconds)
 
 
-def test_another_image_begins_anew_and_a_bad_one_changes_nothing(chat, world, tmp_path):
-    conversation = begin(chat, world.image_folder / "p0.png")
-    list(chat.ask(conversation, QUESTION))
-    with pytest.raises(ChatProblem):
-        chat.take_image(conversation, write_corrupt(tmp_path, world))
-    assert conversation.image == world.image_folder / "p0.png" and len(conversation.columns[0]) == 1
-    chat.take_image(conversation, world.image_folder / "p4.png")
-    assert conversation.image == world.image_folder / "p4.png" and conversation.columns == []
+def test_another_image_begins_anew_and_a_bad_one_changes_nothing(answerer, world, tmp_path):
+    visitor = Visitor(Chat([answerer], None, NEW_TOKENS))
+    first, other = (world.image_folder / name for name in ("p0.png", "p4.png"))
+    (text,) = visitor.hear(QUESTION, first)
+    assert visitor.hear(QUESTION, write_corrupt(tmp_path, world)) == [IMAGE_PROBLEMS["damaged_image"]]
+    earlier = (QUESTION, text.removesuffix(f"\n{CUT_OFF}"))
+    assert visitor.hear(NEXT_QUESTION) == cut([answer(answerer, first, NEXT_QUESTION, earlier)])
+    # Without words, the question of infer.py is asked.
+    assert visitor.hear("", other) == cut([answer(answerer, other, DEFAULT_QUESTION)])
 
 
-def test_what_is_no_image_gets_a_sentence_in_two_languages_without_a_path(chat, world, tmp_path, monkeypatch):
+def test_what_is_no_image_gets_a_sentence_in_two_languages_without_a_path(chat, world, tmp_path):
     (tmp_path / "text.png").write_text("<!DOCTYPE html>")
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "old.tiff").write_bytes(b"II*\x00" + bytes(60))
     Image.new("1", (8_000, 8_000)).save(tmp_path / "huge.png")
     write_corrupt(tmp_path, world)
-    told = {}
-    for name in ("text.png", "empty.jpg", "old.tiff", "huge.png", "corrupt.png", "gone.png"):
-        with pytest.raises(ChatProblem) as caught:
-            chat.take_image(Conversation(), tmp_path / name)
-        told[name] = str(caught.value)
+    names = ("text.png", "empty.jpg", "old.tiff", "huge.png", "corrupt.png", "gone.png")
+    told = {name: Visitor(chat).hear(QUESTION, tmp_path / name)[0] for name in names}
     assert told["text.png"] == "这个文件不是图片。The file is not an image."
     assert told["corrupt.png"] == "图片已损坏或不完整，请换一张。The image is damaged; try another."
     assert told["huge.png"] == "图片太大，最多 50 百万像素。The image has more than 50 million pixels."
@@ -109,74 +146,55 @@ def test_what_is_no_image_gets_a_sentence_in_two_languages_without_a_path(chat, 
     assert not any(str(tmp_path) in text for text in told.values())
 
 
-@pytest.mark.parametrize(
-    ("image", "question", "words"),
-    [
-        (None, QUESTION, "请先放一张图片"),
-        ("p0.png", " \n", "请先写一个问题"),
-        ("p0.png", "看<image>", "不能有 <image>"),
-    ],
-)
-def test_what_cannot_be_asked_gets_a_sentence(chat, world, image, question, words):
-    conversation = Conversation() if image is None else begin(chat, world.image_folder / image)
-    with pytest.raises(ChatProblem, match=words):
-        list(chat.ask(conversation, question))
-    assert conversation.columns == []
+def test_what_cannot_be_asked_gets_a_sentence(chat, world):
+    assert Visitor(chat).hear(QUESTION) == ["请先放一张图片。Add an image first."]
+    (told,) = Visitor(chat).hear("看<image>", world.image_folder / "p0.png")
+    assert told.startswith("问题里不能有 <image>")
 
 
 def test_stopping_ends_the_answer_and_the_next_question_is_answered(answerer, base_answerer, world):
-    chat = Chat([answerer, base_answerer], None, LONG)
-    conversation = begin(chat, world.image_folder / "p0.png")
-    growing = chat.ask(conversation, QUESTION)
-    next(growing)
-    while not conversation.columns[0][0].text:
-        next(growing)
-    conversation.stop_asked = True
-    list(growing)
-    first, second = (column[0] for column in conversation.columns)
-    assert first.text and first.remark == STOPPED
-    assert len(answerer.processing.encoder.encode_text(first.text)) < LONG
+    path = world.image_folder / "p0.png"
+    visitor = Visitor(Chat([answerer, base_answerer], None, LONG))
+    growing = visitor.ask(QUESTION, path)
+    while next(growing)[0] == WAITING:
+        pass
+    growing.close()
+    first, second = visitor.shown
     # The model whose turn had not come does not begin.
-    assert second.text == "" and second.remark == STOPPED
-    chat._max_new_tokens = NEW_TOKENS
-    list(chat.ask(conversation, NEXT_QUESTION))
-    earlier = [(QUESTION, first.text)]
-    image = open_image(world.image_folder / "p0.png")
-    wanted = answerer.answer(image, NEXT_QUESTION, max_new_tokens=NEW_TOKENS, earlier=earlier)
-    assert conversation.columns[0][1].text == wanted.text
+    assert first and second == WAITING and not is_answering()
+    visitor.chat = Chat([answerer, base_answerer], None, NEW_TOKENS)
+    wanted = [answer(answerer, path, NEXT_QUESTION, (QUESTION, first)), answer(base_answerer, path, NEXT_QUESTION)]
     # An answer that never began is not a turn of the conversation.
-    wanted = base_answerer.answer(image, NEXT_QUESTION, max_new_tokens=NEW_TOKENS)
-    assert conversation.columns[1][1].text == wanted.text
+    assert visitor.hear(NEXT_QUESTION) == cut(wanted)
 
 
 def test_closing_ends_the_answer(answerer, world):
     chat = Chat([answerer], None, LONG)
-    conversation = begin(chat, world.image_folder / "p0.png")
-    growing = chat.ask(conversation, QUESTION)
+    growing = Visitor(chat).ask(QUESTION, world.image_folder / "p0.png")
     next(growing)
     chat.close()
-    list(growing)
-    assert conversation.columns[0][0].remark == STOPPED
+    *_, (text,) = growing
+    assert len(answerer.processing.encoder.encode_text(text)) < LONG and not is_answering()
 
 
 def test_a_conversation_without_room_says_so_and_the_others_go_on(chat, world):
-    conversation = begin(chat, world.image_folder / "p0.png")
-    list(chat.ask(conversation, "困" * 5000))
-    assert [column[0].remark for column in conversation.columns] == [TOO_LONG, TOO_LONG]
-    list(chat.ask(conversation, QUESTION))
-    assert conversation.columns[0][1].text
+    visitor = Visitor(chat)
+    assert visitor.hear("困" * 5000, world.image_folder / "p0.png") == [TOO_LONG, TOO_LONG]
+    assert all(text.endswith(CUT_OFF) for text in visitor.hear(QUESTION))
 
 
-def test_too_little_memory_is_told_in_the_column(chat, world, monkeypatch):
-    conversation = begin(chat, world.image_folder / "p0.png")
-
+def test_too_little_memory_is_told_in_place_of_the_answer(chat, world, monkeypatch):
     def fail(*arguments):
         raise chat_module.torch.OutOfMemoryError("CUDA out of memory")
         yield
 
     monkeypatch.setattr(chat_module, "stream_answer", fail)
-    list(chat.ask(conversation, QUESTION))
-    assert conversation.columns[0][0].remark.startswith("内存或显存不足")
+    assert Visitor(chat).hear(QUESTION, world.image_folder / "p0.png") == [OUT_OF_MEMORY] * 2
+
+
+def test_a_text_comes_back_from_the_page_as_it_was():
+    text = "<b>&amp;\n\tone\n    two\n  three"
+    assert unescape(inspect.cleandoc(show_reply(text)["content"])) == text
 
 
 # ---- The script ----
@@ -212,15 +230,6 @@ def test_wrong_settings_stop_with_a_sentence(world, served_model, capsys):
     assert "--base_model has no use" in fail_demo(capsys, "--model", served_model, "--base_model", world.base)
 
 
-def test_a_taken_port_is_named(served_model):
-    page = load_page_module()
-    port = find_free_port()
-    with page.socket.create_server(("127.0.0.1", port)):
-        with pytest.raises(page.UserError, match=f"--port {port}: cannot be listened on"):
-            page.check_address("127.0.0.1", port)
-    page.check_address("127.0.0.1", port)
-
-
 def test_base_model_is_for_the_adapter_beside_a_merged_model(world, served_model, trained):
     flags = ["--model", str(served_model), "--compare_with", str(trained), "--base_model", str(world.base)]
     arguments = parse_arguments(DemoArguments, [*flags, "--device", "cpu"], "")
@@ -239,19 +248,20 @@ def test_the_page_reports_nothing_and_shows_texts_as_texts(chat):
     page_module = load_page_module()
     assert len(page_module.list_examples()) == page_module.EXAMPLES
     page = page_module.build_page(chat, ["one", "two"], page_module.list_examples())
-    assert page.analytics_enabled is False
-    columns = [block for block in page.blocks.values() if block.get_block_name() == "chatbot"]
-    assert [column.label for column in columns] == ["one", "two"]
-    assert not any(column.render_markdown for column in columns)
-    assert page_module.show_notice("<b>") == '<div class="notice" role="alert">&lt;b&gt;</div>'
+    assert page.analytics_enabled is False and not page.chatbot.render_markdown
+    assert 'content: "a\\"\\3c /style>"' in page_module.make_css(['a"</style>', "two"])
 
 
-def test_ctrl_c_ends_the_server(chat, tmp_path, monkeypatch):
+def test_ctrl_c_ends_the_server_and_a_taken_port_is_named(chat, tmp_path, monkeypatch):
     page_module = load_page_module()
     for name, value in (("GRADIO_TEMP_DIR", str(tmp_path)), ("NO_PROXY", ""), ("no_proxy", "")):
         monkeypatch.setenv(name, value)
     port = find_free_port()
     ended = []
+
+    def serve() -> None:
+        page = page_module.build_page(chat, ["one", "two"], [])
+        page_module.serve_until_stopped(page, "", "127.0.0.1", port, on_stop=lambda: ended.append(True))
 
     def interrupt() -> None:
         deadline = time.monotonic() + 30
@@ -262,14 +272,19 @@ def test_ctrl_c_ends_the_server(chat, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
     handler = signal.getsignal(signal.SIGINT)
+    with (
+        socket.create_server(("127.0.0.1", port)),
+        pytest.raises(UserError, match=f"--port {port}: cannot be listened"),
+    ):
+        serve()
     interrupter = threading.Thread(target=interrupt)
     interrupter.start()
-    page = page_module.build_page(chat, ["one", "two"], [])
-    page_module.serve_until_stopped(page, "127.0.0.1", port, on_stop=lambda: ended.append(True))
+    serve()
     interrupter.join()
-    assert ended == [True]
+    assert ended == [True, True]
     assert signal.getsignal(signal.SIGINT) is handler
-    page_module.check_address("127.0.0.1", port)  # it is free again
+    with socket.create_server(("127.0.0.1", port)):  # it is free again
+        pass
 
 
 @dataclass(frozen=True)
@@ -317,7 +332,7 @@ def open_tab(browser, running):
         tab.on("pageerror", lambda error: complaints.append(str(error)))
         tab.on("request", lambda request: requests.append(request.url))
         tab.goto(running.address)
-        tab.locator("#question textarea").wait_for()
+        tab.locator("textarea").wait_for()
         return tab
 
     yield open_it
@@ -328,38 +343,28 @@ def open_tab(browser, running):
     assert [url for url in requests if not url.startswith((running.address, "data:", "blob:"))] == []
 
 
-@contextlib.contextmanager
-def another_image(tab) -> Iterator[None]:
-    """Wait, at the end of the block, until the page shows another image than before."""
-    before = tab.evaluate("document.querySelector('#image img')?.src")
-    yield
-    tab.wait_for_function(
-        "before => ![undefined, before].includes(document.querySelector('#image img')?.src)", arg=before
-    )
-
-
 def give_image(tab, path: Path) -> None:
-    with another_image(tab):
-        tab.set_input_files("input[type=file]", path)
+    tab.locator("textarea:enabled").wait_for()
+    tab.set_input_files("input[type=file]", path)
+    tab.locator("#question img").wait_for()
 
 
 def ask(tab, question: str) -> None:
-    tab.fill("#question textarea", question)
-    tab.press("#question textarea", "Enter")
+    tab.locator("textarea:enabled").fill(question)
+    tab.press("textarea", "Enter")
 
 
 def read_columns(tab, answers: int) -> list[list[str]]:
     """What each model said, once there are so many answers and no more is coming."""
-    remark = f"（{CUT_OFF}）"
+    replies = "#chat .bot.message > .message"
     tab.wait_for_function(
-        "([number, remark]) => [0, 1].every(column => [...document.querySelectorAll(`#answers_${column} .bot.message`)]"
-        ".filter(message => message.textContent.includes(remark)).length == number)",
-        arg=[answers, remark],
+        "([replies, remark, count]) => "
+        "[...document.querySelectorAll(replies)].filter(one => one.textContent.includes(remark)).length == count",
+        arg=[replies, CUT_OFF, 2 * answers],
     )
-    return [
-        [text.replace(remark, "").strip() for text in tab.locator(f"#answers_{column} .bot.message").all_inner_texts()]
-        for column in (0, 1)
-    ]
+    tab.locator("textarea:enabled").wait_for()
+    texts = [text.replace(CUT_OFF, "").strip() for text in tab.locator(replies).all_inner_texts() if CUT_OFF in text]
+    return [texts[0::2], texts[1::2]]
 
 
 def infer_answer(capsys, model: Path, image: Path) -> str:
@@ -377,29 +382,38 @@ def test_a_visitor_asks_both_models_in_several_turns(
     ask(tab, QUESTION)
     tab.get_by_text("请先放一张图片").wait_for()
     give_image(tab, path)
+    tab.get_by_role("button", name="请读出图中的文字。").last.click()
+    tab.wait_for_function("() => document.querySelector('textarea').value == '请读出图中的文字。'")
     ask(tab, QUESTION)
     firsts = [infer_answer(capsys, model, path) for model in (served_model, world.base)]
     assert read_columns(tab, 1) == [[first] for first in firsts]
+    names = tab.locator("#chat .bot.message > .message").evaluate_all(
+        "all => all.map(one => getComputedStyle(one, '::before').content)"
+    )
+    assert names[-2:] == [f'"{served_model}"', f'"{world.base}"']
 
-    tab.set_input_files("input[type=file]", write_corrupt(tmp_path, world))
-    tab.get_by_text("图片已损坏或不完整").wait_for()
     (tmp_path / "notes.txt").write_text("no image")
     tab.set_input_files("input[type=file]", tmp_path / "notes.txt")
-    tab.get_by_text("这个文件不是图片").wait_for()
+    tab.get_by_text("Invalid file type: notes.txt").wait_for()
+    give_image(tab, write_corrupt(tmp_path, world))
+    ask(tab, QUESTION)
+    tab.get_by_text("图片已损坏或不完整").wait_for()
 
     # The page goes on with the image that it had.
     ask(tab, NEXT_QUESTION)
-    image = open_image(path)
     seconds = [
-        model.answer(image, NEXT_QUESTION, max_new_tokens=NEW_TOKENS, earlier=[(QUESTION, first)]).text
+        answer(model, path, NEXT_QUESTION, (QUESTION, first))
         for model, first in zip((answerer, base_answerer), firsts, strict=True)
     ]
-    assert read_columns(tab, 2) == [list(texts) for texts in zip(firsts, seconds, strict=True)]
-    assert not tab.get_by_text("这个文件不是图片").is_visible()
+    wanted = [list(texts) for texts in zip(firsts, seconds, strict=True)]
+    assert read_columns(tab, 2) == wanted
+    tab.get_by_label("重试").last.click()
+    tab.wait_for_function("() => document.querySelector('textarea').disabled")
+    assert read_columns(tab, 2) == wanted
 
-    tab.get_by_role("button", name="新对话").click()
-    tab.wait_for_function("() => !document.querySelector('#answers_0 .message')")
-    tab.get_by_role("button", name="请读出图中的文字。").click()
+    tab.get_by_label("清空对话").click()
+    tab.wait_for_function("() => !document.querySelector('#chat .bot.message')")
+    tab.locator("#chat button.example").first.click()
     assert [len(column) for column in read_columns(tab, 1)] == [1, 1]
 
 
@@ -411,37 +425,31 @@ def test_two_visitors_at_once_get_their_own_answers(open_tab, world, answerer, b
         give_image(tab, path)
     for tab in tabs:
         ask(tab, QUESTION)
-    wanted = [
-        [
-            [model.answer(open_image(path), QUESTION, max_new_tokens=NEW_TOKENS).text]
-            for model in (answerer, base_answerer)
-        ]
-        for path in paths
-    ]
+    wanted = [[[answer(model, path, QUESTION)] for model in (answerer, base_answerer)] for path in paths]
     assert wanted[0] != wanted[1]
     assert [read_columns(tab, 1) for tab in tabs] == wanted
 
 
 @pytest.mark.long
-def test_images_may_be_pasted_dropped_or_chosen_from_the_examples(open_tab, world):
-    tab = open_tab(width=390)
+def test_images_may_be_pasted_or_dropped_and_a_telephone_has_room(open_tab, world):
     give = """([kind, bytes]) => {
         const transfer = new DataTransfer();
         transfer.items.add(new File([new Uint8Array(bytes)], "meme.png", { type: "image/png" }));
         const options = { bubbles: true, cancelable: true };
         const event = kind == "paste" ? new ClipboardEvent(kind, { ...options, clipboardData: transfer })
             : new DragEvent(kind, { ...options, dataTransfer: transfer });
-        document.querySelector("#question textarea").dispatchEvent(event);
+        document.querySelector("textarea").dispatchEvent(event);
     }"""
     for kind, name in (("paste", "p2.png"), ("drop", "p5.png")):
-        with another_image(tab):
-            tab.evaluate(give, [kind, list((world.image_folder / name).read_bytes())])
-    with another_image(tab):
-        tab.locator("#examples button").nth(1).click()
-    # On a telephone nothing is wider than the screen, and the second model stands below the first.
-    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
-    first, second = (tab.locator(f"#answers_{column}").bounding_box() for column in (0, 1))
-    assert second["y"] >= first["y"] + first["height"] and second["x"] == first["x"]
+        tab = open_tab(width=390)
+        tab.evaluate(give, [kind, list((world.image_folder / name).read_bytes())])
+        tab.locator("#question img").wait_for()
+        ask(tab, QUESTION)
+        read_columns(tab, 1)
+        # Nothing is wider than the screen, and the second model stands below the first.
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+        first, second = (tab.locator("#chat .bot.message > .message").nth(place).bounding_box() for place in (0, 1))
+        assert second["y"] >= first["y"] + first["height"] and second["x"] == first["x"]
 
 
 @pytest.mark.long
@@ -457,8 +465,23 @@ def test_a_file_that_is_too_big_is_not_sent(open_tab):
         input.dispatchEvent(new Event("change", { bubbles: true }));
     }"""
     )
-    tab.get_by_text("文件超过 64 MB").wait_for()
-    assert tab.locator("#image img").count() == 0
+    tab.get_by_text("exceed the maximum allowed size of 64").wait_for()
+    assert tab.locator("#question img").count() == 0
+
+
+@pytest.mark.long
+def test_stop_ends_an_answer_in_the_page(open_tab, world):
+    tab = open_tab()
+    give_image(tab, world.image_folder / "p0.png")
+    ask(tab, "困" * 200)
+    tab.locator("#question button.stop-button").click()
+    tab.locator("textarea:enabled").wait_for()
+    ask(tab, QUESTION)
+    tab.wait_for_function(
+        "remark => document.querySelector('#chat').textContent.endsWith(remark) || "
+        "[...document.querySelectorAll('#chat .bot.message')].at(-1).textContent.includes(remark)",
+        arg=CUT_OFF,
+    )
 
 
 def test_sigterm_ends_it_cleanly_and_no_upload_stays(open_tab, running, world):
