@@ -8,7 +8,7 @@ one stood, and shows the scores of a finished one. With `--compare_with` the sco
 them in the table. `--answer_with` asks others than our models: the original LLaVA, a server, a text recogniser.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from meme_llava.cli import parse_arguments, to_plain
@@ -50,8 +50,14 @@ def main(argv: list[str] | None = None) -> None:
     others = {str(folder): read_comparable_scores(folder, record["asked"]) for folder in arguments.compare_with}
     with open_evaluation(arguments.output_dir, record, arguments.overwrite) as folder:
         if folder.metrics is None:
-            answer = prepare_answering(source, arguments.image_folder)
-            append_remaining(folder, questions, "questions", arguments.batch_size, answer)
+            ask, root = source.load(), arguments.image_folder.resolve()
+            append_remaining(
+                folder,
+                questions,
+                "questions",
+                arguments.batch_size,
+                lambda batch: (prediction.to_line(root) for prediction in ask(batch)),
+            )
             check_something_was_answered(folder.lines)
             scores = score_predictions([Prediction.of_line(line) for line in folder.lines])
             folder.finish(record | {"scores": {name: vars(score) for name, score in scores.items()}})
@@ -81,22 +87,11 @@ def describe_evaluation(arguments: EvaluateArguments, source: AnswerSource, ques
     }
 
 
-def prepare_answering(source: AnswerSource, image_folder: Path) -> Callable[[Sequence[Question]], Iterator[dict]]:
-    """What gives the lines of predictions.jsonl for some questions."""
-    ask, root = source.load(), image_folder.resolve()
-
-    def answer(questions: Sequence[Question]) -> Iterator[dict]:
-        for prediction in ask(questions):
-            yield prediction.to_line(root)
-
-    return answer
-
-
-def check_something_was_answered(predictions: Sequence[dict]) -> None:
+def check_something_was_answered(lines: Sequence[dict]) -> None:
     """Raise UserError where there is nothing to score."""
-    if all(prediction["problem"] is not None for prediction in predictions):
+    if all(line["problem"] is not None for line in lines):
         raise UserError(
-            f"no question was answered, at first: {predictions[0]['problem']}. Fix the cause, then start the same "
+            f"no question was answered, at first: {lines[0]['problem']}. Fix the cause, then start the same "
             "command with --overwrite."
         )
 
@@ -118,30 +113,24 @@ def read_scores(metrics: dict) -> dict[str, Score]:
 
 
 def print_scores(columns: Sequence[tuple[str, dict[str, Score]]]) -> None:
-    """The scores as a table, a column for each evaluation."""
+    """The scores with their intervals as a table, a column for each evaluation."""
     rows = []
     for name in list_measures([scores for _, scores in columns]):
-        present = [scores.get(name) for _, scores in columns]
-        cells = [make_cell(name, score, with_break=len(columns) > 1) for score in present]
-        rows.append((describe_measure(name).title, *cells, show_counts(present)))
+        measure, present = describe_measure(name), [scores.get(name) for _, scores in columns]
+        # On one line, as "7.0% (5.1–9.2)", where nothing stands beside it.
+        form = "{} ({})" if len(columns) == 1 else "{}\n{}"
+        cells = ["–" if score is None else form.format(*show_score(measure, score)) for score in present]
+        rows.append((measure.title, *cells, show_counts(present)))
     print_table("Answers (95 % interval)", ("score", *(head for head, _ in columns), "answers"), rows)
 
 
-def make_cell(name: str, score: Score | None, with_break: bool) -> str:
-    """The score and its interval, as in "7.0% (5.1–9.2)", on two lines where several stand side by side."""
-    if score is None:
-        return "–"
-    value, interval = show_score(describe_measure(name), score)
-    return f"{value}\n{interval}" if with_break else f"{value} ({interval})"
-
-
-def print_problems(predictions: Sequence[dict]) -> None:
+def print_problems(lines: Sequence[dict]) -> None:
     """Say how many questions got no answer, and why some of them did not; they count as empty answers."""
-    without = [prediction for prediction in predictions if prediction["problem"] is not None]
+    without = [line for line in lines if line["problem"] is not None]
     if without:
-        print(f"{len(without)} of {len(predictions)} questions were not answered, which counts as an empty answer:")
-        for prediction in without[:MAX_LISTED]:
-            print(f"  {prediction['image']}: {prediction['problem']}")
+        print(f"{len(without)} of {len(lines)} questions were not answered, which counts as an empty answer:")
+        for line in without[:MAX_LISTED]:
+            print(f"  {line['image']}: {line['problem']}")
         if len(without) > MAX_LISTED:
             print(f"  … and {len(without) - MAX_LISTED} more, in predictions.jsonl")
 

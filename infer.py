@@ -20,18 +20,22 @@ MAX_LISTED_WRONG = 10
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(InferArguments, argv, description=__doc__)
-    if arguments.annotations is not None:
+    has_records = arguments.annotations is not None
+    if has_records:
         questions = list_record_questions(
             arguments.annotations, arguments.image_folder, arguments.limit, arguments.quarantine
         )
     else:
         questions = list_file_questions(arguments.image, arguments.question)
     # Torch takes seconds to load; what is wrong with the flags is said before.
+    from transformers import TextStreamer
+
     from meme_llava.inference.generation import load_answerer
 
     answerer = load_answerer(arguments.model, arguments.base_model, arguments.device, arguments.dtype)
-
-    streams = not arguments.json and arguments.annotations is None
+    streamer = None
+    if not arguments.json and not has_records:
+        streamer = TextStreamer(answerer.processing.tokenizer, skip_prompt=True, skip_special_tokens=True)
     unreadable = 0
     wrong = []
     for question in questions:
@@ -40,17 +44,19 @@ def main(argv: list[str] | None = None) -> None:
         except ValueError as error:
             # One bad file of many must not cost the answers about the others.
             unreadable += 1
-            report_unreadable(question, str(error), arguments.json)
+            if arguments.json:
+                print(json.dumps({"image": str(question.image), "error": str(error)}, ensure_ascii=False), flush=True)
+            else:
+                print(f"error: {error}", file=sys.stderr, flush=True)
             continue
-        if streams and len(questions) > 1:
+        if streamer is not None and len(questions) > 1:
             print(f"{question.image}:", flush=True)
-        streamer = answerer.make_streamer() if streams else None
         system = arguments.system if arguments.system is not None else question.system
         answer = answerer.answer(image, question.text, system, arguments.max_new_tokens, streamer)
         if answer.text != question.reference:
             wrong.append(str(question.image))
         report(question, answer, arguments)
-    if arguments.annotations is not None:
+    if has_records:
         right = len(questions) - len(wrong) - unreadable
         print(f"{right} of {len(questions)} answers match the reference exactly", file=sys.stderr, flush=True)
         if 0 < len(wrong) <= MAX_LISTED_WRONG:
@@ -62,29 +68,15 @@ def main(argv: list[str] | None = None) -> None:
 def report(question: Question, answer: Prediction, arguments: InferArguments) -> None:
     """Print what is not streamed: a JSON line, an answer beside the reference, or that the answer was cut off."""
     if arguments.json:
-        result = {
-            "image": str(question.image),
-            "question": question.text,
-            "answer": answer.text,
-            **({"reference": question.reference} if question.reference is not None else {}),
-            "tokens": answer.tokens,
-            "stopped": answer.stopped,
-        }
-        print(json.dumps(result, ensure_ascii=False), flush=True)
+        reference = {} if question.reference is None else {"reference": question.reference}
+        result = {"image": str(question.image), "question": question.text, "answer": answer.text, **reference}
+        print(json.dumps(result | {"tokens": answer.tokens, "stopped": answer.stopped}, ensure_ascii=False), flush=True)
     elif question.reference is not None:
         mark = "right" if answer.text == question.reference else "wrong"
         print(f"{question.image}  [{mark}]\n  question: {question.text}", flush=True)
         print(f"  answer:   {answer.text}\n  reference:    {question.reference}", flush=True)
     elif not answer.stopped:
         print(f"(cut off after --max_new_tokens {arguments.max_new_tokens})", file=sys.stderr, flush=True)
-
-
-def report_unreadable(question: Question, reason: str, as_json: bool) -> None:
-    """Say which image could not be read and why."""
-    if as_json:
-        print(json.dumps({"image": str(question.image), "error": reason}, ensure_ascii=False), flush=True)
-    else:
-        print(f"error: {reason}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,14 @@ meaning understood and nothing invented. judgements.jsonl holds every verdict, m
 preferred. The same command goes on where an interrupted one stood.
 """
 
-import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from meme_llava.cli import parse_arguments, to_plain
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.evaluate.judging import CRITERIA, Comparison, Pair, combine_verdicts, compare_pairs, read_verdict
+from meme_llava.evaluate.judging import CRITERIA, OUTCOMES, Pair, combine_verdicts, compare_pairs, read_verdict
 from meme_llava.evaluate.results_folder import (
     JUDGE,
     PREDICTIONS,
@@ -25,22 +25,18 @@ from meme_llava.evaluate.results_folder import (
     read_finished_evaluation,
     read_predictions,
 )
-from meme_llava.evaluate.scores import Score
 from meme_llava.evaluate.settings import JudgeArguments
-from meme_llava.inference.endpoints import Endpoint, check_client, find_endpoint
-from meme_llava.inference.questions import Question
+from meme_llava.inference.endpoints import Endpoint, find_endpoint
+from meme_llava.inference.questions import Prediction, Question
 from meme_llava.storage.files import hash_file
 from meme_llava.storage.run_record import describe_environment
 from meme_llava.terminal import print_table
-
-ATTEMPTS = 2  # requests for a verdict in the wanted form
 
 
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(JudgeArguments, argv, description=__doc__)
-    check_client()
-    endpoint = find_endpoint(arguments.preset, arguments.base_url, arguments.model, arguments.key_variable, os.environ)
+    endpoint = find_endpoint(arguments)
     folders = [find_evaluation(folder) for folder in (arguments.first, arguments.second)]
     first, second = (read_finished_evaluation(folder) for folder in folders)
     pairs = list_pairs(folders, arguments.task, arguments.limit)
@@ -54,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
                 pairs,
                 "pairs",
                 arguments.batch_size,
-                lambda batch: judge_batch(endpoint, batch, image_folder, arguments),
+                lambda batch: judge_pairs(endpoint, batch, image_folder, arguments),
             )
             folder.finish(record | {"scores": sum_up(folder.lines)})
     print_comparison(folder.metrics, folder.lines)
@@ -101,51 +97,44 @@ def describe_judging(arguments: JudgeArguments, endpoint: Endpoint, folders: lis
             "model": endpoint.model,
             "first_sha256": hash_file(folders[0] / PREDICTIONS),
             "second_sha256": hash_file(folders[1] / PREDICTIONS),
-            **{name: getattr(arguments, name) for name in ("task", "limit", "max_new_tokens")},
+            **{name: getattr(arguments, name) for name in ("task", "limit", "max_new_tokens", "temperature")},
         },
         "settings": to_plain(arguments),
         "environment": describe_environment(),
     }
 
 
-def judge_batch(endpoint: Endpoint, pairs: list[Pair], image_folder: Path, arguments: JudgeArguments) -> list[dict]:
+def judge_pairs(endpoint: Endpoint, pairs: list[Pair], image_folder: Path, arguments: JudgeArguments) -> Iterator[dict]:
     """The lines of judgements.jsonl: every pair with its verdict in both orders and what they agree on.
 
     A verdict is None, with the problem, where there is none.
     """
     # openai is installed by those who ask servers.
-    from meme_llava.inference.endpoint_answers import ask_endpoint
+    from meme_llava.inference.asking import ask_in_order
 
-    open_questions = [(place, swapped) for place, pair in enumerate(pairs) if not pair.is_same for swapped in (0, 1)]
-    verdicts: dict[tuple[int, int], dict[str, str]] = {}
-    problems: dict[int, str] = {}
-    for _ in range(ATTEMPTS):
-        requests = [
-            Question(resolve_image_path(pairs[place].image, image_folder), pairs[place].write_prompt(bool(swapped)))
-            for place, swapped in open_questions
-        ]
-        replies = list(ask_endpoint(endpoint, requests, arguments.max_new_tokens, arguments.timeout))
-        for (place, swapped), reply in zip(open_questions, replies, strict=True):
-            verdict = read_verdict(reply.text, bool(swapped))
-            if verdict is not None:
-                verdicts[place, swapped] = verdict
-            else:
-                problems[place] = reply.problem or f"no verdict in: {reply.text[:200]}"
-        open_questions = [question for question in open_questions if question not in verdicts]
-        if not open_questions:
-            break
-    lines = []
-    for place, pair in enumerate(pairs):
-        both = [verdicts.get((place, swapped)) for swapped in (0, 1)]
+    questions = [
+        Question(resolve_image_path(pair.image, image_folder), pair.write_prompt(swapped))
+        for pair in pairs
+        if not pair.is_same
+        for swapped in (False, True)
+    ]
+    options = {name: getattr(arguments, name) for name in ("max_new_tokens", "timeout", "temperature")}
+    replies = ask_in_order(endpoint, questions, check=find_problem, **options)
+    for pair in pairs:
+        in_order = swapped = problem = None
         if pair.is_same:
-            combined, problem = dict.fromkeys(CRITERIA, "tie"), None
-        elif None in both:
-            combined, problem = None, problems[place]
+            combined = dict.fromkeys(CRITERIA, "tie")
         else:
-            combined, problem = combine_verdicts(*both), None
-        verdict = {"verdict": combined, "in_order": both[0], "swapped": both[1], "problem": problem}
-        lines.append(asdict(pair) | verdict)
-    return lines
+            one, other = next(replies), next(replies)
+            in_order, swapped = read_verdict(one.text, False), read_verdict(other.text, True)
+            problem = one.problem or other.problem
+            combined = combine_verdicts(in_order, swapped) if problem is None else None
+        yield asdict(pair) | {"verdict": combined, "in_order": in_order, "swapped": swapped, "problem": problem}
+
+
+def find_problem(reply: Prediction) -> str | None:
+    """Why a judge is asked once more."""
+    return f"no verdict in: {reply.text[:200]}" if read_verdict(reply.text, False) is None else None
 
 
 def sum_up(judgements: list[dict]) -> dict[str, dict]:
@@ -158,32 +147,27 @@ def sum_up(judgements: list[dict]) -> dict[str, dict]:
             f"the judge gave no verdict on any pair it was asked about, at first: {without[0]['problem']} "
             "(to ask again: --overwrite, perhaps with another --model or a larger --max_new_tokens)"
         )
-    comparisons = compare_pairs(
-        [judgement["image"] for judgement in judged], [judgement["verdict"] for judgement in judged]
-    )
-    return {criterion: asdict(comparison) for criterion, comparison in comparisons.items()}
+    return compare_pairs([judgement["image"] for judgement in judged], [judgement["verdict"] for judgement in judged])
 
 
 def print_comparison(metrics: dict, judgements: list[dict]) -> None:
     """How often which answer won, as a table."""
     first, second = metrics["titles"]
-    judged = sum(judgement["verdict"] is not None for judgement in judgements)
+    without = [judgement for judgement in judgements if judgement["verdict"] is None]
     rows = []
     for criterion, shares in metrics["scores"].items():
-        comparison = Comparison(**shares | {"second_preferred": Score(**shares["second_preferred"])})
-        preferred = comparison.second_preferred
+        preferred = shares["second_preferred"]
         rows.append(
             (
                 f"{CRITERIA[criterion]} {criterion}",
-                *(f"{getattr(comparison, name):.1%}" for name in ("first", "tie", "second", "unsure")),
-                f"{preferred.value:.1%}\n{100 * preferred.low:.1f}–{100 * preferred.high:.1f}",
-                judged,
+                *(f"{shares[name]:.1%}" for name in OUTCOMES),
+                f"{preferred['value']:.1%}\n{100 * preferred['low']:.1f}–{100 * preferred['high']:.1f}",
+                len(judgements) - len(without),
             )
         )
     columns = ("criterion", "first", "tie", "second", "order decided", "second preferred", "pairs")
     print_table(f"Verdicts of {metrics['asked']['model']} (95 % interval)", columns, rows)
     print(f"first: {first}\nsecond: {second}")
-    without = [judgement for judgement in judgements if judgement["verdict"] is None]
     if without:
         print(f"{len(without)} of {len(judgements)} pairs have no verdict, e.g. {without[0]['problem']}")
 

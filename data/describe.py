@@ -8,36 +8,23 @@ Stopped or killed, the same command goes on where it stood. --output gets one JS
 description, or picName and set_aside with the reason; `python data/prepare.py captions` reads it.
 """
 
-import asyncio
-import os
-import random
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-try:
-    import openai  # noqa: F401
-except ModuleNotFoundError:
-    print("error: the package openai is not installed; pip install -r data/requirements.txt", file=sys.stderr)
-    sys.exit(2)
-
 from meme_llava.cli import parse_arguments  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
-from meme_llava.inference.endpoint_client import CaptionClient  # noqa: E402
 from meme_llava.inference.endpoints import Endpoint, find_endpoint  # noqa: E402
-from meme_llava.prepare.caption_file import TORN_SUFFIX, CaptionLedger, open_ledger  # noqa: E402
-from meme_llava.prepare.captioning import CaptionRun  # noqa: E402
+from meme_llava.prepare.caption_file import CaptionLedger, open_ledger  # noqa: E402
 from meme_llava.prepare.describing import (  # noqa: E402
     DESCRIBED,
     NOT_ASKED,
     UNANSWERED,
+    CaptionRun,
     DescribeArguments,
-    Progress,
-    Prompt,
     choose_open_images,
-    count_statuses,
     list_images,
     print_summary,
     read_prompt,
@@ -47,60 +34,21 @@ from meme_llava.prepare.describing import (  # noqa: E402
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(DescribeArguments, argv, description=__doc__)
-    endpoint = find_endpoint(arguments.preset, arguments.base_url, arguments.model, arguments.key_variable, os.environ)
+    endpoint = find_endpoint(arguments)
     prompt = read_prompt(arguments.prompt_file, arguments.use_file_name)
     names, others = list_images(arguments.images, arguments.max_images)
     with open_ledger(arguments.output, {"model": endpoint.model, "prompt": prompt.fingerprint}) as ledger:
         chosen = choose_open_images(names, arguments, ledger)
         print_plan(endpoint, names, chosen, others, ledger)
         tokens_before = ledger.tokens.total()
-        run = asyncio.run(ask(arguments, endpoint, prompt, ledger, chosen))
-        statuses = count_statuses(names, ledger)
-        print_summary(statuses, ledger, ledger.tokens.total() - tokens_before)
-    finish(run, statuses, arguments)
-
-
-def print_plan(endpoint: Endpoint, names: list[str], chosen: list[str], others: int, ledger: CaptionLedger) -> None:
-    """Say who is asked about how many images, and what was found in the captions file."""
-    key = f"key from {endpoint.key_variable}" if endpoint.key_variable else "no key"
-    print(f"asking {endpoint.model} at {endpoint.host} ({key})")
-    if ledger.torn_bytes:
-        print(
-            f"{ledger.path}: its last line was not finished; {ledger.torn_bytes} bytes were moved to "
-            f"{ledger.path.name}{TORN_SUFFIX}, the image is asked about again"
-        )
-    again = sum(name in ledger.entries for name in chosen)
-    known = len(names) - len(chosen)
-    print(f"images: {len(names):,}, of which {known:,} have their line in {ledger.path}; to ask about: {len(chosen):,}")
-    if again:
-        print(f"asked about again, as changed, unanswered or told to: {again:,}; the new line counts")
-    foreign = len(ledger.entries.keys() - set(names))
-    if foreign:
-        print(f"lines about other images: {foreign:,}")
-    if others:
-        print(f"files left out, being no images by their ending: {others:,}")
-    sys.stdout.flush()
-
-
-async def ask(
-    arguments: DescribeArguments, endpoint: Endpoint, prompt: Prompt, ledger: CaptionLedger, names: list[str]
-) -> CaptionRun:
-    """Ask about the images and return the run that did."""
-    async with CaptionClient(endpoint, arguments.max_new_tokens, arguments.timeout) as client:
-        with Progress(len(names)) as progress:
-            run = CaptionRun(arguments, prompt, client, ledger, progress, random.Random())
-            await run.run(names)
-    return run
-
-
-def finish(run: CaptionRun, statuses, arguments: DescribeArguments) -> None:
-    """Say how to go on, and end with the exit code of how it went."""
-    if run.was_interrupted:
-        dropped = f" ({run.dropped} requests were dropped on their way)" if run.dropped else ""
-        print(f"interrupted{dropped}; the same command goes on with the {statuses[NOT_ASKED]:,} that are left")
-        raise KeyboardInterrupt
-    if run.stop_reason is not None and run.stop_is_error:
-        raise UserError(run.stop_reason)
+        run = CaptionRun(arguments, endpoint, prompt, ledger)
+        try:
+            run.describe(chosen)
+        finally:
+            statuses = print_summary(names, ledger, ledger.tokens.total() - tokens_before)
+            left = f"the same command goes on with the {statuses[NOT_ASKED]:,} that are left"
+            if isinstance(sys.exception(), KeyboardInterrupt):
+                print(f"interrupted; {left}")
     if statuses[UNANSWERED]:
         raise UserError(f"without an answer: {statuses[UNANSWERED]:,}; start the same command again to ask once more")
     if run.stop_reason is not None:
@@ -108,6 +56,21 @@ def finish(run: CaptionRun, statuses, arguments: DescribeArguments) -> None:
     print(
         f"{arguments.output}: {statuses[DESCRIBED]:,} captions; python data/prepare.py captions turns them into records"
     )
+
+
+def print_plan(endpoint: Endpoint, names: list[str], chosen: list[str], others: int, ledger: CaptionLedger) -> None:
+    """Say who is asked about how many images, and what was found in the captions file."""
+    key = f"key from {endpoint.key_variable}" if endpoint.key_variable else "no key"
+    print(f"asking {endpoint.model} at {endpoint.host} ({key})")
+    known = len(names) - len(chosen)
+    print(f"images: {len(names):,}, of which {known:,} have their line in {ledger.path}; to ask about: {len(chosen):,}")
+    if again := sum(name in ledger.entries for name in chosen):
+        print(f"asked about again, as changed, unanswered or told to: {again:,}; the new line counts")
+    if foreign := len(ledger.entries.keys() - set(names)):
+        print(f"lines about other images: {foreign:,}")
+    if others:
+        print(f"files left out, being no images by their ending: {others:,}")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import difflib
 import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -28,6 +29,36 @@ def describe(text: str, *, free: bool = False, public: bool = True, **metadata) 
         metadata: options for argparse.
     """
     return {"help": text if public else argparse.SUPPRESS, "free": free, **metadata}
+
+
+# What a setting may be `expected` to be; only max_grad_norm may be infinite.
+EXPECTATIONS: dict[str, Callable[[float], bool]] = {
+    "at least 1": lambda value: value >= 1,
+    "at least 2": lambda value: value >= 2,
+    "0 or more": lambda value: value >= 0,
+    "greater than 0": lambda value: value > 0,
+    "between 0 and 1": lambda value: 0 <= value < 1,
+}
+
+
+def setting(text: str, default: Any = dataclasses.MISSING, *, expected: str | None = None, **described) -> Any:
+    """A field of a dataclass of settings.
+
+    Args:
+        text: for --help.
+        expected: one of EXPECTATIONS, which `check_settings` holds a value against.
+        described: what `describe` takes.
+    """
+    given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**given, metadata=describe(text, **described) | {"expected": expected})
+
+
+def check_settings(arguments) -> None:
+    """Raise UserError for the first value that is not what its field expects; None stands for no value."""
+    for one in dataclasses.fields(arguments):
+        value, expected = getattr(arguments, one.name), one.metadata.get("expected")
+        if expected is not None and value is not None:
+            check_setting(arguments, one.name, EXPECTATIONS[expected](value), expected)
 
 
 def list_free_settings(arguments_class: type) -> frozenset[str]:
@@ -85,7 +116,7 @@ def make_parser(arguments_class: type, description: str, prog: str | None = None
 
 
 def _add_setting(parser: Parser, setting: dataclasses.Field, kind: Any) -> None:
-    options = {name: value for name, value in setting.metadata.items() if name != "free"}
+    options = {name: value for name, value in setting.metadata.items() if name not in ("free", "expected")}
     if setting.default_factory is not dataclasses.MISSING:
         options["default"] = setting.default_factory()
     elif setting.default is not dataclasses.MISSING:
@@ -98,7 +129,7 @@ def _add_setting(parser: Parser, setting: dataclasses.Field, kind: Any) -> None:
     if get_origin(kind) is Literal:
         options["choices"] = get_args(kind)
     elif get_origin(kind) is list:
-        options |= {"type": get_args(kind)[0], "nargs": "+"}
+        options = {"type": get_args(kind)[0], "nargs": "+"} | options
     elif kind is bool:
         options |= {"type": _read_bool, "nargs": "?", "const": True}
     else:

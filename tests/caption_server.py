@@ -13,7 +13,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from PIL import Image
@@ -47,10 +46,6 @@ def fail(status, message="something is wrong", retry_after=None, code=None) -> S
     """An error of the server; `retry_after` in seconds, or a string as it is."""
     headers = () if retry_after is None else (("Retry-After", str(retry_after)),)
     return Step({"error": {"message": message, "code": code}}, status, headers)
-
-
-def http_date(seconds_from_now: float) -> str:
-    return formatdate(time.time() + seconds_from_now, usegmt=True)
 
 
 REFUSE, REPEAT, CUT_CONNECTION = answer(REFUSAL), answer(LOOP), Step(None)

@@ -1,24 +1,26 @@
 """Who can answer the questions of an evaluation: our models, any of transformers, a server, a text recogniser."""
 
-import os
-from collections.abc import Callable, Iterator
+import functools
+import importlib.util
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
 
-from meme_llava.dataset.images import ImagePolicy, open_image
+from meme_llava.dataset.images import open_image
 from meme_llava.errors import UserError
-from meme_llava.evaluate.scores import asks_for_text
+from meme_llava.evaluate.scores import NO_TEXT, asks_for_text
 from meme_llava.evaluate.settings import EvaluateArguments
-from meme_llava.inference.endpoints import check_client, find_endpoint
-from meme_llava.inference.ocr import TextReader, check_text_reader
+from meme_llava.inference.endpoints import find_endpoint
 from meme_llava.inference.questions import Prediction, Question
 from meme_llava.storage.folders import resolve_model_folder
 from meme_llava.storage.run_record import RUN_RECORD, read_run_record
 
-# Answers to some questions, in their order, as they come. Raises ValueError for an image that cannot be read.
-Ask = Callable[[list[Question]], Iterator[Prediction]]
+# Predictions for some questions, in their order, as they come. Raises ValueError for an image that cannot be read.
+Ask = Callable[[list[Question]], Iterable[Prediction]]
+NOTHING_FOUND = f"图片里{NO_TEXT}。"  # what is said where RapidOCR finds nothing, as the sample memes have it
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class AnswerSource:
     """
 
     title: str
-    identity: dict[str, str]
+    identity: dict
     run_record: dict | None
     load: Callable[[], Ask]
 
@@ -45,34 +47,33 @@ def choose_source(arguments: EvaluateArguments) -> AnswerSource:
         UserError: there is no such model, endpoint or key, or a package is missing.
     """
     if arguments.answer_with == "rapidocr":
-        version = check_text_reader()
-        return AnswerSource(f"RapidOCR {version}", {"rapidocr": version}, None, _load_text_reader)
+        if missing := [name for name in ("rapidocr", "onnxruntime") if importlib.util.find_spec(name) is None]:
+            requirements = "configs/requirements/other_models.txt"
+            raise UserError(f"--answer_with rapidocr needs {' and '.join(missing)}: pip install -r {requirements}")
+        found = version("rapidocr")
+        return AnswerSource(f"RapidOCR {found}", {"rapidocr": found}, None, _load_text_reader)
     if arguments.answer_with == "endpoint":
-        check_client()
+        endpoint = find_endpoint(arguments)
         # openai is installed by those who ask servers.
-        from meme_llava.inference.endpoint_answers import ask_endpoint
+        from meme_llava.inference.asking import ask_in_order
 
-        endpoint = find_endpoint(
-            arguments.preset, arguments.base_url, arguments.model, arguments.key_variable, os.environ
-        )
-
-        def ask(questions: list[Question]) -> Iterator[Prediction]:
-            return ask_endpoint(endpoint, questions, arguments.max_new_tokens, arguments.timeout)
-
-        identity = {"endpoint": endpoint.host, "model": endpoint.model}
+        options = {name: getattr(arguments, name) for name in ("max_new_tokens", "timeout", "temperature")}
+        ask = functools.partial(ask_in_order, endpoint, **options)
+        identity = {"endpoint": endpoint.host, "model": endpoint.model, "temperature": arguments.temperature}
         return AnswerSource(f"{endpoint.model} at {endpoint.host}", identity, None, lambda: ask)
     # Not on top, since torch takes seconds to load and a wrong flag is answered before.
     from meme_llava.storage.fingerprint import fingerprint_folder, identify_weights
 
+    record = None
     if arguments.answer_with == "transformers":
         folder = resolve_model_folder(arguments.model)
-        identity = {"weights": fingerprint_folder(folder)}
-        return AnswerSource(arguments.model, identity, None, lambda: _load_transformers_model(folder, arguments))
-    folder = Path(arguments.model)
-    check_model_folder(folder)
-    record = read_run_record(folder) if (folder / RUN_RECORD).is_file() else None
-    identity = {"weights": identify_weights(folder)}
-    return AnswerSource(arguments.model, identity, record, lambda: _load_our_model(folder, arguments))
+        weights = fingerprint_folder(folder)
+    else:
+        folder = Path(arguments.model)
+        check_model_folder(folder)
+        record = read_run_record(folder) if (folder / RUN_RECORD).is_file() else None
+        weights = identify_weights(folder)
+    return AnswerSource(arguments.model, {"weights": weights}, record, lambda: _load_model(folder, arguments))
 
 
 def check_model_folder(folder: Path) -> None:
@@ -91,7 +92,7 @@ def choose_questions(questions: list[Question], annotations: Path, answer_with: 
     """
     if answer_with != "rapidocr":
         return questions
-    about_text = [question for question in questions if asks_for_text(question.reference, question.text_in_image)]
+    about_text = [question for question in questions if asks_for_text(question)]
     if not about_text:
         raise UserError(
             f'{annotations}: no record asks for the text of its image and has it as "text"; --answer_with rapidocr '
@@ -101,37 +102,33 @@ def choose_questions(questions: list[Question], annotations: Path, answer_with: 
     return about_text
 
 
-def _load_our_model(folder: Path, arguments: EvaluateArguments) -> Ask:
-    from meme_llava.inference.generation import load_answerer
+def _load_model(folder: Path, arguments: EvaluateArguments) -> Ask:
+    from meme_llava.inference.generation import load_answerer, load_transformers_model
 
-    answerer = load_answerer(folder, arguments.base_model, arguments.device, arguments.dtype)
-    policy = answerer.processing.image_policy
+    if arguments.answer_with == "transformers":
+        model, policy = load_transformers_model(folder, arguments.device, arguments.dtype), None
+    else:
+        model = load_answerer(folder, arguments.base_model, arguments.device, arguments.dtype)
+        policy = model.processing.image_policy
 
-    def ask(questions: list[Question]) -> Iterator[Prediction]:
-        images = _open_images(questions, policy)
-        return iter(answerer.answer_together(images, questions, arguments.max_new_tokens))
-
-    return ask
-
-
-def _load_transformers_model(folder: Path, arguments: EvaluateArguments) -> Ask:
-    from meme_llava.inference.transformers_model import load_transformers_model
-
-    model = load_transformers_model(folder, arguments.device, arguments.dtype)
-
-    def ask(questions: list[Question]) -> Iterator[Prediction]:
-        images = _open_images(questions)
-        return iter(model.answer_together(images, questions, arguments.max_new_tokens))
+    def ask(questions: list[Question]) -> list[Prediction]:
+        # Files often ask several things about an image.
+        images = {path: open_image(path, policy) for path in dict.fromkeys(question.image for question in questions)}
+        opened = [images[question.image] for question in questions]
+        return model.answer_together(opened, questions, arguments.max_new_tokens)
 
     return ask
-
-
-def _open_images(questions: list[Question], policy: ImagePolicy | None = None) -> list[Image.Image]:
-    """The image of each question; files often ask several things about one."""
-    images = {path: open_image(path, policy) for path in dict.fromkeys(question.image for question in questions)}
-    return [images[question.image] for question in questions]
 
 
 def _load_text_reader() -> Ask:
-    reader = TextReader()
-    return lambda questions: (Prediction(question, reader.read(open_image(question.image))) for question in questions)
+    """RapidOCR with the models that come with it, on the CPU."""
+    from rapidocr import RapidOCR
+
+    engine = RapidOCR(params={"Global.log_level": "error"})
+
+    def read(question: Question) -> Prediction:
+        blue_first = np.asarray(open_image(question.image))[:, :, ::-1]  # (height, width, 3), as OpenCV has colours
+        lines = engine(blue_first).txts  # from top to bottom
+        return Prediction(question, "\n".join(lines) if lines else NOTHING_FOUND)
+
+    return functools.partial(map, read)

@@ -7,9 +7,9 @@ does not survive that is a tie. Nothing about servers.
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from meme_llava.evaluate.scores import Score, estimate_mean
+from meme_llava.evaluate.scores import estimate_mean
 
 # What is judged, as the judge is told and as tables name it.
 CRITERIA = {
@@ -18,7 +18,7 @@ CRITERIA = {
     "属实": "nothing invented",
     "总评": "altogether",
 }
-FIRST, SECOND, TIE = "甲", "乙", "平"
+OUTCOMES = ("first", "tie", "second", "unsure")  # of a pair; "unsure", which counts as a tie: the order decided
 RUBRIC = """你是公正的评审。请看这张表情包，比较两个回答，分四项判断哪个更好：
 文字：图中的文字读得对不对、全不全；
 含义：意思、情绪和用法理解得对不对；
@@ -70,7 +70,8 @@ def read_verdict(reply: str, swapped: bool) -> dict[str, str] | None:
 
     Judges think aloud, so the last object that holds all criteria counts.
     """
-    names = {FIRST: "second" if swapped else "first", SECOND: "first" if swapped else "second", TIE: "tie"}
+    first, second = ("second", "first") if swapped else ("first", "second")
+    names = {"甲": first, "乙": second, "平": "tie"}
     for written in reversed(re.findall(r"\{[^{}]*\}", reply)):
         try:
             said = json.loads(written)
@@ -81,28 +82,21 @@ def read_verdict(reply: str, swapped: bool) -> dict[str, str] | None:
 
 
 def combine_verdicts(one: dict[str, str], other: dict[str, str]) -> dict[str, str]:
-    """What both orders agree on; "unsure", which counts as a tie, where they do not."""
+    """What both orders agree on; "unsure" where they do not."""
     return {criterion: one[criterion] if one[criterion] == other[criterion] else "unsure" for criterion in CRITERIA}
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """By one criterion: shares of the pairs, from 0 to 1, and `second_preferred` with its interval, a tie as a half."""
+def compare_pairs(images: Sequence[str], verdicts: Sequence[dict[str, str]]) -> dict[str, dict]:
+    """Sum up the verdicts on pairs of answers about these images.
 
-    first: float
-    tie: float
-    second: float
-    unsure: float
-    second_preferred: Score
-
-
-def compare_pairs(images: Sequence[str], verdicts: Sequence[dict[str, str]]) -> dict[str, Comparison]:
-    """Sum up the verdicts on pairs of answers about these images, by criterion."""
+    Returns:
+        by criterion shares of the pairs, from 0 to 1, and `second_preferred`, a Score in which a tie counts as a half.
+    """
     points = {"first": 0.0, "second": 1.0}
     comparisons = {}
     for criterion in CRITERIA:
         said = [verdict[criterion] for verdict in verdicts]
-        shares = [said.count(name) / len(said) for name in ("first", "tie", "second", "unsure")]
+        shares = {name: said.count(name) / len(said) for name in OUTCOMES}
         preferred = estimate_mean(images, [points.get(name, 0.5) for name in said])
-        comparisons[criterion] = Comparison(*shares, preferred)
+        comparisons[criterion] = shares | {"second_preferred": asdict(preferred)}
     return comparisons

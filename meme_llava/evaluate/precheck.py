@@ -3,10 +3,10 @@
 python -m meme_llava.evaluate.precheck --annotations memes.json --image_folder memes
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from meme_llava.cli import describe, parse_arguments
+from meme_llava.cli import parse_arguments, setting
 from meme_llava.dataset.images import MAX_PIXELS
 from meme_llava.dataset.inspection import inspect_images
 from meme_llava.errors import UserError, stop_on_user_error
@@ -17,8 +17,8 @@ MAX_LISTED = 10
 
 @dataclass
 class PrecheckEvaluationArguments:
-    annotations: Path = field(metadata=describe("records with the questions and their reference answers"))
-    image_folder: Path = field(metadata=describe("where their images are"))
+    annotations: Path = setting("records with the questions and their reference answers")
+    image_folder: Path = setting("where their images are")
 
 
 @stop_on_user_error
@@ -35,12 +35,10 @@ def check_images(questions: list[Question], annotations: Path, image_folder: Pat
     found = inspect_images([question.image for question in questions], MAX_PIXELS)
     bad = [f"  {path}: {facts.fault[1]}" for path, facts in found.items() if facts.fault is not None]
     if bad:
-        more = f"\n  … and {len(bad) - MAX_LISTED} more" if len(bad) > MAX_LISTED else ""
-        listed = "\n".join(bad[:MAX_LISTED])
-        raise UserError(
-            f"{annotations}: {len(bad)} of {len(found)} images cannot be read:\n{listed}{more}\nMend them or leave "
-            f"out their records, or give the right --image_folder ({image_folder}; EVAL_IMAGE_FOLDER in run.sh)."
-        )
+        more = [f"  … and {len(bad) - MAX_LISTED} more"] * (len(bad) > MAX_LISTED)
+        advice = f"give the right --image_folder ({image_folder}; EVAL_IMAGE_FOLDER in run.sh)."
+        lines = [*bad[:MAX_LISTED], *more, f"Fix them or leave out their records, or {advice}"]
+        raise UserError("\n".join([f"{annotations}: {len(bad)} of {len(found)} images cannot be read:", *lines]))
 
 
 if __name__ == "__main__":

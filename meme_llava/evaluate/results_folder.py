@@ -38,22 +38,25 @@ class EvaluationFolder:
         metrics: what metrics.json holds, or None if the evaluation is not finished.
     """
 
-    def __init__(self, folder: Path, file_name: str, metrics: dict | None):
-        self.folder = folder
-        self.lines = _read_whole_lines(folder / file_name)
-        self.metrics = metrics
-        self._file = folder / file_name
+    def __init__(self, folder: Path, stage: str):
+        self._folder, self._file = folder, folder / LINES[stage]
+        self.lines = []
+        if self._file.is_file():
+            try:
+                cut_torn_line(self._file)
+                self.lines = read_lines(self._file)
+            except ValueError as error:
+                raise UserError(f"{self._file}: is damaged ({error}); --overwrite asks everything again") from error
+        self.metrics = _read_metrics(folder / METRICS) if (folder / METRICS).is_file() else None
 
     def append(self, content: dict) -> None:
-        """Add a line and bring it to the disk. Raises DiskFullError; the lines before stay."""
-        with explain_full_disk(self.folder, FULL_DISK_ADVICE):
-            append_line(self._file, content)
+        """Add a line and bring it to the disk."""
+        append_line(self._file, content)
         self.lines.append(content)
 
     def finish(self, metrics: dict) -> None:
         """Write the scores, whole or not at all."""
-        with explain_full_disk(self.folder, FULL_DISK_ADVICE):
-            write_json(self.folder / METRICS, metrics)
+        write_json(self._folder / METRICS, metrics)
         self.metrics = metrics
 
 
@@ -68,25 +71,22 @@ def open_evaluation(output_dir: Path, record: dict, overwrite: bool) -> Iterator
 
     Raises:
         UserError: the folder holds something else or was made by asking something else, or another process writes it.
+        DiskFullError: the disk is full; the lines before stay.
     """
-    goes_on = not overwrite and (output_dir / RUN_RECORD).is_file()
-    if goes_on:
-        check_same_questions(output_dir, record["stage"], record["asked"])
-    else:
+    has_record = (output_dir / RUN_RECORD).is_file()
+    if not has_record or overwrite:
         check_output_dir(output_dir, overwrite)
-        if (output_dir / RUN_RECORD).is_file():
-            # A model is not an evaluation; it is not emptied.
-            read_evaluation_record(output_dir, record["stage"])
+    if has_record:
+        # A model is not an evaluation; it is not emptied.
+        before = read_evaluation_record(output_dir, record["stage"])
+        if not overwrite:
+            check_same_questions(output_dir, before["asked"], record["asked"])
     output_dir.mkdir(parents=True, exist_ok=True)
-    with lock(output_dir):
-        if not goes_on:
+    with lock(output_dir), explain_full_disk(output_dir, FULL_DISK_ADVICE):
+        if not has_record or overwrite:
             empty_directory(output_dir)
-            with explain_full_disk(output_dir, FULL_DISK_ADVICE):
-                write_json(output_dir / RUN_RECORD, record)
-        metrics = output_dir / METRICS
-        yield EvaluationFolder(
-            output_dir, LINES[record["stage"]], _read_metrics(metrics) if metrics.is_file() else None
-        )
+            write_json(output_dir / RUN_RECORD, record)
+        yield EvaluationFolder(output_dir, record["stage"])
 
 
 def append_remaining(
@@ -109,22 +109,21 @@ def append_remaining(
     if done:
         print(f"{done:,} of {len(items):,} {noun} are done already")
     with show_count(noun, len(items) - done) as advance:
-        for start in range(done, len(items), batch_size):
-            try:
+        try:
+            for start in range(done, len(items), batch_size):
                 for line in answer(items[start : start + batch_size]):
                     folder.append(line)
                     advance(1)
-            except ValueError as error:
-                raise UserError(f"{error}; fix it and start the same command again, which goes on") from error
-            except KeyboardInterrupt:
-                kept = f"{len(folder.lines):,} of {len(items):,} {noun} are done"
-                print(f"{kept}; the same command goes on", file=sys.stderr)
-                raise
+        except ValueError as error:
+            raise UserError(f"{error}; fix it and start the same command again, which goes on") from error
+        except KeyboardInterrupt:
+            kept = f"{len(folder.lines):,} of {len(items):,} {noun} are done"
+            print(f"{kept}; the same command goes on", file=sys.stderr)
+            raise
 
 
-def check_same_questions(folder: Path, stage: str, asked: dict) -> None:
+def check_same_questions(folder: Path, before: dict, asked: dict) -> None:
     """Raise UserError unless the evaluation in `folder` asked the same questions of the same model."""
-    before = read_evaluation_record(folder, stage)["asked"]
     changes = [
         # Nobody can read a hash.
         f"other {name.removesuffix('_sha256')}"
@@ -185,26 +184,6 @@ def read_finished_evaluation(folder: Path) -> dict:
     return _read_metrics(path)
 
 
-def read_predictions(folder: Path) -> dict[tuple, dict]:
-    """The lines of a finished evaluation in their order, keyed by question.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
-    path = folder / PREDICTIONS
-    predictions: dict[tuple, dict] = {}
-    times: Counter[tuple] = Counter()
-    try:
-        for line in read_lines(path):
-            question = (line["image"], line["question"], line["reference"])
-            # A file may ask the same twice.
-            predictions[(*question, times[question])] = line
-            times[question] += 1
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); evaluate the model anew") from error
-    return predictions
-
-
 def _read_metrics(path: Path) -> dict:
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
@@ -215,12 +194,20 @@ def _read_metrics(path: Path) -> dict:
     return metrics
 
 
-def _read_whole_lines(path: Path) -> list[dict]:
-    """The lines of the file; a last one that was not written to its end is cut off and asked again."""
-    if not path.is_file():
-        return []
+def read_predictions(folder: Path) -> dict[tuple, dict]:
+    """The lines of a finished evaluation in their order, keyed by question.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    predictions: dict[tuple, dict] = {}
+    times: Counter[tuple] = Counter()
     try:
-        cut_torn_line(path)
-        return read_lines(path)
-    except ValueError as error:
-        raise UserError(f"{path}: is damaged ({error}); pass --overwrite to ask everything again") from error
+        for line in read_lines(folder / PREDICTIONS):
+            question = (line["image"], line["question"], line["reference"])
+            # A file may ask the same twice.
+            predictions[(*question, times[question])] = line
+            times[question] += 1
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / PREDICTIONS}: cannot be read ({error}); evaluate the model anew") from error
+    return predictions

@@ -12,7 +12,7 @@ from rapidfuzz.distance import Indel, Levenshtein
 from sacrebleu.metrics import BLEU, CHRF
 
 from meme_llava.dataset.inspection import find_loop, normalise_text
-from meme_llava.inference.questions import Prediction
+from meme_llava.inference.questions import Prediction, Question
 
 NO_TEXT = "没有文字"  # how an answer says that an image holds no words
 # A reference of this many letters, other than the image's text, is a caption, which is compared by likeness.
@@ -99,29 +99,20 @@ def show_counts(scores: Sequence[Score | None]) -> str:
     return "–".join(f"{count:,}" for count in (counts if len(counts) == 1 else (counts[0], counts[-1])))
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What one answer adds to a score, which is the sum of all `points` by the sum of all `of`."""
-
-    name: str
-    points: float
-    of: float = 1
-
-
 def score_predictions(predictions: Sequence[Prediction]) -> dict[str, Score]:
     """All scores for which there is an answer, by name, in the order of MEASURES and then of the tasks.
 
     Intervals say how much a score would change with other images: RESAMPLES times as many images are drawn with
     replacement, with all their answers, and the middle 95 % of what comes out are told (percentile bootstrap).
     """
-    parts: dict[str, list[tuple[str, _Part]]] = {}
+    parts: dict[str, list[tuple]] = {}
     for prediction in predictions:
-        for part in _measure(prediction):
-            parts.setdefault(part.name, []).append((prediction.question.image, part))
+        for name, *part in _measure(prediction):
+            parts.setdefault(name, []).append((prediction.question.image, *part))
     scores = {}
     for name, of_score in parts.items():
-        counts = np.array([(part.points, part.of) for _, part in of_score], dtype=float)  # (answers, points and of)
-        scores[name] = _estimate([image for image, _ in of_score], counts, _divide)
+        images, *counts = zip(*of_score, strict=True)
+        scores[name] = _estimate(images, np.array(counts, dtype=float).T, _divide)  # (answers, points and of)
     scores |= _compare_captions(predictions)
     return {name: scores[name] for name in list_measures([scores])}
 
@@ -132,11 +123,11 @@ def list_measures(columns: Sequence[Mapping[str, Score]]) -> list[str]:
     return [name for name in MEASURES if name in names] + sorted(names - MEASURES.keys())
 
 
-def asks_for_text(reference: str, text_in_image: str | None) -> bool:
+def asks_for_text(question: Question) -> bool:
     """Whether the reference answer is the image's text and nothing else, or says that there is none."""
-    if text_in_image is None:
+    if question.text_in_image is None:
         return False
-    reference, text = normalise_text(reference), normalise_text(text_in_image)
+    reference, text = normalise_text(question.reference), normalise_text(question.text_in_image)
     # A caption may end so, too.
     return reference == text if text else reference.endswith(NO_TEXT) and len(reference) < CAPTION_CHARACTERS
 
@@ -148,36 +139,37 @@ def is_right(answer: str, reference: str) -> bool:
     return normalise_text(answer) == normalise_text(reference)
 
 
-def _measure(prediction: Prediction) -> Iterator[_Part]:
-    """By what the reference answer is: the text itself, that there is none, a caption, or a word."""
-    answer, reference = normalise_text(prediction.text), normalise_text(prediction.question.reference)
-    text = None if prediction.question.text_in_image is None else normalise_text(prediction.question.text_in_image)
-    if _is_caption(prediction):
+def _measure(prediction: Prediction) -> Iterator[tuple[str, float, float]]:
+    """What one answer adds to scores: the name, points, and of how many; a score is the sum of points by that of all.
+
+    Which scores depends on what the reference is: the text itself, that there is none, a caption, or a word.
+    """
+    question = prediction.question
+    answer, reference = normalise_text(prediction.text), normalise_text(question.reference)
+    text = normalise_text(question.text_in_image or "")
+    if _is_caption(question):
         # ROUGE-L's F1 is twice the longest common subsequence over both lengths, which is what this counts.
-        yield _Part("rouge_l", Indel.normalized_similarity(answer, reference))
+        yield "rouge_l", Indel.normalized_similarity(answer, reference), 1
         if text:
-            yield _Part("text_found_in_captions", _count_found(text, answer), len(text))
+            yield "text_found_in_captions", _count_found(text, answer), len(text)
     else:
-        yield _Part(f"{RIGHT}{prediction.question.task}", is_right(prediction.text, prediction.question.reference))
-        if text and asks_for_text(prediction.question.reference, prediction.question.text_in_image):
-            yield _Part("character_error_rate", Levenshtein.distance(answer, reference), len(reference))
-            yield _Part("texts_right", answer == reference)
-            yield _Part("text_found", _count_found(text, answer), len(text))
-        elif asks_for_text(prediction.question.reference, prediction.question.text_in_image):
-            yield _Part("no_text_right", NO_TEXT in answer)
-    yield _Part("looping", find_loop(prediction.text) is not None)
-    yield _Part("characters", len(prediction.text))
+        yield f"{RIGHT}{question.task}", is_right(prediction.text, question.reference), 1
+        if asks_for_text(question) and text:
+            yield "character_error_rate", Levenshtein.distance(answer, reference), len(reference)
+            yield "texts_right", answer == reference, 1
+            yield "text_found", _count_found(text, answer), len(text)
+        elif asks_for_text(question):
+            yield "no_text_right", NO_TEXT in answer, 1
+    yield "looping", find_loop(prediction.text) is not None, 1
+    yield "characters", len(prediction.text), 1
     if prediction.tokens is not None:
-        yield _Part("tokens", prediction.tokens)
+        yield "tokens", prediction.tokens, 1
     if prediction.stopped is not None:
-        yield _Part("stopped", prediction.stopped)
+        yield "stopped", prediction.stopped, 1
 
 
-def _is_caption(prediction: Prediction) -> bool:
-    reference, text = (
-        normalise_text(prediction.question.reference),
-        normalise_text(prediction.question.text_in_image or ""),
-    )
+def _is_caption(question: Question) -> bool:
+    reference, text = normalise_text(question.reference), normalise_text(question.text_in_image or "")
     return len(reference) >= CAPTION_CHARACTERS and reference != text
 
 
@@ -187,22 +179,19 @@ def _count_found(text: str, answer: str) -> int:
     Lines may be quoted one by one and with words between, so the pieces may stand anywhere.
     """
     length = min(FOUND_PIECE, len(text))
-    found = np.zeros(len(text), dtype=bool)  # (characters,)
+    found: set[int] = set()
     for start in range(len(text) - length + 1):
         if text[start : start + length] in answer:
-            found[start : start + length] = True
-    return int(found.sum())
+            found.update(range(start, start + length))
+    return len(found)
 
 
 def _compare_captions(predictions: Sequence[Prediction]) -> dict[str, Score]:
-    captions = [prediction for prediction in predictions if _is_caption(prediction)]
+    captions = [prediction for prediction in predictions if _is_caption(prediction.question)]
     if not captions:
         return {}
-    images = [prediction.question.image for prediction in captions]
-    answers, references = (
-        [prediction.text for prediction in captions],
-        [[prediction.question.reference for prediction in captions]],
-    )
+    answers = [prediction.text for prediction in captions]
+    references = [[prediction.question.reference for prediction in captions]]
     scores = {}
     for name, metric in (("chrf", CHRF()), ("bleu", BLEU(tokenize="zh"))):
         # sacrebleu's own bootstrap draws answers, not images, and fails where a drawn BLEU is zero.
@@ -211,14 +200,13 @@ def _compare_captions(predictions: Sequence[Prediction]) -> dict[str, Score]:
         def compute(sums, metric=metric):
             return np.array([metric._compute_score_from_stats(row.tolist()).score for row in sums])
 
-        scores[name] = _estimate(images, counts, compute)
+        scores[name] = _estimate([prediction.question.image for prediction in captions], counts, compute)
     return scores
 
 
-def estimate_mean(images: Sequence[str], values: Sequence[float]) -> Score:
+def estimate_mean(images: Sequence, values: Sequence[float]) -> Score:
     """The mean of a value of every answer, with its interval as by `score_predictions`."""
-    counts = np.array([(value, 1) for value in values], dtype=float)  # (answers, value and one)
-    return _estimate(images, counts, _divide)
+    return _estimate(images, np.array([(value, 1) for value in values], dtype=float), _divide)
 
 
 def _divide(sums: np.ndarray) -> np.ndarray:
@@ -226,7 +214,7 @@ def _divide(sums: np.ndarray) -> np.ndarray:
     return points / of
 
 
-def _estimate(images: Sequence[str], counts: np.ndarray, compute: Callable[[np.ndarray], np.ndarray]) -> Score:
+def _estimate(images: Sequence, counts: np.ndarray, compute: Callable[[np.ndarray], np.ndarray]) -> Score:
     """The score of all answers, and its interval by drawing images with all their answers.
 
     Args:

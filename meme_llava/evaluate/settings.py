@@ -1,62 +1,51 @@
-"""Settings of evaluate.py, judge.py and report.py.
-
-How settings are parsed stands in `arguments`.
-"""
+"""Settings of evaluate.py, judge.py and report.py."""
 
 import dataclasses
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from meme_llava.cli import check_setting, describe, parse_arguments
+from meme_llava.cli import check_setting, check_settings, parse_arguments, setting
 from meme_llava.errors import UserError
 from meme_llava.inference.endpoints import PRESETS
+
+TEMPERATURE_HELP = "0 makes answers repeatable; some models that think take only 1"
 
 
 @dataclass
 class EvaluateArguments:
-    annotations: Path = field(metadata=describe("records with the questions and their reference answers"))
-    image_folder: Path = field(metadata=describe("where their images are"))
-    output_dir: Path = field(metadata=describe("gets predictions.jsonl and metrics.json; goes on there"))
-    model: str | None = field(
-        default=None,
-        metadata=describe(
-            "merged model, base model, or output_dir / checkpoint of train.py; another's hub id, folder or name, as "
-            "--answer_with says"
-        ),
+    annotations: Path = setting("records with the questions and their reference answers")
+    image_folder: Path = setting("where their images are")
+    output_dir: Path = setting("gets predictions.jsonl and metrics.json; goes on there")
+    model: str | None = setting(
+        "merged model, base model, or output_dir / checkpoint of train.py; another's hub id, folder or name, as "
+        "--answer_with says",
+        None,
     )
-    answer_with: Literal["meme_llava", "transformers", "endpoint", "rapidocr"] = field(
-        default="meme_llava",
-        metadata=describe(
-            "who answers: a model of ours, an image-text-to-text model of transformers (such as LLaVA-1.5), an "
-            "OpenAI-compatible endpoint, a text recogniser"
-        ),
+    answer_with: Literal["meme_llava", "transformers", "endpoint", "rapidocr"] = setting(
+        "who answers: a model of ours, an image-text-to-text model of transformers (such as LLaVA-1.5), an "
+        "OpenAI-compatible endpoint, a text recogniser",
+        "meme_llava",
     )
-    preset: Literal[tuple(PRESETS)] | None = field(
-        default=None, metadata=describe("endpoint: base URL, model and key variable of a provider")
+    preset: Literal[tuple(PRESETS)] | None = setting("endpoint: base URL, model and key variable of a provider", None)
+    base_url: str | None = setting("endpoint: any other one", None)
+    key_variable: str | None = setting("endpoint: name of the environment variable that holds the key", None)
+    timeout: float = setting("endpoint: seconds to wait for an answer", 60.0, expected="greater than 0")
+    temperature: float = setting(f"endpoint: {TEMPERATURE_HELP}", 0.0, expected="0 or more")
+    batch_size: int = setting("questions answered at once", 16, expected="at least 1")
+    limit: int | None = setting("only the first N records", None, expected="at least 1")
+    max_new_tokens: int = setting("an answer stops here if not by itself", 128, expected="at least 1")
+    compare_with: list[Path] = setting("output_dirs of other evaluations, whose scores are printed too", [])
+    base_model: Path | None = setting("an adapter's base, only if it moved", None)
+    device: str = setting("auto: the GPU if there is one, else the CPU", "auto")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto: bfloat16 on a GPU that has it, float32 on a CPU", "auto"
     )
-    base_url: str | None = field(default=None, metadata=describe("endpoint: any other one"))
-    key_variable: str | None = field(
-        default=None, metadata=describe("endpoint: name of the environment variable that holds the key")
-    )
-    timeout: float = field(default=60.0, metadata=describe("endpoint: seconds to wait for an answer"))
-    batch_size: int = field(default=16, metadata=describe("questions answered at once"))
-    limit: int | None = field(default=None, metadata=describe("only the first N records"))
-    max_new_tokens: int = field(default=128, metadata=describe("an answer stops here if not by itself"))
-    compare_with: list[Path] = field(
-        default_factory=list, metadata=describe("output_dirs of other evaluations, whose scores are printed too")
-    )
-    base_model: Path | None = field(default=None, metadata=describe("an adapter's base, only if it moved"))
-    device: str = field(default="auto", metadata=describe("auto: the GPU if there is one, else the CPU"))
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata=describe("auto: bfloat16 on a GPU that has it, float32 on a CPU")
-    )
-    overwrite: bool = field(default=False, metadata=describe("start anew in a non-empty output_dir"))
+    overwrite: bool = setting("start anew in a non-empty output_dir", False)
 
     def __post_init__(self) -> None:
-        """Stop at values that cannot be meant."""
-        _check_amounts(self)
+        check_settings(self)
         needs_model = self.answer_with in ("meme_llava", "transformers")
         if needs_model and self.model is None:
             raise UserError(f"--answer_with {self.answer_with} needs --model")
@@ -64,67 +53,52 @@ class EvaluateArguments:
         idle = {
             "model": self.answer_with == "rapidocr",
             "base_model": self.answer_with != "meme_llava",
-            "device": not needs_model,
-            "dtype": not needs_model,
-            **dict.fromkeys(("preset", "base_url", "key_variable", "timeout"), self.answer_with != "endpoint"),
+            **dict.fromkeys(("device", "dtype"), not needs_model),
+            **dict.fromkeys(
+                ("preset", "base_url", "key_variable", "timeout", "temperature"), self.answer_with != "endpoint"
+            ),
         }
-        for setting in dataclasses.fields(self):
-            if idle.get(setting.name) and getattr(self, setting.name) != setting.default:
-                raise UserError(f"--{setting.name} has no use with --answer_with {self.answer_with}; leave it out")
+        for one in dataclasses.fields(self):
+            if idle.get(one.name) and getattr(self, one.name) != one.default:
+                raise UserError(f"--{one.name} has no use with --answer_with {self.answer_with}; leave it out")
 
 
 @dataclass
 class JudgeArguments:
-    first: Path = field(metadata=describe("output_dir of evaluate.py with the one answers"))
-    second: Path = field(metadata=describe("output_dir of evaluate.py with the others"))
-    output_dir: Path = field(metadata=describe("gets judgements.jsonl and metrics.json; goes on there"))
-    preset: Literal[tuple(PRESETS)] | None = field(
-        default=None, metadata=describe("base URL, model and key variable of the judge's provider")
-    )
-    base_url: str | None = field(default=None, metadata=describe("another OpenAI-compatible endpoint"))
-    model: str | None = field(default=None, metadata=describe("another model of the endpoint; it must see images"))
-    key_variable: str | None = field(
-        default=None, metadata=describe("name of the environment variable that holds the key")
-    )
-    task: str | None = field(default=None, metadata=describe("judge only answers to this task of the records"))
-    limit: int | None = field(default=None, metadata=describe("only the first N pairs"))
-    batch_size: int = field(default=4, metadata=describe("pairs judged at once"))
-    max_new_tokens: int = field(default=1024, metadata=describe("a verdict is cut off here; judges may think aloud"))
-    timeout: float = field(default=60.0, metadata=describe("seconds to wait for a verdict"))
-    overwrite: bool = field(default=False, metadata=describe("start anew in a non-empty output_dir"))
+    first: Path = setting("output_dir of evaluate.py with the one answers")
+    second: Path = setting("output_dir of evaluate.py with the others")
+    output_dir: Path = setting("gets judgements.jsonl and metrics.json; goes on there")
+    preset: Literal[tuple(PRESETS)] | None = setting("base URL, model and key variable of the judge's provider", None)
+    base_url: str | None = setting("another OpenAI-compatible endpoint", None)
+    model: str | None = setting("another model of the endpoint; it must see images", None)
+    key_variable: str | None = setting("name of the environment variable that holds the key", None)
+    task: str | None = setting("judge only answers to this task of the records", None)
+    limit: int | None = setting("only the first N pairs", None, expected="at least 1")
+    batch_size: int = setting("pairs judged at once", 4, expected="at least 1")
+    max_new_tokens: int = setting("a verdict is cut off here; judges may think aloud", 1024, expected="at least 1")
+    timeout: float = setting("seconds to wait for a verdict", 60.0, expected="greater than 0")
+    temperature: float = setting(TEMPERATURE_HELP, 0.0, expected="0 or more")
+    overwrite: bool = setting("start anew in a non-empty output_dir", False)
 
     def __post_init__(self) -> None:
-        """Stop at values that cannot be meant."""
-        _check_amounts(self)
+        check_settings(self)
 
 
 @dataclass
 class ReportArguments:
-    runs: list[str] = field(
-        metadata=describe(
-            "OUTPUT_DIRs of run.sh and output_dirs of evaluate.py, as FOLDER or NAME=FOLDER; --runs may be left out in "
-            "front of them"
-        )
+    runs: list[str] = setting(
+        "OUTPUT_DIRs of run.sh and output_dirs of evaluate.py, as FOLDER or NAME=FOLDER; --runs may be left out in "
+        "front of them"
     )
-    output: Path = field(
-        default=Path("report.html"), metadata=describe("gets the page; its tables go beside it, as .csv")
-    )
-    title: str = field(default="Meme-LLaVA experiments", metadata=describe("heads the page"))
-    max_answers: int = field(
-        default=500, metadata=describe("show at most N questions; first those whose answers disagree")
+    output: Path = setting("gets the page; its tables go beside it, as .csv", Path("report.html"))
+    title: str = setting("heads the page", "Meme-LLaVA experiments")
+    max_answers: int = setting(
+        "show at most N questions; first those whose answers disagree", 500, expected="at least 1"
     )
 
     def __post_init__(self) -> None:
-        """Stop at values that cannot be meant."""
+        check_settings(self)
         check_setting(self, "output", self.output.suffix == ".html", "a file name that ends in .html")
-        check_setting(self, "max_answers", self.max_answers > 0, "at least 1")
-
-
-def _check_amounts(arguments: EvaluateArguments | JudgeArguments) -> None:
-    for name in ("batch_size", "max_new_tokens"):
-        check_setting(arguments, name, getattr(arguments, name) > 0, "at least 1")
-    check_setting(arguments, "limit", arguments.limit is None or arguments.limit > 0, "at least 1")
-    check_setting(arguments, "timeout", arguments.timeout > 0, "seconds above 0")
 
 
 def parse_report_arguments(argv: list[str] | None, description: str) -> ReportArguments:

@@ -1,4 +1,4 @@
-"""Answers of our models to questions about an image. The prompt comes from `conversation`, as in training."""
+"""Answers of models that run here: ours, by the prompt of training, and others of transformers, by chat templates."""
 
 import contextlib
 import copy
@@ -9,14 +9,20 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch.nn import functional
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from meme_llava.dataset.collator import to_pixel_values
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.errors import UserError
 from meme_llava.inference.questions import Prediction, Question
-from meme_llava.model.llava import PROJECTOR, Processing, load_llava, load_processing
+from meme_llava.model.llava import PROJECTOR, Processing, load_llava, load_processing, quiet_transformers
 from meme_llava.model.packed_attention import gpu_multiplies_bf16
 from meme_llava.model.trainable import apply_trained_weights
 from meme_llava.storage.fingerprint import find_base
@@ -29,7 +35,7 @@ class PromptTooLong(UserError):
 
 @dataclass(frozen=True)
 class Answerer:
-    """A model with everything needed to ask it.
+    """A LLaVA of ours with everything needed to ask it.
 
     Args:
         options: what `generate` takes besides inputs and generation_config.
@@ -47,8 +53,8 @@ class Answerer:
     ) -> dict[str, torch.Tensor]:
         """Inputs of one question: input_ids and attention_mask (1, length), pixel_values (1, 3, size, size).
 
-        The image stands in front of the first question, as in the sample memes. `earlier` holds the
-        questions and answers about it so far.
+        The image stands in front of the first question, as in the sample memes. `earlier` holds the questions and
+        answers about it so far.
         """
         turns = [Turn("system", system)] if system is not None else []
         for asked, answered in earlier:
@@ -67,8 +73,6 @@ class Answerer:
             "pixel_values": pixel_values.to(device, dtype),
         }
 
-    # Not inference mode: what engines gather of a model that trains must be fit for a backward pass later.
-    @torch.no_grad()
     def answer(
         self,
         image: Image.Image,
@@ -89,9 +93,8 @@ class Answerer:
             raise PromptTooLong(
                 f"the prompt takes {length} positions, the model has {self.positions}; ask less at once"
             )
-        return self._generate(inputs, max_new_tokens, streamer, stopping)[0]
+        return self._generate(inputs, max_new_tokens, streamer=streamer, stopping_criteria=stopping)[0]
 
-    @torch.no_grad()
     def answer_together(
         self, images: list[Image.Image], questions: list[Question], max_new_tokens: int = 512
     ) -> list[Prediction]:
@@ -107,8 +110,7 @@ class Answerer:
             for image, question in zip(images, questions, strict=True)
         ]
         lengths = [inputs["input_ids"].shape[1] for inputs in batch]
-        longest = max(lengths)
-        if longest >= self.positions:
+        if (longest := max(lengths)) >= self.positions:
             image = questions[lengths.index(longest)].image
             raise PromptTooLong(
                 f"a question about {image} takes {longest} positions, the model has {self.positions}; leave it out"
@@ -147,28 +149,19 @@ class Answerer:
         """What fills up prompts and ended answers; the attention mask hides it."""
         return self.generation_config.eos_token_id[0]
 
-    def _generate(
-        self,
-        inputs: dict[str, torch.Tensor],
-        max_new_tokens: int,
-        streamer: BaseStreamer | None = None,
-        stopping: StoppingCriteriaList | None = None,
-    ) -> list[Prediction]:
+    # Not inference mode: what engines gather of a model that trains must be fit for a backward pass later.
+    @torch.no_grad()
+    def _generate(self, inputs: dict[str, torch.Tensor], max_new_tokens: int, **options) -> list[Prediction]:
         """The answer to every prompt of the inputs."""
-        generation_config = copy.copy(self.generation_config)
-        generation_config.max_new_tokens = max_new_tokens
-        generation_config.pad_token_id = self.padding_id
-        options = {"streamer": streamer, "stopping_criteria": stopping, **self.options}
-        output = self.model.generate(**inputs, generation_config=generation_config, **options)
+        config = copy.copy(self.generation_config)
+        config.max_new_tokens = max_new_tokens
+        config.pad_token_id = self.padding_id
+        output = self.model.generate(**inputs, generation_config=config, **{**options, **self.options})
         return [self.read_answer(ids) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
 
     def read_answer(self, new_ids: list[int]) -> Prediction:
         """The answer that ends at the first end token, if there is one."""
         return read_answer(new_ids, self.generation_config.eos_token_id, self.processing.tokenizer)
-
-    def make_streamer(self) -> TextStreamer:
-        """Prints the answer to standard output while it grows."""
-        return TextStreamer(self.processing.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def read_answer(new_ids: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Prediction:
@@ -186,13 +179,12 @@ def load_answerer(folder: Path, base_model: Path | None = None, device: str = "a
         UserError: the folder is neither, or the base is missing or another one.
     """
     chosen_device = choose_device(device)
-    chosen_dtype = choose_dtype(dtype, chosen_device)
     is_adapter = holds_trained_weights(folder)
     if base_model is not None and not is_adapter:
         raise UserError(f"{folder}: is a whole model, so --base_model has no use; leave it out")
     model_folder = find_base(folder, base_model) if is_adapter else folder
     processing = load_processing(model_folder)
-    model = load_llava(model_folder, chosen_dtype)
+    model = load_llava(model_folder, choose_dtype(dtype, chosen_device))
     generation_config = choose_stops(model.generation_config, processing)
     if is_adapter:
         model = apply_trained_weights(model, folder)
@@ -203,10 +195,14 @@ def choose_stops(generation_config: GenerationConfig, processing: Processing) ->
     """The same, with the end of a turn among the tokens that end an answer."""
     generation_config = copy.copy(generation_config)
     # Our directories say so themselves; another LLaVA's folder may not.
-    stops = generation_config.eos_token_id
-    stops = [stops] if isinstance(stops, int) else list(stops or [])
-    generation_config.eos_token_id = list(dict.fromkeys([processing.encoder.turn_end_id, *stops]))
+    stops = [processing.encoder.turn_end_id, *_list_stops(generation_config)]
+    generation_config.eos_token_id = list(dict.fromkeys(stops))
     return generation_config
+
+
+def _list_stops(generation_config: GenerationConfig) -> list[int]:
+    stops = generation_config.eos_token_id
+    return [stops] if isinstance(stops, int) else list(stops or [])
 
 
 def choose_device(device: str) -> torch.device:
@@ -226,3 +222,76 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype != "auto":
         return getattr(torch, dtype)
     return torch.bfloat16 if device.type == "cuda" and gpu_multiplies_bf16() else torch.float32
+
+
+@dataclass(frozen=True)
+class TransformersModel:
+    """Any image-text-to-text model of transformers, such as the original LLaVA-1.5, and its processor."""
+
+    model: torch.nn.Module
+    processor: object
+
+    @torch.inference_mode()
+    def answer_together(
+        self, images: list[Image.Image], questions: list[Question], max_new_tokens: int = 512
+    ) -> list[Prediction]:
+        """The greedy answers about several RGB images at once; shorter prompts are padded on the left."""
+        inputs = self.build_inputs(images, questions).to(self.model.device, self.model.dtype)
+        tokenizer = self.processor.tokenizer
+        config = copy.copy(self.model.generation_config)
+        # A recipe for sampling has no meaning for the likeliest answer.
+        config.update(max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None)
+        config.pad_token_id = tokenizer.pad_token_id
+        output = self.model.generate(**inputs, generation_config=config)
+        stops = _list_stops(config) or [tokenizer.eos_token_id]
+        return [
+            replace(read_answer(ids, stops, tokenizer), question=question)
+            for ids, question in zip(output[:, inputs["input_ids"].shape[1] :].tolist(), questions, strict=True)
+        ]
+
+    def build_inputs(self, images: list[Image.Image], questions: list[Question]):
+        """What the processor makes of images and prompts; input_ids (questions, longest), padded on the left."""
+        conversations = []
+        for image, question in zip(images, questions, strict=True):
+            user = [{"type": "image", "image": image}, {"type": "text", "text": question.text}]
+            conversations.append([{"role": "user", "content": user}])
+            if question.system is not None:
+                system = [{"type": "text", "text": question.system}]
+                conversations[-1].insert(0, {"role": "system", "content": system})
+        return self.processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+        )
+
+
+def load_transformers_model(folder: Path, device: str, dtype: str) -> TransformersModel:
+    """Load a model folder, without any code of its own.
+
+    Raises:
+        UserError: transformers knows no such model, or its processor has no chat template.
+    """
+    chosen_device = choose_device(device)
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        with quiet_transformers():
+            processor = AutoProcessor.from_pretrained(folder, **options)
+            chosen_dtype = choose_dtype(dtype, chosen_device)
+            model = AutoModelForImageTextToText.from_pretrained(folder, dtype=chosen_dtype, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{folder}: cannot be loaded as an image-text-to-text model of transformers: {reason}"
+        ) from error
+    if not getattr(processor, "chat_template", None):
+        raise UserError(
+            f"{folder}: has no chat template, so how to ask it is not known; take a release of the model with one, "
+            "such as llava-hf/llava-1.5-7b-hf"
+        )
+    if processor.tokenizer.pad_token_id is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return TransformersModel(model.to(chosen_device).eval(), processor)

@@ -1,27 +1,29 @@
-"""Settings, prompt and progress of data/describe.py: what is asked about which images of a folder.
+"""Captions bought from a vision model: what is asked about which images of a folder, and when to stop.
 
-The asking stands in `captioning`, the captions file in `caption_file`.
+How a server is asked stands in `inference.asking`, the captions file in `caption_file`.
 """
 
 import hashlib
 import os
 import re
 import sys
-import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from tqdm import tqdm
 
-from meme_llava.cli import check_setting, describe
-from meme_llava.dataset.inspection import IMAGE_SUFFIXES
+from meme_llava.cli import check_settings, setting
+from meme_llava.dataset.images import resolve_image_path
+from meme_llava.dataset.inspection import IMAGE_SUFFIXES, find_loop, find_refusal
 from meme_llava.errors import UserError
-from meme_llava.inference.endpoints import PRESETS
+from meme_llava.inference.endpoints import PRESETS, Endpoint
+from meme_llava.inference.questions import Prediction, Question
 from meme_llava.prepare.caption_file import CaptionLedger
 from meme_llava.storage.files import try_hash_file
-from meme_llava.terminal import SECONDS_BETWEEN_LINES, print_table
+from meme_llava.terminal import print_table, show_count
 
 # The words first: they are what a reader of memes must learn. A model that may say "unreadable" invents less.
 DEFAULT_PROMPT = """请用中文描述这张表情包，写成一段通顺的话，依次说清三件事：
@@ -33,6 +35,8 @@ FILE_NAME_HINT = "\n这张图的文件名是“{name}”，其中可能有图中
 
 MAX_LISTED = 10  # images set aside that are shown one by one
 LONGEST_LISTED = 100  # characters of the reason
+# This many images set aside in a row, with none answered between them, are not an accident.
+LONGEST_BAD_RUN = 10
 
 DESCRIBED = "described"
 NOT_ASKED = "not asked yet"
@@ -47,41 +51,34 @@ REASONS = {
     "unreadable": "the file cannot be read as an image",
     UNANSWERED: "no answer came; the next run asks again",
 }
+NOTHING_PAID = {"prompt_tokens": None, "completion_tokens": None, "attempts": 0, "seconds": 0.0}
+FREE_REASONS = ("rejected", "unreadable", UNANSWERED)  # without an answer that was paid for
 
 
 @dataclass
 class DescribeArguments:
-    images: Path = field(metadata=describe("folder of images, subfolders included"))
-    output: Path = field(metadata=describe("captions file (.jsonl); an unfinished one of the same settings goes on"))
-    preset: Literal[tuple(PRESETS)] | None = field(
-        default=None, metadata=describe("base URL, model and key variable of a provider")
+    images: Path = setting("folder of images, subfolders included")
+    output: Path = setting("captions file (.jsonl); an unfinished one of the same settings goes on")
+    preset: Literal[tuple(PRESETS)] | None = setting("base URL, model and key variable of a provider", None)
+    base_url: str | None = setting("another OpenAI-compatible endpoint", None)
+    model: str | None = setting("another model of the endpoint", None)
+    key_variable: str | None = setting("name of the environment variable that holds the key", None)
+    prompt_file: Path | None = setting("UTF-8 text to ask in place of our prompt", None)
+    use_file_name: bool = setting("tell the model the file's name, as a hint", False)
+    max_images: int | None = setting("only the first N images of the folder", None, expected="at least 1")
+    max_tokens_total: int | None = setting(
+        "start no image once --output has cost this many tokens, all runs together", None, expected="at least 1"
     )
-    base_url: str | None = field(default=None, metadata=describe("another OpenAI-compatible endpoint"))
-    model: str | None = field(default=None, metadata=describe("another model of the endpoint"))
-    key_variable: str | None = field(
-        default=None, metadata=describe("name of the environment variable that holds the key")
-    )
-    prompt_file: Path | None = field(default=None, metadata=describe("UTF-8 text to ask in place of our prompt"))
-    use_file_name: bool = field(default=False, metadata=describe("tell the model the file's name, as a hint"))
-    max_images: int | None = field(default=None, metadata=describe("only the first N images of the folder"))
-    max_tokens_total: int | None = field(
-        default=None, metadata=describe("start no image once --output has cost this many tokens, all runs together")
-    )
-    max_new_tokens: int = field(default=1024, metadata=describe("an answer is cut off here; then it is set aside"))
-    max_side: int = field(default=1024, metadata=describe("larger images are scaled to this many pixels a side"))
-    concurrency: int = field(default=4, metadata=describe("images asked about at the same time"))
-    timeout: float = field(default=60.0, metadata=describe("seconds to wait for an answer"))
-    attempts: int = field(default=5, metadata=describe("requests for an image while none brings an answer"))
-    attempts_on_refusal: int = field(default=2, metadata=describe("answers bought of an image while they are no good"))
-    retry_set_aside: bool = field(default=False, metadata=describe("ask again about the images that were set aside"))
+    max_new_tokens: int = setting("an answer is cut off here; then it is set aside", 1024, expected="at least 1")
+    max_side: int = setting("larger images are scaled to this many pixels a side", 1024, expected="at least 1")
+    concurrency: int = setting("images asked about at the same time", 4, expected="at least 1")
+    timeout: float = setting("seconds to wait for an answer", 60.0, expected="greater than 0")
+    attempts: int = setting("requests for an image while none brings an answer", 5, expected="at least 1")
+    attempts_on_refusal: int = setting("answers bought of an image while they are no good", 2, expected="at least 1")
+    retry_set_aside: bool = setting("ask again about the images that were set aside", False)
 
     def __post_init__(self) -> None:
-        """Stop at values that cannot be meant."""
-        counts = ("max_new_tokens", "max_side", "concurrency", "attempts", "attempts_on_refusal")
-        for name in (*counts, "max_images", "max_tokens_total"):
-            value = getattr(self, name)
-            check_setting(self, name, value is None or value >= 1, "at least 1")
-        check_setting(self, "timeout", self.timeout > 0, "seconds above 0")
+        check_settings(self)
 
 
 @dataclass(frozen=True)
@@ -129,8 +126,8 @@ def list_images(folder: Path, limit: int | None) -> tuple[list[str], int]:
     names = sorted(str(path.relative_to(folder)) for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
     if not names:
         raise UserError(f"--images {folder}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    broken = [name for name in names if not _is_utf8(name)]
-    if broken:
+    # Python reads bytes that are not UTF-8 as halves of surrogate pairs.
+    if broken := [name for name in names if re.search("[\ud800-\udfff]", name)]:
         raise UserError(
             f"--images {folder}: {len(broken)} file names are not UTF-8, the first is {broken[0]!r}; "
             "rename them (for names from a Chinese Windows: convmv -f gbk -t utf-8)"
@@ -138,101 +135,128 @@ def list_images(folder: Path, limit: int | None) -> tuple[list[str], int]:
     return names[:limit], len(paths) - len(names)
 
 
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def choose_open_images(names: list[str], arguments: DescribeArguments, ledger: CaptionLedger) -> list[str]:
     """The images to ask about: without a line, changed since theirs, unanswered, or set aside and asked for again."""
-    chosen = []
-    for name in names:
+
+    def is_open(name: str) -> bool:
         entry = ledger.entries.get(name)
-        is_open = (
+        return (
             entry is None
             or entry.get("set_aside") == UNANSWERED
             or ("set_aside" in entry and arguments.retry_set_aside)
             or entry.get("sha256") != try_hash_file(arguments.images / name)
         )
-        if is_open:
-            chosen.append(name)
-    return chosen
+
+    return [name for name in names if is_open(name)]
 
 
-def count_statuses(names: list[str], ledger: CaptionLedger) -> Counter[str]:
-    """How many images are described, set aside for each reason, and not asked about."""
-    entries = [ledger.entries.get(name) for name in names]
-    return Counter(
-        NOT_ASKED if entry is None else DESCRIBED if "description" in entry else entry["set_aside"] for entry in entries
-    )
+class CaptionRun:
+    """One run over images of a folder; the ledger gets a line for every one that is described or set aside.
 
-
-class Progress:
-    """A bar on a terminal, plain lines elsewhere; use it with `with`.
-
-    Args:
-        total: how many images this run asks about.
+    Attributes:
+        stop_reason: why not all images were asked about though nothing failed, or None.
     """
 
-    def __init__(self, total: int):
-        self.total = total
-        self.done = self.tokens = self.listed = 0
-        self.statuses: Counter[str] = Counter()
-        self._is_terminal = sys.stderr.isatty()
-        self._start = self._last_line = time.monotonic()
-        self._bar = tqdm(total=total, desc="describe", unit="image", dynamic_ncols=True, disable=not self._is_terminal)
+    def __init__(self, arguments: DescribeArguments, endpoint: Endpoint, prompt: Prompt, ledger: CaptionLedger):
+        self._arguments, self._endpoint, self._prompt, self._ledger = arguments, endpoint, prompt, ledger
+        self.stop_reason: str | None = None
+        self._error: str | None = None
+        self._set_aside = self._bad_run = 0
+        self._asked: list[tuple[str, str | None]] = []  # name and hash of every image, in the order of the questions
 
-    def __enter__(self) -> "Progress":
-        return self
+    def describe(self, names: list[str]) -> None:
+        """Ask about the images.
 
-    def __exit__(self, *exception) -> None:
-        self._bar.close()
+        Raises:
+            UserError: going on would only burn images or money.
+        """
+        # openai is installed by those who ask servers.
+        from meme_llava.inference.asking import ask_all
 
-    def advance(self, entry: dict) -> None:
-        """Count a line that was written, and show the first ones that set an image aside."""
-        self.done += 1
-        self.tokens += (entry["prompt_tokens"] or 0) + (entry["completion_tokens"] or 0)
-        self.statuses[entry.get("set_aside", DESCRIBED)] += 1
-        if "set_aside" in entry:
-            self.listed += 1
-            if self.listed <= MAX_LISTED:
-                self.say(f"set aside {entry['picName']}: {entry['set_aside']} ({_shorten(entry['detail'])})")
-            elif self.listed == MAX_LISTED + 1:
-                self.say("further ones are counted, and listed in the captions file")
-        self._bar.set_postfix_str(self._describe_counts(), refresh=False)
-        self._bar.update(1)
-        now = time.monotonic()
-        if not self._is_terminal and (now - self._last_line >= SECONDS_BETWEEN_LINES or self.done == self.total):
-            self._last_line = now
-            left = tqdm.format_interval((self.total - self.done) * (now - self._start) / self.done)
-            self.say(f"describe: {self.done:,} of {self.total:,}, {self._describe_counts()}, {left} left")
+        arguments = self._arguments
+        answers = ask_all(
+            self._endpoint,
+            self._list_questions(names),
+            arguments.concurrency,
+            arguments.max_new_tokens,
+            arguments.timeout,
+            retries=arguments.attempts - 1,
+            tries=arguments.attempts_on_refusal,
+            max_side=arguments.max_side,
+            check=find_problem,
+        )
+        with show_count("images", len(names)) as self._advance:
+            for place, prediction, cost in answers:
+                self._settle(*self._asked[place], prediction, cost)
+        if self._error is not None:
+            raise UserError(self._error)
 
-    def say(self, text: str) -> None:
-        """A line of its own above the bar."""
-        tqdm.write(text, file=sys.stderr)
-        sys.stderr.flush()
+    def _list_questions(self, names: list[str]) -> Iterator[Question]:
+        budget = self._arguments.max_tokens_total
+        for name in names:
+            if budget is not None and (spent := self._ledger.tokens.total()) >= budget:
+                self.stop_reason = f"{spent:,} tokens reach --max_tokens_total {budget:,}"
+            if self.stop_reason is not None or self._error is not None:
+                return
+            digest = try_hash_file(self._arguments.images / name)
+            try:
+                path = resolve_image_path(name, self._arguments.images)
+            except ValueError as error:
+                nowhere = Prediction(Question(Path(name), ""), "", problem=f"unreadable: {error}")
+                self._settle(name, digest, nowhere, NOTHING_PAID)
+                continue
+            self._asked.append((name, digest))
+            yield Question(path, self._prompt.fill(name))
 
-    def _describe_counts(self) -> str:
-        return f"{self.done - self.statuses[DESCRIBED]:,} set aside, {self.tokens:,} tokens"
+    def _settle(self, name: str, digest: str | None, prediction: Prediction, cost: dict) -> None:
+        """Write the line of an image, and stop where the next ones would have none of use."""
+        origin = {"model": self._endpoint.model, "endpoint": self._endpoint.host, "prompt": self._prompt.fingerprint}
+        reason, line = None, {"description": prediction.text}
+        if prediction.problem is not None:
+            reason, _, detail = prediction.problem.partition(": ")
+            # Where the folder lies on this machine is not business of the file's readers.
+            detail = detail.removeprefix(f"{prediction.question.image}: ")
+            answer = None if reason in FREE_REASONS else prediction.text
+            line = {"set_aside": reason, "detail": detail, "answer": answer}
+            self._set_aside += 1
+            if self._set_aside <= MAX_LISTED:
+                tqdm.write(f"set aside {name}: {reason} ({' '.join(detail.split())[:LONGEST_LISTED]})", file=sys.stderr)
+        self._ledger.append({"picName": name, **line, **origin, **cost, "sha256": digest})
+        self._advance(1)
+        if reason != "unreadable":
+            self._bad_run = 0 if reason is None else self._bad_run + 1
+        if self._bad_run >= LONGEST_BAD_RUN:
+            again = "" if reason == UNANSWERED else " with --retry_set_aside"
+            self._error = self._error or (
+                f"{LONGEST_BAD_RUN} images in a row were set aside, the last as {reason}: {detail}; "
+                f"fix the cause, then start the same command again{again}, or one with another --model and --output"
+            )
+        is_counted = reason in FREE_REASONS or None not in (cost["prompt_tokens"], cost["completion_tokens"])
+        if self._arguments.max_tokens_total is not None and not is_counted:
+            self._error = "the server does not say how many tokens an answer took, so --max_tokens_total cannot be kept"
 
 
-def _shorten(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= LONGEST_LISTED else line[:LONGEST_LISTED] + "…"
+def find_problem(prediction: Prediction) -> str | None:
+    """Why an answer is not a caption, or None if it is one."""
+    if refused := find_refusal(prediction.text):
+        return f"refusal: {refused}"
+    # Before the length: a loop runs into the limit too, but may end when asked again.
+    if piece := find_loop(prediction.text):
+        return f"loop: {piece}"
+    return f"cut: {prediction.tokens or 'its'} tokens were not enough" if prediction.stopped is False else None
 
 
-def print_summary(statuses: Counter[str], ledger: CaptionLedger, tokens_of_run: int) -> None:
-    """A table of what became of all images, and what it cost."""
+def print_summary(names: list[str], ledger: CaptionLedger, tokens_of_run: int) -> Counter[str]:
+    """Print what became of all images and what it cost; return how many are described, set aside, and not asked."""
+    entries = [ledger.entries.get(name) for name in names]
+    statuses = Counter(NOT_ASKED if entry is None else entry.get("set_aside", DESCRIBED) for entry in entries)
     rows = [(DESCRIBED, statuses[DESCRIBED], "")]
     rows += [(reason, statuses[reason], meaning) for reason, meaning in REASONS.items() if statuses[reason]]
     rows += [(NOT_ASKED, statuses[NOT_ASKED], "")] * bool(statuses[NOT_ASKED])
     print_table("Images", ("status", "images", ""), [*rows, ("all", statuses.total(), "")])
-    counts = [ledger.tokens[name] for name in ("prompt_tokens", "completion_tokens")]
     print(
-        f"tokens: {tokens_of_run:,} in this run; {counts[0]:,} of prompts and {counts[1]:,} of answers in all of "
-        f"{ledger.path}",
+        f"tokens: {tokens_of_run:,} in this run; {ledger.tokens['prompt_tokens']:,} of prompts and "
+        f"{ledger.tokens['completion_tokens']:,} of answers in all of {ledger.path}",
         flush=True,
     )
+    return statuses

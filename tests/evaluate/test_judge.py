@@ -12,7 +12,6 @@ from caption_server import CaptionServer, Step, answer, fail  # noqa: E402
 
 import judge  # noqa: E402
 from meme_llava.evaluate.judging import CRITERIA, Pair, combine_verdicts, compare_pairs, read_verdict  # noqa: E402
-from meme_llava.inference import endpoint_answers  # noqa: E402
 
 KEY, KEY_VARIABLE = "sk-canary-0123456789abcdef", "JUDGE_TEST_KEY"
 QUESTION = "图里写了什么？"
@@ -52,9 +51,10 @@ def test_a_preference_that_the_order_decides_is_a_tie():
     assert list(combine_verdicts(one, other).values()) == ["first", "unsure", "tie", "unsure"]
     verdicts = [dict.fromkeys(CRITERIA, word) for word in ("first", "second", "second", "unsure")]
     comparison = compare_pairs(["a", "b", "c", "d"], verdicts)["总评"]
-    assert (comparison.first, comparison.tie, comparison.second, comparison.unsure) == (0.25, 0, 0.5, 0.25)
-    assert comparison.second_preferred.value == (0 + 1 + 1 + 0.5) / 4
-    assert comparison.second_preferred.low < comparison.second_preferred.value < comparison.second_preferred.high
+    assert [comparison[name] for name in ("first", "tie", "second", "unsure")] == [0.25, 0, 0.5, 0.25]
+    preferred = comparison["second_preferred"]
+    assert preferred["value"] == (0 + 1 + 1 + 0.5) / 4
+    assert preferred["low"] < preferred["value"] < preferred["high"]
 
 
 def write_evaluation(folder, title, answers):
@@ -82,7 +82,7 @@ def write_evaluation(folder, title, answers):
 def judge_with(tmp_path, monkeypatch):
     """Judge two evaluations of four answers each with a server; gives back the lines of judgements.jsonl."""
     monkeypatch.setenv(KEY_VARIABLE, KEY)
-    monkeypatch.setattr(endpoint_answers, "backoff_seconds", lambda *arguments: 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     write_evaluation(tmp_path / "one", "one", ["好", "同样", "对的", "好呀"])
     write_evaluation(tmp_path / "two", "two", ["好耶", "同样", "错的", "坏呀"])
 
@@ -139,7 +139,7 @@ def test_a_judge_goes_on_where_it_stopped(judge_with, capsys):
         with pytest.raises(SystemExit) as stop:
             judge_with(server, "--batch_size", "1")
         assert stop.value.code == 2
-        assert "gave no answer in 5 attempts" in capsys.readouterr().err
+        assert "gave no answer, the last time: unanswered: HTTP 503" in capsys.readouterr().err
         server.script.clear()
         lines = judge_with(server, "--batch_size", "1")
         assert server.count(50) == 2

@@ -91,7 +91,7 @@ def test_the_text_is_found_among_other_words():
     ],
 )
 def test_which_questions_ask_for_the_text(reference, text, asks):
-    assert asks_for_text(reference, text) is asks
+    assert asks_for_text(Question(Path("a.png"), "?", reference, text_in_image=text)) is asks
 
 
 def test_signs_alone_are_a_truth_too():

@@ -26,11 +26,9 @@ from caption_server import CUT_CONNECTION, CaptionServer, Step, answer, fail  # 
 
 import evaluate  # noqa: E402
 from meme_llava.dataset.images import open_image  # noqa: E402
-from meme_llava.inference import endpoint_answers  # noqa: E402
-from meme_llava.inference.generation import load_answerer  # noqa: E402
-from meme_llava.inference.ocr import NOTHING_FOUND  # noqa: E402
+from meme_llava.evaluate.answer_sources import NOTHING_FOUND  # noqa: E402
+from meme_llava.inference.generation import load_answerer, load_transformers_model  # noqa: E402
 from meme_llava.inference.questions import Question  # noqa: E402
-from meme_llava.inference.transformers_model import load_transformers_model  # noqa: E402
 
 KEY, KEY_VARIABLE = "sk-canary-0123456789abcdef", "EVALUATION_TEST_KEY"
 QUESTION, SYSTEM = "图片里写了什么？", "你只说图里的字。"
@@ -40,7 +38,7 @@ WIDTHS = (50, 51, 52, 53)  # by which the server knows the images
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, KEY)
-    monkeypatch.setattr(endpoint_answers, "backoff_seconds", lambda *arguments: 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
 def make_record(name, text, reference=None, system=None):
@@ -92,10 +90,11 @@ def test_a_server_answers(asked, tmp_path, capsys):
     first = next(body for body in server.bodies if len(body["messages"]) == 2)
     assert first["messages"][0] == {"role": "system", "content": SYSTEM}
     assert first["messages"][1]["content"][1] == {"type": "text", "text": QUESTION}
-    assert first["max_tokens"] == 77
+    assert first["max_tokens"] == 77 and first["temperature"] == 0
     assert server.most_open > 1
     assert server.headers[0]["authorization"] == f"Bearer {KEY}"
     metrics = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    assert metrics["asked"]["temperature"] == 0
     assert metrics["title"] == f"m at {server.url.split('/')[2]}"
     assert metrics["scores"]["texts_right"] == {"value": 0.25, "low": 0.0, "high": 0.75, "count": 4}
     printed = capsys.readouterr().out
@@ -110,8 +109,8 @@ def test_answers_that_came_are_kept_when_a_server_falls_silent(asked, tmp_path, 
             ask_server(asked, server, "--batch_size", "1")
         assert stop.value.code == 2
         printed = capsys.readouterr().err
-        assert printed.count("HTTP 503: busy; asking again") == 1
-        assert "gave no answer in 5 attempts, the last time: HTTP 503: busy" in printed
+        assert "gave no answer, the last time: unanswered: HTTP 503: busy. What was answered is kept" in printed
+        assert server.count(52) == 5
         assert len(read_rows(tmp_path)) == 2
         server.script.clear()
         ask_server(asked, server)
@@ -129,8 +128,8 @@ def test_one_image_without_an_answer_does_not_stand_in_the_way(asked, tmp_path):
     first, second, third, fourth = read_rows(tmp_path)
     assert (first["answer"], first["problem"]) == ("好耶", None)
     assert second["problem"].startswith("unanswered: status 200, but no completion")
-    assert third["problem"] == "empty: finish_reason 'length'"
-    assert fourth["problem"] == "refusal: stopped by the provider's content filter"
+    assert third["problem"] == "cut: no text, finish_reason 'length'"
+    assert fourth["problem"] == "refusal: stopped by the provider’s content filter"
 
 
 def test_nothing_but_problems_is_no_score(asked, tmp_path, capsys):
@@ -216,10 +215,11 @@ def test_a_missing_package_is_named(asked, monkeypatch, answer_with, package, me
         (["--answer_with", "meme_llava"], "--answer_with meme_llava needs --model"),
         (["--model", "m", "--preset", "local"], "--preset has no use with --answer_with meme_llava"),
         (["--answer_with", "rapidocr", "--model", "m"], "--model has no use with --answer_with rapidocr"),
+        (["--model", "m", "--temperature", "1"], "--temperature has no use with --answer_with meme_llava"),
         (["--answer_with", "endpoint", "--device", "cpu"], "--device has no use with --answer_with endpoint"),
         (["--answer_with", "endpoint"], "give --preset (gpt-4o, gemini, claude, yi-vision, glm, local) or --base_url"),
         (["--answer_with", "endpoint", "--preset", "local"], "give --model: the name by which the server at"),
-        (["--model", "m", "--timeout", "0"], "--timeout is 0.0, expected seconds above 0"),
+        (["--model", "m", "--timeout", "0"], "--timeout is 0.0, expected greater than 0"),
     ],
 )
 def test_settings_without_use_are_refused(asked, flags, message, capsys):
