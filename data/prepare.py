@@ -23,57 +23,37 @@ sys.path.insert(0, str(ROOT))
 
 from meme_llava.cli import parse_arguments  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
-from meme_llava.prepare.annotation_sources import (  # noqa: E402
-    FileNameSettings,
-    LlavaSettings,
-    prepare_chinese_bqb,
-    prepare_file_names,
-    prepare_llava,
-)
-from meme_llava.prepare.caption_sources import (  # noqa: E402
-    CaptionsSettings,
-    EmoVisualSettings,
-    TableSettings,
-    prepare_captions,
-    prepare_emo_visual,
-    prepare_table,
-)
-from meme_llava.prepare.mixing import MixSettings, prepare_mix  # noqa: E402
-from meme_llava.prepare.parquet_source import ParquetSettings, prepare_parquet  # noqa: E402
-from meme_llava.prepare.splitting import SplitSettings, prepare_split  # noqa: E402
+from meme_llava.prepare import local_sources, mixing, parquet_source, splitting  # noqa: E402
+from meme_llava.prepare.writer import ImagesSettings  # noqa: E402
 
 COMMANDS = {
-    "captions": (CaptionsSettings, prepare_captions),
-    "emo_visual": (EmoVisualSettings, prepare_emo_visual),
-    "chinese_bqb": (FileNameSettings, prepare_chinese_bqb),
-    "file_names": (FileNameSettings, prepare_file_names),
-    "table": (TableSettings, prepare_table),
-    "parquet": (ParquetSettings, prepare_parquet),
-    "llava": (LlavaSettings, prepare_llava),
-    "mix": (MixSettings, prepare_mix),
-    "split": (SplitSettings, prepare_split),
+    "captions": (local_sources.CaptionsSettings, local_sources.prepare_captions),
+    "emo_visual": (local_sources.EmoVisualSettings, local_sources.prepare_emo_visual),
+    "chinese_bqb": (ImagesSettings, local_sources.prepare_chinese_bqb),
+    "file_names": (ImagesSettings, local_sources.prepare_file_names),
+    "table": (local_sources.TableSettings, local_sources.prepare_table),
+    "parquet": (parquet_source.ParquetSettings, parquet_source.prepare_parquet),
+    "llava": (local_sources.LlavaSettings, local_sources.prepare_llava),
+    "mix": (mixing.MixSettings, mixing.prepare_mix),
+    "split": (splitting.SplitSettings, splitting.prepare_split),
 }
 
 
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Prepare one source."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    if words[:1] in (["-h"], ["--help"]):
+    command, *words = (sys.argv[1:] if argv is None else argv) or [""]
+    if command in ("-h", "--help"):
         print(__doc__.strip())
         return
-    settings_class, prepare = _find_command(words)
-    prepare(parse_arguments(settings_class, words[1:], description=prepare.__doc__, prog=f"prepare.py {words[0]}"))
-
-
-def _find_command(words: list[str]) -> tuple:
-    if not words or words[0].startswith("-"):
+    if not command or command.startswith("-"):
         raise UserError(f"say what to prepare first: {', '.join(COMMANDS)}. --help tells more.")
-    if words[0] not in COMMANDS:
-        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
         guess = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"unknown source {words[0]}{guess}; there are {', '.join(COMMANDS)}")
-    return COMMANDS[words[0]]
+        raise UserError(f"unknown source {command}{guess}; there are {', '.join(COMMANDS)}")
+    settings_class, prepare = COMMANDS[command]
+    prepare(parse_arguments(settings_class, words, description=prepare.__doc__, prog=f"prepare.py {command}"))
 
 
 if __name__ == "__main__":

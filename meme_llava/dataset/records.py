@@ -268,19 +268,30 @@ def _check_turn_order(turns: tuple[Turn, ...]) -> None:
         )
 
 
+def read_text(path: Path) -> str:
+    """What stands in a UTF-8 file of a user.
+
+    Raises:
+        UserError: it is missing or not UTF-8.
+    """
+    try:
+        # Excel and Notepad put a byte order mark in front; utf-8-sig takes the file either way.
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}. Is the path right?") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 ({error}). Convert it, e.g. iconv -f GB18030 -t UTF-8 {path.name} > converted"
+        ) from error
+
+
 def iterate_values(annotations: Path) -> Iterator[tuple[str, object]]:
     """Every value of a JSON array or JSONL file with its place; a RecordFault for a line that is not JSON.
 
     Raises:
         UserError: the file is missing, not UTF-8, or is not JSON array / JSONL.
     """
-    try:
-        # Excel and Notepad put a byte order mark in front; utf-8-sig takes the file either way.
-        text = annotations.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{annotations}: {error.strerror or error}. Is the path to the annotations right?") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{annotations}: not UTF-8 ({error}). Convert it, e.g. iconv -f GB18030 -t UTF-8.") from error
+    text = read_text(annotations)
     if annotations.suffix == ".jsonl":
         # str.splitlines would also break at U+2028 and other characters that may stand inside a caption.
         for number, line in enumerate(text.split("\n"), start=1):

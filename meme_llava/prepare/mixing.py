@@ -4,18 +4,19 @@ Weight 2 takes every record twice, 0.3 a share of about 30 % drawn by whole imag
 are adjacent in the result, copies and those of other files too: batches that share images can encode them once.
 """
 
+import itertools
 import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from meme_llava.cli import describe
-from meme_llava.dataset.records import parse_record
 from meme_llava.errors import UserError
-from meme_llava.prepare.row_files import Row, read_json_rows
-from meme_llava.prepare.writer import AnnotationWriter, OutputSettings, UniqueIds, check_not_input, finish
+from meme_llava.prepare.inputs import read_record_rows
+from meme_llava.prepare.writer import AnnotationWriter, OutputSettings, make_unique
 
 
 @dataclass(kw_only=True)
@@ -38,8 +39,7 @@ class MixSettings(OutputSettings):
             raise UserError(f"--weights has {wrong[0]}, expected 0 or more")
 
 
-@dataclass(frozen=True)
-class MixedRecord:
+class _Record(NamedTuple):
     """A record of a file with the place it came from; `image` is what its neighbours share."""
 
     value: dict
@@ -49,96 +49,66 @@ class MixedRecord:
 
 def prepare_mix(settings: MixSettings) -> None:
     """Annotation files → one."""
-    check_not_input([settings.output], settings.annotations)
-    with AnnotationWriter(settings) as writer:
+    with AnnotationWriter(settings, settings.annotations) as writer:
         files = [_read(path, writer) for path in settings.annotations]
-        labels = _label(settings.annotations)
-        _separate_ids(files, labels, writer)
+        taken_names = set()
+        labels = [make_unique(path.stem, taken_names) for path in settings.annotations]
+        holders = Counter(record_id for records in files for record_id in {record.value["id"] for record in records})
         images = defaultdict(list)
         for path, label, weight, records in zip(settings.annotations, labels, settings.weights, files, strict=True):
-            taken = take_weighted(records, weight, f"{settings.seed} {label}")
+            for record in records:
+                if holders[record.value["id"]] > 1:
+                    record.value["id"] = f"{label}_{record.value['id']}"
+                    writer.notes["ids that stood in several files, now with the file's name in front"] += 1
+            taken = _take_weighted(records, weight, random.Random(f"{settings.seed} {label}"))
             for record, repeat in taken:
                 images[record.image].append((record, repeat))
             skipped = ", left out" if weight == 0 else ""
             writer.notes[f"records of {path.name} (weight {weight:g} of {len(records):,}{skipped})"] = len(taken)
-        for records in images.values():
-            for record, repeat in records:
-                value = record.value
-                if repeat > 1:
-                    value = {**value, "id": f"{value['id']}#{repeat}", "repeat": repeat}
-                writer.add(value, record.place)
-        finish(writer)
+        for record, repeat in itertools.chain.from_iterable(images.values()):
+            copy = {"id": f"{record.value['id']}#{repeat}", "repeat": repeat} if repeat > 1 else {}
+            writer.add({**record.value, **copy}, record.place)
+        writer.finish()
 
 
-def take_weighted(records: list[MixedRecord], weight: float, seed: str) -> list[tuple[MixedRecord, int]]:
+def _read(path: Path, writer: AnnotationWriter) -> list[_Record]:
+    records = []
+    for row, parsed in read_record_rows(path, writer):
+        *_, number = row.position.values()
+        value = {"id": f"{path.stem}_{number}", "sources": [{"set": path.stem, **row.position}], **row.value}
+        value["id"] = str(value["id"])
+        records.append(_Record(value, row.place, parsed.images or (row.place, str(path))))
+    return records
+
+
+def _take_weighted(records: list[_Record], weight: float, generator: random.Random) -> list[tuple[_Record, int]]:
     """Every record with the number of its copy (1, 2, …), as often as `weight` says."""
-    whole, share = math.floor(weight), weight - math.floor(weight)
-    taken = [(record, repeat) for record in records for repeat in range(1, whole + 1)]
+    share, whole = math.modf(weight)
+    taken = [(record, repeat) for record in records for repeat in range(1, int(whole) + 1)]
     if share > 0:
         groups = defaultdict(list)
         for record in records:
             groups[record.image].append(record)
         groups = list(groups.values())
-        chosen = draw_nearest([len(group) for group in groups], round(share * len(records)), random.Random(seed))
-        taken += [(record, whole + 1) for index in chosen for record in groups[index]]
+        chosen = draw_groups([len(group) for group in groups], round(share * len(records)), generator, nearest=True)
+        taken += [(record, int(whole) + 1) for index in chosen for record in groups[index]]
     return taken
 
 
-def draw_fitting(sizes: Sequence[int], target: int, generator: random.Random) -> list[int]:
-    """Groups drawn at random that together hold at most `target`: each is taken if it still fits. Sorted indices."""
+def draw_groups(sizes: Sequence[int], target: int, generator: random.Random, nearest: bool = False) -> list[int]:
+    """Groups drawn at random that together hold at most `target`: each is taken if it still fits. Sorted indices.
+
+    Args:
+        nearest: take one group more where that comes nearer to `target`.
+    """
     order = list(range(len(sizes)))
     generator.shuffle(order)
-    chosen, count = [], 0
+    chosen, lacking = [], target
     for index in order:
-        if count + sizes[index] <= target:
+        if sizes[index] <= lacking:
             chosen.append(index)
-            count += sizes[index]
-    return sorted(chosen)
-
-
-def draw_nearest(sizes: Sequence[int], target: int, generator: random.Random) -> list[int]:
-    """Like `draw_fitting`, and one group more where that comes nearer to `target`. Sorted indices."""
-    chosen = draw_fitting(sizes, target, generator)
-    lacking = target - sum(sizes[index] for index in chosen)
-    others = sorted(set(range(len(sizes))) - set(chosen), key=lambda index: sizes[index])
-    if others and sizes[others[0]] - lacking < lacking:
+            lacking -= sizes[index]
+    others = sorted(set(order) - set(chosen), key=lambda index: sizes[index])
+    if nearest and others and sizes[others[0]] - lacking < lacking:
         chosen.append(others[0])
     return sorted(chosen)
-
-
-def _read(path: Path, writer: AnnotationWriter) -> list[MixedRecord]:
-    records, rows = [], 0
-    for row in read_json_rows(path):
-        rows += 1
-        try:
-            records.append(_check(row, path))
-        except ValueError as error:
-            writer.report_problem("not a record", row.place, str(error), row.original)
-    writer.note_input(path, rows)
-    return records
-
-
-def _check(row: Row, path: Path) -> MixedRecord:
-    if isinstance(row.value, ValueError):
-        raise row.value
-    images = parse_record(row.value, row.place).images
-    (number,) = row.position.values()
-    source = {"set": path.stem, "file": row.file, **row.position}
-    value = {"id": f"{path.stem}_{number}", "sources": [source], **row.value}
-    return MixedRecord({**value, "id": str(value["id"])}, row.place, images or (row.place, str(path)))
-
-
-def _label(paths: list[Path]) -> list[str]:
-    """A name for each file, the stem where that is unique."""
-    ids = UniqueIds()
-    return [ids.take(path.stem) for path in paths]
-
-
-def _separate_ids(files: list[list[MixedRecord]], labels: list[str], writer: AnnotationWriter) -> None:
-    """Put the file's name in front of ids that stand in several files."""
-    holders = Counter(record_id for records in files for record_id in {record.value["id"] for record in records})
-    for label, records in zip(labels, files, strict=True):
-        for record in records:
-            if holders[record.value["id"]] > 1:
-                record.value["id"] = f"{label}_{record.value['id']}"
-                writer.notes["ids that stood in several files, now with the file's name in front"] += 1

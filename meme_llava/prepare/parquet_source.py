@@ -8,9 +8,12 @@ so equal images are stored once and a second run writes none again. Nothing abou
 import contextlib
 import hashlib
 import io
+import itertools
+import json
 import os
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants
@@ -26,14 +29,28 @@ from meme_llava.dataset.images import (
     resolve_image_path,
 )
 from meme_llava.errors import UserError
-from meme_llava.prepare.parquet_columns import PRESETS, Columns, Preset, find_columns, read_text
-from meme_llava.prepare.writer import AnnotationWriter, DrawingSettings, finish, make_record
+from meme_llava.prepare.writer import AnnotationWriter, DrawingSettings, make_record
 from meme_llava.storage.files import hash_file, write_whole
 
 ENDINGS = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "WEBP": "webp", "BMP": "bmp"}
 _ROWS_AT_ONCE = 32
 _BYTES_AT_ONCE = 4 << 20
 _FAILURES = (HTTPError, HfHubHTTPError, HFValidationError, OSError, ValueError)
+
+# What is known of the sets of the recipe's second version; of others, and where nothing stands, the split is train.
+KNOWN = {
+    "priyank-m/chinese_text_recognition": {},
+    "SWHL/ChineseOCRBench": {"split": "test", "caption_column": "answers"},
+    "fly0331/ChineseTest": {},
+    "REILX/text-description-of-the-meme": {},
+}
+# Telling names of columns, in the order in which they are looked for.
+_NAMES = {
+    "image_column": ("image", "img", "jpg", "png"),
+    "text_column": ("text", "ground_truth", "label", "transcription"),
+    "caption_column": ("caption", "description", "answer", "answers", "content"),
+    "question_column": ("question", "query"),
+}
 
 
 @dataclass(kw_only=True)
@@ -56,172 +73,96 @@ class ParquetSettings(DrawingSettings):
 
 def prepare_parquet(settings: ParquetSettings) -> None:
     """A data set with an image column → image files and annotations."""
-    folder = _make_folder(settings)
-    rows = _open_rows(settings)
+    folder, files = _make_folder(settings), _find_files(settings.dataset)
+    dataset, names, facts = _open_dataset(settings, files)
+    columns, name = _find_columns(settings, names), facts["dataset"]
     with AnnotationWriter(settings) as writer:
-        given = Columns(settings.image_column, settings.text_column, settings.caption_column, settings.question_column)
-        columns = find_columns(given, settings.dataset[0], rows.column_names)
-        reader = _RowReader(settings, columns, rows.name, folder)
         count = 0
-        for count, row in enumerate(rows, start=1):
-            place = f"{rows.name} row {count - 1}"
+        for number, row in enumerate(_read_rows(dataset, settings, bool(files))):
+            count, place = number + 1, f"{name} row {number}"
             try:
-                record = reader.read(row, count - 1)
+                text, answer, question = _read_words(row, columns, writer.notes)
+                image = _write_image(row[columns.image_column], folder, writer.notes)
             except ValueError as error:
-                original = {name: value for name, value in row.items() if name != columns.image}
-                writer.report_problem("row", place, str(error), original)
+                words = {column: value for column, value in row.items() if column != columns.image_column}
+                writer.report_problem("row", place, str(error), words)
                 continue
-            writer.add(record, place)
-        writer.notes.update(reader.notes)
-        writer.inputs += rows.describe(count)
+            record_id, source = f"{name.rpartition('/')[2]}_{number:06d}", {"set": name, "row": number}
+            image = image.relative_to(settings.image_folder.resolve()).as_posix()
+            writer.add(make_record(record_id, image, answer, source, settings.seed, text, question), place)
+        writer.inputs += [{**facts, "rows": count}]
+        writer.inputs += [{"file": str(path), "sha256": hash_file(path)} for path in files]
         # Images reach the disk before the annotations that name them.
         os.sync()
-        finish(writer)
-
-
-class _Rows:
-    """The rows of the data set, images as stored bytes."""
-
-    def __init__(self, dataset, name: str, files: list[Path], facts: dict, limit: int | None):
-        self._dataset, self.name, self._files, self._facts, self._limit = dataset, name, files, facts, limit
-        self.column_names = list(dataset.features or next(iter(dataset), {}))
-
-    def __iter__(self) -> Iterator[dict]:
-        with _explain_failure(self.name, bool(self._files)):
-            yield from self._dataset if self._limit is None else self._dataset.take(self._limit)
-
-    def describe(self, rows: int) -> list[dict]:
-        """The inputs as the manifest lists them."""
-        files = [{"file": str(path), "sha256": hash_file(path)} for path in self._files]
-        return [{"dataset": self.name, **self._facts, "rows": rows}, *files]
-
-
-class _RowReader:
-    """Turns rows into records and writes their images."""
-
-    def __init__(self, settings: ParquetSettings, columns: Columns, name: str, folder: Path):
-        self._settings, self._columns, self._folder = settings, columns, folder
-        self._set = name
-        self.notes = {}
-        self._written = 0
-
-    def read(self, row: dict, number: int) -> dict:
-        """The record of one row. Raises ValueError with the reason."""
-        text = read_text(row, self._columns.text) if self._columns.text else None
-        answer = self._read_caption(row) if self._columns.caption else text
-        if not answer:
-            raise ValueError(f"{self._columns.caption or self._columns.text} is empty")
-        question = read_text(row, self._columns.question) if self._columns.question else ""
-        image = self._write_image(row[self._columns.image])
-        source = {"set": self._set, "row": number}
-        record_id = f"{self._set.rpartition('/')[2]}_{number:06d}"
-        return make_record(record_id, image, answer, source, self._settings.seed, text=text, question=question)
-
-    def _read_caption(self, row: dict) -> str:
-        value = row[self._columns.caption]
-        if isinstance(value, list):
-            if len(value) > 1:
-                self._note("rows with further answers, of which the first was taken")
-            value = value[0] if value else ""
-        return read_text({self._columns.caption: value}, self._columns.caption)
-
-    def _write_image(self, value) -> str:
-        data = _read_bytes(value)
-        path = self._folder / f"{hashlib.sha256(data).hexdigest()[:16]}.{_find_ending(data)}"
-        if path.exists() and path.read_bytes() == data:
-            self._note("rows whose image was stored already")
-        else:
-            write_whole(path, data, fsync=False)
-            self._note("images written")
-        return path.relative_to(self._settings.image_folder.resolve()).as_posix()
-
-    def _note(self, what: str) -> None:
-        self.notes[what] = self.notes.get(what, 0) + 1
+        writer.finish()
 
 
 def _make_folder(settings: ParquetSettings) -> Path:
     try:
         folder = resolve_image_path(settings.images_to, settings.image_folder)
+        folder.mkdir(parents=True, exist_ok=True)
     except ValueError as error:
         raise UserError(f"--images_to {settings.images_to}: must lie inside --image_folder ({error})") from error
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--images_to {folder}: cannot be made ({error.strerror or error})") from error
     return folder
 
 
-def _open_rows(settings: ParquetSettings) -> _Rows:
+def _find_files(names: list[str]) -> list[Path]:
+    """The parquet files of a set on this machine; none for a hub id."""
+    first, *others = paths = [Path(name) for name in names]
+    if not first.exists():
+        if others or names[0].count("/") != 1 or names[0].startswith((".", "/", "~")) or first.suffix == ".parquet":
+            raise UserError(
+                f"--dataset {first}: no such file or folder. Give parquet files, a folder of them, or one hub id such "
+                f"as {', '.join(KNOWN)}."
+            )
+        return []
+    if missing := [path for path in paths if not path.exists()]:
+        raise UserError(f"--dataset {missing[0]}: no such file or folder")
+    if not first.is_dir():
+        if wrong := [path for path in paths if path.suffix != ".parquet"]:
+            raise UserError(f"--dataset {wrong[0]}: expected a .parquet file")
+        return paths
+    if others:
+        raise UserError("--dataset: give one folder, or parquet files")
+    if not (files := sorted(first.rglob("*.parquet"))):
+        raise UserError(f"--dataset {first}: no .parquet file in it")
+    return files
+
+
+def _open_dataset(settings: ParquetSettings, files: list[Path]) -> tuple:
+    """The set as datasets streams it, images as stored bytes; the names of its columns; facts for the manifest."""
     try:
-        from datasets import Features, load_dataset_builder
-        from datasets.exceptions import DatasetNotFoundError
-        from datasets.features import Image as ImageFeature
+        from datasets import load_dataset_builder
+        from pyarrow.dataset import ParquetFragmentScanOptions
     except ImportError as error:
         raise UserError("reading data sets needs one more package: pip install -r data/requirements.txt") from error
-    first = Path(settings.dataset[0])
-    split = settings.split or PRESETS.get(settings.dataset[0], Preset("train")).split
-    files, facts = [], {"split": split}
-    if first.exists():
-        files = _list_files(settings.dataset)
-        name = first.name if first.is_dir() else first.stem
-        source, options = (str(first), {}) if first.is_dir() else ("parquet", {"data_files": [str(f) for f in files]})
-    else:
-        name = _check_hub_id(settings.dataset)
-        source, options = name, {}
+    name, path = settings.dataset[0], Path(settings.dataset[0])
+    facts = {"dataset": name, "split": settings.split or KNOWN.get(name, {}).get("split", "train")}
     with _explain_failure(name, bool(files)):
-        try:
-            if not files:
-                facts["revision"] = options["revision"] = HfApi().dataset_info(name).sha
-            builder = load_dataset_builder(source, **options)
-            _bound_memory(builder.config)
-            dataset = builder.as_streaming_dataset(split)
-        except DatasetNotFoundError as error:
-            raise UserError(f"{name}: no such data set, or it asks for a log-in (HF_TOKEN): {error}") from error
-        dataset = dataset if dataset.features else dataset._resolve_features()
-    stored = {
-        column: ImageFeature(decode=False) if isinstance(feature, ImageFeature) else feature
-        for column, feature in (dataset.features or {}).items()
-    }
-    dataset = dataset.cast(Features(stored)) if stored != dataset.features else dataset
-    return _Rows(dataset, name, files, facts, settings.limit)
+        if path.is_dir():
+            facts["dataset"] = path.name
+            builder = load_dataset_builder(name)
+        elif files:
+            facts["dataset"] = path.stem
+            builder = load_dataset_builder("parquet", data_files=[str(file) for file in files])
+        else:
+            facts["revision"] = HfApi().dataset_info(name).sha
+            builder = load_dataset_builder(name, revision=facts["revision"])
+        if hasattr(builder.config, "fragment_scan_options"):
+            # By default all of a parquet file that was read so far stays in memory.
+            builder.config.batch_size = _ROWS_AT_ONCE
+            builder.config.fragment_scan_options = ParquetFragmentScanOptions(
+                pre_buffer=False, use_buffered_stream=True, buffer_size=_BYTES_AT_ONCE
+            )
+        dataset = builder.as_streaming_dataset(facts["split"]).decode(False)
+        return dataset, list(dataset.features or next(iter(dataset), {})), facts
 
 
-def _bound_memory(config) -> None:
-    """Have parquet read in small pieces; by default all of a file that was read so far stays in memory."""
-    from datasets.packaged_modules.parquet.parquet import ParquetConfig
-    from pyarrow.dataset import ParquetFragmentScanOptions
-
-    if isinstance(config, ParquetConfig):
-        config.batch_size = _ROWS_AT_ONCE
-        config.fragment_scan_options = ParquetFragmentScanOptions(
-            pre_buffer=False, use_buffered_stream=True, buffer_size=_BYTES_AT_ONCE
-        )
-
-
-def _list_files(names: list[str]) -> list[Path]:
-    paths = [Path(name) for name in names]
-    if missing := [str(path) for path in paths if not path.exists()]:
-        raise UserError(f"--dataset {missing[0]}: no such file or folder")
-    if paths[0].is_dir():
-        if len(paths) > 1:
-            raise UserError("--dataset: give one folder, or parquet files")
-        files = sorted(paths[0].rglob("*.parquet"))
-        if not files:
-            raise UserError(f"--dataset {paths[0]}: no .parquet file in it")
-        return files
-    if wrong := [str(path) for path in paths if path.suffix != ".parquet"]:
-        raise UserError(f"--dataset {wrong[0]}: expected a .parquet file")
-    return paths
-
-
-def _check_hub_id(names: list[str]) -> str:
-    name = names[0]
-    if len(names) > 1 or name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".parquet"):
-        raise UserError(
-            f"--dataset {name}: no such file or folder. Give parquet files, a folder of them, or one hub id such as "
-            f"{', '.join(PRESETS)}."
-        )
-    return name
+def _read_rows(dataset, settings: ParquetSettings, is_local: bool) -> Iterator[dict]:
+    with _explain_failure(settings.dataset[0], is_local):
+        yield from itertools.islice(dataset, settings.limit)
 
 
 @contextlib.contextmanager
@@ -229,34 +170,100 @@ def _explain_failure(name: str, is_local: bool) -> Iterator[None]:
     try:
         yield
     except _FAILURES as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if is_local:
-            raise UserError(f"{name}: cannot be read as parquet ({_first_line(error)})") from error
+            raise UserError(f"{name}: cannot be read as parquet ({reason})") from error
+        if type(error).__name__ in ("DatasetNotFoundError", "RepositoryNotFoundError", "GatedRepoError"):
+            raise UserError(f"{name}: no such data set, or it asks for a log-in (HF_TOKEN): {reason}") from error
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         offline = " HF_HUB_OFFLINE is set; unset it to download." if constants.HF_HUB_OFFLINE else ""
         raise UserError(
-            f"{name}: reading it (downloads come from {endpoint}) failed: {_first_line(error)}.{offline} Behind a slow "
+            f"{name}: reading it (downloads come from {endpoint}) failed: {reason}.{offline} Behind a slow "
             "or closed connection set HF_ENDPOINT to a mirror, or download its parquet files and give them to "
             "--dataset. Images already written are kept and not written again."
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _find_columns(settings: ParquetSettings, names: list[str]) -> ParquetSettings:
+    """The settings with columns: those that the user gives, else those known of the set, else telling names.
+
+    Args:
+        names: all columns of the set.
+
+    Raises:
+        UserError: a given column is not there, or images or words are in none that can be told.
+    """
+    for flag in _NAMES:
+        if getattr(settings, flag) not in (None, *names):
+            raise UserError(f"--{flag} {getattr(settings, flag)}: the data set has the columns {', '.join(names)}")
+    known = KNOWN.get(settings.dataset[0], {})
+    likely = {flag: next((name for name in telling if name in names), None) for flag, telling in _NAMES.items()}
+    likely |= known
+    image, text = settings.image_column or likely["image_column"], settings.text_column
+    caption, question = settings.caption_column, settings.question_column
+    if text is None and caption is None:
+        text = None if "caption_column" in known else likely["text_column"]
+        caption = None if text else likely["caption_column"]
+    if caption and question is None:
+        question = likely["question_column"]
+    if image is None and {"picName", "description"} <= set(names):
+        raise UserError(
+            f"{settings.dataset[0]}: holds captions without images. Download its .jsonl files and join them with "
+            "the images of emo-visual-data and ChineseBQB: python data/prepare.py captions --captions …"
+        )
+    if image not in names or (text or caption) not in names:
+        raise UserError(
+            f"{settings.dataset[0]}: cannot tell which columns hold the images and the words; it has "
+            f"{', '.join(names)}. Name them: --image_column and --text_column (the words in the image) or "
+            "--caption_column (any other answer)."
+        )
+    return replace(settings, image_column=image, text_column=text, caption_column=caption, question_column=question)
 
 
-def _read_bytes(value) -> bytes:
-    if isinstance(value, dict):
-        # A path beside it is not followed: it would be a file of this machine that a stranger's row names.
-        value = value.get("bytes")
-    if not isinstance(value, bytes) or not value:
-        raise ValueError(f"has no image ({type(value).__name__} in place of bytes)")
-    return value
+def _read_words(row: dict, columns: ParquetSettings, notes: Counter) -> tuple[str | None, str, str]:
+    """Text, answer and question of a row. Raises ValueError with the reason."""
+    text = _read_text(row, columns.text_column) if columns.text_column else None
+    answer = text
+    if column := columns.caption_column:
+        if isinstance(row[column], list):
+            notes["rows with further answers, of which the first was taken"] += len(row[column]) > 1
+            row = {**row, column: (row[column] or [""])[0]}
+        answer = _read_text(row, column)
+    if not answer:
+        raise ValueError(f"{columns.caption_column or columns.text_column} is empty")
+    return text, answer, _read_text(row, columns.question_column) if columns.question_column else ""
 
 
-def _find_ending(data: bytes) -> str:
+def _read_text(row: dict, column: str) -> str:
+    """The words in a column, without white space around them."""
+    value = row[column]
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{column} is {value!r}, expected text")
+    text = (value or "").strip()
+    if column == "ground_truth" and text.startswith("{"):
+        # ChineseTest's is JSON, as synthetic documents for Donut have it.
+        try:
+            text = json.loads(text)["gt_parse"]["text_sequence"].strip()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{column} has no gt_parse.text_sequence: {text[:200]}") from error
+    return text
+
+
+def _write_image(value, folder: Path, notes: Counter) -> Path:
+    """Store the bytes of an image. Raises ValueError with the reason."""
+    # A path beside the bytes is not followed: it would be a file of this machine that a stranger's row names.
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes) or not data:
+        raise ValueError(f"has no image ({type(data).__name__} in place of bytes)")
     try:
         with Image.open(io.BytesIO(data), formats=ACCEPTED_FORMATS) as image:
-            return ENDINGS[image.format.replace("MPO", "JPEG")]  # a phone's JPEG with a preview behind it
+            ending = ENDINGS[image.format.replace("MPO", "JPEG")]  # a phone's JPEG with a preview behind it
     except PARSER_ERRORS as error:
-        _, what = identify_file_type(data[:START_LENGTH], ACCEPTED_FORMATS)
-        raise ValueError(f"the image is {what}") from error
+        raise ValueError(f"the image is {identify_file_type(data[:START_LENGTH], ACCEPTED_FORMATS)[1]}") from error
+    path = folder / f"{hashlib.sha256(data).hexdigest()[:16]}.{ending}"
+    if path.exists() and path.read_bytes() == data:
+        notes["rows whose image was stored already"] += 1
+    else:
+        write_whole(path, data, fsync=False)
+        notes["images written"] += 1
+    return path

@@ -1,29 +1,37 @@
 """Training and validation records, divided without an image, or one nearly like it, on both sides.
 
 Records stay together that share an image: the same path, equal bytes, or perceptual hashes at most `near_distance` of
-64 bits apart; and so on along the chain. Split before mixing: copies made by weights would count in validation too.
+64 bits apart; and so on along the chain. The hash is ImageHash's phash (64 bits of a DCT of the image in grey, 32x32)
+of the image as training sees it. Split before mixing: copies made by weights would count in validation too.
 """
 
+import contextlib
 import random
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from meme_llava.cli import describe
+from meme_llava import count_cores
+from meme_llava.cli import check_setting, describe
 from meme_llava.dataset.check import check_image_folder
-from meme_llava.dataset.images import resolve_image_path
-from meme_llava.dataset.records import parse_record
+from meme_llava.dataset.images import open_image, resolve_image_path
 from meme_llava.errors import UserError
-from meme_llava.prepare.mixing import draw_fitting
-from meme_llava.prepare.near_duplicates import Groups, ImageHash, find_smallest_distance, hash_images, join_near
-from meme_llava.prepare.row_files import read_json_rows
-from meme_llava.prepare.writer import AnnotationWriter, SourceSettings, check_not_input, check_output
+from meme_llava.prepare.inputs import read_record_rows
+from meme_llava.prepare.mixing import draw_groups
+from meme_llava.prepare.writer import AnnotationWriter, SourceSettings
+from meme_llava.storage.files import hash_file
+from meme_llava.terminal import show_count
 
 # Of 881 memes, pairs at distance 2 to 4 are one drawing with other words in 19 of 21 cases, at 6 in 17 of 20, at 8 in
 # 22 of 40, at 10 in about 17 of 40. The largest group grows from 5 (distance 6) to 8, 17 and 30 (12) as chains form.
 NEAR_DISTANCE = 6
+# 64-bit distances computed at once; 8 bytes each, and a few copies of that.
+_PAIRS_AT_ONCE = 4_000_000
 
 
 @dataclass(kw_only=True)
@@ -39,10 +47,8 @@ class SplitSettings(SourceSettings):
 
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""
-        if not 0 < self.validation < 1:
-            raise UserError(f"--validation is {self.validation}, expected a share between 0 and 1, such as 0.05")
-        if not 0 <= self.near_distance <= 32:
-            raise UserError(f"--near_distance is {self.near_distance}, expected 0 to 32 bits")
+        check_setting(self, "validation", 0 < self.validation < 1, "a share between 0 and 1, such as 0.05")
+        check_setting(self, "near_distance", 0 <= self.near_distance <= 32, "0 to 32 bits")
         if self.output.with_suffix("").resolve() == self.validation_output.with_suffix("").resolve():
             raise UserError(
                 f"--validation_output {self.validation_output}: is --output too, but for its ending; choose another "
@@ -50,148 +56,190 @@ class SplitSettings(SourceSettings):
             )
 
 
-@dataclass
-class _Divided:
-    """The usable records, and the images they have."""
+class ImageHash(NamedTuple):
+    """What identifies an image: sha256 of the file, and 64 bits that change little when the image does."""
 
-    records: list[tuple[dict, str, list[int]]]  # value, place, its images
-    hashes: list[ImageHash]  # of every image
+    sha256: str
+    perceptual: int
 
 
-@dataclass(frozen=True)
-class _Grouping:
-    """`records`: the group of each record; `near_pairs`: how many pairs of images are near-duplicates."""
-
-    records: list[int]
-    near_pairs: int
+class _Record(NamedTuple):
+    value: dict
+    place: str
+    images: dict[Path, ImageHash]
 
 
 def prepare_split(settings: SplitSettings) -> None:
     """One annotation file → a training and a validation file."""
     check_image_folder(settings.image_folder)
-    check_not_input([settings.output, settings.validation_output], [settings.annotations])
-    check_output(settings.validation_output, settings.overwrite)
-    with AnnotationWriter(settings) as training, AnnotationWriter(_of_validation(settings)) as validation:
-        divided = _read(settings, training)
-        grouping = _group(divided, settings.near_distance)
-        chosen = _choose_validation(grouping.records, settings)
-        for (value, place, _), group in zip(divided.records, grouping.records, strict=True):
-            (validation if group in chosen else training).add(value, place)
-        leakage = _prove_apart(divided, grouping.records, chosen, settings.near_distance)
-        validation.inputs = training.inputs
-        training.close()
-        validation.close()
-        division = {name: getattr(settings, name) for name in ("validation", "near_distance", "seed")}
-        facts = {"division": division, "groups": _describe_groups(grouping), "between_the_sides": leakage}
-        # A run that is killed between the two leaves a new validation side without its training side, never a leak
-        # that goes unseen: the manifests name both.
-        validation.publish(**facts, training_output=str(settings.output))
-        training.publish(**facts, validation_output=str(settings.validation_output))
-        _print_split(training, validation, facts)
-
-
-def _of_validation(settings: SplitSettings) -> SourceSettings:
-    return SourceSettings(
+    of_validation = SourceSettings(
         output=settings.validation_output,
         overwrite=settings.overwrite,
         bad_records=settings.bad_records,
         image_folder=settings.image_folder,
     )
+    inputs = [settings.annotations]
+    with AnnotationWriter(settings, inputs) as training, AnnotationWriter(of_validation, inputs) as validation:
+        records = _read(settings, training)
+        groups, near_pairs = _group(records, settings.near_distance)
+        chosen = _choose_validation(groups, settings)
+        sides = {}, {}  # of training and validation: {path: hash}
+        for record, group in zip(records, groups, strict=True):
+            (validation if group in chosen else training).add(record.value, record.place)
+            sides[group in chosen].update(record.images)
+        between = _prove_apart(*sides, settings.near_distance)
+        validation.inputs = training.inputs
+        training.close()
+        validation.close()
+        sizes = Counter(groups)
+        facts = {
+            "division": {name: getattr(settings, name) for name in ("validation", "near_distance", "seed")},
+            "groups": {"count": len(sizes), "largest": max(sizes.values()), "near_duplicate_pairs": near_pairs},
+            "between_the_sides": between,
+        }
+        # A run that is killed between the two leaves a new validation side without its training side, never a leak
+        # that goes unseen: the manifests name both.
+        validation.publish(**facts, training_output=str(settings.output))
+        training.publish(**facts, validation_output=str(settings.validation_output))
+    training.print_summary()
+    validation.print_summary()
+    share = validation.records / (training.records + validation.records)
+    nearest = between["nearest_distance"]
+    print(
+        f"{share:.2%} of the records are for validation. {len(sizes):,} groups stay together, the largest has "
+        f"{max(sizes.values()):,} records; {near_pairs:,} pairs of images are near-duplicates. No image is on both "
+        f"sides, by path or bytes; the nearest two of them differ in {'–' if nearest is None else nearest} of 64 bits."
+    )
 
 
-def _read(settings: SplitSettings, writer: AnnotationWriter) -> _Divided:
-    """Read the records and hash their images; what cannot be used goes to `writer`."""
-    parsed, rows, numbers = [], 0, {}
-    for row in read_json_rows(settings.annotations):
-        rows += 1
+def _read(settings: SplitSettings, writer: AnnotationWriter) -> list[_Record]:
+    """The records with the hashes of their images; what cannot be used goes to `writer`."""
+    found = []
+    for row, parsed in read_record_rows(settings.annotations, writer):
         try:
-            if isinstance(row.value, ValueError):
-                raise row.value
-            names = parse_record(row.value, row.place).images
-            paths = [resolve_image_path(name, settings.image_folder) for name in names]
+            paths = [resolve_image_path(name, settings.image_folder) for name in parsed.images]
         except ValueError as error:
-            writer.report_problem("not a record", row.place, str(error), row.original)
+            writer.report_problem("not a record", row.place, str(error), row.value)
             continue
-        parsed.append((row.value, row.place, [numbers.setdefault(path, len(numbers)) for path in paths]))
-    writer.note_input(settings.annotations, rows)
-    if copies := sum(value.get("repeat", 1) != 1 for value, _, _ in parsed):
+        found.append((row.value, row.place, paths))
+    if copies := sum(value.get("repeat", 1) != 1 for value, _, _ in found):
         writer.notes["copies made by mixing, which count in validation too (split before you mix)"] = copies
-    hashes = hash_images(list(numbers))
+    paths = list(dict.fromkeys(path for _, _, paths in found for path in paths))
+    hashes = dict(zip(paths, hash_images(paths), strict=True))
     records = []
-    for value, place, images in parsed:
-        errors = [hashes[image] for image in images if isinstance(hashes[image], ValueError)]
-        if errors:
+    for value, place, paths in found:
+        images = {path: hashes[path] for path in paths}
+        if errors := [image for image in images.values() if isinstance(image, ValueError)]:
             writer.report_problem("image that cannot be used", place, str(errors[0]), value)
         else:
-            records.append((value, place, images))
-    return _Divided(records, hashes)
+            records.append(_Record(value, place, images))
+    return records
 
 
-def _group(divided: _Divided, distance: int) -> _Grouping:
-    """Union-find over records and the images that they have."""
-    count = len(divided.records)
-    usable = sorted({image for _, _, images in divided.records for image in images})
-    node = {image: count + index for index, image in enumerate(usable)}
-    groups = Groups(count + len(usable))
-    for record, (_, _, images) in enumerate(divided.records):
-        for image in images:
-            groups.join(record, node[image])
-    same_bytes = {}
-    for image in usable:
-        groups.join(node[image], node[same_bytes.setdefault(divided.hashes[image].sha256, image)])
-    between = Groups(len(usable))
-    perceptual = np.array([divided.hashes[image].perceptual for image in usable], np.uint64)
-    near_pairs = join_near(between, perceptual, distance)
-    for index, root in enumerate(between.roots().tolist()):
-        groups.join(count + index, count + root)
-    return _Grouping(groups.roots()[:count].tolist(), near_pairs)
+def _group(records: list[_Record], distance: int) -> tuple[list[int], int]:
+    """The group of every record, and how many pairs of images are near-duplicates.
+
+    Groups are the connected parts of a graph of records and images. Files of equal bytes have equal hashes.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    images = {path: image for record in records for path, image in record.images.items()}
+    numbers = {path: len(records) + number for number, path in enumerate(images)}
+    owned = [(record, numbers[path]) for record, one in enumerate(records) for path in one.images]
+    near, near_pairs = find_near(np.array([image.perceptual for image in images.values()], np.uint64), distance)
+    edges = np.concatenate([np.array(owned, np.int64).reshape(-1, 2), near + len(records)])
+    nodes = len(records) + len(images)
+    graph = coo_array((np.ones(len(edges)), edges.T), shape=(nodes, nodes))
+    return connected_components(graph, directed=False)[1][: len(records)].tolist(), near_pairs
 
 
 def _choose_validation(groups: list[int], settings: SplitSettings) -> set[int]:
     sizes = Counter(groups)
     target = int(settings.validation * len(groups))
-    names = list(sizes)
-    drawn = draw_fitting([sizes[name] for name in names], target, random.Random(settings.seed))
-    if not drawn or len(drawn) == len(names):
+    drawn = draw_groups(list(sizes.values()), target, random.Random(settings.seed))
+    if not drawn or len(drawn) == len(sizes):
         raise UserError(
             f"--validation {settings.validation}: of {len(groups):,} records at most {target:,} may go there, and they "
-            f"form {len(names):,} groups of at least {min(sizes.values(), default=0):,} that stay together. Give "
+            f"form {len(sizes):,} groups of at least {min(sizes.values(), default=0):,} that stay together. Give "
             "more records, another --validation, or a smaller --near_distance."
         )
+    names = list(sizes)
     return {names[index] for index in drawn}
 
 
-def _prove_apart(divided: _Divided, groups: list[int], chosen: set[int], distance: int) -> dict:
+def _prove_apart(training: dict[Path, ImageHash], validation: dict[Path, ImageHash], distance: int) -> dict:
     """Compare the two sides without the groups; raises RuntimeError if an image or a near one is on both."""
-    sides = (set(), set())
-    for (_, _, images), group in zip(divided.records, groups, strict=True):
-        sides[group in chosen].update(images)
-    training, validation = ([divided.hashes[image] for image in sorted(side)] for side in sides)
-    same = {image.sha256 for image in training} & {image.sha256 for image in validation}
+    shared = len(training.keys() & validation.keys())
+    first, second = ({image.sha256 for image in side.values()} for side in (training, validation))
     nearest = find_smallest_distance(
-        np.array([image.perceptual for image in validation], np.uint64),
-        np.array([image.perceptual for image in training], np.uint64),
+        *(np.array([image.perceptual for image in side.values()], np.uint64) for side in (training, validation))
     )
-    shared = len(sides[0] & sides[1])
-    if shared or same or (nearest is not None and nearest <= distance):
-        raise RuntimeError(f"the split leaks: {shared} shared images, {len(same)} equal, nearest {nearest} bits")
-    return {"shared_images": shared, "equal_bytes": len(same), "nearest_distance": nearest}
+    if shared or first & second or (nearest is not None and nearest <= distance):
+        raise RuntimeError(
+            f"the split leaks: {shared} shared images, {len(first & second)} equal, {nearest} bits apart"
+        )
+    return {"shared_images": shared, "equal_bytes": len(first & second), "nearest_distance": nearest}
 
 
-def _describe_groups(grouping: _Grouping) -> dict:
-    sizes = Counter(grouping.records)
-    return {"count": len(sizes), "largest": max(sizes.values()), "near_duplicate_pairs": grouping.near_pairs}
+def hash_images(paths: Sequence[Path]) -> list[ImageHash | ValueError]:
+    """Hash many images on all cores; the error in place of the hash for a file that is not an image."""
+    try:
+        import imagehash
+    except ImportError as error:
+        raise UserError("perceptual hashes need one more package: pip install -r data/requirements.txt") from error
+
+    def hash_image(path: Path) -> ImageHash | ValueError:
+        try:
+            bits = imagehash.phash(open_image(path)).hash.ravel()  # bool (64,)
+        except ValueError as error:
+            return error
+        return ImageHash(hash_file(path), int(np.packbits(bits).view(">u8")[0]))
+
+    hashes = []
+    with ThreadPoolExecutor(count_cores()) as pool, show_count("images hashed", len(paths)) as advance:
+        for image_hash in pool.map(hash_image, paths):
+            hashes.append(image_hash)
+            advance(1)
+    return hashes
 
 
-def _print_split(training: AnnotationWriter, validation: AnnotationWriter, facts: dict) -> None:
-    groups, apart = facts["groups"], facts["between_the_sides"]
-    training.print_summary()
-    validation.print_summary()
-    share = validation.records / (training.records + validation.records)
-    nearest = apart["nearest_distance"]
-    print(
-        f"{share:.2%} of the records are for validation. {groups['count']:,} groups stay together, the largest has "
-        f"{groups['largest']:,} records; {groups['near_duplicate_pairs']:,} pairs of images are near-duplicates. "
-        f"No image is on both sides, by path or bytes; the nearest two of them differ in "
-        f"{'–' if nearest is None else nearest} of 64 bits."
+def find_near(perceptual: np.ndarray, distance: int) -> tuple[np.ndarray, int]:
+    """Which images have hashes that differ in at most `distance` bits.
+
+    Args:
+        perceptual: uint64 (images,).
+
+    Returns:
+        pairs of images that connect all those that are near, int64 (pairs, 2), and how many pairs are near in all.
+    """
+    unique, first, inverse, counts = np.unique(perceptual, return_index=True, return_inverse=True, return_counts=True)
+    # One image stands for all with its hash.
+    pairs = [np.stack([np.arange(len(perceptual)), first[inverse]], axis=1)]
+    count = int((counts * (counts - 1) // 2).sum())
+    for start, distances in _iterate_distances(unique, unique):
+        rows, columns = np.nonzero(distances <= distance)
+        rows += start
+        rows, columns = rows[rows < columns], columns[rows < columns]
+        count += int((counts[rows] * counts[columns]).sum())
+        pairs.append(np.stack([first[rows], first[columns]], axis=1))
+    return np.concatenate(pairs), count
+
+
+def find_smallest_distance(left: np.ndarray, right: np.ndarray) -> int | None:
+    """The fewest bits in which a hash of `left` differs from one of `right`; None if a side is empty."""
+    return min(
+        (int(distances.min()) for _, distances in _iterate_distances(left, right) if distances.size), default=None
     )
+
+
+def _iterate_distances(left: np.ndarray, right: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Blocks of Hamming distances, uint8 (rows, len(right)), each with its first row."""
+    step = max(1, _PAIRS_AT_ONCE // max(1, len(right)))
+    # Seconds of work begin at about 30,000 images.
+    is_long = len(left) * len(right) > 10**9
+    with show_count("images compared", len(left)) if is_long else contextlib.nullcontext(lambda count: None) as advance:
+        for start in range(0, len(left), step):
+            rows = left[start : start + step, None]
+            yield start, np.bitwise_count(rows ^ right[None, :])
+            advance(len(rows))

@@ -352,7 +352,7 @@ def test_a_file_that_is_no_annotation_file_stops_the_run(
 
 
 def test_missing_files_and_folders_are_named(tmp_path, image_folder, encoder):
-    with pytest.raises(UserError, match=r"gone\.json: No such file or directory.*Is the path to the annotations right"):
+    with pytest.raises(UserError, match=r"gone\.json: No such file or directory.*Is the path right"):
         load(tmp_path / "gone.json", image_folder, encoder)
     with pytest.raises(UserError, match="images: Is a directory"):
         load(image_folder, image_folder, encoder)

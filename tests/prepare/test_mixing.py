@@ -10,8 +10,8 @@ import pytest
 from conftest import SHARED_DATA
 from PIL import Image
 
-from meme_llava.prepare.mixing import draw_fitting, draw_nearest
-from meme_llava.prepare.near_duplicates import hash_image
+from meme_llava.prepare.mixing import draw_groups
+from meme_llava.prepare.splitting import hash_images
 
 
 def make_record(record_id, image=None, **more):
@@ -119,12 +119,12 @@ def test_drawing_never_overshoots_and_comes_near():
         generator = random.Random(seed)
         sizes = [generator.randint(1, 6) for _ in range(generator.randint(1, 20))]
         target = generator.randint(0, sum(sizes))
-        fitting = draw_fitting(sizes, target, random.Random(seed))
+        fitting = draw_groups(sizes, target, random.Random(seed))
         count = sum(sizes[index] for index in fitting)
         assert count <= target and len(set(fitting)) == len(fitting)
         others = [size for index, size in enumerate(sizes) if index not in fitting]
         assert all(count + size > target for size in others)
-        nearest = sum(sizes[index] for index in draw_nearest(sizes, target, random.Random(seed)))
+        nearest = sum(sizes[index] for index in draw_groups(sizes, target, random.Random(seed), nearest=True))
         assert abs(nearest - target) <= target - count
 
 
@@ -185,7 +185,7 @@ def test_images_and_their_near_duplicates_stay_on_one_side(images, seed):
         assert group <= held_out or not group & held_out
     for one in held_out:
         for other in list_images(training):
-            first, second = (hash_image(images / "root" / name) for name in (one, other))
+            first, second = hash_images([images / "root" / name for name in (one, other)])
             assert first.sha256 != second.sha256 and (first.perceptual ^ second.perceptual).bit_count() > 6
 
 

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from meme_llava.errors import UserError
-from meme_llava.prepare import near_duplicates
-from meme_llava.prepare.near_duplicates import Groups, find_smallest_distance, hash_image, hash_images, join_near
+from meme_llava.prepare import splitting
+from meme_llava.prepare.splitting import find_near, find_smallest_distance, hash_images
+from meme_llava.storage.files import hash_file
 
 
 def draw(path, seed, **save):
@@ -21,7 +22,7 @@ def test_a_recompressed_image_hashes_nearly_alike_and_another_one_far_off(tmp_pa
     draw(tmp_path / "a.png", 1)
     draw(tmp_path / "a.jpg", 1, quality=60)
     draw(tmp_path / "b.png", 2)
-    original, recompressed, other = (hash_image(tmp_path / name) for name in ("a.png", "a.jpg", "b.png"))
+    original, recompressed, other = hash_images([tmp_path / name for name in ("a.png", "a.jpg", "b.png")])
     assert original.sha256 != recompressed.sha256
     assert (original.perceptual ^ recompressed.perceptual).bit_count() <= 4
     assert (original.perceptual ^ other.perceptual).bit_count() > 12
@@ -34,21 +35,22 @@ def test_transparent_images_hash_as_training_sees_them(tmp_path):
     ImageDraw.Draw(hidden).ellipse((5, 5, 40, 50), fill="black")
     shown.save(tmp_path / "shown.png")
     hidden.save(tmp_path / "hidden.png")
-    assert hash_image(tmp_path / "shown.png").perceptual == hash_image(tmp_path / "hidden.png").perceptual
+    first, second = hash_images([tmp_path / "shown.png", tmp_path / "hidden.png"])
+    assert first.perceptual == second.perceptual
 
 
 def test_unreadable_images_come_back_as_errors_in_their_place(tmp_path):
     draw(tmp_path / "a.png", 1)
     (tmp_path / "b.png").write_text("<html>")
     good, bad, missing = hash_images([tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.png"])
-    assert good == hash_image(tmp_path / "a.png")
+    assert good.sha256 == hash_file(tmp_path / "a.png")
     assert isinstance(bad, ValueError) and isinstance(missing, ValueError)
 
 
 @pytest.mark.parametrize("block", [1, 50, 4_000_000])
 @pytest.mark.parametrize("distance", [0, 2, 6])
 def test_groups_and_pairs_are_those_of_plain_loops(monkeypatch, distance, block):
-    monkeypatch.setattr(near_duplicates, "_PAIRS_AT_ONCE", block)
+    monkeypatch.setattr(splitting, "_PAIRS_AT_ONCE", block)
     generator = np.random.default_rng(0)
     centres = generator.integers(0, 2**63, 12, np.uint64)
     flips = np.array(
@@ -61,16 +63,18 @@ def test_groups_and_pairs_are_those_of_plain_loops(monkeypatch, distance, block)
         for second in range(first)
         if (int(hashes[first]) ^ int(hashes[second])).bit_count() <= distance
     ]
-    expected = list(range(len(hashes)))
-    for first, second in near:
-        old, new = expected[first], expected[second]
-        expected = [new if name == old else name for name in expected]
-    groups = Groups(len(hashes))
-    assert join_near(groups, hashes, distance) == len(near)
-    found = groups.roots()
-    for first in range(len(hashes)):
-        for second in range(first):
-            assert (found[first] == found[second]) == (expected[first] == expected[second])
+    pairs, count = find_near(hashes, distance)
+    assert count == len(near)
+    assert _connect(len(hashes), pairs.tolist()) == _connect(len(hashes), near)
+
+
+def _connect(count, pairs):
+    """The lowest member of everybody's group."""
+    names = list(range(count))
+    for first, second in pairs:
+        low, high = sorted((names[first], names[second]))
+        names = [low if name == high else name for name in names]
+    return names
 
 
 def test_smallest_distance_between_two_sides():

@@ -1,0 +1,199 @@
+"""What sources are read from: rows of JSON, JSONL and CSV files, each with its place, and images found by their names.
+
+A broken row goes to the writer and never stops the file. The readers of datasets, pandas and pyarrow lose what is
+needed here: JSON stops at the first broken row, in CSV rows with a cell too many are shifted or skipped without their
+number, and a cell that says NA becomes nothing.
+"""
+
+import csv
+import difflib
+import io
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+from unicodedata import normalize
+
+from meme_llava.dataset.check import check_image_folder
+from meme_llava.dataset.images import resolve_image_path
+from meme_llava.dataset.inspection import IMAGE_SUFFIXES
+from meme_llava.dataset.records import Record, RecordFault, iterate_values, parse_record, read_text
+from meme_llava.errors import UserError
+from meme_llava.prepare.writer import AnnotationWriter, ImagesSettings
+from meme_llava.storage.files import hash_file
+
+# Kinds of problems.
+BROKEN = "broken row"
+NO_IMAGE = "missing or ambiguous image"
+# Looking for the nearest of 10,000 names takes half a second.
+_SUGGESTIONS = 50
+
+
+class Row(NamedTuple):
+    """A value of a file. `position` is {"file": name, "line": n} counted from 1, or "row": n of an array from 0."""
+
+    position: dict
+    value: Any
+
+    @property
+    def place(self) -> str:
+        """Where it stands, for messages."""
+        (_, file), (unit, number) = self.position.items()
+        return f"{file} {unit} {number}"
+
+
+def read_json_rows(path: Path, writer: AnnotationWriter, kind: str = BROKEN) -> Iterator[Row]:
+    """The values of a JSONL file (its name ends in .jsonl) or a JSON array, which becomes an input of `writer`.
+
+    Args:
+        kind: what lines that are not JSON are counted as.
+
+    Raises:
+        UserError: the file is missing, not UTF-8, or no JSON array.
+    """
+    for place, value in writer.note_input(path, iterate_values(path)):
+        *_, unit, number = place.split(" ")
+        row = Row({"file": path.name, "line" if unit == "line" else "row": int(number)}, value)
+        if isinstance(value, RecordFault):
+            writer.report_problem(kind, row.place, str(value), value.content)
+        else:
+            yield row
+
+
+def read_record_rows(path: Path, writer: AnnotationWriter) -> Iterator[tuple[Row, Record]]:
+    """The records of an annotation file, as they stand there and parsed; what is none goes to `writer`."""
+    for row in read_json_rows(path, writer, "not a record"):
+        try:
+            yield row, parse_record(row.value, row.place)
+        except RecordFault as fault:
+            writer.report_problem("not a record", row.place, str(fault), row.value)
+
+
+def read_csv_rows(path: Path) -> Iterator[Row]:
+    """The cells of every row of a CSV file (tab-separated if its name ends in .tsv), header included, as lists.
+
+    Raises:
+        UserError: the file is missing, not UTF-8, or its quotes are broken.
+    """
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter)
+    # The module's limit of 131,072 characters a cell is meant for guarding memory; the file is in memory already.
+    csv.field_size_limit(2**31 - 1)
+    start = 1
+    try:
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                yield Row({"file": path.name, "line": start}, cells)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num} is not CSV ({error})") from error
+
+
+def read_table_rows(path: Path, writer: AnnotationWriter, columns: list[str | None]) -> Iterator[Row]:
+    """The rows of a CSV, TSV, JSONL or JSON table, as {column: value}. The file becomes an input of `writer`.
+
+    Raises:
+        UserError: a CSV lacks one of the columns, or the file cannot be read.
+    """
+    if path.suffix.lower() in (".json", ".jsonl"):
+        yield from read_json_rows(path, writer)
+        return
+    rows = read_csv_rows(path)
+    names = [name.strip() for name in next(rows, Row({}, [])).value]
+    if missing := [column for column in columns if column not in (None, *names)]:
+        found = ", ".join(names) or "nothing"
+        raise UserError(f"{path}: has no column {', '.join(missing)}; its first line has {found}")
+    for row in writer.note_input(path, rows):
+        if len(row.value) == len(names):
+            yield Row(row.position, dict(zip(names, row.value, strict=True)))
+        else:
+            reason = f"has {len(row.value)} cells, the first line has {len(names)}"
+            writer.report_problem(BROKEN, row.place, reason, ",".join(row.value))
+
+
+@dataclass(frozen=True)
+class FoundImage:
+    """An image: its path from the image folder, the data set (subfolder) it lies in, and equal files elsewhere."""
+
+    image: str
+    data_set: str
+    copies: int = 0
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.image).stem
+
+
+class ImageIndex:
+    """The images in subfolders of the image folder, by name; hidden files and folders are passed over.
+
+    Names match in any Unicode normalisation: macOS writes é and が in two characters, everyone else in one.
+
+    Raises:
+        UserError: a folder is missing, lies outside the image folder, or no image is in them.
+    """
+
+    def __init__(self, settings: ImagesSettings):
+        check_image_folder(settings.image_folder)
+        self._image_folder, self._suggested = settings.image_folder, 0
+        self._by_name = defaultdict(list)  # NFC name: [FoundImage]
+        for subfolder in settings.images:
+            for image in _list_images(settings.image_folder, subfolder):
+                name = normalize("NFC", image.rpartition("/")[2])
+                self._by_name[name].append(FoundImage(image, Path(subfolder).as_posix()))
+        self.count = sum(map(len, self._by_name.values()))
+        self.places = ", ".join(str(settings.image_folder / subfolder) for subfolder in settings.images)
+        if not self.count:
+            raise UserError(f"no image ({', '.join(sorted(IMAGE_SUFFIXES))}) in {self.places}")
+
+    def __iter__(self) -> Iterator[list[FoundImage]]:
+        """The images of every name, in the order of names."""
+        return (images for _, images in sorted(self._by_name.items()))
+
+    def find(self, name: str) -> FoundImage:
+        """The image that a caption calls `name`: a file name, or the end of a path.
+
+        Raises:
+            RecordFault: there is none (with the nearest name), or several with different bytes.
+        """
+        name = normalize("NFC", name)
+        file_name = name.rpartition("/")[2]
+        images = self._by_name.get(file_name, [])
+        images = [image for image in images if normalize("NFC", f"/{image.image}").endswith(f"/{name}")]
+        if images:
+            return self.choose(images)
+        self._suggested += 1
+        near = self._suggested <= _SUGGESTIONS and difflib.get_close_matches(file_name, self._by_name, 1, 0.75)
+        raise RecordFault(NO_IMAGE, f"no image {name!r}" + (f"; the nearest name is {near[0]!r}" if near else ""))
+
+    def choose(self, images: list[FoundImage]) -> FoundImage:
+        """The first of images with one name, if their bytes are equal.
+
+        Raises:
+            RecordFault: they differ, or one cannot be read.
+        """
+        paths = {resolve_image_path(image.image, self._image_folder): image.image for image in images}
+        for path, image in paths.items():
+            if not path.is_file():
+                raise RecordFault(NO_IMAGE, f"{image} is not a file")
+        if len(paths) > 1 and len({hash_file(path) for path in paths}) > 1:
+            places = ", ".join(image.image for image in images)
+            raise RecordFault(NO_IMAGE, f"several different images have that name: {places}")
+        return FoundImage(images[0].image, images[0].data_set, len(images) - 1)
+
+
+def _list_images(image_folder: Path, subfolder: str) -> list[str]:
+    try:
+        top = resolve_image_path(subfolder, image_folder)
+    except ValueError as error:
+        raise UserError(f"--images {subfolder}: must be a folder inside --image_folder ({error})") from error
+    if not top.is_dir():
+        raise UserError(f"--images {subfolder}: no such folder in {image_folder}")
+    root, found = image_folder.resolve(), []
+    for folder, folders, files in os.walk(top):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        images = [Path(folder, name) for name in files if not name.startswith(".")]
+        found += [path.relative_to(root).as_posix() for path in images if path.suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(found)
