@@ -8,7 +8,7 @@ one stood, and shows the scores of a finished one. With `--compare_with` the sco
 them in the table. `--answer_with` asks others than our models: the original LLaVA, a server, a text recogniser.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from meme_llava.cli import parse_arguments, to_plain
@@ -17,8 +17,6 @@ from meme_llava.evaluate.answer_sources import AnswerSource, choose_questions, c
 from meme_llava.evaluate.precheck import check_images
 from meme_llava.evaluate.results_folder import (
     EVALUATE,
-    append_remaining,
-    find_evaluation,
     open_evaluation,
     read_finished_evaluation,
 )
@@ -51,13 +49,11 @@ def main(argv: list[str] | None = None) -> None:
     with open_evaluation(arguments.output_dir, record, arguments.overwrite) as folder:
         if folder.metrics is None:
             ask, root = source.load(), arguments.image_folder.resolve()
-            append_remaining(
-                folder,
-                questions,
-                "questions",
-                arguments.batch_size,
-                lambda batch: (prediction.to_line(root) for prediction in ask(batch)),
-            )
+
+            def answer(some: list[Question]) -> Iterator[dict]:
+                return (prediction.to_line(root) for prediction in ask(some))
+
+            folder.append_remaining(questions, "questions", arguments.batch_size, answer)
             check_something_was_answered(folder.lines)
             scores = score_predictions([Prediction.of_line(line) for line in folder.lines])
             folder.finish(record | {"scores": {name: vars(score) for name, score in scores.items()}})
@@ -98,7 +94,7 @@ def check_something_was_answered(lines: Sequence[dict]) -> None:
 
 def read_comparable_scores(folder: Path, asked: dict) -> dict[str, Score]:
     """The scores of another evaluation. Raises UserError if it answered other questions."""
-    metrics = read_finished_evaluation(find_evaluation(folder))
+    _, metrics = read_finished_evaluation(folder)
     for name in ("annotations_sha256", "limit"):
         if metrics["asked"][name] != asked[name]:
             raise UserError(
@@ -119,7 +115,7 @@ def print_scores(columns: Sequence[tuple[str, dict[str, Score]]]) -> None:
         measure, present = describe_measure(name), [scores.get(name) for _, scores in columns]
         # On one line, as "7.0% (5.1–9.2)", where nothing stands beside it.
         form = "{} ({})" if len(columns) == 1 else "{}\n{}"
-        cells = ["–" if score is None else form.format(*show_score(measure, score)) for score in present]
+        cells = ["–" if score is None else form.format(*show_score(score, measure.is_share)) for score in present]
         rows.append((measure.title, *cells, show_counts(present)))
     print_table("Answers (95 % interval)", ("score", *(head for head, _ in columns), "answers"), rows)
 

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
             name,
             f"{len(questions) / min(seconds[name]):.1f}",
             f"{min(seconds[first]) / min(seconds[name]):.2f}",
-            f"{sum(one.token_ids == other.token_ids for one, other in zip(answers[first], answers[name], strict=True))}"
+            f"{sum(one.text == other.text for one, other in zip(answers[first], answers[name], strict=True))}"
             f" of {len(questions)}",
         )
         for name in ways

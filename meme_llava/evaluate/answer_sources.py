@@ -41,11 +41,7 @@ class AnswerSource:
 
 
 def choose_source(arguments: EvaluateArguments) -> AnswerSource:
-    """Who is asked by these settings.
-
-    Raises:
-        UserError: there is no such model, endpoint or key, or a package is missing.
-    """
+    """Who is asked by these settings. Raises UserError without such a model, endpoint, key or package."""
     if arguments.answer_with == "rapidocr":
         if missing := [name for name in ("rapidocr", "onnxruntime") if importlib.util.find_spec(name) is None]:
             requirements = "configs/requirements/other_models.txt"
@@ -85,11 +81,7 @@ def check_model_folder(folder: Path) -> None:
 
 
 def choose_questions(questions: list[Question], annotations: Path, answer_with: str) -> list[Question]:
-    """Those that make sense to ask: a text recogniser knows the words of an image and nothing else.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Those that make sense to ask; a text recogniser knows only the words of an image. Raises UserError for none."""
     if answer_with != "rapidocr":
         return questions
     about_text = [question for question in questions if asks_for_text(question)]

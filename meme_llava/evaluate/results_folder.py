@@ -26,7 +26,6 @@ PREDICTIONS = "predictions.jsonl"
 LINES = {EVALUATE: PREDICTIONS, JUDGE: "judgements.jsonl"}
 METRICS = "metrics.json"
 SCORES = "scores"  # in an OUTPUT_DIR of run.sh
-FULL_DISK_ADVICE = "Free some and start the same command again; answers are kept."
 Item = TypeVar("Item")
 
 
@@ -49,10 +48,31 @@ class EvaluationFolder:
                 raise UserError(f"{self._file}: is damaged ({error}); --overwrite asks everything again") from error
         self.metrics = _read_metrics(folder / METRICS) if (folder / METRICS).is_file() else None
 
-    def append(self, content: dict) -> None:
-        """Add a line and bring it to the disk."""
-        append_line(self._file, content)
-        self.lines.append(content)
+    def append_remaining(
+        self, items: Sequence[Item], noun: str, batch_size: int, answer: Callable[[Sequence[Item]], Iterable[dict]]
+    ) -> None:
+        """Write the lines that are missing, with a progress bar; an interruption keeps those before it.
+
+        Args:
+            items: what the folder gets a line for each; `noun` says what they are.
+            answer: gives the lines of a batch of items. Its ValueError, for an image that is gone, becomes a UserError.
+        """
+        done = len(self.lines)
+        if done:
+            print(f"{done:,} of {len(items):,} {noun} are done already")
+        with show_count(noun, len(items) - done) as advance:
+            try:
+                for start in range(done, len(items), batch_size):
+                    for line in answer(items[start : start + batch_size]):
+                        append_line(self._file, line)
+                        self.lines.append(line)
+                        advance(1)
+            except ValueError as error:
+                raise UserError(f"{error}; fix it and start the same command again, which goes on") from error
+            except KeyboardInterrupt:
+                kept = f"{len(self.lines):,} of {len(items):,} {noun} are done"
+                print(f"{kept}; the same command goes on", file=sys.stderr)
+                raise
 
     def finish(self, metrics: dict) -> None:
         """Write the scores, whole or not at all."""
@@ -65,8 +85,7 @@ def open_evaluation(output_dir: Path, record: dict, overwrite: bool) -> Iterator
     """Open the folder of an evaluation, made if it does not exist, and keep other processes off it.
 
     Args:
-        record: the run record. What `record["asked"]` holds decides about the answers; a folder in which all of it is
-            the same goes on, whatever else changed.
+        record: the run record. A folder goes on where `record["asked"]`, which decides about the answers, is the same.
         overwrite: start anew in a folder that some evaluation wrote.
 
     Raises:
@@ -74,56 +93,24 @@ def open_evaluation(output_dir: Path, record: dict, overwrite: bool) -> Iterator
         DiskFullError: the disk is full; the lines before stay.
     """
     has_record = (output_dir / RUN_RECORD).is_file()
-    if not has_record or overwrite:
+    starts_anew = overwrite or not has_record
+    if starts_anew:
         check_output_dir(output_dir, overwrite)
     if has_record:
         # A model is not an evaluation; it is not emptied.
-        before = read_evaluation_record(output_dir, record["stage"])
-        if not overwrite:
-            check_same_questions(output_dir, before["asked"], record["asked"])
+        before = _read_asked(output_dir, record["stage"])
+        if not starts_anew:
+            _check_same(output_dir, before, record["asked"])
     output_dir.mkdir(parents=True, exist_ok=True)
-    with lock(output_dir), explain_full_disk(output_dir, FULL_DISK_ADVICE):
-        if not has_record or overwrite:
+    advice = "Free some and start the same command again; answers are kept."
+    with lock(output_dir), explain_full_disk(output_dir, advice):
+        if starts_anew:
             empty_directory(output_dir)
             write_json(output_dir / RUN_RECORD, record)
         yield EvaluationFolder(output_dir, record["stage"])
 
 
-def append_remaining(
-    folder: EvaluationFolder,
-    items: Sequence[Item],
-    noun: str,
-    batch_size: int,
-    answer: Callable[[Sequence[Item]], Iterable[dict]],
-) -> None:
-    """Write the lines that are missing, with a progress bar; an interruption keeps those before it.
-
-    Args:
-        items: what the folder gets a line for each; `noun` says what they are.
-        answer: gives the lines of a batch of items. A ValueError says which image cannot be read.
-
-    Raises:
-        UserError: an image cannot be read any more.
-    """
-    done = len(folder.lines)
-    if done:
-        print(f"{done:,} of {len(items):,} {noun} are done already")
-    with show_count(noun, len(items) - done) as advance:
-        try:
-            for start in range(done, len(items), batch_size):
-                for line in answer(items[start : start + batch_size]):
-                    folder.append(line)
-                    advance(1)
-        except ValueError as error:
-            raise UserError(f"{error}; fix it and start the same command again, which goes on") from error
-        except KeyboardInterrupt:
-            kept = f"{len(folder.lines):,} of {len(items):,} {noun} are done"
-            print(f"{kept}; the same command goes on", file=sys.stderr)
-            raise
-
-
-def check_same_questions(folder: Path, before: dict, asked: dict) -> None:
-    """Raise UserError unless the evaluation in `folder` asked the same questions of the same model."""
+def _check_same(folder: Path, before: dict, asked: dict) -> None:
     changes = [
         # Nobody can read a hash.
         f"other {name.removesuffix('_sha256')}"
@@ -139,8 +126,8 @@ def check_same_questions(folder: Path, before: dict, asked: dict) -> None:
         )
 
 
-def read_evaluation_record(folder: Path, stage: str = EVALUATE) -> dict:
-    """The run record of an evaluation or a judge. Raises UserError if the folder holds none."""
+def _read_asked(folder: Path, stage: str) -> dict:
+    """What was asked of whom. Raises UserError if the folder is not one of this stage."""
     path = folder / RUN_RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -150,38 +137,29 @@ def read_evaluation_record(folder: Path, stage: str = EVALUATE) -> dict:
         raise UserError(
             f"{folder}: is not an output_dir of {stage}.py ({path.name}: {error}); choose another folder"
         ) from error
-    return record
+    return record["asked"]
 
 
-def find_evaluation(folder: Path) -> Path:
-    """The evaluation that a folder is, or that run.sh put into it.
-
-    Raises:
-        UserError: there is no such folder, or nothing was evaluated there yet.
-    """
+def read_finished_evaluation(folder: Path) -> tuple[Path, dict]:
+    """The evaluation that a folder is, or that run.sh put there, and its metrics. Raises UserError for any other."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give an OUTPUT_DIR of run.sh or an output_dir of evaluate.py")
-    if (folder / RUN_RECORD).is_file():
-        return folder
-    if (folder / SCORES).is_dir():
-        return folder / SCORES
-    if (folder / "merged").is_dir() or (folder / "train").is_dir():
-        raise UserError(
-            f"{folder}: was not evaluated yet; run first, with the other "
-            f"variables of that run: OUTPUT_DIR={folder} bash run.sh evaluate"
-        )
-    raise UserError(
-        f"{folder}: holds no {RUN_RECORD}, so it is not an output_dir of evaluate.py; choose another folder"
-    )
-
-
-def read_finished_evaluation(folder: Path) -> dict:
-    """What metrics.json holds. Raises UserError if the folder holds no finished evaluation."""
-    read_evaluation_record(folder)
-    path = folder / METRICS
-    if not path.is_file():
+    if not (folder / RUN_RECORD).is_file():
+        if (folder / SCORES).is_dir():
+            folder = folder / SCORES
+        elif (folder / "merged").is_dir() or (folder / "train").is_dir():
+            raise UserError(
+                f"{folder}: was not evaluated yet; run first, with the other "
+                f"variables of that run: OUTPUT_DIR={folder} bash run.sh evaluate"
+            )
+        else:
+            raise UserError(
+                f"{folder}: holds no {RUN_RECORD}, so it is not an output_dir of evaluate.py; choose another folder"
+            )
+    _read_asked(folder, EVALUATE)
+    if not (folder / METRICS).is_file():
         raise UserError(f"{folder}: is not finished; run the same evaluate.py command once more to its end")
-    return _read_metrics(path)
+    return folder, _read_metrics(folder / METRICS)
 
 
 def _read_metrics(path: Path) -> dict:
@@ -195,11 +173,7 @@ def _read_metrics(path: Path) -> dict:
 
 
 def read_predictions(folder: Path) -> dict[tuple, dict]:
-    """The lines of a finished evaluation in their order, keyed by question.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
+    """The lines of a finished evaluation in their order, keyed by question. Raises UserError if they cannot be read."""
     predictions: dict[tuple, dict] = {}
     times: Counter[tuple] = Counter()
     try:

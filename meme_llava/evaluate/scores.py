@@ -86,9 +86,9 @@ class Score:
     count: int
 
 
-def show_score(measure: Measure, score: Score) -> tuple[str, str]:
+def show_score(score: Score, is_share: bool = True) -> tuple[str, str]:
     """The score and its interval, as "7.0%" and "5.1–9.2"."""
-    factor, sign = (100, "%") if measure.is_share else (1, "")
+    factor, sign = (100, "%") if is_share else (1, "")
     value, low, high = (f"{factor * number:.1f}" for number in (score.value, score.low, score.high))
     return f"{value}{sign}", f"{low}–{high}"
 
@@ -112,7 +112,7 @@ def score_predictions(predictions: Sequence[Prediction]) -> dict[str, Score]:
     scores = {}
     for name, of_score in parts.items():
         images, *counts = zip(*of_score, strict=True)
-        scores[name] = _estimate(images, np.array(counts, dtype=float).T, _divide)  # (answers, points and of)
+        scores[name] = _estimate(images, np.array(counts, dtype=float).T)  # (answers, points and of)
     scores |= _compare_captions(predictions)
     return {name: scores[name] for name in list_measures([scores])}
 
@@ -179,11 +179,8 @@ def _count_found(text: str, answer: str) -> int:
     Lines may be quoted one by one and with words between, so the pieces may stand anywhere.
     """
     length = min(FOUND_PIECE, len(text))
-    found: set[int] = set()
-    for start in range(len(text) - length + 1):
-        if text[start : start + length] in answer:
-            found.update(range(start, start + length))
-    return len(found)
+    starts = [start for start in range(len(text) - length + 1) if text[start : start + length] in answer]
+    return len({place for start in starts for place in range(start, start + length)})
 
 
 def _compare_captions(predictions: Sequence[Prediction]) -> dict[str, Score]:
@@ -206,21 +203,20 @@ def _compare_captions(predictions: Sequence[Prediction]) -> dict[str, Score]:
 
 def estimate_mean(images: Sequence, values: Sequence[float]) -> Score:
     """The mean of a value of every answer, with its interval as by `score_predictions`."""
-    return _estimate(images, np.array([(value, 1) for value in values], dtype=float), _divide)
+    return _estimate(images, np.array([(value, 1) for value in values], dtype=float))
 
 
-def _divide(sums: np.ndarray) -> np.ndarray:
-    points, of = sums.T
-    return points / of
-
-
-def _estimate(images: Sequence, counts: np.ndarray, compute: Callable[[np.ndarray], np.ndarray]) -> Score:
+def _estimate(
+    images: Sequence,
+    counts: np.ndarray,
+    compute: Callable[[np.ndarray], np.ndarray] = lambda sums: sums[:, 0] / sums[:, 1],
+) -> Score:
     """The score of all answers, and its interval by drawing images with all their answers.
 
     Args:
         images: of every answer.
         counts: what every answer adds, (answers, counts).
-        compute: rows of summed counts, (rows, counts), to their scores, (rows,).
+        compute: rows of summed counts, (rows, counts), to their scores, (rows,); by default points by of how many.
     """
     rows = {image: row for row, image in enumerate(dict.fromkeys(images))}
     sums = np.zeros((len(rows), counts.shape[1]), counts.dtype)  # (images, counts)

@@ -68,8 +68,7 @@ def ask_all(
         check: what is wrong with an answer, as "kind: detail", or None.
 
     Raises:
-        UserError: no question can be answered, as key, model or address are wrong or the account is used up; after
-            what was on its way has come.
+        UserError: key, model or address are wrong, or the account is used up; after what was on its way has come.
     """
     client = openai.AsyncOpenAI(
         api_key=endpoint.key,
@@ -117,26 +116,24 @@ def ask_all(
 def ask_in_order(
     endpoint: Endpoint, questions: Sequence[Question], max_new_tokens: int, timeout: float, **options
 ) -> Iterator[Prediction]:
-    """Ask everything at the same time; the predictions come in the order of the questions, without text if refused.
+    """Ask everything at the same time; predictions come in the order of the questions, without text if refused.
 
-    Raises:
-        UserError: no question can be answered, or none was; those before it were given.
+    Raises UserError where no question can be answered, or none was; those before it were given.
     """
     came: dict[int, Prediction] = {}
-    stop = None
-    try:
-        for place, prediction, _ in ask_all(endpoint, questions, len(questions), max_new_tokens, timeout, **options):
-            came[place] = prediction
-    except (UserError, KeyboardInterrupt) as error:
-        stop = error
-    faults = [one.problem for one in came.values() if one.problem is not None and one.problem.startswith(UNANSWERED)]
-    # One of many that stays unanswered would stand in the way of all that come after it, for ever.
-    if faults and len(faults) == len(came):
-        came, stop = {}, stop or UserError(f"{endpoint.host} gave no answer, the last time: {faults[-1]}. {GO_ON}")
-    for prediction in itertools.takewhile(lambda one: one is not None, map(came.get, range(len(questions)))):
-        yield replace(prediction, text="", stopped=None) if prediction.problem else prediction
-    if stop is not None:
-        raise stop
+    held: list[Prediction] = []  # without an answer; an answer behind them shows that it is not the server
+    due = 0
+    for place, prediction, _ in ask_all(endpoint, questions, len(questions), max_new_tokens, timeout, **options):
+        came[place] = replace(prediction, text="", stopped=None) if prediction.problem else prediction
+        while due in came:
+            held.append(came.pop(due))
+            due += 1
+            if not (held[-1].problem or "").startswith(UNANSWERED):
+                yield from held
+                held = []
+    if held and len(held) == len(questions):
+        raise UserError(f"{endpoint.host} gave no answer, the last time: {held[-1].problem}. {GO_ON}")
+    yield from held
 
 
 @dataclass(frozen=True)
@@ -249,11 +246,7 @@ def _count_retries(error: openai.APIError) -> int:
 
 
 def encode_image(path: Path, max_side: int) -> str:
-    """The image as training sees it, scaled down to `max_side` pixels if it is larger, as JPEG in a data URL.
-
-    Raises:
-        ValueError: the file is not an image; with the reason.
-    """
+    """An image as training sees it, at most `max_side` pixels a side, as a data URL. Raises ValueError for no image."""
     image = open_image(path)
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=None)
     buffer = io.BytesIO()

@@ -45,14 +45,9 @@ PRESETS = {
 
 
 def find_endpoint(arguments, environment: Mapping[str, str] = os.environ) -> Endpoint:
-    """Put preset and overrides together and take the key from the environment.
+    """Put preset, base_url, model and key_variable of the settings together and take the key from the environment.
 
-    Args:
-        arguments: settings with preset, base_url, model and key_variable.
-
-    Raises:
-        UserError: openai is not installed, or there is no address, no model, or no key where one is needed. No message
-            holds a key.
+    Raises UserError where one is missing, the key is, or openai is not installed. No message holds a key.
     """
     if importlib.util.find_spec("openai") is None:
         raise UserError("asking a server needs openai: pip install -r configs/requirements/other_models.txt")
@@ -83,10 +78,11 @@ def _check_base_url(base_url: str) -> None:
     """Raise UserError unless it is host and path. It is not repeated: a key may stand in it."""
     try:
         parts = urlsplit(base_url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+        is_address = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
     except ValueError:
-        usable = False
-    if not usable:
-        raise UserError("--base_url is not an address such as http://127.0.0.1:8000/v1")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise UserError("--base_url holds more than host and path; keys come from the environment only")
+        is_address = False
+    if not is_address or parts.username or parts.password or parts.query or parts.fragment:
+        raise UserError(
+            "--base_url is not an address of host and path alone, such as http://127.0.0.1:8000/v1; keys come from the "
+            "environment only"
+        )

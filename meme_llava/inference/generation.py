@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -83,27 +83,20 @@ class Answerer:
         earlier: Sequence[tuple[str, str]] = (),
         stopping: StoppingCriteriaList | None = None,
     ) -> Prediction:
-        """The greedy answer about one image; `stopping` may end it before the model does.
-
-        Raises:
-            PromptTooLong: the model has no more positions than the prompt takes.
-        """
+        """The greedy answer about one image; `stopping` may end it before the model does. Raises PromptTooLong."""
         inputs = self.build_inputs(image, question, system, earlier)
         if (length := inputs["input_ids"].shape[1]) >= self.positions:
             raise PromptTooLong(
                 f"the prompt takes {length} positions, the model has {self.positions}; ask less at once"
             )
-        return self._generate(inputs, max_new_tokens, streamer=streamer, stopping_criteria=stopping)[0]
+        return self._generate(inputs, [None], max_new_tokens, streamer=streamer, stopping_criteria=stopping)[0]
 
     def answer_together(
         self, images: list[Image.Image], questions: list[Question], max_new_tokens: int = 512
     ) -> list[Prediction]:
         """The greedy answers to several questions at once; shorter prompts are padded on the left.
 
-        Files often ask several things about an image; the vision tower sees it once.
-
-        Raises:
-            PromptTooLong: the model has no more positions than one of the prompts takes.
+        Files often ask several things about an image; the vision tower sees it once. Raises PromptTooLong.
         """
         batch = [
             self.build_inputs(image, question.text, question.system)
@@ -125,8 +118,7 @@ class Answerer:
         padded["pixel_values"] = torch.cat(list(pixels.values()))  # (images, 3, size, size)
         places = {path: place for place, path in enumerate(pixels)}
         with self._repeat_features([places[question.image] for question in questions]):
-            predictions = self._generate(padded, max_new_tokens)
-        return [replace(one, question=question) for one, question in zip(predictions, questions, strict=True)]
+            return self._generate(padded, questions, max_new_tokens)
 
     @contextlib.contextmanager
     def _repeat_features(self, of_image: list[int]) -> Iterator[None]:
@@ -151,33 +143,31 @@ class Answerer:
 
     # Not inference mode: what engines gather of a model that trains must be fit for a backward pass later.
     @torch.no_grad()
-    def _generate(self, inputs: dict[str, torch.Tensor], max_new_tokens: int, **options) -> list[Prediction]:
+    def _generate(
+        self, inputs: dict[str, torch.Tensor], questions: list, max_new_tokens: int, **options
+    ) -> list[Prediction]:
         """The answer to every prompt of the inputs."""
         config = copy.copy(self.generation_config)
         config.max_new_tokens = max_new_tokens
         config.pad_token_id = self.padding_id
         output = self.model.generate(**inputs, generation_config=config, **{**options, **self.options})
-        return [self.read_answer(ids) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
-
-    def read_answer(self, new_ids: list[int]) -> Prediction:
-        """The answer that ends at the first end token, if there is one."""
-        return read_answer(new_ids, self.generation_config.eos_token_id, self.processing.tokenizer)
+        return _read_answers(output, inputs, config.eos_token_id, self.processing.tokenizer, questions)
 
 
-def read_answer(new_ids: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Prediction:
-    """The answer that ends at the first of the `ends`, if one is there; the padding after it is left out."""
-    length = next((place + 1 for place, token in enumerate(new_ids) if token in ends), len(new_ids))
-    new_ids = new_ids[:length]
-    text = tokenizer.decode(new_ids, skip_special_tokens=True)
-    return Prediction(None, text.strip(), len(new_ids), new_ids[-1] in ends, token_ids=tuple(new_ids))
+def _read_answers(
+    output: torch.Tensor, inputs: Mapping, ends: Sequence[int], tokenizer: PreTrainedTokenizerBase, questions: list
+) -> list[Prediction]:
+    """What stands in `output`, (questions, positions), behind each prompt, up to the first of the `ends`."""
+    predictions = []
+    for ids, question in zip(output[:, inputs["input_ids"].shape[1] :].tolist(), questions, strict=True):
+        ids = ids[: next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))]
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        predictions.append(Prediction(question, text, len(ids), ids[-1] in ends))
+    return predictions
 
 
 def load_answerer(folder: Path, base_model: Path | None = None, device: str = "auto", dtype: str = "auto") -> Answerer:
-    """Load a merged or base model, or base + trained weights, ready to be asked.
-
-    Raises:
-        UserError: the folder is neither, or the base is missing or another one.
-    """
+    """Load a merged or base model, or base + trained weights. Raises UserError for other folders, or another base."""
     chosen_device = choose_device(device)
     is_adapter = holds_trained_weights(folder)
     if base_model is not None and not is_adapter:
@@ -243,11 +233,7 @@ class TransformersModel:
         config.update(max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None)
         config.pad_token_id = tokenizer.pad_token_id
         output = self.model.generate(**inputs, generation_config=config)
-        stops = _list_stops(config) or [tokenizer.eos_token_id]
-        return [
-            replace(read_answer(ids, stops, tokenizer), question=question)
-            for ids, question in zip(output[:, inputs["input_ids"].shape[1] :].tolist(), questions, strict=True)
-        ]
+        return _read_answers(output, inputs, _list_stops(config) or [tokenizer.eos_token_id], tokenizer, questions)
 
     def build_inputs(self, images: list[Image.Image], questions: list[Question]):
         """What the processor makes of images and prompts; input_ids (questions, longest), padded on the left."""
@@ -270,11 +256,7 @@ class TransformersModel:
 
 
 def load_transformers_model(folder: Path, device: str, dtype: str) -> TransformersModel:
-    """Load a model folder, without any code of its own.
-
-    Raises:
-        UserError: transformers knows no such model, or its processor has no chat template.
-    """
+    """Load a model folder, without any code of its own. Raises UserError where that or the chat template is missing."""
     chosen_device = choose_device(device)
     options = {"local_files_only": True, "trust_remote_code": False}
     try:

@@ -33,7 +33,6 @@ class Prediction:
         tokens: length of the text, or None where it is not known.
         stopped: whether it ended by itself and was not cut off at the limit, or None where that is not known.
         problem: why there is none, as "refusal: …"; the text then is what came in its place, or empty.
-        token_ids: of a model that runs here.
     """
 
     question: Question | None
@@ -41,7 +40,6 @@ class Prediction:
     tokens: int | None = None
     stopped: bool | None = None
     problem: str | None = None
-    token_ids: tuple[int, ...] = ()
 
     def to_line(self, image_folder: Path) -> dict:
         """The line of predictions.jsonl; the image's path is relative to `image_folder`."""
@@ -68,11 +66,7 @@ class Prediction:
 
 
 def list_file_questions(paths: list[Path], text: str) -> list[Question]:
-    """The same question about every image file of a list of files and folders (not their subfolders).
-
-    Raises:
-        UserError: a path does not exist, or a folder holds no image.
-    """
+    """The same question about every image of files and folders (not their subfolders). Raises UserError for others."""
     images = []
     for path in paths:
         if path.is_dir():
@@ -90,8 +84,7 @@ def list_file_questions(paths: list[Path], text: str) -> list[Question]:
 def find_question(record: Record, image_folder: Path) -> Question | None:
     """A record's first question with its reference answer, if the record begins with one image and a line break.
 
-    Raises:
-        RecordFault: the image's path leaves the image folder.
+    Raises RecordFault where the image's path leaves the image folder.
     """
     system = record.turns[0].text if record.turns[0].role == "system" else None
     user, reference = [turn for turn in record.turns if turn.role != "system"][:2]
@@ -107,10 +100,8 @@ def list_record_questions(
 ) -> list[Question]:
     """The first question of every record that begins with one image, with its reference answer.
 
-    Malformed records and those of `quarantine` are not asked; they are counted on standard error.
-
-    Raises:
-        UserError: no record begins with one image, or a path leaves the image folder.
+    Malformed records and those of `quarantine` are counted on standard error. Raises UserError where no record begins
+    with one image, or a path leaves the image folder.
     """
     records, malformed = read_records(annotations)
     if malformed:

@@ -45,8 +45,6 @@ class CaptionLedger:
 def open_ledger(path: Path, settings: dict[str, str]) -> Iterator[CaptionLedger]:
     """Open the captions file for adding, made if it does not exist, and keep other processes off it.
 
-    A last line that a kill left unfinished is cut off, and its image is asked about again.
-
     Args:
         settings: model and prompt of this run; every line of the file must have been made with them.
 

@@ -117,8 +117,7 @@ def read_prompt(path: Path | None, use_file_name: bool) -> Prompt:
 def list_images(folder: Path, limit: int | None) -> tuple[list[str], int]:
     """Names of the images below a folder relative to it, in order, and how many other files lie there.
 
-    Raises:
-        UserError: no folder, no image, or a name that no caption file can hold.
+    Raises UserError for no folder, no image, or a name that no caption file can hold.
     """
     if not folder.is_dir():
         raise UserError(f"--images {folder}: no such folder")
@@ -165,11 +164,7 @@ class CaptionRun:
         self._asked: list[tuple[str, str | None]] = []  # name and hash of every image, in the order of the questions
 
     def describe(self, names: list[str]) -> None:
-        """Ask about the images.
-
-        Raises:
-            UserError: going on would only burn images or money.
-        """
+        """Ask about the images. Raises UserError where going on would only burn images or money."""
         # openai is installed by those who ask servers.
         from meme_llava.inference.asking import ask_all
 

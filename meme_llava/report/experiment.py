@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meme_llava.errors import UserError
-from meme_llava.evaluate.results_folder import find_evaluation, read_finished_evaluation, read_predictions
+from meme_llava.evaluate.results_folder import read_finished_evaluation, read_predictions
 from meme_llava.evaluate.scores import Score
 from meme_llava.storage.run_record import RUN_RECORD, read_training_log
 
@@ -65,8 +65,7 @@ def _read_experiment(run: str) -> Experiment:
     name, separator, rest = run.partition("=")
     # A folder may have "=" in its name.
     folder, given_name = (Path(rest), name) if separator and name and not Path(run).exists() else (Path(run), None)
-    evaluation = find_evaluation(folder)
-    metrics = read_finished_evaluation(evaluation)
+    evaluation, metrics = read_finished_evaluation(folder)
     training = find_training_record(metrics["model"])
     facts = describe_model(metrics)
     log_history = []

@@ -124,7 +124,7 @@ def _list_scores(experiments: Sequence[Experiment]) -> Iterator[tuple[Measure, l
             None
             if score is None
             else _Cell(
-                *show_score(measure, score),
+                *show_score(score, measure.is_share),
                 score.value == best,
                 *(round(100 * value / top, 2) for value in (score.low, score.high, score.value)),
             )

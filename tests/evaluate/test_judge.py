@@ -11,7 +11,7 @@ pytest.importorskip("openai", reason="configs/requirements/other_models.txt is n
 from caption_server import CaptionServer, Step, answer, fail  # noqa: E402
 
 import judge  # noqa: E402
-from meme_llava.evaluate.judging import CRITERIA, Pair, combine_verdicts, compare_pairs, read_verdict  # noqa: E402
+from meme_llava.evaluate.judging import CRITERIA, Pair, combine_verdicts, read_verdict, sum_up  # noqa: E402
 
 KEY, KEY_VARIABLE = "sk-canary-0123456789abcdef", "JUDGE_TEST_KEY"
 QUESTION = "图里写了什么？"
@@ -49,8 +49,9 @@ def test_a_preference_that_the_order_decides_is_a_tie():
     one = dict(zip(CRITERIA, ("first", "first", "tie", "second"), strict=True))
     other = dict(zip(CRITERIA, ("first", "second", "tie", "tie"), strict=True))
     assert list(combine_verdicts(one, other).values()) == ["first", "unsure", "tie", "unsure"]
-    verdicts = [dict.fromkeys(CRITERIA, word) for word in ("first", "second", "second", "unsure")]
-    comparison = compare_pairs(["a", "b", "c", "d"], verdicts)["总评"]
+    words = {"a": "first", "b": "second", "c": "second", "d": "unsure"}
+    judgements = [{"image": image, "verdict": dict.fromkeys(CRITERIA, word)} for image, word in words.items()]
+    comparison = sum_up(judgements)["总评"]
     assert [comparison[name] for name in ("first", "tie", "second", "unsure")] == [0.25, 0, 0.5, 0.25]
     preferred = comparison["second_preferred"]
     assert preferred["value"] == (0 + 1 + 1 + 0.5) / 4

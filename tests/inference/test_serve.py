@@ -39,7 +39,7 @@ def check_reply(reply, answerer, image, question) -> str:
     ours = answerer.answer(opened, question, max_new_tokens=NEW_TOKENS)
     assert reply.choices[0].message.content.strip() == ours.text
     assert reply.usage.prompt_tokens == answerer.build_inputs(opened, question)["input_ids"].shape[1]
-    assert reply.usage.completion_tokens == len(ours.token_ids)
+    assert reply.usage.completion_tokens == ours.tokens
     return ours.text
 
 

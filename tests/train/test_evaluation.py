@@ -161,7 +161,7 @@ def test_scores_are_those_of_all_answers(world, validation, tmp_path, monkeypatc
     said = {"p0.png": "我太难", "p4.png": "天气真好啊啊啊", "p1.png": "好耶"}
 
     def answer_together(self, images, questions, max_new_tokens):
-        return [Prediction(question, said[question.image.name], 2, True, token_ids=(1, 2)) for question in questions]
+        return [Prediction(question, said[question.image.name], 2, True) for question in questions]
 
     monkeypatch.setattr(Answerer, "answer_together", answer_together)
     settings = eval_settings(world, validation, eval_every=1)
