@@ -19,19 +19,16 @@ from meme_llava.dataset.inspection import Inspection  # noqa: E402
 from meme_llava.dataset.records import QUARANTINE  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model.llava import load_processing  # noqa: E402
-from meme_llava.report.check_page import write_check_report  # noqa: E402
-from meme_llava.report.check_summary import (  # noqa: E402
+from meme_llava.report.data_check import (  # noqa: E402
     FINDINGS,
     REPORT,
     CheckArguments,
     list_facts,
     make_histograms,
-    make_report_contents,
-    measure_lengths,
     print_summary,
-    write_findings,
+    render_check_page,
 )
-from meme_llava.storage.files import hash_file, write_json  # noqa: E402
+from meme_llava.storage.files import hash_file, write_json, write_lines, write_whole  # noqa: E402
 from meme_llava.storage.folders import write_directory  # noqa: E402
 from meme_llava.storage.run_record import RUN_RECORD, describe_environment  # noqa: E402
 from meme_llava.terminal import show_count  # noqa: E402
@@ -47,12 +44,13 @@ def main(argv: list[str] | None = None) -> None:
         Tokenization(processing.encoder, arguments.model_max_length) if processing else None,
         Inspection(workers=arguments.workers, show_progress=show_count),
     )
-    lengths = measure_lengths(checked, processing.tokens_per_image) if processing else None
-    facts, histograms = list_facts(checked, lengths, arguments), make_histograms(checked, lengths)
+    facts = list_facts(checked, processing.tokens_per_image if processing else None, arguments)
+    histograms = make_histograms(checked)
     print_summary(checked, facts, histograms)
     with write_directory(arguments.output_dir, overwrite=True) as folder:
-        write_check_report(folder / REPORT, make_report_contents(checked, facts, histograms, arguments))
-        write_findings(folder / FINDINGS, checked)
+        write_whole(folder / REPORT, render_check_page(checked, facts, histograms, arguments))
+        severity_of = checked.severities.severity_of
+        write_lines(folder / FINDINGS, ({**vars(one), "severity": severity_of(one.kind)} for one in checked.findings))
         write_quarantine(folder, checked)
         write_json(
             folder / RUN_RECORD,

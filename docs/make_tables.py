@@ -20,7 +20,7 @@ from meme_llava.dataset.records import KINDS  # noqa: E402
 from meme_llava.evaluate.settings import EvaluateArguments, JudgeArguments, ReportArguments  # noqa: E402
 from meme_llava.inference.settings import DemoArguments, InferArguments  # noqa: E402
 from meme_llava.prepare.describing import DescribeArguments  # noqa: E402
-from meme_llava.report.check_summary import CheckArguments  # noqa: E402
+from meme_llava.report.data_check import CheckArguments  # noqa: E402
 from meme_llava.train.settings import TrainArguments, read_recipe  # noqa: E402
 
 SCRIPTS = {

@@ -3,6 +3,7 @@
 Nothing about pages.
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,17 +91,21 @@ def _read_experiment(run: str) -> Experiment:
 
 def _warn_of_other_training(folder: Path, title: str, training: dict | None) -> str:
     """That the evaluation in an OUTPUT_DIR of run.sh is of another training than the one there, if it is."""
-    try:
-        there = json.loads((folder / "train" / RUN_RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ""
-    # It holds when the training began.
-    if training is not None and training["environment"] == there.get("environment"):
+    there = _read_environment(folder / "train")
+    if there is None or (training is not None and training["environment"] == there):
         return ""
     return (
         f"{folder}: the model that was evaluated, {title}, is not of the training in {folder / 'train'}; merge and "
         "evaluate that one anew"
     )
+
+
+def _read_environment(folder: Path) -> dict | None:
+    """What the run record of a folder is known by, since it holds when the training began."""
+    try:
+        return json.loads((folder / RUN_RECORD).read_text(encoding="utf-8"))["environment"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def find_training_record(record: dict | None) -> dict | None:
@@ -113,25 +118,17 @@ def find_training_record(record: dict | None) -> dict | None:
 def _read_log_history(places: Sequence[Path], training: dict) -> list[dict]:
     """The log of just this training, from the first of the places that has it."""
     for place in (*places, Path(training["settings"]["output_dir"])):
-        try:
-            there = json.loads((place / RUN_RECORD).read_text(encoding="utf-8"))
-            if there.get("environment") == training["environment"]:
+        if _read_environment(place) == training["environment"]:
+            with contextlib.suppress(OSError, ValueError, KeyError):
                 return read_training_log(place)
-        except (OSError, ValueError, KeyError, AttributeError):
-            continue
     return []
 
 
 def describe_model(metrics: dict) -> dict[str, str]:
     """What answered, and of which towers it is made."""
-    facts = {"model": metrics["title"]}
     build = find_build_record(metrics["model"])
-    if build is not None:
-        settings = build["settings"]
-        facts["language model"] = settings["language_model"]
-        facts["vision tower"] = settings["vision_model"]
-        facts["images"] = settings["image_policy"]
-    return facts
+    names = {"language model": "language_model", "vision tower": "vision_model", "images": "image_policy"}
+    return {"model": metrics["title"]} | ({k: build["settings"][name] for k, name in names.items()} if build else {})
 
 
 def find_build_record(record: dict | None) -> dict | None:
@@ -146,15 +143,11 @@ def describe_training(training: dict, log_history: list[dict]) -> dict[str, str]
     """The recipe, in the words of the settings, with what it was applied to and how long it took."""
     settings, schedule, data = training["settings"], training["schedule"], training["data"]
     facts = {"train type": settings["train_type"]}
-    uses_lora = any(group["kind"] == "LoRA" for group in training["parameter_groups"])
-    if uses_lora:
+    if any(group["kind"] == "LoRA" for group in training["parameter_groups"]):
         facts["LoRA"] = f"r {settings['lora_r']}, alpha {settings['lora_alpha']:g}"
-        facts["vision LoRA on"] = ", ".join(settings["lora_vision_modules"]) or "nothing"
-        if settings["vision_tower_training"] != "lora":
-            facts["vision LoRA on"] = f"nothing ({settings['vision_tower_training']})"
-        facts["language LoRA on"] = ", ".join(settings["lora_language_modules"]) or "nothing"
-        if settings["language_model_training"] != "lora":
-            facts["language LoRA on"] = f"nothing ({settings['language_model_training']})"
+        for part, way in (("vision", "vision_tower_training"), ("language", "language_model_training")):
+            on = ", ".join(settings[f"lora_{part}_modules"]) or "nothing"
+            facts[f"{part} LoRA on"] = on if settings[way] == "lora" else f"nothing ({settings[way]})"
     for group in training["parameter_groups"]:
         facts[f"learning rate: {group['role']}"] = f"{group['learning_rate']:g}"
     facts["projector alone first"] = "no"

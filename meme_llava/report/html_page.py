@@ -7,7 +7,6 @@ import base64
 import hashlib
 import io
 import re
-import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from rich.cells import cell_len
 
 from meme_llava import count_cores
 from meme_llava.dataset.images import open_image
@@ -55,7 +55,7 @@ def render_page(template: str, title: str, filters: dict | None = None, **values
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_make_visible,
+        finalize=make_visible,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -81,7 +81,7 @@ def _make_thumbnail(path: Path, max_pixels: int) -> Thumbnail:
     return Thumbnail(path.name, url, size)
 
 
-def _make_visible(value):
+def make_visible(value):
     """Text as it may be shown: a control that would reorder or hide its neighbours is written out instead."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
@@ -91,7 +91,7 @@ def _make_visible(value):
 def _label(english: str, chinese: str) -> Markup:
     """A heading or button in both languages."""
     template = Markup('<span class="label">{} <span class="zh" lang="zh-CN">{}</span></span>')
-    return template.format(_make_visible(english), _make_visible(chinese))
+    return template.format(make_visible(english), make_visible(chinese))
 
 
 def _hash_script(script: Markup) -> str:
@@ -100,5 +100,4 @@ def _hash_script(script: Markup) -> str:
 
 
 def _is_long(text: str) -> bool:
-    columns = sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
-    return columns > LONG_TEXT or text.count("\n") > 1
+    return cell_len(text) > LONG_TEXT or text.count("\n") > 1

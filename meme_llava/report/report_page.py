@@ -7,8 +7,8 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
+from markupsafe import Markup
 from rapidfuzz.distance import Levenshtein
 
 from meme_llava.dataset.images import MAX_PIXELS
@@ -22,9 +22,9 @@ from meme_llava.evaluate.scores import (
     show_counts,
     show_score,
 )
+from meme_llava.report.charts import COLOURS, draw_lines
 from meme_llava.report.experiment import Experiment
 from meme_llava.report.html_page import make_thumbnails, render_page
-from meme_llava.report.line_chart import Chart, Line, lay_out_chart
 from meme_llava.storage.run_record import RATE_PREFIX
 
 # A spreadsheet takes a cell that begins so for a formula.
@@ -33,47 +33,12 @@ MISSING = "–"
 LOSS, VALIDATION_LOSS = "loss", "eval_loss"
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """A score in the table, with its place on the scale of its row, in per cent."""
-
-    text: str
-    interval: str
-    is_best: bool
-    left: float
-    right: float
-    middle: float
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What an experiment said. `pieces` are its text and that of the reference, cut where they differ: (text, kind)."""
-
-    column: int
-    verdict: str  # "right", "wrong" or "none"
-    pieces: list[tuple[str, str]]
-    note: str
-
-
-@dataclass(frozen=True)
-class _Card:
-    """A question with all its answers."""
-
-    image: str
-    question: str
-    task: str
-    reference: str
-    answers: list[_Answer]
-    disagree: bool
-    right: int  # answers
-
-
 def render_report(title: str, experiments: Sequence[Experiment], max_cards: int) -> str:
     """The page. At most `max_cards` questions are shown; those whose answers disagree come first."""
     cards = _make_cards(experiments)
-    shown = sorted(cards, key=lambda card: not card.disagree)[:max_cards]
+    shown = sorted(cards, key=lambda card: not card["disagree"])[:max_cards]
     folder = experiments[0].image_folder
-    images = list(dict.fromkeys(card.image for card in shown))
+    images = list(dict.fromkeys(card["image"] for card in shown))
     thumbnails = make_thumbnails([folder / image for image in images], MAX_PIXELS)
     places = {image: place for place, image in enumerate(images)}
     return render_page(
@@ -83,12 +48,13 @@ def render_report(title: str, experiments: Sequence[Experiment], max_cards: int)
         questions=max(len(experiment.predictions) for experiment in experiments),
         facts=list(_list_facts(experiments)),
         scores=list(_list_scores(experiments)),
-        charts=[lay_out_chart(chart) for chart in _list_charts(experiments)],
+        charts=list(_list_charts(experiments)),
+        colours=COLOURS,
         charted=[column for column, experiment in enumerate(experiments) if experiment.log_history],
         cards=shown,
         places=places,
         total_cards=len(cards),
-        tasks=Counter(card.task for card in shown),
+        tasks=Counter(card["task"] for card in shown),
         thumbnails=thumbnails,
     )
 
@@ -100,103 +66,92 @@ def _list_facts(experiments: Sequence[Experiment]) -> Iterator[tuple[str, list[s
     for experiment in experiments:
         place = 0
         for label in experiment.facts:
-            if label in labels:
-                place = labels.index(label) + 1
-            else:
+            if label not in labels:
                 labels.insert(place, label)
-                place += 1
+            place = labels.index(label) + 1
     for label in labels:
         values = [experiment.facts.get(label, MISSING) for experiment in experiments]
         yield label, values, len(set(values) - {MISSING}) > 1
 
 
-def _list_scores(experiments: Sequence[Experiment]) -> Iterator[tuple[Measure, list[_Cell | None], str]]:
-    """What a score says, a cell for every experiment, and how many answers were counted."""
+def _list_scores(experiments: Sequence[Experiment]) -> Iterator[tuple[Measure, list[dict | None], str]]:
+    """What a score says, a cell for every experiment, and how many answers were counted. `low`, `high` and `middle` of
+    a cell are places on the scale of the row, in per cent."""
     for name in list_measures([experiment.scores for experiment in experiments]):
         measure = describe_measure(name)
         present = [experiment.scores.get(name) for experiment in experiments]
-        known = [score for score in present if score is not None]
-        top = max((score.high for score in known), default=0) or 1
+        top = max(score.high for score in present if score is not None) or 1
         choose = {"lower": min, "higher": max}.get(measure.better)
-        values = {score.value for score in known}
+        values = {score.value for score in present if score is not None}
         best = choose(values) if choose and len(values) > 1 else None
-        cells = [
-            None
-            if score is None
-            else _Cell(
-                *show_score(score, measure.is_share),
-                score.value == best,
-                *(round(100 * value / top, 2) for value in (score.low, score.high, score.value)),
-            )
-            for score in present
-        ]
+        cells = []
+        for score in present:
+            if score is None:
+                cells.append(None)
+                continue
+            text, interval = show_score(score, measure.is_share)
+            low, high, middle = (round(100 * value / top, 2) for value in (score.low, score.high, score.value))
+            cell = {"text": text, "interval": interval, "is_best": score.value == best}
+            cells.append(cell | {"low": low, "high": high, "middle": middle})
         yield measure, cells, show_counts(present)
 
 
-def _list_charts(experiments: Sequence[Experiment]) -> Iterator[Chart]:
-    """Loss and learning rates over the steps, and what was measured on a validation file during training."""
-    columns = list(enumerate(experiment.log_history for experiment in experiments))
-
-    def trace(key: str, factor: float = 1.0) -> list[Line]:
-        lines = []
-        for column, history in columns:
-            points = [(entry["step"], factor * entry[key]) for entry in history if key in entry]
-            if points:
-                lines.append(Line(column, points))
-        return lines
-
-    keys = dict.fromkeys(key for _, history in columns for entry in history for key in entry)
-    if lines := trace(LOSS):
-        yield Chart("training loss", "训练损失", lines)
-    rate_keys = [key for key in keys if key.startswith(RATE_PREFIX)]
-    for key in rate_keys:
-        yield Chart(f"learning rate: {key.removeprefix(RATE_PREFIX)}", "学习率", trace(key))
-    if lines := trace(VALIDATION_LOSS):
-        yield Chart("loss, validation", "验证损失", lines)
+def _list_charts(experiments: Sequence[Experiment]) -> Iterator[tuple[str, str, Markup]]:
+    """Loss and learning rates over the steps, and what was measured on a validation file during training; each with a
+    title in two languages."""
+    keys = list(dict.fromkeys(key for one in experiments for entry in one.log_history for key in entry))
+    figures = [
+        (key, "learning rate: " + key.removeprefix(RATE_PREFIX), "学习率", 1)
+        for key in keys
+        if key.startswith(RATE_PREFIX)
+    ]
+    figures = [(LOSS, "training loss", "训练损失", 1), *figures, (VALIDATION_LOSS, "loss, validation", "验证损失", 1)]
     for key in keys:
         if (measure := describe_figure(key)) is not None:
-            unit, factor = (", %", 100.0) if measure.is_share else ("", 1.0)
-            yield Chart(f"{measure.title}, validation{unit}", f"验证：{measure.chinese_title}", trace(key, factor))
+            unit, factor = (", %", 100) if measure.is_share else ("", 1)
+            figures.append((key, f"{measure.title}, validation{unit}", f"验证：{measure.chinese_title}", factor))
+    for key, title, chinese_title, factor in figures:
+        lines = [
+            (column, one.name, [(entry["step"], factor * entry[key]) for entry in one.log_history if key in entry])
+            for column, one in enumerate(experiments)
+        ]
+        if key in keys:
+            yield title, chinese_title, draw_lines(lines)
 
 
-def _make_cards(experiments: Sequence[Experiment]) -> list[_Card]:
-    """A card for every question, in the order of the file."""
+def _make_cards(experiments: Sequence[Experiment]) -> list[dict]:
+    """A question with all its answers, in the order of the file; `right` counts the answers that are."""
     answered = [experiment.predictions for experiment in experiments]
-    longest = max(answered, key=len)
     cards = []
-    for key, first in longest.items():
-        answers = [_judge(column, by_question.get(key)) for column, by_question in enumerate(answered)]
+    for key, first in max(answered, key=len).items():
+        answers = [_mark_answer(by_question.get(key)) for by_question in answered]
         texts = {normalise_text(by_question[key]["answer"]) for by_question in answered if key in by_question}
         cards.append(
-            _Card(
-                first["image"],
-                first["question"],
-                first["task"],
-                first["reference"] or "",
-                answers,
-                len(texts) > 1,
-                sum(answer.verdict == "right" for answer in answers),
-            )
+            {name: first[name] or "" for name in ("image", "question", "task", "reference")}
+            | {
+                "answers": answers,
+                "disagree": len(texts) > 1,
+                "right": sum(answer["verdict"] == "right" for answer in answers),
+            }
         )
     return cards
 
 
-def _judge(column: int, prediction: dict | None) -> _Answer:
+def _mark_answer(prediction: dict | None) -> dict:
+    """What an experiment said: "right", "wrong" or "none", in pieces that say where it differs from the reference."""
     if prediction is None:
-        return _Answer(column, "none", [], "not asked")
+        return {"verdict": "none", "pieces": [], "note": "not asked"}
     answer, reference = prediction["answer"], prediction["reference"] or ""
     verdict = "right" if is_right(answer, reference) else "wrong"
     note = prediction["problem"] or ("cut off" if prediction["stopped"] is False else "")
-    return _Answer(column, verdict, list(split_differences(reference, answer)), note)
+    return {"verdict": verdict, "pieces": list(split_differences(reference, answer)), "note": note}
 
 
 def split_differences(reference: str, answer: str) -> Iterator[tuple[str, str]]:
     """The answer in pieces: "same" as the reference, "wrong" where it has something else, "missing" what it lacks."""
     for operation in Levenshtein.opcodes(reference, answer):
-        lacks, has = (
-            reference[operation.src_start : operation.src_end],
-            answer[operation.dest_start : operation.dest_end],
-        )
+        lacks = reference[operation.src_start : operation.src_end]
+        has = answer[operation.dest_start : operation.dest_end]
         if operation.tag == "equal":
             yield has, "same"
             continue

@@ -11,6 +11,7 @@ from PIL import Image
 
 import evaluate
 import report
+from meme_llava.report.charts import thin
 from meme_llava.report.experiment import (
     Experiment,
     describe_projector,
@@ -19,7 +20,6 @@ from meme_llava.report.experiment import (
     measure_training_seconds,
     read_experiments,
 )
-from meme_llava.report.line_chart import Chart, Line, find_round_marks, lay_out_chart
 from meme_llava.report.report_page import render_report, split_differences
 
 ATTACK = '</script></template><script>window.hacked=1</script><img src=x onerror="window.hacked=1">\'"&amp;{{7*7}}'
@@ -172,19 +172,10 @@ def test_both_stages_of_a_run_are_told(runs, trained, tmp_path):
     assert re.fullmatch(r"1 pass at 0.01, \d+ s more", experiment.facts["projector alone first"])
 
 
-@pytest.mark.parametrize(
-    ("highest", "top", "step"), [(4.6, 5, 1), (0.0005, 0.0005, 0.0001), (562, 600, 200), (0, 1, 1), (1.0, 1.0, 0.2)]
-)
-def test_axes_have_round_marks(highest, top, step):
-    assert find_round_marks(highest) == pytest.approx((top, step))
-
-
-def test_curves_of_long_and_short_runs_are_smoothed_alike():
-    """Of 480 steps every two are one point, of the 120 steps of the shorter run, too."""
-    lines = [Line(0, [(step, step % 2) for step in range(1, 481)]), Line(1, [(step, 1.0) for step in range(1, 121)])]
-    long, short = (line["points"].split() for line in lay_out_chart(Chart("loss", "损失", lines))["lines"])
-    assert (len(long), len(short)) == (240, 60)
-    assert (long[0], long[-1], short[-1]) == ("0.42,50.00", "100.00,50.00", "25.00,0.00")
+def test_curves_are_means_of_steps():
+    """Of every two steps one point, where the second stands; a shorter run has as many steps a point."""
+    assert thin([(step, step % 2) for step in range(1, 6)], 2) == [(2, 0.5), (4, 0.5), (5, 1)]
+    assert thin([(2, 1.0), (8, 3.0)], 2) == [(2, 1.0), (8, 3.0)]
 
 
 def test_figures_of_a_training_are_called_what_scores_are(tmp_path):
