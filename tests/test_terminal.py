@@ -2,6 +2,7 @@
 
 import io
 
+import pytest
 import torch
 from make_towers import train_tokenizer
 from rich.console import Console
@@ -10,7 +11,7 @@ from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.conversation import ConversationEncoder
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.model.llava import Processing
-from meme_llava.terminal import print_table
+from meme_llava.terminal import print_table, show_bytes, show_count
 from meme_llava.train.look import print_batch
 
 
@@ -123,7 +124,7 @@ def test_figures_are_whole_under_heads_that_are_longer_than_they(monkeypatch, ca
     printed = capsys.readouterr().out
     assert all(len(line) <= 80 for line in printed.splitlines())
     assert all(f" {figure} " in printed for figure in ("1080.4%", "1001.1–1163.1", "7.0%", "4.7–9.6", "180"))
-    assert " number_1/ " in printed and " number_2/ " in printed
+    assert " number_1/" in printed and " number_2/" in printed
 
 
 def test_words_above_figures_are_whole_and_so_are_short_names(monkeypatch, capsys):
@@ -134,9 +135,9 @@ def test_words_above_figures_are_whole_and_so_are_short_names(monkeypatch, capsy
     del lines[3]  # the rule
     assert lines == [
         "Verdicts",
-        "                                                             second",
-        "  criterion       first    tie      second   order decided   preferred   pairs",
-        "  含义 meaning    100.0%   100.0%   100.0%   100.0%          50.0%         400",
+        "                                                   order     second",
+        "  criterion             first    tie      second   decided   preferred   pairs",
+        "  含义 meaning          100.0%   100.0%   100.0%   100.0%    50.0%         400",
         "  understood                                                 40.1–59.9",
     ]
 
@@ -156,3 +157,27 @@ def test_heads_stay_whole_where_there_is_room(monkeypatch, capsys):
     rows = [("texts without an error", "0.0%\n0.0–0.0", "75.0%\n68.3–81.7", "180")]
     print_table("Answers", ("score", "output/scores_before", "output/scores", "answers"), rows)
     assert " output/scores_before   output/scores " in capsys.readouterr().out
+
+
+def test_names_stay_whole_beside_longer_texts_in_two_columns_a_character(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    print_table(
+        "Answers", ("image", "answer"), [("images/meme_000000.jpg", "图中一只熊猫，看起来很犯困，表达犯困的心情。")]
+    )
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert lines[3:] == [
+        "  images/meme_000000.jpg   图中一只熊猫，看起来很犯困，表",
+        "                           达犯困的心情。",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("show", "line"), [(show_count, "images 700/700 "), (show_bytes, "images 700/700 bytes ")], ids=["count", "bytes"]
+)
+def test_progress_in_a_file_is_a_line_at_the_end(show, line, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with show("images", 700) as advance:
+        for _ in range(7):
+            advance(100)
+    (printed,) = capsys.readouterr().err.splitlines()
+    assert printed.startswith(line) and printed.endswith(" 0:00:00 left")
