@@ -12,9 +12,7 @@ from conftest import ROOT
 
 from meme_llava.errors import UserError
 from meme_llava.pipeline.__main__ import main, make_result, run_command
-from meme_llava.pipeline.plan import choose_device_batch, choose_devices
-from meme_llava.pipeline.settings import SETTING, list_settings
-from meme_llava.pipeline.stage import Stage, split_flags
+from meme_llava.pipeline.plan import SETTING, Stage, choose_device_batch, choose_devices, list_settings, split_flags
 from meme_llava.storage.run_record import is_same, list_differences
 from meme_llava.train.settings import TrainArguments, free_settings
 

@@ -20,9 +20,19 @@ from meme_llava.cli import parse_arguments
 from meme_llava.distributed.environment import REPEATED_SIGNAL_SECONDS, die_with_parent
 from meme_llava.distributed.launch import describe_end
 from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.pipeline.plan import LOOKS, choose_devices, plan_stages
-from meme_llava.pipeline.settings import check_names, describe_settings, list_settings, name_settings
-from meme_llava.pipeline.stage import Flags, Stage, split_flags, split_stages
+from meme_llava.pipeline.plan import (
+    LOOKS,
+    Flags,
+    Stage,
+    check_names,
+    choose_devices,
+    describe_settings,
+    list_settings,
+    name_settings,
+    plan_stages,
+    split_flags,
+    split_stages,
+)
 from meme_llava.storage.run_record import describe_making, is_same, list_differences, write_note
 
 ONCE = ("build", "train", "merge")  # stages whose result stands; the others run again, and find what they have
@@ -122,15 +132,10 @@ def run_stages(chosen: Sequence[Stage], variables: Mapping[str, str]) -> None:
         left_out = output / "train" / "quarantine.jsonl"
         if stage.name in ONCE:
             make_result(stage, writes_note=is_first_node)
-        elif (
-            stage.name == "infer"
-            and left_out.is_file()
-            and is_same(*stage.flags["annotations"], variables["ANNOTATIONS"])
-        ):
-            # What was left out of training is no reference to compare with.
-            run_command(*stage.command, "--quarantine", str(left_out))
-        else:
-            run_command(*stage.command)
+            continue
+        # What was left out of training is no reference to compare with.
+        of_training = stage.name == "infer" and is_same(*stage.flags["annotations"], variables["ANNOTATIONS"])
+        run_command(*stage.command, *(["--quarantine", str(left_out)] if of_training and left_out.is_file() else []))
     if not is_first_node:
         print(f"node {variables['NODE_RANK']} is done; node 0 goes on", file=sys.stderr)
     elif (output / "merged").is_dir():
@@ -139,7 +144,7 @@ def run_stages(chosen: Sequence[Stage], variables: Mapping[str, str]) -> None:
 
 def check_input(chosen: Sequence[Stage], training: Sequence[Stage]) -> None:
     """Check records and images of training and evaluation, before anything is built for them."""
-    if len(training) == 2 and not training[0].is_finished and (training[1].is_finished or training[1].is_interrupted):
+    if len(training) == 2 and not training[0].is_finished and (training[1].is_finished or training[1].resume_flags):
         raise UserError(
             f"{training[1].folder} was trained without the projector of {training[0].folder}, which is not there; set "
             "another OUTPUT_DIR"
@@ -179,14 +184,14 @@ def make_result(stage: Stage, writes_note: bool) -> None:
 def run_command(*command: str) -> None:
     """Run `python …` to its end; a signal to this process reaches it, a later one ends it at once. Exits with its code
     unless that is 0."""
-    signals, running, since = [], [], []
+    signals, running = [], []  # (number, seconds) and the process
 
     def hand_on(number: int, frame: object) -> None:
-        signals.append(number)
-        since.append(time.monotonic())
+        signals.append((number, time.monotonic()))
+        # A scheduler's signal comes by several ways; one that comes later says that there is no time to save.
+        is_late = signals[-1][1] - signals[0][1] > REPEATED_SIGNAL_SECONDS
         for process in running:
-            # A scheduler's signal comes by several ways; one that comes later says that there is no time to save.
-            (process.kill if since[-1] - since[0] > REPEATED_SIGNAL_SECONDS else process.terminate)()
+            (process.kill if is_late else process.terminate)()
 
     # Under nohup, whoever hangs up is not heard.
     heard = (number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN)
@@ -204,7 +209,7 @@ def run_command(*command: str) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if code in (-signal.SIGTERM, -signal.SIGKILL) and signals:
-        sys.exit(128 + signals[0])
+        sys.exit(128 + signals[0][0])
     if code < 0:
         print(f"error: {describe_end(command[1], code)}", file=sys.stderr)
     if code:

@@ -1,21 +1,136 @@
-"""What a call of run.sh runs: its stages with the devices of this node, evaluation memes and flags of the user."""
+"""What a call of run.sh runs: its settings, and its stages with the devices of this node, evaluation memes and flags of
+the user. Without libraries: the first call comes before an environment is made.
+"""
 
 import dataclasses
+import difflib
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from meme_llava import ROOT
 from meme_llava.errors import UserError
-from meme_llava.pipeline.stage import Flags, Stage
-from meme_llava.storage.run_record import is_same
+from meme_llava.storage.run_record import RUN_RECORD, is_same
 
+FILES = (ROOT / "run.sh", ROOT / "scripts" / "more_settings.sh")
+SETTING = re.compile(r"^([A-Z][A-Z0-9_]*)=\$\{\1:-(.*?)\} *", re.MULTILINE)
 SAMPLES, UNSEEN = "data/annotations.json", "data/unseen/annotations.json"
 LOOKS = {"plan", "show_batch", "help"}  # flags with which train.py trains nothing
 OF_BOTH_STAGES = {"train_type", "num_train_epochs", "high_lr", "output_dir"}  # what the projector's own stage replaces
 SECONDS_TO_MEET = "7200"  # node 0 may have to download and build the base model before it meets the others
+
+Flags = dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A line of run.sh: `python SCRIPT` and what else stands before the first flag, and the flags with their values."""
+
+    name: str
+    program: list[str]
+    flags: Flags
+
+    @property
+    def arguments(self) -> list[str]:
+        return [word for name, values in self.flags.items() for word in (f"--{name}", *values)]
+
+    @property
+    def command(self) -> list[str]:
+        return [*self.program, *self.arguments]
+
+    @property
+    def folder(self) -> Path:
+        """Where the result goes."""
+        return Path(self.flags["output_dir"][0])
+
+    @property
+    def note(self) -> Path:
+        """The file beside the result that says what it was made from."""
+        return Path(f"{self.folder}.command")
+
+    @property
+    def is_made(self) -> bool:
+        return (self.folder / RUN_RECORD).is_file()
+
+    @property
+    def is_finished(self) -> bool:
+        return self.is_made and self.note.is_file()
+
+    @property
+    def resume_flags(self) -> list[str]:
+        """Flags with which training continues, where there are checkpoints."""
+        is_interrupted = not self.is_finished and any(self.folder.glob("checkpoint-[0-9]*"))
+        return ["--resume_from_checkpoint", "latest"] if is_interrupted else []
+
+    def change(self, **values: str) -> "Stage":
+        """The stage with other values of some flags."""
+        return dataclasses.replace(self, flags=self.flags | {name: [value] for name, value in values.items()})
+
+
+def split_flags(words: Iterable[str]) -> tuple[list[str], Flags]:
+    """What stands before the first flag, and flag → values; of a flag that comes twice, the last, as argparse does."""
+    values = before = []
+    flags = {}
+    for word in words:
+        if word.startswith("--"):
+            name, has_value, value = word.removeprefix("--").partition("=")
+            values = flags[name.replace("-", "_")] = [value] if has_value else []
+        else:
+            values.append(word)
+    return before, flags
+
+
+def split_stages(words: Sequence[str]) -> tuple[list[Stage], list[str]]:
+    """The stages that run.sh declares, each after its number of words, and what stands after a 0."""
+    stages, rest = [], list(words)
+    while count := int(rest.pop(0)):
+        stages.append(Stage(rest[0], *split_flags(rest[1:count])))
+        del rest[:count]
+    return stages, rest
+
+
+def list_settings() -> list[str]:
+    return [found[1] for path in FILES for found in SETTING.finditer(path.read_text(encoding="utf-8"))]
+
+
+def describe_settings() -> str:
+    """The text of `bash run.sh --help`: how run.sh is called, and its settings with their defaults."""
+    page, more = (path.read_text(encoding="utf-8") for path in FILES)
+    about, _, page = page.partition("\n[ -n ")
+    about = re.sub(r"^# ?", "", about.partition("\n")[2], flags=re.MULTILINE)
+    settings = page[page.index("# ---") : page.index("source scripts/more")] + "\n" + more[more.index("# ---") :]
+    settings = SETTING.sub(lambda found: f"{found[1]}={found[2]}".ljust(34) + " ", settings)
+    return f"{about}\n\n{re.sub(' +$', '', settings, flags=re.MULTILINE)}".rstrip()
+
+
+def check_names(variables: Mapping[str, str], known: Sequence[str]) -> None:
+    """Stop at a variable whose name is nearly that of a setting: it would change nothing."""
+    if variables.get("HOSTFILE"):
+        raise UserError(
+            "HOSTFILE is no longer a setting; a loop in docs/multi_gpu.md starts all nodes (unset HOSTFILE)"
+        )
+    # ENV is set in many containers.
+    for name in sorted(name for name, value in variables.items() if value and name not in (*known, "ENV")):
+        if near := difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.85):
+            raise UserError(
+                f"the variable {name} is set, which run.sh does not know; did you mean {near[0]}? (else: unset {name})"
+            )
+
+
+def name_settings(message: str, stage: Stage, train_flags: Flags) -> str:
+    """A message about flags as one about the settings that gave them; what the user typed as a flag stays one."""
+    given = dict(re.findall(r'--(\w+) "\$([A-Z][A-Z0-9_]*)"', FILES[0].read_text(encoding="utf-8")))
+    given |= {"master_port": "MASTER_PORT", "node_rank": "NODE_RANK", "nnodes": "NNODES"}
+    if stage.flags.get("train_type") == ["projector"]:
+        given |= {"num_train_epochs": "PROJECTOR_EPOCHS", "high_lr": "PROJECTOR_LR"}
+    message = re.sub(r"^.*?: argument (--\w+): (.*?)(\. --help lists.*)?$", r"\1: \2", message)
+    for flag in given.keys() - train_flags.keys():
+        message = re.sub(rf"--{flag}\b", given[flag], message)
+    return message
 
 
 def plan_stages(
@@ -59,14 +174,10 @@ def plan_stages(
 
 
 def plan_training(
-    stage: Stage,
-    train_flags: Flags,
-    variables: Mapping[str, str],
-    processes: int,
-    evaluation: dict[str, str] | None,
+    stage: Stage, train_flags: Flags, variables: Mapping[str, str], processes: int, evaluation: dict[str, str] | None
 ) -> list[Stage]:
     """The train stage, one process a GPU; with PROJECTOR_EPOCHS, the stage of the projector before it."""
-    nodes, port = read_count(variables, "NNODES"), variables["MASTER_PORT"]
+    nodes, rank, port = read_count(variables, "NNODES"), variables["NODE_RANK"], variables["MASTER_PORT"]
     batches = (read_count(variables, name) for name in ("GLOBAL_BATCH", "DEVICE_BATCH"))
     flags = stage.flags | {"device_batch_size": [str(choose_device_batch(*batches, processes * nodes))]}
     if "warmup_steps" in train_flags:
@@ -75,17 +186,17 @@ def plan_training(
         flags |= {f"eval_{name}": [value] for name, value in evaluation.items()}
     if "plan" in train_flags:
         flags["gpus"] = [str(processes * nodes)]
-    launcher = ["-m", "meme_llava.distributed.launch", "--nproc_per_node", str(processes)]
-    if nodes > 1 or variables["NODE_RANK"] != "0":
-        launcher += ["--nnodes", str(nodes), "--node_rank", variables["NODE_RANK"]]
-        launcher += ["--master_addr", variables["MASTER_ADDR"], "--start_timeout", SECONDS_TO_MEET]
-        port = port or "29500"
-    launcher += ["--master_port", port] if port else []
     looks = LOOKS & train_flags.keys()
+    launcher = []
+    if not looks and (processes, nodes, rank) != (1, 1, "0"):
+        launcher = ["-m", "meme_llava.distributed.launch", "--nproc_per_node", str(processes)]
+        if nodes > 1 or rank != "0":
+            launcher += ["--nnodes", str(nodes), "--node_rank", rank, "--master_addr", variables["MASTER_ADDR"]]
+            launcher += ["--start_timeout", SECONDS_TO_MEET]
+            port = port or "29500"
+        launcher += ["--master_port", port] if port else []
     python, *script = stage.program
-    if looks or (processes, nodes, variables["NODE_RANK"]) == (1, 1, "0"):
-        launcher = []
-    stage = dataclasses.replace(stage, program=[python, *launcher, *script], flags=flags | train_flags)
+    stage = Stage(stage.name, [python, *launcher, *script], flags | train_flags)
     epochs = variables["PROJECTOR_EPOCHS"]
     if epochs == "0":
         return [stage]
@@ -130,7 +241,7 @@ def choose_devices(gpus: str, visible: str | None) -> tuple[int, dict[str, str]]
     if "," in gpus:
         listed = gpus.rstrip(",")
         return listed.count(",") + 1, {"CUDA_VISIBLE_DEVICES": listed}
-    if count := count_gpus() if gpus == "auto" else 0 if gpus.startswith("cpu") else int(gpus):
+    if count := _count_gpus(visible) if gpus == "auto" else 0 if gpus.startswith("cpu") else int(gpus):
         # A single process must see a single GPU, or torch splits its batches over all of them.
         return count, {"CUDA_VISIBLE_DEVICES": (visible or "0").partition(",")[0]} if count == 1 else {}
     # OpenMP's threads spin while they wait; on a laptop that is busy otherwise, long spins halve the speed.
@@ -139,9 +250,9 @@ def choose_devices(gpus: str, visible: str | None) -> tuple[int, dict[str, str]]
     return int(gpus.partition(":")[2] or 1), cpu
 
 
-def count_gpus() -> int:
+def _count_gpus(visible: str | None) -> int:
     """The GPUs that a job was given, by number or UUID; else those that the driver lists."""
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+    if visible is not None:
         return sum(word not in ("", "-1") for word in visible.split(","))
     if shutil.which("nvidia-smi") is None:
         return 0
