@@ -6,6 +6,7 @@ Which settings there are stands in the settings.py of the room that uses them.
 import argparse
 import dataclasses
 import difflib
+import json
 import math
 import re
 import sys
@@ -162,10 +163,4 @@ def check_setting(arguments, name: str, passed: bool, expected: str) -> None:
 
 def to_plain(arguments) -> dict:
     """Settings as JSON can hold them."""
-
-    def convert(value):
-        if isinstance(value, list):
-            return [convert(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return {name: convert(value) for name, value in dataclasses.asdict(arguments).items()}
+    return json.loads(json.dumps(dataclasses.asdict(arguments), default=str))
