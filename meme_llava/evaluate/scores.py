@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from rapidfuzz.distance import Indel, Levenshtein
-from sacrebleu.metrics import BLEU, CHRF
 
 from meme_llava.dataset.inspection import find_loop, normalise_text
 from meme_llava.inference.questions import Prediction, Question
@@ -187,6 +186,9 @@ def _compare_captions(predictions: Sequence[Prediction]) -> dict[str, Score]:
     captions = [prediction for prediction in predictions if _is_caption(prediction.question)]
     if not captions:
         return {}
+    # Takes a moment to load, and only captions need it.
+    from sacrebleu.metrics import BLEU, CHRF
+
     answers = [prediction.text for prediction in captions]
     references = [[prediction.question.reference for prediction in captions]]
     scores = {}

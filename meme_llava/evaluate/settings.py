@@ -9,6 +9,7 @@ from typing import Literal
 from meme_llava.cli import check_setting, check_settings, parse_arguments, setting
 from meme_llava.errors import UserError
 from meme_llava.inference.endpoints import PRESETS
+from meme_llava.inference.settings import DTYPE_HELP, Dtype
 
 TEMPERATURE_HELP = "0 makes answers repeatable; some models that think take only 1"
 
@@ -39,9 +40,7 @@ class EvaluateArguments:
     compare_with: list[Path] = setting("output_dirs of other evaluations, whose scores are printed too", [])
     base_model: Path | None = setting("an adapter's base, only if it moved", None)
     device: str = setting("auto: the GPU if there is one, else the CPU", "auto")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto: bfloat16 on a GPU that has it, float32 on a CPU", "auto"
-    )
+    dtype: Dtype = setting(DTYPE_HELP, "auto")
     overwrite: bool = setting("start anew in a non-empty output_dir", False)
 
     def __post_init__(self) -> None:

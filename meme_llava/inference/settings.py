@@ -8,6 +8,8 @@ from meme_llava.cli import check_setting, check_settings, setting
 from meme_llava.errors import UserError
 
 DEFAULT_QUESTION = "这张表情包写了什么，是什么意思？"
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPE_HELP = "auto: bfloat16 on a GPU that has it, float32 on a CPU"
 
 
 @dataclass
@@ -28,9 +30,7 @@ class InferArguments:
     json: bool = setting("one JSON object an image in place of streamed text", False)
     base_model: Path | None = setting("an adapter's base, only if it moved", None)
     device: str = setting("auto: the GPU if there is one, else the CPU", "auto")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto: bfloat16 on a GPU that has it, float32 on a CPU", "auto"
-    )
+    dtype: Dtype = setting(DTYPE_HELP, "auto")
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -58,9 +58,7 @@ class DemoArguments:
     system: str | None = setting("system turn in place of the default one", None)
     max_new_tokens: int = setting("an answer stops here if not by itself", 512, expected="at least 1")
     device: str = setting("auto: the GPU if there is one, else the CPU", "auto")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto: bfloat16 on a GPU that has it, float32 on a CPU", "auto"
-    )
+    dtype: Dtype = setting(DTYPE_HELP, "auto")
 
     def __post_init__(self) -> None:
         check_settings(self)

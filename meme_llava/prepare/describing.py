@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tqdm import tqdm
-
 from meme_llava.cli import check_settings, setting
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.inspection import IMAGE_SUFFIXES, find_loop, find_refusal
@@ -215,7 +213,7 @@ class CaptionRun:
             line = {"set_aside": reason, "detail": detail, "answer": answer}
             self._set_aside += 1
             if self._set_aside <= MAX_LISTED:
-                tqdm.write(f"set aside {name}: {reason} ({' '.join(detail.split())[:LONGEST_LISTED]})", file=sys.stderr)
+                print(f"set aside {name}: {reason} ({' '.join(detail.split())[:LONGEST_LISTED]})", file=sys.stderr)
         self._ledger.append({"picName": name, **line, **origin, **cost, "sha256": digest})
         self._advance(1)
         if reason != "unreadable":

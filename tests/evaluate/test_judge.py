@@ -126,6 +126,7 @@ def test_a_judge_sees_every_pair_in_both_orders(judge_with, tmp_path, capsys):
     assert lines[2]["verdict"] == {"文字": "unsure", "含义": "tie", "属实": "tie", "总评": "unsure"}
     assert lines[3]["verdict"] is None and lines[3]["problem"] == "no verdict in: 我不知道"
     metrics = json.loads((tmp_path / "judged" / "metrics.json").read_text())
+    assert metrics["asked"]["temperature"] == server.bodies[0]["temperature"] == 0
     overall = metrics["scores"]["总评"]
     assert [overall[name] for name in ("first", "tie", "second", "unsure")] == [0, *[pytest.approx(1 / 3)] * 3]
     assert overall["second_preferred"]["value"] == pytest.approx((1 + 0.5 + 0.5) / 3)

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -146,6 +148,20 @@ def test_a_key_that_is_not_accepted_stops_at_once(asked, capsys):
     assert stop.value.code == 2
     assert "the key is not accepted" in capsys.readouterr().err
     assert len(server.requests) == 1
+
+
+def test_ctrl_c_keeps_the_answers_that_came(asked, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("meme_llava.inference.asking.GRACE_SECONDS", 0.3)
+    with CaptionServer({52: [answer(delay=3)]}) as server:
+        server.on_request = lambda count: os.kill(os.getpid(), signal.SIGINT) if count == 4 else None
+        with pytest.raises(SystemExit) as stop:
+            ask_server(asked, server)
+        assert stop.value.code == 130
+        assert [row["image"] for row in read_rows(tmp_path)] == ["50.png", "51.png"]
+        assert "2 of 4 questions are done; the same command goes on" in capsys.readouterr().err
+        server.script.clear()
+        ask_server(asked, server)
+    assert len(read_rows(tmp_path)) == 4
 
 
 def test_a_model_of_transformers_answers(asked, served_model, tmp_path):
