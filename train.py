@@ -29,17 +29,16 @@ def main(argv: list[str] | None = None) -> None:
     from meme_llava.train.checkpoints import hold_output_dir
     from meme_llava.train.loop import finish, fit
     from meme_llava.train.prepared_run import prepare_run
-    from meme_llava.train.run_plan import is_nothing_left, load_inputs, plan_run
+    from meme_llava.train.run_plan import is_nothing_left, load_plan
     from meme_llava.train.session import explain_out_of_memory, join_processes
 
     with join_processes(arguments) as session:
-        inputs = load_inputs(arguments, session)
-        plan = plan_run(arguments, session.engine, session.processes, inputs)
+        plan = load_plan(arguments, session)
         if is_nothing_left(plan):
             return
         with hold_output_dir(arguments.output_dir), explain_out_of_memory(arguments, session.engine, session.processes):
             if plan.start.step < plan.steps:
-                fit(prepare_run(plan, inputs, session.heartbeat), session)
+                fit(prepare_run(plan, session.heartbeat), session)
             finish(plan, session.heartbeat)
 
 

@@ -40,9 +40,8 @@ from meme_llava.model.trainable import plan_parameter_groups, prepare_trainable,
 from meme_llava.storage.files import write_json  # noqa: E402
 from meme_llava.storage.folders import write_directory  # noqa: E402
 from meme_llava.storage.run_record import describe_file, write_manifest  # noqa: E402
-from meme_llava.train.prepared_run import make_run_record, write_sidecars  # noqa: E402
+from meme_llava.train.prepared_run import write_sidecars  # noqa: E402
 from meme_llava.train.run_plan import (  # noqa: E402
-    RunInputs,
     StartPoint,  # noqa: E402
     load_training_records,
     plan_run,  # noqa: E402
@@ -144,8 +143,8 @@ def make_adapter(folder: Path, base: Path, seed: int) -> None:
         description="",
     )
     processing = load_processing(base)
-    inputs = RunInputs(StartPoint(), processing, load_training_records(arguments, processing))
-    plan = plan_run(arguments, choose_engine(SINGLE, 1, on_gpu=False), 1, inputs)
+    data = load_training_records(arguments, processing)
+    plan = plan_run(arguments, choose_engine(SINGLE, 1, on_gpu=False), 1, StartPoint(), processing, data)
     config = LlavaConfig.from_pretrained(base, local_files_only=True)
     config._name_or_path = str(base)
     with torch.device("meta"):
@@ -160,7 +159,8 @@ def make_adapter(folder: Path, base: Path, seed: int) -> None:
         for name, parameter in zip(group.names, group.parameters, strict=True)
     }
     save_trained_weights(model, folder, drawn)
-    write_sidecars(folder, processing, make_run_record(plan, plan.steps, groups, computation=None))
+    learned = {"parameter_groups": [group.describe() for group in groups], "computation": None}
+    write_sidecars(folder, processing, {**plan.to_record(plan.steps), **learned})
     files = {path.name: describe_file(path) for path in folder.iterdir()}
     write_manifest(folder, files, plan.make_manifest_metadata(plan.steps))
 

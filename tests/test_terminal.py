@@ -27,7 +27,9 @@ def make_processing() -> Processing:
     tokenizer = train_tokenizer([])
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     encoder = ConversationEncoder(tokenizer, tokens_per_image=3, source="test")
-    return Processing(Processor(tokenizer), encoder, ImagePolicy(2, (0.0,) * 3, (1.0,) * 3), tokens_per_image=3)
+    return Processing(
+        Processor(tokenizer), encoder, ImagePolicy(2, (0.0,) * 3, (1.0,) * 3), tokens_per_image=3, config=None
+    )
 
 
 def make_example(processing: Processing, *pieces: tuple[str, bool]) -> dict:

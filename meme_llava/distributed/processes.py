@@ -176,7 +176,6 @@ class StepShape:
     accumulation: int
     max_grad_norm: float
     uses_bf16: bool
-    uses_tf32: bool
     hidden_size: int
 
 
@@ -200,18 +199,22 @@ def choose_device(engine: Engine) -> torch.device:
     return PartialState(cpu=not on_gpu).device
 
 
-def make_accelerator(engine: Engine, shape: StepShape) -> Accelerator:
+def make_accelerator(engine: Engine, shape: StepShape, deepspeed_plugin: DeepSpeedPlugin | None) -> Accelerator:
     """What prepares model and optimizer for the engine. Made after the model: transformers would load one in pieces
     for ZeRO-3, and ours are loaded whole.
+
+    Args:
+        deepspeed_plugin: from `make_deepspeed_plugin`, where that is the engine.
 
     Raises:
         ProcessError: the libraries see another number of processes than the launcher started.
     """
     on_gpu, plugins = torch.cuda.is_available(), {}
     if on_gpu:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = shape.uses_tf32
+        # Float32 is computed as float32.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if engine.kind == DEEPSPEED:
-        plugins["deepspeed_plugin"] = make_deepspeed_plugin(engine, shape)
+        plugins["deepspeed_plugin"] = deepspeed_plugin
     if engine.kind == FSDP:
         options = {name: value for name, value in engine.config.items() if name != "version"}
         if shape.uses_bf16:

@@ -47,6 +47,7 @@ class Processing:
     encoder: ConversationEncoder
     image_policy: ImagePolicy
     tokens_per_image: int
+    config: LlavaConfig
 
     @property
     def tokenizer(self):
@@ -258,4 +259,4 @@ def load_processing(folder: Path) -> Processing:
             f"only {config.text_config.vocab_size} rows. Build the model again."
         )
     image_policy = ImagePolicy.from_image_processor(processor.image_processor, source)
-    return Processing(processor, encoder, image_policy, tokens_per_image)
+    return Processing(processor, encoder, image_policy, tokens_per_image, config)

@@ -17,8 +17,8 @@ class LoraRecipe:
     # What makes a train type: its recipe file.
     vision_tower_training: RoleTraining = field(metadata=describe("how the vision tower learns"))
     language_model_training: RoleTraining = field(metadata=describe("how the language model learns"))
-    lora_vision_modules: list[str] = field(metadata=describe("vision projections that get LoRA"))
-    lora_language_modules: list[str] = field(metadata=describe("language projections that get LoRA"))
+    lora_vision_modules: list[str] = field(metadata=describe("vision projections that get LoRA", nargs="*"))
+    lora_language_modules: list[str] = field(metadata=describe("language projections that get LoRA", nargs="*"))
     lora_r: int = field(metadata=describe("rank of the LoRA matrices"))
     lora_alpha: float = field(metadata=describe("LoRA updates are scaled by lora_alpha / lora_r"))
     lora_dropout: float = field(default=0.05, metadata=describe("dropout in front of the LoRA matrices"))

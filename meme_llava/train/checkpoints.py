@@ -10,15 +10,14 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
-from meme_llava.distributed.environment import is_main_process
 from meme_llava.distributed.processes import any_process, broadcast_from_main, gather
 from meme_llava.errors import CheckpointError, DiskFullError, UserError, is_disk_full
 from meme_llava.storage.files import fsync_path, lock, set_file_modes
 from meme_llava.storage.run_record import MANIFEST, describe_file, verify_directory, write_manifest
 from meme_llava.storage.tensor_writer import check_free_space
 
-NAME = "checkpoint-{}"
 INCOMPLETE = ".checkpoint-{}.incomplete"
 FINAL_INCOMPLETE = ".final.incomplete"
 CORRUPT_SUFFIX = ".passed_over"
@@ -40,10 +39,8 @@ def read_step(checkpoint: Path) -> int:
 
 
 def find_newest(output_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole, every byte of it read.
-
-    What is passed over is named with its reason, and put aside under another name when the run goes on.
-    """
+    """The newest checkpoint that is whole, every byte of it read. What is passed over is named with its reason, and put
+    aside under another name when the run goes on."""
     for checkpoint in reversed(list_checkpoints(output_dir)):
         try:
             verify_directory(checkpoint)
@@ -70,7 +67,7 @@ def write_checkpoint(
     write_files: Callable[[Path], Sequence[Path]],
     make_manifest_metadata: Callable[[], Mapping],
     keep: int,
-) -> Path:
+) -> None:
     """Write a checkpoint; all processes call this together.
 
     Args:
@@ -83,11 +80,12 @@ def write_checkpoint(
         UserError: it could not be written; older checkpoints are untouched. The same in every process.
     """
     folder = output_dir / INCOMPLETE.format(step)
-    checkpoint = output_dir / NAME.format(step)
     broadcast_from_main(lambda: _make_room(output_dir, folder, tensor_bytes + SIDECAR_BYTES))
     own, error = {}, None
     try:
-        own = _write_own(folder, write_files)
+        for path in write_files(folder):
+            fsync_path(path)
+            own[path.name] = describe_file(path)
     except (OSError, UserError) as failure:
         error = failure
     if any_process(error is not None):
@@ -95,10 +93,9 @@ def write_checkpoint(
         problem = next(found for found in gather(_to_user_error(error, folder, tensor_bytes)) if found is not None)
         problem.is_common = True
         raise problem
-    everything = gather(own)
-    files = {name: described for described_files in everything for name, described in described_files.items()}
+    files = {name: described for of_process in gather(own) for name, described in of_process.items()}
+    checkpoint = output_dir / f"checkpoint-{step}"
     broadcast_from_main(lambda: _complete(folder, checkpoint, files, make_manifest_metadata(), keep))
-    return checkpoint
 
 
 def _make_room(output_dir: Path, folder: Path, needed: int) -> None:
@@ -112,23 +109,14 @@ def _make_room(output_dir: Path, folder: Path, needed: int) -> None:
     folder.mkdir()
 
 
-def _write_own(folder: Path, write_files: Callable[[Path], Sequence[Path]]) -> dict[str, dict]:
-    described = {}
-    for path in write_files(folder):
-        fsync_path(path)
-        described[path.name] = describe_file(path)
-    return described
-
-
-def _to_user_error(error: Exception | None, folder: Path, needed: int) -> UserError | None:
+def _to_user_error(error: OSError | UserError | None, folder: Path, needed: int) -> UserError | None:
     if error is None or isinstance(error, UserError):
         return error
-    kind, reason = UserError, error.strerror or str(error)
+    reason = error.strerror or str(error)
     if is_disk_full(error):
-        kind = DiskFullError
         free = shutil.disk_usage(folder.parent).free
         reason += f"; it takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
-    return kind(
+    return (DiskFullError if is_disk_full(error) else UserError)(
         f"{folder}: the checkpoint could not be written ({reason}). Free some room or fix the disk, then start the "
         f"same command again. {_describe_kept(folder.parent)}"
     )
@@ -156,12 +144,8 @@ def _complete(folder: Path, checkpoint: Path, files: Mapping, facts: Mapping, ke
 
 
 def write_final(output_dir: Path, checkpoint: Path, names: Sequence[str], last: str) -> None:
-    """Put the final files of a run, those of its last checkpoint, beside its checkpoints; only the main process.
-
-    Args:
-        names: of the files, in the order in which they appear.
-        last: the one that says that all are there.
-    """
+    """Put the final files of a run, `names` of its last checkpoint, beside its checkpoints; only the main process. The
+    one called `last`, which says that all are there, appears last."""
     folder = output_dir / FINAL_INCOMPLETE
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -172,7 +156,7 @@ def write_final(output_dir: Path, checkpoint: Path, names: Sequence[str], last: 
         shutil.rmtree(folder, ignore_errors=True)
         raise _to_user_error(error, folder, SIDECAR_BYTES) from error
     write_manifest(folder, {name: describe_file(folder / name) for name in names}, {"copied_from": checkpoint.name})
-    for name in (*names, MANIFEST):
+    for name in names:
         fsync_path(folder / name)
     for name in (*(name for name in names if name != last), MANIFEST, last):
         (folder / name).replace(output_dir / name)
@@ -187,15 +171,12 @@ def hold_output_dir(output_dir: Path) -> Iterator[None]:
     Raises:
         UserError: another run writes it, or a machine does not share it.
     """
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as held, contextlib.ExitStack() as probe:
 
-        def take() -> str | None:
+        def take() -> str:
             output_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock(output_dir, LOCK_PATIENCE_SECONDS))
-            probe = output_dir / f".shared-{id(stack)}"
-            probe.touch()
-            stack.callback(lambda: probe.unlink(missing_ok=True))
-            return probe.name
+            held.enter_context(lock(output_dir, LOCK_PATIENCE_SECONDS))
+            return Path(probe.enter_context(NamedTemporaryFile(prefix=".shared-", dir=output_dir)).name).name
 
         name = broadcast_from_main(take)
         if any_process(not (output_dir / name).exists()):
@@ -203,6 +184,5 @@ def hold_output_dir(output_dir: Path) -> Iterator[None]:
                 f"{output_dir}: not every machine sees the same folder there. Checkpoints are written by all of them "
                 "together; put OUTPUT_DIR on storage that they share."
             )
-        if is_main_process():
-            (output_dir / name).unlink()
+        probe.close()
         yield

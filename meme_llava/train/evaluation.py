@@ -1,179 +1,234 @@
 """Evaluation of a model while it trains: validation loss, scores of its answers, some of them to look at.
 
-Training does not feel it: no random number is drawn, no gradient is kept.
+Training does not feel it: no random number is drawn, no gradient is kept. Loaded only by runs with --eval_every.
 """
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import nn
 from tqdm import tqdm
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
+from meme_llava.dataset.check import CheckedData, check_records
+from meme_llava.dataset.conversation import Tokenization
+from meme_llava.dataset.dataset import MemeDataset, load_records
 from meme_llava.dataset.images import open_image
-from meme_llava.distributed.environment import Heartbeat, count_processes
+from meme_llava.distributed.engines import DEEPSPEED
+from meme_llava.distributed.environment import Heartbeat, count_processes, find_rank
 from meme_llava.distributed.processes import broadcast_from_main, gather
 from meme_llava.errors import UserError
 from meme_llava.evaluate.scores import describe_measure, name_figure, score_predictions
 from meme_llava.inference.generation import Answerer, choose_stops
-from meme_llava.inference.questions import Prediction
+from meme_llava.inference.questions import Prediction, Question, find_question
+from meme_llava.model.llava import Processing
 from meme_llava.model.packed_llava import answer_unpacked
-from meme_llava.storage.files import read_lines, write_lines
+from meme_llava.storage.files import hash_file, read_lines, write_lines
 from meme_llava.terminal import print_table
-from meme_llava.train.prepared_run import PreparedRun
-from meme_llava.train.trackers import TrackerRuns
-from meme_llava.train.validation import ANSWERS, shard_for_rank
+from meme_llava.train.settings import TrainArguments
+from meme_llava.train.trackers import ANSWERS, TrackerRuns
 
-LOSS = "eval_loss"
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
-class EvaluationInterrupted(Exception):
+@dataclass(frozen=True)
+class ValidationData:
+    """Records that are evaluated while a model trains on others.
+
+    Args:
+        records: how many of the dataset, from its beginning, carry the validation loss.
+        questions: what is asked.
+        shown: places among the questions of those whose answers are shown, each about another image.
+        description: for the run record.
+    """
+
+    dataset: MemeDataset
+    records: int
+    questions: Sequence[Question]
+    shown: Sequence[int]
+    description: dict
+
+
+def check_validation(arguments: TrainArguments) -> None:
+    """See without a model that the validation records can be asked. Raises UserError where a record or image is bad, or
+    no record asks about an image."""
+    try:
+        checked = check_records(arguments.eval_source, arguments)
+    except UserError as error:
+        raise UserError(f"--eval_annotations {error}") from error
+    _list_questions(arguments, checked)
+
+
+def load_validation(arguments: TrainArguments, processing: Processing) -> ValidationData:
+    """The validation records, checked. Raises UserError where a record does not fit into model_max_length, and for the
+    reasons of `check_validation`."""
+    tokens = Tokenization(processing.encoder, arguments.model_max_length)
+    try:
+        loaded = load_records(arguments.eval_source, arguments, tokens, processing.image_policy)
+    except UserError as error:
+        raise UserError(f"--eval_annotations {error}") from error
+    questions = _list_questions(arguments, loaded.checked)
+    records = len(loaded.checked.usable[: arguments.eval_limit])
+    description = {
+        "annotations": str(arguments.eval_annotations.resolve()),
+        "image_folder": str(arguments.eval_image_folder.resolve()),
+        "sha256": hash_file(arguments.eval_annotations),
+        "records": records,
+        "questions": len(questions),
+    }
+    return ValidationData(
+        loaded.dataset, records, questions, choose_shown(questions, arguments.eval_images), description
+    )
+
+
+def _list_questions(arguments: TrainArguments, checked: CheckedData) -> list[Question]:
+    records = checked.usable[: arguments.eval_limit]
+    found = [find_question(one.record, arguments.eval_image_folder) for one in records]
+    questions = [question for question in found if question is not None]
+    if not questions:
+        raise UserError(
+            f"--eval_annotations {arguments.eval_annotations}: none of its {len(found)} records begins with <image>, a "
+            "line break and a question, so there is nothing to ask"
+        )
+    return questions
+
+
+def choose_shown(questions: Sequence[Question], count: int) -> list[int]:
+    """The places of `count` questions about different images, spread evenly over all of them."""
+    first: dict[Path, int] = {}
+    for number, question in enumerate(questions):
+        first.setdefault(question.image, number)
+    places = list(first.values())
+    count = min(count, len(places))
+    return [places[number * len(places) // count] for number in range(count)]
+
+
+class _Interrupted(Exception):
     """The run was asked to stop in the middle of an evaluation."""
 
 
+@dataclass
 class TrainingEvaluation:
     """Evaluates the model of a run on its validation records; all processes call it together.
 
     Args:
-        run: that has validation records.
+        run: a PreparedRun, which has validation records.
+        model: without the engine around it.
         heartbeat: a long evaluation is not a hang.
+        ask_to_stop: whether any process was asked to stop; all processes call it at the same time.
     """
 
-    def __init__(self, run: PreparedRun, trackers: TrackerRuns, heartbeat: Heartbeat):
-        self._arguments, self._engine = run.plan.arguments, run.plan.engine
-        self._data, self._processing, self._collator = run.inputs.validation, run.inputs.processing, run.collator
-        self._trackers, self._heartbeat = trackers, heartbeat
+    run: Any
+    engine_model: nn.Module
+    model: nn.Module
+    accelerator: Accelerator
+    trackers: TrackerRuns
+    heartbeat: Heartbeat
+    ask_to_stop: Callable[[], bool]
 
-    def is_due(self, step: int, last_step: int) -> bool:
-        """Whether there is an evaluation after an optimizer step; there is one after the last, too."""
-        return step > 0 and (step % self._arguments.eval_every == 0 or step == last_step)
+    def __post_init__(self) -> None:
+        self._plan, self._data, self._arguments = self.run.plan, self.run.plan.validation, self.run.plan.arguments
 
-    def evaluate(
-        self,
-        step: int,
-        model: nn.Module,
-        device: torch.device,
-        measure: Callable[[Mapping], torch.Tensor],
-        autocast: Callable[[], contextlib.AbstractContextManager],
-        is_stopping: Callable[[], bool],
-    ) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float] | None:
         """The figures of an optimizer step for the log; answers go to the terminal, the trackers and ANSWERS.
 
-        Args:
-            model: without the engine around it.
-            device: that computes.
-            measure: the summed loss of a batch, a scalar, computed as in training but without gradient.
-            autocast: what a forward pass of `model` runs in.
-            is_stopping: whether any process was asked to stop; all processes call it at the same time.
-
-        Raises:
-            EvaluationInterrupted: in all processes, if it was.
+        None, in all processes, if the run is asked to stop meanwhile.
         """
         start = time.perf_counter()
-        loss = self._measure_loss(measure, is_stopping)
-        with answer_unpacked(model), autocast():
-            predictions = self._ask(model, device, is_stopping)
-        self._heartbeat.beat()
+        # DeepSpeed computes in bf16 by itself.
+        autocast = contextlib.nullcontext if self._plan.engine.kind == DEEPSPEED else self.accelerator.autocast
+        try:
+            loss = self._measure_loss()
+            with answer_unpacked(self.model), autocast():
+                predictions = self._ask()
+        except _Interrupted:
+            return None
+        self.heartbeat.beat()
         return broadcast_from_main(lambda: self._report(step, loss, predictions, start))
 
-    def _measure_loss(self, measure: Callable[[Mapping], torch.Tensor], is_stopping: Callable[[], bool]) -> float:
+    def _measure_loss(self) -> float:
         """The mean loss over the validation records, weighed as in training."""
-        batches = self._cut(range(self._data.records))
-        own = []
-        for place, numbers in shard_for_rank(batches):
-            self._pause(is_stopping)
-            batch = self._collator(self._data.dataset.__getitems__(list(numbers)))
-            weight = batch["loss_weights"].sum(dtype=torch.float64).item()
-            loss = measure(batch).double().item()
-            if place is not None:
-                own.append((place, loss, weight))
-        # Summed in the order of the batches: the same whatever the number of processes.
-        found = sorted(one for several in gather(own) for one in several)
-        return sum(loss for _, loss, _ in found) / sum(weight for _, _, weight in found)
 
-    def _ask(self, model: nn.Module, device: torch.device, is_stopping: Callable[[], bool]) -> list[Prediction]:
+        def measure(numbers: Sequence[int]) -> tuple[float, float]:
+            batch = self.run.collator(self._data.dataset.__getitems__(list(numbers)))
+            weight = batch["loss_weights"].sum(dtype=torch.float64).item()
+            self.engine_model.eval()
+            with torch.no_grad():
+                loss = self.engine_model(**send_to_device(batch, self.accelerator.device, non_blocking=True))["loss"]
+            self.engine_model.train()
+            return loss.double().item(), weight
+
+        losses, weights = zip(*self._share(range(self._data.records), measure), strict=True)
+        return sum(losses) / sum(weights)
+
+    def _ask(self) -> list[Prediction]:
         """Every question with its answer, in order."""
-        divided = self._engine.shards_weights and count_processes() > 1
-        marking = StoppingCriteriaList([_Beat(self._heartbeat)])
-        generation_config = choose_stops(model.generation_config, self._processing)
-        generation_config.use_cache = True  # which training turns off
-        options = {"synced_gpus": divided, "stopping_criteria": marking}
-        answerer = Answerer(model, self._processing, generation_config, options, device)
-        own = []
-        for place, questions in shard_for_rank(self._cut(self._data.questions)):
-            self._pause(is_stopping)
+
+        def mark_token(input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+            """A criterion that stops nothing: a token is a sign of progress."""
+            self.heartbeat.beat()
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+        def answer(questions: Sequence[Question]) -> list[Prediction]:
             try:
-                images = [open_image(question.image, self._processing.image_policy) for question in questions]
+                images = [open_image(question.image, processing.image_policy) for question in questions]
             except ValueError as error:
                 raise UserError(f"{error}; it was sound when the run started") from error
-            predictions = answerer.answer_together(images, list(questions), self._arguments.eval_max_new_tokens)
-            if place is not None:
-                own.append((place, predictions))
-        found = sorted((one for several in gather(own) for one in several), key=lambda one: one[0])
-        return [prediction for _, several in found for prediction in several]
+            return answerer.answer_together(images, list(questions), self._arguments.eval_max_new_tokens)
 
-    def _cut(self, items: Sequence) -> list[Sequence]:
-        size = self._arguments.device_batch_size
-        return [items[start : start + size] for start in range(0, len(items), size)]
+        processing = self._plan.processing
+        divided = self._plan.engine.shards_weights and count_processes() > 1
+        generation_config = choose_stops(self.model.generation_config, processing)
+        generation_config.use_cache = True  # which training turns off
+        options = {"synced_gpus": divided, "stopping_criteria": StoppingCriteriaList([mark_token])}
+        answerer = Answerer(self.model, processing, generation_config, options, self.accelerator.device)
+        return [prediction for several in self._share(self._data.questions, answer) for prediction in several]
 
-    def _pause(self, is_stopping: Callable[[], bool]) -> None:
-        self._heartbeat.beat()
-        if is_stopping():
-            raise EvaluationInterrupted
+    def _share(self, items: Sequence[Item], compute: Callable[[Sequence[Item]], Result]) -> list[Result]:
+        """What is computed of the batches of items, in their order: the same whatever the number of processes.
+
+        Each process computes its share of them, in as many rounds as every other. Where it has none left it gets the
+        last one again: engines that divide the weights need all processes in every forward pass. Raises _Interrupted
+        where the run is to stop.
+        """
+        size, own = self._arguments.device_batch_size, {}
+        batches = [items[start : start + size] for start in range(0, len(items), size)]
+        for place in range(find_rank(), find_rank() + len(batches), count_processes()):
+            self.heartbeat.beat()
+            if self.ask_to_stop():
+                raise _Interrupted
+            own[place] = compute(batches[min(place, len(batches) - 1)])
+        found = {place: result for of_process in gather(own) for place, result in of_process.items()}
+        return [found[place] for place in range(len(batches))]
 
     def _report(self, step: int, loss: float, predictions: list[Prediction], start: float) -> dict[str, float]:
-        """Show the answers of a step, keep them, and return its figures."""
+        """Show the answers of a step and what all are worth, keep them, and return the figures."""
         scores = score_predictions(predictions)
-        figures = {LOSS: loss} | {name_figure(name): score.value for name, score in scores.items()}
+        figures = {"eval_loss": loss} | {name_figure(name): score.value for name, score in scores.items()}
         shown = [predictions[place] for place in self._data.shown]
-        keep_answers(self._arguments.output_dir / ANSWERS, step, shown)
-        self._trackers.report_answers(step, shown)
+        rows = [
+            (str(one.question.image), one.question.text, one.question.reference, one.text, one.stopped) for one in shown
+        ]
+        path, names = self._arguments.output_dir / ANSWERS, ("image", "question", "reference", "answer", "stopped")
+        # Later ones are of a run that was continued before.
+        earlier = [line for line in read_lines(path) if line["step"] < step] if path.is_file() else []
+        write_lines(path, [*earlier, *({"step": step, **dict(zip(names, row, strict=True))} for row in rows)])
+        self.trackers.report_answers(step, shown)
+        words = [f"validation loss {loss:.4f}"]
+        for name in ("character_error_rate", "text_found", "chrf"):
+            if (value := figures.get(name_figure(name))) is not None:
+                measure = describe_measure(name)
+                words.append(f"{measure.title} {value:.1%}" if measure.is_share else f"{measure.title} {value:.1f}")
         seconds = time.perf_counter() - start
         with tqdm.external_write_mode():
-            print_answers(step, figures, shown, f"{self._data.records} records, {len(predictions)} questions", seconds)
+            print_table(f"Answers after step {step}", names[:4], [(Path(row[0]).name, *row[1:4]) for row in rows])
+            of = f"{self._data.records} records, {len(predictions)} questions, {seconds:.1f} s"
+            print(f"{', '.join(words)}; {of}", flush=True)
         return figures
-
-
-class _Beat(StoppingCriteria):
-    """Stops nothing; a token is a sign of progress."""
-
-    def __init__(self, heartbeat: Heartbeat):
-        self._heartbeat = heartbeat
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        self._heartbeat.beat()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-def keep_answers(path: Path, step: int, shown: Sequence[Prediction]) -> None:
-    """Append the answers of a step to those of earlier ones. Later ones are of a run that was continued before."""
-    earlier = [line for line in read_lines(path) if line["step"] < step] if path.is_file() else []
-    answers = [
-        {
-            "step": step,
-            "image": str(one.question.image),
-            "question": one.question.text,
-            "reference": one.question.reference,
-            "answer": one.text,
-            "stopped": one.stopped,
-        }
-        for one in shown
-    ]
-    write_lines(path, [*earlier, *answers])
-
-
-def print_answers(
-    step: int, figures: Mapping[str, float], shown: Sequence[Prediction], of: str, seconds: float
-) -> None:
-    """Print a step's answers beside the reference, and what they and all others are worth."""
-    rows = [(one.question.image.name, one.question.text, one.question.reference, one.text) for one in shown]
-    print_table(f"Answers after step {step}", ("image", "question", "reference", "answer"), rows)
-    words = [f"validation loss {figures[LOSS]:.4f}"]
-    for name in ("character_error_rate", "text_found", "chrf"):
-        if (value := figures.get(name_figure(name))) is not None:
-            measure = describe_measure(name)
-            words.append(f"{measure.title} {value:.1%}" if measure.is_share else f"{measure.title} {value:.1f}")
-    print(f"{', '.join(words)}; {of}, {seconds:.1f} s", flush=True)

@@ -1,6 +1,5 @@
-"""The training loop: the steps of a prepared run in their order, and what happens between two of them."""
+"""The training loop: the steps of a prepared run in their order, what happens between two of them, the run's result."""
 
-import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,22 +18,18 @@ from meme_llava.distributed.processes import (
     make_accelerator,
 )
 from meme_llava.errors import NonFiniteError, Stopped
-from meme_llava.model.flops import TrainingCosts
 from meme_llava.model.trainable import save_trained_weights
 from meme_llava.storage.run_record import RATE_PREFIX, RUN_RECORD, read_manifest, read_training_log, write_training_log
 from meme_llava.train.checkpoints import archive_newer_checkpoints, list_checkpoints, write_checkpoint, write_final
-from meme_llava.train.evaluation import LOSS, EvaluationInterrupted, TrainingEvaluation
 from meme_llava.train.optimizer_state import OPTIMIZER_PREFIX, TrainingState
-from meme_llava.train.prepared_run import PreparedRun, make_loader, make_optimizer
+from meme_llava.train.prepared_run import PreparedRun, make_loader, make_optimizer, write_sidecars
 from meme_llava.train.progress import (
     RECORD_IDS,
-    FiniteCheck,
-    FirstGradientCheck,
     ProgressBar,
     StepGuard,
     ThroughputMeter,
     draw_training_curves,
-    find_own_accelerator,
+    watch_first_gradients,
 )
 from meme_llava.train.run_plan import RunPlan
 from meme_llava.train.session import Session
@@ -52,65 +47,61 @@ class TrainingLoop:
     """
 
     def __init__(self, run: PreparedRun, session: Session, trackers: TrackerRuns):
-        plan, arguments, data = run.plan, run.plan.arguments, run.inputs.data
-        self._run, self._plan, self._arguments, self._engine = run, plan, arguments, plan.engine
-        self._accelerator = make_accelerator(plan.engine, run.step_shape)
-        self._heartbeat, self._trackers, self._device = session.heartbeat, trackers, self._accelerator.device
-        self._check = FiniteCheck()
-        self._guard = StepGuard(self._check, session.request)
-        self._request = session.request
+        plan = run.plan
+        self._run, self._plan, self._arguments = run, plan, plan.arguments
+        self._accelerator = make_accelerator(plan.engine, run.step_shape, run.deepspeed_plugin)
+        self._device = self._accelerator.device
+        self._heartbeat, self._trackers, self._guard = session.heartbeat, trackers, StepGuard(session.request)
         self._bar = ProgressBar(plan.start.step, plan.steps)
-        self._meter = ThroughputMeter(
-            TrainingCosts.of_model(run.model),
-            arguments.global_batch_size,
-            find_own_accelerator(self._device),
-            plan.processes,
-            lambda counts: self._accelerator.reduce(counts.to(self._device), "sum").cpu(),
-        )
-        self._evaluation = None
-        if run.inputs.validation is not None:
-            self._evaluation = TrainingEvaluation(run, trackers, session.heartbeat)
-        self._quarantined, self._records = len(data.checked.bad), len(data.dataset)
+        self._meter = ThroughputMeter(run.model, self._accelerator, self._arguments.global_batch_size)
         self.step = plan.start.step
         self._log_history = read_training_log(plan.start.checkpoint) if plan.start.checkpoint else []
         # Of the steps since the last log line: their losses, and how many were skipped.
         self._losses, self._skipped = [], 0
         self._prepare()
+        self._evaluation = None
+        if plan.validation is not None:
+            from meme_llava.train.evaluation import TrainingEvaluation
+
+            ask = self._guard.ask_to_stop
+            self._evaluation = TrainingEvaluation(
+                run, self._engine_model, self._model, self._accelerator, trackers, self._heartbeat, ask
+            )
 
     def _prepare(self) -> None:
         """Hand model and optimizer to the engine, and take up the checkpoint's state."""
-        run, plan = self._run, self._plan
+        run, plan, checkpoint, kind = self._run, self._plan, self._plan.start.checkpoint, self._plan.engine.kind
         optimizer = make_optimizer(run.groups)
         # Only its formula is used, so that the rates follow from the step alone.
         self._schedule = get_scheduler(self._arguments.lr_scheduler_type, optimizer, plan.warmup_steps, plan.steps)
         weights = None
-        if plan.start.checkpoint is not None and self._engine.kind == DEEPSPEED and run.step_shape.uses_bf16:
+        if checkpoint is not None and kind == DEEPSPEED and run.step_shape.uses_bf16:
             # The checkpoint's are in the model already; DeepSpeed in bf16 rounds what it is given.
             weights = {
                 name: parameter.detach().clone()
                 for group in run.groups
                 for name, parameter in zip(group.names, group.parameters, strict=True)
             }
-        self._engine_model, self._engine_optimizer = self._accelerator.prepare(run.model, optimizer)
-        check_engine_runs(self._engine, self._engine_model)
+        self._engine_model, self._optimizer = self._accelerator.prepare(run.model, optimizer)
+        check_engine_runs(plan.engine, self._engine_model)
         # FSDP shards the model's own modules; the others hold it whole.
-        self._model = self._engine_model if self._engine.kind == FSDP else run.model
-        if self._engine.kind == FSDP:
+        self._model = self._engine_model if kind == FSDP else run.model
+        if kind == FSDP:
             torch.distributed.fsdp.register_fsdp_forward_method(self._model, "generate")
-        if plan.start.checkpoint is not None:
-            updates = read_manifest(plan.start.checkpoint)["updates"]
-            self._make_state().load(plan.start.checkpoint, weights, updates)
+        self._state = TrainingState(plan.engine, run.groups, self._optimizer.optimizer)
+        if checkpoint is not None:
+            self._state.load(checkpoint, weights, read_manifest(checkpoint)["updates"])
         self._engine_model.train()
 
     def train(self) -> str | None:
         """Train to the last step. Returns the signal that ended it before, if one did."""
-        self._request.is_deferred = self._heartbeat.trains = True
         batches = iter(make_loader(self._run, self._device))
-        self._first_gradients = FirstGradientCheck(
-            (name for group in self._run.groups for name in group.names), self._model
-        )
+        names = [name for group in self._run.groups for name in group.names]
+        self._check_first_gradients = watch_first_gradients(names, self._model)
         try:
-            if self._evaluation is not None and self._lacks_evaluation():
+            # A run that was stopped had no time for the evaluation of the step that it continues from.
+            evaluated = {entry["step"] for entry in self._log_history if "eval_loss" in entry}
+            if self._is_evaluation_due() and self.step not in evaluated:
                 self._evaluate()
             while self.step < self._plan.steps and self._guard.stopped_by is None:
                 self._train_step(batches)
@@ -133,17 +124,17 @@ class TrainingLoop:
                 self._accelerator.backward(loss * len(device_batches))
                 losses.append(loss.detach())
         self._norm = self._clip_gradients()
-        if self._check.gradients_are_finite:
-            self._engine_optimizer.step()
+        if self._guard.gradients_are_finite:
+            self._optimizer.step()
             self._losses.append(sum(losses))
-        self._engine_optimizer.zero_grad()
+        self._optimizer.zero_grad()
         self.step += 1
 
     def _fetch(self, batches: Iterator[dict]) -> tuple[list[dict], torch.Tensor]:
         """The step's device batches of this process, and the loss weight of all of the step, over all processes."""
         self._heartbeat.beat()
         device_batches = self._meter.fetch(batches, self._plan.accumulation)
-        self._check.begin([batch.pop(RECORD_IDS) for batch in device_batches])
+        self._guard.begin([batch.pop(RECORD_IDS) for batch in device_batches])
         weight = sum(batch["loss_weights"].sum(dtype=torch.float64) for batch in device_batches)
         self._heartbeat.beat()
         return device_batches, self._accelerator.reduce(weight.to(self._device), "sum")
@@ -158,39 +149,37 @@ class TrainingLoop:
         self._rates = [
             base * factor(self.step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
         ]
-        for group, rate in zip(self._engine_optimizer.param_groups, self._rates, strict=True):
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate
 
     def _compute_loss(self, batch: Mapping, weight: torch.Tensor) -> torch.Tensor:
         """This device batch's share of the step's mean loss, times the processes: engines average gradients."""
         outputs = self._engine_model(**send_to_device(batch, self._device, non_blocking=True))
-        return self._check.mark_loss(outputs["loss"] * (self._plan.processes / weight).float())
+        return self._guard.mark_loss(outputs["loss"] * (self._plan.processes / weight).float())
 
     def _clip_gradients(self) -> float:
         """Clip to max_grad_norm and see whether all is finite, in all processes alike; returns the norm before."""
-        if self._first_gradients is not None:
-            self._first_gradients.check(self._model)
-            self._first_gradients = None
+        if self._check_first_gradients is not None:
+            self._check_first_gradients()
+            self._check_first_gradients = None
         # DeepSpeed has clipped and stepped already, in its backward.
-        norm = self._accelerator.clip_grad_norm_(
-            self._engine_model.parameters(), self._arguments.max_grad_norm or float("inf")
-        )
+        limit = self._arguments.max_grad_norm or float("inf")
+        norm = self._accelerator.clip_grad_norm_(self._engine_model.parameters(), limit)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        self._check.gradients_are_finite = bool(np.isfinite(norm))
+        self._guard.gradients_are_finite = bool(np.isfinite(norm))
         return norm
 
     def _finish_step(self) -> None:
         """What follows a step: checks, the log line, evaluation, a checkpoint."""
         step, is_last = self.step, self.step == self._plan.steps
-        self._skipped += not self._check.gradients_are_finite
+        self._skipped += not self._guard.gradients_are_finite
         self._guard.after_step(step)
         self._bar.update()
         if step % self._arguments.logging_steps == 0 or is_last:
             self._log_training()
-        stops = self._guard.ask_to_stop()
-        if self._evaluation is not None and not stops and self._evaluation.is_due(step, self._plan.steps):
-            stops = not self._evaluate()
-        if step % self._arguments.save_steps == 0 or is_last or stops:
+        if not self._guard.ask_to_stop() and self._is_evaluation_due():
+            self._evaluate()
+        if step % self._arguments.save_steps == 0 or is_last or self._guard.stopped_by is not None:
             self._save()
         self._heartbeat.beat()
 
@@ -200,62 +189,42 @@ class TrainingLoop:
         if self._losses:
             mean = torch.stack(self._losses).double().mean()
             figures["loss"] = float(self._accelerator.reduce(mean, "mean"))
-            figures["grad_norm"] = self._norm
+            if self._guard.gradients_are_finite:
+                figures["grad_norm"] = self._norm
         for group, rate in zip(self._run.groups, self._rates, strict=True):
             figures[f"{RATE_PREFIX}{group.rate_name}"] = rate
         figures |= self._meter.read()
-        if self._skipped:
-            figures["skipped_steps"] = self._skipped
-        if not self._check.gradients_are_finite:
-            figures.pop("grad_norm", None)
-        if self._quarantined:
-            figures["quarantined_records"] = self._quarantined
+        counted = {"skipped_steps": self._skipped, "quarantined_records": len(self._plan.data.checked.bad)}
+        figures |= {name: count for name, count in counted.items() if count}
         self._losses, self._skipped = [], 0
         self._log(figures)
         self._bar.show(self.step, figures)
 
     def _log(self, figures: Mapping[str, float]) -> None:
-        epoch = self.step * self._arguments.global_batch_size / self._records
+        epoch = self.step * self._arguments.global_batch_size / len(self._plan.data.dataset)
         self._log_history.append({**figures, "epoch": epoch, "step": self.step})
-        self._trackers.log(figures | {"epoch": epoch}, self.step)
+        self._trackers.log({**figures, "epoch": epoch}, self.step)
 
-    def _lacks_evaluation(self) -> bool:
-        """Whether a stopped run had no time for the evaluation of the step that it continues from."""
-        logged = any(entry["step"] == self.step and LOSS in entry for entry in self._log_history)
-        return self._evaluation.is_due(self.step, self._plan.steps) and not logged
+    def _is_evaluation_due(self) -> bool:
+        """Whether there is an evaluation after the last step done; there is one after the run's last, too."""
+        every, step = self._arguments.eval_every, self.step
+        return every is not None and step > 0 and (step % every == 0 or step == self._plan.steps)
 
-    def _evaluate(self) -> bool:
-        """Evaluate on the validation records. Returns whether it was done; False where the run is asked to stop."""
-        with self._meter.leave_out(), contextlib.suppress(EvaluationInterrupted):
-            figures = self._evaluation.evaluate(
-                self.step,
-                self._model,
-                self._device,
-                self._measure,
-                contextlib.nullcontext if self._engine.kind == DEEPSPEED else self._accelerator.autocast,
-                self._guard.ask_to_stop,
-            )
-            self._log(figures)
-            return True
-        return False
-
-    def _measure(self, batch: Mapping) -> torch.Tensor:
-        self._engine_model.eval()
-        with torch.no_grad():
-            loss = self._engine_model(**send_to_device(batch, self._device, non_blocking=True))["loss"]
-        self._engine_model.train()
-        return loss
+    def _evaluate(self) -> None:
+        """Evaluate on the validation records, unless the run is asked to stop meanwhile."""
+        with self._meter.leave_out():
+            if (figures := self._evaluation.evaluate(self.step)) is not None:
+                self._log(figures)
 
     def _save(self) -> None:
         step, start = self.step, time.monotonic()
         self._heartbeat.beat()
-        state = self._make_state()
-        updates = state.count_updates()
+        updates = self._state.count_updates()
         write_checkpoint(
             self._arguments.output_dir,
             step,
-            state.nbytes,
-            lambda folder: self._write_files(folder, state),
+            self._state.nbytes,
+            self._write_files,
             lambda: {**self._plan.make_manifest_metadata(step), "updates": updates},
             self._arguments.save_total_limit,
         )
@@ -267,11 +236,11 @@ class TrainingLoop:
                 flush=True,
             )
 
-    def _write_files(self, folder: Path, state: TrainingState) -> list[Path]:
+    def _write_files(self, folder: Path) -> list[Path]:
         """Write this process's files of a checkpoint."""
-        weights = state.gather_weights()
+        weights = self._state.gather_weights()
         self._heartbeat.beat()
-        written = state.write_moments(folder)
+        written = self._state.write_moments(folder)
         if not is_main_process():
             return written
         broken = [name for name, weight in weights.items() if not bool(torch.isfinite(weight).all())]
@@ -281,26 +250,20 @@ class TrainingLoop:
                 "is sound. Lower --low_lr and --high_lr."
             )
         save_trained_weights(self._model, folder, weights)
-        self._run.write_sidecars(folder, self.step)
+        write_sidecars(folder, self._plan.processing, self._run.to_record(self.step))
         write_training_log(folder, self.step, self._log_history)
         return [*written, *(path for path in folder.iterdir() if not path.name.startswith(OPTIMIZER_PREFIX))]
 
-    def _make_state(self) -> TrainingState:
-        return TrainingState(self._engine, self._run.groups, self._engine_optimizer.optimizer)
-
 
 def fit(run: PreparedRun, session: Session) -> None:
-    """Train to the last step.
-
-    Raises:
-        Stopped: a signal ended it before that, state saved.
-    """
+    """Train to the last step. Raises Stopped where a signal ended it before that, state saved."""
     plan, arguments = run.plan, run.plan.arguments
     broadcast_from_main(lambda: archive_newer_checkpoints(arguments.output_dir, plan.start.checkpoint))
     session.heartbeat.beat()
     with open_tracker_runs(arguments.report_to, arguments.output_dir, arguments.run_name) as trackers:
         loop = TrainingLoop(run, session, trackers)
         broadcast_from_main(lambda: trackers.attach_record(run.to_record(plan.start.step)))
+        session.request.is_deferred = session.heartbeat.trains = True
         stopped_by = loop.train()
         if loop.step < plan.steps:
             leave_process_group()

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import functional
 
 from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine
+from meme_llava.distributed.environment import count_processes, find_rank, is_main_process
 from meme_llava.errors import CheckpointError
 from meme_llava.model.trainable import ParameterGroup
 from meme_llava.storage.tensor_writer import PlannedTensor, write_file
 from meme_llava.train.prepared_run import MOMENTUM_BUFFER
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS, MUON_MOMENTS = ("exp_avg", "exp_avg_sq"), (MOMENTUM_BUFFER,)
 OPTIMIZER_PREFIX = "optimizer-"
-MUON_MOMENTS = (MOMENTUM_BUFFER,)
 FLOAT32_BYTES = 4
 
 
@@ -33,30 +33,33 @@ class TrainingState:
     """
 
     def __init__(self, engine: Engine, groups: Sequence[ParameterGroup], optimizer):
-        self._engine = engine
+        self._uses_deepspeed, self._zero_stage = engine.kind == DEEPSPEED, engine.zero_stage
         self._optimizer = optimizer
-        self._shapes = {
-            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-            for group in groups
-            for name, parameter in zip(group.names, group.parameters, strict=True)
-        }
+        self._adam: torch.optim.Optimizer = optimizer.optimizer if self._uses_deepspeed else optimizer
+        held = [parameter for group in groups for parameter in group.parameters]
+        names = [name for group in groups for name in group.names]
+        shapes = [tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in held]
+        self._shapes = dict(zip(names, shapes, strict=True))
         self._moments = {name: MUON_MOMENTS if group.uses_muon else MOMENTS for group in groups for name in group.names}
-        self._parameters = dict(zip(self._shapes, self._list_parameters(groups), strict=True))
+        # Every moment as (name of the weight, name of the moment).
+        self._keys = [(name, moment) for name in names for moment in self._moments[name]]
+        if engine.kind == FSDP:
+            # It put others in the place of the parameters that the groups name, in the same order.
+            held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._parameters = dict(zip(names, held, strict=True))
 
     @property
     def nbytes(self) -> int:
         """What a checkpoint's tensors take on disk."""
-        return FLOAT32_BYTES * sum(
-            (1 + len(self._moments[name])) * torch.Size(shape).numel() for name, shape in self._shapes.items()
-        )
+        sizes = {name: torch.Size(shape).numel() for name, shape in self._shapes.items()}
+        return FLOAT32_BYTES * (sum(sizes.values()) + sum(sizes[name] for name, _ in self._keys))
 
     def gather_weights(self) -> dict[str, torch.Tensor]:
         """Every weight that learns, float32, by its name before the engine took it; empty but in the main process."""
-        is_main = not distributed.is_initialized() or distributed.get_rank() == 0
         weights = {}
         for name in self._shapes:
             weight = self._gather(name, None)
-            if is_main:
+            if is_main_process():
                 weights[name] = weight.cpu()
         return weights
 
@@ -67,14 +70,11 @@ class TrainingState:
             OSError: a file cannot be written; after all processes have taken part.
         """
         self._create_moments()
-        rank, processes = 0, 1
-        if distributed.is_initialized():
-            rank, processes = distributed.get_rank(), distributed.get_world_size()
-        keys = self._list_moments()
-        stream = ((key, self._gather(*key)) for key in keys)
+        rank, processes = find_rank(), count_processes()
+        stream = ((key, self._gather(*key)) for key in self._keys)
         planned = {
-            _to_file_name(*key): PlannedTensor(torch.float32, self._shapes[key[0]], _take(stream, key))
-            for key in keys[rank::processes]
+            f"{key[1]}/{key[0]}": PlannedTensor(torch.float32, self._shapes[key[0]], _take(stream, key))
+            for key in self._keys[rank::processes]
         }
         path = folder / f"{OPTIMIZER_PREFIX}{rank + 1:05d}-of-{processes:05d}.safetensors"
         try:
@@ -109,86 +109,68 @@ class TrainingState:
         for state in self._adam.state.values():
             if "step" in state:
                 state["step"].fill_(updates)
-        files = {}
+        missing = {f"{moment}/{name}": (name, moment) for name, moment in self._keys}
         for path in sorted(folder.glob(f"{OPTIMIZER_PREFIX}*.safetensors")):
             with safe_open(path, "pt") as file:
-                files.update(dict.fromkeys(file.keys(), path))
-        expected = {_to_file_name(name, moment) for name, moment in self._list_moments()}
-        if wrong := sorted(expected ^ set(files)):
-            raise CheckpointError(f"{folder}: {len(wrong)} optimizer tensors are missing or too many, e.g. {wrong[0]}")
-        for path in sorted(set(files.values())):
-            with safe_open(path, "pt") as file:
-                for key in file.keys():
-                    moment, name = key.split("/", 1)
-                    self._scatter(name, moment, file.get_tensor(key))
+                for stored in file.keys():
+                    if stored not in missing:
+                        raise CheckpointError(f"{path}: the optimizer tensor {stored} is not of this model")
+                    self._scatter(*missing.pop(stored), file.get_tensor(stored))
+        if missing:
+            raise CheckpointError(f"{folder}: {len(missing)} optimizer tensors are missing, e.g. {min(missing)}")
         for name, weight in (weights or {}).items():
             self._scatter(name, None, weight)
-
-    @property
-    def _adam(self) -> torch.optim.Optimizer:
-        return self._optimizer.optimizer if self._engine.kind == DEEPSPEED else self._optimizer
-
-    def _list_parameters(self, groups: Sequence[ParameterGroup]) -> list[nn.Parameter]:
-        if self._engine.kind == FSDP:
-            # It put others in the place of the parameters that the groups name, in the same order.
-            return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        return [parameter for group in groups for parameter in group.parameters]
-
-    def _list_moments(self) -> list[tuple[str, str]]:
-        return [(name, moment) for name in self._shapes for moment in self._moments[name]]
-
-    def _list_held(self) -> list[torch.Tensor]:
-        """What Adam updates: the parameters, or the flat float32 pieces that ZeRO made of them."""
-        if self._engine.kind != DEEPSPEED:
-            return list(self._parameters.values())
-        if self._engine.zero_stage == 3:
-            return list(self._optimizer.fp32_partitioned_groups_flat)
-        return list(self._optimizer.single_partition_of_fp32_groups)
 
     def _create_moments(self) -> None:
         """Give the optimizer zeros where it has not made an update yet, as it would itself."""
         moments_of = {id(self._parameters[name]): moments for name, moments in self._moments.items()}
-        for held in self._list_held():
-            state = self._adam.state[held]
-            if not state:
-                # ZeRO's flat pieces are not parameters of ours; only Adam comes with it.
-                moments = moments_of.get(id(held), MOMENTS)
-                if moments == MOMENTS:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=held.device)
-                for moment in moments:
-                    state[moment] = torch.zeros_like(held, memory_format=torch.preserve_format).detach()
-        if self._engine.kind == DEEPSPEED and self._engine.zero_stage != 3:
+        held = list(self._parameters.values())
+        if self._uses_deepspeed:
+            # The flat float32 pieces that ZeRO made of the parameters; only Adam comes with it.
+            stage_3 = self._zero_stage == 3
+            attribute = "fp32_partitioned_groups_flat" if stage_3 else "single_partition_of_fp32_groups"
+            held = list(getattr(self._optimizer, attribute))
+        for tensor in held:
+            state, moments = self._adam.state[tensor], moments_of.get(id(tensor), MOMENTS)
+            if state:
+                continue
+            if moments == MOMENTS:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+            for moment in moments:
+                state[moment] = torch.zeros_like(tensor, memory_format=torch.preserve_format).detach()
+        if self._uses_deepspeed and self._zero_stage != 3:
             # DeepSpeed links every group's moments when it has updated the first group, and so misses the others'.
             self._optimizer._hp_optimizer_states_linked = False
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
     def _gather(self, name: str, moment: str | None) -> torch.Tensor:
+        """The whole of a moment, or of the weight itself."""
         parameter = self._parameters[name]
-        if self._engine.kind == DEEPSPEED:
-            if self._engine.zero_stage == 3:
-                return self._optimizer.get_full_hp_param(parameter, moment)
+        if self._zero_stage == 3:
+            return self._optimizer.get_full_hp_param(parameter, moment)
+        if self._uses_deepspeed:
             return parameter.get_full_hp_param(moment)
         tensor = parameter.detach() if moment is None else self._adam.state[parameter][moment]
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def _scatter(self, name: str, moment: str | None, value: torch.Tensor) -> None:
-        parameter, shape = self._parameters[name], self._shapes[name]
+        """Put a whole moment, or weight, into what this process holds of it."""
+        parameter, shape, value = self._parameters[name], self._shapes[name], value.float()
         if tuple(value.shape) != shape:
             raise CheckpointError(f"{name}: is {tuple(value.shape)} in the checkpoint, {shape} in the model")
-        value = value.float()
-        if self._engine.kind == DEEPSPEED:
-            if self._engine.zero_stage == 3:
-                self._optimizer.set_local_hp_param(_cut_partition(value, parameter), parameter, moment)
-            else:
-                parameter.set_full_hp_param(value, moment)
-            return
-        tensor = parameter.data if moment is None else self._adam.state[parameter][moment]
-        if isinstance(tensor, DTensor):
-            value = value.to(tensor.to_local().device)
-            tensor.to_local().copy_(
-                distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
-            )
+        if self._zero_stage == 3:
+            # The piece of the flattened tensor that ZeRO-3 keeps here; the last process's is filled up with zeros.
+            size = parameter.ds_tensor.numel()
+            own = value.flatten()[find_rank() * size :][:size]
+            self._optimizer.set_local_hp_param(functional.pad(own, (0, size - len(own))), parameter, moment)
+        elif self._uses_deepspeed:
+            parameter.set_full_hp_param(value, moment)
         else:
+            tensor = parameter.data if moment is None else self._adam.state[parameter][moment]
+            if isinstance(tensor, DTensor):
+                value = value.to(tensor.to_local().device)
+                value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+                tensor = tensor.to_local()
             tensor.copy_(value)
 
 
@@ -202,17 +184,3 @@ def _take(stream: Iterator, wanted: tuple):
                 return
 
     return make_pieces
-
-
-def _cut_partition(value: torch.Tensor, parameter) -> torch.Tensor:
-    """The piece of a flattened tensor that ZeRO-3 keeps in this process; the last one is filled up with zeros."""
-    size = parameter.ds_tensor.numel()
-    start = distributed.get_rank() * size
-    piece = value.new_zeros(size)
-    own = value.flatten()[start : start + size]
-    piece[: len(own)] = own
-    return piece
-
-
-def _to_file_name(name: str, moment: str) -> str:
-    return f"{moment}/{name}"

@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     check_trackers(arguments.report_to)
     checked = check_records(arguments.source, arguments)
     if arguments.eval_every is not None:
-        from meme_llava.train.validation import check_validation  # loads transformers
+        from meme_llava.train.evaluation import check_validation  # loads transformers
 
         check_validation(arguments)
     print_findings(checked)

@@ -7,84 +7,62 @@ import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
 from meme_llava.distributed.environment import is_main_process
 from meme_llava.distributed.processes import StopRequest, any_process, gather
 from meme_llava.errors import NonFiniteError, UserError
-from meme_llava.model.flops import Accelerator, StepCounts, TrainingCosts, count_batch, recognise_accelerator
+from meme_llava.model.flops import StepCounts, TrainingCosts, count_batch, recognise_accelerator
 from meme_llava.storage.run_record import RATE_PREFIX
 
 MAX_SKIPPED_IN_A_ROW = 3
 MAX_LISTED_RECORDS = 8
-
-
-@dataclass
-class FiniteCheck:
-    """What the running optimizer step was made of, and whether its losses and gradients are finite.
-
-    If they are not, no process may apply the update; `mark_loss` makes one process's loss reach all of them, through
-    their gradients.
-    """
-
-    record_ids: list[list[str]] = field(default_factory=list)  # of every device batch of this process
-    finite: list[torch.Tensor] = field(default_factory=list)  # of every loss of this process so far
-    gradients_are_finite: bool = True
-
-    def begin(self, record_ids: list[list[str]]) -> None:
-        """Forget the last step."""
-        self.record_ids, self.finite, self.gradients_are_finite = record_ids, [], True
-
-    def mark_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss, or one that gives no finite gradient. No device waits for this."""
-        finite = torch.isfinite(loss.detach())
-        self.finite.append(finite)
-        return loss * torch.where(finite, 1.0, float("nan")).to(loss.dtype)
-
-    def list_suspects(self) -> list[str]:
-        """This process's records in batches whose loss was not finite."""
-        return [
-            record_id
-            for finite, record_ids in zip(self.finite, self.record_ids, strict=False)
-            if not bool(finite)
-            for record_id in record_ids
-        ]
+SECONDS_BETWEEN_LINES = 5  # of progress, where the output is a file
+COUNTS, USEFUL, RECORD_IDS = "counts", "useful_positions", "record_ids"
 
 
 class StepGuard:
-    """Stops after too many steps that are not finite, and stops all processes when one is asked to."""
+    """Whether losses and gradients of the running step are finite in all processes, and whether one is asked to stop.
 
-    def __init__(self, soundness: FiniteCheck, request: StopRequest):
-        self._soundness = soundness
+    If they are not finite, no process may apply the update; `mark_loss` makes one process's loss reach all of them,
+    through their gradients.
+    """
+
+    def __init__(self, request: StopRequest):
         self._request = request
         self._skipped_in_a_row = 0
         self.stopped_by: str | None = None
 
+    def begin(self, record_ids: list[list[str]]) -> None:
+        """Forget the last step; the next one is made of these records, by device batch of this process."""
+        self._record_ids, self._finite, self.gradients_are_finite = record_ids, [], True
+
+    def mark_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss, or one that gives no finite gradient. No device waits for this."""
+        finite = torch.isfinite(loss.detach())
+        self._finite.append(finite)
+        return loss * torch.where(finite, 1.0, float("nan")).to(loss.dtype)
+
     def after_step(self, step: int) -> None:
         """Say that a step was skipped, if it was. Raises NonFiniteError after too many in a row."""
-        if self._soundness.gradients_are_finite:
+        if self.gradients_are_finite:
             self._skipped_in_a_row = 0
-        else:
-            self._report_skipped(step)
-
-    def ask_to_stop(self) -> bool:
-        """Whether a signal asks any process to stop; all processes call it together."""
-        if self.stopped_by is None and any_process(self._request.name is not None):
-            self.stopped_by = next(name for name in gather(self._request.name) if name is not None)
-        return self.stopped_by is not None
-
-    def _report_skipped(self, step: int) -> None:
+            return
         self._skipped_in_a_row += 1
-        suspects = [record_id for found in gather(self._soundness.list_suspects()) for record_id in found]
-        trained = [r for found in gather(self._soundness.record_ids) for batch in found for r in batch]
+        pairs = [(ids, bool(finite)) for ids, finite in zip(self._record_ids, self._finite, strict=True)]
+        batches = [pair for of_process in gather(pairs) for pair in of_process]
+        suspects = [ids for ids, finite in batches if not finite]
         what = "the loss of these records" if suspects else "the gradient of these records"
-        text = f"{what} is not finite: {_list_some(suspects or trained)}"
+        ids = list(dict.fromkeys(itertools.chain(*(suspects or [ids for ids, _ in batches]))))
+        more = f" and {len(ids) - MAX_LISTED_RECORDS} more" if len(ids) > MAX_LISTED_RECORDS else ""
+        text = f"{what} is not finite: {', '.join(map(repr, ids[:MAX_LISTED_RECORDS]))}{more}"
         if is_main_process():
             print(f"step {step} is skipped, no weight changed: {text}", flush=True)
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -94,42 +72,35 @@ class StepGuard:
                 "and --high_lr."
             )
 
+    def ask_to_stop(self) -> bool:
+        """Whether a signal asks any process to stop; all processes call it together."""
+        if self.stopped_by is None and any_process(self._request.name is not None):
+            self.stopped_by = next(name for name in gather(self._request.name) if name is not None)
+        return self.stopped_by is not None
 
-def _list_some(record_ids: Sequence[str]) -> str:
-    unique = list(dict.fromkeys(record_ids))
-    more = f" and {len(unique) - MAX_LISTED_RECORDS} more" if len(unique) > MAX_LISTED_RECORDS else ""
-    return ", ".join(repr(record_id) for record_id in unique[:MAX_LISTED_RECORDS]) + more
 
+def watch_first_gradients(names: Iterable[str], model: nn.Module) -> Callable[[], None]:
+    """What to call after the first backward pass, before the update; it raises UserError if a tensor of these names, in
+    `model` as its engine holds it, got no gradient."""
+    missing = set(names)
+    # DeepSpeed takes gradients away at once, and hooks see nothing of those that FSDP shards.
+    handles = [
+        parameter.register_hook(lambda gradient, name=name: missing.discard(name))
+        for name, parameter in model.named_parameters()
+        if name in missing
+    ]
 
-class FirstGradientCheck:
-    """Sees that every tensor that should learn gets a gradient in the first step.
-
-    Args:
-        names: of those tensors, in `model` as its engine holds it.
-    """
-
-    def __init__(self, names: Iterable[str], model: nn.Module):
-        self._missing = set(names)
-        # DeepSpeed takes gradients away at once, and hooks see nothing of those that FSDP shards.
-        self._handles = [
-            parameter.register_hook(lambda gradient, name=name: self._missing.discard(name))
-            for name, parameter in model.named_parameters()
-            if name in self._missing
-        ]
-
-    def check(self, model: nn.Module) -> None:
-        """Raise UserError if one got none. After the backward pass, before the update."""
-        for handle in self._handles:
+    def check() -> None:
+        for handle in handles:
             handle.remove()
-        self._missing -= {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-        if self._missing:
+        lacking = missing - {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+        if lacking:
             raise UserError(
-                f"after the first step {len(self._missing)} tensors that should learn have no gradient, e.g. "
-                f"{', '.join(sorted(self._missing)[:3])}"
+                f"after the first step {len(lacking)} tensors that should learn have no gradient, e.g. "
+                f"{', '.join(sorted(lacking)[:3])}"
             )
 
-
-COUNTS, USEFUL, RECORD_IDS = "counts", "useful_positions", "record_ids"
+    return check
 
 
 @dataclass(frozen=True)
@@ -139,46 +110,31 @@ class CountingCollator:
     collate: Callable[[list[dict]], dict]
 
     def __call__(self, examples: list[dict]) -> dict:
-        """The collator's batch with `counts`, a `StepCounts`, `useful_positions`, those that belong to a record, and
-        `record_ids`."""
+        """The collator's batch with what it counts, the number of positions that belong to a record, and record ids."""
         batch = self.collate(examples)
-        return {
-            **batch,
-            COUNTS: count_batch(batch),
-            USEFUL: len(batch["kv_index"].unique()),
-            RECORD_IDS: [str(example["record_id"]) for example in examples],
-        }
+        useful = len(batch["kv_index"].unique())
+        ids = [str(example["record_id"]) for example in examples]
+        return {**batch, COUNTS: count_batch(batch), USEFUL: useful, RECORD_IDS: ids}
 
 
 class ThroughputMeter:
-    """Measures the optimizer steps between two log lines, over all processes.
+    """The optimizer steps between two log lines, measured over all processes, which make every call together.
 
     Args:
-        costs: FLOPs of the model that trains.
+        accelerator: accelerate's, that adds up what they count.
         records_per_step: the global batch.
-        accelerator: this device, where it is one whose peak is known.
-        processes: how many devices share a step.
-        sum_over_processes: adds a tensor up over all processes; all of them call it at the same time.
     """
 
-    def __init__(
-        self,
-        costs: TrainingCosts,
-        records_per_step: int,
-        accelerator: Accelerator | None,
-        processes: int,
-        sum_over_processes: Callable[[torch.Tensor], torch.Tensor],
-    ):
-        self._costs = costs
-        self._records_per_step = records_per_step
-        self._accelerator = accelerator
-        self._processes = processes
-        self._sum_over_processes = sum_over_processes
+    def __init__(self, model: nn.Module, accelerator: Accelerator, records_per_step: int):
+        self._costs, self._accelerator = TrainingCosts.of_model(model), accelerator
+        self._records_per_step, device = records_per_step, accelerator.device
+        known = recognise_accelerator(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        # Of all devices; None where it is unknown, as a CPU's is.
+        self._peak_tflops = known.peak_tflops * accelerator.num_processes if known and known.peak_tflops else None
         self._reset()
 
     def _reset(self) -> None:
-        self._counts, self._useful, self._steps = StepCounts(), 0, 0
-        self._start, self._waited = 0.0, 0.0
+        self._counts, self._useful, self._steps, self._start, self._waited = StepCounts(), 0, 0, 0.0, 0.0
 
     def fetch(self, batches: Iterator[dict], count: int) -> list[dict]:
         """Take the device batches of an optimizer step from the loader, and note how long that took."""
@@ -211,10 +167,9 @@ class ThroughputMeter:
         if not self._steps:
             return {}
         seconds = time.perf_counter() - self._start
-        own = torch.tensor([*astuple(self._counts), self._useful], dtype=torch.float64)
-        *totals, useful = (int(value) for value in self._sum_over_processes(own))
-        counts = StepCounts(*totals)
-        captions = self._steps * self._records_per_step
+        own = torch.tensor([*astuple(self._counts), self._useful], dtype=torch.float64, device=self._accelerator.device)
+        *totals, useful = (int(value) for value in self._accelerator.reduce(own, "sum").tolist())
+        counts, captions = StepCounts(*totals), self._steps * self._records_per_step
         teraflops = self._costs.flops(counts) / seconds / 1e12
         figures = {
             "captions_per_second": captions / seconds,
@@ -225,102 +180,67 @@ class ThroughputMeter:
             "data_wait_share": self._waited / seconds,
             "model_tflops_per_second": teraflops,
         }
-        if self._accelerator is not None and self._accelerator.peak_tflops is not None:
-            figures["mfu"] = teraflops / (self._processes * self._accelerator.peak_tflops)
+        if self._peak_tflops is not None:
+            figures["mfu"] = teraflops / self._peak_tflops
         self._reset()
         return figures
-
-
-def find_own_accelerator(device: torch.device) -> Accelerator | None:
-    """The accelerator this process computes on; None where its bf16 peak is unknown, as a CPU's is."""
-    return recognise_accelerator(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
-SECONDS_BETWEEN_LINES = 5  # of progress, where the output is a file
 
 
 class ProgressBar:
     """A bar with loss, speed and time left; plain lines where the output is not a terminal. Of the main process."""
 
     def __init__(self, step: int, steps: int):
-        self._first_step, self._steps = step, steps
-        self._start = time.perf_counter()
+        self._first_step, self._steps, self._start = step, steps, time.perf_counter()
         self._last_line = -SECONDS_BETWEEN_LINES
         is_shown = is_main_process() and sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not is_shown)
-
-    def update(self) -> None:
-        """A step is done."""
-        self._bar.update()
+        self.update, self.close = self._bar.update, self._bar.close
 
     def show(self, step: int, figures: Mapping[str, float]) -> None:
-        """Show what was logged."""
-        if not is_main_process() or "loss" not in figures:
-            return
-        speed = _describe_speed(figures)
-        left_out = ""
-        if "quarantined_records" in figures:
-            left_out = f", {figures['quarantined_records']:,} records quarantined"
-        if not self._bar.disable:
-            self._bar.set_postfix_str(f"loss {figures['loss']:.4f}, {speed}{left_out}")
-            return
+        """Show what was logged: the speed is that since the last log line."""
         seconds = time.perf_counter() - self._start
-        if seconds - self._last_line < SECONDS_BETWEEN_LINES and step < self._steps:
+        is_early = self._bar.disable and seconds - self._last_line < SECONDS_BETWEEN_LINES and step < self._steps
+        if not is_main_process() or "loss" not in figures or is_early:
             return
         self._last_line = seconds
-        left = seconds / (step - self._first_step) * (self._steps - step)
-        print(
-            f"step {step}/{self._steps}  loss {figures['loss']:.4f}  {speed}  "
-            f"{tqdm.format_interval(left)} left{left_out}",
-            flush=True,
-        )
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self._bar.close()
-
-
-def _describe_speed(logs: dict) -> str:
-    """Speed over the steps since the last log line, and what held it back."""
-    speed = f"{logs['captions_per_second']:.1f} captions/s, {logs['tokens_per_second']:,.0f} tokens/s"
-    if "mfu" in logs:
-        speed += f", MFU {logs['mfu']:.0%}"
-    return f"{speed}, waiting for data {logs['data_wait_share']:.0%}"
+        loss = f"loss {figures['loss']:.4f}"
+        speed = f"{figures['captions_per_second']:.1f} captions/s, {figures['tokens_per_second']:,.0f} tokens/s"
+        speed += f", MFU {figures['mfu']:.0%}" if "mfu" in figures else ""
+        speed += f", waiting for data {figures['data_wait_share']:.0%}"
+        left_out = figures.get("quarantined_records")
+        left_out = f", {left_out:,} records quarantined" if left_out else ""
+        if self._bar.disable:
+            left = tqdm.format_interval(seconds / (step - self._first_step) * (self._steps - step))
+            print(f"step {step}/{self._steps}  {loss}  {speed}  {left} left{left_out}", flush=True)
+        else:
+            self._bar.set_postfix_str(f"{loss}, {speed}{left_out}")
 
 
 def draw_training_curves(log_history: list[dict], path: Path) -> None:
-    """Write a PNG with the loss above and every role's learning rate below, over optimizer steps.
-
-    Args:
-        log_history: the training log's entries; those with a "loss" are drawn, and those with an "eval_loss".
-    """
+    """Write a PNG: the losses of a training log above, every role's learning rate below, over optimizer steps."""
     # It takes a second to load, and one process needs it once.
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    entries = [entry for entry in log_history if "loss" in entry]
-    evaluated = [entry for entry in log_history if "eval_loss" in entry]
+    entries, evaluated = ([one for one in log_history if key in one] for key in ("loss", "eval_loss"))
     steps = [entry["step"] for entry in entries]
-    roles = sorted({key for entry in entries for key in entry if key.startswith(RATE_PREFIX)})
     figure, (loss_axes, rate_axes) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(2, 1))
     loss_axes.plot(steps, [entry["loss"] for entry in entries], linewidth=1.2, label="training")
     if evaluated:
-        losses = [entry["eval_loss"] for entry in evaluated]
-        loss_axes.plot([entry["step"] for entry in evaluated], losses, "o-", linewidth=1.8, label="validation")
+        points = zip(*((entry["step"], entry["eval_loss"]) for entry in evaluated), strict=True)
+        loss_axes.plot(*points, "o-", linewidth=1.8, label="validation")
         loss_axes.legend()
-    loss_axes.set_ylabel("loss" if evaluated else "training loss")
-    loss_axes.set_ylim(bottom=0)
+    loss_axes.set(ylabel="loss" if evaluated else "training loss", ylim=(0, None))
+    roles = sorted({key for entry in entries for key in entry if key.startswith(RATE_PREFIX)})
     # Roles often share a rate; dashes of different length on one line keep all of them visible.
     for role, style in zip(roles, itertools.cycle(["-", "--", ":"])):
         rates = [entry.get(role) for entry in entries]
         label = f"{role.removeprefix(RATE_PREFIX)} (peak {max(rates):.2g})"
         rate_axes.plot(steps, rates, style, label=label, linewidth=1.8)
     rate_axes.set_yscale("symlog", linthresh=1e-6)
-    rate_axes.set_ylim(bottom=0)
-    rate_axes.set_ylabel("learning rate")
-    rate_axes.set_xlabel("optimizer step")
+    rate_axes.set(ylabel="learning rate", xlabel="optimizer step", ylim=(0, None))
     rate_axes.legend()
     for axes in (loss_axes, rate_axes):
         axes.grid(alpha=0.3)

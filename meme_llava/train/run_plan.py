@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from meme_llava.cli import to_plain
 from meme_llava.dataset.conversation import Tokenization
@@ -26,39 +27,17 @@ from meme_llava.storage.run_record import (
 from meme_llava.train.checkpoints import CORRUPT_SUFFIX, find_newest, list_checkpoints
 from meme_llava.train.session import Session, derive_accumulation
 from meme_llava.train.settings import TrainArguments, free_settings
-from meme_llava.train.trackers import FOLDERS, check_trackers
-from meme_llava.train.validation import ANSWERS, ValidationData, load_validation
-
-
-def count_steps(arguments: TrainArguments, records: int, first_step: int = 0, first_record: int = 0) -> tuple[int, int]:
-    """Optimizer steps and warmup steps of the run. Raises UserError when --warmup_steps fill the run.
-
-    Args:
-        first_step: steps that a checkpoint has done.
-        first_record: records that those steps trained on, in batches that may have been of another size.
-    """
-    left = records * arguments.num_train_epochs - first_record
-    steps = arguments.max_steps or first_step + max(0, math.ceil(left / arguments.global_batch_size))
-    if arguments.warmup_steps is None:
-        return steps, min(math.ceil(steps * arguments.warmup_ratio), steps - 1)
-    if arguments.warmup_steps >= steps:
-        raise UserError(f"warmup takes {arguments.warmup_steps} of {steps} steps; lower --warmup_steps or train longer")
-    return steps, arguments.warmup_steps
-
+from meme_llava.train.trackers import ANSWERS, FOLDERS, check_trackers
 
 LATEST = "latest"
 # What an interrupted start leaves behind before its first checkpoint is not a result.
-LEFTOVERS = {QUARANTINE, ANSWERS, *FOLDERS}
+LEFTOVERS = {QUARANTINE, ANSWERS, *FOLDERS.values()}
 # Where a run's input and output lie may change; what lies there is compared.
 PLACES = {"model", "annotations", "image_folder", "output_dir"}
 # Settings that decide which tensors learn; no permission lets a checkpoint fit others.
 FIXED_SETTINGS = {
-    "train_type",
-    "lora_r",
-    "vision_tower_training",
-    "language_model_training",
-    "lora_vision_modules",
-    "lora_language_modules",
+    *("train_type", "lora_r", "vision_tower_training", "language_model_training"),
+    *("lora_vision_modules", "lora_language_modules"),
 }
 
 
@@ -72,178 +51,28 @@ class StartPoint:
     record: dict | None = None
 
 
-def choose_start(arguments: TrainArguments) -> StartPoint:
-    """Find the checkpoint to continue from, and read every byte of it.
-
-    Raises:
-        UserError: the one asked for is missing or damaged, or a fresh run would write into another run's directory.
-    """
-    output_dir, wanted = arguments.output_dir, arguments.resume_from_checkpoint
-    if wanted is None:
-        found = _list_results(output_dir)
-        if found and not arguments.show_batch:
-            raise UserError(
-                f"{output_dir}: is not empty. Choose another --output_dir, or continue the run in it with "
-                f"--resume_from_checkpoint {LATEST}."
-            )
-        return StartPoint()
-    if wanted == LATEST:
-        checkpoint = find_newest(output_dir)
-        if checkpoint is None:
-            raise _explain_missing(output_dir)
-    else:
-        checkpoint = Path(wanted)
-        verify_directory(checkpoint)
-    record = read_run_record(checkpoint)
-    position = record["position"]
-    return StartPoint(checkpoint, position["step"], position["records"], record)
-
-
-def _explain_missing(output_dir: Path) -> CheckpointError:
-    damaged = [path.name for path in list_checkpoints(output_dir)]
-    if damaged:
-        return CheckpointError(
-            f"{output_dir}: none of {', '.join(damaged)} is whole, for the reasons above. To train from the beginning, "
-            "delete them or choose another --output_dir."
-        )
-    return CheckpointError(f"--resume_from_checkpoint {LATEST}: {output_dir} holds no checkpoint")
-
-
-def _list_results(output_dir: Path) -> list[str]:
-    if not output_dir.is_dir():
-        return []
-    names = {path.name for path in output_dir.iterdir()} - LEFTOVERS
-    return sorted(name for name in names if not name.startswith(".") and not name.endswith(CORRUPT_SUFFIX))
-
-
-def is_finished(output_dir: Path) -> bool:
-    """Whether `output_dir` holds the final output of a run."""
-    return (output_dir / RUN_RECORD).is_file() and read_run_record(output_dir).get("finished") is True
-
-
-def check_continues(start: StartPoint, ours: dict, allow_changes: bool) -> list[str]:
-    """What differs between a checkpoint and the run that is to continue it, if that is allowed.
-
-    Args:
-        ours: the run record as this run would write it.
-
-    Raises:
-        CheckpointError: naming what differs, and was not allowed to.
-    """
-    theirs = start.record
-    settings, own_settings = theirs["settings"], ours["settings"]
-    changed = {
-        name: f"{name} was {settings.get(name)!r}, is {own_settings.get(name)!r}"
-        for name in sorted(settings.keys() | own_settings.keys())
-        if name not in free_settings() | PLACES and settings.get(name) != own_settings.get(name)
-    }
-    if theirs["data"]["sha256"] != ours["data"]["sha256"]:
-        changed["data"] = "the annotations' contents changed"
-    if theirs["data"]["records"] != ours["data"]["records"]:
-        changed["records"] = f"records that train were {theirs['data']['records']}, are {ours['data']['records']}"
-    if theirs["base"]["fingerprint"] != ours["base"]["fingerprint"]:
-        changed["base"] = "the base model is another one"
-    if theirs["step"] >= ours["schedule"]["steps"] and not theirs["finished"]:
-        raise CheckpointError(
-            f"{start.checkpoint} has done {theirs['step']} steps, and this run is to have "
-            f"{ours['schedule']['steps']}; raise --num_train_epochs or --max_steps, or continue an earlier checkpoint"
-        )
-    fixed = [text for name, text in changed.items() if name in FIXED_SETTINGS]
-    if fixed:
-        raise CheckpointError(
-            f"{start.checkpoint} cannot be continued: {'; '.join(fixed)}. Other tensors would learn; start again in "
-            "another --output_dir."
-        )
-    if changed and not allow_changes:
-        raise CheckpointError(
-            f"{start.checkpoint} cannot be continued: {'; '.join(changed.values())}. Restore what changed, start again "
-            "in another --output_dir, or pass --allow_changes to go on with it."
-        )
-    return list(changed.values())
-
-
-def describe_continuation(start: StartPoint, ours: dict, changes: list[str]) -> str:
-    """What a user should know about a run that goes on."""
-    lines = [f"continuing from {start.checkpoint}, after {start.step} steps and {start.records:,} records"]
-    before, now = start.record["schedule"], ours["schedule"]
-    if before["processes"] != now["processes"]:
-        lines.append(
-            f"{before['processes']} process(es) wrote it, {now['processes']} continue(s): the same records come next, "
-            "but dropout draws other numbers and sums have another order, so losses agree without being the same bits"
-        )
-    if before["engine"] != now["engine"]:
-        lines.append(f"the engine was {before['engine']}, is {now['engine']}; weights and optimizer state are the same")
-    lines += [f"changed since, as allowed: {change}" for change in changes]
-    return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class RunInputs:
-    """Everything that a run reads but the model's weights."""
-
-    start: StartPoint
-    processing: Processing
-    data: LoadedData
-    validation: ValidationData | None = None
-
-
-def load_inputs(arguments: TrainArguments, session: Session) -> RunInputs:
-    """Find the start point, read and check all records; all processes call it together.
-
-    Raises:
-        UserError: a tracker cannot be used, a checkpoint is damaged, or a record is bad.
-    """
-    heartbeat = session.heartbeat
-    broadcast_from_main(lambda: check_trackers(arguments.report_to))
-    heartbeat.beat()
-    start = broadcast_from_main(lambda: choose_start(arguments))
-    heartbeat.beat()
-    processing = load_processing(arguments.model)
-    # Before waiting for the others: of several that end for want of a beat, the stuck one is the first.
-    heartbeat.beat()
-    # One process looks at every image, and all train on what it found.
-    data = broadcast_from_main(lambda: load_training_records(arguments, processing))
-    heartbeat.beat()
-    validation = broadcast_from_main(lambda: load_validation(arguments, processing))
-    return RunInputs(start, processing, data, validation)
-
-
-def load_training_records(
-    arguments: TrainArguments, processing: Processing, inspection: Inspection | None = None
-) -> LoadedData:
-    """The records that train.
-
-    Args:
-        inspection: how images are looked at; every one is opened whole if it is not given.
-
-    Raises:
-        UserError: a record is bad or does not fit into model_max_length, or nothing is left.
-    """
-    tokens = Tokenization(processing.encoder, arguments.model_max_length)
-    return load_records(arguments.source, arguments, tokens, processing.image_policy, inspection)
-
-
 @dataclass(frozen=True)
 class RunPlan:
     """Everything a run depends on, known before its model is loaded.
 
     Args:
+        validation: the ValidationData of a run that is evaluated while it trains, else None.
         accumulation: device batches per optimizer step.
-        data, base, projector, evaluation: what the run record says of the records, of the model that is trained, of
-            the earlier run whose projector it begins with, and of the validation records; None where there are none.
+        facts: what the run record says of the records that train ("data"), of those that are evaluated ("evaluation"),
+            of the model that is trained ("base"), and of the earlier run with whose projector it begins ("projector").
     """
 
     arguments: TrainArguments
     engine: Engine
     processes: int
     start: StartPoint
+    processing: Processing
+    data: LoadedData
+    validation: Any
     steps: int
     warmup_steps: int
     accumulation: int
-    data: dict
-    base: dict
-    projector: dict | None
-    evaluation: dict | None
+    facts: dict
 
     def count_records(self, step: int) -> int:
         """Records trained on up to an optimizer step."""
@@ -264,10 +93,7 @@ class RunPlan:
                 "accumulation": self.accumulation,
                 "engine": self.engine.name,
             },
-            "data": self.data,
-            "evaluation": self.evaluation,
-            "base": self.base,
-            "projector": self.projector,
+            **self.facts,
             "environment": describe_environment(),
         }
 
@@ -279,39 +105,84 @@ class RunPlan:
             "processes": self.processes,
             "engine": self.engine.name,
             "global_batch_size": self.arguments.global_batch_size,
-            "data_sha256": self.data["sha256"],
-            "base_fingerprint": self.base["fingerprint"],
+            "data_sha256": self.facts["data"]["sha256"],
+            "base_fingerprint": self.facts["base"]["fingerprint"],
             "libraries": describe_environment()["libraries"],
         }
 
 
-def plan_run(arguments: TrainArguments, engine: Engine, processes: int, inputs: RunInputs) -> RunPlan:
-    """Derive steps and warmup, and look up what data and base are.
+def load_plan(arguments: TrainArguments, session: Session) -> RunPlan:
+    """Find the start point, read and check all records; all processes call it together. Raises UserError where a
+    tracker cannot be used, a checkpoint is damaged, a record is bad, or for a reason of `plan_run`."""
+    beat = session.heartbeat.beat
+    broadcast_from_main(lambda: check_trackers(arguments.report_to))
+    beat()
+    start = broadcast_from_main(lambda: choose_start(arguments))
+    beat()
+    processing = load_processing(arguments.model)
+    # Before waiting for the others: of several that end for want of a beat, the stuck one is the first.
+    beat()
+    # One process looks at every image, and all train on what it found.
+    data = broadcast_from_main(lambda: load_training_records(arguments, processing))
+    beat()
+    validation = None
+    if arguments.eval_every is not None:
+        from meme_llava.train.evaluation import load_validation
 
-    Raises:
-        UserError: the batches do not divide, warmup fills the run, or the earlier projector belongs to another base.
-    """
-    start, data = inputs.start, inputs.data
+        validation = broadcast_from_main(lambda: load_validation(arguments, processing))
+    return plan_run(arguments, session.engine, session.processes, start, processing, data, validation)
+
+
+def load_training_records(
+    arguments: TrainArguments, processing: Processing, inspection: Inspection | None = None
+) -> LoadedData:
+    """The records that train; every image is opened whole if no `inspection` is given. Raises UserError where a record
+    is bad or does not fit into model_max_length, or nothing is left."""
+    tokens = Tokenization(processing.encoder, arguments.model_max_length)
+    return load_records(arguments.source, arguments, tokens, processing.image_policy, inspection)
+
+
+def plan_run(
+    arguments: TrainArguments,
+    engine: Engine,
+    processes: int,
+    start: StartPoint,
+    processing: Processing,
+    data: LoadedData,
+    validation: Any = None,
+) -> RunPlan:
+    """Derive steps and warmup, and look up what data and base are. Raises UserError where the batches do not divide,
+    warmup fills the run, or the earlier projector belongs to another base."""
+    accumulation = derive_accumulation(arguments, processes)
     steps, warmup_steps = count_steps(arguments, len(data.dataset), start.step, start.records)
-    base_fingerprint = fingerprint_folder(arguments.model)
+    fingerprint = fingerprint_folder(arguments.model)
     has_record = (arguments.model / RUN_RECORD).is_file()
-    return RunPlan(
-        arguments=arguments,
-        engine=engine,
-        processes=processes,
-        start=start,
-        steps=steps,
-        warmup_steps=warmup_steps,
-        accumulation=derive_accumulation(arguments, processes),
-        data=describe_data(arguments, data),
-        base={
+    facts = {
+        "data": describe_data(arguments, data),
+        "evaluation": None if validation is None else validation.description,
+        "base": {
             "folder": str(arguments.model.resolve()),
-            "fingerprint": base_fingerprint,
+            "fingerprint": fingerprint,
             "run_record": read_run_record(arguments.model) if has_record else None,
         },
-        projector=describe_earlier_projector(arguments.projector_from, base_fingerprint),
-        evaluation=None if inputs.validation is None else inputs.validation.description,
-    )
+        "projector": describe_earlier_projector(arguments.projector_from, fingerprint),
+    }
+    known = (arguments, engine, processes, start, processing, data, validation)
+    return RunPlan(*known, steps, warmup_steps, accumulation, facts)
+
+
+def count_steps(arguments: TrainArguments, records: int, first_step: int = 0, first_record: int = 0) -> tuple[int, int]:
+    """Optimizer steps and warmup steps of the run. Raises UserError when --warmup_steps fill the run.
+
+    A checkpoint has done `first_step` steps on `first_record` records, in batches that may have been of another size.
+    """
+    left = records * arguments.num_train_epochs - first_record
+    steps = arguments.max_steps or first_step + max(0, math.ceil(left / arguments.global_batch_size))
+    if arguments.warmup_steps is None:
+        return steps, min(math.ceil(steps * arguments.warmup_ratio), steps - 1)
+    if arguments.warmup_steps >= steps:
+        raise UserError(f"warmup takes {arguments.warmup_steps} of {steps} steps; lower --warmup_steps or train longer")
+    return steps, arguments.warmup_steps
 
 
 def describe_data(arguments: TrainArguments, data: LoadedData) -> dict:
@@ -334,11 +205,8 @@ def describe_data(arguments: TrainArguments, data: LoadedData) -> dict:
 
 
 def describe_earlier_projector(folder: Path | None, base_fingerprint: str) -> dict | None:
-    """What the run record keeps of the run whose projector this one begins with; None without one.
-
-    Raises:
-        UserError: `folder` holds no trained weights, is damaged, or belongs to another base.
-    """
+    """What the run record keeps of the run whose projector this one begins with; None without one. Raises UserError
+    where `folder` holds no trained weights, is damaged, or belongs to another base."""
     if folder is None:
         return None
     record = read_trained_record(folder)
@@ -350,18 +218,86 @@ def describe_earlier_projector(folder: Path | None, base_fingerprint: str) -> di
     return {"folder": str(folder.resolve()), "weights": identify_weights(folder), "run_record": record}
 
 
-def is_nothing_left(plan: RunPlan) -> bool:
-    """Whether the run was finished before. Prints how one that continues a checkpoint goes on.
+def choose_start(arguments: TrainArguments) -> StartPoint:
+    """Find the checkpoint to continue from, and read every byte of it. Raises UserError where the one asked for is
+    missing or damaged, or a fresh run would write into another run's directory."""
+    output_dir, wanted = arguments.output_dir, arguments.resume_from_checkpoint
+    if wanted is None:
+        names = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
+        if any(not name.startswith(".") and not name.endswith(CORRUPT_SUFFIX) for name in names - LEFTOVERS):
+            raise UserError(
+                f"{output_dir}: is not empty. Choose another --output_dir, or continue the run in it with "
+                f"--resume_from_checkpoint {LATEST}."
+            )
+        return StartPoint()
+    if wanted != LATEST:
+        verify_directory(checkpoint := Path(wanted))
+    elif (checkpoint := find_newest(output_dir)) is None:
+        damaged = ", ".join(path.name for path in list_checkpoints(output_dir))
+        raise CheckpointError(
+            f"{output_dir}: none of {damaged} is whole, for the reasons above. To train from the beginning, delete "
+            "them or choose another --output_dir."
+            if damaged
+            else f"--resume_from_checkpoint {LATEST}: {output_dir} holds no checkpoint"
+        )
+    record = read_run_record(checkpoint)
+    return StartPoint(checkpoint, record["position"]["step"], record["position"]["records"], record)
 
-    Raises:
-        CheckpointError: the checkpoint belongs to another run.
-    """
-    if plan.start.checkpoint is None:
+
+def is_nothing_left(plan: RunPlan) -> bool:
+    """Whether the run was finished before. Prints how one that continues a checkpoint goes on. Raises CheckpointError
+    where the checkpoint belongs to another run."""
+    start, output_dir = plan.start, plan.arguments.output_dir
+    if start.checkpoint is None:
         return False
-    ours = plan.to_record(plan.start.step)
-    changes = check_continues(plan.start, ours, plan.arguments.allow_changes)
-    finished = plan.start.step == plan.steps and is_finished(plan.arguments.output_dir)
+    ours = plan.to_record(start.step)
+    changes = check_continues(start, ours, plan.arguments.allow_changes)
+    lines = [f"continuing from {start.checkpoint}, after {start.step} steps and {start.records:,} records"]
+    before, now = start.record["schedule"], ours["schedule"]
+    if before["processes"] != now["processes"]:
+        lines.append(
+            f"{before['processes']} process(es) wrote it, {now['processes']} continue(s): the same records come next, "
+            "but dropout draws other numbers and sums have another order, so losses agree without being the same bits"
+        )
+    if before["engine"] != now["engine"]:
+        lines.append(f"the engine was {before['engine']}, is {now['engine']}; weights and optimizer state are the same")
+    lines += [f"changed since, as allowed: {change}" for change in changes]
+    has_result = (output_dir / RUN_RECORD).is_file() and read_run_record(output_dir).get("finished") is True
+    is_finished = start.step == plan.steps and has_result
     if is_main_process():
-        nothing_left = f"nothing left to train: {plan.arguments.output_dir}"
-        print(nothing_left if finished else describe_continuation(plan.start, ours, changes), flush=True)
-    return finished
+        print(f"nothing left to train: {output_dir}" if is_finished else "\n".join(lines), flush=True)
+    return is_finished
+
+
+def check_continues(start: StartPoint, ours: dict, allow_changes: bool) -> list[str]:
+    """What differs between a checkpoint and the run that is to continue it, whose run record `ours` is. Raises
+    CheckpointError naming what differs and was not allowed to."""
+    theirs, steps = start.record, ours["schedule"]["steps"]
+    settings, own_settings = theirs["settings"], ours["settings"]
+    changed = {
+        name: f"{name} was {settings.get(name)!r}, is {own_settings.get(name)!r}"
+        for name in sorted((settings.keys() | own_settings.keys()) - free_settings() - PLACES)
+        if settings.get(name) != own_settings.get(name)
+    }
+    if theirs["data"]["sha256"] != ours["data"]["sha256"]:
+        changed["data"] = "the annotations' contents changed"
+    if theirs["data"]["records"] != ours["data"]["records"]:
+        changed["records"] = f"records that train were {theirs['data']['records']}, are {ours['data']['records']}"
+    if theirs["base"]["fingerprint"] != ours["base"]["fingerprint"]:
+        changed["base"] = "the base model is another one"
+    if theirs["step"] >= steps and not theirs["finished"]:
+        raise CheckpointError(
+            f"{start.checkpoint} has done {theirs['step']} steps, and this run is to have {steps}; raise "
+            "--num_train_epochs or --max_steps, or continue an earlier checkpoint"
+        )
+    if fixed := [text for name, text in changed.items() if name in FIXED_SETTINGS]:
+        raise CheckpointError(
+            f"{start.checkpoint} cannot be continued: {'; '.join(fixed)}. Other tensors would learn; start again in "
+            "another --output_dir."
+        )
+    if changed and not allow_changes:
+        raise CheckpointError(
+            f"{start.checkpoint} cannot be continued: {'; '.join(changed.values())}. Restore what changed, start again "
+            "in another --output_dir, or pass --allow_changes to go on with it."
+        )
+    return list(changed.values())

@@ -16,62 +16,47 @@ from meme_llava.errors import OutOfMemoryError, UserError
 from meme_llava.model.packed_attention import choose_attention, gpu_multiplies_bf16, multiplies_bf16
 from meme_llava.train.settings import TrainArguments
 
+_SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_WORKER_SIGN = "is killed by signal: Killed"
+
 
 def choose_bf16(arguments: TrainArguments) -> bool:
     """Whether steps compute in bf16 here. Raises UserError for a precision that this machine does not have."""
     precision, has_gpu = arguments.precision, torch.cuda.is_available()
-    if precision == "bf16" and not has_gpu and multiplies_bf16():
-        return True
-    if precision in ("bf16", "tf32") and not has_gpu:
-        reasons = {
-            "bf16": "on a CPU without AMX or AVX512_BF16 it is several times slower than fp32",
-            "tf32": "no CPU has it",
-        }
-        raise UserError(f"--precision {precision} needs a GPU here: {reasons[precision]}")
-    if precision in ("auto", "bf16") and has_gpu and not gpu_multiplies_bf16():
+    if precision == "bf16" and not has_gpu and not multiplies_bf16():
+        raise UserError(
+            "--precision bf16 needs a GPU here: on a CPU without AMX or AVX512_BF16 it is several times slower than "
+            "fp32"
+        )
+    if precision != "fp32" and has_gpu and not gpu_multiplies_bf16():
         raise UserError("this GPU has no bf16; pass --precision fp32 (fp16 overflows with Qwen2)")
-    return precision in ("auto", "bf16") and has_gpu
-
-
-def check_gpus_answer() -> None:
-    """Raise UserError where the driver shows GPUs that torch cannot compute on; a run would go on on the CPU."""
-    if torch.cuda.is_available() or torch.cuda.device_count() == 0:
-        return
-    raise UserError(
-        f"this machine has {torch.cuda.device_count()} GPU(s), but torch {torch.__version__}, made for CUDA "
-        f"{torch.version.cuda}, cannot use them; most often the driver is older than that (nvidia-smi shows it). "
-        "Install a newer driver, or a torch for an older CUDA; with CUDA_VISIBLE_DEVICES= (run.sh: GPUS=cpu) the CPU "
-        "is used."
-    )
-
-
-def check_compiler(device: torch.device) -> None:
-    """Raise UserError unless layers can be compiled for this device."""
-    if device.type == "cuda":
-        missing = None if importlib.util.find_spec("triton") else "the package triton"
-    else:
-        compiler = os.environ.get("CXX", "g++")
-        missing = None if shutil.which(compiler) else f"a C++ compiler, and there is no {compiler}"
-    if missing:
-        raise UserError(f"--torch_compile needs {missing}; install it, or leave the flag out")
+    return precision == "bf16" or (precision == "auto" and has_gpu)
 
 
 def check_device(arguments: TrainArguments) -> None:
-    """Raise UserError if this machine lacks what the settings ask of it."""
-    check_gpus_answer()
+    """Raise UserError if this machine lacks what the settings ask of it; neither a model nor transformers is loaded."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and torch.cuda.device_count():  # a run would go on on the CPU
+        raise UserError(
+            f"this machine has {torch.cuda.device_count()} GPU(s), but torch {torch.__version__}, made for CUDA "
+            f"{torch.version.cuda}, cannot use them; most often the driver is older than that (nvidia-smi shows it). "
+            "Install a newer driver, or a torch for an older CUDA; with CUDA_VISIBLE_DEVICES= (run.sh: GPUS=cpu) the "
+            "CPU is used."
+        )
     choose_attention(arguments.attention, device, choose_bf16(arguments))
     if arguments.torch_compile:
         check_compiler(device)
 
 
-def check_no_gpu_idles() -> None:
-    """Raise UserError where one process trains and sees several GPUs."""
-    if torch.cuda.device_count() > 1 and count_processes() == 1:
-        raise UserError(
-            f"one process sees {torch.cuda.device_count()} GPUs; start one process a GPU, as run.sh does, or choose "
-            "one with CUDA_VISIBLE_DEVICES=0"
-        )
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError unless layers can be compiled for this device."""
+    compiler, missing = os.environ.get("CXX", "g++"), None
+    if device.type == "cuda" and not importlib.util.find_spec("triton"):
+        missing = "the package triton"
+    if device.type == "cpu" and not shutil.which(compiler):
+        missing = f"a C++ compiler, and there is no {compiler}"
+    if missing:
+        raise UserError(f"--torch_compile needs {missing}; install it, or leave the flag out")
 
 
 def derive_accumulation(arguments: TrainArguments, processes: int) -> int:
@@ -87,11 +72,7 @@ def derive_accumulation(arguments: TrainArguments, processes: int) -> int:
 
 @dataclass(frozen=True)
 class Session:
-    """This process's part in a run.
-
-    Args:
-        request: whether a signal asked this process to stop.
-    """
+    """What the processes of a run share: the engine that holds the model, a sign of life, a request to stop."""
 
     engine: Engine
     processes: int
@@ -101,25 +82,22 @@ class Session:
 
 @contextlib.contextmanager
 def join_processes(arguments: TrainArguments) -> Iterator[Session]:
-    """Meet the other processes of the run, and part from them at its end.
-
-    Raises:
-        UserError: this device, or this number of processes, is not what the settings ask for.
-    """
+    """Meet the other processes of the run, and part from them at its end. Raises UserError where this device, or this
+    number of processes, is not what the settings ask for."""
     processes = count_processes()
     engine = choose_engine(arguments.engine, processes, torch.cuda.is_available(), arguments.muon_lr)
     derive_accumulation(arguments, processes)  # raises where the batches do not divide
     check_device(arguments)
-    check_no_gpu_idles()
+    if torch.cuda.device_count() > 1 and processes == 1:
+        raise UserError(
+            f"one process sees {torch.cuda.device_count()} GPUs; start one process a GPU, as run.sh does, or choose "
+            "one with CUDA_VISIBLE_DEVICES=0"
+        )
     heartbeat = Heartbeat(arguments.hang_timeout)
     with handle_stop_signals() as request, heartbeat:
         start_process_group(engine, heartbeat.patience)
         yield Session(engine, processes, heartbeat, request)
         leave_process_group()
-
-
-_SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-_WORKER_SIGN = "is killed by signal: Killed"
 
 
 @contextlib.contextmanager
@@ -136,31 +114,28 @@ def explain_out_of_memory(arguments: TrainArguments, engine: Engine, processes: 
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(s in str(error) for s in _SIGNS):
             raise
         first_line = (str(error).strip().splitlines() or ["MemoryError"])[0]
-        advice = "\n".join(
-            f"  {number}. {way}" for number, way in enumerate(list_ways_out(arguments, engine, processes), 1)
-        )
+        ways = "\n".join(f"  {n}. {way}" for n, way in enumerate(list_ways_out(arguments, engine, processes), 1))
         raise OutOfMemoryError(
             f"a step does not fit into memory ({first_line[:200]}). What helps, in this order; all of it keeps the "
-            f"global batch of {arguments.global_batch_size} records:\n{advice}\n"
+            f"global batch of {arguments.global_batch_size} records:\n{ways}\n"
             "Then start the same command again; the newest checkpoint is kept. --plan counts what a step takes"
         ) from error
 
 
 def list_ways_out(arguments: TrainArguments, engine: Engine, processes: int) -> list[str]:
     """Changes that take less memory, the cheapest first."""
-    ways = []
-    size = arguments.device_batch_size
-    smaller = [n for n in range(1, size) if size % n == 0]
-    if smaller:
-        ways.append(f"--device_batch_size {smaller[-1]} (DEVICE_BATCH={smaller[-1]} in run.sh): more rounds, same step")
-    if arguments.gradient_checkpointing != "full":
-        ways.append("--gradient_checkpointing full: layers are computed twice, a third more work")
-    if processes > 1 and engine.kind in (SINGLE, DDP):
-        ways.append("ENGINE=zero2: gradients and optimizer state divided among the GPUs")
-    if processes > 1 and engine.zero_stage in (None, 1, 2) and engine.name != "fsdp2":
-        ways.append("ENGINE=zero3: the weights divided, too")
-    if "offload" not in engine.name:
-        offloaded = "zero3_offload" if engine.zero_stage == 3 else "zero2_offload"
-        ways.append(f"ENGINE={offloaded}: optimizer state in main memory, slower updates")
-    ways.append(f"MODEL_MAX_LENGTH below {arguments.model_max_length}: longer answers are cut, and listed")
-    return ways
+    size, stage = arguments.device_batch_size, engine.zero_stage
+    smaller = max((n for n in range(1, size) if size % n == 0), default=0)
+    is_divided, offloaded = processes > 1, "zero3_offload" if stage == 3 else "zero2_offload"
+    ways = {
+        f"--device_batch_size {smaller} (DEVICE_BATCH={smaller} in run.sh): more rounds, same step": smaller,
+        "--gradient_checkpointing full: layers are computed twice, a third more work": (
+            arguments.gradient_checkpointing != "full"
+        ),
+        "ENGINE=zero2: gradients and optimizer state divided among the GPUs": is_divided
+        and engine.kind in (SINGLE, DDP),
+        "ENGINE=zero3: the weights divided, too": is_divided and not engine.shards_weights,
+        f"ENGINE={offloaded}: optimizer state in main memory, slower updates": "offload" not in engine.name,
+        f"MODEL_MAX_LENGTH below {arguments.model_max_length}: longer answers are cut, and listed": True,
+    }
+    return [way for way, helps in ways.items() if helps]

@@ -1,264 +1,143 @@
-"""Settings of train.py: all groups as one command line, and the recipe of a train type. Without torch.
+"""Settings of train.py, and the recipe of a train type. Without torch.
 
 Every setting has one home. Those without a default are the user's: run.sh or the command line gives them. What makes a
-train type stands in configs/train/<train_type>.yaml. The rest has its default here. Command line > recipe > default;
-an unknown or contradictory setting is an error.
+train type stands in configs/train/<train_type>.yaml. The rest has its default here, or in the settings of the room that
+uses it. Command line > recipe > default; an unknown or contradictory setting is an error.
 """
 
 import argparse
 import dataclasses
-import difflib
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import yaml
 
 from meme_llava import CONFIGS
-from meme_llava.cli import Parser, check_setting, describe, list_free_settings, make_parser
+from meme_llava.cli import check_settings, list_free_settings, make_parser, setting
 from meme_llava.dataset.check import RecordPolicy, RecordSource
 from meme_llava.dataset.sampling import BatchSettings
 from meme_llava.distributed.engines import check_engine_name
 from meme_llava.errors import UserError
 from meme_llava.model.settings import LearningRates, LoraRecipe
 
+RECIPE_FOLDER = CONFIGS / "train"
+TRACKERS = TENSORBOARD, WANDB, SWANLAB, MLFLOW = "tensorboard", "wandb", "swanlab", "mlflow"
+NO_TRACKER = "none"
+free = partial(setting, free=True)  # what may differ when a run continues, see `describe` in meme_llava/cli.py
+
 
 @dataclass(kw_only=True)
 class RunFiles:
     """What trains, on what, and where the result goes. Contents are compared when a run continues, not paths."""
 
-    model: Path = field(metadata=describe("LLaVA folder that build_base_model.py or merge_lora.py wrote"))
-    annotations: Path = field(metadata=describe("annotation file, .json or .jsonl"))
-    image_folder: Path = field(metadata=describe("folder that the records' image paths start from"))
-    output_dir: Path = field(metadata=describe("where checkpoints and the final adapter go"))
-    projector_from: Path | None = field(
-        default=None,
-        metadata=describe(
-            "output_dir or checkpoint of an earlier run on the same base, with whose multi_modal_projector this one "
-            "begins"
-        ),
-    )
-
-
-@dataclass(kw_only=True)
-class ScheduleSettings:
-    """How long a run is, and how its learning rates rise and fall."""
-
-    num_train_epochs: float = field(metadata=describe("passes over the records"))
-    max_steps: int | None = field(default=None, metadata=describe("optimizer steps, in place of num_train_epochs"))
-    warmup_ratio: float | None = field(
-        default=None, metadata=describe("share of the steps in which the learning rates rise from 0")
-    )
-    warmup_steps: int | None = field(default=None, metadata=describe("warmup in steps, in place of warmup_ratio"))
-    lr_scheduler_type: Literal["cosine", "linear"] = field(
-        default="cosine", metadata=describe("how the learning rates fall to 0 after warmup")
-    )
-    max_grad_norm: float = field(default=1.0, metadata=describe("gradients are clipped to this norm"))
-
-    def __post_init__(self) -> None:
-        """Stop at values that cannot be meant."""
-        check_setting(self, "num_train_epochs", self.num_train_epochs > 0, "greater than 0")
-        check_setting(self, "max_steps", self.max_steps is None or self.max_steps > 0, "at least 1")
-        if self.warmup_ratio is None and self.warmup_steps is None:
-            raise UserError("give --warmup_ratio, a share of the steps, or --warmup_steps")
-        has_share = self.warmup_ratio is None or 0 <= self.warmup_ratio < 1
-        check_setting(self, "warmup_ratio", has_share, "between 0 and 1")
-        check_setting(self, "warmup_steps", self.warmup_steps is None or self.warmup_steps >= 0, "0 or more")
-        check_setting(self, "max_grad_norm", self.max_grad_norm >= 0, "0 or more")
-
-
-@dataclass(kw_only=True)
-class ComputationSettings:
-    """How a step is computed, and by what."""
-
-    precision: Literal["auto", "bf16", "tf32", "fp32"] = field(
-        default="auto",
-        metadata=describe("auto: bf16 on a GPU, fp32 on a CPU; tf32: fp32 with a GPU's shorter multiplications"),
-    )
-    attention: Literal["auto", "flash_attention_2", "varlen", "sdpa", "matmul"] = field(
-        default="auto", metadata=describe("kernel of the language model; auto: the fastest one here", free=True)
-    )
-    gradient_checkpointing: Literal["auto", "none", "full"] = field(
-        default="auto",
-        metadata=describe("recompute layers to save memory; auto: as few as the device's memory asks for", free=True),
-    )
-    torch_compile: bool = field(
-        default=False,
-        metadata=describe("compile the layers that repeat; needs a C++ compiler or Triton", free=True),
-    )
-    engine: str = field(
-        default="auto",
-        metadata=describe(
-            "what divides the work: single, ddp, or a file of configs/deepspeed or configs/fsdp, such as zero2; auto: "
-            "single for one process, zero2 on several GPUs, ddp on several CPU processes",
-            free=True,
-        ),
-    )
-    hang_timeout: int = field(
-        default=600,
-        metadata=describe("seconds without progress in any process after which the run is ended", free=True),
-    )
-    dataloader_workers: int | None = field(
-        default=None,
-        metadata=describe("processes a device that decode images; else 2 a GPU, none on a CPU", free=True),
-    )
-
-    def __post_init__(self) -> None:
-        """Stop at values that cannot be meant."""
-        check_setting(self, "hang_timeout", self.hang_timeout > 0, "at least 1")
-        workers = self.dataloader_workers
-        check_setting(self, "dataloader_workers", workers is None or workers >= 0, "0 or more")
-        check_engine_name(self.engine)
-
-
-@dataclass(kw_only=True)
-class CheckpointSettings:
-    """When checkpoints are written, and which one a run continues."""
-
-    save_steps: int = field(default=500, metadata=describe("steps between two checkpoints", free=True))
-    save_total_limit: int = field(
-        default=2, metadata=describe("checkpoints kept, at least 2; older ones are deleted", free=True)
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata=describe("a checkpoint folder, or latest for the newest whole one in output_dir", free=True),
-    )
-    allow_changes: bool = field(
-        default=False,
-        metadata=describe("continue a checkpoint although data, base, batch or recipe changed since", free=True),
-    )
-
-    def __post_init__(self) -> None:
-        """Stop at values that contradict each other or cannot be meant."""
-        check_setting(self, "save_steps", self.save_steps > 0, "at least 1")
-        # With one alone, damage to it would cost the whole run.
-        check_setting(self, "save_total_limit", self.save_total_limit >= 2, "at least 2")
-        if self.allow_changes and self.resume_from_checkpoint is None:
-            raise UserError("--allow_changes belongs to --resume_from_checkpoint, which is not there; add it")
-
-
-@dataclass(kw_only=True)
-class TrackingSettings:
-    """What is logged of a run, and where."""
-
-    logging_steps: int = field(default=1, metadata=describe("steps between two log lines", free=True))
-    report_to: list[str] = field(
-        default_factory=lambda: ["tensorboard"],
-        metadata=describe("trackers: tensorboard, wandb, swanlab, mlflow; or none", free=True),
-    )
-    run_name: str | None = field(default=None, metadata=describe("the run's name in trackers", free=True))
-
-    def __post_init__(self) -> None:
-        """Stop at values that cannot be meant."""
-        check_setting(self, "logging_steps", self.logging_steps > 0, "at least 1")
-        check_tracker_names(self.report_to)
-
-
-@dataclass(kw_only=True)
-class EvaluationSettings:
-    """What a model is evaluated on while it trains."""
-
-    eval_every: int | None = field(
-        default=None,
-        metadata=describe("evaluate on other records every N steps and at the end; else not while training", free=True),
-    )
-    eval_annotations: Path | None = field(
-        default=None, metadata=describe("with --eval_every: the records that are evaluated, not trained on", free=True)
-    )
-    eval_image_folder: Path | None = field(
-        default=None, metadata=describe("with --eval_every: folder that their image paths start from", free=True)
-    )
-    eval_limit: int | None = field(
-        default=None, metadata=describe("with --eval_every: only the first N of their records", free=True)
-    )
-    eval_images: int = field(
-        default=4,
-        metadata=describe("with --eval_every: images whose answers are shown, always the same ones", free=True),
-    )
-    eval_max_new_tokens: int = field(
-        default=128, metadata=describe("with --eval_every: an answer stops here if not by itself", free=True)
-    )
-
-    def __post_init__(self) -> None:
-        """Stop at values that contradict each other or cannot be meant."""
-        check_setting(self, "eval_every", self.eval_every is None or self.eval_every > 0, "at least 1")
-        check_setting(self, "eval_limit", self.eval_limit is None or self.eval_limit > 0, "at least 1")
-        check_setting(self, "eval_images", self.eval_images >= 0, "0 or more")
-        check_setting(self, "eval_max_new_tokens", self.eval_max_new_tokens > 0, "at least 1")
-        for name in ("eval_annotations", "eval_image_folder"):
-            if self.eval_every is not None and getattr(self, name) is None:
-                raise UserError(
-                    f"--eval_every needs --{name}, which is not there; add it, or leave --eval_every out (run.sh takes "
-                    "EVAL_ANNOTATIONS and EVAL_IMAGE_FOLDER if neither flag is given)"
-                )
-        for setting in dataclasses.fields(EvaluationSettings):
-            is_set = getattr(self, setting.name) != setting.default
-            if self.eval_every is None and is_set:
-                raise UserError(f"--{setting.name} belongs to --eval_every, which is not there; add it")
-
-
-@dataclass(kw_only=True)
-class LookSettings:
-    """What train.py shows of a run without training."""
-
-    show_batch: bool = field(
-        default=False, metadata=describe("print the first batch as a person reads it, and stop", free=True)
-    )
-    plan: bool = field(
-        default=False, metadata=describe("print what the run would take, in memory and time, and stop", free=True)
-    )
-    accelerator: str | None = field(
-        default=None,
-        metadata=describe("with --plan: the GPU to plan for, such as a800-80gb; else this one's device", free=True),
-    )
-    gpus: int | None = field(
-        default=None,
-        metadata=describe("with --plan: how many of them; else as many as the launcher started", free=True),
-    )
-
-    def __post_init__(self) -> None:
-        """Stop at values that contradict each other or cannot be meant."""
-        check_setting(self, "gpus", self.gpus is None or self.gpus > 0, "at least 1")
-        if not self.plan and (self.accelerator is not None or self.gpus is not None):
-            raise UserError("--accelerator and --gpus belong to --plan, which is not there; add it, or leave them out")
-        if self.plan and self.show_batch:
-            raise UserError("--plan and --show_batch print different things and stop; pass one of them")
-
-
-RECIPE_FOLDER = CONFIGS / "train"
-TRACKERS = TENSORBOARD, WANDB, SWANLAB, MLFLOW = "tensorboard", "wandb", "swanlab", "mlflow"
-NO_TRACKER = "none"
+    model: Path = setting("LLaVA folder that build_base_model.py or merge_lora.py wrote")
+    annotations: Path = setting("annotation file, .json or .jsonl")
+    image_folder: Path = setting("folder that the records' image paths start from")
+    output_dir: Path = setting("where checkpoints and the final adapter go")
 
 
 # dataclasses put the fields of the last base first.
 @dataclass(kw_only=True)
-class TrainArguments(
-    LookSettings,
-    CheckpointSettings,
-    EvaluationSettings,
-    TrackingSettings,
-    ComputationSettings,
-    RecordPolicy,
-    LoraRecipe,
-    LearningRates,
-    ScheduleSettings,
-    BatchSettings,
-    RunFiles,
-):
+class TrainArguments(RecordPolicy, LoraRecipe, LearningRates, BatchSettings, RunFiles):
     """All settings of train.py. A function takes the group that it uses; this is every one of them."""
+
+    projector_from: Path | None = setting("a run or checkpoint on the same base, to begin with its projector", None)
+
+    # How long a run is, and how its learning rates rise and fall.
+    num_train_epochs: float = setting("passes over the records", expected="greater than 0")
+    max_steps: int | None = setting("optimizer steps, in place of num_train_epochs", None, expected="at least 1")
+    warmup_ratio: float | None = setting(
+        "share of the steps in which rates rise from 0", None, expected="between 0 and 1"
+    )
+    warmup_steps: int | None = setting("warmup in steps, in place of warmup_ratio", None, expected="0 or more")
+    lr_scheduler_type: Literal["cosine", "linear"] = setting("how the learning rates fall to 0 after warmup", "cosine")
+    max_grad_norm: float = setting("gradients are clipped to this norm", 1.0, expected="0 or more")
+
+    # How a step is computed, and by what.
+    precision: Literal["auto", "bf16", "fp32"] = setting("auto: bf16 on a GPU, fp32 on a CPU", "auto")
+    attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = free(
+        "kernel of the language model; auto: the fastest one here", "auto"
+    )
+    gradient_checkpointing: Literal["auto", "none", "full"] = free(
+        "recompute layers to save memory; auto: as few as the device's memory asks for", "auto"
+    )
+    torch_compile: bool = free("compile the layers that repeat; needs a C++ compiler or Triton", False)
+    engine: str = free(
+        "what divides the work: single, ddp, or a file of configs/deepspeed or configs/fsdp, such as zero2; auto: "
+        "single for one process, zero2 on several GPUs, ddp on several CPU processes",
+        "auto",
+    )
+    hang_timeout: int = free("seconds without progress in a process that end the run", 600, expected="at least 1")
+    dataloader_workers: int | None = free(
+        "processes a device that decode images; else 2 a GPU, none on a CPU", None, expected="0 or more"
+    )
+
+    # What is logged of a run, and where.
+    logging_steps: int = free("steps between two log lines", 1, expected="at least 1")
+    report_to: list[str] = free("trackers: tensorboard, wandb, swanlab, mlflow; or none", [TENSORBOARD])
+    run_name: str | None = free("name of the run in the trackers; else its output_dir", None)
+
+    # What a model is evaluated on while it trains.
+    eval_every: int | None = free(
+        "evaluate on other records every N steps and at the end; else never", None, expected="at least 1"
+    )
+    eval_annotations: Path | None = free("with --eval_every: the records that are evaluated, not trained on", None)
+    eval_image_folder: Path | None = free("with --eval_every: folder that their image paths start from", None)
+    eval_limit: int | None = free("with --eval_every: only the first N of their records", None, expected="at least 1")
+    eval_images: int = free(
+        "with --eval_every: images whose answers are shown, always the same", 4, expected="0 or more"
+    )
+    eval_max_new_tokens: int = free("with --eval_every: longest answer, in tokens", 128, expected="at least 1")
+
+    # When checkpoints are written, and which one a run continues.
+    save_steps: int = free("steps between two checkpoints", 500, expected="at least 1")
+    # With one alone, damage to it would cost the whole run.
+    save_total_limit: int = free("checkpoints kept, at least 2; older ones are deleted", 2, expected="at least 2")
+    resume_from_checkpoint: str | None = free("a checkpoint, or latest: the newest whole one in output_dir", None)
+    allow_changes: bool = free("continue a checkpoint although data, base, batch or recipe changed since", False)
+
+    # What is shown of a run without training.
+    show_batch: bool = free("print the first batch as a person reads it, and stop", False)
+    plan: bool = free("print what the run would take, in memory and time, and stop", False)
+    accelerator: str | None = free("with --plan: the GPU to plan for, such as a800-80gb; else this one's device", None)
+    gpus: int | None = free("with --plan: how many; else as many as were started", None, expected="at least 1")
 
     def __post_init__(self) -> None:
         """Stop at values that contradict each other or cannot be meant."""
-        for group in TrainArguments.__bases__:
-            if "__post_init__" in vars(group):
-                group.__post_init__(self)
-        if self.muon_lr is not None and self.vision_tower_training != "full":
-            raise UserError(
-                "--muon_lr is for a vision tower that learns in full, and --train_type "
-                f"{self.train_type} has none; leave it out"
-            )
+        for group in (BatchSettings, LearningRates, LoraRecipe, RecordPolicy):
+            group.__post_init__(self)
+        check_settings(self)
+        check_engine_name(self.engine)
+        given = [one.name for one in dataclasses.fields(self) if getattr(self, one.name) != one.default]
+        useless = next((name for name in given if name.startswith("eval_")), None)
+        lacking = next((name for name in ("eval_annotations", "eval_image_folder") if name not in given), None)
+        unknown = next((name for name in self.report_to if name not in (*TRACKERS, NO_TRACKER)), None)
+        is_mixed = NO_TRACKER in self.report_to and len(self.report_to) > 1
+        lacks_tower = self.muon_lr is not None and self.vision_tower_training != "full"
+        lacks_warmup = self.warmup_ratio is None and self.warmup_steps is None
+        plans_for = self.accelerator or self.gpus
+        contradictions = {
+            "give --warmup_ratio, a share of the steps, or --warmup_steps": lacks_warmup,
+            "--muon_lr is for a vision tower that learns in full, and --train_type "
+            f"{self.train_type} has none; leave it out": lacks_tower,
+            f"--report_to {unknown}: no such tracker; there are {', '.join(TRACKERS)}, or none": unknown,
+            f"--report_to is {' '.join(self.report_to)}; expected each tracker once, or none alone": is_mixed
+            or len(set(self.report_to)) < len(self.report_to),
+            f"--eval_every needs --{lacking}, which is not there; add it, or leave --eval_every out (run.sh takes "
+            "EVAL_ANNOTATIONS and EVAL_IMAGE_FOLDER if neither flag is given)": self.eval_every and lacking,
+            f"--{useless} belongs to --eval_every, which is not there; add it": useless and not self.eval_every,
+            "--allow_changes belongs to --resume_from_checkpoint, which is not there; add it": self.allow_changes
+            and self.resume_from_checkpoint is None,
+            "--accelerator and --gpus belong to --plan, which is not there; add it, or leave them out": plans_for
+            and not self.plan,
+            "--plan and --show_batch print different things and stop; pass one of them": self.plan and self.show_batch,
+        }
+        for message, holds in contradictions.items():
+            if holds:
+                raise UserError(message)
 
     @property
     def source(self) -> RecordSource:
@@ -266,35 +145,22 @@ class TrainArguments(
         return RecordSource(self.annotations, self.image_folder)
 
     @property
-    def eval_source(self) -> RecordSource | None:
-        """The records that are evaluated while others train, if there are some."""
-        return None if self.eval_every is None else RecordSource(self.eval_annotations, self.eval_image_folder)
+    def eval_source(self) -> RecordSource:
+        """The records that are evaluated while others train; only with --eval_every."""
+        return RecordSource(self.eval_annotations, self.eval_image_folder)
 
     def list_unused(self) -> list[str]:
         """Settings that this train type does not use, so that none is without effect in silence."""
-        unused = []
-        if not self.uses_lora:
-            unused += ["lora_r", "lora_alpha", "lora_dropout"]
-        if {self.vision_tower_training, self.language_model_training} == {"frozen"}:
-            unused.append("low_lr")
-        if self.vision_tower_training != "lora":
-            unused.append("lora_vision_modules")
-        if self.language_model_training != "lora":
-            unused.append("lora_language_modules")
-        if self.max_steps is not None:
-            unused.append("num_train_epochs")
-        if self.warmup_steps is not None and self.warmup_ratio is not None:
-            unused.append("warmup_ratio")
-        return unused
-
-
-def check_tracker_names(names: Sequence[str]) -> None:
-    """Raise UserError for a tracker that does not exist, one given twice, or others beside none."""
-    unknown = [name for name in names if name not in (*TRACKERS, NO_TRACKER)]
-    if unknown:
-        raise UserError(f"--report_to {unknown[0]}: no such tracker; there are {', '.join(TRACKERS)}, or none")
-    if len(set(names)) < len(names) or (NO_TRACKER in names and len(names) > 1):
-        raise UserError(f"--report_to is {' '.join(names)}; expected each tracker once, or none alone")
+        is_frozen = self.vision_tower_training == self.language_model_training == "frozen"
+        unused = {
+            **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout"), not self.uses_lora),
+            "low_lr": is_frozen,
+            "lora_vision_modules": self.vision_tower_training != "lora",
+            "lora_language_modules": self.language_model_training != "lora",
+            "num_train_epochs": self.max_steps is not None,
+            "warmup_ratio": self.warmup_steps is not None and self.warmup_ratio is not None,
+        }
+        return [name for name, is_unused in unused.items() if is_unused]
 
 
 def free_settings() -> frozenset[str]:
@@ -314,50 +180,37 @@ def parse_train_arguments(argv: list[str] | None, description: str, prog: str | 
     finder.add_argument("--train_type", "--train-type")
     train_type = finder.parse_known_args(argv)[0].train_type
     if train_type is not None:
-        recipe = read_recipe(train_type)
-        for action in parser._actions:
-            if action.dest in recipe:
-                action.required = False
-        parser.set_defaults(**recipe)
+        _set_defaults(parser, read_recipe(train_type))
     return TrainArguments(**vars(parser.parse_args(argv)))
 
 
 def read_recipe(train_type: str) -> dict:
-    """The settings of configs/train/<train_type>.yaml, each checked to exist and to be of its type."""
+    """The settings of configs/train/<train_type>.yaml, read by the parser of the command line. Raises UserError where
+    there is none, or it holds an unknown or malformed setting; the message begins with its path then."""
     path = RECIPE_FOLDER / f"{train_type}.yaml"
     available = sorted(file.stem for file in RECIPE_FOLDER.glob("*.yaml"))
     if train_type not in available:
-        raise UserError(
-            f"--train_type {train_type}: no such recipe in {RECIPE_FOLDER}; there are {', '.join(available)}"
-        )
+        known = ", ".join(available)
+        raise UserError(f"--train_type {train_type}: no such recipe in {RECIPE_FOLDER}; there are {known}")
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML ({error})") from error
     if not isinstance(recipe, dict):
         raise UserError(f"{path}: expected 'setting: value' lines, found {type(recipe).__name__}")
-    parser = make_parser(TrainArguments, "")
-    actions = {action.dest: action for action in parser._actions}
-    resolved = {}
-    for key, value in recipe.items():
-        if key not in actions or key in ("train_type", "help"):
-            near = difflib.get_close_matches(str(key), actions, n=1)
-            raise UserError(f"{path}: unknown setting {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-        if value == [] and actions[key].nargs == "+":
-            # A role without LoRA; the command line has no spelling for an empty list.
-            resolved[key] = []
-            continue
-        words = [str(item) for item in value] if isinstance(value, list) else [str(value)]
-        # Through the same parser as the command line, so both accept the same spellings.
-        actions[key].required = True
-        try:
-            resolved[key] = vars(_parse_one(actions[key], words))[key]
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-    return resolved
+    if "train_type" in recipe:
+        raise UserError(f"{path}: train_type is the name of this file; leave it out")
+    words = []
+    for name, value in recipe.items():
+        words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+    parser = make_parser(TrainArguments, "", prog=str(path))
+    _set_defaults(parser, {one.name: None for one in dataclasses.fields(TrainArguments)})
+    settings = vars(parser.parse_args(words))
+    return {name: settings[name] for name in (str(name).replace("-", "_") for name in recipe)}
 
 
-def _parse_one(action: argparse.Action, words: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="recipe", allow_abbrev=False, add_help=False)
-    parser._add_action(action)
-    return parser.parse_args([action.option_strings[0], *words])
+def _set_defaults(parser: argparse.ArgumentParser, defaults: dict) -> None:
+    """Give a parser defaults, by which what it required is given."""
+    parser.set_defaults(**defaults)
+    for action in parser._actions:
+        action.required = action.required and action.dest not in defaults

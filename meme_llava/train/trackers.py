@@ -21,72 +21,62 @@ from meme_llava.dataset.images import open_image
 from meme_llava.distributed.environment import is_main_process
 from meme_llava.distributed.processes import broadcast_from_main
 from meme_llava.errors import Stopped, UserError
-from meme_llava.inference.questions import Prediction
 from meme_llava.train.settings import MLFLOW, NO_TRACKER, SWANLAB, TENSORBOARD, WANDB
 
-# What has to be importable for each.
+PROJECT = "meme-llava"
+# What has to be importable for each, and the folder that it writes in output_dir.
 MODULES = {TENSORBOARD: ("tensorboard",), WANDB: ("wandb",), SWANLAB: ("swanlab",), MLFLOW: ("mlflow", "sqlalchemy")}
-REQUIREMENTS = "configs/requirements/trackers.txt"
+FOLDERS = {TENSORBOARD: "tensorboard", WANDB: "wandb", SWANLAB: "swanlog", MLFLOW: "mlflow"}
+REMEDIES = {
+    TENSORBOARD: "check TENSORBOARD_LOGGING_DIR",
+    WANDB: "wandb login, or set WANDB_MODE=offline",
+    SWANLAB: "swanlab login, or set SWANLAB_MODE=offline",
+    MLFLOW: "check MLFLOW_TRACKING_URI and the other MLFLOW_ variables",
+}
+ANSWERS = "answers.jsonl"  # in output_dir: what the model said at each evaluation
 REACH_SECONDS = 10
 OFFLINE_MODES = ("offline", "local", "disabled", "dryrun")
-
-
-def list_trackers(names: Sequence[str]) -> list[str]:
-    """The trackers that --report_to asks for; none is not a tracker."""
-    return [name for name in names if name != NO_TRACKER]
+LONGEST_SIDE = 448  # pixels of an image beside an answer
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """See that every tracker is installed, and one with a server logged in and to be reached.
-
-    Raises:
-        UserError: one cannot be used, with what to do.
-    """
-    for name in list_trackers(names):
-        missing = [module for module in MODULES[name] if importlib.util.find_spec(module) is None]
+    """Raise UserError unless every tracker is installed, and one with a server logged in and to be reached."""
+    for name in names:
+        missing = [module for module in MODULES.get(name, ()) if importlib.util.find_spec(module) is None]
         if missing:
             raise UserError(
-                f"--report_to {name}: the package {missing[0]} is not installed; pip install -r {REQUIREMENTS} (or "
-                f"only the lines of {name}), or leave {name} out"
+                f"--report_to {name}: the package {missing[0]} is not installed; pip install -r "
+                f"configs/requirements/trackers.txt (or only the lines of {name}), or leave {name} out"
             )
+    mlflow_address = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if MLFLOW in names and mlflow_address.startswith(("http://", "https://")):
+        _check_reachable(MLFLOW, mlflow_address, "set another MLFLOW_TRACKING_URI, or unset it")
     if WANDB in names:
-        _check_wandb()
+        import wandb
+
+        with explain_failure(WANDB):
+            settings = wandb.setup().settings
+            if (settings.mode or "online") not in OFFLINE_MODES:
+                # A login asks the server, too, and takes long to say that there is none.
+                remedy = "set WANDB_MODE=offline and upload later with wandb sync"
+                _check_reachable(WANDB, settings.base_url, remedy)
+                wandb.login()
     if SWANLAB in names:
-        _check_swanlab()
-    if MLFLOW in names and os.environ.get("MLFLOW_TRACKING_URI", "").startswith(("http://", "https://")):
-        _check_reachable(MLFLOW, os.environ["MLFLOW_TRACKING_URI"], "set another MLFLOW_TRACKING_URI, or unset it")
+        import swanlab
 
-
-def _check_wandb() -> None:
-    import wandb
-
-    with explain_failure(WANDB):
-        settings = wandb.setup().settings
-        if (settings.mode or "online") in OFFLINE_MODES:
-            return
-    # A login asks the server, too, and takes long to say that there is none.
-    _check_reachable(WANDB, settings.base_url, "set WANDB_MODE=offline and upload later with wandb sync")
-    with explain_failure(WANDB):
-        wandb.login()
-
-
-def _check_swanlab() -> None:
-    import swanlab
-
-    with explain_failure(SWANLAB):
-        settings = swanlab.Settings()
-    if settings.mode in OFFLINE_MODES:
-        return
-    if not settings.api_key:
-        raise UserError(
-            f"--report_to {SWANLAB}: nobody is logged in; swanlab login, or set SWANLAB_MODE=offline, or leave it out"
-        )
-    _check_reachable(SWANLAB, settings.api_host, "set SWANLAB_MODE=offline and upload later with swanlab sync")
+        with explain_failure(SWANLAB):
+            settings = swanlab.Settings()
+            if settings.mode not in OFFLINE_MODES:
+                if not settings.api_key:
+                    raise RuntimeError("nobody is logged in")
+                remedy = "set SWANLAB_MODE=offline and upload later with swanlab sync"
+                _check_reachable(SWANLAB, settings.api_host, remedy)
 
 
 def _check_reachable(name: str, address: str, remedy: str) -> None:
     """Raise UserError unless something answers there, whatever it says."""
-    address = _drop_login(address)
+    parts = urllib.parse.urlsplit(address)
+    address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # without a user's name and password
     try:
         with contextlib.suppress(urllib.error.HTTPError):
             urllib.request.urlopen(address, timeout=REACH_SECONDS).close()
@@ -98,19 +88,10 @@ def _check_reachable(name: str, address: str, remedy: str) -> None:
         ) from error
 
 
-def _drop_login(address: str) -> str:
-    """The address without a user's name and password in it."""
-    parts = urllib.parse.urlsplit(address)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-
-
 @contextlib.contextmanager
 def explain_failure(name: str) -> Iterator[None]:
-    """Turn whatever a tracker's library raises into a UserError, and let it ask no question on the terminal.
-
-    With several processes nobody would see the question, and all would wait for the answer.
-    """
-    login = {WANDB: "wandb login, or set WANDB_MODE=offline", SWANLAB: "swanlab login, or set SWANLAB_MODE=offline"}
+    """Turn whatever a tracker's library raises into a UserError, and let it ask no question on the terminal: with
+    several processes nobody would see it, and all would wait for the answer."""
     stdin = sys.stdin
     try:
         with open(os.devnull) as sys.stdin:
@@ -118,34 +99,19 @@ def explain_failure(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        words = str(error).strip().splitlines()
-        reason = words[0] if words else type(error).__name__
-        remedy = login.get(name, "check MLFLOW_TRACKING_URI and the other MLFLOW_ variables")
-        raise UserError(f"--report_to {name}: cannot be used here ({reason}); {remedy}, or leave {name} out") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--report_to {name}: cannot be used here ({reason}); {REMEDIES[name]}, or leave {name} out"
+        ) from error
     finally:
         sys.stdin = stdin
 
 
-PROJECT = "meme-llava"
-TENSORBOARD_FOLDER, WANDB_FOLDER, SWANLAB_FOLDER, MLFLOW_FOLDER = "tensorboard", "wandb", "swanlog", "mlflow"
-FOLDERS = {TENSORBOARD_FOLDER, WANDB_FOLDER, SWANLAB_FOLDER, MLFLOW_FOLDER}
-RECORD = "run_record"
-ANSWERS = "answers"
-EVAL_PREFIX = "eval_"
-LONGEST_SIDE = 448  # pixels of an image beside an answer
-
-
-def describe_prediction(prediction: Prediction) -> str:
-    """Everything but the image, a line each."""
-    asked = prediction.question
-    return f"{asked.image.name}\nquestion: {asked.text}\nreference: {asked.reference}\nanswer: {prediction.text}"
-
-
 def open_tracker(name: str, output_dir: Path, run_name: str) -> GeneralTracker:
     """Start a run in a tracker, in the run's own folder unless the user's variables say where."""
-    get = os.environ.get
+    get, folder = os.environ.get, output_dir / FOLDERS[name]
     if name == TENSORBOARD:
-        tracker = TensorBoardTracker("", get("TENSORBOARD_LOGGING_DIR") or output_dir / TENSORBOARD_FOLDER)
+        tracker = TensorBoardTracker("", get("TENSORBOARD_LOGGING_DIR") or folder)
     elif name == WANDB:
         place = {"dir": get("WANDB_DIR", str(output_dir)), "name": get("WANDB_NAME", run_name)}
         tracker = WandBTracker(get("WANDB_PROJECT", PROJECT), **place)
@@ -153,26 +119,22 @@ def open_tracker(name: str, output_dir: Path, run_name: str) -> GeneralTracker:
         tracker = SwanLabTracker(
             get("SWANLAB_PROJECT", PROJECT),
             experiment_name=run_name,
-            log_dir=get("SWANLAB_LOG_DIR") or get("SWANLAB_LOGDIR") or str(output_dir / SWANLAB_FOLDER),
+            log_dir=get("SWANLAB_LOG_DIR") or get("SWANLAB_LOGDIR") or str(folder),
             id=get("SWANLAB_RUN_ID"),
             resume=get("SWANLAB_RESUME"),
         )
     else:
-        tracker = MLflowTracker(PROJECT, logging_dir=prepare_mlflow(output_dir), run_name=run_name)
+        import mlflow
+
+        artifacts = None
+        if not mlflow.is_tracking_uri_set():
+            folder = folder.resolve()
+            folder.mkdir(exist_ok=True)
+            mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+            artifacts = (folder / "artifacts").as_uri()
+        tracker = MLflowTracker(PROJECT, logging_dir=artifacts, run_name=run_name)
     tracker.start()
     return tracker
-
-
-def prepare_mlflow(output_dir: Path) -> str | None:
-    """Where files of a run go; a database in the run's folder, unless the user has a place for both."""
-    import mlflow
-
-    if mlflow.is_tracking_uri_set():
-        return None
-    folder = (output_dir / MLFLOW_FOLDER).resolve()
-    folder.mkdir(exist_ok=True)
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    return (folder / "artifacts").as_uri()
 
 
 class TrackerRuns:
@@ -181,45 +143,48 @@ class TrackerRuns:
     def __init__(self):
         self._trackers: dict[str, GeneralTracker] = {}
 
-    def open(self, names: Sequence[str], output_dir: Path, name: str) -> None:
+    def open(self, names: Sequence[str], output_dir: Path, run_name: str) -> None:
         """Start a run in each tracker. Raises UserError where one cannot be started."""
-        for tracker in names:
-            with explain_failure(tracker):
-                self._trackers[tracker] = open_tracker(tracker, output_dir, name)
+        for name in names:
+            if name != NO_TRACKER:
+                with explain_failure(name):
+                    self._trackers[name] = open_tracker(name, output_dir, run_name)
 
     def attach_record(self, record: dict) -> None:
         """Show the run record beside the curves."""
         for name, tracker in self._trackers.items():
             with explain_failure(name):
                 if name == TENSORBOARD:
-                    tracker.log({RECORD: to_literal_text(json.dumps(record, ensure_ascii=False, indent=2))})
+                    tracker.log({"run_record": to_literal_text(json.dumps(record, ensure_ascii=False, indent=2))})
                 elif name == MLFLOW:
                     # What runs are compared by in a table.
                     shown = record["settings"] | {f"schedule.{key}": value for key, value in record["schedule"].items()}
-                    tracker.store_init_configuration({f"{RECORD}.{key}": value for key, value in shown.items()})
+                    tracker.store_init_configuration({f"run_record.{key}": value for key, value in shown.items()})
                 else:
-                    tracker.store_init_configuration({RECORD: record})
+                    tracker.store_init_configuration({"run_record": record})
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Report what was logged after an optimizer step."""
+        """Report what was logged after an optimizer step: eval/… what is called eval_…, train/… everything else."""
         named = {
-            f"eval/{name.removeprefix(EVAL_PREFIX)}" if name.startswith(EVAL_PREFIX) else f"train/{name}": value
+            f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
             for name, value in figures.items()
         }
         for tracker in self._trackers.values():
             tracker.log(named, step=step)
 
-    def report_answers(self, step: int, answers: Sequence[Prediction]) -> None:
-        """Show images in TensorBoard with what the model says of them after an optimizer step."""
+    def report_answers(self, step: int, answers: Sequence) -> None:
+        """Show images in TensorBoard with what the model says of them, each a `Prediction`, after an optimizer step."""
         if TENSORBOARD not in self._trackers:
             return
         writer = self._trackers[TENSORBOARD].tracker
         for number, answer in enumerate(answers, 1):
-            writer.add_text(f"{ANSWERS}/{number}", to_literal_text(describe_prediction(answer)), step)
-            image = open_image(answer.question.image)
+            asked = answer.question
+            words = f"{asked.image.name}\nquestion: {asked.text}\nreference: {asked.reference}\nanswer: {answer.text}"
+            writer.add_text(f"answers/{number}", to_literal_text(words), step)
+            image = open_image(asked.image)
             image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
             # uint8 (height, width, 3)
-            writer.add_image(f"{ANSWERS}/{number}", np.asarray(image), step, dataformats="HWC")
+            writer.add_image(f"answers/{number}", np.asarray(image), step, dataformats="HWC")
         writer.flush()
 
     def finish(self, failed: bool) -> None:
@@ -235,19 +200,15 @@ class TrackerRuns:
                 tracker.tracker.finish(state="crashed", error="training failed; see what train.py printed")
             else:
                 tracker.finish()
-        self._trackers = {}
 
 
 @contextlib.contextmanager
-def open_tracker_runs(report_to: Sequence[str], output_dir: Path, run_name: str | None) -> Iterator[TrackerRuns]:
-    """Report a run while the block lasts. All processes call this together.
-
-    Raises:
-        UserError: a tracker cannot be used; in every process.
-    """
+def open_tracker_runs(names: Sequence[str], output_dir: Path, run_name: str | None) -> Iterator[TrackerRuns]:
+    """Report a run while the block lasts. All processes call this together, and all raise UserError where a tracker
+    cannot be used."""
     runs, failed = TrackerRuns(), True
     try:
-        broadcast_from_main(lambda: runs.open(list_trackers(report_to), output_dir, run_name or str(output_dir)))
+        broadcast_from_main(lambda: runs.open(names, output_dir, run_name or str(output_dir)))
         yield runs
         failed = False
     except Stopped:

@@ -32,7 +32,7 @@ from meme_llava.train import (
     run_plan,  # noqa: E402
 )
 from meme_llava.train.loop import TrainingLoop  # noqa: E402
-from meme_llava.train.progress import FiniteCheck  # noqa: E402
+from meme_llava.train.progress import StepGuard  # noqa: E402
 
 
 def before_step(step: int, act, every: bool = False) -> None:
@@ -91,13 +91,13 @@ def run_out_of_memory(step: int) -> None:
 
 def spoil_loss(steps: list[int], value: str) -> None:
     """The loss of some steps is not finite."""
-    original, running = FiniteCheck.mark_loss, [0]
+    original, running = StepGuard.mark_loss, [0]
     before_step(0, lambda loop: running.__setitem__(0, loop.step + 1), every=True)
 
     def mark_loss(self, loss):
         return original(self, loss * float(value) if running[0] in steps else loss)
 
-    FiniteCheck.mark_loss = mark_loss
+    StepGuard.mark_loss = mark_loss
 
 
 def spoil_gradient(steps: list[int]) -> None:
@@ -182,7 +182,7 @@ def kill_in_final() -> None:
 
     def replace(self, target):
         original(self, target)
-        if self.parent.name == checkpoints.FINAL_INCOMPLETE:
+        if self.parent.name == checkpoints.FINAL_INCOMPLETE != Path(target).parent.name:
             os.kill(os.getpid(), signal.SIGKILL)
 
     Path.replace = replace
@@ -204,7 +204,7 @@ def damage_image(step: int) -> None:
     before_step(0, lambda loop: running.__setitem__(0, loop.step + 1), every=True)
 
     def train(self):
-        dataset = self._run.inputs.data.dataset
+        dataset = self._plan.data.dataset
         read = dataset.read_image
 
         def read_image(path):

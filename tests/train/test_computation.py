@@ -40,7 +40,7 @@ def largest_batch(world, processing):
 
 def plan(world, processing, largest_batch, folder, **changes):
     arguments = parse_train_arguments(train_flags(world, folder, **changes), "")
-    return plan_computation(arguments, processing.image_policy, largest_batch, torch.device("cpu"), False, 1)
+    return plan_computation(arguments, processing, largest_batch, torch.device("cpu"), False, 1)
 
 
 @pytest.mark.parametrize("train_type", ["lora", "full"])
@@ -56,8 +56,8 @@ def test_the_rough_bound_is_never_below_the_estimate(world, processing, largest_
 def test_a_small_run_on_a_cpu_needs_no_estimate(world, processing, largest_batch, tmp_path, monkeypatch):
     monkeypatch.setattr(StepEstimator, "choose_recomputed", lambda *_: pytest.fail("the step was traced"))
     chosen = plan(world, processing, largest_batch, tmp_path)
-    assert chosen.recomputed == CheckpointedLayers(0, 0) and chosen.memory is None
-    assert chosen.describe() == "attention sdpa; no layer computed twice"
+    assert chosen.recomputed == CheckpointedLayers(0, 0) and chosen.step_bytes is None
+    assert chosen.line == "attention sdpa; no layer computed twice"
 
 
 @pytest.mark.parametrize(("setting", "language", "vision"), [("none", 0, 0), ("full", 2, 2)])
@@ -76,14 +76,14 @@ def test_auto_on_a_small_machine_computes_layers_twice(world, processing, larges
     monkeypatch.setattr("meme_llava.train.planning.memory.find_usable", lambda memory: memory)
     monkeypatch.setattr(prepared_run, "measure_memory", lambda *_: kept - 1)
     chosen = plan(world, processing, largest_batch, tmp_path, train_type="projector")
-    assert chosen.recomputed == CheckpointedLayers(1, 0) and chosen.memory <= kept - 1
-    assert "1 language and 0 vision layers computed twice; the largest batch, " in chosen.describe()
+    assert chosen.recomputed == CheckpointedLayers(1, 0) and chosen.step_bytes <= kept - 1
+    assert "1 language and 0 vision layers computed twice; the largest batch, " in chosen.line
     assert chosen.to_record()["recomputed_layers"] == {"language": 1, "vision": 0}
 
     monkeypatch.setattr(prepared_run, "measure_memory", lambda *_: 1)
     chosen = plan(world, processing, largest_batch, tmp_path, train_type="projector")
     assert chosen.recomputed == CheckpointedLayers(2, 0)
-    assert "warning: only 0.0 GiB can be used, so the run may stop for lack of memory" in chosen.describe()
+    assert "warning: only 0.0 GiB can be used, so the run may stop for lack of memory" in chosen.line
 
 
 @pytest.mark.parametrize(("setting", "times"), [("none", 1), ("full", 2)])

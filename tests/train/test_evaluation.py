@@ -23,8 +23,7 @@ from meme_llava.distributed.environment import Heartbeat
 from meme_llava.inference.generation import Answerer, load_answerer
 from meme_llava.inference.questions import Prediction, Question
 from meme_llava.train import precheck, prepared_run, progress
-from meme_llava.train.evaluation import TrainingEvaluation
-from meme_llava.train.validation import choose_shown
+from meme_llava.train.evaluation import TrainingEvaluation, choose_shown
 
 QUESTION = "读出文字。"
 # Truths are the texts of the images; one record is text only and carries loss alone.
@@ -288,7 +287,7 @@ def test_a_long_evaluation_is_no_hang_and_no_slow_training(world, validation, tm
     (rate,) = [entry["captions_per_second"] for entry in log if "captions_per_second" in entry]
     assert 16 / rate < 3
     # Two evaluations of two batches of questions, each of twelve tokens.
-    assert marks.count("__call__") == 2 * 2 * 12
+    assert marks.count("mark_token") == 2 * 2 * 12
 
 
 @pytest.mark.parametrize(

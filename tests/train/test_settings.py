@@ -332,12 +332,11 @@ def test_a_recipe_may_have_an_empty_list(recipe_folder):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("save_step: 5", "unknown setting 'save_step' (did you mean 'save_steps'?)"),
-        ("lora-r: 5", "unknown setting 'lora-r' (did you mean 'lora_r'?)"),
-        ("optimizer: muon", "unknown setting 'optimizer'"),
-        ("train_type: full", "unknown setting 'train_type'"),
-        ("help: true", "unknown setting 'help'"),
-        ("3: 5", "unknown setting '3'"),
+        ("save_step: 5", "unknown setting --save_step (did you mean --save_steps?)"),
+        ("optimizer: muon", "unknown setting --optimizer"),
+        ("train_type: full", "train_type is the name of this file; leave it out"),
+        ("help: true", "ignored explicit argument 'True'"),
+        ("3: 5", "unknown setting --3"),
         ("lora_r: many", "invalid int value: 'many'"),
         ("lora_r: 1.5", "invalid int value: '1.5'"),
         ("seed:", "invalid int value: "),
@@ -357,8 +356,7 @@ def test_a_faulty_recipe_stops_with_its_path_and_the_setting(recipe_folder, cont
     with pytest.raises(UserError) as caught:
         parse(train_type="mine")
     assert str(caught.value).startswith(f"{path}: ")
-    # YAML's 3 is a number; the message need not quote it.
-    assert message.replace("'3'", "3") in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("train_type", ["lroa", "lora.yaml", "../train/lora", "", "LORA"])

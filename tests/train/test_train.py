@@ -412,7 +412,6 @@ def test_wrong_settings_stop_before_the_model_loads(world, trained, tmp_path, mo
     assert "--save_total_limit is 1, expected at least 2" in message(save_total_limit=1)
     monkeypatch.setattr("meme_llava.train.session.multiplies_bf16", lambda: False)
     assert "--precision bf16 needs a GPU here: on a CPU without AMX or AVX512_BF16" in message(precision="bf16")
-    assert "--precision tf32 needs a GPU here: no CPU has it" in message(precision="tf32")
     assert "--attention varlen needs a GPU" in message(attention="varlen")
     assert "--accelerator and --gpus belong to --plan" in message(accelerator="a800-80gb")
     assert "pass one of them" in fail(capsys, [*train_flags(world, out), "--plan", "--show_batch"])
@@ -536,10 +535,11 @@ def test_an_image_that_breaks_during_training_names_its_record(world, tmp_path, 
     ("changes", "message"),
     [
         ({"attention": "varlen"}, "--attention varlen needs a GPU"),
-        ({"precision": "tf32"}, "--precision tf32 needs a GPU here"),
+        ({"precision": "bf16"}, "--precision bf16 needs a GPU here"),
     ],
 )
 def test_what_a_machine_cannot_do_stops_before_data_is_read(world, tmp_path, capsys, monkeypatch, changes, message):
+    monkeypatch.setattr("meme_llava.train.session.multiplies_bf16", lambda: False)
     monkeypatch.setattr(precheck, "check_records", lambda *_, **__: pytest.fail("the data was checked first"))
     assert message in fail(capsys, train_flags(world, tmp_path / "out", **changes), precheck.main)
 
@@ -547,7 +547,7 @@ def test_what_a_machine_cannot_do_stops_before_data_is_read(world, tmp_path, cap
 def test_one_process_with_several_gpus_is_refused(world, tmp_path, monkeypatch, capsys):
     """All but one of them would idle."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(session, "check_gpus_answer", lambda: None)
+    monkeypatch.setattr(session, "check_device", lambda arguments: None)
     assert "one process sees 4 GPUs" in fail(capsys, train_flags(world, tmp_path / "out"))
 
 

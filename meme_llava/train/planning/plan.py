@@ -160,10 +160,8 @@ def count_recomputed(
 
 def find_speed(accelerator: Accelerator, precision: str) -> float | None:
     """FLOP/s of the device's matrix multiplications in the run's precision, None where it is not known."""
-    if accelerator.is_cpu or precision in ("auto", "bf16"):
-        return accelerator.peak_tflops * 1e12
-    # Tensor cores multiply tf32 half as fast as bf16; without them datasheets differ.
-    return accelerator.peak_tflops * 1e12 / 2 if precision == "tf32" and accelerator.peak_tflops else None
+    # Of a GPU in float32, without tensor cores, datasheets differ.
+    return accelerator.peak_tflops * 1e12 if accelerator.is_cpu or precision != "fp32" else None
 
 
 def print_plan(plan: TrainingPlan) -> None:
