@@ -30,10 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     check_apart(arguments.output_dir, {"language model": language_folder, "vision tower": vision_folder})
     dtype = None if arguments.dtype == "source" else getattr(torch, arguments.dtype)
 
-    with (
-        open_parts(language_folder, vision_folder, arguments.image_policy) as parts,
-        write_directory(arguments.output_dir, arguments.overwrite) as folder,
-    ):
+    parts = open_parts(language_folder, vision_folder, arguments.image_policy)
+    with write_directory(arguments.output_dir, arguments.overwrite) as folder:
         write_llava(parts, folder, arguments.seed, dtype, arguments.max_shard_size, show_bytes)
         checks = verify_assembled(parts, folder, dtype, show_bytes) if arguments.verify else []
         record = {

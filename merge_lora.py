@@ -20,9 +20,8 @@ def main(argv: list[str] | None = None) -> None:
     # Torch takes seconds to load; a wrong flag is answered before.
     import torch
 
-    from meme_llava.convert.export import check_exportable, export_clip_tower, verify_exported
-    from meme_llava.convert.merge import TrainedWeights, write_merged
-    from meme_llava.convert.merge_check import verify_merged
+    from meme_llava.convert.merge import TrainedWeights, check_exportable, export_clip_tower, write_merged
+    from meme_llava.convert.merge_check import verify_exported, verify_merged
     from meme_llava.storage.fingerprint import find_base, fingerprint_folder
 
     check_output_dir(arguments.output_dir, arguments.overwrite)
@@ -33,10 +32,8 @@ def main(argv: list[str] | None = None) -> None:
         check_exportable(base_folder)
     dtype = getattr(torch, arguments.dtype)
 
-    with (
-        TrainedWeights.read(arguments.adapter) as trained,
-        write_directory(arguments.output_dir, arguments.overwrite) as folder,
-    ):
+    trained = TrainedWeights.read(arguments.adapter)
+    with write_directory(arguments.output_dir, arguments.overwrite) as folder:
         summary = write_merged(base_folder, trained, folder, dtype, arguments.max_shard_size, show_bytes)
         if arguments.export == "clip":
             export_clip_tower(folder)

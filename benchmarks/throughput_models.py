@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import ChineseCLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
 from meme_llava.dataset.images import ImagePolicy
-from meme_llava.model.llava import count_image_tokens, make_empty_model, set_parameter
+from meme_llava.model.llava import count_image_tokens, make_empty_model
 from meme_llava.model.packed_attention import choose_attention
 from meme_llava.model.packed_llava import CrossEntropyHead, PackedLlava, prepare_packed_llava
 from meme_llava.model.trainable import ParameterGroup, plan_parameter_groups, prepare_trainable
@@ -177,6 +177,12 @@ def make_models(shapes: Shapes, platform: Platform, seed: int) -> Models:
     groups = plan_parameter_groups(packed, arguments)
     start_values = [parameter.detach().cpu().clone() for group in groups for parameter in group.parameters]
     return Models(plain, packed, groups, start_values)
+
+
+def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in the place of the one of that name."""
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, parameter)
 
 
 def make_arguments(shapes: Shapes, seed: int) -> TrainArguments:

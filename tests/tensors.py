@@ -2,8 +2,8 @@
 
 import torch
 
-from meme_llava.storage.tensor_reader import DTYPE_NAMES
-
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+DTYPES += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
 SHAPES = {"matrix": (5, 7), "one_row": (1, 3), "one_column": (4, 1), "vector": (6,), "scalar": (), "empty": (0, 3)}
 
 
@@ -18,8 +18,8 @@ def draw(dtype, shape, generator):
 def draw_all():
     generator = torch.Generator().manual_seed(0)
     return {
-        f"{format_name}.{shape_name}": draw(dtype, shape, generator)
-        for format_name, dtype in DTYPE_NAMES.items()
+        f"{dtype}.{shape_name}": draw(dtype, shape, generator)
+        for dtype in DTYPES
         for shape_name, shape in SHAPES.items()
     }
 

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,13 +14,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from meme_llava.convert.rounding import Rounding, plan_copy, plan_rounded
 from meme_llava.convert.towers import EMBEDDING, HEAD, Source, open_language_model, open_vision_tower
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, TURN_END, TURN_START, make_chat_template
 from meme_llava.dataset.images import Resize
 from meme_llava.model.llava import count_image_tokens, has_class_token, quiet_transformers
 from meme_llava.storage.files import write_json
-from meme_llava.storage.tensor_writer import PlannedTensor, count_bytes, write_tensors
+from meme_llava.storage.tensor_files import PlannedTensor, Rounding, StoredTensor, count_bytes, write_tensors
 
 # The features of the last layer but one, as LLaVA takes them: the last one is tuned for the contrastive loss.
 VISION_FEATURE_LAYER = -2
@@ -41,19 +41,12 @@ class Parts:
     # Embedding rows of control tokens that the language model lacked: row of the new token: row that it copies.
     copied_rows: dict[int, int] = field(default_factory=dict)
 
-    def __enter__(self) -> "Parts":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.language_model.tensors.__exit__(*error)
-        self.vision_tower.tensors.__exit__(*error)
-
 
 def open_parts(language_folder: Path, vision_folder: Path, resize: Resize) -> Parts:
     """Open both sources, add the control tokens, and describe the model they make."""
     vision_tower = open_vision_tower(vision_folder)
     language_model, tokenizer = open_language_model(language_folder)
-    rows, copied_rows = add_control_tokens(tokenizer, language_model.find(EMBEDDING).shape[0])
+    rows, copied_rows = add_control_tokens(tokenizer, language_model.tensors[EMBEDDING].shape[0])
     vision_config = vision_tower.config
     config = LlavaConfig(
         # LlavaConfig rewrites what it is given; the sources keep their own.
@@ -116,11 +109,13 @@ def write_llava(
         dtype: of all weights; None leaves every part in the dtype of its source, byte for byte.
         show_progress: `terminal.show_bytes`.
     """
-    rounding = Rounding(dtype) if dtype is not None else None
-    planned = plan_llava(parts, seed, rounding)
+    planned = plan_llava(parts, seed)
+    if dtype is not None:
+        rounding = Rounding(dtype)
+        planned = {name: rounding.plan(name, tensor) for name, tensor in planned.items()}
     with show_progress("assembling", count_bytes(planned)) as advance:
         write_tensors(planned, folder, max_shard_size, advance)
-    if rounding is not None:
+    if dtype is not None:
         rounding.check()
     parts.config.dtype = parts.config.text_config.dtype = dtype or parts.language_model.dtype
     parts.config.vision_config.dtype = dtype or parts.vision_tower.dtype
@@ -133,42 +128,29 @@ def write_llava(
     _write_for_transformers_4(folder)
 
 
-def plan_llava(parts: Parts, seed: int, rounding: Rounding | None) -> dict[str, PlannedTensor]:
+def plan_llava(parts: Parts, seed: int) -> dict[str, PlannedTensor | StoredTensor]:
     """All tensors of the LLaVA under their names on disk, in the order in which the sources' files hold them."""
-    planned = {}
-    for source, prefix in (
-        (parts.language_model, "language_model."),
-        (parts.vision_tower, "vision_tower.vision_model."),
-    ):
-        in_memory = {stored: name for name, stored in source.stored_names.items()}
-        for stored_name in source.tensors.list_in_file_order():
-            if stored_name not in in_memory:
-                continue
-            name = in_memory[stored_name]
-            is_embedding = source is parts.language_model and name in (EMBEDDING, HEAD)
-            plan = _plan_embedding(parts, name) if is_embedding else plan_copy(source.tensors, stored_name)
-            planned[prefix + name] = plan
+    planned = {f"language_model.{name}": stored for name, stored in parts.language_model.tensors.items()}
+    planned |= {f"vision_tower.vision_model.{name}": stored for name, stored in parts.vision_tower.tensors.items()}
+    for name in (EMBEDDING, HEAD):
+        if name in parts.language_model.tensors:
+            planned[f"language_model.{name}"] = _plan_embedding(parts, parts.language_model.tensors[name])
     for name, tensor in _draw_projector(parts.config, seed).items():
         tensor = tensor.to(parts.language_model.dtype)
-        planned[f"multi_modal_projector.{name}"] = PlannedTensor(
-            tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: iter([tensor])
-        )
-    if rounding is None:
-        return planned
-    return {name: plan_rounded(name, plan.shape, rounding, plan.make_pieces) for name, plan in planned.items()}
+        make_pieces = partial(iter, [tensor])
+        planned[f"multi_modal_projector.{name}"] = PlannedTensor(tensor.dtype, tuple(tensor.shape), make_pieces)
+    return planned
 
 
-def _plan_embedding(parts: Parts, name: str) -> PlannedTensor:
+def _plan_embedding(parts: Parts, stored: StoredTensor) -> PlannedTensor | StoredTensor:
     """An embedding with the rows of new tokens copied, and zero rows up to its new size."""
-    source = parts.language_model
-    stored, stored_name = source.find(name), source.stored_names[name]
     rows = parts.config.text_config.vocab_size
     if rows == stored.shape[0] and not parts.copied_rows:
-        return plan_copy(source.tensors, stored_name)
+        return stored
 
     def make_pieces() -> Iterator[torch.Tensor]:
         embedding = torch.zeros(rows, *stored.shape[1:], dtype=stored.dtype)  # (rows, hidden)
-        embedding[: stored.shape[0]] = source.tensors.read(stored_name)
+        embedding[: stored.shape[0]] = stored.map()
         for row, copied in parts.copied_rows.items():
             embedding[row] = embedding[copied]
         yield embedding
@@ -222,26 +204,20 @@ def _make_image_processor(
 
 
 def _make_generation_config(parts: Parts) -> GenerationConfig:
-    # Greedy: reading the words in an image needs no luck. A repetition penalty, which Qwen2 ships, would garble
-    # memes that repeat a character on purpose (哈哈哈哈).
-    source = _read_stops(parts.language_model)
-    stops = [parts.tokenizer.convert_tokens_to_ids(TURN_END)]
-    stops += [token for token in ([source] if isinstance(source, int) else source or []) if token not in stops]
-    if parts.tokenizer.eos_token_id is not None and parts.tokenizer.eos_token_id not in stops:
-        stops.append(parts.tokenizer.eos_token_id)
+    """Greedy: reading the words in an image needs no luck. Stops where the language model stops, and at a turn's end.
+
+    A repetition penalty, which Qwen2 ships, would garble memes that repeat a character on purpose (哈哈哈哈).
+    """
+    source, tokenizer = parts.language_model, parts.tokenizer
+    has_own = (source.folder / "generation_config.json").is_file()
+    own = (GenerationConfig.from_pretrained(source.folder) if has_own else source.config).eos_token_id
+    stops = [tokenizer.convert_tokens_to_ids(TURN_END), *(own if isinstance(own, list) else [own])]
     return GenerationConfig(
-        bos_token_id=parts.tokenizer.bos_token_id,
-        eos_token_id=stops,
-        pad_token_id=parts.tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=[stop for stop in dict.fromkeys([*stops, tokenizer.eos_token_id]) if stop is not None],
+        pad_token_id=tokenizer.pad_token_id,
         do_sample=False,
     )
-
-
-def _read_stops(language_model: Source) -> int | list[int] | None:
-    path = language_model.folder / "generation_config.json"
-    if path.is_file():
-        return GenerationConfig.from_pretrained(language_model.folder).eos_token_id
-    return language_model.config.eos_token_id
 
 
 def _write_for_transformers_4(folder: Path) -> None:

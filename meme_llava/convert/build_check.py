@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,23 +10,27 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from meme_llava.convert.build import VISION_FEATURE_LAYER, Parts
-from meme_llava.convert.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights
-from meme_llava.convert.towers import EMBEDDING, HEAD, OTHER_TOWER_PREFIXES, Source
+from meme_llava.convert.towers import EMBEDDING, OTHER_TOWER_PREFIXES, Source
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
-from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
 from meme_llava.model.llava import (
+    IN_MEMORY,
     LANGUAGE_MODEL,
+    OFFLOADED,
+    PROJECTOR,
+    ROLES,
     VISION_TOWER,
     Processing,
     check_same_names,
+    count_read_bytes,
     find_stored,
+    fits_in_memory,
     load_processing,
     load_strictly,
     make_empty_model,
-    to_disk_name,
+    offload_weights,
 )
-from meme_llava.storage.tensor_reader import TensorReader, open_model_tensors
+from meme_llava.storage.tensor_files import StoredTensor, count_bytes, open_model_tensors
 
 PROOF_CHAT = [
     Turn("user", "你好！“加班使我快乐”是什么意思？"),
@@ -58,40 +62,39 @@ def verify_assembled(
     processing = load_processing(folder)
     # Plain text: a source without ChatML has no rows for its tokens.
     text_ids = torch.tensor([processing.encoder.encode_text("".join(turn.text for turn in PROOF_CHAT))])  # (1, length)
-    pixel_values = _draw_test_pixels(parts.config.vision_config.image_size).to(compute_dtype)
+    size = parts.config.vision_config.image_size
+    pixel_values = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(compute_dtype)
     question = Turn("user", f"{IMAGE_PLACEHOLDER}\n图里写了什么？")
     prompt_ids = torch.tensor([processing.encoder.encode_prompt([question])])  # (1, length)
 
-    with open_model_tensors(folder) as tensors:
-        empty = make_empty_model(LlavaForConditionalGeneration, parts.config, compute_dtype)
-        tied = parts.config.tie_word_embeddings
-        expected_names = {to_disk_name(name) for name in empty.state_dict() if not (tied and name == HEAD)}
-        check_same_names(expected_names, tensors, str(folder))
-        fits = fits_in_memory(tensors, compute_dtype)
-        with (
-            contextlib.nullcontext(lambda count: None)
-            if fits
-            else show_progress("comparing", _count_read_bytes(parts, tensors)) as advance
-        ):
-            language_model = _open_source(parts.language_model, dtype, compute_dtype, fits, advance)
-            expected_logits = language_model(input_ids=text_ids).logits
-            del language_model
-            gc.collect()
-            vision_tower = _open_source(parts.vision_tower, dtype, compute_dtype, fits, advance)
-            expected_features = _vision_features(vision_tower, pixel_values)
-            if fits:
-                model = load_strictly(LlavaForConditionalGeneration, folder, dtype=compute_dtype)
-            else:
-                model = _offload(empty, tensors, lambda name: find_stored(tensors, name), compute_dtype, advance)
-            logits = model(input_ids=text_ids).logits
-            features = _vision_features(model.model.vision_tower, pixel_values)
-            projected = model.get_image_features(pixel_values=pixel_values).pooler_output[0]
-            answer_logits = model(input_ids=prompt_ids, pixel_values=pixel_values, logits_to_keep=1).logits
+    tensors = open_model_tensors(folder)
+    empty = make_empty_model(LlavaForConditionalGeneration, parts.config, compute_dtype)
+    expected_names = {find_stored(tensors, name) for name in empty.state_dict()}
+    check_same_names(expected_names, tensors, str(folder))
+    fits = fits_in_memory(tensors, compute_dtype)
+    ignore = contextlib.nullcontext(lambda count: None)
+    with ignore if fits else show_progress("comparing", _count_read_bytes(parts, tensors)) as advance:
+        language_model = _open_source(parts.language_model, dtype, compute_dtype, fits, advance)
+        expected_logits = language_model(input_ids=text_ids).logits
+        del language_model
+        gc.collect()
+        vision_tower = _open_source(parts.vision_tower, dtype, compute_dtype, fits, advance)
+        expected_features = _vision_features(vision_tower, pixel_values)
+        if fits:
+            model = load_strictly(LlavaForConditionalGeneration, folder, dtype=compute_dtype)
+        else:
+            model = _offload(empty, lambda name: tensors[find_stored(tensors, name)], compute_dtype, advance)
+        logits = model(input_ids=text_ids).logits
+        features = _vision_features(model.model.vision_tower, pixel_values)
+        projected = model.get_image_features(pixel_values=pixel_values).pooler_output[0]
+        answer_logits = model(input_ids=prompt_ids, pixel_values=pixel_values, logits_to_keep=1).logits
     image_tokens = int((prompt_ids == processing.encoder.image_token_id).sum())
     is_finite = bool(torch.isfinite(answer_logits).all())
     # Rows that new tokens took, and rows after the source's own, have nothing to be compared with.
     compared = [row for row in range(expected_logits.shape[-1]) if row not in parts.copied_rows]
     logits, expected_logits = logits[..., compared], expected_logits[..., compared]
+    policy = processing.image_policy
+    mean, std = (" ".join(f"{value:.2f}" for value in values) for values in (policy.mean, policy.std))
     checks = [
         ("the models ran", True, IN_MEMORY if fits else OFFLOADED),
         ("no tensor missing or unexpected", True, f"{len(expected_names)} tensors"),
@@ -101,7 +104,7 @@ def verify_assembled(
         ("logits about an image are finite", is_finite, str(tuple(answer_logits.shape))),
         ("config, tokenizer, processor agree on <image>", True, f"id {processing.encoder.image_token_id}"),
         _check_chat(processing),
-        ("images", True, _describe_images(processing.image_policy)),
+        ("images", True, f"{policy.resize} to {policy.size} x {policy.size}\nmean {mean}\nstd {std}"),
     ]
     failed = [f"{name} ({finding})" for name, passed, finding in checks if not passed]
     if failed:
@@ -117,7 +120,8 @@ def _open_source(
     if not fits:
         empty = make_empty_model(source.model_class, source.config, compute_dtype)
         # A tied head has no tensor of its own.
-        return _offload(empty, source.tensors, lambda name: source.stored_names.get(name, EMBEDDING), dtype, advance)
+        find = lambda name: source.tensors.get(name) or source.tensors[EMBEDDING]  # noqa: E731
+        return _offload(empty, find, dtype, advance)
     model = load_strictly(source.model_class, source.folder, OTHER_TOWER_PREFIXES, dtype=dtype).eval()
     # Only parameters: module.to() would also round the rotary frequencies, which stay float32.
     for parameter in model.parameters():
@@ -126,55 +130,33 @@ def _open_source(
 
 
 def _offload(
-    empty: nn.Module,
-    tensors: TensorReader,
-    find: Callable[[str], str],
-    dtype: torch.dtype,
-    advance: Callable[[int], None],
+    empty: nn.Module, find: Callable[[str], StoredTensor], dtype: torch.dtype, advance: Callable[[int], None]
 ) -> nn.Module:
     def read(name: str) -> torch.Tensor:
-        weight = tensors.read_as(find(name), dtype)
-        advance(tensors.stored[find(name)].nbytes)
-        return weight
+        stored = find(name)
+        advance(stored.nbytes)
+        return stored.load(dtype)
 
     return offload_weights(empty, read)
 
 
-def _count_read_bytes(parts: Parts, written: TensorReader) -> int:
-    """What the offloaded models read: each source once, the written language model twice, its vision three times."""
-
-    def count(tensors: TensorReader, names: Iterable[str]) -> int:
-        return sum(tensors.stored[name].nbytes for name in names)
-
-    language = [name for name in written if name.startswith(LANGUAGE_MODEL)]
-    vision = [name for name in written if name.startswith(VISION_TOWER)]
-    sources = (parts.language_model, parts.vision_tower)
-    tied = 0
-    if parts.language_model.has_tied_head:  # each pass reads the embedding a second time, as the head
-        tied = count(parts.language_model.tensors, [parts.language_model.stored_names[EMBEDDING]])
-        tied += 2 * count(written, [to_disk_name(f"model.language_model.{EMBEDDING.removeprefix('model.')}")])
-    return (
-        tied
-        + sum(count(source.tensors, source.stored_names.values()) for source in sources)
-        + 2 * count(written, language)
-        + 3 * count(written, vision)
-        + 2 * count(written, set(written) - {*language, *vision})
-    )
+def _count_read_bytes(parts: Parts, written: dict[str, StoredTensor]) -> int:
+    """What the offloaded models read: each source once, then the parts of the written model that each call takes."""
+    total = count_bytes(parts.language_model.tensors) + count_bytes(parts.vision_tower.tensors)
+    if parts.language_model.has_tied_head:
+        total += parts.language_model.tensors[EMBEDDING].nbytes
+    for roles in ((LANGUAGE_MODEL,), (VISION_TOWER,), (VISION_TOWER, PROJECTOR), ROLES):
+        total += count_read_bytes(written, *roles)
+    return total
 
 
 def _check_chat(processing: Processing) -> tuple[str, bool, str]:
-    roles = {"user": "user", "assistant": "assistant"}
-    messages = [{"role": roles[turn.role], "content": turn.text} for turn in PROOF_CHAT]
+    messages = [{"role": turn.role, "content": turn.text} for turn in PROOF_CHAT]
     templated = processing.processor.apply_chat_template(messages, tokenize=False)
     ids = processing.encoder.encode_example(PROOF_CHAT).input_ids
     decoded = processing.tokenizer.decode(ids, skip_special_tokens=False)
     survives = all(turn.text in decoded for turn in PROOF_CHAT) and templated.rstrip("\n") == decoded
     return "a Chinese chat round-trips through the template", survives, f"{len(ids)} tokens"
-
-
-def _describe_images(policy: ImagePolicy) -> str:
-    mean, std = (" ".join(f"{value:.2f}" for value in values) for values in (policy.mean, policy.std))
-    return f"{policy.resize} to {policy.size} x {policy.size}\nmean {mean}\nstd {std}"
 
 
 def _vision_features(tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -183,7 +165,3 @@ def _vision_features(tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tens
 
 def _compare_bits(found: torch.Tensor, expected: torch.Tensor) -> tuple[bool, str]:
     return torch.equal(found, expected), f"largest difference {(found - expected).abs().max().item():g}"
-
-
-def _draw_test_pixels(size: int) -> torch.Tensor:
-    return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))

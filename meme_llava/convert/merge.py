@@ -1,4 +1,4 @@
-"""Merging of a base and trained weights into one standalone model, tensor by tensor."""
+"""Merging of a base and trained weights into one standalone model, tensor by tensor; its name for serving engines."""
 
 import json
 import math
@@ -6,19 +6,28 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 
-from meme_llava.convert.rounding import Rounding, plan_rounded
 from meme_llava.errors import UserError
 from meme_llava.model.llava import PROJECTOR, to_disk_name
 from meme_llava.storage.files import hash_file, write_json
 from meme_llava.storage.run_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS, read_run_record
-from meme_llava.storage.tensor_reader import WEIGHTS, WEIGHTS_INDEX, TensorReader, open_model_tensors
-from meme_llava.storage.tensor_writer import PlannedTensor, count_bytes, write_tensors
+from meme_llava.storage.tensor_files import (
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    PlannedTensor,
+    Rounding,
+    StoredTensor,
+    count_bytes,
+    open_model_tensors,
+    read_tensors,
+    write_tensors,
+)
 
 PEFT_PREFIX = "base_model.model."
 # float32 elements of a piece: a few such pieces fit in a processor's cache.
@@ -45,24 +54,32 @@ COPIED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
+# vLLM, SGLang and LMDeploy take CLIP, SigLIP and Pixtral towers in a LLaVA and refuse Chinese-CLIP's, which is CLIP's
+# in all but name: the same settings, layers and tensor names.
+CHINESE_CLIP, CLIP = "chinese_clip_vision_model", "clip_vision_model"
 
 
 @dataclass(frozen=True)
 class LoraPair:
-    """Names of the two matrices in the adapter's file, A (r, in) and B (out, r), and the factor of their product."""
+    """The two matrices in the adapter's file, A (r, in) and B (out, r), and the factor of their product."""
 
-    first: str
-    second: str
+    first: StoredTensor
+    second: StoredTensor
     scale: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainedWeights:
-    """What training changed, by names on disk: LoRA pairs, and tensors that replace the base's (names in `tensors`)."""
+    """What training changed, by names on disk: LoRA pairs, and tensors that replace the base's.
 
-    tensors: TensorReader
+    What was merged is counted, to be held against what there is.
+    """
+
+    tensors: dict[str, StoredTensor]  # of the adapter's file, by their names there
     lora: dict[str, LoraPair]
-    replaced: dict[str, str]
+    replaced: dict[str, StoredTensor]
+    used: Counter = field(default_factory=Counter)  # tensors of base and adapter
+    relative_change: dict[str, float] = field(default_factory=dict)  # |scale * B A| / |W|, Frobenius norms
 
     @classmethod
     def read(cls, folder: Path) -> "TrainedWeights":
@@ -71,112 +88,91 @@ class TrainedWeights:
         Raises:
             UserError: the adapter uses a kind of LoRA that is not merged here, or a tensor is missing or fits nowhere.
         """
+        has_adapter = (folder / ADAPTER_CONFIG).is_file()
+        path = folder / (ADAPTER_WEIGHTS if has_adapter else TRAINED_WEIGHTS)
+        tensors = read_tensors([path])
         learned = sum(group["tensors"] for group in read_run_record(folder)["parameter_groups"])
-        if not (folder / ADAPTER_CONFIG).is_file():
-            tensors = _open_counted(folder / TRAINED_WEIGHTS, learned)
-            return cls(tensors, {}, {name: name for name in tensors})
+        if len(tensors) != learned:
+            raise UserError(f"{path}: holds {len(tensors)} tensors, but {learned} learned; copy or train it again")
+        if not has_adapter:
+            return cls(tensors, {}, dict(tensors))
         config = PeftConfig.from_pretrained(folder)
         _check_lora_kind(config, folder)
-        path = folder / ADAPTER_WEIGHTS
-        tensors = _open_counted(path, learned)
         lora, replaced = {}, {}
-        for name in tensors:
+        for name, stored in tensors.items():
             module = name.removeprefix(PEFT_PREFIX)
             if module.endswith(".lora_A.weight"):
                 module = module.removesuffix(".lora_A.weight")
-                second = name.replace(".lora_A.", ".lora_B.")
-                if second not in tensors:
+                second = tensors.get(name.replace(".lora_A.", ".lora_B."))
+                if second is None:
                     raise UserError(f"{path}: {module} has lora_A but no lora_B")
-                scale = _find_scale(config, module, tensors.stored[name].shape[0], path)
-                lora[to_disk_name(f"{module}.weight")] = LoraPair(name, second, scale)
+                scale = _find_scale(config, module, stored.shape[0], path)
+                lora[to_disk_name(f"{module}.weight")] = LoraPair(stored, second, scale)
             elif module.endswith(".lora_B.weight"):
                 if name.replace(".lora_B.", ".lora_A.") not in tensors:
                     raise UserError(f"{path}: {name} has no lora_A")
             elif PROJECTOR in module.split("."):
-                replaced[to_disk_name(module)] = name
+                replaced[to_disk_name(module)] = stored
             else:
                 raise UserError(f"{path}: tensor {name} is neither LoRA nor projector")
         return cls(tensors, lora, replaced)
 
-    def __enter__(self) -> "TrainedWeights":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.tensors.__exit__(*error)
-
-    def check_fits(self, base: TensorReader, folder: Path) -> None:
+    def check_fits(self, base: dict[str, StoredTensor], folder: Path) -> None:
         """Raise UserError unless every trained tensor has its counterpart of the same shape in the base."""
-        unknown = sorted((self.lora.keys() | self.replaced.keys()) - set(base))
-        if unknown:
+        if unknown := sorted((self.lora.keys() | self.replaced.keys()) - base.keys()):
             raise UserError(f"{folder}: has no tensor for {len(unknown)} trained ones, e.g. {unknown[0]}")
-        stored = self.tensors.stored
+        shapes = {name: stored.shape for name, stored in self.replaced.items()}
         for name, pair in self.lora.items():
-            first, second = stored[pair.first].shape, stored[pair.second].shape
+            first, second = pair.first.shape, pair.second.shape
             if len(first) != 2 or len(second) != 2 or first[0] != second[1]:
                 raise UserError(f"{name}: lora_A is {first}, lora_B {second}; expected (r, in) and (out, r)")
-            _check_shape(name, base.stored[name].shape, (second[0], first[1]))
-        for name, own_name in self.replaced.items():
-            _check_shape(name, base.stored[name].shape, stored[own_name].shape)
+            shapes[name] = (second[0], first[1])
+        for name, shape in shapes.items():
+            if base[name].shape != shape:
+                raise UserError(f"{name}: is {base[name].shape} in the base, {shape} in the trained weights")
 
-    def merge(self, base: TensorReader, name: str, tally: "MergeTally | None" = None) -> Iterator[torch.Tensor]:
-        """One tensor of the merged model as float32 pieces in order: W + scale * B A, or what replaces it, or W."""
-        if name in self.replaced:
-            yield from (piece.float() for piece in self.tensors.read_pieces(self.replaced[name], reuse=True))
-            used = [self.replaced[name]]
-        elif name in self.lora:
-            yield from self._merge_lora(base, name, tally)
-            used = [self.lora[name].first, self.lora[name].second]
-        else:
-            yield from (piece.float() for piece in base.read_pieces(name, reuse=True))
-            used = []
-        if tally is not None:
-            tally.written[name] += 1
-            tally.used.update(used)
+    def merge(self, stored: StoredTensor) -> Iterator[torch.Tensor]:
+        """A tensor of the merged model as float32 pieces in order: W + scale * B A, or what replaces W, or W."""
+        self.used[stored] += 1
+        if stored.name in self.lora:
+            yield from self._merge_lora(stored, self.lora[stored.name])
+            return
+        if stored.name in self.replaced:
+            stored = self.replaced[stored.name]
+            self.used[stored] += 1
+        yield from (piece.float() for piece in stored.make_pieces())
 
-    def _merge_lora(self, base: TensorReader, name: str, tally: "MergeTally | None") -> Iterator[torch.Tensor]:
-        pair = self.lora[name]
-        first, second = self.tensors.read(pair.first).float(), self.tensors.read(pair.second).float()
-        rows, columns = base.stored[name].shape
+    def _merge_lora(self, stored: StoredTensor, pair: LoraPair) -> Iterator[torch.Tensor]:
+        self.used.update([pair.first, pair.second])
+        first, second = pair.first.load(torch.float32), pair.second.load(torch.float32)
+        rows, columns = stored.shape
         before, change = 0.0, 0.0  # squared norms
         # Equal shares: a last piece of up to three rows would be multiplied by another routine, with other last bits.
         count = max(1, math.ceil(rows * columns / PIECE_ELEMENTS))
         for index in range(count):
-            start, stop = rows * index // count, rows * (index + 1) // count
-            weight = base.read_rows(name, start, stop).float()  # (stop - start, in)
-            update = (second[start:stop] @ first).mul_(pair.scale)  # (stop - start, in)
-            if tally is not None:
-                before += torch.linalg.vector_norm(weight).item() ** 2
-                change += torch.linalg.vector_norm(update).item() ** 2
+            piece = slice(rows * index // count, rows * (index + 1) // count)
+            weight = stored.map()[piece].float()  # (rows of the piece, in)
+            update = (second[piece] @ first).mul_(pair.scale)  # (rows of the piece, in)
+            before += torch.linalg.vector_norm(weight).item() ** 2
+            change += torch.linalg.vector_norm(update).item() ** 2
             yield update.add_(weight)
-        if tally is not None:
-            tally.relative_change[name] = math.sqrt(change / max(before, 1e-24))
+        self.relative_change[stored.name] = math.sqrt(change / max(before, 1e-24))
 
-
-@dataclass
-class MergeTally:
-    """What was written and used, to be held against what there was."""
-
-    written: Counter = field(default_factory=Counter)  # names on disk
-    used: Counter = field(default_factory=Counter)  # names in the adapter
-    relative_change: dict[str, float] = field(default_factory=dict)  # |scale * B A| / |W|, Frobenius norms
-
-    def check(self, base: TensorReader, trained: TrainedWeights) -> None:
+    def check_used(self, base: dict[str, StoredTensor]) -> None:
         """Raise RuntimeError unless every tensor of both was used exactly once."""
-        for title, counts, names in (("base", self.written, set(base)), ("trained", self.used, set(trained.tensors))):
-            wrong = {name: counts[name] for name in names | set(counts) if counts[name] != (name in names)}
-            if wrong:
-                raise RuntimeError(f"{len(wrong)} {title} tensors were not used exactly once, e.g. {min(wrong)}")
+        for title, tensors in (("base", base), ("trained", self.tensors)):
+            if wrong := sorted(name for name, stored in tensors.items() if self.used[stored] != 1):
+                raise RuntimeError(f"{len(wrong)} {title} tensors were not used exactly once, e.g. {wrong[0]}")
 
 
 def plan_merged(
-    base: TensorReader, trained: TrainedWeights, rounding: Rounding, tally: MergeTally
-) -> dict[str, PlannedTensor]:
+    base: dict[str, StoredTensor], trained: TrainedWeights, rounding: Rounding
+) -> dict[str, PlannedTensor | StoredTensor]:
     """All tensors of the merged model, in the order in which the base's files hold them."""
-
-    def plan(name: str) -> PlannedTensor:
-        return plan_rounded(name, base.stored[name].shape, rounding, lambda: trained.merge(base, name, tally))
-
-    return {name: plan(name) for name in base.list_in_file_order()}
+    return {
+        name: rounding.plan(name, PlannedTensor(torch.float32, stored.shape, partial(trained.merge, stored)))
+        for name, stored in base.items()
+    }
 
 
 def write_merged(
@@ -198,29 +194,49 @@ def write_merged(
     Raises:
         UserError: a trained tensor has no counterpart, a value would not be finite in `dtype`, or the disk is full.
     """
-    rounding, tally = Rounding(dtype), MergeTally()
-    with open_model_tensors(base_folder) as base:
-        trained.check_fits(base, base_folder)
-        planned = plan_merged(base, trained, rounding, tally)
-        with show_progress("merging", count_bytes(planned)) as advance:
-            write_tensors(planned, folder, max_shard_size, advance)
-        rounding.check()
-        tally.check(base, trained)
+    rounding, base = Rounding(dtype), open_model_tensors(base_folder)
+    trained.check_fits(base, base_folder)
+    planned = plan_merged(base, trained, rounding)
+    with show_progress("merging", count_bytes(planned)) as advance:
+        write_tensors(planned, folder, max_shard_size, advance)
+    rounding.check()
+    trained.check_used(base)
     for file_name in COPIED_FILES:
         shutil.copyfile(base_folder / file_name, folder / file_name)
-    _set_config_dtype(folder / "config.json", dtype)
-    most_changed = max(tally.relative_change, key=tally.relative_change.get, default=None)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for part in (config, config["text_config"], config["vision_config"]):
+        part["dtype"] = str(dtype).removeprefix("torch.")
+    write_json(folder / "config.json", config)
+    most_changed = max(trained.relative_change, key=trained.relative_change.get, default=None)
     identity = folder / (WEIGHTS_INDEX if (folder / WEIGHTS_INDEX).is_file() else WEIGHTS)
     return {
         "tensors": len(planned),
         "bytes": count_bytes(planned),
         "lora_merged": len(trained.lora),
         "replaced": len(trained.replaced),
-        "largest_relative_lora_change": round(tally.relative_change.get(most_changed, 0.0), 4),
+        "largest_relative_lora_change": round(trained.relative_change.get(most_changed, 0.0), 4),
         "most_changed": most_changed,
         "overflow_count": sum(rounding.overflow.values()),
         f"sha256 of {identity.name}": hash_file(identity),
     }
+
+
+def check_exportable(base_folder: Path) -> None:
+    """Raise UserError unless `--export clip` has something to do for this base."""
+    config = json.loads((base_folder / "config.json").read_text(encoding="utf-8"))
+    model_type = config["vision_config"]["model_type"]
+    if model_type != CHINESE_CLIP:
+        raise UserError(
+            f"--export clip: the vision tower of {base_folder} is a {model_type!r}, expected {CHINESE_CLIP!r}. Serving "
+            "engines take CLIP and SigLIP towers as they are; leave --export out."
+        )
+
+
+def export_clip_tower(folder: Path) -> None:
+    """Name the Chinese-CLIP tower of a merged model as the CLIP tower it is. Tensors and processor stay as they are."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["vision_config"]["model_type"] = CLIP
+    write_json(folder / "config.json", config)
 
 
 def _check_lora_kind(config: PeftConfig, folder: Path) -> None:
@@ -245,23 +261,3 @@ def _find_scale(config: LoraConfig, module: str, rank: int, path: Path) -> float
         raise UserError(f"{path}: {module} has rank {rank}, {ADAPTER_CONFIG} says {configured}; copy or train it again")
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
-
-
-def _open_counted(path: Path, learned: int) -> TensorReader:
-    tensors = TensorReader([path])
-    if len(tensors) != learned:
-        raise UserError(f"{path}: holds {len(tensors)} tensors, but {learned} learned; copy or train it again")
-    return tensors
-
-
-def _check_shape(name: str, base: tuple[int, ...], trained: tuple[int, ...]) -> None:
-    if base != trained:
-        raise UserError(f"{name}: is {base} in the base, {trained} in the trained weights")
-
-
-def _set_config_dtype(config_file: Path, dtype: torch.dtype) -> None:
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    name = str(dtype).removeprefix("torch.")
-    for part in (config, config["text_config"], config["vision_config"]):
-        part["dtype"] = name
-    write_json(config_file, config)

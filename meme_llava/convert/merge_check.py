@@ -1,4 +1,4 @@
-"""The proof that a merged model answers like base + adapter, also where memory is short."""
+"""The proofs that a merged model answers like base + adapter, also where memory is short, and an export sees alike."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -7,31 +7,43 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoImageProcessor,
+    ChineseCLIPVisionModel,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from meme_llava import DATA
 from meme_llava.convert.merge import PEFT_PREFIX, TrainedWeights
-from meme_llava.convert.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights
-from meme_llava.convert.towers import HEAD
 from meme_llava.dataset.check import RecordPolicy, RecordSource
-from meme_llava.dataset.collator import normalise
+from meme_llava.dataset.collator import normalise, to_pixel_values
 from meme_llava.dataset.conversation import Tokenization
 from meme_llava.dataset.dataset import load_records
+from meme_llava.dataset.images import open_image
 from meme_llava.errors import UserError
 from meme_llava.model.llava import (
+    IN_MEMORY,
     LANGUAGE_MODEL,
+    OFFLOADED,
+    ROLES,
     Processing,
+    count_read_bytes,
+    fill_weights,
     find_stored,
+    fits_in_memory,
     load_llava,
     load_processing,
     load_strictly,
     make_empty_model,
+    offload_weights,
+    quiet_transformers,
     to_disk_name,
-    to_memory_name,
 )
 from meme_llava.model.trainable import add_adapter, apply_trained_weights
 from meme_llava.storage.run_record import ADAPTER_CONFIG
-from meme_llava.storage.tensor_reader import TensorReader, open_model_tensors
+from meme_llava.storage.tensor_files import StoredTensor, open_model_tensors
 
 # Merged and unmerged weights round differently; in float32 a model of any size stays below, measured in units of its
 # largest logit where that is above 1.
@@ -42,6 +54,8 @@ VERIFIED_RECORDS = 2
 VERIFIED_NEW_TOKENS = 32
 # Offloaded, each token reads the whole model from the disk again.
 OFFLOADED_NEW_TOKENS = 4
+SAMPLE_IMAGES = DATA / "images"
+COMPARED_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -79,16 +93,16 @@ def verify_merged(
     """
     processing = load_processing(base_folder)
     prompts, annotations = _load_prompts(training, processing)
-    with open_model_tensors(base_folder) as base, open_model_tensors(folder) as stored:
-        if fits_in_memory(base, torch.float32):
-            way = IN_MEMORY
-            models = _load_models(base_folder, adapter, trained, base, folder)
-            findings, compared, largest = _compare_models(models, prompts, VERIFIED_NEW_TOKENS, processing)
-        else:
-            way = OFFLOADED
-            with show_progress("comparing", _count_read_bytes(base, stored, prompts)) as advance:
-                models = _offload_models(base_folder, adapter, trained, base, stored, advance)
-                findings, compared, largest = _compare_models(models, prompts, OFFLOADED_NEW_TOKENS, processing)
+    base, stored = open_model_tensors(base_folder), open_model_tensors(folder)
+    if fits_in_memory(base, torch.float32):
+        way, new_tokens = IN_MEMORY, VERIFIED_NEW_TOKENS
+        models = _load_models(base_folder, adapter, trained, base, folder)
+        findings, compared, largest = _compare_models(models, prompts, new_tokens, processing)
+    else:
+        way, new_tokens = OFFLOADED, OFFLOADED_NEW_TOKENS
+        with show_progress("comparing", _count_read_bytes(base, stored, prompts)) as advance:
+            models = _offload_models(base_folder, adapter, trained, base, stored, advance)
+            findings, compared, largest = _compare_models(models, prompts, new_tokens, processing)
     (difference, same), (stored_difference, stored_same) = findings
     limit = MAX_LOGIT_DIFFERENCE * max(1.0, largest)
     if not difference <= limit or same < len(prompts):
@@ -122,33 +136,21 @@ def _compare_models(
     return findings, sum(len(reply.tokens) for reply in expected), largest
 
 
-def _count_read_bytes(base: TensorReader, stored: TensorReader, prompts: list[dict]) -> int:
+def _count_read_bytes(base: dict[str, StoredTensor], stored: dict[str, StoredTensor], prompts: list[dict]) -> int:
     """What the offloaded models read if every answer takes all its tokens; vision only where there is an image."""
-    total = 0
-    for tensors, later_passes in ((base, OFFLOADED_NEW_TOKENS - 1), (base, 0), (stored, 0)):
-        # A tied head is the embedding, read a second time.
-        head = 0 if to_disk_name(HEAD) in tensors else tensors.stored[find_stored(tensors, HEAD)].nbytes
-        whole = head + sum(tensor.nbytes for tensor in tensors.stored.values())
-        language = head + sum(
-            tensor.nbytes for name, tensor in tensors.stored.items() if name.startswith(LANGUAGE_MODEL)
-        )
-        for prompt in prompts:
-            total += (language if prompt["pixel_values"] is None else whole) + later_passes * language
+    total = len(prompts) * (OFFLOADED_NEW_TOKENS - 1) * count_read_bytes(base, LANGUAGE_MODEL)
+    for prompt in prompts:
+        roles = (LANGUAGE_MODEL,) if prompt["pixel_values"] is None else ROLES
+        total += 2 * count_read_bytes(base, *roles) + count_read_bytes(stored, *roles)
     return total
 
 
 def _load_models(
-    base_folder: Path, adapter: Path, trained: TrainedWeights, base: TensorReader, folder: Path
+    base_folder: Path, adapter: Path, trained: TrainedWeights, base: dict[str, StoredTensor], folder: Path
 ) -> Iterator[nn.Module]:
     """Base + adapter, merged in float32, and as stored, each loaded when the one before is gone."""
     yield apply_trained_weights(load_llava(base_folder, torch.float32), adapter).eval()
-    model = load_llava(base_folder, torch.float32)
-    parameters = model.state_dict()
-    for name in base:
-        parameters[to_memory_name(name)].copy_(_merge_whole(trained, base, name))
-    del parameters
-    yield model.eval()
-    del model
+    yield fill_weights(_make_empty(base_folder), lambda name: _merge_whole(trained, base[find_stored(base, name)]))
     # What was written is loaded as its readers will load it.
     yield load_strictly(LlavaForConditionalGeneration, folder, dtype=torch.float32)
 
@@ -157,59 +159,45 @@ def _offload_models(
     base_folder: Path,
     adapter: Path,
     trained: TrainedWeights,
-    base: TensorReader,
-    stored: TensorReader,
+    base: dict[str, StoredTensor],
+    stored: dict[str, StoredTensor],
     advance: Callable[[int], None],
 ) -> Iterator[nn.Module]:
     """The same three models, their weights read module by module."""
+
+    def offload(model: nn.Module, tensors: dict[str, StoredTensor], load: Callable) -> nn.Module:
+        def read(name: str) -> torch.Tensor:
+            if ".lora_" in name:
+                return trained.tensors[name.replace(".default.", ".")].load(torch.float32)
+            # peft moves parameters into wrappers.
+            name = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".").replace(MODULES_TO_SAVE, ".")
+            tensor = tensors[find_stored(tensors, name)]
+            advance(tensor.nbytes)
+            return load(tensor)
+
+        return offload_weights(model, read)
+
+    def load(tensor: StoredTensor) -> torch.Tensor:
+        return tensor.load(torch.float32)
+
+    unmerged = _make_empty(base_folder)
+    if (adapter / ADAPTER_CONFIG).is_file():
+        unmerged = add_adapter(unmerged, adapter).eval()
+    yield offload(unmerged, base, lambda tensor: load(trained.replaced.get(tensor.name, tensor)))
+    yield offload(_make_empty(base_folder), base, lambda tensor: _merge_whole(trained, tensor))
+    yield offload(_make_empty(base_folder), stored, load)
+
+
+def _make_empty(base_folder: Path) -> nn.Module:
     config = LlavaConfig.from_pretrained(base_folder, local_files_only=True)
-
-    def offload(model: nn.Module, tensors: TensorReader, read: Callable[[str], torch.Tensor]) -> nn.Module:
-        def read_and_count(name: str) -> torch.Tensor:
-            weight = read(name)
-            disk_name = None if ".lora_" in name else _find_in_base(tensors, name)
-            advance(0 if disk_name is None else tensors.stored[disk_name].nbytes)
-            return weight
-
-        return offload_weights(model, read_and_count)
-
-    def make() -> nn.Module:
-        return make_empty_model(LlavaForConditionalGeneration, config)
-
-    yield offload(_add_adapter(make(), adapter), base, lambda name: _read_unmerged(trained, base, name))
-    yield offload(make(), base, lambda name: _merge_whole(trained, base, find_stored(base, name)))
-    yield offload(make(), stored, lambda name: stored.read_as(find_stored(stored, name), torch.float32))
+    return make_empty_model(LlavaForConditionalGeneration, config)
 
 
-def _add_adapter(model: nn.Module, adapter: Path) -> nn.Module:
-    if not (adapter / ADAPTER_CONFIG).is_file():
-        return model
-    return add_adapter(model, adapter).eval()
-
-
-def _read_unmerged(trained: TrainedWeights, base: TensorReader, name: str) -> torch.Tensor:
-    """A parameter of base + adapter by peft's name for it."""
-    if ".lora_" in name or MODULES_TO_SAVE in name:
-        saved = name.replace(MODULES_TO_SAVE, ".").replace(".default.", ".")
-        return trained.tensors.read_as(saved, torch.float32)
-    disk_name = _find_in_base(base, name)
-    if disk_name in trained.replaced:
-        return trained.tensors.read_as(trained.replaced[disk_name], torch.float32)
-    return base.read_as(disk_name, torch.float32)
-
-
-def _find_in_base(base: TensorReader, name: str) -> str:
-    """The name on disk of a parameter that peft may have moved into a wrapper."""
-    name = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".").replace(MODULES_TO_SAVE, ".")
-    return find_stored(base, name)
-
-
-def _merge_whole(trained: TrainedWeights, base: TensorReader, name: str) -> torch.Tensor:
-    merged = torch.empty(base.stored[name].shape)
-    flat, start = merged.view(-1), 0
-    for piece in trained.merge(base, name):
-        flat[start : start + piece.numel()] = piece.reshape(-1)
-        start += piece.numel()
+def _merge_whole(trained: TrainedWeights, stored: StoredTensor) -> torch.Tensor:
+    merged, start = torch.empty(stored.shape), 0
+    for piece in trained.merge(stored):
+        merged[start : start + len(piece)] = piece
+        start += len(piece)
     return merged
 
 
@@ -265,3 +253,44 @@ def _compare(model: nn.Module, expected: list[Generation]) -> tuple[float, int]:
         difference = max(difference, (logits.float() - reply.logits).abs().max().item())
         same += torch.equal(logits.argmax(dim=-1), reply.tokens)
     return difference, same
+
+
+@torch.inference_mode()
+def verify_exported(base_folder: Path, folder: Path) -> list[tuple[str, str]]:
+    """Compare what the exported directory sees with what the model was trained to see, on sample memes.
+
+    Pixels: the exported image processor, as transformers loads it, against training's own. Features: CLIP's tower
+    against Chinese-CLIP's, both with the exported weights, after every layer.
+
+    Returns:
+        (check, finding) rows.
+
+    Raises:
+        UserError: a pixel or a feature differs in a single bit.
+    """
+    policy = load_processing(base_folder).image_policy
+    with quiet_transformers():
+        image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    images = [open_image(path) for path in sorted(SAMPLE_IMAGES.iterdir())[:COMPARED_IMAGES]]
+    trained_pixels = torch.stack([to_pixel_values(image, policy) for image in images])  # (images, 3, size, size)
+    exported_pixels = image_processor(images, return_tensors="pt")["pixel_values"]
+    if not torch.equal(trained_pixels, exported_pixels):
+        raise UserError(f"{folder}: its image processor gives other pixels than training; report this as a bug")
+    trained = _list_hidden_states(ChineseCLIPVisionModel, base_folder, folder, trained_pixels)
+    exported = _list_hidden_states(CLIPVisionModel, folder, folder, exported_pixels)
+    if len(trained) != len(exported) or not all(map(torch.equal, trained, exported)):
+        raise UserError(f"{folder}: CLIP's tower gives other features than Chinese-CLIP's; report this as a bug")
+    return [
+        ("export: pixel values", f"same bits on {len(images)} sample memes"),
+        ("export: vision features", f"same bits after each of {len(exported) - 1} layers"),
+    ]
+
+
+def _list_hidden_states(
+    model_class: type, config_folder: Path, weights_folder: Path, pixel_values: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    config = LlavaConfig.from_pretrained(config_folder, local_files_only=True).vision_config
+    tensors = open_model_tensors(weights_folder)
+    tower = make_empty_model(model_class, config)
+    tower = offload_weights(tower, lambda name: tensors[to_disk_name(f"model.vision_tower.{name}")].load())
+    return tower(pixel_values, output_hidden_states=True).hidden_states  # layers + 1 of (images, positions, hidden)

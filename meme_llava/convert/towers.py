@@ -15,7 +15,7 @@ from transformers import (
 
 from meme_llava.errors import UserError
 from meme_llava.model.llava import check_same_names, make_empty_model, quiet_transformers
-from meme_llava.storage.tensor_reader import StoredTensor, TensorReader, open_model_tensors
+from meme_llava.storage.tensor_files import StoredTensor, open_model_tensors
 
 VISION_MODEL_CLASSES = {
     "chinese_clip": ChineseCLIPVisionModel,
@@ -37,27 +37,22 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass
 class Source:
-    """A model folder: its configuration, and its tensors under the names that transformers gives them in memory."""
+    """A model folder: its configuration, and its tensors by the names that transformers gives them in memory."""
 
     folder: Path
     model_class: type
     config: object
-    tensors: TensorReader
-    stored_names: dict[str, str]  # in memory: in the files
+    tensors: dict[str, StoredTensor]  # in the order of the files
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the embeddings, which is the folder's dtype unless its parts differ."""
-        return next(stored.dtype for stored in map(self.find, self.stored_names) if len(stored.shape) > 1)
+        return next(stored.dtype for _, stored in sorted(self.tensors.items()) if len(stored.shape) > 1)
 
     @property
     def has_tied_head(self) -> bool:
         """Whether the head is the embedding, and has no tensor of its own."""
         return bool(getattr(self.config, "tie_word_embeddings", False))
-
-    def find(self, name: str) -> StoredTensor:
-        """Where a tensor lies."""
-        return self.tensors.stored[self.stored_names[name]]
 
 
 def open_vision_tower(folder: Path) -> Source:
@@ -72,8 +67,8 @@ def open_vision_tower(folder: Path) -> Source:
     tensors = open_model_tensors(folder)
     # A vision-only checkpoint may or may not begin its names so, depending on the release that wrote it.
     prefix = VISION_PREFIX if any(name.startswith(VISION_PREFIX) for name in tensors) else ""
-    names = {name.removeprefix(prefix): name for name in tensors if not name.startswith(OTHER_TOWER_PREFIXES)}
-    return _check_source(Source(folder, model_class, getattr(config, "vision_config", config), tensors, names))
+    own = {n.removeprefix(prefix): stored for n, stored in tensors.items() if not n.startswith(OTHER_TOWER_PREFIXES)}
+    return _check_source(Source(folder, model_class, getattr(config, "vision_config", config), own))
 
 
 def open_language_model(folder: Path) -> tuple[Source, object]:
@@ -91,10 +86,7 @@ def open_language_model(folder: Path) -> tuple[Source, object]:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
-    tensors = open_model_tensors(folder)
-    tied = bool(config.tie_word_embeddings)
-    names = {name: name for name in tensors if not (tied and name == HEAD)}
-    return _check_source(Source(folder, AutoModelForCausalLM, config, tensors, names)), tokenizer
+    return _check_source(Source(folder, AutoModelForCausalLM, config, open_model_tensors(folder))), tokenizer
 
 
 def _check_source(source: Source) -> Source:
@@ -104,12 +96,13 @@ def _check_source(source: Source) -> Source:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source.folder}: config.json makes no model: {error}") from error
     if source.has_tied_head:
-        expected.pop(HEAD, None)
-    for name in [name for name in source.stored_names if name.endswith(COMPUTED_BUFFERS) and name not in expected]:
-        del source.stored_names[name]
-    check_same_names(expected, source.stored_names, str(source.folder))
+        for names in (expected, source.tensors):
+            names.pop(HEAD, None)
+    for name in [name for name in source.tensors if name.endswith(COMPUTED_BUFFERS) and name not in expected]:
+        del source.tensors[name]
+    check_same_names(expected, source.tensors, str(source.folder))
     for name, outline in expected.items():
-        stored = source.find(name)
+        stored = source.tensors[name]
         if stored.shape != tuple(outline.shape):
             raise UserError(f"{stored.path}: {name} is {stored.shape}, config.json asks for {tuple(outline.shape)}")
         if stored.dtype not in FLOAT_DTYPES:

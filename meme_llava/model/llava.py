@@ -9,13 +9,16 @@ Modules in memory are named as transformers 5 names them: `model.vision_tower.*`
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
+import psutil
 import torch
 from accelerate import init_empty_weights
+from accelerate.hooks import attach_align_device_hook
+from accelerate.utils import set_module_tensor_to_device
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoProcessor, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -24,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, ConversationEncoder
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
-from meme_llava.storage.tensor_reader import TensorReader, open_model_tensors
+from meme_llava.storage.tensor_files import StoredTensor, open_model_tensors
 
 VISION_TOWER = "vision_tower"
 PROJECTOR = "multi_modal_projector"
@@ -37,6 +40,14 @@ _PREFIXES = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
 )
+CGROUP_LIMITS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+)
+# How a comparison says where its models ran.
+IN_MEMORY, OFFLOADED = "in memory", "layer by layer from the disk"
+# Activations, logits over a large vocabulary, the libraries themselves.
+WORKING_BYTES = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -103,15 +114,7 @@ def to_disk_name(name: str) -> str:
     raise ValueError(f"tensor {name!r} belongs to no part of a LLaVA")
 
 
-def to_memory_name(name: str) -> str:
-    """The inverse of `to_disk_name`."""
-    for in_memory, on_disk in _PREFIXES:
-        if name.startswith(on_disk):
-            return in_memory + name.removeprefix(on_disk)
-    raise ValueError(f"tensor {name!r} is not in the classic LLaVA layout")
-
-
-def find_stored(tensors: TensorReader, name: str) -> str:
+def find_stored(tensors: Iterable[str], name: str) -> str:
     """The name on disk of a LLaVA's parameter in memory; a tied head is stored as the embedding."""
     disk_name = to_disk_name(name)
     if disk_name not in tensors and name == "lm_head.weight":
@@ -180,16 +183,58 @@ def check_llava_folder(folder: Path) -> None:
 
 
 def make_empty_model(model_class, config, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """`model_class` with parameters that have shape and dtype but no storage; buffers are real."""
+    """`model_class` with frozen parameters that have shape and dtype but no storage; buffers are real."""
     with init_empty_weights(include_buffers=False), quiet_transformers():
         model = getattr(model_class, "_from_config", None) or model_class.from_config
-        return model(config, dtype=dtype).eval()
+        return model(config, dtype=dtype).eval().requires_grad_(False)
 
 
-def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put a parameter in the place of the one of that name."""
-    *path, leaf = name.split(".")
-    setattr(module.get_submodule(".".join(path)), leaf, parameter)
+def fill_weights(model: nn.Module, read: Callable[[str], torch.Tensor]) -> nn.Module:
+    """Give an empty model its parameters; `read` gives one by its name in `model`, in any float dtype."""
+    for name, _ in list(model.named_parameters()):
+        set_module_tensor_to_device(model, name, "cpu", value=read(name))
+    model.tie_weights()
+    return model
+
+
+def offload_weights(model: nn.Module, read: Callable[[str], torch.Tensor]) -> nn.Module:
+    """Let every module of an empty model read its weights when it is called, and drop them after."""
+
+    class Weights:
+        def __getitem__(self, name: str) -> torch.Tensor:
+            return read(name)
+
+    # Attention of torch's own never calls its output projection; it uses the weights itself.
+    whole = [nn.MultiheadAttention.__name__]
+    attach_align_device_hook(model, "cpu", offload=True, weights_map=Weights(), preload_module_classes=whole)
+    return model
+
+
+def count_read_bytes(tensors: dict[str, StoredTensor], *roles: str) -> int:
+    """What one pass through these parts of an offloaded LLaVA reads; a tied head is the embedding, read once more."""
+    head = "language_model.lm_head.weight"
+    tied = (
+        tensors[find_stored(tensors, "lm_head.weight")].nbytes if LANGUAGE_MODEL in roles and head not in tensors else 0
+    )
+    return tied + sum(stored.nbytes for name, stored in tensors.items() if name.startswith(roles))
+
+
+def fits_in_memory(tensors: dict[str, StoredTensor], dtype: torch.dtype) -> bool:
+    """Whether all of `tensors` can stand in memory in `dtype`, with room to work."""
+    elements = sum(stored.nbytes // stored.dtype.itemsize for stored in tensors.values())
+    return elements * dtype.itemsize + WORKING_BYTES < measure_available_memory()
+
+
+def measure_available_memory() -> int:
+    """Bytes that this process may still take, a container's limit included."""
+    available = psutil.virtual_memory().available
+    for limit_file, usage_file in CGROUP_LIMITS:
+        if limit_file.is_file() and usage_file.is_file():
+            limit = limit_file.read_text().strip()
+            if limit.isdigit():
+                # The usage counts cached files, which give way, so this errs on the careful side.
+                available = min(available, int(limit) - int(usage_file.read_text()))
+    return max(available, 0)
 
 
 def load_llava(
@@ -214,18 +259,13 @@ def load_llava(
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: cannot be loaded: {error}") from error
-    with open_model_tensors(folder) as tensors:
-        outlines = dict(model.named_parameters())
-        stored_names = {name: find_stored(tensors, name) for name in outlines}
-        check_same_names(stored_names.values(), tensors, str(folder))
-        for name, outline in outlines.items():
-            stored = tensors.stored[stored_names[name]]
-            if stored.shape != tuple(outline.shape):
-                raise UserError(f"{stored.path}: {name} is {stored.shape}, config.json asks for {tuple(outline.shape)}")
-            weight = nn.Parameter(tensors.read_as(stored_names[name], dtype), requires_grad=False)
-            set_parameter(model, name, weight)
-    model.tie_weights()
-    return model
+    tensors = open_model_tensors(folder)
+    check_same_names({find_stored(tensors, name) for name, _ in model.named_parameters()}, tensors, str(folder))
+    for name, outline in model.named_parameters():
+        stored = tensors[find_stored(tensors, name)]
+        if stored.shape != tuple(outline.shape):
+            raise UserError(f"{stored.path}: {name} is {stored.shape}, config.json asks for {tuple(outline.shape)}")
+    return fill_weights(model, lambda name: tensors[find_stored(tensors, name)].load(dtype))
 
 
 def load_processing(folder: Path) -> Processing:

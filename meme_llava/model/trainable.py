@@ -32,7 +32,6 @@ from meme_llava.model.llava import (
     is_unused_vision_parameter,
     role_of,
     to_disk_name,
-    to_memory_name,
 )
 from meme_llava.model.settings import LearningRates, LoraRecipe
 from meme_llava.storage.files import set_file_modes
@@ -217,8 +216,8 @@ def load_trained_weights(model: nn.Module, folder: Path) -> None:
         check_same_names(get_peft_model_state_dict(model), tensors, str(folder / ADAPTER_WEIGHTS))
         set_peft_model_state_dict(model, tensors)
         return
-    tensors = {to_memory_name(name): tensor for name, tensor in load_file(folder / TRAINED_WEIGHTS).items()}
-    parameters = dict(model.named_parameters())
+    tensors = load_file(folder / TRAINED_WEIGHTS)
+    parameters = {to_disk_name(name): parameter for name, parameter in model.named_parameters()}
     check_same_names(set(tensors) & set(parameters), tensors, str(folder / TRAINED_WEIGHTS))
     with torch.no_grad():
         for name, tensor in tensors.items():

@@ -14,7 +14,7 @@ from meme_llava import count_cores
 from meme_llava.errors import CheckpointError
 from meme_llava.storage.files import hash_file, write_whole
 from meme_llava.storage.run_record import MANIFEST, holds_trained_weights, read_trained_record
-from meme_llava.storage.tensor_reader import open_model_tensors, view_bytes
+from meme_llava.storage.tensor_files import StoredTensor, open_model_tensors, view_bytes
 
 THREADS = 4
 
@@ -25,17 +25,21 @@ def fingerprint_folder(folder: Path) -> str:
     Raises:
         UserError: the folder holds no weights, or a file of them is damaged.
     """
-    with open_model_tensors(folder) as tensors:
-        paths = sorted({stored.path for stored in tensors.stored.values()})
-        states = {str(path.resolve()): _describe_state(path.stat()) for path in paths}
-        key = hashlib.sha256(json.dumps(states).encode()).hexdigest()
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        remembered = cache / "meme_llava" / "fingerprints" / key
-        try:
-            return remembered.read_text(encoding="ascii")
-        except (OSError, UnicodeDecodeError):
-            names = list(tensors)
-    fingerprint = _compute(folder, names)
+    tensors = dict(sorted(open_model_tensors(folder).items()))
+    paths = sorted({stored.path for stored in tensors.values()})
+    states = {str(path.resolve()): _describe_state(path.stat()) for path in paths}
+    key = hashlib.sha256(json.dumps(states).encode()).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    remembered = cache / "meme_llava" / "fingerprints" / key
+    try:
+        return remembered.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        pass
+    whole = hashlib.sha256()
+    with ThreadPoolExecutor(min(THREADS, count_cores())) as pool:
+        for name, digest in zip(tensors, pool.map(_hash_tensor, tensors.values()), strict=True):
+            whole.update(f"{name} {digest}\n".encode())
+    fingerprint = whole.hexdigest()
     try:
         remembered.parent.mkdir(parents=True, exist_ok=True)
         write_whole(remembered, fingerprint)
@@ -49,28 +53,11 @@ def _describe_state(state: os.stat_result) -> str:
     return f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
 
 
-def _compute(folder: Path, names: list[str]) -> str:
-    threads = min(THREADS, count_cores())
-    with ThreadPoolExecutor(threads) as pool:
-        shares = pool.map(lambda start: _hash_tensors(folder, names[start::threads]), range(threads))
-        digests = {name: digest for share in shares for name, digest in share.items()}
-    whole = hashlib.sha256()
-    for name in names:
-        whole.update(f"{name} {digests[name]}\n".encode())
-    return whole.hexdigest()
-
-
-def _hash_tensors(folder: Path, names: list[str]) -> dict[str, str]:
-    digests = {}
-    # One reader cannot serve several threads.
-    with open_model_tensors(folder) as tensors:
-        for name in names:
-            stored = tensors.stored[name]
-            digest = hashlib.sha256(f"{stored.shape} {stored.dtype}\n".encode())
-            for piece in tensors.read_pieces(name, reuse=True):
-                digest.update(view_bytes(piece))
-            digests[name] = digest.hexdigest()
-    return digests
+def _hash_tensor(stored: StoredTensor) -> str:
+    digest = hashlib.sha256(f"{stored.shape} {stored.dtype}\n".encode())
+    for piece in stored.make_pieces():
+        digest.update(view_bytes(piece))
+    return digest.hexdigest()
 
 
 def identify_weights(folder: Path) -> str:

@@ -16,7 +16,7 @@ from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine
 from meme_llava.distributed.environment import count_processes, find_rank, is_main_process
 from meme_llava.errors import CheckpointError
 from meme_llava.model.trainable import ParameterGroup
-from meme_llava.storage.tensor_writer import PlannedTensor, write_file
+from meme_llava.storage.tensor_files import PlannedTensor, write_file
 from meme_llava.train.prepared_run import MOMENTUM_BUFFER
 
 MOMENTS, MUON_MOMENTS = ("exp_avg", "exp_avg_sq"), (MOMENTUM_BUFFER,)

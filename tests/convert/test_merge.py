@@ -23,15 +23,16 @@ from transformers import (
 import build_base_model
 import merge_lora
 import train
-from meme_llava.convert import export, merge_check, offloading
 from meme_llava.convert import merge as merging
+from meme_llava.convert import merge_check
 from meme_llava.convert.merge import TrainedWeights
 from meme_llava.dataset.collator import to_pixel_values
 from meme_llava.dataset.images import open_image
 from meme_llava.inference.generation import load_answerer
+from meme_llava.model import llava
 from meme_llava.model.llava import load_llava, load_processing, to_disk_name
 from meme_llava.model.trainable import apply_trained_weights, save_trained_weights
-from meme_llava.storage import tensor_reader
+from meme_llava.storage import tensor_files
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +315,7 @@ def read_checks(folder):
 @pytest.fixture
 def no_memory(monkeypatch):
     """No model fits any more, so comparisons run layer by layer."""
-    monkeypatch.setattr(offloading, "measure_available_memory", lambda: 0)
+    monkeypatch.setattr(llava, "measure_available_memory", lambda: 0)
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +376,7 @@ def test_both_ways_of_comparing_run_the_same_model(trained, tmp_path, monkeypatc
     monkeypatch.setattr(merge_check, "_reply", remember)
     monkeypatch.setattr(merge_check, "VERIFIED_NEW_TOKENS", 4)
     merge(["--adapter", str(trained), "--output_dir", str(tmp_path / "in memory")])
-    monkeypatch.setattr(offloading, "measure_available_memory", lambda: 0)
+    monkeypatch.setattr(llava, "measure_available_memory", lambda: 0)
     merge(["--adapter", str(trained), "--output_dir", str(tmp_path / "layer by layer")])
     assert len(replies) == 4
     for loaded, offloaded in zip(replies[:2], replies[2:], strict=True):
@@ -395,9 +396,9 @@ def test_a_wrong_replacement_is_noticed_layer_by_layer_too(trained_full, tmp_pat
     """One matrix that learned in full gets lost on the way into the merged model."""
     merge = TrainedWeights.merge
 
-    def merge_wrongly(self, base, name, tally=None):
-        factor = 0.0 if name == "language_model.model.layers.1.mlp.down_proj.weight" else 1.0
-        return (piece * factor for piece in merge(self, base, name, tally))
+    def merge_wrongly(self, stored):
+        factor = 0.0 if stored.name == "language_model.model.layers.1.mlp.down_proj.weight" else 1.0
+        return (piece * factor for piece in merge(self, stored))
 
     monkeypatch.setattr(TrainedWeights, "merge", merge_wrongly)
     error = fail(capsys, "--adapter", trained_full, "--output_dir", tmp_path / "out")
@@ -407,7 +408,7 @@ def test_a_wrong_replacement_is_noticed_layer_by_layer_too(trained_full, tmp_pat
 
 def test_no_verify_writes_the_same_files_without_checks(trained, merged, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("meme_llava.convert.merge_check.verify_merged", None)
-    monkeypatch.setattr("meme_llava.convert.export.verify_exported", None)
+    monkeypatch.setattr("meme_llava.convert.merge_check.verify_exported", None)
     out = tmp_path / "out"
     merge(["--adapter", str(trained), "--output_dir", str(out), "--no_verify"])
     printed = capsys.readouterr().out
@@ -474,8 +475,8 @@ def make_adapter(world, trained, folder, **settings):
 def test_adapters_of_pefts_own_kinds_merge_as_peft_merges_them(world, trained, tmp_path, settings, scales):
     model = make_adapter(world, trained, tmp_path / "adapter", **settings)
     expected = {to_disk_name(name): tensor for name, tensor in model.merge_and_unload().state_dict().items()}
-    with TrainedWeights.read(tmp_path / "adapter") as weights:
-        assert sorted({pair.scale for pair in weights.lora.values()}) == pytest.approx(scales)
+    weights = TrainedWeights.read(tmp_path / "adapter")
+    assert sorted({pair.scale for pair in weights.lora.values()}) == pytest.approx(scales)
     flags = ["--adapter", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "merged"), "--dtype", "float32"]
     merge(flags)
     found, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", world.base))
@@ -561,7 +562,7 @@ def test_pieces_of_rows_give_the_same_as_one_piece(trained, tmp_path, monkeypatc
 
 def test_values_that_do_not_fit_are_counted_over_all_tensors(trained, tmp_path, monkeypatch, capsys):
     """One in the first piece of a bias, two in its third, one in a matrix; the tensor with most of them is named."""
-    monkeypatch.setattr(tensor_reader, "PIECE_BYTES", 16)
+    monkeypatch.setattr(tensor_files, "PIECE_BYTES", 16)
 
     def set_values(tensors):
         prefix = "base_model.model.model.multi_modal_projector"
@@ -687,9 +688,9 @@ def test_an_export_that_sees_something_else_is_an_error(trained, tmp_path, monke
             pixels = to_pixel_values(image, policy)
             return pixels.nextafter(torch.tensor(9.0))
 
-        monkeypatch.setattr(export, "to_pixel_values", nudge)
+        monkeypatch.setattr(merge_check, "to_pixel_values", nudge)
     else:
-        export_tower = export.export_clip_tower
+        export_tower = merging.export_clip_tower
 
         def export_wrongly(folder):
             export_tower(folder)
@@ -697,7 +698,7 @@ def test_an_export_that_sees_something_else_is_an_error(trained, tmp_path, monke
             config["vision_config"]["hidden_act"] = "gelu"
             (folder / "config.json").write_text(json.dumps(config))
 
-        monkeypatch.setattr(export, "export_clip_tower", export_wrongly)
+        monkeypatch.setattr(merging, "export_clip_tower", export_wrongly)
     error = fail(capsys, "--adapter", trained, "--output_dir", tmp_path / "out", "--export", "clip")
     assert f"gives other {part if part == 'features' else 'pixels'} than" in error
     assert list(tmp_path.iterdir()) == []

@@ -1,32 +1,34 @@
 """Running a model layer by layer: the same bits as a loaded model, and no more weights in memory than one module's."""
 
-import copy
 import weakref
 
 import pytest
 import torch
 from conftest import LANGUAGE_DIMENSIONS, VISION_DIMENSIONS
 from safetensors.torch import save_file
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlavaConfig,
-    LlavaForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
-from meme_llava.convert import offloading
 from meme_llava.convert.merge import TrainedWeights
-from meme_llava.convert.merge_check import _add_adapter, _read_unmerged
-from meme_llava.convert.offloading import fits_in_memory, measure_available_memory, offload_weights
-from meme_llava.model.llava import load_llava, make_empty_model
+from meme_llava.convert.merge_check import _offload_models
+from meme_llava.model import llava
+from meme_llava.model.llava import (
+    fits_in_memory,
+    load_llava,
+    make_empty_model,
+    measure_available_memory,
+    offload_weights,
+)
 from meme_llava.model.trainable import apply_trained_weights
-from meme_llava.storage.tensor_reader import TensorReader, open_model_tensors
+from meme_llava.storage.tensor_files import open_model_tensors
 
 VISION = {**VISION_DIMENSIONS, "image_size": 28, "patch_size": 14}
 IDS = torch.tensor([[5, 3, 8, 1, 0, 63]])
@@ -126,42 +128,14 @@ def test_weights_of_other_dtypes_are_converted(case):
 
 
 @torch.inference_mode()
-def test_a_failing_call_empties_the_model_too(case):
-    """In the middle of any module, and while any weight is read."""
-    model, inputs, output = case
-    state = model.state_dict()
-    names = list(state)
-
-    def read(name):
-        if name == failing:
-            raise RuntimeError("unreadable")
-        return state[name]
-
-    for failing in names[:: max(1, len(names) // 8)]:
-        empty = offload(model, read)
-        with pytest.raises(RuntimeError, match="unreadable"):
-            empty(**inputs)
-        assert list_real(empty) == [], failing
-    empty = offload(model)
-    layer = empty.get_submodule("model.layers.1.mlp" if "input_ids" in inputs else "encoder.layers.1.mlp")
-    broken = layer.register_forward_pre_hook(lambda *arguments: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        empty(**inputs)
-    assert list_real(empty) == []
-    broken.remove()
-    assert torch.equal(empty(**inputs)[output], model(**inputs)[output])
-
-
-@torch.inference_mode()
 def test_a_weight_of_another_shape_is_an_error(case):
     """Broadcasting or a linear layer of another width must not hide it."""
     model, inputs, _ = case
     state = model.state_dict()
     name = next(iter(state))
     empty = offload(model, lambda asked: state[asked][:1] if asked == name else state[asked])
-    with pytest.raises(RuntimeError, match=f"{name}: .*, expected"):
+    with pytest.raises(ValueError, match=f'"{name.rpartition(".")[2]}" .*this looks incorrect'):
         empty(**inputs)
-    assert list_real(empty) == []
 
 
 def find_owner(name):
@@ -210,39 +184,16 @@ def test_a_llava_with_an_adapter_is_the_same(world, trained, llava_inputs):
     """LoRA matrices and the copied projector are read under the names that peft gives them."""
     expected = apply_trained_weights(load_llava(world.base, torch.float32), trained).eval()
     base = load_llava(world.base, torch.float32).eval()
-    config = LlavaConfig.from_pretrained(world.base)
-    with TrainedWeights.read(trained) as weights, open_model_tensors(world.base) as tensors:
-        model = _add_adapter(make_empty_model(LlavaForConditionalGeneration, config), trained)
-        model = offload_weights(model, lambda name: _read_unmerged(weights, tensors, name))
-        for _ in range(2):
-            logits = model(**llava_inputs).logits
-            assert torch.equal(logits, expected(**llava_inputs).logits)
-        assert not torch.equal(logits, base(**llava_inputs).logits), "the adapter must make a difference"
-        assert list_real(model) == []
-        options = {"max_new_tokens": 4, "do_sample": False}
-        assert torch.equal(model.generate(**llava_inputs, **options), expected.generate(**llava_inputs, **options))
-
-
-def test_parameters_that_are_real_stay(case):
-    """Only empty ones are filled, so a part that was loaded before is not read again."""
-    model, inputs, output = case
-    empty = make_empty_model(type(model), model.config)
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm) or "norm" in name]
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        setattr(empty.get_submodule(parent), leaf, copy.deepcopy(model.get_submodule(name)))
-    asked = []
-    state = model.state_dict()
-
-    def read(name):
-        asked.append(name)
-        return state[name]
-
-    offload_weights(empty, read)
-    with torch.inference_mode():
-        assert torch.equal(empty(**inputs)[output], model(**inputs)[output])
-    assert names and not any(name.startswith(tuple(f"{norm}." for norm in names)) for name in asked)
-    assert set(list_real(empty)) == {name for name in state if name.rpartition(".")[0] in names}
+    tensors, read = open_model_tensors(world.base), []
+    weights = TrainedWeights.read(trained)
+    model = next(_offload_models(world.base, trained, weights, tensors, tensors, read.append))
+    for _ in range(2):
+        logits = model(**llava_inputs).logits
+        assert torch.equal(logits, expected(**llava_inputs).logits)
+    assert not torch.equal(logits, base(**llava_inputs).logits), "the adapter must make a difference"
+    assert list_real(model) == [] and len(read) > 100
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(**llava_inputs, **options), expected.generate(**llava_inputs, **options))
 
 
 def test_empty_models_hold_no_weights_but_real_buffers(case):
@@ -266,8 +217,8 @@ def set_limits(monkeypatch, folder, *pairs, available=10**12):
             if content is not None:
                 path.write_text(f"{content}\n")
         files.append(paths)
-    monkeypatch.setattr(offloading, "CGROUP_LIMITS", tuple(files))
-    monkeypatch.setattr(offloading.psutil, "virtual_memory", lambda: type("Memory", (), {"available": available}))
+    monkeypatch.setattr(llava, "CGROUP_LIMITS", tuple(files))
+    monkeypatch.setattr(llava.psutil, "virtual_memory", lambda: type("Memory", (), {"available": available}))
 
 
 @pytest.mark.parametrize(
@@ -307,6 +258,5 @@ def test_available_memory_of_this_machine_is_plausible():
 def test_a_model_fits_where_its_weights_and_working_room_do(tmp_path, monkeypatch, dtype, available, fits):
     """1,000 values, some stored as float16, some as float32: what counts is the dtype they are loaded in."""
     save_file({"a": torch.zeros(300), "b": torch.zeros(70, 10).half()}, tmp_path / "model.safetensors")
-    monkeypatch.setattr(offloading, "measure_available_memory", lambda: available)
-    with TensorReader([tmp_path / "model.safetensors"]) as tensors:
-        assert fits_in_memory(tensors, dtype) is fits
+    monkeypatch.setattr(llava, "measure_available_memory", lambda: available)
+    assert fits_in_memory(open_model_tensors(tmp_path), dtype) is fits

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import re
 import struct
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tensors import bits, draw_all
 
 from meme_llava.errors import UserError
-from meme_llava.storage import tensor_reader
-from meme_llava.storage.tensor_reader import TensorReader, open_model_tensors
+from meme_llava.storage import tensor_files
+from meme_llava.storage.tensor_files import open_model_tensors, read_tensors, view_bytes
 
 
 def save_as(tensors, path):
@@ -26,19 +25,6 @@ def save_as(tensors, path):
     return path
 
 
-@pytest.fixture
-def reads(monkeypatch):
-    """The sizes of all reads of tensor bytes, as they are asked of the system."""
-    sizes, preadv = [], os.preadv
-
-    def record(descriptor, buffers, position):
-        sizes.append(sum(len(buffer) for buffer in buffers))
-        return preadv(descriptor, buffers, position)
-
-    monkeypatch.setattr(os, "preadv", record)
-    return sizes
-
-
 def write_safetensors(path, header, data=bytes(24)):
     """A file of the format's parts, written by hand: length, header, data."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -46,56 +32,63 @@ def write_safetensors(path, header, data=bytes(24)):
     return path
 
 
-@pytest.mark.parametrize("file_name", ["model.safetensors", "pytorch_model.bin"])
+FILE_NAMES = ["model.safetensors", "pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("file_name", FILE_NAMES)
 @pytest.mark.parametrize("piece_bytes", [8, 24, 16_000_000])
 def test_every_dtype_and_shape_is_read_bit_for_bit(tmp_path, monkeypatch, file_name, piece_bytes):
-    """What safetensors and torch themselves wrote; pieces of 8 bytes are one float64 or eight bytes."""
-    monkeypatch.setattr(tensor_reader, "PIECE_BYTES", piece_bytes)
+    """What safetensors and torch themselves wrote; a piece is one row at least."""
+    monkeypatch.setattr(tensor_files, "PIECE_BYTES", piece_bytes)
     expected = draw_all()
-    with TensorReader([save_as(expected, tmp_path / file_name)]) as tensors:
-        assert list(tensors) == sorted(expected) and len(tensors) == 72
-        assert "F32.matrix" in tensors and "F32" not in tensors
-        for name, tensor in expected.items():
-            stored = tensors.stored[name]
-            assert (stored.dtype, stored.shape, stored.nbytes) == (tensor.dtype, tuple(tensor.shape), tensor.nbytes)
-            assert bits(tensors.read(name)) == bits(tensor), name
-            pieces = list(tensors.read_pieces(name))
-            assert all(piece.nbytes <= piece_bytes and piece.dim() == 1 for piece in pieces)
-            assert sum((bits(piece)[2] for piece in pieces), []) == bits(tensor)[2], name
-            if tensor.dim():
-                for start, stop in ((0, tensor.shape[0]), (tensor.shape[0] // 2, tensor.shape[0]), (0, 0)):
-                    assert bits(tensors.read_rows(name, start, stop)) == bits(tensor[start:stop]), name
+    tensors = read_tensors([save_as(expected, tmp_path / file_name)])
+    assert tensors.keys() == expected.keys() and len(tensors) == 72
+    for name, tensor in expected.items():
+        stored = tensors[name]
+        assert (stored.dtype, stored.shape, stored.nbytes) == (tensor.dtype, tuple(tensor.shape), tensor.nbytes)
+        assert bits(stored.load()) == bits(stored.map()) == bits(tensor), name
+        pieces = list(stored.make_pieces())
+        assert all(piece.nbytes <= max(piece_bytes, tensor[:1].nbytes if tensor.dim() else 8) for piece in pieces)
+        assert sum((bits(piece)[2] for piece in pieces), []) == bits(tensor)[2], name
 
 
-@pytest.mark.parametrize("file_name", ["model.safetensors", "pytorch_model.bin"])
-def test_read_as_converts_like_torch(tmp_path, monkeypatch, file_name):
-    monkeypatch.setattr(tensor_reader, "PIECE_BYTES", 16)
+@pytest.mark.parametrize("file_name", FILE_NAMES)
+def test_loading_converts_like_torch(tmp_path, file_name):
     tensors = {
         "matrix": torch.tensor([[1.0, -2.5, 3.14159], [65519.0, 65520.0, 1e-8]]),
         "scalar": torch.tensor(0.1),
         "empty": torch.zeros(0, 4),
     }
-    with TensorReader([save_as(tensors, tmp_path / file_name)]) as reader:
-        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            for name, tensor in tensors.items():
-                assert bits(reader.read_as(name, dtype)) == bits(tensor.to(dtype)), (name, dtype)
+    stored = read_tensors([save_as(tensors, tmp_path / file_name)])
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        for name, tensor in tensors.items():
+            assert bits(stored[name].load(dtype)) == bits(tensor.to(dtype)), (name, dtype)
 
 
-@pytest.mark.parametrize("file_name", ["model.safetensors", "pytorch_model.bin"])
-def test_no_more_is_read_than_asked_for(tmp_path, monkeypatch, reads, file_name):
-    """600 bytes a row: one row is 600 bytes, two are 1200, and opening the file reads no tensor."""
-    monkeypatch.setattr(tensor_reader, "PIECE_BYTES", 1000)
-    path = save_as({"a": torch.rand(10, 150), "b": torch.rand(10, 150)}, tmp_path / file_name)
-    with TensorReader([path]) as tensors:
-        assert reads == []
-        tensors.read_rows("a", 9, 10)
-        assert reads == [600]
-        tensors.read_rows("b", 3, 5)
-        assert reads == [600, 1200]
-        list(tensors.read_pieces("b"))
-        assert reads[2:] == [1000] * 6
-        tensors.read("a")
-        assert reads[8:] == [6000]
+def test_what_was_loaded_is_a_copy(tmp_path):
+    """Weights that change in training or whose file is replaced must not be the file's own pages."""
+    path = save_as({"a": torch.zeros(1000)}, tmp_path / "model.safetensors")
+    loaded = read_tensors([path])["a"].load()
+    with path.open("r+b") as file:
+        file.seek(-4000, os.SEEK_END)
+        file.write(b"\xff" * 4000)
+    assert not loaded.any()
+
+
+def read_memory():
+    """Bytes of this process in memory: its own, and of files that it has mapped."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssFile"))) * 1024
+
+
+def test_a_tensor_in_pieces_does_not_stay_in_memory(tmp_path):
+    """200 MB in pieces of 16: what was read is given back."""
+    path = save_as({"a": torch.ones(5000, 10_000)}, tmp_path / "model.safetensors")
+    stored, before, most = read_tensors([path])["a"], read_memory(), 0
+    for piece in stored.make_pieces():
+        assert piece.sum() == piece.numel()
+        most = max(most, read_memory() - before)
+    assert most < 100_000_000
 
 
 def count_read_bytes():
@@ -103,101 +96,48 @@ def count_read_bytes():
     return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
 
 
-@pytest.mark.parametrize("file_name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("file_name", FILE_NAMES)
 def test_opening_a_large_file_reads_its_description_only(tmp_path, file_name):
     path = save_as({f"t{index}": torch.zeros(1_000_000) for index in range(5)}, tmp_path / file_name)  # 20 MB
-    TensorReader([save_as({"small": torch.zeros(1)}, tmp_path / f"small_{file_name}")])  # imports are done here
-    before = count_read_bytes()
-    TensorReader([path])
-    assert count_read_bytes() - before < 1_000_000
+    read_tensors([save_as({"small": torch.zeros(1)}, tmp_path / f"small_{file_name}")])  # imports are done here
+    before, memory = count_read_bytes(), read_memory()
+    tensors = read_tensors([path])
+    assert count_read_bytes() - before < 1_000_000 and read_memory() - memory < 10_000_000
+    assert len(tensors) == 5
 
 
-def test_a_short_read_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    """The system may give fewer bytes than asked for; 2 GB is the most that Linux gives at once."""
-    preadv = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, position: preadv(fd, [buffers[0][:7]], position))
-    expected = torch.arange(50, dtype=torch.float32)
-    with TensorReader([save_as({"a": expected}, tmp_path / "model.safetensors")]) as tensors:
-        assert torch.equal(tensors.read("a"), expected)
-
-
-def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path):
-    path = save_as({"a": torch.zeros(100)}, tmp_path / "model.safetensors")
-    with TensorReader([path]) as tensors:
-        os.truncate(path, path.stat().st_size - 4)
-        with pytest.raises(UserError, match=f"{path}: ended at byte {path.stat().st_size:d} while it was read"):
-            tensors.read("a")
-
-
-def test_order_in_the_file_is_not_the_order_of_names(tmp_path):
+def test_tensors_come_in_the_order_of_the_files(tmp_path):
     header = {
         "late": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]},
         "early": {"dtype": "U8", "shape": [3], "data_offsets": [2, 5]},
     }
     second = write_safetensors(tmp_path / "2.safetensors", header, b"\1\2\3\4\5")
     first = save_as({"zuletzt": torch.ones(1)}, tmp_path / "1.safetensors")
-    with TensorReader([second, first]) as tensors:
-        assert list(tensors) == ["early", "late", "zuletzt"]
-        assert tensors.list_in_file_order() == ["zuletzt", "late", "early"]
-        assert tensors.read("late").tolist() == [1, 2] and tensors.read("early").tolist() == [3, 4, 5]
-
-
-def test_files_are_closed_in_the_end(tmp_path):
-    path = save_as({"a": torch.ones(2)}, tmp_path / "model.safetensors")
-    before = len(os.listdir("/proc/self/fd"))
-    with TensorReader([path]) as tensors:
-        tensors.read("a")
-        tensors.read("a")
-        assert len(os.listdir("/proc/self/fd")) == before + 1
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
-def make_views():
-    base = torch.arange(24.0).reshape(4, 6)
-    return {
-        "whole": base,
-        "transposed": base.T,
-        "rows": base[1:3],
-        "block": base[1:3, 2:5],
-        "every_second": base[::2, ::3],
-        "turned_block": base[1:, 2:4].T,
-        "last": base[3, 5],
-        "repeated": base[:1].expand(5, 6),
-        "spread": base[:3, :1].expand(3, 4),
-        "parameter": torch.nn.Parameter(base[2]),
-        "own": torch.tensor([7.0]),
-    }
+    pickled = save_as({"b": torch.ones(9), "a": torch.ones(9)}, tmp_path / "3.bin")
+    tensors = read_tensors([first, second, pickled])
+    assert list(tensors) == ["zuletzt", "late", "early", "b", "a"]
+    assert tensors["late"].load().tolist() == [1, 2] and tensors["early"].load().tolist() == [3, 4, 5]
 
 
 def test_views_of_one_storage_are_read_as_they_look(tmp_path, monkeypatch):
     """torch.save stores a shared storage once; offsets and strides say who sees what of it."""
-    monkeypatch.setattr(tensor_reader, "PIECE_BYTES", 16)
-    expected = make_views()
-    path = save_as(expected, tmp_path / "pytorch_model.bin")
-    with TensorReader([path]) as tensors:
-        assert tensors.stored["turned_block"].stride == (1, 6)
-        assert tensors.stored["rows"].stride is None
-        for name, tensor in expected.items():
-            tensor = tensor.detach()
-            assert bits(tensors.read(name)) == bits(tensor.contiguous()), name
-            assert sum((bits(piece)[2] for piece in tensors.read_pieces(name)), []) == bits(tensor.contiguous())[2]
-            assert bits(tensors.read_as(name, torch.float16)) == bits(tensor.half().contiguous())
-            if tensor.dim():
-                assert bits(tensors.read_rows(name, 0, 1)) == bits(tensor[:1].contiguous())
-    offsets = {tensors.stored[name].offset for name in ("whole", "transposed", "repeated", "spread")}
-    assert len(offsets) == 1, "a shared storage stands in the file once"
-    assert tensors.stored["last"].offset - tensors.stored["whole"].offset == 23 * 4
-
-
-def test_a_small_view_reads_its_own_span_only(tmp_path, reads):
-    """Two columns of a 100 x 100 matrix span 99 * 100 + 2 values, two rows of it 200."""
-    base = torch.rand(100, 100)
-    with TensorReader(
-        [save_as({"columns": base[:, :2], "rows": base[5:7]}, tmp_path / "pytorch_model.bin")]
-    ) as tensors:
-        tensors.read("columns")
-        tensors.read("rows")
-    assert reads == [9902 * 4, 200 * 4]
+    monkeypatch.setattr(tensor_files, "PIECE_BYTES", 16)
+    base = torch.arange(24.0).reshape(4, 6)
+    expected = {
+        "whole": base,
+        "transposed": base.T,
+        "rows": base[1:3],
+        "every_second": base[::2, ::3],
+        "turned_block": base[1:, 2:4].T,
+        "last": base[3, 5],
+        "spread": base[:3, :1].expand(3, 4),
+        "parameter": torch.nn.Parameter(base[2]),
+    }
+    tensors = read_tensors([save_as(expected, tmp_path / "pytorch_model.bin")])
+    for name, tensor in expected.items():
+        tensor = tensor.detach().contiguous()
+        assert bits(tensors[name].load()) == bits(tensor) and not tensors[name].load().requires_grad, name
+        assert sum((list(view_bytes(piece)) for piece in tensors[name].make_pieces()), []) == bits(tensor)[2]
 
 
 class Hostile:
@@ -217,7 +157,7 @@ def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path):
     path, target = tmp_path / "pytorch_model.bin", tmp_path / "executed"
     torch.save({"a": torch.ones(2), "b": Hostile(target)}, path)
     with pytest.raises(UserError) as error:
-        TensorReader([path])
+        read_tensors([path])
     assert str(error.value).startswith(f"{path}: {NO_PLAIN_FILE} (UnpicklingError")
     assert "\n" not in str(error.value)
     assert not target.exists()
@@ -229,7 +169,7 @@ def test_the_format_before_torch_1_6_is_refused(tmp_path):
     path = tmp_path / "pytorch_model.bin"
     torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(UserError, match=f"{path}: {NO_PLAIN_FILE}"):
-        TensorReader([path])
+        read_tensors([path])
 
 
 @pytest.mark.parametrize(
@@ -252,7 +192,7 @@ def test_a_bin_file_that_is_no_flat_dict_of_tensors_is_refused(tmp_path, content
     path = tmp_path / "pytorch_model.bin"
     torch.save(content, path)
     with pytest.raises(UserError, match=f"{path}: {NO_PLAIN_FILE}"):
-        TensorReader([path])
+        read_tensors([path])
 
 
 @pytest.mark.parametrize("damage", ["empty", "five_bytes", "html", "half", "last_byte"])
@@ -269,156 +209,62 @@ def test_damaged_bin_files_are_named(tmp_path, damage):
         }[damage]
     )
     with pytest.raises(UserError, match=f"{path}: {NO_PLAIN_FILE}.*Delete it and download or make it again."):
-        TensorReader([path])
+        read_tensors([path])
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
     for name in ("model.safetensors", "pytorch_model.bin"):
         with pytest.raises(UserError, match=f"{tmp_path / name}: cannot be read .No such file or directory."):
-            TensorReader([tmp_path / name])
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "is not a safetensors file or an interrupted one (0 bytes)"),
-        (b"\x10\0\0\0\0", "is not a safetensors file or an interrupted one (5 bytes)"),
-        (b"<!DOCTYPE html><html>Please log in</html>", "is not a safetensors file or an interrupted one (41 bytes)"),
-        (struct.pack("<Q", 1) + b"{}", "is not a safetensors file or an interrupted one (10 bytes)"),
-        (struct.pack("<Q", 3) + b"{}", "is not a safetensors file or an interrupted one (10 bytes)"),
-        (struct.pack("<Q", 2**63) + b"{}", "is not a safetensors file or an interrupted one (10 bytes)"),
-        (struct.pack("<Q", 2**64 - 1) + b"{}", "is not a safetensors file or an interrupted one (10 bytes)"),
-        # A version of a git-lfs pointer file, as a clone without git-lfs leaves it.
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3\n", "is not a safetensors file"),
-    ],
-    ids=["empty", "five_bytes", "html", "length_1", "length_beyond_file", "length_2_63", "length_2_64", "lfs_pointer"],
-)
-def test_files_without_a_header_are_named(tmp_path, content, message):
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(UserError) as error:
-        TensorReader([path])
-    assert f"{path}: {message}" in str(error.value)
-    assert str(error.value).endswith("Delete it and download or make it again.")
-
-
-def test_a_header_longer_than_the_format_allows_is_not_read(tmp_path):
-    """100,000,008 bytes, most of them a hole: were it read, it would be called a damaged JSON."""
-    path = tmp_path / "model.safetensors"
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", 100_000_001))
-        file.truncate(100_000_100)
-    with pytest.raises(UserError, match="is not a safetensors file"):
-        TensorReader([path])
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        b"{'a': 1}",
-        b"\xff\xfe{}",
-        b"[1, 2]",
-        b"null",
-        b'{"a":' * 30_000,
-        b'{"a": 1}',
-        b'{"a": [1]}',
-        b'{"a": {"shape": [6], "data_offsets": [0, 24]}}',
-        b'{"a": {"dtype": "F32", "data_offsets": [0, 24]}}',
-        b'{"a": {"dtype": "F32", "shape": [6]}}',
-        b'{"a": {"dtype": "F32", "shape": [6], "data_offsets": [0]}}',
-        b'{"a": {"dtype": "F32", "shape": [6], "data_offsets": [0, 24, 48]}}',
-        b'{"a": {"dtype": ["F32"], "shape": [6], "data_offsets": [0, 24]}}',
-        b'{"a": {"dtype": "F32", "shape": 6, "data_offsets": [0, 24]}}',
-    ],
-    ids=[
-        *("no_json", "no_utf8", "list", "null", "deep", "entry_is_number", "entry_is_list", "no_dtype", "no_shape"),
-        *("no_offsets", "one_offset", "three_offsets", "dtype_is_list", "shape_is_number"),
-    ],
-)
-def test_headers_of_another_form_are_named(tmp_path, header):
-    path = write_safetensors(tmp_path / "model.safetensors", header)
-    with pytest.raises(UserError, match=f"{path}: its safetensors header is damaged .*Delete it and download"):
-        TensorReader([path])
+            read_tensors([tmp_path / name])
 
 
 def entry(dtype="F32", shape=(2, 3), data_offsets=(0, 24)):
     return {"dtype": dtype, "shape": shape, "data_offsets": data_offsets}
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        entry(shape=[-2, -3]),
-        entry(shape=[2.0, 3]),
-        entry(shape=[True, 6]),
-        entry(shape="23"),
-        entry(shape=[None]),
-        entry(shape=[[2], 3]),
-        entry(shape={"2": 3}),
-        entry(shape=[0, -1], data_offsets=[0, 0]),
-        entry(data_offsets=[0.0, 24.0]),
-        entry(data_offsets=["0", "24"]),
-        entry(data_offsets=[None, 24]),
-        entry(data_offsets=[-24, 0]),
-        entry(data_offsets=[24, 0]),
-    ],
-    ids=[
-        *("negative_shape", "float_shape", "bool_shape", "text_shape", "null_shape", "nested_shape", "dict_shape"),
-        *("negative_and_zero", "float_offsets", "text_offsets", "null_offset", "negative_offset", "backward_offsets"),
-    ],
-)
-def test_sizes_that_are_no_whole_numbers_are_named(tmp_path, wrong):
-    """A shape of two negative sizes has a positive product, and would fit its bytes."""
-    data = b"" if wrong["data_offsets"] == [0, 0] else bytes(24)
-    path = write_safetensors(tmp_path / "model.safetensors", {"odd.weight": wrong}, data)
+DAMAGED = {
+    "empty": b"",
+    "five_bytes": b"\x10\0\0\0\0",
+    "html": b"<!DOCTYPE html><html>Please log in</html>",
+    "length_beyond_file": struct.pack("<Q", 2**63) + b"{}",
+    # As a clone without git-lfs leaves it.
+    "lfs_pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3\n",
+    "no_json": b"{'a': 1}",
+    "list": b"[1, 2]",
+    "deep": b'{"a":' * 30_000,
+    "no_offsets": b'{"a": {"dtype": "F32", "shape": [6]}}',
+    "negative_shape": {"a": entry(shape=[-2, -3])},
+    "float_shape": {"a": entry(shape=[2.0, 3])},
+    "backward_offsets": {"a": entry(data_offsets=[24, 0])},
+    "overlap": {"a": entry(), "b": entry(shape=[1], data_offsets=[20, 24])},
+    "hole": {"a": entry(shape=[2], data_offsets=[0, 8]), "b": entry(shape=[2], data_offsets=[16, 24])},
+    "shape_large": {"a": entry(shape=[2, 4])},
+    "shape_huge": {"a": entry(shape=[2**40, 2**40])},
+    "unknown_dtype": {"a": entry(dtype="f32")},
+    "one_byte_less": {"a": entry(shape=[25], dtype="U8", data_offsets=[0, 25])},
+    "one_byte_more": {"a": entry(shape=[23], dtype="U8", data_offsets=[0, 23])},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_safetensors_files_are_named(tmp_path, damage):
+    """safetensors says what is wrong, and the message which file, how long it is, and what to do."""
+    path, content = tmp_path / "model.safetensors", DAMAGED[damage]
+    if damage in ("empty", "five_bytes", "html", "length_beyond_file", "lfs_pointer"):
+        path.write_bytes(content)
+    else:
+        write_safetensors(path, content)
     with pytest.raises(UserError) as error:
-        TensorReader([path])
-    assert str(error.value).startswith(f"{path}: ")
+        read_tensors([path])
+    size = f"{path.stat().st_size:,} bytes"
+    assert str(error.value).startswith(f"{path}: is not a safetensors file, or an incomplete one ({size}; ")
     assert str(error.value).endswith("Delete it and download or make it again.")
-
-
-@pytest.mark.parametrize(
-    ("header", "size", "message"),
-    [
-        # Two tensors that share bytes 20 to 24.
-        ({"a": entry(), "b": entry(shape=[2], data_offsets=[20, 28])}, 28, "b takes bytes 20 to 28, expected 8 bytes"),
-        # Four bytes that belong to nobody.
-        ({"a": entry(), "b": entry(shape=[2], data_offsets=[28, 36])}, 36, "b takes bytes 28 to 36, expected 8 bytes"),
-        ({"a": entry(data_offsets=[4, 28])}, 28, "a takes bytes 4 to 28, expected 24 bytes from 0 on"),
-        # 2 x 3 float32 are 24 bytes, float16 12, 2 x 4 float32 32.
-        ({"a": entry(dtype="F16")}, 24, "a takes bytes 0 to 24, expected 12 bytes from 0 on"),
-        ({"a": entry(shape=[2, 4])}, 24, "a takes bytes 0 to 24, expected 32 bytes from 0 on"),
-        ({"a": entry(shape=[])}, 24, "a takes bytes 0 to 24, expected 4 bytes from 0 on"),
-        ({"a": entry(shape=[2**40, 2**40])}, 24, "a takes bytes 0 to 24, expected 4,835,703,278,458,516,698,824,704"),
-        ({"a": entry(dtype="F4")}, 24, "a has dtype F4, which cannot be read; there are F64, F32, F16, BF16"),
-        ({"a": entry(dtype="f32")}, 24, "a has dtype f32, which cannot be read"),
-    ],
-    ids=["overlap", "hole", "late_start", "dtype_small", "shape_large", "scalar", "shape_huge", "dtype", "lower_case"],
-)
-def test_headers_that_disagree_with_their_bytes_name_the_tensor(tmp_path, header, size, message):
-    path = write_safetensors(tmp_path / "model.safetensors", header, bytes(size))
-    with pytest.raises(UserError) as error:
-        TensorReader([path])
-    assert f"{path}: {message}" in str(error.value)
-
-
-@pytest.mark.parametrize("change", ["one_byte_less", "half", "one_byte_more"])
-def test_files_of_another_length_are_named(tmp_path, change):
-    """8 bytes of length, a header, 4000 bytes of data."""
-    path = save_as({"a": torch.zeros(1000)}, tmp_path / "model.safetensors")
-    whole = path.read_bytes()
-    parts = {"one_byte_less": whole[:-1], "half": whole[: len(whole) // 2], "one_byte_more": whole + b"\0"}
-    path.write_bytes(parts[change])
-    with pytest.raises(UserError) as error:
-        TensorReader([path])
-    promised = f"is {len(parts[change]):,} bytes long, its header promises {len(whole):,}"
-    assert str(error.value) == f"{path}: {promised}. Delete it and download or make it again."
 
 
 def test_the_metadata_of_a_header_is_no_tensor(tmp_path):
     header = {"__metadata__": {"format": "pt"}, "a": entry()}
-    with TensorReader([write_safetensors(tmp_path / "model.safetensors", header)]) as tensors:
-        assert list(tensors) == ["a"] and tensors.read("a").tolist() == [[0.0] * 3] * 2
+    tensors = read_tensors([write_safetensors(tmp_path / "model.safetensors", header)])
+    assert list(tensors) == ["a"] and tensors["a"].load().tolist() == [[0.0] * 3] * 2
 
 
 def write_sharded(folder, shards):
@@ -437,9 +283,9 @@ def write_sharded(folder, shards):
 def test_shards_are_one_model(tmp_path, ending):
     shards = {f"model-1-of-2.{ending}": {"a": torch.ones(2)}, f"model-2-of-2.{ending}": {"b": torch.zeros(3)}}
     write_sharded(tmp_path, shards)
-    with open_model_tensors(tmp_path) as tensors:
-        assert list(tensors) == ["a", "b"]
-        assert tensors.read("a").tolist() == [1, 1] and tensors.read("b").tolist() == [0, 0, 0]
+    tensors = open_model_tensors(tmp_path)
+    assert list(tensors) == ["a", "b"]
+    assert tensors["a"].load().tolist() == [1, 1] and tensors["b"].load().tolist() == [0, 0, 0]
 
 
 def test_safetensors_come_before_bin_and_one_file_before_shards(tmp_path):
@@ -455,8 +301,7 @@ def test_safetensors_come_before_bin_and_one_file_before_shards(tmp_path):
             write_sharded(tmp_path, {f"shard-{value}.{name.split('.')[1]}": {"a": torch.tensor(value)}})
         else:
             save_as({"a": torch.tensor(value)}, tmp_path / name)
-        with open_model_tensors(tmp_path) as tensors:
-            assert tensors.read("a").item() == value
+        assert open_model_tensors(tmp_path)["a"].load().item() == value
 
 
 def read_folder_error(folder):
@@ -505,12 +350,10 @@ def test_a_damaged_shard_is_named_itself(tmp_path):
 def test_an_index_of_another_form_is_named(tmp_path, content):
     index = tmp_path / "model.safetensors.index.json"
     index.write_bytes(content)
-    assert re.match(
-        f"{index}: (is not an index of weights|names shard (1|None), expected)", read_folder_error(tmp_path)
-    )
+    assert read_folder_error(tmp_path).startswith(f"{index}: is not an index of weights")
 
 
-@pytest.mark.parametrize("outside", ["../secret.safetensors", "/etc/passwd", "sub/1.safetensors", "./1.safetensors"])
+@pytest.mark.parametrize("outside", ["../secret.safetensors", "/etc/passwd", "sub/1.safetensors"])
 def test_an_index_names_files_of_its_own_folder_only(tmp_path, outside):
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
@@ -518,7 +361,8 @@ def test_an_index_names_files_of_its_own_folder_only(tmp_path, outside):
         save_as({"a": torch.ones(2)}, path)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": outside}}))
-    assert read_folder_error(folder) == f"{index}: names shard {outside!r}, expected a file name without folders"
+    name = Path(outside).name
+    assert read_folder_error(folder) == f"{index}: names shard {name}, which is not in the folder; download it again"
 
 
 @pytest.mark.parametrize("shard", ["..", ".", "sub"])

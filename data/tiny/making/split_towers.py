@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
 from meme_llava.cli import check_setting, describe, parse_arguments, to_plain  # noqa: E402
-from meme_llava.convert.rounding import Rounding  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model.llava import load_llava, load_strictly, quiet_transformers  # noqa: E402
 from meme_llava.storage.files import write_json  # noqa: E402
 from meme_llava.storage.folders import write_directory  # noqa: E402
 from meme_llava.storage.run_record import RUN_RECORD, describe_environment  # noqa: E402
+from meme_llava.storage.tensor_files import Rounding  # noqa: E402
 
 
 @dataclass

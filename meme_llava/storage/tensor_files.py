@@ -1,0 +1,292 @@
+"""Tensors in safetensors or `.bin` files: read where they are used, made and written piece by piece.
+
+Nothing here holds more than a few pieces in memory, whatever the size of the files. Nothing about models.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+
+from meme_llava.errors import DiskFullError, UserError, is_disk_full
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+PICKLED_WEIGHTS = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+PIECE_BYTES = 16_000_000
+DAMAGED = "Delete it and download or make it again."
+WRITTEN_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # by their names in a header
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A tensor in a file."""
+
+    path: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pickled: torch.Tensor | None = None  # of a `.bin` file: mapped
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def map(self) -> torch.Tensor:
+        """The tensor as it stands in the file: each part is read when it is used, and given back with the tensor."""
+        if self.pickled is not None:
+            return self.pickled
+        with _open(self.path) as file:
+            return file.get_tensor(self.name)
+
+    def load(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A copy in memory, in `dtype` or the file's own."""
+        return self.map().to(dtype or self.dtype, copy=True)
+
+    def make_pieces(self) -> Iterator[torch.Tensor]:
+        """Groups of rows of up to 16 MB, in order; a mapping of its own for each keeps only that much in memory."""
+        rows = self.shape[0] if self.shape else 1
+        step = max(1, PIECE_BYTES * rows // max(1, self.nbytes))
+        for start in range(0, rows, step):
+            yield torch.atleast_1d(self.map())[start : start + step]
+
+
+def read_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
+    """All tensors of the files by name, in the order in which the files hold them; only descriptions are read.
+
+    Raises:
+        UserError: a file is missing, short, no tensor file, or two files hold a tensor of the same name.
+    """
+    tensors = {}
+    for path in paths:
+        for tensor in (_list_pickled if path.suffix == ".bin" else _list_safetensors)(path):
+            if tensor.name in tensors:
+                raise UserError(
+                    f"{path}: holds tensor {tensor.name}, and so does {tensors[tensor.name].path}; keep only one"
+                )
+            tensors[tensor.name] = tensor
+    return tensors
+
+
+def open_model_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The weights of a model folder, in the forms that hubs hold: safetensors or `.bin`, one file or shards.
+
+    Raises:
+        UserError: there are none, the index names a missing shard, or a file is damaged.
+    """
+    for name in (WEIGHTS, WEIGHTS_INDEX, PICKLED_WEIGHTS, PICKLED_INDEX):
+        path = folder / name
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path}: is a link to {os.readlink(path)}, which is not there. {DAMAGED}")
+        if path.is_file():
+            return _open_indexed(path) if path.suffix == ".json" else read_tensors([path])
+    raise UserError(
+        f"{folder}: has no weights; expected {WEIGHTS}, {WEIGHTS_INDEX}, {PICKLED_WEIGHTS} or {PICKLED_INDEX}"
+    )
+
+
+def _open_indexed(index: Path) -> dict[str, StoredTensor]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted({index.parent / shard for shard in weight_map.values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: is not an index of weights ({type(error).__name__}: {error}). {DAMAGED}") from error
+    for shard in shards:
+        if shard.parent != index.parent or not shard.is_file():
+            raise UserError(f"{index}: names shard {shard.name}, which is not in the folder; download it again")
+    tensors = read_tensors(shards)
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].path.name != shard:
+            raise UserError(f"{index.parent / shard}: does not hold {name}, which {index.name} places there. {DAMAGED}")
+    return tensors
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except SafetensorError as error:
+        found = f"{path.stat().st_size:,} bytes; {error}"
+        raise UserError(f"{path}: is not a safetensors file, or an incomplete one ({found}). {DAMAGED}") from error
+
+
+def _list_safetensors(path: Path) -> list[StoredTensor]:
+    with _open(path) as file:
+        tensors = [(name, file.get_tensor(name)) for name in file.offset_keys()]
+    return [StoredTensor(path, name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
+
+
+def _list_pickled(path: Path) -> list[StoredTensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        for name, tensor in content.items():
+            if not isinstance(name, str) or tensor.layout != torch.strided or tensor.is_meta:
+                raise ValueError(f"{name} is no tensor with a name")
+    except (FileNotFoundError, PermissionError) as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # pickle, zip and torch raise a dozen kinds for damaged, old and hostile files
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            f"{path}: is not a plain file of tensors as torch.save has written it since PyTorch 1.6 "
+            f"({type(error).__name__}: {reason}). {DAMAGED}"
+        ) from error
+    # Where they are mapped is where they lie in the file.
+    in_order = sorted(content.items(), key=lambda item: item[1].data_ptr())
+    return [StoredTensor(path, name, tensor.dtype, tuple(tensor.shape), tensor.detach()) for name, tensor in in_order]
+
+
+def view_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor in order, shared with it if it is contiguous."""
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor to be written; a `StoredTensor` can stand in its place. The bytes of its pieces make it up in order."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make_pieces: Callable[[], Iterator[torch.Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Rounding:
+    """Rounds values once to the dtype of a file, and counts those that it cannot hold."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        self.overflow = Counter()  # tensor name: values that are not finite in `dtype`
+        self._examples = {}
+
+    def apply(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """`values` in the file's dtype."""
+        values = values.float()
+        rounded = values.to(self.dtype)
+        # The extremes alone tell, and NaN is passed on; a mask over all values takes many times as long.
+        if values.numel() and not torch.stack(torch.aminmax(values)).to(self.dtype).isfinite().all():
+            unstorable = ~rounded.isfinite()
+            self.overflow[name] += int(unstorable.sum())
+            self._examples.setdefault(name, values[unstorable][0].item())
+        return rounded
+
+    def plan(self, name: str, tensor: PlannedTensor | StoredTensor) -> PlannedTensor:
+        """A tensor whose pieces are rounded on their way into the file."""
+        make = tensor.make_pieces
+        return PlannedTensor(self.dtype, tensor.shape, lambda: (self.apply(name, piece) for piece in make()))
+
+    def check(self) -> None:
+        """Raise UserError if any value was not finite, or is not in the file's dtype."""
+        if self.overflow:
+            name, count = self.overflow.most_common(1)[0]
+            dtype, limit = str(self.dtype).removeprefix("torch."), torch.finfo(self.dtype).max
+            example = self._examples[name]
+            advice = (
+                "Train with a lower learning rate, or store it with --dtype bfloat16."
+                if math.isfinite(example)
+                else "What it is made of is damaged or diverged in training; make or download that again."
+            )
+            raise UserError(
+                f"{sum(self.overflow.values())} values in {len(self.overflow)} tensors are not finite in {dtype}, "
+                f"which holds up to {limit:.6g}: {name} has {count}, such as {example:g}. {advice}"
+            )
+
+
+def count_bytes(tensors: dict[str, PlannedTensor | StoredTensor]) -> int:
+    """What the tensors take on disk, headers aside."""
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Raise DiskFullError unless the disk of `folder` has room for `needed` bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DiskFullError(
+            f"{folder.parent}: needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free. Free some, or "
+            "choose another --output_dir."
+        )
+
+
+def write_tensors(
+    planned: dict[str, PlannedTensor | StoredTensor],
+    folder: Path,
+    max_shard_size: str = "5GB",
+    advance: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write `model.safetensors`, or shards of at most `max_shard_size` with their index, and bring them to the disk.
+
+    Args:
+        max_shard_size: such as 5GB or 500MB, in powers of 1000; a larger tensor gets a shard of its own.
+        advance: called with the number of bytes after each piece.
+
+    Raises:
+        UserError: the disk has too little room (before the first byte), or a file cannot be written.
+    """
+    check_free_space(folder, count_bytes(planned))
+    outlines = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in planned.items()}
+    split = split_torch_state_dict_into_shards(outlines, max_shard_size=max_shard_size)
+    for file_name, names in split.filename_to_tensors.items():
+        try:
+            write_file(folder / file_name, {name: planned[name] for name in names}, advance)
+        except OSError as error:
+            kind = DiskFullError if is_disk_full(error) else UserError
+            raise kind(f"{folder / file_name}: cannot be written ({error.strerror or error})") from error
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_file(
+    path: Path,
+    planned: dict[str, PlannedTensor | StoredTensor],
+    advance: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write one safetensors file (https://github.com/huggingface/safetensors#format) and bring it to the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    # Wide dtypes first, so that every tensor starts at a multiple of its element's size, as readers that map need.
+    planned = dict(sorted(planned.items(), key=lambda item: -item[1].dtype.itemsize))
+    for name, tensor in planned.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": WRITTEN_DTYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    # One thread writes a piece while this one reads or computes the next.
+    with path.open("xb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as writer:
+        pending = writer.submit(_write_bytes, file, memoryview(struct.pack("<Q", len(text)) + text))
+        for tensor in planned.values():
+            written = 0
+            for piece in tensor.make_pieces():
+                pending.result()
+                pending = writer.submit(_write_bytes, file, view_bytes(piece))
+                written += piece.nbytes
+                advance(piece.nbytes)
+            if written != tensor.nbytes:
+                raise RuntimeError(f"{path}: {written} bytes were made of a tensor of {tensor.nbytes}")
+        pending.result()
+        os.fsync(file.fileno())
+
+
+def _write_bytes(file, view: memoryview) -> None:
+    while len(view):
+        view = view[file.write(view) :]
