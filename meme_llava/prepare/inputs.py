@@ -7,6 +7,7 @@ number, and a cell that says NA becomes nothing.
 
 import csv
 import difflib
+import functools
 import io
 import os
 from collections import defaultdict
@@ -138,6 +139,7 @@ class ImageIndex:
     def __init__(self, settings: ImagesSettings):
         check_image_folder(settings.image_folder)
         self._image_folder, self._suggested = settings.image_folder, 0
+        self.find = functools.cache(self.find)  # an image has several captions, and following its path takes time
         self._by_name = defaultdict(list)  # NFC name: [FoundImage]
         for subfolder in settings.images:
             for image in _list_images(settings.image_folder, subfolder):

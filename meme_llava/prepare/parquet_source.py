@@ -78,7 +78,7 @@ def prepare_parquet(settings: ParquetSettings) -> None:
     columns, name = _find_columns(settings, names), facts["dataset"]
     with AnnotationWriter(settings) as writer:
         count = 0
-        for number, row in enumerate(_read_rows(dataset, settings, bool(files))):
+        for number, row in enumerate(_read_rows(dataset, settings)):
             count, place = number + 1, f"{name} row {number}"
             try:
                 text, answer, question = _read_words(row, columns, writer.notes)
@@ -111,24 +111,14 @@ def _make_folder(settings: ParquetSettings) -> Path:
 def _find_files(names: list[str]) -> list[Path]:
     """The parquet files of a set on this machine; none for a hub id."""
     first, *others = paths = [Path(name) for name in names]
-    if not first.exists():
-        if others or names[0].count("/") != 1 or names[0].startswith((".", "/", "~")) or first.suffix == ".parquet":
-            raise UserError(
-                f"--dataset {first}: no such file or folder. Give parquet files, a folder of them, or one hub id such "
-                f"as {', '.join(KNOWN)}."
-            )
-        return []
-    if missing := [path for path in paths if not path.exists()]:
-        raise UserError(f"--dataset {missing[0]}: no such file or folder")
-    if not first.is_dir():
-        if wrong := [path for path in paths if path.suffix != ".parquet"]:
-            raise UserError(f"--dataset {wrong[0]}: expected a .parquet file")
-        return paths
-    if others:
-        raise UserError("--dataset: give one folder, or parquet files")
-    if not (files := sorted(first.rglob("*.parquet"))):
-        raise UserError(f"--dataset {first}: no .parquet file in it")
-    return files
+    if first.exists():
+        return [file for path in paths for file in (sorted(path.rglob("*.parquet")) if path.is_dir() else [path])]
+    if others or names[0].count("/") != 1 or names[0].startswith((".", "/", "~")) or first.suffix == ".parquet":
+        raise UserError(
+            f"--dataset {first}: no such file or folder. Give parquet files, a folder of them, or one hub id such as "
+            f"{', '.join(KNOWN)}."
+        )
+    return []
 
 
 def _open_dataset(settings: ParquetSettings, files: list[Path]) -> tuple:
@@ -140,11 +130,11 @@ def _open_dataset(settings: ParquetSettings, files: list[Path]) -> tuple:
         raise UserError("reading data sets needs one more package: pip install -r data/requirements.txt") from error
     name, path = settings.dataset[0], Path(settings.dataset[0])
     facts = {"dataset": name, "split": settings.split or KNOWN.get(name, {}).get("split", "train")}
-    with _explain_failure(name, bool(files)):
-        if path.is_dir():
+    with _explain_failure(name):
+        if path.is_dir() and len(settings.dataset) == 1:
             facts["dataset"] = path.name
             builder = load_dataset_builder(name)
-        elif files:
+        elif path.exists():
             facts["dataset"] = path.stem
             builder = load_dataset_builder("parquet", data_files=[str(file) for file in files])
         else:
@@ -160,18 +150,18 @@ def _open_dataset(settings: ParquetSettings, files: list[Path]) -> tuple:
         return dataset, list(dataset.features or next(iter(dataset), {})), facts
 
 
-def _read_rows(dataset, settings: ParquetSettings, is_local: bool) -> Iterator[dict]:
-    with _explain_failure(settings.dataset[0], is_local):
+def _read_rows(dataset, settings: ParquetSettings) -> Iterator[dict]:
+    with _explain_failure(settings.dataset[0]):
         yield from itertools.islice(dataset, settings.limit)
 
 
 @contextlib.contextmanager
-def _explain_failure(name: str, is_local: bool) -> Iterator[None]:
+def _explain_failure(name: str) -> Iterator[None]:
     try:
         yield
     except _FAILURES as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if is_local:
+        if Path(name).exists():
             raise UserError(f"{name}: cannot be read as parquet ({reason})") from error
         if type(error).__name__ in ("DatasetNotFoundError", "RepositoryNotFoundError", "GatedRepoError"):
             raise UserError(f"{name}: no such data set, or it asks for a log-in (HF_TOKEN): {reason}") from error

@@ -4,9 +4,11 @@ import builtins
 import hashlib
 import io
 import json
+from types import SimpleNamespace
 
 import prepare  # noqa: E402
 import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image
 
 from meme_llava.prepare.questions import DESCRIBE, READ  # noqa: E402
@@ -182,14 +184,15 @@ def test_caption_files_are_sent_to_the_captions_command(tmp_path, capsys):
 PLACES = {
     "no such file": (["nowhere.parquet"], "no such file or folder. Give parquet files"),
     "two hub ids": (["a/b", "c/d"], "no such file or folder"),
-    "an empty folder": (["empty"], "no .parquet file in it"),
-    "another ending": (["text.csv"], "expected a .parquet file"),
+    "one of several files": (["lines.parquet", "gone.parquet"], "Unable to find"),
+    "an empty folder": (["empty"], "doesn't contain any data files"),
+    "another form": (["text.csv"], "text.csv: cannot be read as parquet"),
     "no parquet inside": (["broken.parquet"], "cannot be read"),
 }
 
 
 @pytest.mark.parametrize("names, message", PLACES.values(), ids=PLACES)
-def test_places_without_a_data_set(tmp_path, capsys, monkeypatch, names, message):
+def test_places_without_a_data_set(tmp_path, capsys, monkeypatch, text_file, names, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.csv").write_text("x")
@@ -202,6 +205,15 @@ def test_without_a_connection_one_sentence_tells_what_to_do(tmp_path, capsys):
     message = fail(capsys, tmp_path, "--dataset", "SWHL/ChineseOCRBench")
     assert "SWHL/ChineseOCRBench: reading it" in message and "HF_ENDPOINT" in message
     assert "HF_HUB_OFFLINE is set" in message and "Traceback" not in message
+
+
+def test_a_set_that_the_hub_lacks_or_keeps_for_itself_is_named(tmp_path, capsys, monkeypatch):
+    def refuse(api, name):
+        raise RepositoryNotFoundError("404 Client Error.", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
+    message = fail(capsys, tmp_path, "--dataset", "nobody/nothing")
+    assert "nobody/nothing: no such data set, or it asks for a log-in (HF_TOKEN): 404 Client Error." in message
 
 
 def test_images_stay_inside_the_image_folder(tmp_path, capsys, text_file):
