@@ -25,6 +25,7 @@ from meme_llava.cli import parse_arguments  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.prepare import local_sources, mixing, parquet_source, splitting  # noqa: E402
 from meme_llava.prepare.writer import ImagesSettings  # noqa: E402
+from meme_llava.storage.files import explain_full_disk  # noqa: E402
 
 COMMANDS = {
     "captions": (local_sources.CaptionsSettings, local_sources.prepare_captions),
@@ -53,7 +54,9 @@ def main(argv: list[str] | None = None) -> None:
         guess = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(f"unknown source {command}{guess}; there are {', '.join(COMMANDS)}")
     settings_class, prepare = COMMANDS[command]
-    prepare(parse_arguments(settings_class, words, description=prepare.__doc__, prog=f"prepare.py {command}"))
+    settings = parse_arguments(settings_class, words, description=prepare.__doc__, prog=f"prepare.py {command}")
+    with explain_full_disk(settings.output, "Free some, or choose another place."):
+        prepare(settings)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from meme_llava.cli import describe, to_plain
 from meme_llava.dataset.check import MAX_LISTED as MAX_LISTED_PROBLEMS
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
 from meme_llava.dataset.records import name_source, parse_record
-from meme_llava.errors import DiskFullError, UserError, is_disk_full
+from meme_llava.errors import UserError
 from meme_llava.prepare.questions import DESCRIBE, READ, draw_question
 from meme_llava.storage.files import hash_file, to_line, write_json, write_whole
 from meme_llava.storage.run_record import describe_environment
@@ -130,13 +130,11 @@ class AnnotationWriter:
     def __enter__(self) -> "AnnotationWriter":
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, *error) -> None:
         self._temporary.unlink(missing_ok=True)
         # On a full disk the last lines cannot be written, and closing says so once more.
         with contextlib.suppress(OSError):
             self._file.close()
-        if isinstance(error, OSError) and is_disk_full(error):
-            raise DiskFullError(f"{self.output}: the disk is full. Free some, or choose another place.") from error
 
     def note_input(self, path: Path, rows: Iterable) -> Iterator:
         """Pass on the rows of a file, and remember it for the manifest at their end."""
