@@ -30,11 +30,7 @@ from transformers import AutoTokenizer  # noqa: E402
 from meme_llava.dataset import images  # noqa: E402
 from meme_llava.dataset.check import RecordPolicy, RecordSource  # noqa: E402
 from meme_llava.dataset.collator import PackingCollator  # noqa: E402
-from meme_llava.dataset.conversation import (  # noqa: E402
-    IMAGE_PLACEHOLDER,
-    ConversationEncoder,
-    Tokenization,  # noqa: E402
-)
+from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, ConversationEncoder  # noqa: E402
 from meme_llava.dataset.dataset import LoadedData, TrainingOrder, load_records  # noqa: E402
 from meme_llava.dataset.images import ImagePolicy  # noqa: E402
 from meme_llava.dataset.records import read_records  # noqa: E402
@@ -61,8 +57,9 @@ def main(argv: list[str] | None = None) -> None:
         annotations = arguments.annotations
         if arguments.captions_per_image is not None:
             annotations = simulate_records(arguments, Path(folder) / "records.json")
-        source, tokens = RecordSource(annotations, arguments.image_folder), Tokenization(encoder, MAX_LENGTH)
-        data = load_records(source, RecordPolicy(bad_records="quarantine", allow=list(ALLOWED)), tokens, policy)
+        source = RecordSource(annotations, arguments.image_folder)
+        record_policy = RecordPolicy(bad_records="quarantine", allow=list(ALLOWED))
+        data = load_records(source, record_policy, encoder, MAX_LENGTH, policy)
     paths = sorted({path for checked in data.checked.usable for path in checked.image_paths})
     images, records = len(paths), len(data.dataset)
     print(f"{records:,} records on {images:,} images, {data.dataset.lengths.mean():.1f} positions each", flush=True)

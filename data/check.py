@@ -14,8 +14,6 @@ sys.path.insert(0, str(ROOT))
 
 from meme_llava.cli import parse_arguments, to_plain  # noqa: E402
 from meme_llava.dataset.check import RecordSource, check_data, suggest_folder, write_quarantine  # noqa: E402
-from meme_llava.dataset.conversation import Tokenization  # noqa: E402
-from meme_llava.dataset.inspection import Inspection  # noqa: E402
 from meme_llava.dataset.records import QUARANTINE  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model.llava import load_processing  # noqa: E402
@@ -31,7 +29,6 @@ from meme_llava.report.data_check import (  # noqa: E402
 from meme_llava.storage.files import hash_file, write_json, write_lines, write_whole  # noqa: E402
 from meme_llava.storage.folders import write_directory  # noqa: E402
 from meme_llava.storage.run_record import RUN_RECORD, describe_environment  # noqa: E402
-from meme_llava.terminal import show_count  # noqa: E402
 
 
 @stop_on_user_error
@@ -41,15 +38,16 @@ def main(argv: list[str] | None = None) -> None:
     checked = check_data(
         RecordSource(arguments.annotations, arguments.image_folder),
         arguments,
-        Tokenization(processing.encoder, arguments.model_max_length) if processing else None,
-        Inspection(workers=arguments.workers, show_progress=show_count),
+        processing.encoder if processing else None,
+        arguments.model_max_length,
+        workers=arguments.workers,
     )
     facts = list_facts(checked, processing.tokens_per_image if processing else None, arguments)
     histograms = make_histograms(checked)
     print_summary(checked, facts, histograms)
     with write_directory(arguments.output_dir, overwrite=True) as folder:
         write_whole(folder / REPORT, render_check_page(checked, facts, histograms, arguments))
-        severity_of = checked.severities.severity_of
+        severity_of = arguments.severity_of
         write_lines(folder / FINDINGS, ({**vars(one), "severity": severity_of(one.kind)} for one in checked.findings))
         write_quarantine(folder, checked)
         write_json(

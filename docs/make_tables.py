@@ -16,7 +16,7 @@ import prepare  # noqa: E402
 
 from meme_llava.cli import make_parser  # noqa: E402
 from meme_llava.convert.settings import BuildArguments, MergeArguments  # noqa: E402
-from meme_llava.dataset.records import KINDS  # noqa: E402
+from meme_llava.dataset.records import BAD_KINDS, KINDS  # noqa: E402
 from meme_llava.evaluate.settings import EvaluateArguments, JudgeArguments, ReportArguments  # noqa: E402
 from meme_llava.inference.settings import DemoArguments, InferArguments  # noqa: E402
 from meme_llava.prepare.describing import DescribeArguments  # noqa: E402
@@ -130,7 +130,7 @@ def list_flags(script: str, settings: type) -> list[tuple[str, str, str]]:
 
 
 def make_kinds() -> str:
-    rows = [(f"`{kind.name}`", str(kind.severity), escape(kind.meaning)) for kind in KINDS.values()]
+    rows = [(f"`{name}`", "bad" if name in BAD_KINDS else "noted", escape(meaning)) for name, meaning in KINDS.items()]
     return format_table(("Kind", "Severity", "Meaning"), rows)
 
 

@@ -20,6 +20,7 @@ from meme_llava.convert.merge import PEFT_PREFIX, TrainedWeights
 from meme_llava.dataset.check import RecordPolicy, RecordSource
 from meme_llava.dataset.collator import normalise, to_pixel_values
 from meme_llava.dataset.conversation import Tokenization
+from meme_llava.dataset.collator import normalise
 from meme_llava.dataset.dataset import load_records
 from meme_llava.dataset.images import open_image
 from meme_llava.errors import UserError
@@ -207,8 +208,8 @@ def _load_prompts(training: dict, processing: Processing) -> tuple[list[dict], P
     if not source.annotations.is_file():
         source = RecordSource(DATA / "annotations.json", DATA)
     encoder, policy = processing.encoder, processing.image_policy
-    tokens = Tokenization(encoder, training["settings"]["model_max_length"])
-    dataset = load_records(source, RecordPolicy(bad_records="quarantine"), tokens, policy).dataset
+    record_policy, max_length = RecordPolicy(bad_records="quarantine"), training["settings"]["model_max_length"]
+    dataset = load_records(source, record_policy, encoder, max_length, policy).dataset
     prompts = []
     for index in range(min(VERIFIED_RECORDS, len(dataset))):
         example = dataset[index]

@@ -4,6 +4,7 @@ data/check.py, run.sh before it builds, and train.py before it loads a model all
 replaced silently: every bad record is listed with its place, kind and reason. Nothing about models.
 """
 
+import difflib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,35 +15,41 @@ from meme_llava.cli import check_setting, describe
 from meme_llava.dataset.conversation import (
     CONTROL_TOKENS,
     IMAGE_PLACEHOLDER,
-    Conversation,
-    RecordLengths,
-    Tokenization,
-    TokenizedRecords,
-    tokenize_records,
+    ConversationEncoder,
+    DoesNotFit,
+    Tokens,
 )
 from meme_llava.dataset.images import MAX_PIXELS, resolve_image_path
 from meme_llava.dataset.inspection import (
     ImageFacts,
-    Inspection,
     check_image,
     find_loop,
     find_refusal,
+    inspect_images,
     measure_recall,
     normalise_text,
 )
 from meme_llava.dataset.records import (
+    BAD_KINDS,
     KINDS,
+    NOTED_KINDS,
     QUARANTINE,
+    UNTRAINABLE,
     Finding,
     Record,
     RecordFault,
-    Severities,
     iterate_values,
     read_records,
 )
 from meme_llava.errors import UserError
 from meme_llava.storage.files import write_lines
 from meme_llava.terminal import print_table, show_count
+
+# A list of a hundred thousand findings helps nobody; the count is always given in full.
+MAX_LISTED, MAX_LISTED_OF_ONE_CAUSE = 50, 5
+SMALLEST_RECALL = 0.5  # of the characters known to stand in an image; a caption may quote them in part
+# Short answers ("有", "图片里没有文字。") may well answer two questions about one image.
+SHORT_ANSWER = 10  # characters that are letters or digits
 
 
 @dataclass(frozen=True)
@@ -71,41 +78,57 @@ class RecordPolicy:
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""
         check_setting(self, "max_pixels", self.max_pixels > 0, "at least 1")
-        Severities(tuple(self.allow), tuple(self.refuse))  # stops at a kind that does not exist
+        for flag, names in (("--allow", self.allow), ("--refuse", self.refuse)):
+            for name in names:
+                if name not in KINDS:
+                    near = difflib.get_close_matches(name, KINDS, n=1)
+                    hint = f" (did you mean {near[0]}?)" if near else ""
+                    raise UserError(f"{flag} {name}: no such kind of finding{hint}; there are {', '.join(KINDS)}")
+        if both := set(self.allow) & set(self.refuse):
+            raise UserError(f"{', '.join(sorted(both))}: both in --allow and in --refuse; choose one")
+        # A flag without effect would leave its user believing that it had one.
+        if idle := [name for name in self.allow if name in NOTED_KINDS]:
+            raise UserError(f"--allow {idle[0]}: such records are trained on anyway; leave it out")
+        if idle := [name for name in self.refuse if name in BAD_KINDS]:
+            raise UserError(f"--refuse {idle[0]}: such records are bad anyway; leave it out")
+        if impossible := [name for name in self.allow if name in UNTRAINABLE]:
+            raise UserError(
+                f"--allow {impossible[0]}: such a record cannot be trained on; fix it, or leave it out with "
+                "--bad_records quarantine"
+            )
 
-    @property
-    def severities(self) -> Severities:
-        """Which findings keep a record from training."""
-        return Severities(tuple(self.allow), tuple(self.refuse))
+    def is_bad(self, kind: str) -> bool:
+        """Whether a finding of this kind keeps its record from training."""
+        return kind in self.refuse or (kind in BAD_KINDS and kind not in self.allow)
 
-
-# A list of a hundred thousand findings helps nobody; the count is always given in full.
-MAX_LISTED, MAX_LISTED_OF_ONE_CAUSE = 50, 5
+    def severity_of(self, kind: str) -> str:
+        """`bad`, or `noted` for what is trained on, counted and listed."""
+        return "bad" if self.is_bad(kind) else "noted"
 
 
 @dataclass
 class CheckedRecord:
-    """A record of sound form with all that was found about it, and its lengths if an encoder was given."""
+    """A record of sound form with all that was found about it, and its tokens if an encoder was given and they fit."""
 
     record: Record
     image_paths: tuple[Path, ...]
     findings: list[Finding] = field(default_factory=list)
-    lengths: RecordLengths | None = None
+    tokens: Tokens | None = None
+
+    def add(self, kind: str, detail: str) -> None:
+        """Note a finding."""
+        self.findings.append(Finding(kind, self.record.place, self.record.record_id, detail))
 
 
 @dataclass
 class CheckedData:
-    """Every record of an annotation file. `malformed` holds the findings about those without a sound form.
-
-    `tokens` are those of `records`, if an encoder was given.
-    """
+    """Every record of an annotation file. `malformed` holds the findings about those without a sound form."""
 
     annotations: Path
-    severities: Severities
+    policy: RecordPolicy
     records: list[CheckedRecord]
     malformed: list[Finding]
     facts: dict[Path, ImageFacts]
-    tokens: TokenizedRecords | None = None
 
     @property
     def total(self) -> int:
@@ -116,38 +139,155 @@ class CheckedData:
     def findings(self) -> list[Finding]:
         """All findings in the order of the file."""
         found = [finding for checked in self.records for finding in checked.findings]
-        return sorted([*self.malformed, *found], key=lambda finding: _read_number(finding.place))
+        return sorted([*self.malformed, *found], key=lambda finding: int(finding.place.rsplit(" ", 1)[1]))
 
     def is_usable(self, checked: CheckedRecord) -> bool:
         """Whether a record is trained on."""
-        return not any(self.severities.is_bad(finding.kind) for finding in checked.findings)
+        return not any(self.policy.is_bad(finding.kind) for finding in checked.findings)
 
     @property
     def usable(self) -> list[CheckedRecord]:
         return [checked for checked in self.records if self.is_usable(checked)]
 
     @property
-    def usable_tokens(self) -> TokenizedRecords:
-        """The tokens of the `usable` records; an encoder must have been given."""
-        return self.tokens.select([number for number, one in enumerate(self.records) if self.is_usable(one)])
-
-    @property
     def bad(self) -> dict[str, list[Finding]]:
         """What keeps records from training, by place, in the order of the file."""
         reasons: dict[str, list[Finding]] = {}
         for finding in self.findings:
-            if self.severities.is_bad(finding.kind):
+            if self.policy.is_bad(finding.kind):
                 reasons.setdefault(finding.place, []).append(finding)
         return reasons
 
     @property
     def counts(self) -> dict[str, int]:
-        """Findings of every kind that was found, in the order of `findings.KINDS`."""
+        """Findings of every kind that was found, in the order of `KINDS`."""
         counts = Counter(finding.kind for finding in self.findings)
         return {kind: counts[kind] for kind in KINDS if counts[kind]}
 
 
-def stop_on_bad_records(checked: CheckedData, bad_records: str) -> None:
+def check_data(
+    source: RecordSource,
+    policy: RecordPolicy,
+    encoder: ConversationEncoder | None = None,
+    max_length: int | None = None,
+    decode: bool = True,
+    workers: int | None = None,
+) -> CheckedData:
+    """Read and check every record, tokenise it, and look at every image.
+
+    Args:
+        encoder: without it, nothing is known about lengths.
+        max_length: positions a record may take, image tokens counted.
+        decode: open every image whole, in `workers` processes (None: as many as there are CPUs); else its header.
+
+    Raises:
+        UserError: the annotation file or the image folder cannot be read at all.
+    """
+    check_image_folder(source.image_folder)
+    records, malformed = read_records(source.annotations)
+    checked_records = [_resolve_images(record, source.image_folder) for record in records]
+    paths = list(dict.fromkeys(path for one in checked_records for path in one.image_paths))
+    with show_count("images", len(paths) if decode else 0) as advance:
+        facts = inspect_images(paths, policy.max_pixels, decode, workers, advance)
+    judged = {path: check_image(path, found, policy.max_pixels) for path, found in facts.items()}
+    first: dict[str, Path] = {}
+    originals = {path: first.setdefault(fact.sha256, path) for path, fact in facts.items() if fact.sha256 is not None}
+    control_tokens = CONTROL_TOKENS if encoder is None else encoder.control_tokens
+    for checked in checked_records:
+        for path in checked.image_paths:
+            for kind, detail in judged[path]:
+                checked.add(kind, detail)
+            if originals.get(path, path) != path:
+                checked.add("duplicate_image", f"{path}: has the bytes of {originals[path]}")
+        _check_text(checked, control_tokens)
+    if encoder is not None:
+        encoded = encoder.encode_many([checked.record.turns for checked in checked_records], max_length)
+        for checked, tokens in zip(checked_records, encoded, strict=True):
+            if isinstance(tokens, DoesNotFit):
+                checked.add("too_long", str(tokens))
+                continue
+            checked.tokens = tokens
+            if tokens.cut_tokens:
+                checked.add("cut_answer", f"{tokens.cut_tokens} positions cut")
+    checked_data = CheckedData(source.annotations, policy, checked_records, malformed, facts)
+    _find_duplicates(checked_data)
+    return checked_data
+
+
+def check_records(source: RecordSource, policy: RecordPolicy) -> CheckedData:
+    """Check records without a model, and decode every image.
+
+    Raises:
+        UserError: a record or image is bad, or nothing is left.
+    """
+    checked = check_data(source, policy)
+    stop_on_bad_records(checked)
+    return checked
+
+
+def check_image_folder(image_folder: Path) -> None:
+    """Raise UserError unless the folder exists."""
+    if not image_folder.is_dir():
+        raise UserError(f"{image_folder}: no such image folder")
+
+
+def _resolve_images(record: Record, image_folder: Path) -> CheckedRecord:
+    try:
+        return CheckedRecord(record, tuple(resolve_image_path(image, image_folder) for image in record.images))
+    except RecordFault as fault:
+        return CheckedRecord(record, (), [Finding(fault.kind, record.place, record.record_id, str(fault))])
+
+
+def _check_text(checked: CheckedRecord, control_tokens: Sequence[str]) -> None:
+    for index, turn in enumerate(checked.record.turns):
+        where = f"turn {index + 1}"
+        spelt = [
+            token
+            for token in control_tokens
+            if token in turn.text and not (token == IMAGE_PLACEHOLDER and turn.role == "user")
+        ]
+        if spelt:
+            checked.add("control_text", f"{where} spells {', '.join(spelt)}")
+        if turn.role == "assistant":
+            if refusal := find_refusal(turn.text):
+                checked.add("refusal", f"{where} refuses: {refusal!r}")
+            if (loop := find_loop(turn.text)) is not None:
+                checked.add("loop", f"{where} repeats {loop[:30]!r}")
+    text = checked.record.text
+    if text:
+        answers = "".join(turn.text for turn in checked.record.turns if turn.role == "assistant")
+        recall = measure_recall(text, answers)
+        if recall < SMALLEST_RECALL:
+            checked.add("text_disagrees", f"{recall:.0%} of the characters of {text!r} are in the answer")
+
+
+def _find_duplicates(data: CheckedData) -> None:
+    """Of records that share an id or a caption the first usable one stays; one that is left out does not count."""
+    ids: dict[str, str] = {}
+    captions: dict[tuple, str] = {}
+    for checked in data.records:
+        record = checked.record
+        if record.record_id in ids:
+            checked.add("duplicate_id", f"has the id of {ids[record.record_id]}")
+        if not data.is_usable(checked):
+            continue
+        ids.setdefault(record.record_id, record.place)
+        if record.repeat == 1:
+            first = captions.setdefault(_make_caption_key(checked), record.place)
+            if first != record.place:
+                checked.add("duplicate_caption", f"says the same as {first}")
+
+
+def _make_caption_key(checked: CheckedRecord) -> tuple:
+    """What two records share if they teach the same: images and answers, and questions where an answer is short."""
+    turns = checked.record.turns
+    answers = tuple(normalise_text(turn.text) or turn.text for turn in turns if turn.role == "assistant")
+    questions = tuple(turn.text for turn in turns if turn.role != "assistant")
+    is_long = bool(checked.image_paths) and all(len(answer) >= SHORT_ANSWER for answer in answers)
+    return checked.image_paths, answers, () if is_long else questions
+
+
+def stop_on_bad_records(checked: CheckedData) -> None:
     """Stop where bad records are errors, or where nothing else is left.
 
     Raises:
@@ -156,9 +296,12 @@ def stop_on_bad_records(checked: CheckedData, bad_records: str) -> None:
     bad, suggestion = list(checked.bad.values()), suggest_folder(checked)
     # One wrong folder explains them all.
     most = MAX_LISTED_OF_ONE_CAUSE if suggestion else MAX_LISTED
-    listed = "\n".join(f"  {_describe_record(findings)}" for findings in bad[:most])
+    listed = "\n".join(
+        "  " + "; ".join([str(first), *(f"{other.detail} [{other.kind}]" for other in others)])
+        for first, *others in bad[:most]
+    )
     more = f"\n  … and {len(bad) - most} more" if len(bad) > most else ""
-    if bad and bad_records == "error":
+    if bad and checked.policy.bad_records == "error":
         raise UserError(
             f"{checked.annotations}: {len(bad)} of {checked.total} records cannot be trained on:\n{listed}{more}"
             f"{suggestion}\nMend them, or pass --bad_records quarantine to train without them."
@@ -193,18 +336,6 @@ def write_quarantine(output_dir: Path, checked: CheckedData) -> Path | None:
     return path
 
 
-def describe_mispairing(checked: CheckedData) -> str:
-    """A question to the user if most answers lack the words known to stand in their images, else nothing."""
-    with_text = [record for record in checked.records if record.record.text]
-    disagreeing = sum(any(f.kind == "text_disagrees" for f in record.findings) for record in with_text)
-    if disagreeing * 2 <= len(with_text):
-        return ""
-    return (
-        f"{disagreeing:,} of {len(with_text):,} answers lack most of the words known to stand in their images; do "
-        "the captions belong to these images?"
-    )
-
-
 def suggest_folder(checked: CheckedData) -> str:
     """A line that asks about the image folder if most images are missing, else nothing."""
     missing = sum(finding.kind == "missing_image" for finding in checked.findings)
@@ -216,163 +347,13 @@ def suggest_folder(checked: CheckedData) -> str:
 
 def print_findings(checked: CheckedData) -> None:
     """Print how many findings of every kind there are, and whether they keep their records from training."""
-    rows = [
-        (kind, checked.severities.severity_of(kind), count, KINDS[kind].meaning)
-        for kind, count in checked.counts.items()
-    ]
+    rows = [(kind, checked.policy.severity_of(kind), count, KINDS[kind]) for kind, count in checked.counts.items()]
     if rows:
         print_table("Findings", ("kind", "severity", "records", "meaning"), rows)
-    if doubt := describe_mispairing(checked):
-        print(doubt)
-
-
-def _describe_record(findings: list[Finding]) -> str:
-    first, *others = findings
-    return "; ".join([str(first), *(f"{finding.detail} [{finding.kind}]" for finding in others)])
-
-
-def _read_number(place: str) -> int:
-    return int(place.rsplit(" ", 1)[1])
-
-
-SMALLEST_RECALL = 0.5  # of the characters known to stand in an image; a caption may quote them in part
-# Short answers ("有", "图片里没有文字。") may well answer two questions about one image.
-SHORT_ANSWER = 10  # characters that are letters or digits
-
-
-def check_data(
-    source: RecordSource,
-    policy: RecordPolicy,
-    tokens: Tokenization | None = None,
-    inspection: Inspection | None = None,
-) -> CheckedData:
-    """Read and check every record, tokenise it, and look at every image.
-
-    Args:
-        tokens: how records are encoded; without it, nothing is known about lengths.
-        inspection: how images are looked at; every one is opened whole if it is not given.
-
-    Raises:
-        UserError: the annotation file or the image folder cannot be read at all.
-    """
-    check_image_folder(source.image_folder)
-    inspection = inspection or Inspection()
-    records, malformed = read_records(source.annotations)
-    checked_records = [_resolve_images(record, source.image_folder) for record in records]
-    facts = inspection.inspect((path for one in checked_records for path in one.image_paths), policy.max_pixels)
-    judged = {path: check_image(path, found, policy.max_pixels) for path, found in facts.items()}
-    originals = _find_first_copies(facts)
-    tokenized = None if tokens is None else _tokenize(checked_records, tokens, inspection.workers)
-    for checked in checked_records:
-        for path in checked.image_paths:
-            for kind, detail in judged[path]:
-                _add(checked, kind, detail)
-            if originals.get(path, path) != path:
-                _add(checked, "duplicate_image", f"{path}: has the bytes of {originals[path]}")
-        _check_text(checked, CONTROL_TOKENS if tokens is None else tokens.encoder.control_tokens)
-        _check_length(checked)
-    checked_data = CheckedData(source.annotations, policy.severities, checked_records, malformed, facts, tokenized)
-    _find_duplicates(checked_data)
-    return checked_data
-
-
-def check_records(source: RecordSource, policy: RecordPolicy) -> CheckedData:
-    """Check records without a model, and decode every image.
-
-    Raises:
-        UserError: a record or image is bad, or nothing is left.
-    """
-    checked = check_data(source, policy, inspection=Inspection(show_progress=show_count))
-    stop_on_bad_records(checked, policy.bad_records)
-    return checked
-
-
-def check_image_folder(image_folder: Path) -> None:
-    """Raise UserError unless the folder exists."""
-    if not image_folder.is_dir():
-        raise UserError(f"{image_folder}: no such image folder")
-
-
-def _add(checked: CheckedRecord, kind: str, detail: str) -> None:
-    record = checked.record
-    checked.findings.append(Finding(kind, record.place, record.record_id, detail))
-
-
-def _resolve_images(record: Record, image_folder: Path) -> CheckedRecord:
-    try:
-        return CheckedRecord(record, tuple(resolve_image_path(image, image_folder) for image in record.images))
-    except RecordFault as fault:
-        return CheckedRecord(record, (), [Finding(fault.kind, record.place, record.record_id, str(fault))])
-
-
-def _find_first_copies(facts: dict[Path, ImageFacts]) -> dict[Path, Path]:
-    """Every file whose contents are known: the first file with the same bytes."""
-    first: dict[str, Path] = {}
-    return {path: first.setdefault(fact.sha256, path) for path, fact in facts.items() if fact.sha256 is not None}
-
-
-def _check_text(checked: CheckedRecord, control_tokens: Sequence[str]) -> None:
-    for index, turn in enumerate(checked.record.turns):
-        where = f"turn {index + 1}"
-        spelt = [
-            token
-            for token in control_tokens
-            if token in turn.text and not (token == IMAGE_PLACEHOLDER and turn.role == "user")
-        ]
-        if spelt:
-            _add(checked, "control_text", f"{where} spells {', '.join(spelt)}")
-        if turn.role == "assistant":
-            if refusal := find_refusal(turn.text):
-                _add(checked, "refusal", f"{where} refuses: {refusal!r}")
-            if (loop := find_loop(turn.text)) is not None:
-                _add(checked, "loop", f"{where} repeats {loop[:30]!r}")
-    text = checked.record.text
-    if text:
-        answers = "".join(turn.text for turn in checked.record.turns if turn.role == "assistant")
-        recall = measure_recall(text, answers)
-        if recall < SMALLEST_RECALL:
-            _add(checked, "text_disagrees", f"{recall:.0%} of the characters of {text!r} are in the answer")
-
-
-def _tokenize(checked_records: Sequence[CheckedRecord], tokens: Tokenization, workers: int | None) -> TokenizedRecords:
-    conversations = [Conversation(checked.record.turns, checked.image_paths) for checked in checked_records]
-    tokenized = tokenize_records(conversations, tokens, workers)
-    for checked, lengths in zip(checked_records, tokenized.lengths, strict=True):
-        checked.lengths = lengths
-    return tokenized
-
-
-def _check_length(checked: CheckedRecord) -> None:
-    lengths = checked.lengths
-    if lengths is None:
-        return
-    if lengths.misfit is not None:
-        _add(checked, "too_long", lengths.misfit)
-    elif lengths.cut_tokens:
-        _add(checked, "cut_answer", f"{lengths.cut_tokens} positions cut")
-
-
-def _find_duplicates(data: CheckedData) -> None:
-    """Of records that share an id or a caption the first usable one stays; one that is left out does not count."""
-    ids: dict[str, str] = {}
-    captions: dict[tuple, str] = {}
-    for checked in data.records:
-        record = checked.record
-        if record.record_id in ids:
-            _add(checked, "duplicate_id", f"has the id of {ids[record.record_id]}")
-        if not data.is_usable(checked):
-            continue
-        ids.setdefault(record.record_id, record.place)
-        if record.repeat == 1:
-            first = captions.setdefault(_make_caption_key(checked), record.place)
-            if first != record.place:
-                _add(checked, "duplicate_caption", f"says the same as {first}")
-
-
-def _make_caption_key(checked: CheckedRecord) -> tuple:
-    """What two records share if they teach the same: images and answers, and questions where an answer is short."""
-    turns = checked.record.turns
-    answers = tuple(normalise_text(turn.text) or turn.text for turn in turns if turn.role == "assistant")
-    questions = tuple(turn.text for turn in turns if turn.role != "assistant")
-    is_long = bool(checked.image_paths) and all(len(answer) >= SHORT_ANSWER for answer in answers)
-    return checked.image_paths, answers, () if is_long else questions
+    with_text = [one for one in checked.records if one.record.text]
+    disagreeing = sum(any(finding.kind == "text_disagrees" for finding in one.findings) for one in with_text)
+    if disagreeing * 2 > len(with_text):
+        print(
+            f"{disagreeing:,} of {len(with_text):,} answers lack most of the words known to stand in their images; do "
+            "the captions belong to these images?"
+        )

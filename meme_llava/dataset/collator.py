@@ -65,121 +65,90 @@ class PackingCollator:
             loss_positions, loss_targets: int64 (supervised,); the hidden state at the position predicts the target.
             loss_weights: float32 (supervised,).
         """
-        for example in examples:
-            self._check_image_tokens(example)
-        images = _Images(examples, self.shared_images)
-        row = _Row()
-        for members in self._gather_groups(examples, images):
-            row.add_family([examples[member] for member in members], [images.keys[member] for member in members])
+        pixels, shown = self._number_images(examples)
+        keys = [self._make_key(example, numbers) for example, numbers in zip(examples, shown, strict=True)]
+        families: dict[int | str, list[int]] = {}
+        for number, numbers in enumerate(shown):
+            families.setdefault(numbers[0] if numbers else f"text {number}", []).append(number)
+        row, row_keys = _pack_row(examples, keys, families.values(), self.loss_average)
+        blank = torch.zeros((1, 3, self.image_size, self.image_size), dtype=torch.uint8)
         return {
-            **row.to_tensors(self.loss_average),
-            **images.to_tensors(self.image_size),
-            "image_runs": torch.from_numpy(self._find_image_runs(row)),
+            **row,
+            "pixel_values": torch.stack(pixels) if pixels else blank,
+            "image_runs": torch.from_numpy(-1 - row_keys[row_keys < 0][:: self.tokens_per_image]),
         }
 
-    def _check_image_tokens(self, example: dict) -> None:
-        # Only the totals of a batch would be compared: two wrong records can cancel out and swap their images.
-        found = int((example["input_ids"] == self.image_token_id).sum())
-        expected = len(example["pixel_values"]) * self.tokens_per_image
-        if found != expected:
-            raise ValueError(
-                f"record {example['record_id']!r} has {found} image tokens for {len(example['pixel_values'])} "
-                f"image(s) of {self.tokens_per_image}"
-            )
-
-    def _gather_groups(self, examples: list[dict], images: "_Images") -> Iterable[list[int]]:
-        """Records that may share a beginning, those with the same first image, so that neighbours share most."""
-        groups: dict[int | str, list[int]] = {}
-        for number, example in enumerate(examples):
-            key_ids = example["input_ids"].numpy().copy()
-            is_image = key_ids == self.image_token_id
-            # Negative numbers are not tokens: image tokens are equal only if they show the same image.
-            key_ids[is_image] = -1 - np.repeat(images.numbers[number], self.tokens_per_image)
-            images.keys.append(key_ids)
-            first = images.numbers[number][0] if len(images.numbers[number]) else f"text {number}"
-            groups.setdefault(first, []).append(number)
-        for members in groups.values():
-            yield sorted(members, key=lambda member: images.keys[member].tolist())
-
-    def _find_image_runs(self, row: "_Row") -> np.ndarray:
-        keys = np.concatenate(row.keys)
-        return -1 - keys[keys < 0][:: self.tokens_per_image]
-
-
-class _Images:
-    """The different images of a batch, and which of them every example shows."""
-
-    def __init__(self, examples: list[dict], shared: bool):
-        self.tensors: list[torch.Tensor] = []
-        self.numbers: list[np.ndarray] = []  # per example: int64 (images,)
-        self.keys: list[np.ndarray] = []  # per example: int64 (length,), tokens with images in place of image tokens
-        known: dict = {}
+    def _number_images(self, examples: list[dict]) -> tuple[list[torch.Tensor], list[list[int]]]:
+        """The different images of a batch, and the numbers of those that every example shows."""
+        pixels, known, shown = [], {}, []
         for example in examples:
-            numbers = []
+            shown.append([])
             for path, image in zip(example["image_paths"], example["pixel_values"], strict=True):
-                number = known.get(path) if shared else None
-                if number is None:
-                    number = known[path] = len(self.tensors)
-                    self.tensors.append(image)
-                numbers.append(number)
-            self.numbers.append(np.array(numbers, np.int64))
+                if path not in known or not self.shared_images:
+                    known[path] = len(pixels)
+                    pixels.append(image)
+                shown[-1].append(known[path])
+        return pixels, shown
 
-    def to_tensors(self, image_size: int) -> dict[str, torch.Tensor]:
-        if not self.tensors:
-            return {"pixel_values": torch.zeros((1, 3, image_size, image_size), dtype=torch.uint8)}
-        return {"pixel_values": torch.stack(self.tensors)}
+    def _make_key(self, example: dict, numbers: list[int]) -> np.ndarray:
+        """Its tokens with images in place of image tokens, as negative numbers, which no token has: int64 (length,)."""
+        key = example["input_ids"].numpy().copy()
+        is_image = key == self.image_token_id
+        # Only the totals of a batch would be compared: two wrong records can cancel out and swap their images.
+        if (found := int(is_image.sum())) != len(numbers) * self.tokens_per_image:
+            raise ValueError(
+                f"record {example['record_id']!r} has {found} image tokens for {len(numbers)} image(s) of "
+                f"{self.tokens_per_image}"
+            )
+        key[is_image] = -1 - np.repeat(np.array(numbers, np.int64), self.tokens_per_image)
+        return key
 
 
-class _Row:
-    """A packed row while it is filled."""
+def _pack_row(
+    examples: list[dict], keys: list[np.ndarray], families: Iterable[list[int]], loss_average: LossAverage
+) -> tuple[dict[str, torch.Tensor | int], np.ndarray]:
+    """One row of all examples, those of a family as a tree, and its keys: int64 (positions,).
 
-    def __init__(self) -> None:
-        self._length = 0
-        self._input_ids: list[np.ndarray] = []
-        self._position_ids: list[np.ndarray] = []
-        self._paths: list[np.ndarray] = []
-        self._segment_lengths: list[int] = []
-        self._losses: list[tuple[np.ndarray, np.ndarray]] = []  # per record: positions, targets
-        self.keys: list[np.ndarray] = []
-
-    def add_family(self, examples: list[dict], keys: list[np.ndarray]) -> None:
-        """Append records as a tree; `keys` are their tokens with images in place of image tokens, in sorted order."""
-        path = np.empty(0, np.int64)
-        previous = np.empty(0, np.int64)
-        for example, key in zip(examples, keys, strict=True):
+    Args:
+        keys: of every example, its tokens with images in place of image tokens.
+    """
+    input_ids, position_ids, paths, row_keys = [], [], [], []  # of every segment
+    positions, targets, weights = [], [], []  # of every record
+    length = 0
+    for members in families:
+        path = previous = np.empty(0, np.int64)
+        # Sorted, neighbours share most.
+        for member in sorted(members, key=lambda member: keys[member].tolist()):
+            key, labels = keys[member], examples[member]["labels"].numpy()
             shared = count_common_prefix(previous, key)
             added = len(key) - shared
-            path = np.concatenate([path[:shared], np.arange(self._length, self._length + added)])
+            path = np.concatenate([path[:shared], np.arange(length, length + added)])
             previous = key
-            labels = example["labels"].numpy()
             supervised = np.flatnonzero(labels[1:] != IGNORED_LABEL) + 1
-            self._losses.append((path[supervised - 1], labels[supervised]))
+            positions.append(path[supervised - 1])
+            targets.append(labels[supervised])
+            weight = 1.0 if loss_average == "token" else 1.0 / max(len(supervised), 1)
+            weights.append(np.full(len(supervised), weight, np.float32))
             if added:
-                self._input_ids.append(example["input_ids"].numpy()[shared:])
-                self._position_ids.append(np.arange(shared, len(key)))
-                self._paths.append(path)
-                self._segment_lengths.append(added)
-                self.keys.append(key[shared:])
-                self._length += added
-
-    def to_tensors(self, loss_average: LossAverage) -> dict[str, torch.Tensor | int]:
-        path_lengths = [len(path) for path in self._paths]
-        weights = [
-            np.full(len(targets), 1.0 if loss_average == "token" else 1.0 / max(len(targets), 1), np.float32)
-            for _, targets in self._losses
-        ]
-        return {
-            "input_ids": torch.from_numpy(np.concatenate(self._input_ids))[None],  # (1, positions)
-            "position_ids": torch.from_numpy(np.concatenate(self._position_ids))[None],  # (1, positions)
-            "cu_seqlens_q": _to_starts(self._segment_lengths),
-            "kv_index": torch.from_numpy(np.concatenate(self._paths)),
-            "cu_seqlens_k": _to_starts(path_lengths),
-            "max_seqlen_q": max(self._segment_lengths),
-            "max_seqlen_k": max(path_lengths),
-            "loss_positions": torch.from_numpy(np.concatenate([positions for positions, _ in self._losses])),
-            "loss_targets": torch.from_numpy(np.concatenate([targets for _, targets in self._losses])),
-            "loss_weights": torch.from_numpy(np.concatenate(weights)),
-        }
+                input_ids.append(examples[member]["input_ids"].numpy()[shared:])
+                position_ids.append(np.arange(shared, len(key)))
+                paths.append(path)
+                row_keys.append(key[shared:])
+                length += added
+    segment_lengths, path_lengths = [len(key) for key in row_keys], [len(path) for path in paths]
+    row = {
+        "input_ids": torch.from_numpy(np.concatenate(input_ids))[None],  # (1, positions)
+        "position_ids": torch.from_numpy(np.concatenate(position_ids))[None],  # (1, positions)
+        "cu_seqlens_q": _to_starts(segment_lengths),
+        "kv_index": torch.from_numpy(np.concatenate(paths)),
+        "cu_seqlens_k": _to_starts(path_lengths),
+        "max_seqlen_q": max(segment_lengths),
+        "max_seqlen_k": max(path_lengths),
+        "loss_positions": torch.from_numpy(np.concatenate(positions)),
+        "loss_targets": torch.from_numpy(np.concatenate(targets)),
+        "loss_weights": torch.from_numpy(np.concatenate(weights)),
+    }
+    return row, np.concatenate(row_keys)
 
 
 def _to_starts(lengths: list[int]) -> torch.Tensor:

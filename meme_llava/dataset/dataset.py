@@ -3,8 +3,8 @@
 Nothing about batches or models.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +19,9 @@ from meme_llava.dataset.check import (
     stop_on_bad_records,
 )
 from meme_llava.dataset.collator import read_pixels
-from meme_llava.dataset.conversation import Tokenization, TokenizedRecords
+from meme_llava.dataset.conversation import ConversationEncoder
 from meme_llava.dataset.images import MAX_PIXELS, ImagePolicy
-from meme_llava.dataset.inspection import Inspection
-from meme_llava.dataset.sampling import BatchShape, PackedLengths, plan_shared_order, shuffle_records
+from meme_llava.dataset.sampling import BatchShape, PackedLengths, find_sharing, plan_shared_order, shuffle_records
 from meme_llava.errors import UserError
 
 
@@ -33,21 +32,21 @@ class MemeDataset(Dataset):
     of image tokens, "pixel_values" their pixels, uint8 (3, size, size) each}.
 
     Args:
-        records: what trains, with its `tokens`.
+        records: what trains, with their tokens.
     """
 
     def __init__(
         self,
         records: list[CheckedRecord],
-        tokens: TokenizedRecords,
+        image_token_id: int,
+        tokens_per_image: int,
         image_policy: ImagePolicy,
         max_pixels: int = MAX_PIXELS,
     ):
-        self.sharing = tokens.sharing
-        self._records = records
-        self._tokens = tokens
-        self._image_policy = image_policy
-        self._max_pixels = max_pixels
+        self._records, self._image_policy, self._max_pixels = records, image_policy, max_pixels
+        self._image_token = image_token_id, tokens_per_image
+        ids, paths = [one.tokens.ids for one in records], [one.image_paths for one in records]
+        self.sharing = find_sharing(ids, paths, image_token_id, tokens_per_image)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -58,10 +57,9 @@ class MemeDataset(Dataset):
     def __getitems__(self, indices: list[int]) -> list[dict]:
         """The items of a batch; an image that several of them show is decoded once."""
         images: dict[Path, torch.Tensor] = {}
-        return [self._make_item(index, images) for index in indices]
+        return [self._make_item(self._records[index], images) for index in indices]
 
-    def _make_item(self, index: int, images: dict[Path, torch.Tensor]) -> dict:
-        checked = self._records[index]
+    def _make_item(self, checked: CheckedRecord, images: dict[Path, torch.Tensor]) -> dict:
         try:
             for path in checked.image_paths:
                 if path not in images:
@@ -69,7 +67,7 @@ class MemeDataset(Dataset):
         except ValueError as error:
             # Replacing the record would change the data order without a word, so the run stops and names it.
             raise UserError(f"{checked.record.place} (id {checked.record.record_id!r}): {error}") from error
-        input_ids, labels = self._tokens.read(index)
+        input_ids, labels = checked.tokens.spread(*self._image_token)
         return {
             "record_id": checked.record.record_id,
             "input_ids": torch.from_numpy(input_ids),
@@ -90,12 +88,12 @@ class MemeDataset(Dataset):
     @property
     def lengths(self) -> np.ndarray:
         """Positions of every record, image tokens counted: int64 (records,)."""
-        return np.array([lengths.positions for lengths in self._tokens.lengths], np.int64)
+        return np.array([checked.tokens.positions for checked in self._records], np.int64)
 
     @property
     def supervised_lengths(self) -> np.ndarray:
         """Positions that carry loss in every record: int64 (records,)."""
-        return np.array([lengths.supervised for lengths in self._tokens.lengths], np.int64)
+        return np.array([checked.tokens.supervised.sum() for checked in self._records], np.int64)
 
     @property
     def image_counts(self) -> np.ndarray:
@@ -103,8 +101,7 @@ class MemeDataset(Dataset):
         return np.array([len(checked.image_paths) for checked in self._records], np.int64)
 
 
-@dataclass(frozen=True)
-class LoadedData:
+class LoadedData(NamedTuple):
     """The records that train, and everything that was found about those and the others."""
 
     dataset: MemeDataset
@@ -119,21 +116,20 @@ class LoadedData:
 def load_records(
     source: RecordSource,
     policy: RecordPolicy,
-    tokens: Tokenization,
+    encoder: ConversationEncoder,
+    max_length: int | None,
     image_policy: ImagePolicy,
-    inspection: Inspection | None = None,
+    decode: bool = True,
 ) -> LoadedData:
-    """Read, check and tokenise every record before anything is trained.
-
-    Args:
-        inspection: how images are looked at; every one is opened whole if it is not given.
+    """Read, check and tokenise every record before anything is trained; the arguments are those of `check_data`.
 
     Raises:
         UserError: a record is bad and `policy` makes that an error (they are listed), or nothing is left.
     """
-    checked = check_data(source, policy, tokens, inspection)
-    stop_on_bad_records(checked, policy.bad_records)
-    return LoadedData(MemeDataset(checked.usable, checked.usable_tokens, image_policy, policy.max_pixels), checked)
+    checked = check_data(source, policy, encoder, max_length, decode)
+    stop_on_bad_records(checked)
+    token = encoder.image_token_id, encoder.tokens_per_image
+    return LoadedData(MemeDataset(checked.usable, *token, image_policy, policy.max_pixels), checked)
 
 
 class TrainingOrder(Dataset):
@@ -160,8 +156,7 @@ class TrainingOrder(Dataset):
         first_step: int = 0,
         first_record: int = 0,
     ):
-        self._dataset = dataset
-        self._shape = shape
+        self._dataset, self._shape = dataset, shape
         self._sharing = dataset.sharing if shared_images else None
         if shared_images:
             to_come = plan_shared_order(dataset.lengths, dataset.sharing, steps - first_step, shape, seed, first_record)

@@ -9,7 +9,7 @@ import os
 import stat
 import struct
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -169,7 +169,7 @@ def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         image = Image.open(path, formats=ACCEPTED_FORMATS)
     except UnidentifiedImageError as error:
         with path.open("rb") as file:
-            kind, what = identify_file_type(file.read(START_LENGTH), ACCEPTED_FORMATS)
+            kind, what = identify_file_type(file.read(START_LENGTH))
         raise RecordFault(kind, f"{path}: {what}") from error
     except OSError as error:
         # Pillow's own errors about a header have no errno; those of the file system do.
@@ -250,57 +250,52 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-START_LENGTH = 32  # bytes that tell
-SHOWN_LENGTH = 16
-# What a file that is not an image starts with, and what it then is.
-SIGNATURES = (
-    (b"<!doctype html", "a web page: a failed download"),
-    (b"<html", "a web page: a failed download"),
-    (b"<?xml", "XML or SVG"),
-    (b"<svg", "SVG"),
-    (b"{", "JSON: an error message instead of a download"),
-    (b"version https://git-lfs", "a git-lfs pointer; run git lfs pull"),
-    (b"%!ps", "PostScript"),
-    (b"%pdf", "PDF"),
-    (b"pk\x03\x04", "a zip archive"),
-    (b"\x1f\x8b", "a gzip archive"),
-)
-# What the accepted formats start with: if Pillow does not know such a file, its header is damaged.
-ACCEPTED_MARKS = ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n", "PNG"), (b"GIF8", "GIF"), (b"RIFF", "WEBP"))
-# Images of formats whose parsers stay closed: (place of the mark, mark, name).
-CLOSED_FORMATS = (
-    (0, b"8bps", "PSD"),
-    (0, b"ii*\x00", "TIFF"),
-    (0, b"mm\x00*", "TIFF"),
-    (4, b"ftypavif", "AVIF"),
-    (4, b"ftyphei", "HEIF"),
-    (4, b"ftypmif1", "HEIF"),
-    (0, b"\x00\x00\x00\x0cjp  ", "JPEG 2000"),
-    (0, b"\xff\x0a", "JPEG XL"),
-    (0, b"\x00\x00\x00\x0cjxl ", "JPEG XL"),
-    (0, b"\x00\x00\x01\x00", "ICO"),
-)
+START_LENGTH = 32  # bytes that tell what a file is
+# How files that are not images begin, in lower case.
+_NOT_IMAGES = {
+    "a web page: a failed download": (b"<!doctype html", b"<html"),
+    "XML or SVG": (b"<?xml",),
+    "SVG": (b"<svg",),
+    "JSON: an error message instead of a download": (b"{",),
+    "a git-lfs pointer; run git lfs pull": (b"version https://git-lfs",),
+    "PostScript": (b"%!ps",),
+    "PDF": (b"%pdf",),
+    "a zip archive": (b"pk\x03\x04",),
+    "a gzip archive": (b"\x1f\x8b",),
+}
+# What the accepted formats begin with: if Pillow does not know such a file, its header is damaged.
+_ACCEPTED = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG\r\n", "GIF": b"GIF8", "WEBP": b"RIFF"}
+# Images of formats whose parsers stay closed, in lower case.
+_CLOSED = {
+    "PSD": (b"8bps",),
+    "TIFF": (b"ii*\x00", b"mm\x00*"),
+    "AVIF": (b"ftypavif",),
+    "HEIF": (b"ftyphei", b"ftypmif1"),
+    "JPEG 2000": (b"\x00\x00\x00\x0cjp  ",),
+    "JPEG XL": (b"\xff\x0a", b"\x00\x00\x00\x0cjxl "),
+    "ICO": (b"\x00\x00\x01\x00",),
+}
 
 
-def identify_file_type(start: bytes, accepted_formats: Sequence[str]) -> tuple[str, str]:
+def identify_file_type(start: bytes) -> tuple[str, str]:
     """The kind of finding about a file that Pillow does not know, and what it is.
 
     Args:
         start: its first bytes, `START_LENGTH` of them if it has that many.
-        accepted_formats: what it should have been.
     """
     if not start:
         return "empty_file", "the file is empty"
-    accepted = "/".join(accepted_formats)
-    lower = start.lower()
+    accepted, lower = "/".join(ACCEPTED_FORMATS), start.lower()
     text = lower.removeprefix(b"\xef\xbb\xbf").lstrip()
-    for mark, what in SIGNATURES:
-        if text.startswith(mark):
+    # A length stands in front of this mark.
+    binary = lower[4:] if lower[4:8] == b"ftyp" else lower
+    for what, marks in _NOT_IMAGES.items():
+        if text.startswith(marks):
             return "not_an_image", f"not a {accepted} image but {what}"
-    for mark, name in ACCEPTED_MARKS:
+    for name, mark in _ACCEPTED.items():
         if start.startswith(mark):
             return "damaged_image", f"a {name} image whose header is truncated or damaged"
-    for place, mark, name in CLOSED_FORMATS:
-        if lower[place:].startswith(mark):
-            return "unaccepted_format", f"a {name} image; convert it to one of {', '.join(accepted_formats)}"
-    return "not_an_image", f"not a {accepted} image (starts with {start[:SHOWN_LENGTH]!r})"
+    for name, marks in _CLOSED.items():
+        if binary.startswith(marks):
+            return "unaccepted_format", f"a {name} image; convert it to one of {', '.join(ACCEPTED_FORMATS)}"
+    return "not_an_image", f"not a {accepted} image (starts with {start[:16]!r})"

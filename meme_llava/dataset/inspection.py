@@ -14,10 +14,8 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
-from PIL import Image
 
 from meme_llava import count_cores
 from meme_llava.dataset.images import PARSER_ERRORS, list_header_notes, open_header, open_image
@@ -126,14 +124,13 @@ EXTENSIONS = {
 }
 IMAGE_SUFFIXES = frozenset().union(*EXTENSIONS.values())
 FILES_PER_TASK = 16
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class ImageFacts:
     """What the contents of one file are, whatever its name and whatever limits a run has.
 
-    `fault` is (kind of finding, detail) if it cannot be used. `decoded` is False if only the header was read.
+    `fault` is (kind of finding, detail) if it cannot be used. `sha256` is None where only the header was read.
     """
 
     sha256: str | None
@@ -142,32 +139,6 @@ class ImageFacts:
     height: int = 0
     notes: tuple[tuple[str, str], ...] = ()
     fault: tuple[str, str] | None = None
-    decoded: bool = False
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """How image files are looked at.
-
-    Args:
-        decode: open every image whole, in parallel; else read its header.
-        workers: processes; None takes the CPUs this process may use.
-        show_progress: such as `terminal.show_count`.
-    """
-
-    decode: bool = True
-    workers: int | None = None
-    show_progress: Callable | None = None
-
-    def inspect(self, paths: Iterable[Path], max_pixels: int) -> dict[Path, ImageFacts]:
-        """What every file is, each looked at once."""
-        paths = list(dict.fromkeys(paths))
-        if not self.decode:
-            return {path: inspect_image(path, max_pixels, decode=False) for path in paths}
-        if self.show_progress is None:
-            return inspect_images(paths, max_pixels, self.workers)
-        with self.show_progress("images", len(paths)) as advance:
-            return inspect_images(paths, max_pixels, self.workers, advance)
 
 
 def inspect_image(path: Path, max_pixels: int, decode: bool = True) -> ImageFacts:
@@ -183,25 +154,20 @@ def inspect_image(path: Path, max_pixels: int, decode: bool = True) -> ImageFact
             sha256 = hash_file(path)
             if width * height > max_pixels:
                 return ImageFacts(sha256, image.format, width, height)
-            notes = _list_notes(image)
+            try:
+                notes = list(list_header_notes(image))
+            except PARSER_ERRORS as error:
+                raise RecordFault("damaged_image", f"the image is damaged ({error})") from error
             # Pillow reads EXIF blocks with its parser for TIFF.
             broken = [str(warning.message) for warning in caught if "TiffImagePlugin" in warning.filename]
-            if broken:
-                notes.append(("broken_exif", broken[0]))
+            notes += [("broken_exif", text) for text in broken[:1]]
         open_image(path, max_pixels=max_pixels)
-        return ImageFacts(sha256, image.format, width, height, tuple(notes), decoded=True)
+        return ImageFacts(sha256, image.format, width, height, tuple(notes))
     except RecordFault as fault:
         has_contents = decode and fault.kind not in ("missing_image", "unreadable_file")
         # The same contents may stand under another name.
         detail = str(fault).removeprefix(f"{path}: ")
-        return ImageFacts(hash_file(path) if has_contents else None, fault=(fault.kind, detail), decoded=decode)
-
-
-def _list_notes(image: Image.Image) -> list[tuple[str, str]]:
-    try:
-        return list(list_header_notes(image))
-    except PARSER_ERRORS as error:
-        raise RecordFault("damaged_image", f"the image is damaged ({error})") from error
+        return ImageFacts(hash_file(path) if has_contents else None, fault=(fault.kind, detail))
 
 
 def check_image(path: Path, facts: ImageFacts, max_pixels: int) -> list[tuple[str, str]]:
@@ -229,53 +195,50 @@ def check_image(path: Path, facts: ImageFacts, max_pixels: int) -> list[tuple[st
 def inspect_images(
     paths: Iterable[Path],
     max_pixels: int,
+    decode: bool = True,
     workers: int | None = None,
     advance: Callable[[int], object] = lambda count: None,
 ) -> dict[Path, ImageFacts]:
-    """Open and decode every file, in parallel.
+    """Look at every file.
 
     Args:
+        decode: open images whole, in parallel; else read their headers.
         workers: processes; None takes the CPUs this process may use.
-        advance: takes how many files were done.
+        advance: takes how many files were decoded.
     """
+    paths = list(dict.fromkeys(paths))
+    if not decode:
+        return {path: inspect_image(path, max_pixels, decode=False) for path in paths}
     found: dict[Path, ImageFacts] = {}
-    inspect = partial(inspect_image, max_pixels=max_pixels)
-    for path, facts in _map_in_processes(inspect, list(dict.fromkeys(paths)), workers or count_cores(), _blame):
+    for path, facts in _inspect_in_processes(paths, max_pixels, workers or count_cores()):
         found[path] = facts
         advance(1)
     return found
 
 
-def _map_in_processes(
-    function: Callable[[Path], Result], paths: list[Path], workers: int, blame: Callable[[Path], Result]
-) -> Iterator[tuple[Path, Result]]:
-    """Every path with its result, in order; `blame` gives that of a file that kills its process."""
+def _inspect_in_processes(paths: list[Path], max_pixels: int, workers: int) -> Iterator[tuple[Path, ImageFacts]]:
+    """Every path with what its file is, in order."""
+    inspect = partial(inspect_image, max_pixels=max_pixels)
+    # Forked processes start at once, with what is loaded already.
+    start = partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("fork"))
     while len(paths) > FILES_PER_TASK and workers > 1:
         processes = min(workers, -(-len(paths) // FILES_PER_TASK))
         done = 0
         try:
-            with _start_processes(processes) as pool:
-                for path, result in zip(paths, pool.map(function, paths, chunksize=FILES_PER_TASK), strict=True):
-                    yield path, result
+            with start(processes) as pool:
+                for path, facts in zip(paths, pool.map(inspect, paths, chunksize=FILES_PER_TASK), strict=True):
+                    yield path, facts
                     done += 1
             return
         except BrokenProcessPool:
             # One of the files in work did it, so each of them gets a process of its own; then the rest goes on.
-            suspects, paths = paths[done:][: processes * FILES_PER_TASK], paths[done + processes * FILES_PER_TASK :]
+            in_work = done + processes * FILES_PER_TASK
+            suspects, paths = paths[done:in_work], paths[in_work:]
         for path in suspects:
-            with _start_processes(1) as pool:
+            with start(1) as pool:
                 try:
-                    result = pool.submit(function, path).result()
+                    yield path, pool.submit(inspect, path).result()
                 except BrokenProcessPool:
-                    result = blame(path)
-            yield path, result
-    yield from zip(paths, map(function, paths), strict=True)
-
-
-def _start_processes(count: int) -> ProcessPoolExecutor:
-    # Forked ones start at once, with what is loaded already.
-    return ProcessPoolExecutor(count, multiprocessing.get_context("fork"))
-
-
-def _blame(path: Path) -> ImageFacts:
-    return ImageFacts(None, fault=("damaged_image", "decoding it kills the program that does it"), decoded=True)
+                    detail = "decoding it kills the program that does it"
+                    yield path, ImageFacts(None, fault=("damaged_image", detail))
+    yield from zip(paths, map(inspect, paths), strict=True)

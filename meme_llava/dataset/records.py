@@ -3,34 +3,20 @@
 Nothing about files of images, tokens or training.
 """
 
-import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.errors import UserError
 
-
-class Severity(StrEnum):
-    """BAD records stop the run or are quarantined; NOTED ones are trained on, counted and listed."""
-
-    BAD = "bad"
-    NOTED = "noted"
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One kind of finding. `meaning` says what is wrong and, where something is done about it, what."""
-
-    name: str
-    severity: Severity
-    meaning: str
-
-
-_BAD = {
+QUARANTINE = "quarantine.jsonl"
+ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+FORMAT_HELP = "See data/README.md for the record format."
+CAPTIONS_HELP = "A line of a caption file: python data/prepare.py captions turns those into records."
+# What keeps a record from training: such records stop the run or are quarantined.
+BAD_KINDS = {
     # The record's form.
     "not_json": "the line is not JSON",
     "malformed": "the record does not have the form of data/README.md",
@@ -56,7 +42,8 @@ _BAD = {
     "too_small": "a side of the image has less than 4 pixels",
     "extreme_shape": "one side of the image is more than 50 times the other",
 }
-_NOTED = {
+# Such records are trained on, counted and listed.
+NOTED_KINDS = {
     "cut_answer": "the last answer is cut to model_max_length",
     "control_text": "a text spells a control token; it is trained on as plain text",
     "text_disagrees": "an answer holds less than half of the characters known to stand in the image",
@@ -73,9 +60,10 @@ _NOTED = {
     "stretched_shape": "one side is more than 4 times the other, so the model sees the words squashed",
     "low_resolution": "a side of the image has less than 64 pixels, so words may be unreadable",
 }
-KINDS = {name: Kind(name, Severity.BAD, meaning) for name, meaning in _BAD.items()} | {
-    name: Kind(name, Severity.NOTED, meaning) for name, meaning in _NOTED.items()
-}
+KINDS = BAD_KINDS | NOTED_KINDS  # of findings, with what is wrong and, where something is done about it, what
+# Bad kinds that one may train on nevertheless; without any of the others there is something to train on.
+ALLOWABLE = {"duplicate_id", "duplicate_caption", "refusal", "loop", "too_small", "extreme_shape"}
+UNTRAINABLE = set(BAD_KINDS) - ALLOWABLE
 
 
 @dataclass(frozen=True)
@@ -98,58 +86,6 @@ class RecordFault(ValueError):
         super().__init__(detail)
         self.kind = kind
         self.content = content
-
-
-@dataclass(frozen=True)
-class Severities:
-    """Which kinds are bad in one run: the table above, changed by what the user allows and refuses.
-
-    Raises:
-        UserError: an unknown kind, or one that is both allowed and refused.
-    """
-
-    allowed: tuple[str, ...] = ()
-    refused: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for flag, names in (("--allow", self.allowed), ("--refuse", self.refused)):
-            for name in names:
-                if name not in KINDS:
-                    near = difflib.get_close_matches(name, KINDS, n=1)
-                    hint = f" (did you mean {near[0]}?)" if near else ""
-                    raise UserError(f"{flag} {name}: no such kind of finding{hint}; there are {', '.join(KINDS)}")
-        if both := set(self.allowed) & set(self.refused):
-            raise UserError(f"{', '.join(sorted(both))}: both in --allow and in --refuse; choose one")
-        # A flag without effect would leave its user believing that it had one.
-        if idle := [name for name in self.allowed if KINDS[name].severity is Severity.NOTED]:
-            raise UserError(f"--allow {idle[0]}: such records are trained on anyway; leave it out")
-        if idle := [name for name in self.refused if KINDS[name].severity is Severity.BAD]:
-            raise UserError(f"--refuse {idle[0]}: such records are bad anyway; leave it out")
-        if impossible := [name for name in self.allowed if name in UNTRAINABLE]:
-            raise UserError(
-                f"--allow {impossible[0]}: such a record cannot be trained on; fix it, or leave it out with "
-                "--bad_records quarantine"
-            )
-
-    def severity_of(self, kind: str) -> Severity:
-        """The severity of a kind in this run."""
-        if kind in self.refused:
-            return Severity.BAD
-        return Severity.NOTED if kind in self.allowed else KINDS[kind].severity
-
-    def is_bad(self, kind: str) -> bool:
-        """Whether a finding of this kind keeps its record from training."""
-        return self.severity_of(kind) is Severity.BAD
-
-
-# Bad kinds that one may train on nevertheless; without any of the others there is something to train on.
-ALLOWABLE = {"duplicate_id", "duplicate_caption", "refusal", "loop", "too_small", "extreme_shape"}
-UNTRAINABLE = set(_BAD) - ALLOWABLE
-
-
-ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
-FORMAT_HELP = "See data/README.md for the record format."
-CAPTIONS_HELP = "A line of a caption file: python data/prepare.py captions turns those into records."
 
 
 @dataclass(frozen=True)
@@ -206,8 +142,13 @@ def parse_record(value, place: str) -> Record:
         # The recipe's caption files are the first thing that users have at hand.
         advice = CAPTIONS_HELP if "picName" in value else FORMAT_HELP
         raise RecordFault("malformed", f"has no list 'conversations' (keys: {', '.join(map(str, value))}). {advice}")
-    turns = tuple(_parse_turn(turn, index) for index, turn in enumerate(conversations))
-    _check_turn_order(turns)
+    turns = tuple(_parse_turn(turn, f"conversations[{index}]") for index, turn in enumerate(conversations))
+    dialogue = [turn.role for turn in turns[turns[0].role == "system" :]]
+    if not dialogue or dialogue != ["user", "assistant"] * (len(dialogue) // 2):
+        raise RecordFault(
+            "bad_turn_order",
+            "'conversations' must alternate human, gpt, human, gpt … and end with gpt (one system turn may come first)",
+        )
     placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
     if placeholders != len(images):
         raise RecordFault(
@@ -239,8 +180,7 @@ def name_source(source) -> str:
     return " / ".join(str(source[key]) for key in ("set", "annotator") if source.get(key)) or "unnamed"
 
 
-def _parse_turn(turn, index: int) -> Turn:
-    where = f"conversations[{index}]"
+def _parse_turn(turn, where: str) -> Turn:
     if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
         raise RecordFault("malformed", f"{where} is {turn!r}, expected an object with 'from' and 'value'")
     if not isinstance(turn["from"], str) or turn["from"] not in ROLES:
@@ -256,16 +196,6 @@ def _parse_turn(turn, index: int) -> Turn:
         half = error.object[error.start : error.end]
         raise RecordFault("half_character", f"{where}.value holds half a character: {half!r}") from error
     return Turn(ROLES[turn["from"]], turn["value"])
-
-
-def _check_turn_order(turns: tuple[Turn, ...]) -> None:
-    dialogue = [turn.role for turn in turns[1:]] if turns[0].role == "system" else [turn.role for turn in turns]
-    expected = ["user", "assistant"] * (len(dialogue) // 2)
-    if not dialogue or dialogue != expected:
-        raise RecordFault(
-            "bad_turn_order",
-            "'conversations' must alternate human, gpt, human, gpt … and end with gpt (one system turn may come first)",
-        )
 
 
 def read_text(path: Path) -> str:
@@ -297,9 +227,10 @@ def iterate_values(annotations: Path) -> Iterator[tuple[str, object]]:
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 try:
-                    yield f"{annotations.name} line {number}", json.loads(line)
+                    value = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    yield f"{annotations.name} line {number}", RecordFault("not_json", f"is not JSON ({error})", line)
+                    value = RecordFault("not_json", f"is not JSON ({error})", line)
+                yield f"{annotations.name} line {number}", value
         return
     try:
         values = json.loads(text)
@@ -314,9 +245,6 @@ def iterate_values(annotations: Path) -> Iterator[tuple[str, object]]:
         )
     for index, value in enumerate(values):
         yield f"{annotations.name} record {index}", value
-
-
-QUARANTINE = "quarantine.jsonl"
 
 
 def read_quarantined_places(path: Path) -> set[str]:

@@ -1,12 +1,13 @@
-"""The order in which records train, and which of them meet in a device batch.
+"""Which records begin alike, the order in which they train, and which of them meet in a device batch.
 
-Every process plans the whole run alike, from the seed and what records share. Nothing about tokens or pixels.
+Every process plans the whole run alike, from the seed and what records share. Nothing about prompts or pixels.
 """
 
 import heapq
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,6 +15,10 @@ import numpy as np
 from meme_llava.cli import check_setting, describe
 
 LossAverage = Literal["token", "caption"]
+# Device batches of a step are evened out until the longest is this much above the mean, or by so many exchanges.
+TOLERANCE = 0.02
+EXCHANGES_PER_BATCH = 4
+_FIRST_IMAGE = 1 << 31  # in sort keys images are numbered from here, beyond every token id
 
 
 @dataclass(kw_only=True)
@@ -54,20 +59,39 @@ class PrefixSharing:
     order: np.ndarray
     prefix_lengths: np.ndarray
 
-    def select(self, records: np.ndarray) -> "PrefixSharing":
-        """The sharing among some of the records, given by their numbers (int64), in the order given."""
-        by_rank = np.argsort(self.order[records])
-        kept = self.order[records][by_rank]  # increasing
-        prefix_lengths_by_rank = np.empty_like(self.prefix_lengths)
-        prefix_lengths_by_rank[self.order] = self.prefix_lengths
-        prefix_lengths = np.zeros(len(records), np.int64)
-        if len(records):
-            # From behind the rank kept before up to the own one.
-            starts = np.concatenate([[0], kept[:-1] + 1])
-            prefix_lengths[by_rank] = np.minimum.reduceat(prefix_lengths_by_rank[: kept[-1] + 1], starts)
-        order = np.empty(len(records), np.int64)
-        order[by_rank] = np.arange(len(records))
-        return PrefixSharing(self.groups[records], order, prefix_lengths)
+
+def find_sharing(
+    ids: Sequence[np.ndarray], image_paths: Sequence[tuple[Path, ...]], image_token_id: int, tokens_per_image: int
+) -> PrefixSharing:
+    """Which records begin alike.
+
+    Args:
+        ids: of every record, int32 (tokens,), one image token for all of an image.
+        image_paths: of every record, one file for every image token; a record without images is alone.
+    """
+    groups: dict[Path | int, list[int]] = {}
+    for record, paths in enumerate(image_paths):
+        groups.setdefault(paths[0] if paths else record, []).append(record)
+    group_of, order, prefix_lengths = np.zeros((3, len(ids)), np.int64)
+    order[[record for members in groups.values() for record in members]] = np.arange(len(ids))
+    for group, members in enumerate(groups.values()):
+        group_of[members] = group
+        if len(members) == 1:
+            continue
+        numbers: dict[Path, int] = {}
+        keys = {}
+        for record in members:
+            # Numbers written with the highest byte first are sorted as bytes like themselves.
+            keys[record] = key = ids[record].astype(">u4")
+            shown = [_FIRST_IMAGE + numbers.setdefault(path, len(numbers)) for path in image_paths[record]]
+            key[ids[record] == image_token_id] = shown
+        first_rank = order[members[0]]
+        members.sort(key=lambda record: keys[record].tobytes())
+        order[members] = np.arange(first_rank, first_rank + len(members))
+        for previous, record in itertools.pairwise(members):
+            alike = keys[record][: count_common_prefix(keys[previous], keys[record])]
+            prefix_lengths[record] = len(alike) + (alike >= _FIRST_IMAGE).sum() * (tokens_per_image - 1)
+    return PrefixSharing(group_of, order, prefix_lengths)
 
 
 def count_common_prefix(first: np.ndarray, second: np.ndarray) -> int:
@@ -75,11 +99,6 @@ def count_common_prefix(first: np.ndarray, second: np.ndarray) -> int:
     length = min(len(first), len(second))
     differing = np.flatnonzero(first[:length] != second[:length])
     return int(differing[0]) if len(differing) else length
-
-
-# Device batches of a step are evened out until the longest is this much above the mean, or by so many exchanges.
-TOLERANCE = 0.02
-EXCHANGES_PER_BATCH = 4
 
 
 @dataclass(frozen=True)

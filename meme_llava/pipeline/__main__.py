@@ -33,7 +33,8 @@ from meme_llava.pipeline.plan import (
     split_flags,
     split_stages,
 )
-from meme_llava.storage.run_record import describe_making, is_same, list_differences, write_note
+from meme_llava.storage.files import write_json
+from meme_llava.storage.run_record import describe_making, is_same, list_differences
 
 ONCE = ("build", "train", "merge")  # stages whose result stands; the others run again, and find what they have
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -167,10 +168,10 @@ def make_result(stage: Stage, writes_note: bool) -> None:
         was_made = stage.is_made
         if writes_note and not was_made:
             # Before it runs: a kill right after the result is in place must not leave one without a note.
-            write_note(stage.note, making)
+            write_json(stage.note, making)
         run_command(*stage.command, *stage.resume_flags)
         if writes_note and was_made:
-            write_note(stage.note, making)
+            write_json(stage.note, making)
     elif differences := list_differences(stage.note, making):
         print(*differences, sep="\n", file=sys.stderr)
         raise UserError(

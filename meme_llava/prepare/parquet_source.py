@@ -249,7 +249,7 @@ def _write_image(value, folder: Path, notes: Counter) -> Path:
         with Image.open(io.BytesIO(data), formats=ACCEPTED_FORMATS) as image:
             ending = ENDINGS[image.format.replace("MPO", "JPEG")]  # a phone's JPEG with a preview behind it
     except PARSER_ERRORS as error:
-        raise ValueError(f"the image is {identify_file_type(data[:START_LENGTH], ACCEPTED_FORMATS)[1]}") from error
+        raise ValueError(f"the image is {identify_file_type(data[:START_LENGTH])[1]}") from error
     path = folder / f"{hashlib.sha256(data).hexdigest()[:16]}.{ending}"
     if path.exists() and path.read_bytes() == data:
         notes["rows whose image was stored already"] += 1

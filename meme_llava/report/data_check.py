@@ -16,7 +16,7 @@ import numpy as np
 from meme_llava.cli import check_setting, describe
 from meme_llava.dataset.check import CheckedData, CheckedRecord, RecordPolicy, print_findings
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
-from meme_llava.dataset.records import KINDS, Finding, Severity
+from meme_llava.dataset.records import KINDS, Finding
 from meme_llava.report.charts import draw_bars
 from meme_llava.report.html_page import make_thumbnails, render_page
 from meme_llava.terminal import print_table
@@ -102,9 +102,9 @@ def list_facts(checked: CheckedData, tokens_per_image: int | None, arguments: Ch
         return [*facts, ("positions", "unknown; give --model to tokenise the records")]
     if not usable:
         return facts
-    lengths = [record.lengths.positions for record in usable]
+    lengths = [record.tokens.positions for record in usable]
     total = sum(lengths)
-    supervised = sum(record.lengths.supervised for record in usable)
+    supervised = sum(int(record.tokens.supervised.sum()) for record in usable)
     of_images = tokens_per_image * sum(len(record.image_paths) for record in usable)
     median, most, longest = np.percentile(lengths, [50, 95, 100]).astype(int)
     return [
@@ -120,12 +120,12 @@ def list_facts(checked: CheckedData, tokens_per_image: int | None, arguments: Ch
 
 def make_histograms(checked: CheckedData) -> list[Histogram]:
     """Token lengths of the usable records, if known, their answers, and sizes of the images that could be opened."""
-    lengths = [record.lengths for record in checked.usable if record.lengths is not None]
+    tokens = [record.tokens for record in checked.usable if record.tokens is not None]
     answers = [sum(len(t.text) for t in r.record.turns if t.role == "assistant") for r in checked.usable]
     sides = [max(facts.width, facts.height) for facts in checked.facts.values() if facts.width]
     values = [
-        ("Positions a record / 每条记录的位置数", "positions", [one.positions for one in lengths]),
-        ("Supervised positions / 计入损失的位置数", "positions", [one.supervised for one in lengths]),
+        ("Positions a record / 每条记录的位置数", "positions", [one.positions for one in tokens]),
+        ("Supervised positions / 计入损失的位置数", "positions", [one.supervised.sum() for one in tokens]),
         ("Characters of the answers / 回答的字数", "characters", answers),
         ("Longer side of the images / 图片长边", "pixels", sides),
     ]
@@ -166,30 +166,30 @@ def render_check_page(
 
     Short facts with a digit become tiles.
     """
-    severity_of = checked.severities.severity_of
-    cards = [_make_card(record, checked.severities.is_bad) for record in checked.records]
+    severity_of = checked.policy.severity_of
+    cards = [_make_card(record, checked.policy.is_bad) for record in checked.records]
     cards += [Card(one.place, one.record_id, [one]) for one in checked.malformed]
     shown = _choose_cards(cards, checked, arguments.report_records)
     shown.sort(key=lambda card: _split_numbers(card.place))
     orders = {card.place: order for order, card in enumerate(shown)}
     # The worst first, equally bad ones in the order of the files.
-    bad = {card.place: sum(checked.severities.is_bad(one.kind) for one in card.findings) for card in shown}
+    bad = {card.place: sum(checked.policy.is_bad(one.kind) for one in card.findings) for card in shown}
     shown.sort(key=lambda card: (-bad[card.place], bad[card.place] - len(card.findings)))
     ids: dict[str, list[str]] = {}
     for finding in checked.findings:
         ids.setdefault(finding.kind, []).append(finding.record_id)
-    kinds = sorted(ids, key=lambda kind: (severity_of(kind) != Severity.BAD, -len(ids[kind]), kind))
+    kinds = sorted(ids, key=lambda kind: (severity_of(kind) != "bad", -len(ids[kind]), kind))
     images = list(dict.fromkeys(image for card in shown for image in card.images))
     tiles = [fact for fact in facts if len(fact[1]) <= SHORT_FACT and any(map(str.isdigit, fact[1]))]
     return render_page(
         "check_page.html",
         f"Data check: {arguments.annotations.name}",
         {"tone": _find_tone, "shorten": _shorten_detail},
-        severity_of=lambda kind: str(severity_of(kind)),
+        severity_of=severity_of,
         total_entries=len(cards),
         tiles=tiles,
         details=[fact for fact in facts if fact not in tiles],
-        kinds=[(kind, str(severity_of(kind)), len(ids[kind]), KINDS[kind].meaning) for kind in kinds],
+        kinds=[(kind, severity_of(kind), len(ids[kind]), KINDS[kind]) for kind in kinds],
         examples={kind: ids[kind][:MAX_EXAMPLES] for kind in kinds},
         kinds_on_page=Counter(kind for card in shown for kind in {one.kind for one in card.findings}),
         ids_on_page={card.record_id for card in shown},
@@ -197,7 +197,7 @@ def render_check_page(
         sources=sorted({card.source for card in shown}),
         records_of_source=Counter(card.source for card in shown),
         cards=[
-            (card, orders[card.place], str(severity_of(card.findings[0].kind)) if card.findings else "clean")
+            (card, orders[card.place], severity_of(card.findings[0].kind) if card.findings else "clean")
             for card in shown
         ],
         places={image: place for place, image in enumerate(images)},
@@ -207,8 +207,8 @@ def render_check_page(
 
 
 def _make_card(checked: CheckedRecord, is_bad: Callable[[str], bool]) -> Card:
-    record, lengths = checked.record, checked.lengths
-    known = (lengths.positions, lengths.supervised) if lengths is not None and lengths.misfit is None else (None, None)
+    record, tokens = checked.record, checked.tokens
+    known = (tokens.positions, int(tokens.supervised.sum())) if tokens is not None else (None, None)
     findings = sorted(checked.findings, key=lambda finding: not is_bad(finding.kind))
     return Card(record.place, record.record_id, findings, checked.image_paths, record.turns, record.source, *known)
 
@@ -218,7 +218,7 @@ def _choose_cards(cards: Sequence[Card], checked: CheckedData, limit: int) -> li
     bad, noted, clean = [], [], []
     for index in np.random.default_rng(0).permutation(len(cards)).tolist():
         found = cards[index].findings
-        is_bad = any(checked.severities.is_bad(finding.kind) for finding in found)
+        is_bad = any(checked.policy.is_bad(finding.kind) for finding in found)
         (bad if is_bad else noted if found else clean).append(cards[index])
     # A set of GIFs has a finding about every record; clean ones must be seen as well.
     room = max(limit - len(bad), 0)

@@ -4,6 +4,7 @@ A sha256 over every tensor's name, shape, dtype and bytes. 15 GB take seconds to
 together with the state of the files it was found in.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,30 +28,24 @@ def fingerprint_folder(folder: Path) -> str:
     """
     tensors = dict(sorted(open_model_tensors(folder).items()))
     paths = sorted({stored.path for stored in tensors.values()})
-    states = {str(path.resolve()): _describe_state(path.stat()) for path in paths}
-    key = hashlib.sha256(json.dumps(states).encode()).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    remembered = cache / "meme_llava" / "fingerprints" / key
-    try:
+    # Files whose contents change get another state, as git takes it.
+    states = {
+        str(path.resolve()): f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
+        for path, state in ((path, path.stat()) for path in paths)
+    }
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meme_llava" / "fingerprints"
+    remembered = cache / hashlib.sha256(json.dumps(states).encode()).hexdigest()
+    with contextlib.suppress(OSError, UnicodeDecodeError):
         return remembered.read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError):
-        pass
     whole = hashlib.sha256()
     with ThreadPoolExecutor(min(THREADS, count_cores())) as pool:
         for name, digest in zip(tensors, pool.map(_hash_tensor, tensors.values()), strict=True):
             whole.update(f"{name} {digest}\n".encode())
     fingerprint = whole.hexdigest()
-    try:
-        remembered.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # a home that cannot be written costs time alone
+        cache.mkdir(parents=True, exist_ok=True)
         write_whole(remembered, fingerprint)
-    except OSError:
-        pass  # a home that cannot be written costs time alone
     return fingerprint
-
-
-def _describe_state(state: os.stat_result) -> str:
-    # What changes whenever a file's contents change, as git takes it.
-    return f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
 
 
 def _hash_tensor(stored: StoredTensor) -> str:

@@ -7,11 +7,15 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from meme_llava.errors import UserError
 from meme_llava.storage.files import explain_full_disk, fsync_path, lock, set_file_modes
 from meme_llava.storage.run_record import RUN_RECORD
+
+MODELSCOPE_PREFIX = "modelscope:"
+DESCRIPTION_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
 
 
 @contextlib.contextmanager
@@ -84,19 +88,15 @@ def check_output_dir(output_dir: Path, overwrite: bool) -> None:
         raise UserError(f"{output_dir}: is not a name for a new directory; give --output_dir one of its own")
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{output_dir}: is a file, expected a directory to write to")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
+    if not output_dir.exists() or not any(output_dir.iterdir()):
+        return
+    if not overwrite:
         raise UserError(f"{output_dir}: is not empty. Choose another --output_dir, or pass --overwrite to replace it.")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / RUN_RECORD).is_file():
+    if not (output_dir / RUN_RECORD).is_file():
         raise UserError(
             f"{output_dir}: has no {RUN_RECORD}, so it is not an output of ours and --overwrite leaves it alone. "
             "Choose another --output_dir, or delete it yourself."
         )
-
-
-MODELSCOPE_PREFIX = "modelscope:"
-DESCRIPTION_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
-PICKLED_FILES = ["*.bin"]
-SUBFOLDERS = ["*/*"]  # other formats (onnx, original) that nothing here reads
 
 
 def resolve_model_folder(name: str) -> Path:
@@ -121,23 +121,23 @@ def resolve_model_folder(name: str) -> Path:
 
 def _download_from_hub(model_id: str) -> Path:
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError
+    from huggingface_hub.errors import HTTPError
 
+    # Subfolders hold other formats (onnx, original) that nothing here reads.
+    download = partial(snapshot_download, model_id, ignore_patterns=["*/*"])
     try:
-        folder = Path(snapshot_download(model_id, allow_patterns=DESCRIPTION_FILES, ignore_patterns=SUBFOLDERS))
+        folder = Path(download(allow_patterns=DESCRIPTION_FILES))
         # Chinese-CLIP comes as pytorch_model.bin only; where both forms exist one download is enough.
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(model_id, allow_patterns=PICKLED_FILES, ignore_patterns=SUBFOLDERS))
-        return folder
+        return folder if any(folder.glob("*.safetensors")) else Path(download(allow_patterns=["*.bin"]))
     # HTTPError also is a line that breaks or a proxy that refuses; ValueError a log-in page in place of JSON.
-    except (HTTPError, HFValidationError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         if constants.HF_HUB_OFFLINE:
             raise UserError(
                 f"{model_id}: is not a local folder, HF_HUB_OFFLINE is set, and the cache {constants.HF_HUB_CACHE} "
                 "does not hold all of it. Unset HF_HUB_OFFLINE to download it, or give a folder."
             ) from error
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{model_id}: is not a local folder, and downloading it from {endpoint} failed: {reason}\n"
             "Check the spelling; behind a slow or closed connection set HF_ENDPOINT to a mirror, use "

@@ -5,6 +5,7 @@ part. `manifest.json` is canonical: JSON with sorted keys and an indent of two, 
 the same text without that key. So a change of any byte, in a file or in the manifest itself, is found.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,8 +21,16 @@ from meme_llava import ROOT
 from meme_llava.errors import CheckpointError, UserError
 from meme_llava.storage.files import hash_file, write_json, write_whole
 
+RUN_RECORD = "run_record.json"
+TRAINING_LOG = "trainer_state.json"  # where Hugging Face's Trainer has it, too: an entry a logged step
 MANIFEST = "manifest.json"
 _OWN_HASH = "manifest_sha256"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What learned in full, for train types without LoRA: the classic names of design, only trained tensors.
+TRAINED_WEIGHTS = "trained_weights.safetensors"
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "tokenizers", "pillow")
+RATE_PREFIX = "learning_rate/"  # in front of a parameter group's name in a training log
 
 
 def describe_file(path: Path) -> dict:
@@ -81,43 +90,23 @@ def _to_text(content: Mapping) -> str:
     return json.dumps(content, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
 
 
-RUN_RECORD = "run_record.json"
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# What learned in full, for train types without LoRA: the classic names of design, only trained tensors.
-TRAINED_WEIGHTS = "trained_weights.safetensors"
-# In front of a parameter group's name where a training log keeps its learning rate.
-RATE_PREFIX = "learning_rate/"
-RECORDED_LIBRARIES = (
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "deepspeed",
-    "safetensors",
-    "tokenizers",
-    "pillow",
-)
-
-
 def describe_environment() -> dict:
     """Library versions, Python and the git commit of this code, for a run record."""
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "-C", ROOT, "status", "--porcelain"], capture_output=True, text=True, check=False)
+
+    def ask_git(*words: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=False).stdout
+
+    libraries = dict.fromkeys(LIBRARIES)
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            libraries[name] = version(name)
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "libraries": {name: _find_version(name) for name in RECORDED_LIBRARIES},
-        "git_commit": commit.stdout.strip() or None,
-        "git_changed_files": len(changed.stdout.splitlines()),
+        "libraries": libraries,
+        "git_commit": ask_git("rev-parse", "HEAD").strip() or None,
+        "git_changed_files": len(ask_git("status", "--porcelain").splitlines()),
     }
-
-
-def _find_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def read_run_record(directory: Path) -> dict:
@@ -195,13 +184,6 @@ def list_differences(note: Path, making: Mapping[str, str]) -> list[str]:
         if name not in noted or name not in making or not is_same(noted[name], making[name]):
             lines += [f"{sign} {name} {side[name]}" for sign, side in (("<", noted), (">", making)) if name in side]
     return lines
-
-
-def write_note(note: Path, making: Mapping[str, str]) -> None:
-    write_json(note, making)
-
-
-TRAINING_LOG = "trainer_state.json"
 
 
 def write_training_log(folder: Path, step: int, entries: list[dict]) -> None:

@@ -18,7 +18,6 @@ from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
 from meme_llava.dataset.check import CheckedData, check_records
-from meme_llava.dataset.conversation import Tokenization
 from meme_llava.dataset.dataset import MemeDataset, load_records
 from meme_llava.dataset.images import open_image
 from meme_llava.distributed.engines import DEEPSPEED
@@ -69,9 +68,9 @@ def check_validation(arguments: TrainArguments) -> None:
 def load_validation(arguments: TrainArguments, processing: Processing) -> ValidationData:
     """The validation records, checked. Raises UserError where a record does not fit into model_max_length, and for the
     reasons of `check_validation`."""
-    tokens = Tokenization(processing.encoder, arguments.model_max_length)
+    length, image_policy = arguments.model_max_length, processing.image_policy
     try:
-        loaded = load_records(arguments.eval_source, arguments, tokens, processing.image_policy)
+        loaded = load_records(arguments.eval_source, arguments, processing.encoder, length, image_policy)
     except UserError as error:
         raise UserError(f"--eval_annotations {error}") from error
     questions = _list_questions(arguments, loaded.checked)

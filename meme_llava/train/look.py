@@ -7,7 +7,6 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from meme_llava.dataset.inspection import Inspection
 from meme_llava.distributed.engines import choose_engine
 from meme_llava.distributed.environment import count_processes
 from meme_llava.errors import UserError
@@ -32,7 +31,7 @@ def look_at_run(arguments: TrainArguments) -> None:
     on_gpu = arguments.plan or torch.cuda.is_available()
     engine = choose_engine(arguments.engine, processes, on_gpu, arguments.muon_lr)
     processing = load_processing(arguments.model)
-    data = load_training_records(arguments, processing, Inspection(decode=False))
+    data = load_training_records(arguments, processing, decode=False)
     run = plan_run(arguments, engine, processes, StartPoint(), processing, data)
     collate, order = make_collator(arguments, processing), make_order(run)
     if arguments.show_batch:

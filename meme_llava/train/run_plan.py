@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from meme_llava.cli import to_plain
-from meme_llava.dataset.conversation import Tokenization
 from meme_llava.dataset.dataset import LoadedData, load_records
-from meme_llava.dataset.inspection import Inspection
 from meme_llava.dataset.records import QUARANTINE
 from meme_llava.distributed.engines import Engine
 from meme_llava.distributed.environment import is_main_process
@@ -133,13 +131,11 @@ def load_plan(arguments: TrainArguments, session: Session) -> RunPlan:
     return plan_run(arguments, session.engine, session.processes, start, processing, data, validation)
 
 
-def load_training_records(
-    arguments: TrainArguments, processing: Processing, inspection: Inspection | None = None
-) -> LoadedData:
-    """The records that train; every image is opened whole if no `inspection` is given. Raises UserError where a record
-    is bad or does not fit into model_max_length, or nothing is left."""
-    tokens = Tokenization(processing.encoder, arguments.model_max_length)
-    return load_records(arguments.source, arguments, tokens, processing.image_policy, inspection)
+def load_training_records(arguments: TrainArguments, processing: Processing, decode: bool = True) -> LoadedData:
+    """The records that train; every image is opened whole, or without `decode` its header. Raises UserError where a
+    record is bad or does not fit into model_max_length, or nothing is left."""
+    length, image_policy = arguments.model_max_length, processing.image_policy
+    return load_records(arguments.source, arguments, processing.encoder, length, image_policy, decode)
 
 
 def plan_run(

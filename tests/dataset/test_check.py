@@ -23,9 +23,9 @@ from meme_llava.dataset.check import (
     stop_on_bad_records,
     write_quarantine,
 )
-from meme_llava.dataset.conversation import ConversationEncoder, Tokenization
-from meme_llava.dataset.inspection import Inspection, check_image, inspect_image
-from meme_llava.dataset.records import KINDS, UNTRAINABLE, Severities, Severity
+from meme_llava.dataset.conversation import ConversationEncoder
+from meme_llava.dataset.inspection import check_image, inspect_image
+from meme_llava.dataset.records import BAD_KINDS, KINDS, UNTRAINABLE
 from meme_llava.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -86,10 +86,9 @@ def write_lines(path: Path, values: list) -> Path:
     return path
 
 
-def check(tmp_path: Path, values: list, encoder=None, inspection: Inspection | None = None, **policy) -> CheckedData:
+def check(tmp_path: Path, values: list, encoder=None, decode=True, workers=None, **policy) -> CheckedData:
     source = RecordSource(write_lines(tmp_path / "memes.jsonl", values), tmp_path / "images")
-    tokens = None if encoder is None else Tokenization(encoder, MAX_LENGTH)
-    return check_data(source, RecordPolicy(**policy), tokens, inspection)
+    return check_data(source, RecordPolicy(**policy), encoder, MAX_LENGTH, decode, workers)
 
 
 def list_kinds(checked: CheckedData, line: int) -> list[str]:
@@ -101,7 +100,7 @@ def list_usable(checked: CheckedData) -> list[str]:
 
 
 def is_bad(kinds: set[str]) -> bool:
-    return any(KINDS[kind].severity is Severity.BAD for kind in kinds)
+    return any(kind in BAD_KINDS for kind in kinds)
 
 
 # ---- Files, one by one ----
@@ -345,7 +344,7 @@ def test_a_file_is_found_out_and_its_neighbours_are_not_blamed(tmp_path, image_f
     # The details name the file, and no other.
     assert all(str(image_folder / name) in finding.detail for finding in checked.findings)
     # What train.py sees of it without decoding is less, and nothing else.
-    glance = check_between_good_ones(tmp_path, make_record(image=name), inspection=Inspection(decode=False))
+    glance = check_between_good_ones(tmp_path, make_record(image=name), decode=False)
     assert set(list_kinds(glance, 2)) <= expected
     if not is_bad(expected):
         assert len(glance.usable) == 3
@@ -357,7 +356,7 @@ def test_all_files_at_once_are_found_out_each_for_itself(tmp_path, image_folder)
         (image_folder / str(number)).mkdir()
         (image_folder / str(number) / name).write_bytes(content)
         values += [make_record(f"file {number}", f"{number}/{name}"), make_neighbour(number + 1)]
-    checked = check(tmp_path, values, inspection=Inspection(workers=2))
+    checked = check(tmp_path, values, workers=2)
     # Some entries of the table hold the same bytes as others; alone they do not.
     found = [set(list_kinds(checked, 2 * number + 2)) - {"duplicate_image"} for number in range(len(FILES))]
     expected = [kinds - {"duplicate_image"} for _, _, kinds in FILES.values()]
@@ -428,7 +427,7 @@ PLACES = {
 @pytest.mark.parametrize("decode", [True, False])
 def test_a_path_is_found_out_and_its_neighbours_are_not_blamed(tmp_path, image_folder, make, image, expected, decode):
     make(image_folder / "a.png")
-    checked = check_between_good_ones(tmp_path, make_record(image=image), inspection=Inspection(decode=decode))
+    checked = check_between_good_ones(tmp_path, make_record(image=image), decode=decode)
     assert set(list_kinds(checked, 2)) == expected
     assert len(checked.usable) == (2 if expected else 3)
 
@@ -715,7 +714,7 @@ def test_error_stops_and_lists_quarantine_leaves_out_and_keeps_the_records(tmp_p
     values.append(make_record("gone", image="gone.png", answer="好" * 80))
     checked = check(tmp_path, values)
     with pytest.raises(UserError) as caught:
-        stop_on_bad_records(checked, "error")
+        stop_on_bad_records(checked)
     first, *listed, advice = str(caught.value).splitlines()
     assert first == f"{tmp_path / 'memes.jsonl'}: 3 of 5 records cannot be trained on:"
     assert listed[0].startswith("  memes.jsonl line 2 (id '?'): is not JSON (") and listed[0].endswith(" [not_json]")
@@ -723,7 +722,8 @@ def test_error_stops_and_lists_quarantine_leaves_out_and_keeps_the_records(tmp_p
     assert listed[2].startswith("  memes.jsonl line 5 (id 'gone'): ") and listed[2].count("[") == 2
     assert "--bad_records quarantine" in advice
 
-    stop_on_bad_records(checked, "quarantine")
+    checked.policy.bad_records = "quarantine"
+    stop_on_bad_records(checked)
     assert list_usable(checked) == ["good 1", "fine"]
     path = write_quarantine(tmp_path / "out", checked)
     written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -770,11 +770,11 @@ def test_kinds_are_allowed_and_refused(tmp_path, image_folder):
 )
 def test_kinds_that_cannot_be_meant_are_refused(allowed, refused, message):
     with pytest.raises(UserError, match=message):
-        Severities(allowed, refused)
+        RecordPolicy(allow=[*allowed], refuse=[*refused])
 
 
 def test_only_what_can_be_trained_on_may_be_allowed():
-    allowable = {kind for kind in KINDS if KINDS[kind].severity is Severity.BAD} - UNTRAINABLE
+    allowable = set(BAD_KINDS) - UNTRAINABLE
     assert allowable == {"duplicate_id", "duplicate_caption", "refusal", "loop", "too_small", "extreme_shape"}
 
 

@@ -34,7 +34,7 @@ def folder(tmp_path) -> Path:
 
 
 def look(folder: Path, workers: int = 1) -> dict[str, ImageFacts]:
-    found = inspect_images(sorted(folder.iterdir()), LIMIT, workers)
+    found = inspect_images(sorted(folder.iterdir()), LIMIT, workers=workers)
     return {path.name: facts for path, facts in found.items()}
 
 
@@ -42,7 +42,7 @@ def test_facts_written_out(folder):
     facts = look(folder)
     assert facts["empty.png"].sha256 == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     assert (facts["red.png"].format, facts["red.png"].width, facts["red.png"].height) == ("PNG", 100, 80)
-    assert facts["red.png"].notes == () and facts["red.png"].fault is None and facts["red.png"].decoded
+    assert facts["red.png"].notes == () and facts["red.png"].fault is None
     assert facts["palette.png"].notes == (("palette", "P"),)
     assert facts["cut.jpg"].fault[0] == "damaged_image" and facts["empty.png"].fault[0] == "empty_file"
 
@@ -50,7 +50,7 @@ def test_facts_written_out(folder):
 def test_too_many_pixels_are_not_decoded(tmp_path, monkeypatch):
     Image.new("RGB", (100, 80)).save(tmp_path / "a.png")
     monkeypatch.setattr(images, "open_image", lambda *_, **__: pytest.fail("was decoded"))
-    assert not inspect_image(tmp_path / "a.png", 7999).decoded
+    assert inspect_image(tmp_path / "a.png", 7999).fault is None
 
 
 def test_a_glance_reads_the_header_alone(folder, monkeypatch):
@@ -69,7 +69,9 @@ def test_in_parallel_is_as_one_after_the_other(folder):
 
 def test_progress_counts_every_file_once(folder):
     counts = []
-    inspect_images([*sorted(folder.iterdir()), folder / "red.png", folder / "gone.png"], LIMIT, 1, counts.append)
+    inspect_images(
+        [*sorted(folder.iterdir()), folder / "red.png", folder / "gone.png"], LIMIT, workers=1, advance=counts.append
+    )
     assert sum(counts) == 5
 
 
@@ -89,7 +91,7 @@ def test_the_suffixes_are_those_of_the_formats():
 
 def test_shapes_are_judged_by_their_sides():
     def judge(width: int, height: int) -> list[str]:
-        facts = ImageFacts("0", "PNG", width, height, decoded=True)
+        facts = ImageFacts("0", "PNG", width, height)
         return [kind for kind, _ in check_image(Path("a.png"), facts, sys.maxsize)]
 
     assert judge(64, 256) == judge(64, 64) == judge(3000, 3000) == []

@@ -1,25 +1,17 @@
 """Token ids of records, how many positions they take and how many of them they share."""
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from meme_llava.dataset import conversation as tokenization
-from meme_llava.dataset.conversation import (
-    Conversation,
-    ConversationEncoder,
-    RecordLengths,
-    Tokenization,
-    TokenizedRecords,
-    Turn,
-    tokenize_records,
-)
-from meme_llava.dataset.sampling import count_common_prefix
+from meme_llava.dataset import conversation
+from meme_llava.dataset.conversation import ConversationEncoder, DoesNotFit, Tokens, Turn
+from meme_llava.dataset.sampling import PrefixSharing, count_common_prefix, find_sharing
 
 LETTERS = "\nabcdefghijklmnopqrstuvwxyz"
 P, Q = Path("/images/p.png"), Path("/images/q.png")
@@ -32,6 +24,11 @@ def make_encoder(letters: str = LETTERS, tokens_per_image: int = 3) -> Conversat
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<image>"], special_tokens=True)
     return ConversationEncoder(tokenizer, tokens_per_image, source="test")
+
+
+class Conversation(NamedTuple):
+    turns: tuple[Turn, ...]
+    image_paths: tuple[Path, ...]
 
 
 def make_conversation(question: str, answer: str, *image_paths: Path) -> Conversation:
@@ -60,18 +57,26 @@ def encoder() -> ConversationEncoder:
     return make_encoder()
 
 
-def to_plain(records: TokenizedRecords) -> list:
-    sharing = records.sharing
-    ids = [[array.tolist() for array in records.read(number)] for number in range(len(records.lengths))]
-    return [records.lengths, sharing.groups.tolist(), sharing.order.tolist(), sharing.prefix_lengths.tolist(), ids]
+def tokenize(encoder, conversations: list[Conversation], max_length: int | None = None) -> list[Tokens | DoesNotFit]:
+    return list(encoder.encode_many([conversation.turns for conversation in conversations], max_length))
+
+
+def share(encoder, conversations: list[Conversation], max_length: int | None = None) -> PrefixSharing:
+    ids = [tokens.ids for tokens in tokenize(encoder, conversations, max_length)]
+    paths = [conversation.image_paths for conversation in conversations]
+    return find_sharing(ids, paths, encoder.image_token_id, encoder.tokens_per_image)
+
+
+def to_lists(sharing: PrefixSharing) -> tuple:
+    return sharing.groups.tolist(), sharing.order.tolist(), sharing.prefix_lengths.tolist()
 
 
 # ---- What is counted ----
 
 
 def test_lengths_and_sharing_written_out(encoder):
-    measured = tokenize_records(CONVERSATIONS, Tokenization(encoder, None))
-    assert [(found.positions, found.supervised) for found in measured.lengths] == [
+    measured = tokenize(encoder, CONVERSATIONS)
+    assert [(found.positions, found.supervised.sum()) for found in measured] == [
         (31 + 5 + 2, 3),  # an image takes 3 positions; the end token carries loss as well
         (31 + 5 + 2, 3),
         (31 + 5 + 2, 3),
@@ -81,8 +86,8 @@ def test_lengths_and_sharing_written_out(encoder):
         (31 + 6 + 1, 2),
         (31 + 2 + 2, 3),
     ]
-    assert {(found.cut_tokens, found.misfit) for found in measured.lengths} == {(0, None)}
-    sharing = measured.sharing
+    assert {found.cut_tokens for found in measured} == {0}
+    sharing = share(encoder, CONVERSATIONS)
     # Those with image p first are one group, in the order ab/xy, ab/xz, ac/w, p p, p q; the others are alone.
     assert sharing.groups.tolist() == [0, 0, 1, 2, 0, 0, 0, 3]
     assert sharing.order.tolist() == [0, 1, 5, 6, 2, 4, 3, 7]
@@ -95,7 +100,7 @@ def test_what_any_two_records_share_is_the_least_in_between(encoder):
     words = ["a", "ab", "abc", "b", "ba"]
     conversations = [make_conversation("<image>" + q, a, P) for q in words for a in words]
     conversations += [make_conversation("<image><image>" + q, "a", P, image) for q in words for image in (P, Q)]
-    sharing = tokenize_records(conversations, Tokenization(encoder, None)).sharing
+    sharing = share(encoder, conversations)
     by_rank = sharing.prefix_lengths[np.argsort(sharing.order)]
 
     def spell(conversation: Conversation) -> list:
@@ -112,74 +117,46 @@ def test_what_any_two_records_share_is_the_least_in_between(encoder):
 
 
 def test_sharing_among_some_of_the_records(encoder):
-    sharing = tokenize_records(CONVERSATIONS, Tokenization(encoder, None)).sharing
-
     def select(*records):
-        found = sharing.select(np.array(records, np.int64))
-        return found.groups.tolist(), found.order.tolist(), found.prefix_lengths.tolist()
+        return to_lists(share(encoder, [CONVERSATIONS[record] for record in records]))
 
     # Without ab/xz in between, ac/w shares with ab/xy what it shared with ab/xz.
     assert select(0, 4, 5) == ([0, 0, 0], [0, 1, 2], [0, 21, 20])
     # In another order of the records; the first of a group left out.
     assert select(5, 1) == ([0, 0], [1, 0], [20, 0])
-    # Of two groups.
-    assert select(7, 4, 2) == ([3, 0, 1], [2, 0, 1], [0, 0, 0])
+    # Of three groups.
+    assert select(7, 4, 2) == ([0, 1, 2], [0, 1, 2], [0, 0, 0])
     assert select() == ([], [], [])
 
 
-def test_what_is_too_long_is_cut_or_told_and_shares_nothing(encoder):
+def test_what_is_too_long_is_cut_or_told(encoder):
     conversations = [
         make_conversation("<image>ab", "xyz", P),
         make_conversation("<image>abcdef", "xyz", P),
         make_conversation("<image>ab", "x", P),
     ]
-    cut, misfit, whole = tokenize_records(conversations, Tokenization(encoder, 37)).lengths
-    assert cut == RecordLengths(positions=37, supervised=2, cut_tokens=2)
+    cut, misfit, whole = tokenize(encoder, conversations, 37)
+    assert (cut.positions, cut.supervised.sum(), cut.cut_tokens) == (37, 2, 2)
     needed = 11 + 8 + 3 + 6 + 11 + 2
-    reason = f"needs {needed} positions to begin its first answer, model_max_length is 37"
-    assert misfit == RecordLengths(0, 0, 0, reason)
-    assert whole == RecordLengths(positions=37, supervised=2, cut_tokens=0)
+    assert isinstance(misfit, DoesNotFit)
+    assert str(misfit) == f"needs {needed} positions to begin its first answer, model_max_length is 37"
+    assert (whole.positions, whole.supervised.sum(), whole.cut_tokens) == (37, 2, 0)
     # Cut, the first one is the third.
-    assert sorted(tokenize_records(conversations, Tokenization(encoder, 37)).sharing.prefix_lengths.tolist()) == [
-        0,
-        0,
-        37,
-    ]
+    assert sorted(share(encoder, conversations[::2], 37).prefix_lengths.tolist()) == [0, 37]
 
 
-def test_ids_and_labels_are_those_of_the_encoder(encoder):
+def test_many_conversations_become_what_each_becomes_alone(encoder, monkeypatch):
+    monkeypatch.setattr(conversation, "CONVERSATIONS_AT_ONCE", 3)
     conversations = [*CONVERSATIONS, make_conversation("<image>ab", "xyz", P), make_conversation("ab<image>", "", P)]
-    tokenized = tokenize_records(conversations, Tokenization(encoder, 38))
-
-    def list_expected(number):
-        example = encoder.encode_example(list(conversations[number].turns), 38)
-        return example.input_ids, example.labels
-
-    def list_read(records, number):
-        ids, labels = records.read(number)
+    found = tokenize(encoder, conversations, 38)
+    assert found[8].cut_tokens == 1
+    for tokens, (turns, _) in zip(found, conversations, strict=True):
+        expected = encoder.encode_example(turns, 38)
+        ids, labels = tokens.spread(encoder.image_token_id, encoder.tokens_per_image)
         assert ids.dtype == labels.dtype == np.int64
-        return ids.tolist(), labels.tolist()
-
-    assert tokenized.lengths[8].cut_tokens == 1
-    for number in range(len(conversations)):
-        assert list_read(tokenized, number) == list_expected(number)
-        assert tokenized.lengths[number].positions == len(list_expected(number)[0])
-    some = tokenized.select([6, 3, 8])
-    assert [list_read(some, place) for place in range(3)] == [list_expected(number) for number in (6, 3, 8)]
-    assert some.lengths == [tokenized.lengths[number] for number in (6, 3, 8)]
-
-
-def test_no_records_are_tokenized_as_well(encoder):
-    assert to_plain(tokenize_records([], Tokenization(encoder, 37))) == [[], [], [], [], []]
-
-
-def test_many_processes_count_what_one_counts(encoder, monkeypatch):
-    monkeypatch.setattr(tokenization, "RECORDS_PER_TASK", 2)
-    conversations = [
-        replace(CONVERSATIONS[n % 8], image_paths=()) if n % 3 else CONVERSATIONS[n % 8] for n in range(30)
-    ]
-    alone = to_plain(tokenize_records(conversations, Tokenization(encoder, 37), workers=1))
-    assert to_plain(tokenize_records(conversations, Tokenization(encoder, 37), workers=3)) == alone
+        assert (ids.tolist(), labels.tolist(), tokens.cut_tokens) == expected
+        assert tokens.positions == len(ids)
+    assert tokenize(encoder, []) == []
 
 
 @pytest.mark.parametrize(

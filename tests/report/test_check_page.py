@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from meme_llava.dataset.check import CheckedData, CheckedRecord
-from meme_llava.dataset.conversation import RecordLengths, Turn
-from meme_llava.dataset.records import Finding, Record, Severities
+from meme_llava.dataset.check import CheckedData, CheckedRecord, RecordPolicy
+from meme_llava.dataset.conversation import Tokens, Turn
+from meme_llava.dataset.records import Finding, Record
 from meme_llava.report.data_check import CheckArguments, Histogram, render_check_page
 
 ATTACK = (
@@ -36,8 +37,8 @@ def make_record(
     place = f"train.json record {number}"
     turns = (Turn("user", f"<image>\n{record_id}写了什么？"), Turn("assistant", answer))
     findings = [Finding(kind, place, record_id, f"{kind} of {record_id}") for kind in kinds.split()]
-    lengths = None if positions is None else RecordLengths(positions, len(answer) + 1, 0)
-    return CheckedRecord(Record(record_id, place, (), turns, source=source), images, findings, lengths)
+    tokens = None if positions is None else Tokens(np.zeros(0), np.ones(len(answer) + 1, bool), positions, 0)
+    return CheckedRecord(Record(record_id, place, (), turns, source=source), images, findings, tokens)
 
 
 def change(checked: CheckedRecord, **values) -> CheckedRecord:
@@ -69,7 +70,7 @@ def write_page(
     shown: int = 1000,
     malformed: Sequence[Finding] = (),
 ) -> str:
-    checked = CheckedData(Path("train.json"), Severities(), list(records), list(malformed), {})
+    checked = CheckedData(Path("train.json"), RecordPolicy(), list(records), list(malformed), {})
     arguments = CheckArguments(annotations=Path(name), image_folder=path.parent, report_records=shown)
     page = render_check_page(checked, facts, histograms, arguments)
     path.write_text(page, encoding="utf-8")

@@ -14,7 +14,7 @@ from meme_lines import LINES, LineSource, is_unseen, list_alphabet, list_readabl
 from PIL import Image
 
 from meme_llava.dataset.check import RecordPolicy, RecordSource
-from meme_llava.dataset.conversation import ConversationEncoder, Tokenization
+from meme_llava.dataset.conversation import ConversationEncoder
 from meme_llava.dataset.dataset import load_records
 from meme_llava.dataset.images import ImagePolicy
 
@@ -34,7 +34,7 @@ def load(folder: Path, max_length: int = 512):
     encoder = ConversationEncoder(tokenizer, tokens_per_image=64, source="test")
     policy = ImagePolicy(112, (0.0,) * 3, (1.0,) * 3)
     source = RecordSource(folder / "annotations.json", folder)
-    return load_records(source, RecordPolicy(), Tokenization(encoder, max_length), policy)
+    return load_records(source, RecordPolicy(), encoder, max_length, policy)
 
 
 def draw(folder: Path, *flags: str) -> subprocess.CompletedProcess:

@@ -10,7 +10,6 @@ from transformers import LlavaConfig
 import train
 from meme_llava.dataset.check import RecordPolicy, RecordSource
 from meme_llava.dataset.collator import PackingCollator
-from meme_llava.dataset.conversation import Tokenization
 from meme_llava.dataset.dataset import TrainingOrder, load_records
 from meme_llava.dataset.sampling import BatchShape
 from meme_llava.model import packed_attention
@@ -29,8 +28,8 @@ def processing(world):
 
 @pytest.fixture(scope="module")
 def largest_batch(world, processing):
-    source, tokens = RecordSource(world.annotations, world.image_folder), Tokenization(processing.encoder, 200)
-    data = load_records(source, RecordPolicy(), tokens, processing.image_policy)
+    source = RecordSource(world.annotations, world.image_folder)
+    data = load_records(source, RecordPolicy(), processing.encoder, 200, processing.image_policy)
     collate = PackingCollator(
         processing.encoder.image_token_id, processing.tokens_per_image, processing.image_policy.size
     )
