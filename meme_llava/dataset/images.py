@@ -26,18 +26,10 @@ ACCEPTED_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
 MAX_PIXELS = 50_000_000
 # Our own limit stands in front of every decoding; Pillow's would only warn up to twice its own.
 Image.MAX_IMAGE_PIXELS = None
-WHITE = (255, 255, 255)
 ORIENTATION_TAG = 0x0112
 # How an image is turned upright, by its orientation tag; 0 is not a value of the standard, and common.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURN_NAMES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+TURNS = {tag: Image.Transpose[name] for tag, name in enumerate(_TURN_NAMES.split(), start=2)}
 # What Pillow's parsers were seen to raise, or may, on damaged files.
 PARSER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, AssertionError)
 PARSER_ERRORS += (ArithmeticError, RuntimeError, struct.error)
@@ -89,11 +81,6 @@ class ImagePolicy:
         resample = Image.Resampling(image_processor.resample)
         return cls(side, tuple(image_processor.image_mean), tuple(image_processor.image_std), resample, resize)
 
-    @property
-    def background(self) -> tuple[int, int, int]:
-        """The colour of padding: the mean, rounded down as transformers' LlavaImageProcessor does."""
-        return tuple(int(channel * 255) for channel in self.mean)
-
     def measure_reduction(self, width: int, height: int) -> float:
         """How many pixels of an image become one, along the side that is reduced least."""
         return (max if self.resize == "pad" else min)(width, height) / self.size
@@ -137,9 +124,13 @@ def open_image(path: Path, policy: ImagePolicy | None = None, max_pixels: int = 
     try:
         with image:
             if policy is not None and image.format == "JPEG":
-                _draft(image, policy)
+                factor = policy.measure_reduction(*image.size) / 2
+                if factor >= 2:
+                    image.draft(None, (math.ceil(image.width / factor), math.ceil(image.height / factor)))
             image.load()
-            return _to_rgb(_turn_upright(image))
+            # ImageOps.exif_transpose also writes the tags anew, which fails where another one of them is damaged.
+            turn = TURNS.get(image.getexif().get(ORIENTATION_TAG))
+            return _to_rgb(image if turn is None else image.transpose(turn))
     except PARSER_ERRORS as error:
         raise RecordFault("damaged_image", f"{path}: the image is damaged ({error})") from error
 
@@ -156,7 +147,8 @@ def fit_to_square(image: Image.Image, policy: ImagePolicy) -> Image.Image:
         return image.crop((left, top, left + size, top + size))
     if policy.resize == "pad" and width != height:
         side = max(width, height)
-        square = Image.new("RGB", (side, side), policy.background)
+        # The mean is rounded down as transformers' LlavaImageProcessor does.
+        square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in policy.mean))
         square.paste(image, ((side - width) // 2, (side - height) // 2))
         image = square
     return image.resize((size, size), policy.resample)
@@ -223,18 +215,6 @@ def list_header_notes(image: Image.Image) -> Iterator[tuple[str, str]]:
         yield "animated", f"{frames} frames"
 
 
-def _draft(image: Image.Image, policy: ImagePolicy) -> None:
-    factor = policy.measure_reduction(*image.size) / 2
-    if factor >= 2:
-        image.draft(None, (math.ceil(image.width / factor), math.ceil(image.height / factor)))
-
-
-def _turn_upright(image: Image.Image) -> Image.Image:
-    # ImageOps.exif_transpose also writes the tags anew, which fails where another one of them is damaged.
-    turn = TURNS.get(image.getexif().get(ORIENTATION_TAG))
-    return image if turn is None else image.transpose(turn)
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow's own conversion clips 16-bit grey to white instead of scaling it.
@@ -245,7 +225,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         # Stickers keep arbitrary colours under transparent pixels; white is what chat windows show.
         transparent = image.convert("RGBA")
-        background = Image.new("RGBA", transparent.size, (*WHITE, 255))
+        background = Image.new("RGBA", transparent.size, (255, 255, 255, 255))
         return Image.alpha_composite(background, transparent).convert("RGB")
     return image.convert("RGB")
 
