@@ -19,8 +19,6 @@ from meme_llava import DATA
 from meme_llava.convert.merge import PEFT_PREFIX, TrainedWeights
 from meme_llava.dataset.check import RecordPolicy, RecordSource
 from meme_llava.dataset.collator import normalise, to_pixel_values
-from meme_llava.dataset.conversation import Tokenization
-from meme_llava.dataset.collator import normalise
 from meme_llava.dataset.dataset import load_records
 from meme_llava.dataset.images import open_image
 from meme_llava.errors import UserError
