@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import LlavaConfig
 
 from meme_llava.dataset.images import ImagePolicy
-from meme_llava.model.llava import count_used_vision_layers, make_empty_model, set_parameter
+from meme_llava.model.llava import count_used_vision_layers, make_empty_model
 from meme_llava.model.packed_attention import NAMES, choose_attention
 from meme_llava.model.packed_llava import PackedLlava, prepare_packed_llava
 from meme_llava.model.trainable import prepare_trainable
@@ -93,7 +93,8 @@ def outline_model(
             data = parameter.data if arithmetic.keeps_float32 else parameter.data.to(dtype)
             fake = FakeTensor(mode, data, torch.device("cpu"))  # a GPU's would need a torch with CUDA
             outlines[id(parameter)] = parameter, nn.Parameter(fake, requires_grad=parameter.requires_grad)
-        set_parameter(model, name, outlines[id(parameter)][1])
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, outlines[id(parameter)][1])
     return model
 
 
