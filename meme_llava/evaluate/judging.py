@@ -100,7 +100,7 @@ def combine_verdicts(one: dict[str, str], other: dict[str, str]) -> dict[str, st
 def list_pairs(folders: list[Path], task: str | None, limit: int | None) -> list[Pair]:
     """The pairs of answers to the same questions. Raises UserError if there is none."""
     first, second = (read_predictions(folder) for folder in folders)
-    common = [key for key in first if key in second and task in (None, first[key]["task"])][:limit]
+    common = [key for key in first if key in second and task in (None, first[key].question.task)][:limit]
     if not common:
         asked = "" if task is None else f" of task {task!r}"
         raise UserError(
@@ -110,7 +110,7 @@ def list_pairs(folders: list[Path], task: str | None, limit: int | None) -> list
     only = len(first.keys() ^ second.keys())
     print(f"{len(common):,} pairs{f'; {only:,} questions were asked of one of the two alone' if only else ''}")
     return [
-        Pair(image, question, reference or "", first[key]["text"], first[key]["answer"], second[key]["answer"])
+        Pair(image, question, reference or "", first[key].question.text_in_image, first[key].text, second[key].text)
         for key in common
         for image, question, reference, _ in [key]
     ]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from meme_llava.errors import UserError
+from meme_llava.inference.questions import Prediction
 from meme_llava.storage.files import append_line, cut_torn_line, explain_full_disk, lock, read_lines, write_json
 from meme_llava.storage.folders import check_output_dir, empty_directory
 from meme_llava.storage.run_record import RUN_RECORD
@@ -172,15 +173,15 @@ def _read_metrics(path: Path) -> dict:
     return metrics
 
 
-def read_predictions(folder: Path) -> dict[tuple, dict]:
-    """The lines of a finished evaluation in their order, keyed by question. Raises UserError if they cannot be read."""
-    predictions: dict[tuple, dict] = {}
+def read_predictions(folder: Path) -> dict[tuple, Prediction]:
+    """Those of a finished evaluation in their order, keyed by question. Raises UserError if they cannot be read."""
+    predictions: dict[tuple, Prediction] = {}
     times: Counter[tuple] = Counter()
     try:
         for line in read_lines(folder / PREDICTIONS):
             question = (line["image"], line["question"], line["reference"])
             # A file may ask the same twice.
-            predictions[(*question, times[question])] = line
+            predictions[(*question, times[question])] = Prediction.of_line(line)
             times[question] += 1
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / PREDICTIONS}: cannot be read ({error}); evaluate the model anew") from error

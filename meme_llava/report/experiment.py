@@ -12,6 +12,7 @@ from pathlib import Path
 from meme_llava.errors import UserError
 from meme_llava.evaluate.results_folder import read_finished_evaluation, read_predictions
 from meme_llava.evaluate.scores import Score
+from meme_llava.inference.questions import Prediction
 from meme_llava.storage.run_record import RUN_RECORD, read_training_log
 
 
@@ -22,7 +23,7 @@ class Experiment:
     Args:
         name: heads the column.
         scores: by the names of `evaluate.scores`.
-        predictions: lines of predictions.jsonl by their questions.
+        predictions: by their questions, as `read_predictions` gives them.
         image_folder: where their images are.
         asked: what decides about the answers; of two experiments the same annotations and limit.
         facts: label and value of what is known of model and training, in the order to be shown.
@@ -32,7 +33,7 @@ class Experiment:
 
     name: str
     scores: dict[str, Score]
-    predictions: dict[tuple, dict]
+    predictions: dict[tuple, Prediction]
     image_folder: Path
     asked: dict
     facts: dict[str, str]

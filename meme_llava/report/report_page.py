@@ -22,6 +22,7 @@ from meme_llava.evaluate.scores import (
     show_counts,
     show_score,
 )
+from meme_llava.inference.questions import Prediction
 from meme_llava.report.charts import COLOURS, draw_lines
 from meme_llava.report.experiment import Experiment
 from meme_llava.report.html_page import make_thumbnails, render_page
@@ -125,10 +126,13 @@ def _make_cards(experiments: Sequence[Experiment]) -> list[dict]:
     cards = []
     for key, first in max(answered, key=len).items():
         answers = [_mark_answer(by_question.get(key)) for by_question in answered]
-        texts = {normalise_text(by_question[key]["answer"]) for by_question in answered if key in by_question}
+        texts = {normalise_text(by_question[key].text) for by_question in answered if key in by_question}
         cards.append(
-            {name: first[name] or "" for name in ("image", "question", "task", "reference")}
-            | {
+            {
+                "image": str(first.question.image),
+                "question": first.question.text,
+                "task": first.question.task,
+                "reference": first.question.reference or "",
                 "answers": answers,
                 "disagree": len(texts) > 1,
                 "right": sum(answer["verdict"] == "right" for answer in answers),
@@ -137,13 +141,13 @@ def _make_cards(experiments: Sequence[Experiment]) -> list[dict]:
     return cards
 
 
-def _mark_answer(prediction: dict | None) -> dict:
+def _mark_answer(prediction: Prediction | None) -> dict:
     """What an experiment said: "right", "wrong" or "none", in pieces that say where it differs from the reference."""
     if prediction is None:
         return {"verdict": "none", "pieces": [], "note": "not asked"}
-    answer, reference = prediction["answer"], prediction["reference"] or ""
+    answer, reference = prediction.text, prediction.question.reference or ""
     verdict = "right" if is_right(answer, reference) else "wrong"
-    note = prediction["problem"] or ("cut off" if prediction["stopped"] is False else "")
+    note = prediction.problem or ("cut off" if prediction.stopped is False else "")
     return {"verdict": verdict, "pieces": list(split_differences(reference, answer)), "note": note}
 
 

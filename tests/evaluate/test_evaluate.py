@@ -207,7 +207,7 @@ def test_any_character_of_an_answer_can_be_read_again(flags, annotations, tmp_pa
     annotations.write_text(json.dumps(records))
     evaluate.main([*flags, "--output_dir", str(tmp_path / "scores")])
     first, *_ = read_predictions(tmp_path / "scores").values()
-    assert first["reference"] == "一\u2028二\x85三"
+    assert first.question.reference == "一\u2028二\x85三"
 
 
 def test_a_folder_of_something_else_is_left_alone(flags, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -12,6 +13,7 @@ from caption_server import CaptionServer, Step, answer, fail  # noqa: E402
 
 import judge  # noqa: E402
 from meme_llava.evaluate.judging import CRITERIA, Pair, combine_verdicts, read_verdict, sum_up  # noqa: E402
+from meme_llava.inference.questions import Prediction, Question  # noqa: E402
 
 KEY, KEY_VARIABLE = "sk-canary-0123456789abcdef", "JUDGE_TEST_KEY"
 QUESTION = "图里写了什么？"
@@ -66,14 +68,8 @@ def write_evaluation(folder, title, answers):
     lines = []
     for place, text in enumerate(answers):
         Image.new("RGB", (50 + place, 40)).save(folder.parent / f"{place}.png")
-        line = {
-            "image": f"{place}.png",
-            "question": QUESTION,
-            "reference": "好耶",
-            "text": "好耶",
-            "task": f"task{place}",
-        }
-        lines.append(json.dumps({**line, "answer": text}))
+        question = Question(Path(f"{place}.png"), QUESTION, "好耶", text_in_image="好耶", task=f"task{place}")
+        lines.append(json.dumps(Prediction(question, text).to_line(Path())))
     (folder / "run_record.json").write_text(json.dumps(record))
     (folder / "metrics.json").write_text(json.dumps(record))
     (folder / "predictions.jsonl").write_text("\n".join(lines) + "\n")

@@ -140,7 +140,7 @@ def test_every_image_gets_one_line(folder, tmp_path, capsys):
     shown = capsys.readouterr()
     assert "files left out, being no images by their ending: 1" in shown.out
     assert "5 captions" in shown.out
-    assert "images: 5 of 5" in shown.err
+    assert "5/5" in shown.err
     assert "tokens: 550 in this run" in shown.out
 
 
