@@ -66,18 +66,13 @@ def choose_source(arguments: EvaluateArguments) -> AnswerSource:
         weights = fingerprint_folder(folder)
     else:
         folder = Path(arguments.model)
-        check_model_folder(folder)
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such model folder")
+        if not (folder / "config.json").is_file() and (folder / "merged").is_dir():
+            raise UserError(f"{folder}: holds several models; did you mean {folder / 'merged'}?")
         record = read_run_record(folder) if (folder / RUN_RECORD).is_file() else None
         weights = identify_weights(folder)
     return AnswerSource(arguments.model, {"weights": weights}, record, lambda: _load_model(folder, arguments))
-
-
-def check_model_folder(folder: Path) -> None:
-    """Raise UserError where there is no folder, or one with models in it in place of one."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such model folder")
-    if not (folder / "config.json").is_file() and (folder / "merged").is_dir():
-        raise UserError(f"{folder}: holds several models; did you mean {folder / 'merged'}?")
 
 
 def choose_questions(questions: list[Question], annotations: Path, answer_with: str) -> list[Question]:
