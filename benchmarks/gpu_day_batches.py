@@ -12,7 +12,7 @@ from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.conversation import IGNORED_LABEL
 from meme_llava.model.llava import count_image_tokens
 from meme_llava.model.trainable import CheckpointedLayers
-from meme_llava.train.planning.memory import ShardingPlan, StepEstimator
+from meme_llava.train.planning.memory import StepEstimator
 from meme_llava.train.settings import TrainArguments
 
 # Tokens of eight captions as the published ones are, and the image that each is about.
@@ -55,8 +55,7 @@ def make_estimator(shapes: Shapes, batch: Mapping, on_gpu: bool) -> StepEstimato
     arguments: TrainArguments = make_arguments(shapes, seed=0)
     if not on_gpu:
         arguments.precision = "fp32"
-    engine = ShardingPlan.of_run(arguments, 1, on_gpu)
-    return StepEstimator(shapes.config, shapes.image_policy, arguments, engine, batch)
+    return StepEstimator(shapes.config, shapes.image_policy, arguments, batch, 1, on_gpu)
 
 
 def plan_bytes(estimator: StepEstimator, recomputes: bool) -> int:

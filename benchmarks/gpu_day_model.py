@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from meme_llava.model.flops import TrainingCosts, count_batch, recognise_accelerator
 from meme_llava.model.trainable import CheckpointedLayers, count_layers, recompute_layers
-from meme_llava.train.planning.accelerators import GIB, measure_ceiling
+from meme_llava.train.planning.plan import GIB, measure_ceiling
 
 WARM_UPS, REPEATS = 2, 4
 THIN = 64  # a side of LoRA's matrices is no larger

@@ -13,8 +13,7 @@ from gpu_day_results import Result, parse_row_arguments, reporting  # noqa: E402
 from gpu_day_variants import run_variants  # noqa: E402
 from throughput_models import SHAPES  # noqa: E402
 
-from meme_llava.train.planning.accelerators import GIB  # noqa: E402
-from meme_llava.train.planning.plan import GPU_UTILISATION  # noqa: E402
+from meme_llava.train.planning.plan import GIB, GPU_UTILISATION  # noqa: E402
 
 CAPTIONS = 8
 LARGER = ((2, False), (4, True), (8, True))  # times as many captions, and whether layers are computed again

@@ -33,8 +33,8 @@ from meme_llava.model.packed_attention import SDPA  # noqa: E402
 from meme_llava.model.packed_llava import PackedLlava, prepare_packed_llava  # noqa: E402
 from meme_llava.model.trainable import prepare_trainable, recompute_layers  # noqa: E402
 from meme_llava.terminal import print_table  # noqa: E402
-from meme_llava.train.planning.accelerators import GIB  # noqa: E402
-from meme_llava.train.planning.memory import ShardingPlan, StepEstimator  # noqa: E402
+from meme_llava.train.planning.memory import StepEstimator  # noqa: E402
+from meme_llava.train.planning.plan import GIB  # noqa: E402
 from meme_llava.train.settings import TrainArguments, parse_train_arguments  # noqa: E402
 
 CASES = {
@@ -106,7 +106,7 @@ def make_batch(config: LlavaConfig) -> dict:
 
 def make_estimator(config: LlavaConfig, arguments: TrainArguments, batch: dict) -> StepEstimator:
     policy = ImagePolicy(config.vision_config.image_size, (0.5,) * 3, (0.25,) * 3)
-    return StepEstimator(config, policy, arguments, ShardingPlan.of_run(arguments, 1, on_gpu=False), batch)
+    return StepEstimator(config, policy, arguments, batch, 1, on_gpu=False)
 
 
 def read_resident(field: str) -> int:

@@ -12,7 +12,7 @@ from throughput_ways import LADDER, PUBLISHED, WORKERS, Training, Way, Workload
 from meme_llava.errors import UserError
 from meme_llava.model.flops import TrainingCosts
 from meme_llava.model.trainable import CheckpointedLayers, count_layers, recompute_layers
-from meme_llava.train.planning.accelerators import GIB, measure_ceiling
+from meme_llava.train.planning.plan import GIB, measure_ceiling
 
 PREFETCHED = 2 * WORKERS  # device batches that the workers have ready
 # How far the losses of the first step may differ between the ways: sums in another order, in float32 and in bfloat16.

@@ -14,9 +14,11 @@ class UserError(Exception):
     # Whether all processes of a run raise it together; the main process then speaks for all.
     is_common = False
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, exit_code: int | None = None):
         # A DataLoader worker's error arrives with the worker's whole traceback in front of the message.
         super().__init__(message.rpartition(f"{__name__}.UserError: ")[2].rstrip() or message)
+        if exit_code is not None:
+            self.exit_code = exit_code
 
 
 class CheckpointError(UserError):

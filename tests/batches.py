@@ -31,15 +31,15 @@ def make_example(image_token_id: int, images: list[str], words: list[int], super
     }
 
 
-def make_batch(image_token_id: int) -> dict:
-    """Two records about one image that part after 3 words, one about two images, one of text."""
+def make_batch(image_token_id: int, records: int = 4) -> dict:
+    """Two records about one image that part after 3 words, one about two images, one of text; or the first of them."""
     examples = [
         make_example(image_token_id, ["a"], [1, 2, 3, 4, 5], supervised=2),
         make_example(image_token_id, ["a"], [1, 2, 3, 6, 7, 8], supervised=3),
         make_example(image_token_id, ["bb", "ccc"], [9, 10, 11], supervised=2),
         make_example(image_token_id, [], [12, 13, 14, 15, 16], supervised=4),
     ]
-    return PackingCollator(image_token_id, TOKENS_PER_IMAGE, IMAGE_SIZE)(examples)
+    return PackingCollator(image_token_id, TOKENS_PER_IMAGE, IMAGE_SIZE)(examples[:records])
 
 
 def load_prepared(world, **changes):

@@ -31,7 +31,6 @@ SAVE_SECONDS = 24 * 3600  # whoever does not want to wait for a save sends a sec
 POLL_SECONDS = 0.2
 LINGER_SECONDS = 10
 LAST_LINES = 12
-RESTART = "The newest checkpoint is kept; start the same command again."
 TERM_SECONDS = 20  # torch's launcher kills what has not heeded SIGTERM for thirty seconds
 INTERRUPTED = 130  # as a shell answers for a program that Ctrl-C ended
 
@@ -202,7 +201,7 @@ def wait_for_end(context):
         return context.wait(0)
     except SignalException as again:
         print(f"{again.sigval.name} again: ending at once, nothing more is saved", file=sys.stderr)
-        raise with_code("ended at once by a second signal; the newest checkpoint is kept", INTERRUPTED) from again
+        raise UserError("ended at once by a second signal; the newest checkpoint is kept", INTERRUPTED) from again
 
 
 def ignore_signals(seconds: float) -> None:
@@ -232,17 +231,17 @@ def explain_failures(result, ranks: Sequence[int]) -> UserError:
     local, failure = min(result.failures.items(), key=lambda item: _rate(item[1], since))
     code, name = failure.exitcode, f"process {ranks[local]}"
     if code == Stopped.exit_code:
-        return with_code("", code)
+        return UserError("", code)
     if code in EXIT_MEANINGS:
-        return with_code(f"{name} stopped: {EXIT_MEANINGS[code]}; see its message above", code)
+        return UserError(f"{name} stopped: {EXIT_MEANINGS[code]}; see its message above", code)
     words = Path(result.stderrs[local]).read_text(errors="replace").splitlines() if result.stderrs[local] else []
-    last = "".join(f"\n    {line}" for line in [line for line in words if line.strip()][-LAST_LINES:])
     end = f"{name} lost a process on another node" if code == PEER_FAILED else describe_end(name, code)
     if any(line.startswith("Timeout (") for line in words):  # as faulthandler writes
         end = f"{name} made no progress for --hang_timeout seconds"
-    text = f"{end}; all processes were ended. {RESTART}"
+    last = [f"    {line}" for line in words if line.strip()][-LAST_LINES:]
+    text = f"{end}; all processes were ended. The newest checkpoint is kept; start the same command again."
     code = code if code > 0 and code != PEER_FAILED else ProcessError.exit_code
-    return with_code(text + (f"\nLast words of process {ranks[local]}:{last}" if last else ""), code)
+    return UserError("\n".join([text, *([f"Last words of {name}:", *last] if last else [])]), code)
 
 
 def _rate(failure, since: int) -> tuple[int, int]:
@@ -258,13 +257,6 @@ def _rate(failure, since: int) -> tuple[int, int]:
         True,
     ]
     return kinds.index(True), failure.timestamp
-
-
-def with_code(text: str, code: int) -> UserError:
-    """A UserError that ends a script with this exit code."""
-    error = UserError(text)
-    error.exit_code = code
-    return error
 
 
 if __name__ == "__main__":

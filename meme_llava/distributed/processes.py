@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from meme_llava.distributed.engines import DDP, DEEPSPEED, FSDP, SINGLE, Engine
-from meme_llava.distributed.environment import REPEATED_SIGNAL_SECONDS, count_processes, is_main_process
+from meme_llava.distributed.environment import REPEATED_SIGNAL_SECONDS, STANDARD_ERROR, count_processes, is_main_process
 from meme_llava.errors import ProcessError, Stopped, UserError
 
 # torch's own limit for waiting is the second line of defence, behind the heartbeat's.
@@ -135,8 +135,7 @@ def handle_stop_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    with contextlib.suppress(AttributeError, ValueError):  # standard error may be no file
-        faulthandler.register(signal.SIGUSR1, all_threads=True)
+    faulthandler.register(signal.SIGUSR1, file=STANDARD_ERROR)
     before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield request

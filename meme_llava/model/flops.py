@@ -11,8 +11,9 @@ reports as a device's total, in GiB.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass
 
+import numpy as np
 from torch import nn
 
 from meme_llava.model.llava import (
@@ -37,17 +38,20 @@ class StepCounts:
     Args:
         positions: of the packed row.
         attention_pairs: pairs of query and key that attend, over all segments.
-        images: that go through the projector.
+        images: that go through vision tower and projector.
         supervised: positions that carry loss.
     """
 
-    positions: int = 0
-    attention_pairs: int = 0
-    images: int = 0
-    supervised: int = 0
+    positions: float = 0
+    attention_pairs: float = 0
+    images: float = 0
+    supervised: float = 0
 
     def __add__(self, other: "StepCounts") -> "StepCounts":
-        return StepCounts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+        return StepCounts(*(one + another for one, another in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, times: float) -> "StepCounts":
+        return StepCounts(*(one * times for one in astuple(self)))
 
 
 def count_batch(batch: Mapping) -> StepCounts:
@@ -65,76 +69,48 @@ def count_batch(batch: Mapping) -> StepCounts:
 
 
 @dataclass(frozen=True)
-class Flops:
-    """Floating point operations of a forward pass and of the two halves of its backward pass."""
-
-    forward: int = 0
-    input_gradients: int = 0
-    weight_gradients: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.forward + self.input_gradients + self.weight_gradients
-
-    def __add__(self, other: "Flops") -> "Flops":
-        return Flops(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
-
-    def __mul__(self, times: int) -> "Flops":
-        return Flops(*(getattr(self, field.name) * times for field in fields(self)))
-
-
-@dataclass(frozen=True)
 class TrainingCosts:
-    """The FLOPs of training a model, per unit of each count of `StepCounts`."""
+    """The FLOPs of training a model, forward and backward: float64 (2,) per unit of each count of `StepCounts`.
 
-    per_position: Flops
-    per_attention_pair: Flops
-    per_image: Flops
-    per_encoded_image: Flops
-    per_supervised: Flops
+    Args:
+        per_encoded_image: in the vision tower; `per_image` is without it.
+    """
+
+    per_position: np.ndarray
+    per_attention_pair: np.ndarray
+    per_image: np.ndarray
+    per_supervised: np.ndarray
+    per_encoded_image: np.ndarray
 
     @classmethod
     def of_model(cls, model: nn.Module) -> "TrainingCosts":
         """Read the costs off a LLaVA that `prepare_trainable` prepared; its parameters may be without storage."""
-        per_position, per_image, per_supervised = Flops(), Flops(), Flops()
-        vision_trainable = any(
-            parameter.requires_grad for name, parameter in model.named_parameters() if role_of(name) == VISION_TOWER
-        )
+        per_position, per_image, per_supervised = np.zeros((3, 2))
+        vision_learns = any(p.requires_grad for name, p in model.named_parameters() if role_of(name) == VISION_TOWER)
         for name, linear in _find_linears(model):
             parts = name.split(".")
             if role_of(name) == PROJECTOR:
                 # Behind a frozen tower the projector's first layer needs no gradient of its input.
-                per_image += _cost_linear(name, linear, vision_trainable or "linear_1" not in parts)
+                per_image += _cost_linear(name, linear, vision_learns or "linear_1" not in parts)
             elif role_of(name) == LANGUAGE_MODEL:
                 # The projector always learns, so a gradient flows through the whole language model.
-                cost = _cost_linear(name, linear, reached=True)
-                if "lm_head" in parts:
-                    per_supervised += cost
-                else:
-                    per_position += cost
+                cost = per_supervised if "lm_head" in parts else per_position
+                cost += _cost_linear(name, linear, reached=True)
         text = model.config.text_config
         head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(
             per_position,
             _cost_attention_pair(text.num_attention_heads * head_size, reached=True) * text.num_hidden_layers,
             per_image * count_image_tokens(model.config),
-            _cost_vision_tower(model),
             per_supervised,
+            _cost_vision_tower(model),
         )
 
-    def count(self, counts: StepCounts) -> Flops:
-        """The FLOPs of a batch, or of several whose counts were added."""
-        return (
-            self.per_position * counts.positions
-            + self.per_attention_pair * counts.attention_pairs
-            + self.per_image * counts.images
-            + self.per_encoded_image * counts.images
-            + self.per_supervised * counts.supervised
-        )
-
-    def flops(self, counts: StepCounts) -> int:
-        """All FLOPs of a batch, forward and backward."""
-        return self.count(counts).total
+    def flops(self, counts: StepCounts) -> float:
+        """All FLOPs of a batch, or of several whose counts were added, forward and backward."""
+        per_image = self.per_image + self.per_encoded_image
+        costs = [self.per_position, self.per_attention_pair, per_image, self.per_supervised]
+        return float(np.sum(np.array(astuple(counts)) @ costs))
 
 
 def _find_linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
@@ -146,51 +122,50 @@ def _find_linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     ]
 
 
-def _cost_linear(name: str, linear: nn.Linear, reached: bool) -> Flops:
+def _cost_linear(name: str, linear: nn.Linear, reached: bool) -> np.ndarray:
     """FLOPs per row; `reached`: something before it learns, so that its input needs a gradient."""
-    product = 2 * linear.in_features * linear.out_features
     # The second LoRA matrix follows the first, which learns.
-    return Flops(product, product * (reached or "lora_B" in name.split(".")), product * linear.weight.requires_grad)
+    gradients = (reached or "lora_B" in name.split(".")) + linear.weight.requires_grad
+    return 2.0 * linear.in_features * linear.out_features * np.array([1, gradients])
 
 
-def _cost_attention_pair(width: int, reached: bool) -> Flops:
+def _cost_attention_pair(width: int, reached: bool) -> np.ndarray:
     """FLOPs of one query and key over all heads: two products forward, four backward."""
-    return Flops(4 * width, 8 * width * reached)
+    return 4.0 * width * np.array([1, 2 * reached])
 
 
-def _cost_vision_tower(model: nn.Module) -> Flops:
+def _cost_vision_tower(model: nn.Module) -> np.ndarray:
     """FLOPs per image of the vision layers that are used."""
     config = model.config.vision_config
-    tower = [(name, module) for name, module in model.named_modules() if VISION_TOWER in name.split(".")]
-    embedding = next(module for _, module in tower if isinstance(module, nn.Conv2d))
+    embedding = next(m for name, m in model.named_modules() if VISION_TOWER in name and isinstance(m, nn.Conv2d))
     patches = (config.image_size // config.patch_size) ** 2
     positions = patches + has_class_token(config)
-    product = 2 * embedding.weight.numel() * patches
-    cost = Flops(product, 0, product * embedding.weight.requires_grad)
+    cost = 2.0 * embedding.weight.numel() * patches * np.array([1, embedding.weight.requires_grad])
     # From the first thing that learns, gradients flow through all that follows.
     reached = any(parameter.requires_grad for parameter in embedding.parameters())
-    linears = [(name, module) for name, module in _find_linears(model) if VISION_TOWER in name.split(".")]
+    linears = [(name, linear) for name, linear in _find_linears(model) if VISION_TOWER in name]
     for layer in range(count_used_vision_layers(model.config)):
-        own = [(name, module) for name, module in linears if f".layers.{layer}." in name]
-        for names in VISION_LAYER_ORDER:
-            stage = [(name, module) for name, module in own if names & set(name.split("."))]
-            for name, linear in stage:
-                cost += _cost_linear(name, linear, reached) * positions
+        for projections in VISION_LAYER_ORDER:
+            stage = [
+                (name, linear)
+                for name, linear in linears
+                if f".layers.{layer}." in name and projections & set(name.split("."))
+            ]
+            cost += sum(_cost_linear(name, linear, reached) for name, linear in stage) * positions
             reached = reached or any(linear.weight.requires_grad for _, linear in stage)
-            if names is VISION_LAYER_ORDER[0]:
+            if "q_proj" in projections:
                 cost += _cost_attention_pair(config.hidden_size, reached) * positions**2
     return cost
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One accelerator.
+    """One device.
 
     Args:
         name: what `--accelerator` takes.
         device_name: regular expression for the whole of `torch.cuda.get_device_name()`.
         peak_tflops: dense bf16 TFLOP/s, None where the device has no bf16; of a CPU the measured fp32 TFLOP/s.
-        memory_gib: device memory in GiB, as torch reports it.
     """
 
     name: str
@@ -225,6 +200,4 @@ ACCELERATORS = (
 
 def recognise_accelerator(device_name: str) -> Accelerator | None:
     """The accelerator that calls itself `device_name`, as `torch.cuda.get_device_name()` returns it, if it is known."""
-    return next(
-        (accelerator for accelerator in ACCELERATORS if re.fullmatch(accelerator.device_name, device_name)), None
-    )
+    return next((one for one in ACCELERATORS if re.fullmatch(one.device_name, device_name)), None)

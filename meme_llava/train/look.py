@@ -12,13 +12,14 @@ from meme_llava.distributed.environment import count_processes
 from meme_llava.errors import UserError
 from meme_llava.model.flops import CPU, count_batch
 from meme_llava.model.llava import Processing, load_processing
-from meme_llava.train.planning.accelerators import find_accelerator, find_own_device
-from meme_llava.train.planning.plan import SAMPLED_RECORDS, RunOutline, plan_training, print_plan
+from meme_llava.train.planning.memory import StepEstimator
+from meme_llava.train.planning.plan import find_accelerator, plan_training, print_plan
 from meme_llava.train.prepared_run import make_collator, make_order
 from meme_llava.train.run_plan import StartPoint, load_training_records, plan_run
 from meme_llava.train.session import derive_accumulation
 from meme_llava.train.settings import TrainArguments
 
+SAMPLED_RECORDS = 256  # whose batches are made to know the average one
 # Real control tokens; text that merely looks like one keeps the colour of text.
 SUPERVISED_STYLE, IMAGE_STYLE, CONTROL_STYLE = "bold green", "magenta", "cyan"
 
@@ -37,23 +38,19 @@ def look_at_run(arguments: TrainArguments) -> None:
     if arguments.show_batch:
         print_batch(collate(order.fetch_batch(0)), processing)
         return
-    if processes > 1 and arguments.accelerator is None and find_own_device() == CPU:
+    own = torch.cuda.get_device_name() if torch.cuda.is_available() else CPU
+    if processes > 1 and arguments.accelerator is None and own == CPU:
         raise UserError(f"this plan is for {processes} GPUs, and there is none here; name one with --accelerator")
-    batches = len(order) // arguments.device_batch_size
-    count = min(batches, max(1, SAMPLED_RECORDS // arguments.device_batch_size))
-    sample = np.linspace(0, batches - 1, count, dtype=np.int64)
-    read = (count + 1) * arguments.device_batch_size
+    size = arguments.device_batch_size
+    count = min(len(order) // size, max(1, SAMPLED_RECORDS // size))
+    sample = np.linspace(0, len(order) // size - 1, count, dtype=np.int64)
+    read = (count + 1) * size
     print(f"planning: reads {read:,} records, then follows the largest batch through the model", flush=True)
-    outline = RunOutline(
-        records=len(data.dataset),
-        steps=run.steps,
-        warmup_steps=run.warmup_steps,
-        counts=[count_batch(collate(order.fetch_batch(int(number)))) for number in sample],
-        largest=collate(order.fetch_largest_batch()),
-    )
-    accelerator = find_accelerator(arguments.accelerator or find_own_device())
-    plan = plan_training(processing.config, processing.image_policy, arguments, outline, accelerator, processes)
-    print_plan(plan)
+    counts = [count_batch(collate(order.fetch_batch(int(number)))) for number in sample]
+    largest, accelerator = order.fetch_largest_batch(), find_accelerator(arguments.accelerator or own)
+    config, policy, on_gpu = processing.config, processing.image_policy, not accelerator.is_cpu
+    estimator = StepEstimator(config, policy, arguments, collate(largest), processes, on_gpu)
+    print_plan(plan_training(estimator, counts, accelerator, lambda records: collate(largest[:records])), run)
 
 
 def print_batch(batch: dict[str, torch.Tensor], processing: Processing, console: Console | None = None) -> None:

@@ -141,10 +141,10 @@ def plan_computation(
     recomputed = most if arguments.gradient_checkpointing == "full" else CheckpointedLayers()
     needed, note, fits = None, "", not on_gpu and bound_memory(arguments, config, largest_batch) <= memory // 2
     if arguments.gradient_checkpointing == "auto" and not fits:
-        from meme_llava.train.planning.memory import ShardingPlan, StepEstimator, find_usable
+        from meme_llava.train.planning.memory import StepEstimator, find_usable
 
-        sharding = ShardingPlan.of_run(arguments, processes, on_gpu)
-        estimator = StepEstimator(config, processing.image_policy, arguments, sharding, largest_batch)
+        policy = processing.image_policy
+        estimator = StepEstimator(config, policy, arguments, largest_batch, processes, on_gpu)
         recomputed = estimator.choose_recomputed("auto", memory)
         needed, usable = estimator.estimate(recomputed).total, find_usable(memory)
         positions = largest_batch["input_ids"].numel()

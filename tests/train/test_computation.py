@@ -16,7 +16,7 @@ from meme_llava.model import packed_attention
 from meme_llava.model.llava import load_processing
 from meme_llava.model.trainable import CheckpointedLayers
 from meme_llava.train import prepared_run
-from meme_llava.train.planning.memory import ShardingPlan, StepEstimator
+from meme_llava.train.planning.memory import StepEstimator
 from meme_llava.train.prepared_run import bound_memory, plan_computation
 from meme_llava.train.settings import parse_train_arguments
 
@@ -46,8 +46,7 @@ def plan(world, processing, largest_batch, folder, **changes):
 def test_the_rough_bound_is_never_below_the_estimate(world, processing, largest_batch, tmp_path, train_type):
     arguments = parse_train_arguments(train_flags(world, tmp_path, train_type=train_type), "")
     config = LlavaConfig.from_pretrained(world.base)
-    engine = ShardingPlan.of_run(arguments, 1, on_gpu=False)
-    estimator = StepEstimator(config, processing.image_policy, arguments, engine, largest_batch)
+    estimator = StepEstimator(config, processing.image_policy, arguments, largest_batch, 1, on_gpu=False)
     estimate = estimator.estimate(CheckpointedLayers()).total
     assert estimate < bound_memory(arguments, config, largest_batch)
 
@@ -69,8 +68,7 @@ def test_auto_on_a_small_machine_computes_layers_twice(world, processing, larges
     """The machine's memory is set below what the step takes, and then far below."""
     arguments = parse_train_arguments(train_flags(world, tmp_path, train_type="projector"), "")
     config = LlavaConfig.from_pretrained(world.base)
-    engine = ShardingPlan.of_run(arguments, 1, on_gpu=False)
-    estimator = StepEstimator(config, processing.image_policy, arguments, engine, largest_batch)
+    estimator = StepEstimator(config, processing.image_policy, arguments, largest_batch, 1, on_gpu=False)
     kept = estimator.estimate(CheckpointedLayers()).total
     monkeypatch.setattr("meme_llava.train.planning.memory.find_usable", lambda memory: memory)
     monkeypatch.setattr(prepared_run, "measure_memory", lambda *_: kept - 1)

@@ -1,43 +1,42 @@
-"""Tests of plan.py, memory.py and trace.py: what a plan promises, against what the real model keeps."""
+"""Tests of the planner: what a plan promises, against what the real model keeps."""
 
+import copy
 import dataclasses
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from batches import TOKENS_PER_IMAGE, load_prepared, make_batch, make_example
-from conftest import IMAGE_SIZE, train_flags
+from batches import load_prepared, make_batch
+from conftest import train_flags
 from transformers import LlavaConfig
 
 import train
-from meme_llava.dataset.collator import PackingCollator
+from meme_llava.distributed.engines import DDP, DEEPSPEED, Engine
 from meme_llava.errors import UserError
 from meme_llava.model.flops import Accelerator, TrainingCosts, count_batch
 from meme_llava.model.llava import load_processing
 from meme_llava.model.trainable import CheckpointedLayers, recompute_layers
-from meme_llava.train.planning.accelerators import GIB, find_accelerator
-from meme_llava.train.planning.advice import shrink_batch
-from meme_llava.train.planning.memory import ShardingPlan, StepEstimator, find_usable
-from meme_llava.train.planning.plan import RunOutline, format_seconds, plan_training, print_plan
-from meme_llava.train.planning.trace import Precision, outline_model, set_depths, trace_step
+from meme_llava.train.planning.memory import StepEstimator, find_usable
+from meme_llava.train.planning.plan import GIB, find_accelerator, format_seconds, plan_training, print_plan
+from meme_llava.train.planning.trace import outline_model, set_depths, trace_step
 from meme_llava.train.settings import parse_train_arguments
-
-FLOAT32_ON_CPU = Precision(on_gpu=False, uses_bf16=False, keeps_float32=True)
-BF16_ON_GPU = Precision(on_gpu=True, uses_bf16=True, keeps_float32=True)
 
 
 def make_arguments(world, **changes):
     return parse_train_arguments(train_flags(world, world.folder / "unused", **changes), description="")
 
 
-def make_estimator(world, engine=None, config=None, **changes) -> StepEstimator:
+def make_estimator(world, on_gpu=False, config=None, **changes) -> StepEstimator:
     config = config or LlavaConfig.from_pretrained(world.base)
     return StepEstimator(
         config,
         load_processing(world.base).image_policy,
         make_arguments(world, **changes),
-        engine or ShardingPlan(1, FLOAT32_ON_CPU),
         make_batch(config.image_token_id),
+        1,
+        on_gpu,
     )
 
 
@@ -75,12 +74,12 @@ def test_activations_are_what_the_real_model_keeps(world, train_type, dropout):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("arithmetic", [FLOAT32_ON_CPU, BF16_ON_GPU], ids=["cpu", "gpu"])
-def test_deeper_models_are_extrapolated(world, arithmetic):
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
+def test_deeper_models_are_extrapolated(world, on_gpu):
     config = set_depths(LlavaConfig.from_pretrained(world.base), language=4, vision=3)
     few = {"lora_vision_modules": ["fc1"], "lora_language_modules": ["q_proj"]}
-    estimator = make_estimator(world, ShardingPlan(1, arithmetic), config, **few)
-    model = outline_model(config, estimator.image_policy, estimator.arguments, arithmetic)
+    estimator = make_estimator(world, on_gpu, config, **few)
+    model = outline_model(config, estimator.image_policy, estimator.arguments, estimator.precision)
 
     for recomputed in (
         CheckpointedLayers(),
@@ -89,16 +88,16 @@ def test_deeper_models_are_extrapolated(world, arithmetic):
         CheckpointedLayers(4, 3),
     ):
         recompute_layers(model, recomputed)
-        whole = trace_step(model, estimator.batch, arithmetic)
+        activations, _, _ = trace_step(model, estimator.batch, estimator.precision)
 
         # Casts of weights are shared between modules, so layers are alike up to a few bytes.
-        assert estimator.estimate(recomputed).activations == pytest.approx(whole.activations, rel=0.005), recomputed
+        assert estimator.estimate(recomputed).activations == pytest.approx(activations, rel=0.005), recomputed
 
 
 def test_bf16_on_a_gpu_keeps_less_than_float32(world):
     kept = []
-    for arithmetic in (FLOAT32_ON_CPU, BF16_ON_GPU):
-        estimator = make_estimator(world, ShardingPlan(1, arithmetic), train_type="projector")
+    for on_gpu in (False, True):
+        estimator = make_estimator(world, on_gpu, train_type="projector")
         kept.append(estimator.estimate(CheckpointedLayers()).activations)
 
     assert kept[1] < 0.75 * kept[0]
@@ -107,7 +106,7 @@ def test_bf16_on_a_gpu_keeps_less_than_float32(world):
 @pytest.fixture(scope="module")
 def projector_estimator(world):
     """Runs the fewest operations: the vision tower keeps nothing."""
-    return make_estimator(world, ShardingPlan(1, BF16_ON_GPU), train_type="projector")
+    return make_estimator(world, on_gpu=True, train_type="projector")
 
 
 def test_muon_keeps_one_moment_of_the_matrices_it_updates(world):
@@ -126,63 +125,49 @@ def test_state_is_divided_as_the_engine_says(world, projector_estimator):
     real = load_prepared(world, train_type="projector")
     learns = sum(parameter.numel() for parameter in real.parameters() if parameter.requires_grad)
     frozen = sum(parameter.numel() for parameter in real.parameters()) - learns
-    zero = {"reduce_bucket_size": 1000, "overlap_comm": True}
-    all_bf16 = dataclasses.replace(BF16_ON_GPU, keeps_float32=False)
+
+    def shard(stage):
+        config = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 1000, "overlap_comm": True}}
+        return {"engine": Engine("mine", DEEPSPEED, config=config), "processes": 2}
+
     expected = [  # weights, gradients, optimizer, communication
-        (ShardingPlan(1, BF16_ON_GPU), (2 * frozen + 4 * learns, 4 * learns, 8 * learns, 0)),
-        (ShardingPlan(2, BF16_ON_GPU), (2 * frozen + 4 * learns, 4 * learns, 8 * learns, 4 * learns)),
-        (ShardingPlan(2, all_bf16, 1, zero), (2 * (frozen + learns), 2 * learns, 6 * learns, 4000)),
-        (ShardingPlan(2, all_bf16, 2, zero), (2 * (frozen + learns), learns, 6 * learns, 4000)),
+        ({}, (2 * frozen + 4 * learns, 4 * learns, 8 * learns, 0)),
+        (
+            {"engine": Engine("ddp", DDP), "processes": 2},
+            (2 * frozen + 4 * learns, 4 * learns, 8 * learns, 4 * learns),
+        ),
+        (shard(1), (2 * (frozen + learns), 2 * learns, 6 * learns, 4000)),
+        (shard(2), (2 * (frozen + learns), learns, 6 * learns, 4000)),
     ]
-    for engine, parts in expected:
-        projector_estimator = projector_estimator.with_engine(engine)
+    for changes, parts in expected:
+        projector_estimator = projector_estimator.with_changes(**changes)
         memory = projector_estimator.estimate(CheckpointedLayers())
 
-        assert (memory.weights, memory.gradients, memory.optimizer, memory.communication) == parts, engine.name
+        assert (memory.weights, memory.gradients, memory.optimizer, memory.communication) == parts, changes
         assert memory.total == sum(dataclasses.astuple(memory))
 
 
-def test_the_engine_is_read_from_the_deepspeed_file(world):
-    arguments = make_arguments(world, engine="zero2")
-
-    engine = ShardingPlan.of_run(arguments, 8, on_gpu=True)
-
-    assert (engine.name, engine.processes, engine.arithmetic.keeps_float32) == ("ZeRO-2", 8, False)
-    assert ShardingPlan.of_run(make_arguments(world), 8, on_gpu=True).name == "ZeRO-2"
-    assert ShardingPlan.of_run(make_arguments(world, engine="ddp"), 8, on_gpu=True).name == "DDP"
-    fsdp = ShardingPlan.of_run(make_arguments(world, engine="fsdp2"), 8, on_gpu=True)
-    assert (fsdp.name, fsdp.divides(3), fsdp.arithmetic.keeps_float32) == ("FSDP2", 8, True)
-
-
-def test_a_smaller_batch_is_that_of_the_first_records():
-    image_token_id = 99
-    examples = [
-        make_example(image_token_id, ["a"], [1, 2, 3, 4, 5], supervised=2),
-        make_example(image_token_id, ["a"], [1, 2, 3, 6, 7, 8], supervised=3),
-        make_example(image_token_id, ["bb", "ccc"], [9, 10, 11], supervised=2),
-        make_example(image_token_id, ["dddd"], [12, 13], supervised=1),
-    ]
-    collate = PackingCollator(image_token_id, TOKENS_PER_IMAGE, IMAGE_SIZE)
-    config = LlavaConfig(image_token_id=image_token_id, vision_feature_select_strategy="default")
-    config.vision_config.image_size, config.vision_config.patch_size = IMAGE_SIZE, 14
-    expected = collate(examples[:2])
-
-    batch = shrink_batch(collate(examples), 0.5, config)
-
-    assert batch.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(value)), name
+@pytest.mark.parametrize(
+    ("engine", "name", "stage", "keeps_float32"),
+    [("zero2", "zero2", 2, False), ("auto", "zero2", 2, False), ("ddp", "ddp", 0, True), ("fsdp2", "fsdp2", 3, True)],
+)
+def test_the_engine_says_what_is_divided(world, engine, name, stage, keeps_float32):
+    config, policy = LlavaConfig.from_pretrained(world.base), load_processing(world.base).image_policy
+    estimator = StepEstimator(config, policy, make_arguments(world, engine=engine), {}, 8, on_gpu=True)
+    assert (estimator.engine.name, estimator.stage) == (name, stage)
+    assert estimator.precision.keeps_float32 == keeps_float32
 
 
-def make_outline(world) -> RunOutline:
-    batch = make_batch(LlavaConfig.from_pretrained(world.base).image_token_id)
-    return RunOutline(records=8, steps=100, warmup_steps=10, counts=[count_batch(batch)] * 2, largest=batch)
+RUN = SimpleNamespace(data=SimpleNamespace(dataset=range(8)), steps=100, warmup_steps=10)
 
 
 def make_plan(world, accelerator, processes=1, **changes):
     config, policy = LlavaConfig.from_pretrained(world.base), load_processing(world.base).image_policy
     arguments = make_arguments(world, **{"train_type": "projector", **changes})
-    return plan_training(config, policy, arguments, make_outline(world), accelerator, processes)
+    make_records = partial(make_batch, config.image_token_id)
+    batch = make_records(4)
+    estimator = StepEstimator(config, policy, arguments, batch, processes, on_gpu=True)
+    return plan_training(estimator, [count_batch(batch)] * 2, accelerator, make_records)
 
 
 def make_machine(usable: float) -> Accelerator:
@@ -215,16 +200,16 @@ def a800_plan(world):
 
 
 def test_time_is_work_over_speed(world, a800_plan):
-    batch = make_outline(world).largest
-    flops = TrainingCosts.of_model(load_prepared(world, train_type="projector")).flops(count_batch(batch))
+    batch = count_batch(a800_plan.estimator.batch)
+    flops = TrainingCosts.of_model(load_prepared(world, train_type="projector")).flops(batch)
 
     # 16 captions on 2 devices of 4: 4 device batches.
-    assert (a800_plan.accumulation, a800_plan.flops) == (2, 4 * flops)
+    assert a800_plan.flops == 4 * flops
     assert a800_plan.step_seconds == pytest.approx(4 * flops / (2 * 312e12 * 0.4))
 
 
 def test_a_printed_plan_says_what_a_run_takes(a800_plan, capsys):
-    print_plan(a800_plan)
+    print_plan(a800_plan, RUN)
 
     printed = capsys.readouterr().out
     for expected in (
@@ -233,7 +218,7 @@ def test_a_printed_plan_says_what_a_run_takes(a800_plan, capsys):
         "112, 7 per caption",  # four batches of 28
         "3,200, 28.6 times as many",  # 16 captions of 200
         "44 per step, 39%",
-        "2 x a800-80gb, ZeRO-2, in MiB",
+        "2 x a800-80gb, engine zero2, in MiB",
         "auto (this run)",
         "not estimated: too little work for the speed of",
     ):
@@ -243,7 +228,7 @@ def test_a_printed_plan_says_what_a_run_takes(a800_plan, capsys):
 
 def test_a_printed_plan_gives_times_of_a_run_with_work_to_do(a800_plan, capsys):
     """16 captions in 2.5 s on 2 devices."""
-    print_plan(replace(a800_plan, step_seconds=2.5))
+    print_plan(replace(a800_plan, step_seconds=2.5), RUN)
 
     printed = capsys.readouterr().out
     for expected in ("40% of 312 TFLOP/s per device", format_seconds(2.5), "6.40, 3.20 per device"):
@@ -255,7 +240,9 @@ def test_a_plan_says_how_often_a_run_is_evaluated(world, a800_plan, capsys):
     arguments = make_arguments(
         world, eval_every=3, eval_annotations=world.annotations, eval_image_folder=world.image_folder
     )
-    print_plan(replace(a800_plan, arguments=arguments))
+    estimator = copy.copy(a800_plan.estimator)
+    estimator.arguments = arguments
+    print_plan(replace(a800_plan, estimator=estimator), RUN)
 
     assert "34, which are not in the time" in capsys.readouterr().out
 
@@ -263,7 +250,7 @@ def test_a_plan_says_how_often_a_run_is_evaluated(world, a800_plan, capsys):
 def test_a_run_that_does_not_fit_gets_advice_that_was_tried(world, projector_estimator, capsys):
     accelerator = make_machine(projector_estimator.estimate(CheckpointedLayers()).total - 100)
     plan = make_plan(world, accelerator, gradient_checkpointing="none")
-    print_plan(plan)
+    print_plan(plan, RUN)
 
     assert [planned.fits for _, planned in plan.advice] == [True]
     assert plan.advice[0][0] == "--device_batch_size 2"

@@ -1,269 +1,158 @@
 """The plan of a training run, before a GPU or any weight is touched: positions, memory, time; and what to change when
 it does not fit.
 
-Memory comes from memory.py, FLOPs from flops.py. Time is FLOPs over an assumed speed; waiting for data, for other
-devices and for checkpoints is not in it.
+Time is FLOPs over an assumed speed; waiting for data, for other devices and for checkpoints is not in it.
 """
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 
-from transformers import LlavaConfig
+import psutil
+import torch
+from torch.utils.benchmark import Timer
 
-from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
-from meme_llava.model.flops import Accelerator, StepCounts, TrainingCosts
-from meme_llava.model.trainable import CheckpointedLayers
+from meme_llava.model.flops import ACCELERATORS, CPU, Accelerator, StepCounts, TrainingCosts, recognise_accelerator
 from meme_llava.terminal import print_table
-from meme_llava.train.planning.accelerators import GIB
-from meme_llava.train.planning.advice import MemoryPlan, plan_memory, try_changes
-from meme_llava.train.planning.memory import ShardingPlan, StepEstimator
-from meme_llava.train.settings import TrainArguments
+from meme_llava.train.planning.advice import GIB, MemoryPlan, plan_memory, try_changes
+from meme_llava.train.planning.memory import StepEstimator, StepMemory
+from meme_llava.train.run_plan import RunPlan
 
 # Shares of a device's peak that training is assumed to reach: a GPU's of its datasheet, a CPU's of what was measured.
 GPU_UTILISATION, CPU_UTILISATION = 0.40, 0.60
-# Records whose batches are made to know the average one.
-SAMPLED_RECORDS = 256
 # A step of less than this is over before its kernels are launched: arithmetic says nothing about it.
 SHORTEST_STEP = 0.02
+# To measure a device's speed: large enough to be limited by arithmetic, 1 TFLOP on a GPU, 2 GFLOP on a CPU.
+MEASURING_SECONDS, GPU_MATRIX_SIZE, CPU_MATRIX_SIZE = 1.0, 8192, 1024
 NOTE = """\
 Model FLOPs are those of matrix multiplications and attention, forward and backward, without what is computed again to
 save memory. MFU is model FLOP/s over the device's peak. Waiting for data, for other devices and for checkpoints is not
 in the time."""
-MEMORY_PARTS = {
-    "weights": "weights",
-    "gradients": "gradients",
-    "optimizer": "optimizer",
-    "activations": "activations",
-    "logits": "logits, loss and casts",
-    "temporaries": "temporaries at the peak",
-    "communication": "communication",
-}
+LABELS = {"logits": "logits, loss and casts", "temporaries": "temporaries at the peak"}
 
 
-@dataclass(frozen=True)
-class RunOutline:
-    """What a plan has to know of a run's data and schedule.
+def find_accelerator(name: str) -> Accelerator:
+    """The accelerator of a short name such as a800-80gb, of a device's own name, or "cpu" (this one; takes a second).
 
-    Args:
-        records: captions of one pass.
-        steps, warmup_steps: optimizer steps.
-        counts: of the device batches of the run, of all or of a fair sample.
-        largest: the batch with the most positions, as `PackingCollator` returned it.
+    Raises:
+        UserError: no accelerator of that name is known.
     """
+    if name.lower() == CPU:
+        # All of this machine's memory, and its fp32 ceiling as measured now with the threads torch uses.
+        speed, memory = measure_ceiling(torch.device(CPU), torch.float32), psutil.virtual_memory().total
+        return Accelerator(CPU, CPU, speed / 1e12, memory / GIB)
+    known = {accelerator.name: accelerator for accelerator in ACCELERATORS}
+    accelerator = known.get(name.lower()) or recognise_accelerator(name)
+    if accelerator is None:
+        names = ", ".join([*known, CPU])
+        raise UserError(f"--accelerator {name}: no known accelerator; there are {names}. Take the nearest one.")
+    return accelerator
 
-    records: int
-    steps: int
-    warmup_steps: int
-    counts: Sequence[StepCounts]
-    largest: Mapping
+
+def measure_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of many large matrix multiplications: what a training step could reach at most.
+
+    The fastest, because whatever else happens on the machine can only slow one down.
+    """
+    size = CPU_MATRIX_SIZE if device.type == CPU else GPU_MATRIX_SIZE
+    left, right, result = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
+    variables = {"torch": torch, "left": left, "right": right, "result": result}
+    timer = Timer("torch.mm(left, right, out=result)", globals=variables, num_threads=torch.get_num_threads())
+    return 2 * size**3 / min(timer.blocked_autorange(min_run_time=MEASURING_SECONDS).times)
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The plan of a run. Counts are means over the device batches of the run.
+    """The plan of a run.
 
     Args:
-        accumulation: device batches per optimizer step and device.
-        mean: counts of one device batch.
-        flops: of one optimizer step over all devices, forward and backward, nothing counted twice.
-        recomputed_flops: what recomputing adds to them.
-        step_seconds: None where the device's speed is not known.
+        step: counts of one optimizer step over all devices.
+        flops: of the step, forward and backward, nothing counted twice; recomputing adds `recomputed_flops`.
+        speed: of a device's matrix multiplications in FLOP/s, None where it is not known.
+        step_seconds: None where the speed is not known.
         memories: by --gradient_checkpointing; that of the run first.
         advice: changes that were tried, each with its memory; empty where the run fits.
     """
 
-    arguments: TrainArguments
-    outline: RunOutline
+    estimator: StepEstimator
     accelerator: Accelerator
-    engine: ShardingPlan
-    accumulation: int
-    mean: dict[str, float]
+    step: StepCounts
     flops: float
     recomputed_flops: float
-    utilisation: float
+    speed: float | None
     step_seconds: float | None
     memories: dict[str, MemoryPlan]
     advice: list[tuple[str, MemoryPlan]]
 
     @property
     def chosen(self) -> MemoryPlan:
-        return self.memories[self.arguments.gradient_checkpointing]
+        return next(iter(self.memories.values()))
 
 
 def plan_training(
-    config: LlavaConfig,
-    image_policy: ImagePolicy,
-    arguments: TrainArguments,
-    outline: RunOutline,
+    estimator: StepEstimator,
+    counts: Sequence[StepCounts],
     accelerator: Accelerator,
-    processes: int,
+    make_batch: Callable[[int], Mapping],
 ) -> TrainingPlan:
-    """Plan a run on `processes` devices of one kind. Takes seconds and less than 1 GiB, whatever the model's size.
+    """Plan a run on devices of one kind. Takes seconds and less than 1 GiB, whatever the model's size.
+
+    Args:
+        counts: of the device batches of the run, of all or of a fair sample.
+        make_batch: the device batch with the most positions with only so many of its records, for what is tried where
+            the run does not fit.
 
     Raises:
         UserError: the device cannot compute in the precision of the settings.
     """
-    if accelerator.peak_tflops is None and arguments.precision in ("auto", "bf16"):
+    arguments = estimator.arguments
+    uses_bf16 = arguments.precision in ("auto", "bf16")
+    if accelerator.peak_tflops is None and uses_bf16:
         raise UserError(
             f"--accelerator {accelerator.name} has no bf16; pass --precision fp32 (fp16 overflows with Qwen2)"
         )
-    engine = ShardingPlan.of_run(arguments, processes, on_gpu=not accelerator.is_cpu)
-    estimator = StepEstimator(config, image_policy, arguments, engine, outline.largest)
-    memories = {
-        setting: plan_memory(estimator, setting, accelerator)
-        for setting in dict.fromkeys((arguments.gradient_checkpointing, "none", "auto", "full"))
-    }
-    chosen = memories[arguments.gradient_checkpointing]
-    accumulation = arguments.global_batch_size // (arguments.device_batch_size * processes)
-    costs, mean = TrainingCosts.of_model(estimator.model), average_counts(outline.counts)
-    batches = accumulation * processes
-    total = sum(outline.counts, StepCounts())
-    flops = costs.flops(total) / len(outline.counts) * batches
-    recomputed_flops = count_recomputed(costs, total, chosen.recomputed, estimator) / len(outline.counts) * batches
-    utilisation = CPU_UTILISATION if accelerator.is_cpu else GPU_UTILISATION
-    speed = find_speed(accelerator, arguments.precision)
-    return TrainingPlan(
-        arguments=arguments,
-        outline=outline,
-        accelerator=accelerator,
-        engine=engine,
-        accumulation=accumulation,
-        mean=mean,
-        flops=flops,
-        recomputed_flops=recomputed_flops,
-        utilisation=utilisation,
-        step_seconds=speed and (flops + recomputed_flops) / (processes * speed * utilisation),
-        memories=memories,
-        advice=[] if chosen.fits else try_changes(estimator, accelerator),
-    )
-
-
-def average_counts(counts: Sequence[StepCounts]) -> dict[str, float]:
-    """The mean of every count."""
-    total = dataclasses.asdict(sum(counts, StepCounts()))
-    return {name: value / len(counts) for name, value in total.items()}
-
-
-def count_recomputed(
-    costs: TrainingCosts, counts: StepCounts, recomputed: CheckpointedLayers, estimator: StepEstimator
-) -> float:
-    """FLOPs that computing activations again adds: another forward pass of these layers."""
-    layers = estimator.most
-    language = costs.per_position * counts.positions + costs.per_attention_pair * counts.attention_pairs
-    vision = costs.per_encoded_image * counts.images
-    share = recomputed.vision / layers.vision if layers.vision else 0
-    return language.forward * recomputed.language / layers.language + vision.forward * share
-
-
-def find_speed(accelerator: Accelerator, precision: str) -> float | None:
-    """FLOP/s of the device's matrix multiplications in the run's precision, None where it is not known."""
+    settings = dict.fromkeys((arguments.gradient_checkpointing, "none", "auto", "full"))
+    memories = {setting: plan_memory(estimator, setting, accelerator) for setting in settings}
+    chosen, most = memories[arguments.gradient_checkpointing], estimator.most
+    costs = TrainingCosts.of_model(estimator.model)
+    batches = arguments.global_batch_size // arguments.device_batch_size
+    step = sum(counts, StepCounts()) * (batches / len(counts))
+    flops = costs.flops(step)
+    # Another forward pass of the layers that compute their activations again.
+    language = costs.per_position[0] * step.positions + costs.per_attention_pair[0] * step.attention_pairs
+    recomputed = language * chosen.recomputed.language / most.language
+    if most.vision:
+        recomputed += costs.per_encoded_image[0] * step.images * chosen.recomputed.vision / most.vision
     # Of a GPU in float32, without tensor cores, datasheets differ.
-    return accelerator.peak_tflops * 1e12 if accelerator.is_cpu or precision != "fp32" else None
+    speed = accelerator.peak_tflops * 1e12 if accelerator.is_cpu or uses_bf16 else None
+    assumed = estimator.processes * find_utilisation(accelerator)
+    return TrainingPlan(
+        estimator=estimator,
+        accelerator=accelerator,
+        step=step,
+        flops=flops,
+        recomputed_flops=recomputed,
+        speed=speed,
+        step_seconds=speed and (flops + recomputed) / (assumed * speed),
+        memories=memories,
+        advice=[] if chosen.fits else list(try_changes(estimator, accelerator, make_batch)),
+    )
 
 
-def print_plan(plan: TrainingPlan) -> None:
+def find_utilisation(accelerator: Accelerator) -> float:
+    """The share of the device's speed that training is assumed to reach."""
+    return CPU_UTILISATION if accelerator.is_cpu else GPU_UTILISATION
+
+
+def print_plan(plan: TrainingPlan, run: RunPlan) -> None:
     """Print what a run will take: data, memory, time, and what to change when it does not fit."""
-    print_table("Plan: data and schedule", ("what", "value"), list_data_rows(plan))
-    settings = list(plan.memories)
-    columns = [f"{setting} (this run)" if setting == settings[0] else setting for setting in settings]
-    devices = f"{plan.engine.processes} x {plan.accelerator.name}, {plan.engine.name}"
-    print_table(
-        f"Plan: memory of each device at the largest batch\n{devices}, in {choose_unit(plan)[0]}",
-        ("--gradient_checkpointing", *columns),
-        list_memory_rows(plan),
-    )
-    print_table("Plan: time", ("what", "value"), list_time_rows(plan))
+    print_table("Plan: data and schedule", ("what", "value"), list_data_rows(plan, run))
+    print_memory(plan)
+    print_table("Plan: time", ("what", "value"), list_time_rows(plan, run.steps))
     print(NOTE)
-    if not plan.chosen.fits:
-        print_advice(plan)
-
-
-def list_data_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
-    """What a step computes on."""
-    arguments, outline, mean = plan.arguments, plan.outline, plan.mean
-    devices, captions = plan.engine.processes, arguments.global_batch_size
-    positions, supervised, images = (
-        mean[name] * plan.accumulation * devices for name in ("positions", "supervised", "images")
-    )
-    padded = captions * arguments.model_max_length
-    split = f"{devices} device(s) x {arguments.device_batch_size} x {plan.accumulation} in turn"
-    largest = outline.largest["input_ids"].numel()
-    # The last step is evaluated, too.
-    evaluations = 0 if arguments.eval_every is None else math.ceil(outline.steps / arguments.eval_every)
-    return [
-        ("captions", f"{outline.records:,}"),
-        ("optimizer steps", f"{outline.steps:,}, {outline.warmup_steps:,} of them warmup"),
-        *([("evaluations", f"{evaluations:,}, which are not in the time")] if evaluations else []),
-        ("captions per step", f"{captions:,} = {split}"),
-        ("positions per step", f"{positions:,.0f}, {positions / captions:,.0f} per caption"),
-        ("the same padded to model_max_length", f"{padded:,}, {padded / positions:.1f} times as many"),
-        ("positions that carry loss", f"{supervised:,.0f} per step, {supervised / positions:.0%}"),
-        ("images encoded per step", f"{images:,.0f}, {images / captions:.2f} per caption"),
-        ("positions of a device batch", f"{mean['positions']:,.0f} on average, {largest:,} in the largest"),
-    ]
-
-
-def list_memory_rows(plan: TrainingPlan) -> list[tuple[str, ...]]:
-    """The memory of a step by part, a column for each --gradient_checkpointing."""
-    memories, unit = list(plan.memories.values()), choose_unit(plan)[1]
-    rows = [
-        (label, *(f"{getattr(planned.memory, part) / unit:.2f}" for planned in memories))
-        for part, label in MEMORY_PARTS.items()
-    ]
-    return [
-        *rows,
-        ("total", *(f"{planned.memory.total / unit:.2f}" for planned in memories)),
-        (
-            f"usable of {plan.accelerator.memory_gib * GIB / unit:,.1f}",
-            *(f"{planned.usable / unit:.2f}" for planned in memories),
-        ),
-        ("fits", *("yes" if planned.fits else "no" for planned in memories)),
-        ("recomputed layers: language", *(f"{planned.recomputed.language}" for planned in memories)),
-        ("recomputed layers: vision", *(f"{planned.recomputed.vision}" for planned in memories)),
-    ]
-
-
-def choose_unit(plan: TrainingPlan) -> tuple[str, int]:
-    """What the memory of a step is best read in."""
-    largest = max(planned.memory.total for planned in plan.memories.values())
-    return ("GiB", GIB) if largest >= GIB else ("MiB", 2**20)
-
-
-def list_time_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
-    """Work and time of the run."""
-    rows = [
-        (
-            "model FLOPs per step",
-            f"{format_number(plan.flops / 1e12)} TFLOP, {plan.recomputed_flops / plan.flops:.0%} more recomputed",
-        )
-    ]
-    if plan.step_seconds is None:
-        precision = plan.arguments.precision
-        return [*rows, ("step", f"not estimated: the speed of {plan.accelerator.name} in {precision} is not known")]
-    if plan.step_seconds < SHORTEST_STEP:
-        return [*rows, ("step", f"not estimated: too little work for the speed of {plan.accelerator.name} to matter")]
-    total = plan.step_seconds * plan.outline.steps
-    captions = plan.arguments.global_batch_size / plan.step_seconds
-    source = "measured just now" if plan.accelerator.is_cpu else "by its datasheet"
-    speed = find_speed(plan.accelerator, plan.arguments.precision) / 1e12
-    mfu = plan.utilisation * plan.flops / (plan.flops + plan.recomputed_flops)
-    return [
-        *rows,
-        (
-            "assumed speed",
-            f"{plan.utilisation:.0%} of {format_number(speed)} TFLOP/s per device, {source}; MFU {mfu:.0%}",
-        ),
-        ("step", format_seconds(plan.step_seconds)),
-        ("run", format_seconds(total)),
-        ("captions per second", f"{captions:,.2f}, {captions / plan.engine.processes:,.2f} per device"),
-    ]
-
-
-def print_advice(plan: TrainingPlan) -> None:
-    """Say that the run does not fit, and what was tried in its place."""
+    if plan.chosen.fits:
+        return
     over = (plan.chosen.memory.total - plan.chosen.usable) / GIB
     print(f"\nThis run does not fit: a step takes {over:.1f} GiB more than {plan.accelerator.name} has to give.")
     rows = [
@@ -273,6 +162,73 @@ def print_advice(plan: TrainingPlan) -> None:
     print_table("Changes that keep the global batch", ("change", "GiB", "fits"), rows)
     if not any(planned.fits for _, planned in plan.advice):
         print("None of them fits. Train less of the model (train_type lora), or a smaller one.")
+
+
+def list_data_rows(plan: TrainingPlan, run: RunPlan) -> list[tuple[str, str]]:
+    """What a step computes on."""
+    arguments, step = plan.estimator.arguments, plan.step
+    devices, captions, size = plan.estimator.processes, arguments.global_batch_size, arguments.device_batch_size
+    padded = captions * arguments.model_max_length
+    mean, largest = step.positions * size / captions, plan.estimator.batch["input_ids"].numel()
+    # The last step is evaluated, too.
+    evaluations = 0 if arguments.eval_every is None else math.ceil(run.steps / arguments.eval_every)
+    return [
+        ("captions", f"{len(run.data.dataset):,}"),
+        ("optimizer steps", f"{run.steps:,}, {run.warmup_steps:,} of them warmup"),
+        *([("evaluations", f"{evaluations:,}, which are not in the time")] if evaluations else []),
+        (
+            "captions per step",
+            f"{captions:,} = {devices} device(s) x {size} x {captions // (size * devices)} in turn",
+        ),
+        ("positions per step", f"{step.positions:,.0f}, {step.positions / captions:,.0f} per caption"),
+        ("the same padded to model_max_length", f"{padded:,}, {padded / step.positions:.1f} times as many"),
+        ("positions that carry loss", f"{step.supervised:,.0f} per step, {step.supervised / step.positions:.0%}"),
+        ("images encoded per step", f"{step.images:,.0f}, {step.images / captions:.2f} per caption"),
+        ("positions of a device batch", f"{mean:,.0f} on average, {largest:,} in the largest"),
+    ]
+
+
+def print_memory(plan: TrainingPlan) -> None:
+    """Print the memory of a step by part, a column for each --gradient_checkpointing."""
+    settings, memories = list(plan.memories), list(plan.memories.values())
+    # What the memory of a step is best read in.
+    unit, size = ("GiB", GIB) if max(planned.memory.total for planned in memories) >= GIB else ("MiB", 2**20)
+    sizes = {
+        LABELS.get(part.name, part.name): [getattr(planned.memory, part.name) for planned in memories]
+        for part in fields(StepMemory)
+    }
+    sizes["total"] = [planned.memory.total for planned in memories]
+    sizes[f"usable of {plan.accelerator.memory_gib * GIB / size:,.1f}"] = [planned.usable for planned in memories]
+    rows = [
+        *((label, *(f"{value / size:.2f}" for value in values)) for label, values in sizes.items()),
+        ("fits", *("yes" if planned.fits else "no" for planned in memories)),
+        ("recomputed layers: language", *(f"{planned.recomputed.language}" for planned in memories)),
+        ("recomputed layers: vision", *(f"{planned.recomputed.vision}" for planned in memories)),
+    ]
+    devices = f"{plan.estimator.processes} x {plan.accelerator.name}, engine {plan.estimator.engine.name}"
+    title = f"Plan: memory of each device at the largest batch\n{devices}, in {unit}"
+    print_table(title, ("--gradient_checkpointing", f"{settings[0]} (this run)", *settings[1:]), rows)
+
+
+def list_time_rows(plan: TrainingPlan, steps: int) -> list[tuple[str, str]]:
+    """Work and time of the run."""
+    work = f"{format_number(plan.flops / 1e12)} TFLOP, {plan.recomputed_flops / plan.flops:.0%} more recomputed"
+    rows, name, seconds = [("model FLOPs per step", work)], plan.accelerator.name, plan.step_seconds
+    arguments, share = plan.estimator.arguments, find_utilisation(plan.accelerator)
+    if seconds is None:
+        return [*rows, ("step", f"not estimated: the speed of {name} in {arguments.precision} is not known")]
+    if seconds < SHORTEST_STEP:
+        return [*rows, ("step", f"not estimated: too little work for the speed of {name} to matter")]
+    captions = arguments.global_batch_size / seconds
+    speed, source = format_number(plan.speed / 1e12), "measured just now" if name == CPU else "by its datasheet"
+    mfu = share * plan.flops / (plan.flops + plan.recomputed_flops)
+    return [
+        *rows,
+        ("assumed speed", f"{share:.0%} of {speed} TFLOP/s per device, {source}; MFU {mfu:.0%}"),
+        ("step", format_seconds(seconds)),
+        ("run", format_seconds(seconds * steps)),
+        ("captions per second", f"{captions:,.2f}, {captions / plan.estimator.processes:,.2f} per device"),
+    ]
 
 
 def format_number(value: float) -> str:

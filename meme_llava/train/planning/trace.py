@@ -1,14 +1,13 @@
 """What is alive while a training step runs: the model's own code, run on tensors without storage.
 
-So the figures follow the code when it changes, and neither a GPU nor the memory of the model is needed. Nothing about
-optimizers and devices that share their work.
+So the figures follow the code when it changes, and neither a GPU nor the memory of the model is needed.
 """
 
 import contextlib
 import copy
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -43,32 +42,13 @@ class Precision:
     keeps_float32: bool
 
 
-@dataclass(frozen=True)
-class Trace:
-    """Bytes of one step run without storage: alive after the forward pass, more in the loss, more at the peak."""
-
-    activations: int
-    logits: int
-    temporaries: int
-
-    def __add__(self, other: "Trace") -> "Trace":
-        return Trace(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
-
-    def __sub__(self, other: "Trace") -> "Trace":
-        return self + other * -1
-
-    def __mul__(self, times: int) -> "Trace":
-        return Trace(*(getattr(self, part.name) * times for part in fields(self)))
-
-
 def set_depths(config: LlavaConfig, language: int, vision: int) -> LlavaConfig:
     """The same LLaVA with the given numbers of language layers and used vision layers."""
     config = copy.deepcopy(config)
-    unused = config.vision_config.num_hidden_layers - count_used_vision_layers(config)
+    text, unused = config.text_config, config.vision_config.num_hidden_layers - count_used_vision_layers(config)
     config.vision_config.num_hidden_layers = vision + unused
     if config.vision_feature_layer >= 0:
         config.vision_feature_layer = vision
-    text = config.text_config
     text.num_hidden_layers = language
     if getattr(text, "layer_types", None):
         text.layer_types = (text.layer_types * language)[:language]
@@ -76,30 +56,31 @@ def set_depths(config: LlavaConfig, language: int, vision: int) -> LlavaConfig:
 
 
 def outline_model(
-    config: LlavaConfig, image_policy: ImagePolicy, arguments: TrainArguments, arithmetic: Precision
+    config: LlavaConfig, image_policy: ImagePolicy, arguments: TrainArguments, precision: Precision
 ) -> nn.Module:
     """The model as train.py prepares it for training, with parameters that have shape and dtype but no storage."""
-    dtype = torch.bfloat16 if arithmetic.uses_bf16 else torch.float32
-    model = make_empty_model(PackedLlava, config, dtype)
-    device = torch.device("cuda" if arithmetic.on_gpu else "cpu")
-    attention = choose_attention(arguments.attention, device, arithmetic.uses_bf16)
+    dtype = torch.bfloat16 if precision.uses_bf16 else torch.float32
+    device = torch.device("cuda" if precision.on_gpu else "cpu")
+    attention = choose_attention(arguments.attention, device, precision.uses_bf16)
     if attention == NAMES["flash_attention_2"]:
         attention = NAMES["varlen"]  # keeps the same tensors, and runs without storage
+    model = make_empty_model(PackedLlava, config, dtype)
     prepare_packed_llava(model, image_policy, attention, str(arguments.model))
     model = prepare_trainable(model, arguments, arguments.seed).train()
     mode, outlines = FakeTensorMode(allow_non_fake_inputs=True), {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if id(parameter) not in outlines:
-            data = parameter.data if arithmetic.keeps_float32 else parameter.data.to(dtype)
+        if parameter not in outlines:  # another name's, where weights are tied
+            data = parameter.data if precision.keeps_float32 else parameter.data.to(dtype)
             fake = FakeTensor(mode, data, torch.device("cpu"))  # a GPU's would need a torch with CUDA
-            outlines[id(parameter)] = parameter, nn.Parameter(fake, requires_grad=parameter.requires_grad)
-        path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, outlines[id(parameter)][1])
+            outlines[parameter] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, outlines[parameter])
     return model
 
 
-def trace_step(model: nn.Module, batch: Mapping, arithmetic: Precision) -> Trace:
-    """Run a step forward and backward on a model of `outline_model`, and count what would be alive."""
+def trace_step(model: nn.Module, batch: Mapping, precision: Precision) -> tuple[int, int, int]:
+    """Run a step forward and backward on a model of `outline_model`. Returns how many bytes would be alive: after the
+    forward pass, more in the loss, and more at the peak."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             # Those of the batches before it, when several make an optimizer step.
@@ -113,8 +94,8 @@ def trace_step(model: nn.Module, batch: Mapping, arithmetic: Precision) -> Trace
         head.register_forward_pre_hook(lambda *_: peaks.append(live.restart_peak())),
         head.register_forward_hook(lambda *_: peaks.append(live.peak)),
     ]
-    casts = arithmetic.uses_bf16 and arithmetic.keeps_float32
-    with live, _like_a_gpu() if arithmetic.on_gpu else contextlib.nullcontext():
+    casts = precision.uses_bf16 and precision.keeps_float32
+    with live, _like_a_gpu() if precision.on_gpu else contextlib.nullcontext():
         with torch.autocast("cpu", torch.bfloat16, enabled=casts):
             loss = model(**batch)["loss"]
         activations = live.bytes
@@ -122,7 +103,7 @@ def trace_step(model: nn.Module, batch: Mapping, arithmetic: Precision) -> Trace
     for handle in handles:
         handle.remove()
     logits = max(0, peaks[1] - activations)
-    return Trace(activations, logits, max(0, peaks[0] - activations - logits, live.peak - activations - logits))
+    return activations, logits, max(0, max(peaks[0], live.peak) - activations - logits)
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -131,11 +112,11 @@ class _LiveBytes(TorchDispatchMode):
     def __init__(self, known: nn.Module):
         super().__init__()
         self.bytes = self.peak = 0
-        self._sizes = WeakIdKeyDictionary()
+        self._seen = WeakIdKeyDictionary()
         for tensor in (*known.parameters(), *known.buffers()):
-            self._sizes[tensor.untyped_storage()] = 0
-            if tensor.grad is not None:
-                self._sizes[tensor.grad.untyped_storage()] = 0
+            for one in (tensor, tensor.grad):
+                if one is not None:
+                    self._seen[one.untyped_storage()] = True
 
     def restart_peak(self) -> int:
         """The peak so far; from now on a new one is measured."""
@@ -145,20 +126,16 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf.untyped_storage())
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage() not in self._seen:
+                storage = leaf.untyped_storage()
+                self._seen[storage] = True
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._sizes:
-            return
-        size = self._sizes[storage] = storage.nbytes()
+    def _add(self, size: int) -> None:
         self.bytes += size
         self.peak = max(self.peak, self.bytes)
-        weakref.finalize(storage, self._release, size)
-
-    def _release(self, size: int) -> None:
-        self.bytes -= size
 
 
 @contextlib.contextmanager
