@@ -6,7 +6,6 @@ replaced silently: every bad record is listed with its place, kind and reason. N
 
 import difflib
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,21 +13,12 @@ from typing import Literal
 from meme_llava.cli import check_setting, describe
 from meme_llava.dataset.conversation import (
     CONTROL_TOKENS,
-    IMAGE_PLACEHOLDER,
     ConversationEncoder,
     DoesNotFit,
     Tokens,
 )
 from meme_llava.dataset.images import MAX_PIXELS, resolve_image_path
-from meme_llava.dataset.inspection import (
-    ImageFacts,
-    check_image,
-    find_loop,
-    find_refusal,
-    inspect_images,
-    measure_recall,
-    normalise_text,
-)
+from meme_llava.dataset.inspection import ImageFacts, check_image, check_texts, inspect_images, normalise_text
 from meme_llava.dataset.records import (
     BAD_KINDS,
     KINDS,
@@ -47,7 +37,6 @@ from meme_llava.terminal import print_table, show_count
 
 # A list of a hundred thousand findings helps nobody; the count is always given in full.
 MAX_LISTED, MAX_LISTED_OF_ONE_CAUSE = 50, 5
-SMALLEST_RECALL = 0.5  # of the characters known to stand in an image; a caption may quote them in part
 # Short answers ("有", "图片里没有文字。") may well answer two questions about one image.
 SHORT_ANSWER = 10  # characters that are letters or digits
 
@@ -199,7 +188,8 @@ def check_data(
                 checked.add(kind, detail)
             if originals.get(path, path) != path:
                 checked.add("duplicate_image", f"{path}: has the bytes of {originals[path]}")
-        _check_text(checked, control_tokens)
+        for kind, detail in check_texts(checked.record.turns, checked.record.text, control_tokens):
+            checked.add(kind, detail)
     if encoder is not None:
         encoded = encoder.encode_many([checked.record.turns for checked in checked_records], max_length)
         for checked, tokens in zip(checked_records, encoded, strict=True):
@@ -236,29 +226,6 @@ def _resolve_images(record: Record, image_folder: Path) -> CheckedRecord:
         return CheckedRecord(record, tuple(resolve_image_path(image, image_folder) for image in record.images))
     except RecordFault as fault:
         return CheckedRecord(record, (), [Finding(fault.kind, record.place, record.record_id, str(fault))])
-
-
-def _check_text(checked: CheckedRecord, control_tokens: Sequence[str]) -> None:
-    for index, turn in enumerate(checked.record.turns):
-        where = f"turn {index + 1}"
-        spelt = [
-            token
-            for token in control_tokens
-            if token in turn.text and not (token == IMAGE_PLACEHOLDER and turn.role == "user")
-        ]
-        if spelt:
-            checked.add("control_text", f"{where} spells {', '.join(spelt)}")
-        if turn.role == "assistant":
-            if refusal := find_refusal(turn.text):
-                checked.add("refusal", f"{where} refuses: {refusal!r}")
-            if (loop := find_loop(turn.text)) is not None:
-                checked.add("loop", f"{where} repeats {loop[:30]!r}")
-    text = checked.record.text
-    if text:
-        answers = "".join(turn.text for turn in checked.record.turns if turn.role == "assistant")
-        recall = measure_recall(text, answers)
-        if recall < SMALLEST_RECALL:
-            checked.add("text_disagrees", f"{recall:.0%} of the characters of {text!r} are in the answer")
 
 
 def _find_duplicates(data: CheckedData) -> None:

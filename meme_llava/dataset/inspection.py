@@ -1,5 +1,5 @@
 """What texts and image files are worth: refusals, endless loops, words of the image that are missing; files looked at
-whole, many in parallel. Nothing about records.
+whole, many in parallel.
 """
 
 import multiprocessing
@@ -8,7 +8,7 @@ import sys
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -18,10 +18,25 @@ from pathlib import Path
 import numpy as np
 
 from meme_llava import count_cores
+from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.dataset.images import PARSER_ERRORS, list_header_notes, open_header, open_image
 from meme_llava.dataset.records import RecordFault
 from meme_llava.storage.files import hash_file
 
+SMALLEST_SIDE = 4  # pixels; less is a tracking dot, no image
+LOW_RESOLUTION = 64  # pixels; a line of words needs more
+EXTREME_RATIO = 50  # of the sides
+STRETCHED_RATIO = 4
+EXTENSIONS = {
+    "JPEG": {".jpg", ".jpeg", ".jfif", ".jpe"},
+    "PNG": {".png", ".apng"},
+    "GIF": {".gif"},
+    "WEBP": {".webp"},
+    "BMP": {".bmp", ".dib"},
+}
+IMAGE_SUFFIXES = frozenset().union(*EXTENSIONS.values())
+FILES_PER_TASK = 16
+SMALLEST_RECALL = 0.5  # of the characters known to stand in an image; a caption may quote them in part
 # What a meme says stands in quotes, and memes do say "I cannot": only the speaker's own words count.
 _QUOTED = re.compile(r"“[^”]*”|‘[^’]*’|「[^」]*」|『[^』]*』|《[^》]*》|\"[^\"\n]*\"|\*\*[^*\n]*\*\*")
 _UNABLE = "(?:无法|不能|没法|没有办法|不可以|不便|不会|拒绝)"
@@ -111,19 +126,25 @@ def find_loop(text: str) -> str | None:
     return None
 
 
-SMALLEST_SIDE = 4  # pixels; less is a tracking dot, no image
-LOW_RESOLUTION = 64  # pixels; a line of words needs more
-EXTREME_RATIO = 50  # of the sides
-STRETCHED_RATIO = 4
-EXTENSIONS = {
-    "JPEG": {".jpg", ".jpeg", ".jfif", ".jpe"},
-    "PNG": {".png", ".apng"},
-    "GIF": {".gif"},
-    "WEBP": {".webp"},
-    "BMP": {".bmp", ".dib"},
-}
-IMAGE_SUFFIXES = frozenset().union(*EXTENSIONS.values())
-FILES_PER_TASK = 16
+def check_texts(turns: Sequence[Turn], text: str | None, control_tokens: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The findings about what a record says, as (kind, detail); `text` is what is known to stand in its image."""
+    for number, turn in enumerate(turns, start=1):
+        spelt = [
+            token
+            for token in control_tokens
+            if token in turn.text and not (token == IMAGE_PLACEHOLDER and turn.role == "user")
+        ]
+        if spelt:
+            yield "control_text", f"turn {number} spells {', '.join(spelt)}"
+        if turn.role == "assistant":
+            if refusal := find_refusal(turn.text):
+                yield "refusal", f"turn {number} refuses: {refusal!r}"
+            if (loop := find_loop(turn.text)) is not None:
+                yield "loop", f"turn {number} repeats {loop[:30]!r}"
+    if text:
+        recall = measure_recall(text, "".join(turn.text for turn in turns if turn.role == "assistant"))
+        if recall < SMALLEST_RECALL:
+            yield "text_disagrees", f"{recall:.0%} of the characters of {text!r} are in the answer"
 
 
 @dataclass(frozen=True)
