@@ -125,8 +125,7 @@ class PackedLengths:
 
     def __init__(self, positions: np.ndarray, sharing: PrefixSharing | None):
         # Python's own lists: element by element they are several times faster than arrays.
-        self._positions = positions.tolist()
-        self._shares = sharing is not None
+        self._positions, self._shares = positions.tolist(), sharing is not None
         if sharing is not None:
             self.groups = sharing.groups.tolist()
             self.order = sharing.order.tolist()
@@ -160,9 +159,7 @@ def shuffle_groups(groups: np.ndarray, length: int, seed: int) -> np.ndarray:
     """
     # Numbered by first appearance, so that the order depends on which records are alike and on nothing else.
     _, first, numbers = np.unique(groups, return_index=True, return_inverse=True)
-    places = np.empty(len(first), np.int64)
-    places[np.argsort(first)] = np.arange(len(first))
-    numbers = places[numbers]
+    numbers = np.argsort(np.argsort(first))[numbers]
     passes = []
     for number in range(-(-length // len(groups))):
         generator = np.random.default_rng([seed, number])
@@ -186,8 +183,14 @@ def plan_shared_order(
     packed = PackedLengths(positions, sharing)
     end = first_record + steps * shape.global_batch_size
     stream = shuffle_groups(sharing.groups, end, seed)[first_record:]
-    arranged = [_arrange_step(step, packed, shape) for step in stream.reshape(steps, -1).tolist()]
-    return np.array(arranged, np.int64).reshape(-1)
+    order: list[int] = []
+    for records in stream.reshape(steps, -1).tolist():
+        pieces = _split_families(records, packed, shape.device_batch_size)
+        batches = _fill_batches(pieces, packed, shape)
+        _balance(batches, shape.device_batch_size)
+        for batch in _assign_to_ranks(batches, shape.processes):
+            order += [record for piece in batch.pieces for record in piece.records]
+    return np.array(order, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,14 +215,6 @@ class _DeviceBatch:
     def exchange(self, given: list[_Piece], taken: list[_Piece]) -> None:
         self.pieces = [piece for piece in self.pieces if not any(piece is gone for gone in given)] + taken
         self.length = sum(piece.length for piece in self.pieces)
-
-
-def _arrange_step(records: list[int], packed: PackedLengths, shape: BatchShape) -> list[int]:
-    pieces = _split_families(records, packed, shape.device_batch_size)
-    batches = _fill_batches(pieces, packed, shape)
-    _balance(batches, shape.device_batch_size)
-    assigned = _assign_to_ranks(batches, shape.processes)
-    return [record for batch in assigned for piece in batch.pieces for record in piece.records]
 
 
 def _split_families(records: list[int], packed: PackedLengths, largest: int) -> list[_Piece]:
@@ -253,8 +248,8 @@ def _fill_batches(pieces: list[_Piece], packed: PackedLengths, shape: BatchShape
         room = size - chosen.records
         begin, rest = piece.records[:room], piece.records[room:]
         chosen.add(_Piece(packed.count(begin), begin))
-        remaining = _Piece(packed.count(rest), rest)
-        heapq.heappush(waiting, (-len(rest), -remaining.length, next(numbers), remaining))
+        piece = _Piece(packed.count(rest), rest)
+        heapq.heappush(waiting, (-len(rest), -piece.length, next(numbers), piece))
     return batches
 
 
