@@ -9,10 +9,10 @@ import contextlib
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from meme_llava.cli import describe
+from meme_llava.cli import setting
 from meme_llava.dataset.check import check_image_folder
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.inspection import normalise_text
@@ -36,10 +36,8 @@ COPIES = "images that lie at several places with equal bytes"
 
 @dataclass(kw_only=True)
 class CaptionsSettings(ImagesSettings):
-    captions: list[Path] = field(metadata=describe("JSONL files of {picName, description}"))
-    annotators: list[str] = field(
-        default_factory=list, metadata=describe("a name for each file of --captions; without it, the file's own")
-    )
+    captions: list[Path] = setting("JSONL files of {picName, description}")
+    annotators: list[str] = setting("a name for each file of --captions; without it, the file's own", [])
 
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""
@@ -51,29 +49,23 @@ class CaptionsSettings(ImagesSettings):
 
 @dataclass(kw_only=True)
 class EmoVisualSettings(ImagesSettings):
-    data: list[Path] = field(metadata=describe("data.json or data.csv of emo-visual-data"))
+    data: list[Path] = setting("data.json or data.csv of emo-visual-data")
 
 
 @dataclass(kw_only=True)
 class TableSettings(ImagesSettings):
-    table: Path = field(metadata=describe("CSV or TSV with a first line of column names, or JSONL, or a JSON array"))
-    image_column: str = field(metadata=describe("column of file names, or paths inside --images"))
-    caption_column: str = field(metadata=describe("column of answers"))
-    text_column: str | None = field(
-        default=None, metadata=describe("column of the words in the image; empty where there are none")
-    )
-    question_column: str | None = field(
-        default=None, metadata=describe("column of questions; without it, or where empty, a wording is drawn")
-    )
-    annotator: str | None = field(
-        default=None, metadata=describe("who wrote the captions; without it, the file's name")
-    )
+    table: Path = setting("CSV or TSV with a first line of column names, or JSONL, or a JSON array")
+    image_column: str = setting("column of file names, or paths inside --images")
+    caption_column: str = setting("column of answers")
+    text_column: str | None = setting("column of the words in the image; empty where there are none", None)
+    question_column: str | None = setting("column of questions; without it, or where empty, a wording is drawn", None)
+    annotator: str | None = setting("who wrote the captions; without it, the file's name", None)
 
 
 @dataclass(kw_only=True)
 class LlavaSettings(SourceSettings):
-    annotations: Path = field(metadata=describe("LLaVA file, e.g. blip_laion_cc_sbu_558k.json of LLaVA-Pretrain"))
-    images: str = field(default="", metadata=describe("subfolder of the image folder that its paths start from"))
+    annotations: Path = setting("LLaVA file, e.g. blip_laion_cc_sbu_558k.json of LLaVA-Pretrain")
+    images: str = setting("subfolder of the image folder that its paths start from", "")
 
 
 def prepare_captions(settings: CaptionsSettings) -> None:

@@ -9,11 +9,11 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from meme_llava.cli import describe
+from meme_llava.cli import setting
 from meme_llava.errors import UserError
 from meme_llava.prepare.inputs import read_record_rows
 from meme_llava.prepare.writer import AnnotationWriter, OutputSettings, make_unique
@@ -21,12 +21,9 @@ from meme_llava.prepare.writer import AnnotationWriter, OutputSettings, make_uni
 
 @dataclass(kw_only=True)
 class MixSettings(OutputSettings):
-    annotations: list[Path] = field(metadata=describe("annotation files with the same image folder"))
-    weights: list[float] = field(
-        default_factory=list,
-        metadata=describe("one for each file, 1 for all without it; 2: twice, 0.3: a sample, 0: none"),
-    )
-    seed: int = field(default=0, metadata=describe("draws the samples of weights with a fraction"))
+    annotations: list[Path] = setting("annotation files with the same image folder")
+    weights: list[float] = setting("one for each file, 1 for all without it; 2: twice, 0.3: a sample, 0: none", [])
+    seed: int = setting("draws the samples of weights with a fraction", 0)
 
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""

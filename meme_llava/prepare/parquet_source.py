@@ -13,14 +13,14 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from PIL import Image
 
-from meme_llava.cli import check_setting, describe
+from meme_llava.cli import check_settings, setting
 from meme_llava.dataset.images import (
     ACCEPTED_FORMATS,
     PARSER_ERRORS,
@@ -55,20 +55,18 @@ _NAMES = {
 
 @dataclass(kw_only=True)
 class ParquetSettings(DrawingSettings):
-    dataset: list[str] = field(metadata=describe("hub id, a folder, or parquet files"))
-    images_to: str = field(metadata=describe("subfolder of the image folder that gets the images"))
-    split: str | None = field(default=None, metadata=describe("split to read (train; test for SWHL/ChineseOCRBench)"))
-    image_column: str | None = field(default=None, metadata=describe("column of images, if it is not found by itself"))
-    text_column: str | None = field(default=None, metadata=describe("column of the words in the image"))
-    caption_column: str | None = field(
-        default=None, metadata=describe("column of answers, if not the words themselves")
-    )
-    question_column: str | None = field(default=None, metadata=describe("column of questions; without it one is drawn"))
-    limit: int | None = field(default=None, metadata=describe("only the first N rows"))
+    dataset: list[str] = setting("hub id, a folder, or parquet files")
+    images_to: str = setting("subfolder of the image folder that gets the images")
+    split: str | None = setting("split to read (train; test for SWHL/ChineseOCRBench)", None)
+    image_column: str | None = setting("column of images, if it is not found by itself", None)
+    text_column: str | None = setting("column of the words in the image", None)
+    caption_column: str | None = setting("column of answers, if not the words themselves", None)
+    question_column: str | None = setting("column of questions; without it one is drawn", None)
+    limit: int | None = setting("only the first N rows", None, expected="at least 1")
 
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""
-        check_setting(self, "limit", self.limit is None or self.limit >= 1, "at least 1")
+        check_settings(self)
 
 
 def prepare_parquet(settings: ParquetSettings) -> None:

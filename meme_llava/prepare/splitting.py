@@ -10,14 +10,14 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from meme_llava import count_cores
-from meme_llava.cli import check_setting, describe
+from meme_llava.cli import check_setting, setting
 from meme_llava.dataset.check import check_image_folder
 from meme_llava.dataset.images import open_image, resolve_image_path
 from meme_llava.errors import UserError
@@ -36,14 +36,13 @@ _PAIRS_AT_ONCE = 4_000_000
 
 @dataclass(kw_only=True)
 class SplitSettings(SourceSettings):
-    annotations: Path = field(metadata=describe("annotation file to divide"))
-    validation_output: Path = field(metadata=describe("annotation file of the validation side"))
-    validation: float = field(default=0.05, metadata=describe("share of the records for validation, at most"))
-    near_distance: int = field(
-        default=NEAR_DISTANCE,
-        metadata=describe("images stay together whose perceptual hashes differ in at most N of 64 bits"),
+    annotations: Path = setting("annotation file to divide")
+    validation_output: Path = setting("annotation file of the validation side")
+    validation: float = setting("share of the records for validation, at most", 0.05)
+    near_distance: int = setting(
+        "images stay together whose perceptual hashes differ in at most N of 64 bits", NEAR_DISTANCE
     )
-    seed: int = field(default=0, metadata=describe("draws the validation side"))
+    seed: int = setting("draws the validation side", 0)
 
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""

@@ -11,11 +11,11 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from meme_llava.cli import describe, to_plain
+from meme_llava.cli import setting, to_plain
 from meme_llava.dataset.check import MAX_LISTED as MAX_LISTED_PROBLEMS
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
 from meme_llava.dataset.records import name_source, parse_record
@@ -28,26 +28,26 @@ from meme_llava.terminal import print_table
 
 @dataclass(kw_only=True)
 class OutputSettings:
-    output: Path = field(metadata=describe("annotation file to write: .jsonl for JSONL, else a JSON array"))
-    overwrite: bool = field(default=False, metadata=describe("replace the output if it is there"))
-    bad_records: Literal["error", "quarantine"] = field(
-        default="error", metadata=describe("problems stop the run, or go to OUTPUT's .left_out.jsonl and are counted")
+    output: Path = setting("annotation file to write: .jsonl for JSONL, else a JSON array")
+    overwrite: bool = setting("replace the output if it is there", False)
+    bad_records: Literal["error", "quarantine"] = setting(
+        "problems stop the run, or go to OUTPUT's .left_out.jsonl and are counted", "error"
     )
 
 
 @dataclass(kw_only=True)
 class SourceSettings(OutputSettings):
-    image_folder: Path = field(metadata=describe("the one folder that all image paths start from"))
+    image_folder: Path = setting("the one folder that all image paths start from")
 
 
 @dataclass(kw_only=True)
 class DrawingSettings(SourceSettings):
-    seed: int = field(default=0, metadata=describe("draws the wording of the questions"))
+    seed: int = setting("draws the wording of the questions", 0)
 
 
 @dataclass(kw_only=True)
 class ImagesSettings(DrawingSettings):
-    images: list[str] = field(metadata=describe("subfolders of the image folder with the images, searched recursively"))
+    images: list[str] = setting("subfolders of the image folder with the images, searched recursively")
 
 
 def make_record(
