@@ -1,5 +1,6 @@
 """The proofs that a merged model answers like base + adapter, also where memory is short, and an export sees alike."""
 
+import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -93,17 +94,22 @@ def verify_merged(
     processing = load_processing(base_folder)
     prompts, annotations = _load_prompts(training, processing)
     base, stored = open_model_tensors(base_folder), open_model_tensors(folder)
-    if fits_in_memory(base, torch.float32):
-        way, new_tokens = IN_MEMORY, VERIFIED_NEW_TOKENS
-        models = _load_models(base_folder, adapter, trained, base, folder)
-        findings, compared, largest = _compare_models(models, prompts, new_tokens, processing)
-    else:
-        way, new_tokens = OFFLOADED, OFFLOADED_NEW_TOKENS
-        with show_progress("comparing", _count_read_bytes(base, stored, prompts)) as advance:
-            models = _offload_models(base_folder, adapter, trained, base, stored, advance)
-            findings, compared, largest = _compare_models(models, prompts, new_tokens, processing)
+    fits = fits_in_memory(base, torch.float32)
+    ignore, findings = contextlib.nullcontext(lambda count: None), []
+    with ignore if fits else show_progress("comparing", _count_read_bytes(base, stored, prompts)) as advance:
+        models = (
+            _load_models(base_folder, adapter, trained, base, folder)
+            if fits
+            else _offload_models(base_folder, adapter, trained, base, stored, advance)
+        )
+        unmerged, new_tokens = next(models), VERIFIED_NEW_TOKENS if fits else OFFLOADED_NEW_TOKENS
+        expected = [_reply(unmerged, prompt, new_tokens, processing) for prompt in prompts]
+        del unmerged
+        for _ in range(2):
+            gc.collect()
+            findings.append(_compare(next(models), expected))
     (difference, same), (stored_difference, stored_same) = findings
-    limit = MAX_LOGIT_DIFFERENCE * max(1.0, largest)
+    limit = MAX_LOGIT_DIFFERENCE * max(1.0, *(reply.logits.abs().max().item() for reply in expected))
     if not difference <= limit or same < len(prompts):
         raise UserError(
             f"merged weights answer differently from base + {adapter}: logits differ by {difference:g} (limit "
@@ -111,28 +117,13 @@ def verify_merged(
         )
     return [
         ("compared on", f"{len(prompts)} records of {annotations}"),
-        ("the models ran", way),
-        ("answer tokens compared", str(compared)),
+        ("the models ran", IN_MEMORY if fits else OFFLOADED),
+        ("answer tokens compared", str(sum(len(reply.tokens) for reply in expected))),
         ("float32: largest logit difference", f"{difference:.2e} (limit {limit:.2g})"),
         ("float32: greedy answers", "same"),
         ("as stored: largest logit difference", f"{stored_difference:.2e}"),
         ("as stored: greedy answers", f"{stored_same} of {len(prompts)} the same"),
     ]
-
-
-def _compare_models(
-    models: Iterator[nn.Module], prompts: list[dict], new_tokens: int, processing: Processing
-) -> tuple[list[tuple[float, int]], int, float]:
-    """What `_compare` finds for every model after the first; the answer tokens compared; the largest logit."""
-    unmerged = next(models)
-    expected = [_reply(unmerged, prompt, new_tokens, processing) for prompt in prompts]
-    del unmerged
-    findings = []
-    for _ in range(2):
-        gc.collect()
-        findings.append(_compare(next(models), expected))
-    largest = max(reply.logits.abs().max().item() for reply in expected)
-    return findings, sum(len(reply.tokens) for reply in expected), largest
 
 
 def _count_read_bytes(base: dict[str, StoredTensor], stored: dict[str, StoredTensor], prompts: list[dict]) -> int:

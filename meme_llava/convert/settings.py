@@ -31,7 +31,6 @@ class BuildArguments:
     overwrite: bool = field(default=False, metadata=describe("replace a non-empty output_dir"))
 
     def __post_init__(self) -> None:
-        """Stop at values that cannot be meant."""
         _check_shard_size(self)
 
 
@@ -50,7 +49,6 @@ class MergeArguments:
     overwrite: bool = field(default=False, metadata=describe("replace a non-empty output_dir"))
 
     def __post_init__(self) -> None:
-        """Stop at values that cannot be meant."""
         _check_shard_size(self)
 
 

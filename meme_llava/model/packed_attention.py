@@ -8,6 +8,7 @@ their ends. Neither models nor transformers are loaded here: the choice is made 
 import importlib.util
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
@@ -19,11 +20,9 @@ from torch.nn import functional
 
 from meme_llava.errors import UserError
 
-SDPA = "packed_sdpa"
-MATMUL = "packed_matmul"
-VARLEN = "packed_varlen"
-FLASH_ATTENTION_2 = "packed_flash_attention_2"
-NAMES = {"sdpa": SDPA, "matmul": MATMUL, "varlen": VARLEN, "flash_attention_2": FLASH_ATTENTION_2}
+# What --attention calls them. transformers has its own under some of these names, so ours get a prefix there.
+SDPA, MATMUL, VARLEN, FLASH_ATTENTION_2 = "sdpa", "matmul", "varlen", "flash_attention_2"
+PACKED = "packed_"
 
 
 def choose_attention(setting: str, device: torch.device, uses_bf16: bool) -> str:
@@ -38,20 +37,18 @@ def choose_attention(setting: str, device: torch.device, uses_bf16: bool) -> str
     """
     on_gpu = device.type == "cuda" and uses_bf16
     possible = {
-        "flash_attention_2": on_gpu and importlib.util.find_spec("flash_attn") is not None,
-        "varlen": on_gpu and find_varlen_attention() is not None,
-        "sdpa": True,
-        "matmul": True,
+        FLASH_ATTENTION_2: on_gpu and importlib.util.find_spec("flash_attn") is not None,
+        VARLEN: on_gpu and find_varlen_attention() is not None,
+        SDPA: True,
     }
     if setting == "auto":
-        if device.type == "cpu" and uses_bf16:
-            return MATMUL
-        return NAMES[next(name for name, can_run in possible.items() if can_run)]
+        on_cpu_in_bf16 = device.type == "cpu" and uses_bf16
+        return MATMUL if on_cpu_in_bf16 else next(name for name, can_run in possible.items() if can_run)
     if not possible[setting]:
-        needed = "the package flash-attn" if setting == "flash_attention_2" else "torch 2.11 or newer"
+        needed = "the package flash-attn" if setting == FLASH_ATTENTION_2 else "torch 2.11 or newer"
         usable = ", ".join(name for name, can_run in possible.items() if can_run)
         raise UserError(f"--attention {setting} needs a GPU, bf16 and {needed}; what can run here: {usable}")
-    return NAMES[setting]
+    return setting
 
 
 @cache
@@ -113,19 +110,13 @@ class Packing:
         return self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen_q, self.max_seqlen_k
 
     @cached_property
-    def tree_lengths(self) -> list[int]:
-        """Positions of each tree: a record and all that share its beginning."""
-        starts = [start for start, is_root in zip(self._starts[:-1], self._are_roots, strict=True) if is_root]
-        return [end - start for start, end in pairwise([*starts, self._starts[-1]])]
-
-    @cached_property
     def segments(self) -> list[_Segment]:
         """The segments one by one, for attention without a kernel for varying lengths. Reads the tensors back once."""
         segments, tree, tree_start = [], -1, 0
-        bounds = zip(pairwise(self._starts), pairwise(self.cu_seqlens_k.tolist()), self._are_roots, strict=True)
-        for (start, end), (path_start, path_end), is_root in bounds:
+        bounds = zip(pairwise(self.cu_seqlens_q.tolist()), pairwise(self.cu_seqlens_k.tolist()), strict=True)
+        for (start, end), (path_start, path_end) in bounds:
             length, keys = end - start, path_end - path_start
-            if is_root:
+            if length == keys:  # a tree's first: its path is the segment itself
                 tree, tree_start = tree + 1, start
                 segments.append(_Segment(tree, length, None, None))
                 continue
@@ -135,13 +126,12 @@ class Packing:
         return segments
 
     @cached_property
-    def _starts(self) -> list[int]:
-        return self.cu_seqlens_q.tolist()
-
-    @cached_property
-    def _are_roots(self) -> list[bool]:
-        """Per segment, whether it is a tree's first: its path is the segment itself."""
-        return (self.cu_seqlens_q.diff() == self.cu_seqlens_k.diff()).tolist()
+    def tree_lengths(self) -> list[int]:
+        """Positions of each tree: a record and all that share its beginning."""
+        lengths = Counter()
+        for segment in self.segments:
+            lengths[segment.tree] += segment.length
+        return list(lengths.values())
 
 
 def attend_with_sdpa(module, query, key, value, attention_mask, scaling, dropout=0.0, *, packing: Packing, **kwargs):
@@ -209,15 +199,8 @@ def attend_with_varlen(module, query, key, value, attention_mask, scaling, dropo
     if not options:
         key = key.repeat_interleave(module.num_key_value_groups, dim=1)
         value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    output = attend(
-        query,
-        key,
-        value,
-        *packing.kernel_bounds,
-        scale=scaling,
-        window_size=(-1, 0),  # causal, aligned at the ends
-        **options,
-    )
+    # The window is causal, aligned at the ends.
+    output = attend(query, key, value, *packing.kernel_bounds, scale=scaling, window_size=(-1, 0), **options)
     return output[None], None
 
 
@@ -227,17 +210,10 @@ def attend_with_flash_attention_2(
     """Like `attend_with_sdpa`, in one call of the flash-attn package, version 2.1 or newer."""
     from flash_attn import flash_attn_varlen_func
 
-    query, key, value = _lay_out_for_kernel(query, key, value, packing)
-    output = flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        *packing.kernel_bounds,
-        dropout_p=dropout,
-        softmax_scale=scaling,
-        causal=True,  # aligned at the ends
-    )
-    return output[None], None
+    laid_out = _lay_out_for_kernel(query, key, value, packing)
+    # Causal means aligned at the ends.
+    options = {"dropout_p": dropout, "softmax_scale": scaling, "causal": True}
+    return flash_attn_varlen_func(*laid_out, *packing.kernel_bounds, **options)[None], None
 
 
 def _lay_out_for_kernel(query, key, value, packing: Packing) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -251,3 +227,11 @@ def _lay_out_for_kernel(query, key, value, packing: Packing) -> tuple[torch.Tens
         key = key.index_select(0, packing.kv_index)  # (keys, key_value_heads, head_dim)
         value = value.index_select(0, packing.kv_index)
     return query, key, value
+
+
+KERNELS = {
+    SDPA: attend_with_sdpa,
+    MATMUL: attend_with_matmul,
+    VARLEN: attend_with_varlen,
+    FLASH_ATTENTION_2: attend_with_flash_attention_2,
+}

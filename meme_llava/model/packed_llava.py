@@ -24,29 +24,14 @@ from meme_llava.dataset.collator import normalise
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
 from meme_llava.model.llava import count_used_vision_layers, load_llava
-from meme_llava.model.packed_attention import (
-    FLASH_ATTENTION_2,
-    MATMUL,
-    SDPA,
-    VARLEN,
-    Packing,
-    attend_with_flash_attention_2,
-    attend_with_matmul,
-    attend_with_sdpa,
-    attend_with_varlen,
-)
+from meme_llava.model.packed_attention import KERNELS, MATMUL, PACKED, Packing
 
 # Positions whose logits exist at the same time: 156 MB in float32 with Qwen2's vocabulary of 152,064.
 CHUNK = 256
 
-for name, attend in (
-    (SDPA, attend_with_sdpa),
-    (MATMUL, attend_with_matmul),
-    (VARLEN, attend_with_varlen),
-    (FLASH_ATTENTION_2, attend_with_flash_attention_2),
-):
+for name, attend in KERNELS.items():
     # Compiled layers call these as they are; compiling them would start anew for every new set of segment lengths.
-    ALL_ATTENTION_FUNCTIONS.register(name, torch.compiler.disable(attend))
+    ALL_ATTENTION_FUNCTIONS.register(PACKED + name, torch.compiler.disable(attend))
 
 
 class CrossEntropyHead(nn.Linear):
@@ -216,7 +201,7 @@ def prepare_packed_llava(model: PackedLlava, image_policy: ImagePolicy, attentio
     model.image_policy = image_policy
     # What FSDP gathers at a time; transformers' list names classes that only other parts of these models have.
     model._no_split_modules = sorted({type(layer).__name__ for layer in list_repeated_layers(model)})
-    model.model.language_model.config._attn_implementation = attention
+    model.model.language_model.config._attn_implementation = PACKED + attention
     if attention == MATMUL:
         model.model.vision_tower.config._attn_implementation = "eager"  # transformers' name for the same
 

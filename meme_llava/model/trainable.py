@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import starmap
 from pathlib import Path
 
 import torch
@@ -77,11 +78,6 @@ def prepare_trainable(model: nn.Module, recipe: LoraRecipe, seed: int) -> nn.Mod
     Raises:
         UserError: a LoRA module name matches nothing.
     """
-    training = {
-        VISION_TOWER: recipe.vision_tower_training,
-        LANGUAGE_MODEL: recipe.language_model_training,
-        PROJECTOR: "full",
-    }
     model.requires_grad_(False)
     # The top-level config has one, too, but the language model reads its own.
     model.config.text_config.use_cache = False
@@ -100,81 +96,76 @@ def prepare_trainable(model: nn.Module, recipe: LoraRecipe, seed: int) -> nn.Mod
         adapted = {name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A")}
         check_same_names({f"base_model.model.{name}" for name in targets}, adapted, "LoRA targets")
     else:
+        training = {VISION_TOWER: recipe.vision_tower_training, LANGUAGE_MODEL: recipe.language_model_training}
         for name, parameter in model.named_parameters():
-            learns = training[role_of(name)] == "full"
+            learns = training.get(role_of(name), "full") == "full"
             parameter.requires_grad_(learns and not is_unused_vision_parameter(name, model.config))
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
-        keep_lora_inputs(model)
+        # A base in bf16 trains under autocast, or in an engine that computes in bf16 throughout; peft would convert
+        # LoRA's input to float32, dropout would work on that, and autocast convert it back.
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = False
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
 
 
-def keep_lora_inputs(model: nn.Module) -> None:
-    """Let LoRA take its input as it comes.
-
-    A base in bf16 trains under autocast, or in an engine that computes in bf16 throughout; peft would convert the input
-    to float32, dropout would work on that, and autocast convert it back.
-    """
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False
-
-
 def find_lora_targets(model: nn.Module, recipe: LoraRecipe) -> list[str]:
     """Full names of the linear layers that get LoRA, chosen by role and by their own name."""
-    wanted = {
-        VISION_TOWER: recipe.lora_vision_modules if recipe.vision_tower_training == "lora" else [],
-        LANGUAGE_MODEL: recipe.lora_language_modules if recipe.language_model_training == "lora" else [],
-    }
     targets = []
-    for role, leaf_names in wanted.items():
+    for role, training, leaf_names in (
+        (VISION_TOWER, recipe.vision_tower_training, recipe.lora_vision_modules),
+        (LANGUAGE_MODEL, recipe.language_model_training, recipe.lora_language_modules),
+    ):
         linear = [
             name
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear)
-            and "layers" in name.split(".")
+            and ".layers." in name
             and role_of(name) == role
             and not is_unused_vision_parameter(name, model.config)
         ]
-        for leaf_name in leaf_names:
-            matches = [name for name in linear if name.split(".")[-1] == leaf_name]
+        for leaf_name in leaf_names if training == "lora" else ():
+            matches = [name for name in linear if name.endswith(f".{leaf_name}")]
             if not matches:
-                available = sorted({name.split(".")[-1] for name in linear})
-                raise UserError(
-                    f"LoRA module {leaf_name!r} matches nothing in the {role}; it has {', '.join(available)}"
-                )
+                available = ", ".join(sorted({name.split(".")[-1] for name in linear}))
+                raise UserError(f"LoRA module {leaf_name!r} matches nothing in the {role}; it has {available}")
             targets += matches
     return targets
+
+
+def _to_pattern(names: list[str]) -> str:
+    """One regular expression for many module names, layer numbers folded together."""
+    layers: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        head, number, rest = re.fullmatch(r"(.*\.layers)\.(\d+)\.(.*)", name).groups()
+        layers.setdefault((head, rest), []).append(number)
+    return "|".join(
+        rf"{re.escape(head)}\.({'|'.join(numbers)})\.{re.escape(rest)}" for (head, rest), numbers in layers.items()
+    )
 
 
 def plan_parameter_groups(model: nn.Module, rates: LearningRates) -> list[ParameterGroup]:
     """Every trainable parameter in exactly one group; biases and norms never decay.
 
     Raises:
-        UserError: nothing of a role is trainable although it should be, or the groups do not add up.
+        UserError: the projector does not learn.
     """
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    groups = []
-    for role in ROLES:
-        for decays, uses_muon in ((True, True), (True, False), (False, False)):
+    members: dict[tuple[int, bool, bool], dict[str, nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            uses_muon = rates.muon_lr is not None and is_vision_layer_matrix(name, parameter)
             # Biases, norm scales and the class embedding are the one-dimensional parameters.
-            names = tuple(
-                name
-                for name, parameter in trainable.items()
-                if role_of(name) == role
-                and (parameter.dim() >= 2) == decays
-                and (rates.muon_lr is not None and is_vision_layer_matrix(name, parameter)) == uses_muon
-            )
-            if names:
-                parameters = tuple(trainable[name] for name in names)
-                learning_rate = rates.muon_lr if uses_muon else rates.high_lr if role == PROJECTOR else rates.low_lr
-                decay = rates.weight_decay if decays else 0.0
-                groups.append(ParameterGroup(role, learning_rate, decay, names, parameters, uses_muon))
-    grouped = [name for group in groups for name in group.names]
-    if sorted(grouped) != sorted(trainable):
-        raise UserError(f"{len(trainable)} tensors learn but {len(grouped)} are in parameter groups")
+            key = (ROLES.index(role_of(name)), not uses_muon, parameter.dim() < 2)
+            members.setdefault(key, {})[name] = parameter
+    groups = []
+    for (index, by_adam, is_vector), named in sorted(members.items()):
+        role = ROLES[index]
+        learning_rate = rates.high_lr if role == PROJECTOR else rates.low_lr if by_adam else rates.muon_lr
+        decay = 0.0 if is_vector else rates.weight_decay
+        groups.append(ParameterGroup(role, learning_rate, decay, tuple(named), tuple(named.values()), not by_adam))
     if not any(group.role == PROJECTOR for group in groups):
         raise UserError("the multi_modal_projector does not learn; no train type is meant to freeze it")
     return groups
@@ -252,10 +243,8 @@ def _name_in_projector(name: str) -> str:
 
 def apply_trained_weights(model: nn.Module, folder: Path) -> nn.Module:
     """Base model → base + what train.py saved in `folder`, for asking it before merging."""
-    if not (folder / ADAPTER_CONFIG).is_file():
-        load_trained_weights(model, folder)
-        return model
-    model = add_adapter(model, folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        model = add_adapter(model, folder)
     load_trained_weights(model, folder)
     return model
 
@@ -267,21 +256,6 @@ def add_adapter(model: nn.Module, folder: Path) -> nn.Module:
     config.base_model_name_or_path = None
     # The adapter learned as float32; in the model's own dtype a forward pass needs no autocast.
     return get_peft_model(model, config, autocast_adapter_dtype=False)
-
-
-def _to_pattern(names: list[str]) -> str:
-    """One regular expression for many module names: layer numbers and last names folded together."""
-    folded: dict[tuple[str, str, str], set[str]] = {}
-    for name in names:
-        head, layer, middle, leaf = re.fullmatch(r"(.*\.layers)\.(\d+)\.(.*)\.([^.]+)", name).groups()
-        folded.setdefault((head, middle, leaf), set()).add(layer)
-    by_layers: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
-    for (head, middle, leaf), layers in folded.items():
-        by_layers.setdefault((head, middle, tuple(sorted(layers, key=int))), []).append(leaf)
-    return "|".join(
-        rf"{re.escape(head)}\.({'|'.join(layers)})\.{re.escape(middle)}\.({'|'.join(leaves)})"
-        for (head, middle, layers), leaves in by_layers.items()
-    )
 
 
 @dataclass(frozen=True)
@@ -315,27 +289,21 @@ def choose_recomputed_layers(
     """
     if setting == "none":
         return CheckpointedLayers()
-    if setting == "auto":
-        more_and_more = [CheckpointedLayers(count, 0) for count in range(most.language + 1)]
-        more_and_more += [CheckpointedLayers(most.language, count) for count in range(1, most.vision + 1)]
-        for recomputed in more_and_more:
-            if fits(recomputed):
-                return recomputed
-    return most
+    if setting == "full":
+        return most
+    counts = [(count, 0) for count in range(most.language)] + [(most.language, count) for count in range(most.vision)]
+    return next((layers for layers in starmap(CheckpointedLayers, counts) if fits(layers)), most)
 
 
 def recompute_layers(model: nn.Module, recomputed: CheckpointedLayers) -> None:
     """Let exactly these layers of a LLaVA, bare or wrapped by peft, compute their activations again."""
     for role, count in ((LANGUAGE_MODEL, recomputed.language), (VISION_TOWER, recomputed.vision)):
-        for number, layer in enumerate(_find_layers(model, role)):
+        layers = [
+            module
+            for name, module in model.named_modules()
+            if isinstance(module, GradientCheckpointingLayer) and role in name.split(".")
+        ]
+        for number, layer in enumerate(layers):
             layer.gradient_checkpointing = number < count
             # Reentrant checkpointing needs inputs with a gradient, which LoRA's first layers have not.
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-
-
-def _find_layers(model: nn.Module, role: str) -> list[GradientCheckpointingLayer]:
-    return [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, GradientCheckpointingLayer) and role in name.split(".")
-    ]

@@ -19,7 +19,7 @@ from meme_llava.distributed.engines import DEEPSPEED
 from meme_llava.distributed.environment import Heartbeat, find_rank, is_main_process
 from meme_llava.distributed.processes import StepShape, choose_device, leave_signals_to_parent, make_deepspeed_plugin
 from meme_llava.model.llava import Processing, quiet_transformers
-from meme_llava.model.packed_attention import NAMES, choose_attention
+from meme_llava.model.packed_attention import choose_attention
 from meme_llava.model.packed_llava import compile_layers, load_packed_llava
 from meme_llava.model.trainable import (
     CheckpointedLayers,
@@ -134,8 +134,7 @@ def plan_computation(
 ) -> Computation:
     """Choose what the settings leave open, before the model is loaded; `largest_batch` has the most positions
     of all. Raises UserError where the attention asked for cannot run here."""
-    chosen = choose_attention(arguments.attention, device, uses_bf16)
-    attention = next(setting for setting, name in NAMES.items() if name == chosen)
+    attention = choose_attention(arguments.attention, device, uses_bf16)
     memory, on_gpu, config = measure_memory(device, processes), device.type == "cuda", processing.config
     most = count_layers(config, vision_trainable=arguments.vision_tower_training != "frozen")
     recomputed = most if arguments.gradient_checkpointing == "full" else CheckpointedLayers()
@@ -184,10 +183,10 @@ def bound_memory(arguments: TrainArguments, config, batch: Mapping) -> int:
 
 def prepare_model(plan: RunPlan, computation: Computation, uses_bf16: bool) -> nn.Module:
     """The base with what is trainable, as it is at the start point, and how its layers compute."""
-    arguments, attention = plan.arguments, NAMES[computation.attention]
+    arguments = plan.arguments
     # bf16, half the memory, where training computes in it; what is trainable becomes float32.
     dtype = torch.bfloat16 if uses_bf16 else torch.float32
-    model = load_packed_llava(arguments.model, dtype, plan.processing.image_policy, attention)
+    model = load_packed_llava(arguments.model, dtype, plan.processing.image_policy, computation.attention)
     model = prepare_trainable(model, arguments, arguments.seed)
     if plan.start.checkpoint is not None:
         load_trained_weights(model, plan.start.checkpoint)

@@ -20,7 +20,7 @@ from transformers import LlavaConfig
 
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.model.llava import count_used_vision_layers, make_empty_model
-from meme_llava.model.packed_attention import NAMES, choose_attention
+from meme_llava.model.packed_attention import FLASH_ATTENTION_2, VARLEN, choose_attention
 from meme_llava.model.packed_llava import PackedLlava, prepare_packed_llava
 from meme_llava.model.trainable import prepare_trainable
 from meme_llava.train.settings import TrainArguments
@@ -62,8 +62,8 @@ def outline_model(
     dtype = torch.bfloat16 if precision.uses_bf16 else torch.float32
     device = torch.device("cuda" if precision.on_gpu else "cpu")
     attention = choose_attention(arguments.attention, device, precision.uses_bf16)
-    if attention == NAMES["flash_attention_2"]:
-        attention = NAMES["varlen"]  # keeps the same tensors, and runs without storage
+    if attention == FLASH_ATTENTION_2:
+        attention = VARLEN  # keeps the same tensors, and runs without storage
     model = make_empty_model(PackedLlava, config, dtype)
     prepare_packed_llava(model, image_policy, attention, str(arguments.model))
     model = prepare_trainable(model, arguments, arguments.seed).train()
