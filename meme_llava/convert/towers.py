@@ -17,14 +17,9 @@ from meme_llava.errors import UserError
 from meme_llava.model.llava import check_same_names, make_empty_model, quiet_transformers
 from meme_llava.storage.tensor_files import StoredTensor, open_model_tensors
 
-VISION_MODEL_CLASSES = {
-    "chinese_clip": ChineseCLIPVisionModel,
-    "chinese_clip_vision_model": ChineseCLIPVisionModel,
-    "clip": CLIPVisionModel,
-    "clip_vision_model": CLIPVisionModel,
-    "siglip": SiglipVisionModel,
-    "siglip_vision_model": SiglipVisionModel,
-}
+# By model type; that of a vision-only checkpoint ends with VISION_ONLY.
+VISION_MODEL_CLASSES = {"chinese_clip": ChineseCLIPVisionModel, "clip": CLIPVisionModel, "siglip": SiglipVisionModel}
+VISION_ONLY = "_vision_model"
 # In a two-tower checkpoint the vision tower's names begin so, and these are the others'.
 VISION_PREFIX = "vision_model."
 OTHER_TOWER_PREFIXES = ("text_model.", "logit_scale", "logit_bias", "text_projection", "visual_projection")
@@ -58,7 +53,7 @@ class Source:
 def open_vision_tower(folder: Path) -> Source:
     """The vision tower of a Chinese-CLIP, CLIP or SigLIP folder, two-tower or vision-only."""
     config = _load_config(folder)
-    model_class = VISION_MODEL_CLASSES.get(config.model_type)
+    model_class = VISION_MODEL_CLASSES.get(config.model_type.removesuffix(VISION_ONLY))
     if model_class is None:
         raise UserError(
             f"{folder}: is a {config.model_type!r} model, expected a vision tower of type "
@@ -74,7 +69,7 @@ def open_vision_tower(folder: Path) -> Source:
 def open_language_model(folder: Path) -> tuple[Source, object]:
     """A causal language model and its tokenizer."""
     config = _load_config(folder)
-    if config.model_type in VISION_MODEL_CLASSES or hasattr(config, "vision_config"):
+    if config.model_type.removesuffix(VISION_ONLY) in VISION_MODEL_CLASSES or hasattr(config, "vision_config"):
         raise UserError(f"{folder}: is a {config.model_type!r} model, expected a causal language model")
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{folder}: is quantised; give the model it was made from, in bfloat16 or float16")
