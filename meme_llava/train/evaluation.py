@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
-from meme_llava.dataset.check import CheckedData, check_records
+from meme_llava.dataset.check import CheckedData, RecordSource, check_records
 from meme_llava.dataset.dataset import MemeDataset, load_records
 from meme_llava.dataset.images import open_image
 from meme_llava.distributed.engines import DEEPSPEED
@@ -58,21 +58,14 @@ class ValidationData:
 def check_validation(arguments: TrainArguments) -> None:
     """See without a model that the validation records can be asked. Raises UserError where a record or image is bad, or
     no record asks about an image."""
-    try:
-        checked = check_records(arguments.eval_source, arguments)
-    except UserError as error:
-        raise UserError(f"--eval_annotations {error}") from error
-    _list_questions(arguments, checked)
+    _list_questions(arguments, _read(arguments, check_records))
 
 
 def load_validation(arguments: TrainArguments, processing: Processing) -> ValidationData:
     """The validation records, checked. Raises UserError where a record does not fit into model_max_length, and for the
     reasons of `check_validation`."""
     length, image_policy = arguments.model_max_length, processing.image_policy
-    try:
-        loaded = load_records(arguments.eval_source, arguments, processing.encoder, length, image_policy)
-    except UserError as error:
-        raise UserError(f"--eval_annotations {error}") from error
+    loaded = _read(arguments, load_records, processing.encoder, length, image_policy)
     questions = _list_questions(arguments, loaded.checked)
     records = len(loaded.checked.usable[: arguments.eval_limit])
     description = {
@@ -85,6 +78,13 @@ def load_validation(arguments: TrainArguments, processing: Processing) -> Valida
     return ValidationData(
         loaded.dataset, records, questions, choose_shown(questions, arguments.eval_images), description
     )
+
+
+def _read(arguments: TrainArguments, read: Callable[..., Result], *given) -> Result:
+    try:
+        return read(RecordSource(arguments.eval_annotations, arguments.eval_image_folder), arguments, *given)
+    except UserError as error:
+        raise UserError(f"--eval_annotations {error}") from error
 
 
 def _list_questions(arguments: TrainArguments, checked: CheckedData) -> list[Question]:

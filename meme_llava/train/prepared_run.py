@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -34,7 +35,7 @@ from meme_llava.model.trainable import (
 from meme_llava.storage.files import write_json
 from meme_llava.storage.run_record import RUN_RECORD
 from meme_llava.terminal import print_table
-from meme_llava.train.progress import CountingCollator
+from meme_llava.train.progress import collate_and_count
 from meme_llava.train.run_plan import RunPlan
 from meme_llava.train.session import choose_bf16
 from meme_llava.train.settings import TrainArguments
@@ -281,7 +282,7 @@ def make_loader(run: PreparedRun, device: torch.device) -> DataLoader:
     return DataLoader(
         run.order,
         batch_sampler=[range(number * size, (number + 1) * size) for number in numbers],
-        collate_fn=CountingCollator(run.collator),
+        collate_fn=partial(collate_and_count, collate=run.collator),
         num_workers=workers,
         prefetch_factor=PREFETCHED_BATCHES if workers else None,
         pin_memory=device.type == "cuda",

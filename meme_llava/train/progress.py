@@ -8,7 +8,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -103,18 +103,12 @@ def watch_first_gradients(names: Iterable[str], model: nn.Module) -> Callable[[]
     return check
 
 
-@dataclass(frozen=True)
-class CountingCollator:
-    """A collator whose batches carry what they count, made where reading a tensor back costs no waiting."""
-
-    collate: Callable[[list[dict]], dict]
-
-    def __call__(self, examples: list[dict]) -> dict:
-        """The collator's batch with what it counts, the number of positions that belong to a record, and record ids."""
-        batch = self.collate(examples)
-        useful = len(batch["kv_index"].unique())
-        ids = [str(example["record_id"]) for example in examples]
-        return {**batch, COUNTS: count_batch(batch), USEFUL: useful, RECORD_IDS: ids}
+def collate_and_count(examples: list[dict], collate: Callable[[list[dict]], dict]) -> dict:
+    """The batch that `collate` makes, with its `StepCounts`, the number of positions that belong to a record, and the
+    ids of its records: counted where reading a tensor back costs no waiting."""
+    batch = collate(examples)
+    useful, ids = len(batch["kv_index"].unique()), [str(example["record_id"]) for example in examples]
+    return {**batch, COUNTS: count_batch(batch), USEFUL: useful, RECORD_IDS: ids}
 
 
 class ThroughputMeter:

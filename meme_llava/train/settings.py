@@ -17,7 +17,7 @@ import yaml
 
 from meme_llava import CONFIGS
 from meme_llava.cli import check_settings, list_free_settings, make_parser, setting
-from meme_llava.dataset.check import RecordPolicy, RecordSource
+from meme_llava.dataset.check import RecordPolicy
 from meme_llava.dataset.sampling import BatchSettings
 from meme_llava.distributed.engines import check_engine_name
 from meme_llava.errors import UserError
@@ -138,16 +138,6 @@ class TrainArguments(RecordPolicy, LoraRecipe, LearningRates, BatchSettings, Run
         for message, holds in contradictions.items():
             if holds:
                 raise UserError(message)
-
-    @property
-    def source(self) -> RecordSource:
-        """The records that train."""
-        return RecordSource(self.annotations, self.image_folder)
-
-    @property
-    def eval_source(self) -> RecordSource:
-        """The records that are evaluated while others train; only with --eval_every."""
-        return RecordSource(self.eval_annotations, self.eval_image_folder)
 
     def list_unused(self) -> list[str]:
         """Settings that this train type does not use, so that none is without effect in silence."""

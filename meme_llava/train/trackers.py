@@ -12,6 +12,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -137,22 +138,15 @@ def open_tracker(name: str, output_dir: Path, run_name: str) -> GeneralTracker:
     return tracker
 
 
+@dataclass
 class TrackerRuns:
-    """The run in every tracker that it is reported to; in processes but the main one there are none."""
+    """The run in every tracker that it is reported to, by the tracker's name; none in processes but the main one."""
 
-    def __init__(self):
-        self._trackers: dict[str, GeneralTracker] = {}
-
-    def open(self, names: Sequence[str], output_dir: Path, run_name: str) -> None:
-        """Start a run in each tracker. Raises UserError where one cannot be started."""
-        for name in names:
-            if name != NO_TRACKER:
-                with explain_failure(name):
-                    self._trackers[name] = open_tracker(name, output_dir, run_name)
+    trackers: dict[str, GeneralTracker] = field(default_factory=dict)
 
     def attach_record(self, record: dict) -> None:
         """Show the run record beside the curves."""
-        for name, tracker in self._trackers.items():
+        for name, tracker in self.trackers.items():
             with explain_failure(name):
                 if name == TENSORBOARD:
                     tracker.log({"run_record": to_literal_text(json.dumps(record, ensure_ascii=False, indent=2))})
@@ -169,14 +163,14 @@ class TrackerRuns:
             f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
             for name, value in figures.items()
         }
-        for tracker in self._trackers.values():
+        for tracker in self.trackers.values():
             tracker.log(named, step=step)
 
     def report_answers(self, step: int, answers: Sequence) -> None:
         """Show images in TensorBoard with what the model says of them, each a `Prediction`, after an optimizer step."""
-        if TENSORBOARD not in self._trackers:
+        if TENSORBOARD not in self.trackers:
             return
-        writer = self._trackers[TENSORBOARD].tracker
+        writer = self.trackers[TENSORBOARD].tracker
         for number, answer in enumerate(answers, 1):
             asked = answer.question
             words = f"{asked.image.name}\nquestion: {asked.text}\nreference: {asked.reference}\nanswer: {answer.text}"
@@ -189,7 +183,7 @@ class TrackerRuns:
 
     def finish(self, failed: bool) -> None:
         """End the runs, everything written."""
-        for name, tracker in self._trackers.items():
+        for name, tracker in self.trackers.items():
             if failed and name == WANDB:
                 tracker.tracker.finish(exit_code=1)
             elif failed and name == MLFLOW:
@@ -207,8 +201,14 @@ def open_tracker_runs(names: Sequence[str], output_dir: Path, run_name: str | No
     """Report a run while the block lasts. All processes call this together, and all raise UserError where a tracker
     cannot be used."""
     runs, failed = TrackerRuns(), True
+
+    def start() -> None:
+        for name in [name for name in names if name != NO_TRACKER]:
+            with explain_failure(name):
+                runs.trackers[name] = open_tracker(name, output_dir, run_name or str(output_dir))
+
     try:
-        broadcast_from_main(lambda: runs.open(names, output_dir, run_name or str(output_dir)))
+        broadcast_from_main(start)
         yield runs
         failed = False
     except Stopped:
