@@ -6,13 +6,13 @@ Every process plans the whole run alike, from the seed and what records share. N
 import heapq
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from meme_llava.cli import check_setting, describe
+from meme_llava.cli import check_settings, setting
 
 LossAverage = Literal["token", "caption"]
 # Device batches of a step are evened out until the longest is this much above the mean, or by so many exchanges.
@@ -25,24 +25,20 @@ _FIRST_IMAGE = 1 << 31  # in sort keys images are numbered from here, beyond eve
 class BatchSettings:
     """How much of a record trains, which records meet in an optimizer step, and how it becomes device batches."""
 
-    model_max_length: int = field(metadata=describe("positions a record may take, image tokens counted"))
-    global_batch_size: int = field(metadata=describe("records per optimizer step, over all processes"))
-    device_batch_size: int = field(metadata=describe("records a device computes at once", free=True))
-    seed: int = field(default=42, metadata=describe("order of the records, LoRA start values, dropout"))
-    loss_average: LossAverage = field(
-        default="token", metadata=describe("what weighs the same in an optimizer step: every token, or every caption")
+    model_max_length: int = setting("positions a record may take, image tokens counted", expected="greater than 0")
+    global_batch_size: int = setting("records per optimizer step, over all processes", expected="at least 1")
+    device_batch_size: int = setting("records a device computes at once", free=True, expected="at least 1")
+    seed: int = setting("order of the records, LoRA start values, dropout", 42, expected="0 or more")
+    loss_average: LossAverage = setting(
+        "what weighs the same in an optimizer step: every token, or every caption", "token"
     )
-    shared_images: bool = field(
-        default=True,
-        metadata=describe("draw images instead of records; all captions of one share its encoding and prompt"),
+    shared_images: bool = setting(
+        "draw images instead of records; all captions of one share its encoding and prompt", True
     )
 
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""
-        check_setting(self, "model_max_length", self.model_max_length > 0, "greater than 0")
-        for name in ("global_batch_size", "device_batch_size"):
-            check_setting(self, name, getattr(self, name) > 0, "at least 1")
-        check_setting(self, "seed", self.seed >= 0, "0 or more")
+        check_settings(self)
 
 
 @dataclass(frozen=True, eq=False)

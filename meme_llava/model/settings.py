@@ -1,9 +1,9 @@
 """Settings of what trains in a model, and how fast. Without torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from meme_llava.cli import check_setting, describe
+from meme_llava.cli import check_settings, setting
 from meme_llava.errors import UserError
 
 RoleTraining = Literal["frozen", "lora", "full"]
@@ -13,27 +13,27 @@ RoleTraining = Literal["frozen", "lora", "full"]
 class LoraRecipe:
     """What trains in each tower, and the LoRA matrices of one that trains by LoRA. The projector trains in full."""
 
-    train_type: str = field(metadata=describe("name of a recipe in configs/train"))
+    train_type: str = setting("name of a recipe in configs/train")
     # What makes a train type: its recipe file.
-    vision_tower_training: RoleTraining = field(metadata=describe("how the vision tower learns"))
-    language_model_training: RoleTraining = field(metadata=describe("how the language model learns"))
-    lora_vision_modules: list[str] = field(metadata=describe("vision projections that get LoRA", nargs="*"))
-    lora_language_modules: list[str] = field(metadata=describe("language projections that get LoRA", nargs="*"))
-    lora_r: int = field(metadata=describe("rank of the LoRA matrices"))
-    lora_alpha: float = field(metadata=describe("LoRA updates are scaled by lora_alpha / lora_r"))
-    lora_dropout: float = field(default=0.05, metadata=describe("dropout in front of the LoRA matrices"))
+    vision_tower_training: RoleTraining = setting("how the vision tower learns")
+    language_model_training: RoleTraining = setting("how the language model learns")
+    lora_vision_modules: list[str] = setting("vision projections that get LoRA", nargs="*")
+    lora_language_modules: list[str] = setting("language projections that get LoRA", nargs="*")
+    lora_r: int = setting("rank of the LoRA matrices", expected="greater than 0")
+    lora_alpha: float = setting("LoRA updates are scaled by lora_alpha / lora_r", expected="greater than 0")
+    lora_dropout: float = setting("dropout in front of the LoRA matrices", 0.05, expected="between 0 and 1")
 
     def __post_init__(self) -> None:
         """Stop at values that contradict each other or cannot be meant."""
+        check_settings(self)
         if {self.vision_tower_training, self.language_model_training} >= {"lora", "full"}:
             raise UserError("vision_tower_training and language_model_training mix lora and full; choose one of them")
-        for role in ("vision", "language"):
-            training = "vision_tower_training" if role == "vision" else "language_model_training"
-            if getattr(self, training) == "lora" and not getattr(self, f"lora_{role}_modules"):
-                raise UserError(f"--{training} is lora, but --lora_{role}_modules names no module")
-        for name in ("lora_r", "lora_alpha"):
-            check_setting(self, name, getattr(self, name) > 0, "greater than 0")
-        check_setting(self, "lora_dropout", 0 <= self.lora_dropout < 1, "between 0 and 1")
+        for training, modules in (
+            ("vision_tower_training", "lora_vision_modules"),
+            ("language_model_training", "lora_language_modules"),
+        ):
+            if getattr(self, training) == "lora" and not getattr(self, modules):
+                raise UserError(f"--{training} is lora, but --{modules} names no module")
 
     @property
     def uses_lora(self) -> bool:
@@ -44,15 +44,12 @@ class LoraRecipe:
 class LearningRates:
     """Peak learning rates and weight decay of the parameter groups."""
 
-    high_lr: float = field(metadata=describe("peak learning rate of the multi_modal_projector"))
-    low_lr: float = field(metadata=describe("peak learning rate of everything else that learns"))
+    high_lr: float = setting("peak learning rate of the multi_modal_projector", expected="greater than 0")
+    low_lr: float = setting("peak learning rate of everything else that learns", expected="greater than 0")
     # Only the makers of the embedded towers set it: for a vision tower that learns in full, from random weights.
-    muon_lr: float | None = field(default=None, metadata=describe("peak learning rate of Muon", public=False))
-    weight_decay: float = field(default=0.0, metadata=describe("decay of matrices; never of biases and norms"))
+    muon_lr: float | None = setting("peak learning rate of Muon", None, public=False, expected="greater than 0")
+    weight_decay: float = setting("decay of matrices; never of biases and norms", 0.0, expected="0 or more")
 
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""
-        for name in ("high_lr", "low_lr"):
-            check_setting(self, name, getattr(self, name) > 0, "greater than 0")
-        check_setting(self, "muon_lr", self.muon_lr is None or self.muon_lr > 0, "greater than 0")
-        check_setting(self, "weight_decay", self.weight_decay >= 0, "0 or more")
+        check_settings(self)

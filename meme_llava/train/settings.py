@@ -16,7 +16,7 @@ from typing import Literal
 import yaml
 
 from meme_llava import CONFIGS
-from meme_llava.cli import check_settings, list_free_settings, make_parser, setting
+from meme_llava.cli import list_free_settings, make_parser, setting
 from meme_llava.dataset.check import RecordPolicy
 from meme_llava.dataset.sampling import BatchSettings
 from meme_llava.distributed.engines import check_engine_name
@@ -107,9 +107,8 @@ class TrainArguments(RecordPolicy, LoraRecipe, LearningRates, BatchSettings, Run
 
     def __post_init__(self) -> None:
         """Stop at values that contradict each other or cannot be meant."""
-        for group in (BatchSettings, LearningRates, LoraRecipe, RecordPolicy):
-            group.__post_init__(self)
-        check_settings(self)
+        LoraRecipe.__post_init__(self)  # which holds the values of all fields against what they expect
+        RecordPolicy.__post_init__(self)
         check_engine_name(self.engine)
         given = [one.name for one in dataclasses.fields(self) if getattr(self, one.name) != one.default]
         useless = next((name for name in given if name.startswith("eval_")), None)
