@@ -123,7 +123,8 @@ def spoil_weight(step: int) -> None:
 def kill_in_save(save: int, event: int) -> None:
     """This process dies while it writes its `save`-th checkpoint, when the `event`-th thing reaches the disk.
 
-    A save of one process brings to the disk: 9 files, the manifest, the folder, the parent; before and behind each.
+    A save of one process brings to the disk: 9 files, the folder, the parent; before and behind each, for the manifest
+    comes to the disk by itself.
     """
     saves, events = [0], [0]
     original_write, original_sync = checkpoints.write_checkpoint, checkpoints.fsync_path

@@ -100,7 +100,7 @@ FAULTS = [
           "process 0 was killed by SIGKILL", [2], engine="zero2"),
     Fault("killed during a save", [{"kind": "kill_in_save", "rank": 1, "save": 2, "event": 1}], 8,
           "process 1 was killed by SIGKILL", [2]),
-    Fault("killed after a save, before it has its name", [{"kind": "kill_in_save", "rank": 0, "save": 2, "event": 22}],
+    Fault("killed after a save, before it has its name", [{"kind": "kill_in_save", "rank": 0, "save": 2, "event": 20}],
           -9, "", [2], 1, "single"),
     Fault("killed while the result is put in place", [{"kind": "kill_in_final", "rank": 0}], -9, "", [4, 6], 1,
           "single"),
