@@ -402,7 +402,7 @@ def test_wrong_settings_stop_before_the_model_loads(world, trained, tmp_path, mo
     assert "no such recipe" in message(train_type="qlora")
     assert "warmup takes 2 of 2 steps" in message(warmup_steps=2)
     assert "no such model folder" in message(model=tmp_path / "nowhere")
-    assert "annotations" in message(annotations=tmp_path / "nowhere.json")
+    assert "nowhere.json: No such file or directory" in message(annotations=tmp_path / "nowhere.json")
     assert "no such image folder" in message(image_folder=tmp_path / "nowhere")
     assert "is not empty" in fail(capsys, train_flags(world, trained))
     assert "holds no checkpoint" in fail(capsys, train_flags(world, out, resume_from_checkpoint="latest"), code=4)
