@@ -6,6 +6,7 @@ Nothing about pages: messages are dictionaries, as gradio.ChatInterface has them
 import contextlib
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from html import escape, unescape
@@ -31,6 +32,7 @@ HOLDS_PLACEHOLDER = f"问题里不能有 {IMAGE_PLACEHOLDER}。The question may 
 CUT_OFF = "（到达长度上限 cut off at --max_new_tokens）"
 TOO_LONG = "对话太长，请开始新对话。The conversation is too long; begin a new one."
 OUT_OF_MEMORY = "内存或显存不足，请开始新对话再试。Out of memory; begin a new conversation."
+FAILED = "出错了，原因见服务器的终端。Something went wrong; the server's terminal says what."
 # By the kinds of `open_image`; none names a path of the server.
 IMAGE_PROBLEMS = {
     "empty_file": "这个文件是空的。The file is empty.",
@@ -43,7 +45,7 @@ IMAGE_PROBLEMS = {
     "unreadable_file": "服务器读不了这个文件，请换一张。The file cannot be read; try another.",
 }
 # What may stand behind an answer, or in place of one, and is no part of it.
-REMARKS = (WAITING, NO_IMAGE, HOLDS_PLACEHOLDER, CUT_OFF, TOO_LONG, OUT_OF_MEMORY, *IMAGE_PROBLEMS.values())
+REMARKS = (WAITING, NO_IMAGE, HOLDS_PLACEHOLDER, CUT_OFF, TOO_LONG, OUT_OF_MEMORY, FAILED, *IMAGE_PROBLEMS.values())
 
 
 def stream_answer(
@@ -138,6 +140,9 @@ class Chat:
             remark = TOO_LONG
         except torch.OutOfMemoryError:
             remark = OUT_OF_MEMORY
+        except Exception:  # whatever it is: gradio would leave the page locked
+            traceback.print_exc()
+            remark = FAILED
         yield "\n".join(filter(None, (text, remark)))
 
     def _read_history(self, history: Sequence[dict]) -> tuple[Path | None, list[list[tuple[str, str]]]]:

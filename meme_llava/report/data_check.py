@@ -8,12 +8,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from meme_llava.cli import check_setting, describe
+from meme_llava.cli import check_settings, setting
 from meme_llava.dataset.check import CheckedData, CheckedRecord, RecordPolicy, print_findings
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.dataset.records import KINDS, Finding
@@ -32,29 +32,26 @@ TONES = {"bad": "bad", "noted": "noted", "usable": "clean"}  # colours of facts 
 
 @dataclass
 class CheckArguments(RecordPolicy):
-    annotations: Path = field(metadata=describe("annotation file, .json or .jsonl"))
-    image_folder: Path = field(metadata=describe("folder that the records' image paths start from"))
-    model: Path | None = field(
-        default=None, metadata=describe("base model; with it, records are tokenised and their lengths are known")
+    annotations: Path = setting("annotation file, .json or .jsonl")
+    image_folder: Path = setting("folder that the records' image paths start from")
+    model: Path | None = setting("base model; with it, records are tokenised and their lengths are known", None)
+    output_dir: Path = setting(f"gets {REPORT}, {FINDINGS} and, if needed, quarantine.jsonl", Path("output/check"))
+    model_max_length: int = setting(
+        "positions a record may take, image tokens counted", 2048, expected="greater than 0"
     )
-    output_dir: Path = field(
-        default=Path("output/check"), metadata=describe(f"gets {REPORT}, {FINDINGS} and, if needed, quarantine.jsonl")
+    global_batch_size: int = setting("records per optimizer step, to predict the steps", 64, expected="greater than 0")
+    num_train_epochs: float = setting("passes over the records, to predict the steps", 5, expected="greater than 0")
+    workers: int | None = setting(
+        "processes that decode images; all CPUs if not given", None, expected="greater than 0"
     )
-    model_max_length: int = field(default=2048, metadata=describe("positions a record may take, image tokens counted"))
-    global_batch_size: int = field(default=64, metadata=describe("records per optimizer step, to predict the steps"))
-    num_train_epochs: float = field(default=5, metadata=describe("passes over the records, to predict the steps"))
-    workers: int | None = field(default=None, metadata=describe("processes that decode images; all CPUs if not given"))
-    report_records: int = field(
-        default=1000, metadata=describe("records that the report shows: the worst, then a sample of the others")
+    report_records: int = setting(
+        "records that the report shows: the worst, then a sample of the others", 1000, expected="0 or more"
     )
 
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""
         super().__post_init__()
-        for name in ("model_max_length", "global_batch_size", "num_train_epochs", "workers"):
-            value = getattr(self, name)
-            check_setting(self, name, value is None or value > 0, "more than 0")
-        check_setting(self, "report_records", self.report_records >= 0, "0 or more")
+        check_settings(self)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from meme_llava.errors import UserError
 from meme_llava.inference import chat as chat_module
 from meme_llava.inference.chat import (
     CUT_OFF,
+    FAILED,
     IMAGE_PROBLEMS,
     OUT_OF_MEMORY,
     TOO_LONG,
@@ -183,13 +184,16 @@ def test_a_conversation_without_room_says_so_and_the_others_go_on(chat, world):
     assert all(text.endswith(CUT_OFF) for text in visitor.hear(QUESTION))
 
 
-def test_too_little_memory_is_told_in_place_of_the_answer(chat, world, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "sentence"), [(chat_module.torch.OutOfMemoryError("CUDA"), OUT_OF_MEMORY), (RuntimeError("x"), FAILED)]
+)
+def test_what_goes_wrong_is_told_in_place_of_the_answer(chat, world, monkeypatch, error, sentence):
     def fail(*arguments):
-        raise chat_module.torch.OutOfMemoryError("CUDA out of memory")
+        raise error
         yield
 
     monkeypatch.setattr(chat_module, "stream_answer", fail)
-    assert Visitor(chat).hear(QUESTION, world.image_folder / "p0.png") == [OUT_OF_MEMORY] * 2
+    assert Visitor(chat).hear(QUESTION, world.image_folder / "p0.png") == [sentence] * 2
 
 
 def test_a_text_comes_back_from_the_page_as_it_was():
