@@ -67,9 +67,13 @@ def read_record_rows(path: Path, writer: AnnotationWriter) -> Iterator[tuple[Row
     """The records of an annotation file, as they stand there and parsed; what is none goes to `writer`."""
     for row in read_json_rows(path, writer, "not a record"):
         try:
-            yield row, parse_record(row.value, row.place)
+            record = parse_record(row.value, row.place)
+            if not isinstance(sources := row.value.get("sources", []), list):
+                raise RecordFault("malformed", f"'sources' is {sources!r}, expected a list, or no 'sources' at all")
         except RecordFault as fault:
             writer.report_problem("not a record", row.place, str(fault), row.value)
+            continue
+        yield row, record
 
 
 def read_csv_rows(path: Path) -> Iterator[Row]:

@@ -250,6 +250,11 @@ def _prepare_names(settings: ImagesSettings, read_name: Callable[[str], str | No
                 if (text := read_name(image.stem)) is None:
                     writer.leave_out("name without text", image.image, "the file name holds no text", image.image)
                     continue
+                try:
+                    index.choose([image])
+                except RecordFault as fault:
+                    writer.report_problem(fault.kind, image.image, str(fault), image.image)
+                    continue
                 source = {"set": image.data_set, "annotator": "file name", "file": image.image}
                 record = make_record(make_unique(image.stem, ids), image.image, text, source, settings.seed, text=text)
                 writer.add(record, image.image)

@@ -80,6 +80,7 @@ def prepare_split(settings: SplitSettings) -> None:
     inputs = [settings.annotations]
     with AnnotationWriter(settings, inputs) as training, AnnotationWriter(of_validation, inputs) as validation:
         records = _read(settings, training)
+        training.stop_on_problems(len(records))
         groups, near_pairs = _group(records, settings.near_distance)
         chosen = _choose_validation(groups, settings)
         sides = {}, {}  # of training and validation: {path: hash}

@@ -180,12 +180,8 @@ class AnnotationWriter:
         self.publish()
         self.print_summary()
 
-    def close(self) -> None:
-        """Bring the file to the disk.
-
-        Raises:
-            UserError: there are problems under "error", or there is no record.
-        """
+    def stop_on_problems(self, records: int) -> None:
+        """Raise UserError, listing the first, if there are problems under "error" or `records` is 0."""
         lines = [*self._listed_problems]
         lines += [f"  … and {more:,} more"] if (more := self.problems - len(lines)) else []
         lines += [self.hint] if self.hint else []
@@ -195,9 +191,13 @@ class AnnotationWriter:
                 f"{self.problems:,} problems, nothing was written:{listed}\n"
                 f"Fix them, or pass --bad_records quarantine to leave them out (listed in {self.left_out_file.name})."
             )
-        if not self.records:
+        if not records:
             counts = ", ".join(f"{count:,} {kind}" for kind, count in self.left_out.items()) or "nothing was found"
             raise UserError(f"{self.output}: there is no record to write ({counts}){listed}")
+
+    def close(self) -> None:
+        """Bring the file to the disk. Raises as `stop_on_problems` does."""
+        self.stop_on_problems(self.records)
         if not self._is_jsonl:
             self._file.write(b"\n]\n")
         self._file.flush()

@@ -229,6 +229,15 @@ def test_unreadable_images_are_problems(images, capsys):
     assert read(images / "train.manifest.json")["counts"]["left_out"] == {"image that cannot be used": 4}
 
 
+@pytest.mark.parametrize("flags", [(), ("--bad_records", "quarantine")])
+def test_where_every_record_is_bad_the_problems_are_listed(images, capsys, flags):
+    write(images / "all.json", [make_record("1", "none.png"), make_record("2", "gone.png")])
+    with pytest.raises(SystemExit):
+        split(images, *flags)
+    message = capsys.readouterr().err
+    assert "all.json row 0: " in message and "all.json row 1: " in message and "--validation 0" not in message
+
+
 def test_a_share_that_no_group_fits_is_an_error(images, capsys):
     with pytest.raises(SystemExit):
         split(images, "--validation", 0.01)

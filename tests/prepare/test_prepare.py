@@ -470,6 +470,17 @@ def test_file_names_takes_equal_files_once_and_different_ones_both(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("command", ["file_names", "chinese_bqb", "emo_visual"])
+def test_a_link_out_of_the_image_folder_is_a_problem_in_every_source(world, capsys, command):
+    draw(world / "outside.png")
+    link = world / "root/emo/汪蛋00024-磕头.png"
+    link.symlink_to(world / "outside.png")
+    (world / "data.json").write_text(json.dumps([{"filename": link.name, "content": "磕头"}]))
+    flags = ["--images", "emo", *(["--data", world / "data.json"] if command == "emo_visual" else [])]
+    message = fail(capsys, command, world, *flags)
+    assert "1 problems, nothing was written" in message and "磕头.png' leaves the image folder" in message
+
+
 def test_nothing_but_names_without_text_is_an_error(tmp_path, capsys):
     draw(tmp_path / "root/p/IMG_1234.png")
     assert "no record to write (1 name without text)" in fail(capsys, "file_names", tmp_path, "--images", "p")
@@ -551,6 +562,8 @@ BAD_LLAVA = {
     "missing image": (llava_record(image="c.png"), "no image 'emo/c.png'"),
     "outside": (llava_record(image="../../c.png"), "leaves the image folder"),
     "no object": ("text", "is str, expected an object"),
+    "sources are null": ({**llava_record(), "sources": None}, "'sources' is None, expected a list"),
+    "sources are text": ({**llava_record(), "sources": "web"}, "'sources' is 'web', expected a list"),
 }
 
 
