@@ -14,14 +14,13 @@ Each has its own --help. Beside every annotation file stand a manifest (NAME.man
 left out, the list of that (NAME.left_out.jsonl).
 """
 
-import difflib
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from meme_llava.cli import parse_arguments  # noqa: E402
+from meme_llava.cli import parse_arguments, suggest  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.prepare import local_sources, mixing, parquet_source, splitting  # noqa: E402
 from meme_llava.prepare.writer import ImagesSettings  # noqa: E402
@@ -50,9 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     if not command or command.startswith("-"):
         raise UserError(f"say what to prepare first: {', '.join(COMMANDS)}. --help tells more.")
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        guess = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"unknown source {command}{guess}; there are {', '.join(COMMANDS)}")
+        raise UserError(f"unknown source {command}{suggest(command, COMMANDS)}; there are {', '.join(COMMANDS)}")
     settings_class, prepare = COMMANDS[command]
     settings = parse_arguments(settings_class, words, description=prepare.__doc__, prog=f"prepare.py {command}")
     with explain_full_disk(settings.output, "Free some, or choose another place."):

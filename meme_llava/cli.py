@@ -10,7 +10,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -67,6 +67,12 @@ def list_free_settings(arguments_class: type) -> frozenset[str]:
     return frozenset(one.name for one in dataclasses.fields(arguments_class) if one.metadata.get("free", False))
 
 
+def suggest(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the nearest of the known ones in brackets, or nothing."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that stops with a `UserError` and suggests the nearest flag."""
 
@@ -76,8 +82,7 @@ class Parser(argparse.ArgumentParser):
         known = [option for action in self._actions for option in action.option_strings]
         for flag in (word.split("=")[0] for word in words if word.startswith("--") and word != "--"):
             if flag not in known:
-                near = difflib.get_close_matches(flag, known, n=1)
-                self.error(f"unknown setting {flag}" + (f" (did you mean {near[0]}?)" if near else ""))
+                self.error(f"unknown setting {flag}{suggest(flag, known)}")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> None:

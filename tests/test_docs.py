@@ -20,7 +20,7 @@ from meme_llava.errors import UserError
 from meme_llava.evaluate.settings import parse_report_arguments
 from meme_llava.inference.endpoints import PRESETS
 from meme_llava.prepare.describing import REASONS
-from meme_llava.prepare.questions import DESCRIBE, READ
+from meme_llava.prepare.writer import DESCRIBE, READ
 from meme_llava.storage.run_record import MANIFEST, RUN_RECORD
 from meme_llava.train import settings as train_settings
 

@@ -4,19 +4,13 @@ data/check.py, run.sh before it builds, and train.py before it loads a model all
 replaced silently: every bad record is listed with its place, kind and reason. Nothing about models.
 """
 
-import difflib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from meme_llava.cli import check_setting, describe
-from meme_llava.dataset.conversation import (
-    CONTROL_TOKENS,
-    ConversationEncoder,
-    DoesNotFit,
-    Tokens,
-)
+from meme_llava.cli import check_settings, setting, suggest
+from meme_llava.dataset.conversation import CONTROL_TOKENS, ConversationEncoder, DoesNotFit, Tokens
 from meme_llava.dataset.images import MAX_PIXELS, resolve_image_path
 from meme_llava.dataset.inspection import ImageFacts, check_image, check_texts, inspect_images, normalise_text
 from meme_llava.dataset.records import (
@@ -53,33 +47,29 @@ class RecordSource:
 class RecordPolicy:
     """What becomes of records with findings; the data check and training take the same settings."""
 
-    bad_records: Literal["error", "quarantine"] = field(
-        default="error", metadata=describe("bad records stop the run, or go to quarantine.jsonl and are counted")
+    bad_records: Literal["error", "quarantine"] = setting(
+        "bad records stop the run, or go to quarantine.jsonl and are counted", "error"
     )
-    allow: list[str] = field(
-        default_factory=list, metadata=describe("kinds of findings that make no record bad, such as duplicate_id")
-    )
-    refuse: list[str] = field(
-        default_factory=list, metadata=describe("kinds that make a record bad though they need not, such as cut_answer")
-    )
-    max_pixels: int = field(default=MAX_PIXELS, metadata=describe("images with more pixels are not decoded"))
+    allow: list[str] = setting("kinds of findings that make no record bad, such as duplicate_id", [])
+    refuse: list[str] = setting("kinds that make a record bad though they need not, such as cut_answer", [])
+    max_pixels: int = setting("images with more pixels are not decoded", MAX_PIXELS, expected="at least 1")
 
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""
-        check_setting(self, "max_pixels", self.max_pixels > 0, "at least 1")
-        for flag, names in (("--allow", self.allow), ("--refuse", self.refuse)):
-            for name in names:
-                if name not in KINDS:
-                    near = difflib.get_close_matches(name, KINDS, n=1)
-                    hint = f" (did you mean {near[0]}?)" if near else ""
-                    raise UserError(f"{flag} {name}: no such kind of finding{hint}; there are {', '.join(KINDS)}")
+        check_settings(self)
         if both := set(self.allow) & set(self.refuse):
             raise UserError(f"{', '.join(sorted(both))}: both in --allow and in --refuse; choose one")
         # A flag without effect would leave its user believing that it had one.
-        if idle := [name for name in self.allow if name in NOTED_KINDS]:
-            raise UserError(f"--allow {idle[0]}: such records are trained on anyway; leave it out")
-        if idle := [name for name in self.refuse if name in BAD_KINDS]:
-            raise UserError(f"--refuse {idle[0]}: such records are bad anyway; leave it out")
+        for flag, names, without_effect, anyway in (
+            ("--allow", self.allow, NOTED_KINDS, "trained on"),
+            ("--refuse", self.refuse, BAD_KINDS, "bad"),
+        ):
+            for name in names:
+                if name not in KINDS:
+                    there = f"there are {', '.join(KINDS)}"
+                    raise UserError(f"{flag} {name}: no such kind of finding{suggest(name, KINDS)}; {there}")
+                if name in without_effect:
+                    raise UserError(f"{flag} {name}: such records are {anyway} anyway; leave it out")
         if impossible := [name for name in self.allow if name in UNTRAINABLE]:
             raise UserError(
                 f"--allow {impossible[0]}: such a record cannot be trained on; fix it, or leave it out with "
@@ -104,9 +94,9 @@ class CheckedRecord:
     findings: list[Finding] = field(default_factory=list)
     tokens: Tokens | None = None
 
-    def add(self, kind: str, detail: str) -> None:
-        """Note a finding."""
-        self.findings.append(Finding(kind, self.record.place, self.record.record_id, detail))
+    def add(self, *found: tuple[str, str]) -> None:
+        """Note findings, each as (kind, detail)."""
+        self.findings += [Finding(kind, self.record.place, self.record.record_id, detail) for kind, detail in found]
 
 
 @dataclass
@@ -178,27 +168,24 @@ def check_data(
     paths = list(dict.fromkeys(path for one in checked_records for path in one.image_paths))
     with show_count("images", len(paths) if decode else 0) as advance:
         facts = inspect_images(paths, policy.max_pixels, decode, workers, advance)
-    judged = {path: check_image(path, found, policy.max_pixels) for path, found in facts.items()}
-    first: dict[str, Path] = {}
-    originals = {path: first.setdefault(fact.sha256, path) for path, fact in facts.items() if fact.sha256 is not None}
+    found, first_of = {}, {}  # findings by path; the first path by sha256
+    for path, fact in facts.items():
+        found[path] = check_image(path, fact, policy.max_pixels)
+        if fact.sha256 is not None and (first := first_of.setdefault(fact.sha256, path)) != path:
+            found[path].append(("duplicate_image", f"{path}: has the bytes of {first}"))
     control_tokens = CONTROL_TOKENS if encoder is None else encoder.control_tokens
     for checked in checked_records:
-        for path in checked.image_paths:
-            for kind, detail in judged[path]:
-                checked.add(kind, detail)
-            if originals.get(path, path) != path:
-                checked.add("duplicate_image", f"{path}: has the bytes of {originals[path]}")
-        for kind, detail in check_texts(checked.record.turns, checked.record.text, control_tokens):
-            checked.add(kind, detail)
+        checked.add(*(one for path in checked.image_paths for one in found[path]))
+        checked.add(*check_texts(checked.record.turns, checked.record.text, control_tokens))
     if encoder is not None:
         encoded = encoder.encode_many([checked.record.turns for checked in checked_records], max_length)
         for checked, tokens in zip(checked_records, encoded, strict=True):
             if isinstance(tokens, DoesNotFit):
-                checked.add("too_long", str(tokens))
+                checked.add(("too_long", str(tokens)))
                 continue
             checked.tokens = tokens
             if tokens.cut_tokens:
-                checked.add("cut_answer", f"{tokens.cut_tokens} positions cut")
+                checked.add(("cut_answer", f"{tokens.cut_tokens} positions cut"))
     checked_data = CheckedData(source.annotations, policy, checked_records, malformed, facts)
     _find_duplicates(checked_data)
     return checked_data
@@ -235,14 +222,14 @@ def _find_duplicates(data: CheckedData) -> None:
     for checked in data.records:
         record = checked.record
         if record.record_id in ids:
-            checked.add("duplicate_id", f"has the id of {ids[record.record_id]}")
+            checked.add(("duplicate_id", f"has the id of {ids[record.record_id]}"))
         if not data.is_usable(checked):
             continue
         ids.setdefault(record.record_id, record.place)
         if record.repeat == 1:
             first = captions.setdefault(_make_caption_key(checked), record.place)
             if first != record.place:
-                checked.add("duplicate_caption", f"says the same as {first}")
+                checked.add(("duplicate_caption", f"says the same as {first}"))
 
 
 def _make_caption_key(checked: CheckedRecord) -> tuple:
@@ -283,10 +270,9 @@ def write_quarantine(output_dir: Path, checked: CheckedData) -> Path | None:
 
     Returns its path, or None if there is no bad record.
     """
-    reasons = checked.bad
-    path = output_dir / QUARANTINE
-    path.unlink(missing_ok=True)
+    reasons, path = checked.bad, output_dir / QUARANTINE
     if not reasons:
+        path.unlink(missing_ok=True)
         return None
     output_dir.mkdir(parents=True, exist_ok=True)
     lines = (
@@ -306,10 +292,10 @@ def write_quarantine(output_dir: Path, checked: CheckedData) -> Path | None:
 def suggest_folder(checked: CheckedData) -> str:
     """A line that asks about the image folder if most images are missing, else nothing."""
     missing = sum(finding.kind == "missing_image" for finding in checked.findings)
-    if missing * 2 > len(checked.records):
-        question = "is --image_folder the folder that the records' paths start from?"
-        return f"\nImages of {missing} records are missing; {question}"
-    return ""
+    if missing * 2 <= len(checked.records):
+        return ""
+    question = "is --image_folder the folder that the records' paths start from?"
+    return f"\nImages of {missing} records are missing; {question}"
 
 
 def print_findings(checked: CheckedData) -> None:

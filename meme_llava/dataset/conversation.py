@@ -236,8 +236,5 @@ def _without_added_tokens(tokenizer, source: str) -> Tokenizer:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"{source}: needs a fast tokenizer (a tokenizer.json), found {type(tokenizer).__name__}")
-    description = json.loads(backend.to_str())
-    description["added_tokens"] = []
-    description["post_processor"] = None
-    description["truncation"] = description["padding"] = None
-    return Tokenizer.from_str(json.dumps(description))
+    cleared = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    return Tokenizer.from_str(json.dumps(json.loads(backend.to_str()) | cleared))

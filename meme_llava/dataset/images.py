@@ -156,19 +156,24 @@ def fit_to_square(image: Image.Image, policy: ImagePolicy) -> Image.Image:
 
 def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Open an image file without decoding it. Raises RecordFault unless format and size are accepted."""
-    _check_file(path)
+    try:
+        # A pipe would block for ever, a device would never end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise RecordFault("unreadable_file", f"{path}: not a regular file")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RecordFault("missing_image", f"{path}: {error.strerror}") from error
+    except OSError as error:
+        raise RecordFault("unreadable_file", f"{path}: {error.strerror or error}") from error
     try:
         image = Image.open(path, formats=ACCEPTED_FORMATS)
     except UnidentifiedImageError as error:
         with path.open("rb") as file:
             kind, what = identify_file_type(file.read(START_LENGTH))
         raise RecordFault(kind, f"{path}: {what}") from error
-    except OSError as error:
-        # Pillow's own errors about a header have no errno; those of the file system do.
-        kind = "unreadable_file" if error.errno else "damaged_image"
-        raise RecordFault(kind, f"{path}: cannot be read ({error.strerror or error})") from error
     except PARSER_ERRORS as error:
-        raise RecordFault("damaged_image", f"{path}: cannot be read ({error})") from error
+        # Pillow's own errors about a header have no errno; those of the file system do.
+        kind = "unreadable_file" if getattr(error, "errno", None) else "damaged_image"
+        raise RecordFault(kind, f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if image.format == "MPO":
         # Phones append previews and depth maps to a JPEG; its beginning is the image.
         image.format = "JPEG"
@@ -177,18 +182,6 @@ def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         image.close()
         raise RecordFault("too_many_pixels", f"{path}: {width}x{height} pixels, more than the limit of {max_pixels:,}")
     return image
-
-
-def _check_file(path: Path) -> None:
-    try:
-        mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise RecordFault("missing_image", f"{path}: {error.strerror}") from error
-    except OSError as error:
-        raise RecordFault("unreadable_file", f"{path}: {error.strerror or error}") from error
-    # A pipe would block for ever, a device would never end.
-    if not stat.S_ISREG(mode):
-        raise RecordFault("unreadable_file", f"{path}: not a regular file")
 
 
 def list_header_notes(image: Image.Image) -> Iterator[tuple[str, str]]:

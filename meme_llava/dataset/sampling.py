@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from meme_llava.cli import check_settings, setting
+from meme_llava.cli import setting
 
 LossAverage = Literal["token", "caption"]
 # Device batches of a step are evened out until the longest is this much above the mean, or by so many exchanges.
@@ -35,10 +35,6 @@ class BatchSettings:
     shared_images: bool = setting(
         "draw images instead of records; all captions of one share its encoding and prompt", True
     )
-
-    def __post_init__(self) -> None:
-        """Stop at values that cannot be meant."""
-        check_settings(self)
 
 
 @dataclass(frozen=True, eq=False)

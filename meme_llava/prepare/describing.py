@@ -16,6 +16,7 @@ from typing import Literal
 from meme_llava.cli import check_settings, setting
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.inspection import IMAGE_SUFFIXES, find_loop, find_refusal
+from meme_llava.dataset.records import read_text
 from meme_llava.errors import UserError
 from meme_llava.inference.endpoints import PRESETS, Endpoint
 from meme_llava.inference.questions import Prediction, Question
@@ -103,11 +104,7 @@ def read_prompt(path: Path | None, use_file_name: bool) -> Prompt:
     """Our prompt, or the text of a file."""
     if path is None:
         return Prompt(DEFAULT_PROMPT, use_file_name)
-    try:
-        text = path.read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt_file {path}: cannot be read as UTF-8 text ({error})") from error
-    if not text:
+    if not (text := read_text(path).strip()):
         raise UserError(f"--prompt_file {path}: is empty")
     return Prompt(text, use_file_name)
 

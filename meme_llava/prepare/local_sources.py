@@ -18,14 +18,15 @@ from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.inspection import normalise_text
 from meme_llava.dataset.records import RecordFault
 from meme_llava.errors import UserError
-from meme_llava.prepare.file_name_text import read_bqb_name, read_plain_name
 from meme_llava.prepare.inputs import (
     BROKEN,
     NO_IMAGE,
     ImageIndex,
     Row,
+    read_bqb_name,
     read_csv_rows,
     read_json_rows,
+    read_plain_name,
     read_record_rows,
     read_table_rows,
 )

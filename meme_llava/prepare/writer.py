@@ -6,6 +6,7 @@ place, reason and original content in `NAME.left_out.jsonl`. Nothing about sourc
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -20,10 +21,31 @@ from meme_llava.dataset.check import MAX_LISTED as MAX_LISTED_PROBLEMS
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
 from meme_llava.dataset.records import name_source, parse_record
 from meme_llava.errors import UserError
-from meme_llava.prepare.questions import DESCRIBE, READ, draw_question
 from meme_llava.storage.files import hash_file, to_line, write_json, write_whole
 from meme_llava.storage.run_record import describe_environment
 from meme_llava.terminal import print_table
+
+# Wordings of questions. A model asked in one wording only stumbles over every other, so each record draws its own.
+# For captions: what is seen, what is written, what is meant.
+DESCRIBE = (
+    "这张表情包写了什么，是什么意思？",
+    "请描述一下这张表情包。",
+    "这张表情包想表达什么？",
+    "请解读这张表情包的内容和含义。",
+    "图里画了什么，写了什么字，想表达什么意思？",
+    "这张图的笑点在哪里？请结合画面和文字说一说。",
+    "看看这张表情包，说说它的画面和意思。",
+    "这张图是什么意思？请详细讲讲。",
+)
+# For transcriptions: the words in the image, and nothing else.
+READ = (
+    "请读出图中的文字。",
+    "图里写了什么字？",
+    "这张图上的文字是什么？",
+    "把图片里的文字抄写下来。",
+    "图中有哪些文字？只回答文字。",
+    "请识别图片中的文字。",
+)
 
 
 @dataclass(kw_only=True)
@@ -59,7 +81,11 @@ def make_record(
         text: the words known to stand in the image. An answer that is just these is asked for as such.
         question: in place of a drawn one.
     """
-    question = question or draw_question(READ if answer == text else DESCRIBE, seed, record_id)
+    if not question:
+        wordings = READ if answer == text else DESCRIBE
+        # The draw depends on seed and id alone: adding a file changes no other record.
+        digest = hashlib.sha256(f"{seed} {record_id}".encode("utf-8", "surrogatepass")).digest()
+        question = wordings[int.from_bytes(digest[:8], "big") % len(wordings)]
     record = {
         "id": record_id,
         "image": image,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from meme_llava.cli import check_settings, setting
+from meme_llava.cli import setting
 from meme_llava.dataset.check import CheckedData, CheckedRecord, RecordPolicy, print_findings
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.dataset.records import KINDS, Finding
@@ -47,11 +47,6 @@ class CheckArguments(RecordPolicy):
     report_records: int = setting(
         "records that the report shows: the worst, then a sample of the others", 1000, expected="0 or more"
     )
-
-    def __post_init__(self) -> None:
-        """Stop at values that cannot be meant."""
-        super().__post_init__()
-        check_settings(self)
 
 
 @dataclass(frozen=True)

@@ -684,7 +684,7 @@ def test_endpoints_that_cannot_be_meant(arguments, words):
         (["--max_tokens_total", "0"], "--max_tokens_total is 0"),
         (["--timeout", "0"], "--timeout is 0.0"),
         (["--images", "nowhere"], "no such folder"),
-        (["--prompt_file", "nowhere"], "cannot be read as UTF-8"),
+        (["--prompt_file", "nowhere"], "nowhere: No such file or directory. Is the path right?"),
         (["--api_key", "x"], "unknown setting --api_key"),
     ],
 )

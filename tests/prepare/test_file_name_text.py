@@ -2,7 +2,7 @@
 
 import pytest
 
-from meme_llava.prepare.file_name_text import read_bqb_name, read_plain_name
+from meme_llava.prepare.inputs import read_bqb_name, read_plain_name
 
 BQB_NAMES = {
     "00016鸽子-当鸽的怎么能骗你呢": "当鸽的怎么能骗你呢",

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image
 
-from meme_llava.prepare.questions import DESCRIBE, READ  # noqa: E402
+from meme_llava.prepare.writer import DESCRIBE, READ  # noqa: E402
 
 datasets = pytest.importorskip("datasets", reason="data/requirements.txt is not installed")
 import pyarrow as pa  # noqa: E402

@@ -13,7 +13,7 @@ import pytest
 from conftest import SHARED_DATA
 from PIL import Image
 
-from meme_llava.prepare.questions import DESCRIBE, READ  # noqa: E402
+from meme_llava.prepare.writer import DESCRIBE, READ  # noqa: E402
 
 
 def draw(path, color=(200, 30, 30)):
