@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
 from meme_llava.dataset import images  # noqa: E402
-from meme_llava.dataset.check import RecordPolicy, RecordSource  # noqa: E402
+from meme_llava.dataset.check import RecordPolicy  # noqa: E402
 from meme_llava.dataset.collator import PackingCollator  # noqa: E402
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, ConversationEncoder  # noqa: E402
 from meme_llava.dataset.dataset import LoadedData, TrainingOrder, load_records  # noqa: E402
@@ -57,9 +57,8 @@ def main(argv: list[str] | None = None) -> None:
         annotations = arguments.annotations
         if arguments.captions_per_image is not None:
             annotations = simulate_records(arguments, Path(folder) / "records.json")
-        source = RecordSource(annotations, arguments.image_folder)
         record_policy = RecordPolicy(bad_records="quarantine", allow=list(ALLOWED))
-        data = load_records(source, record_policy, encoder, MAX_LENGTH, policy)
+        data = load_records(annotations, arguments.image_folder, record_policy, encoder, MAX_LENGTH, policy)
     paths = sorted({path for checked in data.checked.usable for path in checked.image_paths})
     images, records = len(paths), len(data.dataset)
     print(f"{records:,} records on {images:,} images, {data.dataset.lengths.mean():.1f} positions each", flush=True)

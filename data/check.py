@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from meme_llava.cli import parse_arguments, to_plain  # noqa: E402
-from meme_llava.dataset.check import RecordSource, check_data, suggest_folder, write_quarantine  # noqa: E402
+from meme_llava.dataset.check import check_data, suggest_folder, write_quarantine  # noqa: E402
 from meme_llava.dataset.records import QUARANTINE  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model.llava import load_processing  # noqa: E402
@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(CheckArguments, argv, description=__doc__)
     processing = load_processing(arguments.model) if arguments.model is not None else None
     checked = check_data(
-        RecordSource(arguments.annotations, arguments.image_folder),
+        arguments.annotations,
+        arguments.image_folder,
         arguments,
         processing.encoder if processing else None,
         arguments.model_max_length,

@@ -10,6 +10,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -281,3 +282,10 @@ def run_drawing(script: str, folder: Path, *flags: str) -> subprocess.CompletedP
     if "No font with Chinese characters" in process.stderr:
         pytest.skip("no Chinese font is installed; apt install fonts-noto-cjk")
     return process
+
+
+def encode_example(encoder, turns, max_length=None):
+    """Ids and labels of a conversation, every image token repeated, and how many positions were cut."""
+    tokens = encoder.encode_tokens(turns, max_length)
+    ids, labels = tokens.spread(encoder.image_token_id, encoder.tokens_per_image)
+    return SimpleNamespace(input_ids=ids.tolist(), labels=labels.tolist(), cut_tokens=tokens.cut_tokens)

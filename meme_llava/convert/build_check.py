@@ -153,7 +153,7 @@ def _count_read_bytes(parts: Parts, written: dict[str, StoredTensor]) -> int:
 def _check_chat(processing: Processing) -> tuple[str, bool, str]:
     messages = [{"role": turn.role, "content": turn.text} for turn in PROOF_CHAT]
     templated = processing.processor.apply_chat_template(messages, tokenize=False)
-    ids = processing.encoder.encode_example(PROOF_CHAT).input_ids
+    ids = processing.encoder.encode_tokens(PROOF_CHAT).ids.tolist()
     decoded = processing.tokenizer.decode(ids, skip_special_tokens=False)
     survives = all(turn.text in decoded for turn in PROOF_CHAT) and templated.rstrip("\n") == decoded
     return "a Chinese chat round-trips through the template", survives, f"{len(ids)} tokens"

@@ -18,7 +18,7 @@ from transformers import (
 
 from meme_llava import DATA
 from meme_llava.convert.merge import PEFT_PREFIX, TrainedWeights
-from meme_llava.dataset.check import RecordPolicy, RecordSource
+from meme_llava.dataset.check import RecordPolicy
 from meme_llava.dataset.collator import normalise, to_pixel_values
 from meme_llava.dataset.dataset import load_records
 from meme_llava.dataset.images import open_image
@@ -193,12 +193,12 @@ def _merge_whole(trained: TrainedWeights, stored: StoredTensor) -> torch.Tensor:
 
 def _load_prompts(training: dict, processing: Processing) -> tuple[list[dict], Path]:
     """First questions of the training data, or of the sample memes where that data is not at hand, and their file."""
-    source = RecordSource(Path(training["data"]["annotations"]), Path(training["data"]["image_folder"]))
-    if not source.annotations.is_file():
-        source = RecordSource(DATA / "annotations.json", DATA)
+    annotations, image_folder = Path(training["data"]["annotations"]), Path(training["data"]["image_folder"])
+    if not annotations.is_file():
+        annotations, image_folder = DATA / "annotations.json", DATA
     encoder, policy = processing.encoder, processing.image_policy
     record_policy, max_length = RecordPolicy(bad_records="quarantine"), training["settings"]["model_max_length"]
-    dataset = load_records(source, record_policy, encoder, max_length, policy).dataset
+    dataset = load_records(annotations, image_folder, record_policy, encoder, max_length, policy).dataset
     prompts = []
     for index in range(min(VERIFIED_RECORDS, len(dataset))):
         example = dataset[index]
@@ -207,7 +207,7 @@ def _load_prompts(training: dict, processing: Processing) -> tuple[list[dict], P
         # (images, 3, size, size); a later turn's images are not part of the first question.
         pixel_values = normalise(torch.stack(example["pixel_values"][:images]), policy) if images else None
         prompts.append({"input_ids": input_ids, "pixel_values": pixel_values})
-    return prompts, source.annotations
+    return prompts, annotations
 
 
 def _reply(model: nn.Module, prompt: dict[str, torch.Tensor], new_tokens: int, processing: Processing) -> Generation:

@@ -35,14 +35,6 @@ MAX_LISTED, MAX_LISTED_OF_ONE_CAUSE = 50, 5
 SHORT_ANSWER = 10  # characters that are letters or digits
 
 
-@dataclass(frozen=True)
-class RecordSource:
-    """An annotation file, and the folder that its image paths start from."""
-
-    annotations: Path
-    image_folder: Path
-
-
 @dataclass(kw_only=True)
 class RecordPolicy:
     """What becomes of records with findings; the data check and training take the same settings."""
@@ -145,7 +137,8 @@ class CheckedData:
 
 
 def check_data(
-    source: RecordSource,
+    annotations: Path,
+    image_folder: Path,
     policy: RecordPolicy,
     encoder: ConversationEncoder | None = None,
     max_length: int | None = None,
@@ -155,6 +148,7 @@ def check_data(
     """Read and check every record, tokenise it, and look at every image.
 
     Args:
+        image_folder: the image paths of records start from it.
         encoder: without it, nothing is known about lengths.
         max_length: positions a record may take, image tokens counted.
         decode: open every image whole, in `workers` processes (None: as many as there are CPUs); else its header.
@@ -162,9 +156,9 @@ def check_data(
     Raises:
         UserError: the annotation file or the image folder cannot be read at all.
     """
-    check_image_folder(source.image_folder)
-    records, malformed = read_records(source.annotations)
-    checked_records = [_resolve_images(record, source.image_folder) for record in records]
+    check_image_folder(image_folder)
+    records, malformed = read_records(annotations)
+    checked_records = [_resolve_images(record, image_folder) for record in records]
     paths = list(dict.fromkeys(path for one in checked_records for path in one.image_paths))
     with show_count("images", len(paths) if decode else 0) as advance:
         facts = inspect_images(paths, policy.max_pixels, decode, workers, advance)
@@ -186,18 +180,18 @@ def check_data(
             checked.tokens = tokens
             if tokens.cut_tokens:
                 checked.add(("cut_answer", f"{tokens.cut_tokens} positions cut"))
-    checked_data = CheckedData(source.annotations, policy, checked_records, malformed, facts)
+    checked_data = CheckedData(annotations, policy, checked_records, malformed, facts)
     _find_duplicates(checked_data)
     return checked_data
 
 
-def check_records(source: RecordSource, policy: RecordPolicy) -> CheckedData:
+def check_records(annotations: Path, image_folder: Path, policy: RecordPolicy) -> CheckedData:
     """Check records without a model, and decode every image.
 
     Raises:
         UserError: a record or image is bad, or nothing is left.
     """
-    checked = check_data(source, policy)
+    checked = check_data(annotations, image_folder, policy)
     stop_on_bad_records(checked)
     return checked
 
@@ -258,7 +252,7 @@ def stop_on_bad_records(checked: CheckedData) -> None:
     if bad and checked.policy.bad_records == "error":
         raise UserError(
             f"{checked.annotations}: {len(bad)} of {checked.total} records cannot be trained on:\n{listed}{more}"
-            f"{suggestion}\nMend them, or pass --bad_records quarantine to train without them."
+            f"{suggestion}\nFix them, or pass --bad_records quarantine to train without them."
         )
     if not checked.usable:
         why = f"; all {checked.total} are unusable:\n{listed}{more}{suggestion}" if checked.total else ""

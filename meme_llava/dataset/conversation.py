@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -52,14 +51,6 @@ class Turn:
     text: str
 
 
-class Example(NamedTuple):
-    """Token ids of a whole conversation. A label is the token's own id where it carries loss, else -100."""
-
-    input_ids: list[int]
-    labels: list[int]
-    cut_tokens: int  # positions left out to respect the length limit
-
-
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """Tokens of a whole conversation, one image token for all of an image.
@@ -77,7 +68,7 @@ class Tokens:
     cut_tokens: int
 
     def spread(self, image_token_id: int, tokens_per_image: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and labels, image tokens repeated: int64 (positions,) each."""
+        """Ids and labels, image tokens repeated: int64 (positions,) each. A label is -100 where there is no loss."""
         times = np.where(self.ids == image_token_id, tokens_per_image, 1)
         labels = np.where(self.supervised, self.ids, IGNORED_LABEL)
         return np.repeat(self.ids, times).astype(np.int64), np.repeat(labels, times).astype(np.int64)
@@ -122,12 +113,6 @@ class ConversationEncoder:
             ids += self._headers[turn.role] + self._encode_content(turn, self.encode_text) + self._footer
         ids += self._headers["assistant"]
         return [token for token in ids for _ in range(self.tokens_per_image if token == self.image_token_id else 1)]
-
-    def encode_example(self, turns: Sequence[Turn], max_length: int | None = None) -> Example:
-        """Ids and labels of a conversation, as `encode_tokens` finds them, with every image token repeated."""
-        tokens = self.encode_tokens(turns, max_length)
-        input_ids, labels = tokens.spread(self.image_token_id, self.tokens_per_image)
-        return Example(input_ids.tolist(), labels.tolist(), tokens.cut_tokens)
 
     def encode_many(
         self, conversations: Sequence[Sequence[Turn]], max_length: int | None

@@ -10,14 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from meme_llava.dataset.check import (
-    CheckedData,
-    CheckedRecord,
-    RecordPolicy,
-    RecordSource,
-    check_data,
-    stop_on_bad_records,
-)
+from meme_llava.dataset.check import CheckedData, CheckedRecord, RecordPolicy, check_data, stop_on_bad_records
 from meme_llava.dataset.collator import read_pixels
 from meme_llava.dataset.conversation import ConversationEncoder
 from meme_llava.dataset.images import MAX_PIXELS, ImagePolicy
@@ -114,7 +107,8 @@ class LoadedData(NamedTuple):
 
 
 def load_records(
-    source: RecordSource,
+    annotations: Path,
+    image_folder: Path,
     policy: RecordPolicy,
     encoder: ConversationEncoder,
     max_length: int | None,
@@ -126,7 +120,7 @@ def load_records(
     Raises:
         UserError: a record is bad and `policy` makes that an error (they are listed), or nothing is left.
     """
-    checked = check_data(source, policy, encoder, max_length, decode)
+    checked = check_data(annotations, image_folder, policy, encoder, max_length, decode)
     stop_on_bad_records(checked)
     token = encoder.image_token_id, encoder.tokens_per_image
     return LoadedData(MemeDataset(checked.usable, *token, image_policy, policy.max_pixels), checked)

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
-from meme_llava.dataset.check import CheckedData, RecordSource, check_records
+from meme_llava.dataset.check import CheckedData, check_records
 from meme_llava.dataset.dataset import MemeDataset, load_records
 from meme_llava.dataset.images import open_image
 from meme_llava.distributed.engines import DEEPSPEED
@@ -82,7 +82,7 @@ def load_validation(arguments: TrainArguments, processing: Processing) -> Valida
 
 def _read(arguments: TrainArguments, read: Callable[..., Result], *given) -> Result:
     try:
-        return read(RecordSource(arguments.eval_annotations, arguments.eval_image_folder), arguments, *given)
+        return read(arguments.eval_annotations, arguments.eval_image_folder, arguments, *given)
     except UserError as error:
         raise UserError(f"--eval_annotations {error}") from error
 

@@ -3,7 +3,7 @@
 python -m meme_llava.train.precheck <the flags of train.py>
 """
 
-from meme_llava.dataset.check import RecordSource, check_records, print_findings
+from meme_llava.dataset.check import check_records, print_findings
 from meme_llava.errors import stop_on_user_error
 from meme_llava.train.session import check_device
 from meme_llava.train.settings import parse_train_arguments
@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_train_arguments(argv, description=__doc__, prog="train.py")
     check_device(arguments)
     check_trackers(arguments.report_to)
-    checked = check_records(RecordSource(arguments.annotations, arguments.image_folder), arguments)
+    checked = check_records(arguments.annotations, arguments.image_folder, arguments)
     if arguments.eval_every is not None:
         from meme_llava.train.evaluation import check_validation  # loads transformers
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from meme_llava.cli import to_plain
-from meme_llava.dataset.check import RecordSource
 from meme_llava.dataset.dataset import LoadedData, load_records
 from meme_llava.dataset.records import QUARANTINE
 from meme_llava.distributed.engines import Engine
@@ -135,9 +134,8 @@ def load_plan(arguments: TrainArguments, session: Session) -> RunPlan:
 def load_training_records(arguments: TrainArguments, processing: Processing, decode: bool = True) -> LoadedData:
     """The records that train; every image is opened whole, or without `decode` its header. Raises UserError where a
     record is bad or does not fit into model_max_length, or nothing is left."""
-    source = RecordSource(arguments.annotations, arguments.image_folder)
-    length, image_policy = arguments.model_max_length, processing.image_policy
-    return load_records(source, arguments, processing.encoder, length, image_policy, decode)
+    files, length = (arguments.annotations, arguments.image_folder), arguments.model_max_length
+    return load_records(*files, arguments, processing.encoder, length, processing.image_policy, decode)
 
 
 def plan_run(

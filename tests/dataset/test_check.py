@@ -18,7 +18,6 @@ from PIL import Image
 from meme_llava.dataset.check import (
     CheckedData,
     RecordPolicy,
-    RecordSource,
     check_data,
     stop_on_bad_records,
     write_quarantine,
@@ -87,8 +86,8 @@ def write_lines(path: Path, values: list) -> Path:
 
 
 def check(tmp_path: Path, values: list, encoder=None, decode=True, workers=None, **policy) -> CheckedData:
-    source = RecordSource(write_lines(tmp_path / "memes.jsonl", values), tmp_path / "images")
-    return check_data(source, RecordPolicy(**policy), encoder, MAX_LENGTH, decode, workers)
+    annotations = write_lines(tmp_path / "memes.jsonl", values)
+    return check_data(annotations, tmp_path / "images", RecordPolicy(**policy), encoder, MAX_LENGTH, decode, workers)
 
 
 def list_kinds(checked: CheckedData, line: int) -> list[str]:
@@ -842,7 +841,7 @@ def test_every_real_odd_file_is_found_out(tmp_path):
         pytest.skip(f"needs the real odd files in {folder}")
     assert sorted(ODD_FILES) == sorted(entry["file"] for entry in json.loads((folder / "manifest.json").read_text()))
     values = [make_record(name, name, f"这个表情包的文件名是{name}。") for name in ODD_FILES]
-    checked = check_data(RecordSource(write_lines(tmp_path / "memes.jsonl", values), folder), RecordPolicy())
+    checked = check_data(write_lines(tmp_path / "memes.jsonl", values), folder, RecordPolicy())
     found = {name: set(list_kinds(checked, line)) for line, name in enumerate(ODD_FILES, start=1)}
     assert found == ODD_FILES
     assert len(checked.usable) == 44

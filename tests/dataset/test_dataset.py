@@ -12,7 +12,7 @@ from make_towers import train_tokenizer
 from PIL import Image
 
 from meme_llava.dataset import dataset as dataset_module
-from meme_llava.dataset.check import RecordPolicy, RecordSource, write_quarantine
+from meme_llava.dataset.check import RecordPolicy, write_quarantine
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.conversation import ConversationEncoder, Turn
 from meme_llava.dataset.dataset import MemeDataset, TrainingOrder, load_records
@@ -77,7 +77,7 @@ def write_json(path: Path, records: list) -> Path:
 def load(annotations: Path, image_folder: Path, encoder, bad_records: str = "error", max_length: int = 200):
     # Many tests repeat one record; what becomes of duplicates is tested in test_check.py.
     repeated = RecordPolicy(bad_records=bad_records, allow=["duplicate_id", "duplicate_caption", "too_small"])
-    return load_records(RecordSource(annotations, image_folder), repeated, encoder, max_length, POLICY)
+    return load_records(annotations, image_folder, repeated, encoder, max_length, POLICY)
 
 
 def list_bad(loaded) -> list:

@@ -17,7 +17,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 import build_base_model
-from meme_llava.dataset.check import RecordPolicy, RecordSource
+from meme_llava.dataset.check import RecordPolicy
 from meme_llava.dataset.collator import normalise, read_pixels, to_pixel_values
 from meme_llava.dataset.dataset import load_records
 from meme_llava.dataset.images import ImagePolicy, open_header, open_image, resolve_image_path
@@ -689,8 +689,8 @@ def test_tokens_and_pixels_are_the_same_in_training_and_in_use(world: World, bas
     ]
     (tmp_path / "memes.json").write_text(json.dumps(records), encoding="utf-8")
     processing = load_processing(base_with_policy[1])
-    source = RecordSource(tmp_path / "memes.json", tmp_path / "images")
-    dataset = load_records(source, RecordPolicy(), processing.encoder, 200, processing.image_policy).dataset
+    files = tmp_path / "memes.json", tmp_path / "images"
+    dataset = load_records(*files, RecordPolicy(), processing.encoder, 200, processing.image_policy).dataset
     answerer = load_answerer(base_with_policy[1], device="cpu", dtype="float32")
     for index, name in enumerate(names):
         item = dataset[index]

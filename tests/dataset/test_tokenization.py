@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from conftest import encode_example
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -106,7 +107,7 @@ def test_what_any_two_records_share_is_the_least_in_between(encoder):
     def spell(conversation: Conversation) -> list:
         """Its ids, and in the place of every image token the file that it shows."""
         shown = iter([path for path in conversation.image_paths for _ in range(3)])
-        ids = encoder.encode_example(list(conversation.turns)).input_ids
+        ids = encode_example(encoder, list(conversation.turns)).input_ids
         return [next(shown) if id == encoder.image_token_id else id for id in ids]
 
     spelt = [spell(conversation) for conversation in conversations]
@@ -151,7 +152,7 @@ def test_many_conversations_become_what_each_becomes_alone(encoder, monkeypatch)
     found = tokenize(encoder, conversations, 38)
     assert found[8].cut_tokens == 1
     for tokens, (turns, _) in zip(found, conversations, strict=True):
-        expected = encoder.encode_example(turns, 38)
+        expected = encode_example(encoder, turns, 38)
         ids, labels = tokens.spread(encoder.image_token_id, encoder.tokens_per_image)
         assert ids.dtype == labels.dtype == np.int64
         assert (ids.tolist(), labels.tolist(), tokens.cut_tokens) == expected

@@ -4,6 +4,7 @@ import contextlib
 import threading
 
 import pytest
+from conftest import encode_example
 from PIL import Image
 
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
@@ -46,7 +47,7 @@ def test_a_question_after_others_has_the_prompt_of_training(answerer, image):
         Turn("user", QUESTION),
     ]
     ids = inputs["input_ids"][0].tolist()
-    example = answerer.processing.encoder.encode_example([*turns, Turn("assistant", "困")]).input_ids
+    example = encode_example(answerer.processing.encoder, [*turns, Turn("assistant", "困")]).input_ids
     assert example[: len(ids)] == ids
     # Behind the prompt stand the answer's characters and the end token, nothing of the template.
     encoder = answerer.processing.encoder

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from conftest import train_flags
+from conftest import encode_example, train_flags
 from peft.tuners.lora import LoraLayer
 from torch._dynamo.utils import counters
 from torch.nn import functional
@@ -84,7 +84,7 @@ def make_examples(world, processing, records) -> list[dict]:
     examples = []
     for number, (images, *texts) in enumerate(records):
         turns = [Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(texts)]
-        encoded = processing.encoder.encode_example(turns)
+        encoded = encode_example(processing.encoder, turns)
         paths = tuple(world.image_folder / f"p{image}.png" for image in images)
         examples.append(
             {

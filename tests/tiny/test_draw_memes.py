@@ -13,7 +13,7 @@ from meme_characters import MOODS  # noqa: E402
 from meme_lines import LINES, LineSource, is_unseen, list_alphabet, list_readable  # noqa: E402
 from PIL import Image
 
-from meme_llava.dataset.check import RecordPolicy, RecordSource
+from meme_llava.dataset.check import RecordPolicy
 from meme_llava.dataset.conversation import ConversationEncoder
 from meme_llava.dataset.dataset import load_records
 from meme_llava.dataset.images import ImagePolicy
@@ -33,8 +33,7 @@ def load(folder: Path, max_length: int = 512):
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     encoder = ConversationEncoder(tokenizer, tokens_per_image=64, source="test")
     policy = ImagePolicy(112, (0.0,) * 3, (1.0,) * 3)
-    source = RecordSource(folder / "annotations.json", folder)
-    return load_records(source, RecordPolicy(), encoder, max_length, policy)
+    return load_records(folder / "annotations.json", folder, RecordPolicy(), encoder, max_length, policy)
 
 
 def draw(folder: Path, *flags: str) -> subprocess.CompletedProcess:

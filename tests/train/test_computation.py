@@ -8,7 +8,7 @@ from conftest import train_flags
 from transformers import LlavaConfig
 
 import train
-from meme_llava.dataset.check import RecordPolicy, RecordSource
+from meme_llava.dataset.check import RecordPolicy
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import TrainingOrder, load_records
 from meme_llava.dataset.sampling import BatchShape
@@ -28,8 +28,8 @@ def processing(world):
 
 @pytest.fixture(scope="module")
 def largest_batch(world, processing):
-    source = RecordSource(world.annotations, world.image_folder)
-    data = load_records(source, RecordPolicy(), processing.encoder, 200, processing.image_policy)
+    files = world.annotations, world.image_folder
+    data = load_records(*files, RecordPolicy(), processing.encoder, 200, processing.image_policy)
     collate = PackingCollator(
         processing.encoder.image_token_id, processing.tokens_per_image, processing.image_policy.size
     )

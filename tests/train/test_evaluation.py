@@ -9,7 +9,7 @@ import traceback
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from conftest import read_losses, train_flags
+from conftest import encode_example, read_losses, train_flags
 from launching import run, weights_equal
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -141,7 +141,7 @@ def test_the_validation_loss_is_the_mean_over_tokens_of_the_checkpoint_of_that_s
     encoder, policy = answerer.processing.encoder, answerer.processing.image_policy
     total, count = 0.0, 0
     for record in read_records(validation)[0]:
-        example = encoder.encode_example(list(record.turns), 200)
+        example = encode_example(encoder, list(record.turns), 200)
         images = [to_pixel_values(open_image(world.image_folder / image), policy) for image in record.images]
         with torch.no_grad():
             logits = answerer.model(

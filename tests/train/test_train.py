@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from conftest import read_losses, train_flags
+from conftest import encode_example, read_losses, train_flags
 from launching import run_with_torchrun
 from PIL import Image
 from safetensors.torch import load_file
@@ -269,7 +269,7 @@ def measure_records(world) -> list[tuple[float, int]]:
     processing, model = load_processing(world.base), load_llava(world.base, torch.float32).eval()
     measured = []
     for record in world.records:
-        example = processing.encoder.encode_example(make_turns(record))
+        example = encode_example(processing.encoder, make_turns(record))
         images = record.get("image", [])
         paths = [world.image_folder / name for name in ([images] if isinstance(images, str) else images)]
         pixels = [to_pixel_values(open_image(path), processing.image_policy) for path in paths]
@@ -302,7 +302,7 @@ def test_the_log_says_how_fast_it_went_and_what_it_waited_for(world, tmp_path):
         log = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
         figures[name] = [entry for entry in log if "loss" in entry][1]
     encoder = load_processing(world.base).encoder
-    lengths = [len(encoder.encode_example(make_turns(record)).input_ids) for record in records]
+    lengths = [len(encode_example(encoder, make_turns(record)).input_ids) for record in records]
     shared, alone = figures["shared"], figures["alone"]
     assert alone["positions_per_caption"] == pytest.approx(sum(lengths) / 8)
     assert shared["positions_per_caption"] < 0.7 * alone["positions_per_caption"]
