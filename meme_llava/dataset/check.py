@@ -27,7 +27,7 @@ from meme_llava.dataset.records import (
 )
 from meme_llava.errors import UserError
 from meme_llava.storage.files import write_lines
-from meme_llava.terminal import print_table, show_count
+from meme_llava.terminal import print_table
 
 # A list of a hundred thousand findings helps nobody; the count is always given in full.
 MAX_LISTED, MAX_LISTED_OF_ONE_CAUSE = 50, 5
@@ -159,9 +159,8 @@ def check_data(
     check_image_folder(image_folder)
     records, malformed = read_records(annotations)
     checked_records = [_resolve_images(record, image_folder) for record in records]
-    paths = list(dict.fromkeys(path for one in checked_records for path in one.image_paths))
-    with show_count("images", len(paths) if decode else 0) as advance:
-        facts = inspect_images(paths, policy.max_pixels, decode, workers, advance)
+    paths = (path for one in checked_records for path in one.image_paths)
+    facts = inspect_images(paths, policy.max_pixels, decode, workers)
     found, first_of = {}, {}  # findings by path; the first path by sha256
     for path, fact in facts.items():
         found[path] = check_image(path, fact, policy.max_pixels)

@@ -8,7 +8,7 @@ import sys
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.dataset.images import PARSER_ERRORS, list_header_notes, open_header, open_image
 from meme_llava.dataset.records import RecordFault
 from meme_llava.storage.files import hash_file
+from meme_llava.terminal import show_count
 
 SMALLEST_SIDE = 4  # pixels; less is a tracking dot, no image
 LOW_RESOLUTION = 64  # pixels; a line of words needs more
@@ -214,26 +215,22 @@ def check_image(path: Path, facts: ImageFacts, max_pixels: int) -> list[tuple[st
 
 
 def inspect_images(
-    paths: Iterable[Path],
-    max_pixels: int,
-    decode: bool = True,
-    workers: int | None = None,
-    advance: Callable[[int], object] = lambda count: None,
+    paths: Iterable[Path], max_pixels: int, decode: bool = True, workers: int | None = None
 ) -> dict[Path, ImageFacts]:
-    """Look at every file.
+    """Look at every file once.
 
     Args:
         decode: open images whole, in parallel; else read their headers.
         workers: processes; None takes the CPUs this process may use.
-        advance: takes how many files were decoded.
     """
     paths = list(dict.fromkeys(paths))
     if not decode:
         return {path: inspect_image(path, max_pixels, decode=False) for path in paths}
     found: dict[Path, ImageFacts] = {}
-    for path, facts in _inspect_in_processes(paths, max_pixels, workers or count_cores()):
-        found[path] = facts
-        advance(1)
+    with show_count("images", len(paths)) as advance:
+        for path, facts in _inspect_in_processes(paths, max_pixels, workers or count_cores()):
+            found[path] = facts
+            advance(1)
     return found
 
 

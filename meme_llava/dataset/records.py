@@ -116,13 +116,12 @@ def read_records(annotations: Path) -> tuple[list[Record], list[Finding]]:
     """
     records, findings = [], []
     for place, value in iterate_values(annotations):
-        if isinstance(value, RecordFault):
-            findings.append(Finding(value.kind, place, "?", str(value)))
-            continue
-        record_id = _read_id(value, "?") if isinstance(value, dict) else "?"
         try:
+            if isinstance(value, RecordFault):
+                raise value
             records.append(parse_record(value, place))
         except RecordFault as fault:
+            record_id = _read_id(value, "?") if isinstance(value, dict) else "?"
             findings.append(Finding(fault.kind, place, record_id, str(fault)))
     return records, findings
 

@@ -159,7 +159,8 @@ def _join_captions(
                 writer.report_problem(fault.kind, row.place, str(fault), row.value)
                 continue
             joined += 1
-            writer.notes.update([COPIES] * (image.copies > 0 and image.image not in records))
+            if image.copies and image.image not in records:
+                writer.notes[COPIES] += 1
             source = {"set": image.data_set, "annotator": annotator, **row.position}
             # Captions of emoji alone normalise to nothing, and are not all the same.
             same = (normalise_text(answer) or answer, question)
@@ -246,7 +247,8 @@ def _prepare_names(settings: ImagesSettings, read_name: Callable[[str], str | No
             # One of equal files with one name, all of different ones.
             with contextlib.suppress(ValueError):
                 images = [index.choose(images)]
-                writer.notes.update([COPIES] * bool(images[0].copies))
+                if images[0].copies:
+                    writer.notes[COPIES] += 1
             for image in images:
                 if (text := read_name(image.stem)) is None:
                     writer.leave_out("name without text", image.image, "the file name holds no text", image.image)
