@@ -7,10 +7,9 @@
 from meme_llava.cli import parse_arguments, to_plain
 from meme_llava.convert.settings import BuildArguments
 from meme_llava.errors import stop_on_user_error
-from meme_llava.storage.files import write_json
 from meme_llava.storage.folders import check_apart, check_output_dir, resolve_model_folder, write_directory
-from meme_llava.storage.run_record import RUN_RECORD, describe_environment
-from meme_llava.terminal import print_table, show_bytes
+from meme_llava.storage.run_record import write_run_record
+from meme_llava.terminal import print_table
 
 
 @stop_on_user_error
@@ -32,16 +31,10 @@ def main(argv: list[str] | None = None) -> None:
 
     parts = open_parts(language_folder, vision_folder, arguments.image_policy)
     with write_directory(arguments.output_dir, arguments.overwrite) as folder:
-        write_llava(parts, folder, arguments.seed, dtype, arguments.max_shard_size, show_bytes)
-        checks = verify_assembled(parts, folder, dtype, show_bytes) if arguments.verify else []
-        record = {
-            "stage": "build",
-            "settings": to_plain(arguments),
-            "fingerprint": fingerprint_folder(folder),
-            "checks": dict(checks),
-            "environment": describe_environment(),
-        }
-        write_json(folder / RUN_RECORD, record)
+        write_llava(parts, folder, arguments.seed, dtype, arguments.max_shard_size)
+        checks = verify_assembled(parts, folder, dtype) if arguments.verify else []
+        settings, fingerprint = to_plain(arguments), fingerprint_folder(folder)
+        write_run_record(folder, "build", settings=settings, fingerprint=fingerprint, checks=dict(checks))
 
     if checks:
         print_table("Proved on the written directory", ("check", "finding"), checks)

@@ -8,10 +8,9 @@ The base and the LoRA settings come from the run record; --base_model is needed 
 from meme_llava.cli import parse_arguments, to_plain
 from meme_llava.convert.settings import MergeArguments
 from meme_llava.errors import stop_on_user_error
-from meme_llava.storage.files import write_json
 from meme_llava.storage.folders import check_apart, check_output_dir, write_directory
-from meme_llava.storage.run_record import RUN_RECORD, describe_environment, read_run_record
-from meme_llava.terminal import print_table, show_bytes
+from meme_llava.storage.run_record import write_run_record
+from meme_llava.terminal import print_table
 
 
 @stop_on_user_error
@@ -27,32 +26,22 @@ def main(argv: list[str] | None = None) -> None:
     check_output_dir(arguments.output_dir, arguments.overwrite)
     base_folder = find_base(arguments.adapter, arguments.base_model)
     check_apart(arguments.output_dir, {"adapter": arguments.adapter, "base model": base_folder})
-    training = read_run_record(arguments.adapter)
     if arguments.export == "clip":
         check_exportable(base_folder)
-    dtype = getattr(torch, arguments.dtype)
-
     trained = TrainedWeights.read(arguments.adapter)
     with write_directory(arguments.output_dir, arguments.overwrite) as folder:
-        summary = write_merged(base_folder, trained, folder, dtype, arguments.max_shard_size, show_bytes)
+        summary = write_merged(base_folder, trained, folder, getattr(torch, arguments.dtype), arguments.max_shard_size)
         if arguments.export == "clip":
             export_clip_tower(folder)
         checks = []
         if arguments.verify:
-            checks += verify_merged(base_folder, arguments.adapter, trained, folder, training, show_bytes)
+            checks += verify_merged(base_folder, trained, folder)
             checks += verify_exported(base_folder, folder) if arguments.export == "clip" else []
-        record = {
-            "stage": "merge",
-            "settings": to_plain(arguments),
-            "fingerprint": fingerprint_folder(folder),
-            "summary": summary,
-            "checks": dict(checks),
-            "training": training,
-            "environment": describe_environment(),
-        }
-        write_json(folder / RUN_RECORD, record)
+        fingerprint = fingerprint_folder(folder)
+        facts = {"summary": summary, "checks": dict(checks), "training": trained.run_record}
+        write_run_record(folder, "merge", settings=to_plain(arguments), fingerprint=fingerprint, **facts)
 
-    rows = {**summary, "fingerprint": record["fingerprint"]}
+    rows = {**summary, "fingerprint": fingerprint}
     print_table("Merged", ("", "value"), [(name, str(value)) for name, value in rows.items()])
     if checks:
         print_table("Compared with base + adapter", ("check", "finding"), checks)

@@ -26,9 +26,9 @@ from meme_llava.report.data_check import (  # noqa: E402
     print_summary,
     render_check_page,
 )
-from meme_llava.storage.files import hash_file, write_json, write_lines, write_whole  # noqa: E402
+from meme_llava.storage.files import hash_file, write_lines, write_whole  # noqa: E402
 from meme_llava.storage.folders import write_directory  # noqa: E402
-from meme_llava.storage.run_record import RUN_RECORD, describe_environment  # noqa: E402
+from meme_llava.storage.run_record import write_run_record  # noqa: E402
 
 
 @stop_on_user_error
@@ -51,17 +51,9 @@ def main(argv: list[str] | None = None) -> None:
         severity_of = arguments.severity_of
         write_lines(folder / FINDINGS, ({**vars(one), "severity": severity_of(one.kind)} for one in checked.findings))
         write_quarantine(folder, checked)
-        write_json(
-            folder / RUN_RECORD,
-            {
-                "stage": "check",
-                "settings": to_plain(arguments),
-                "annotations_sha256": hash_file(arguments.annotations),
-                "facts": dict(facts),
-                "findings": checked.counts,
-                "environment": describe_environment(),
-            },
-        )
+        found = {"facts": dict(facts), "findings": checked.counts}
+        settings, sha256 = to_plain(arguments), hash_file(arguments.annotations)
+        write_run_record(folder, "check", settings=settings, annotations_sha256=sha256, **found)
     print(f"report: {arguments.output_dir / REPORT}; all findings: {arguments.output_dir / FINDINGS}")
     if not checked.usable:
         first = f", e.g. {checked.findings[0]}" if checked.findings else ""

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from meme_llava.dataset.images import Resize
 from meme_llava.model.llava import count_image_tokens, has_class_token, quiet_transformers
 from meme_llava.storage.files import write_json
 from meme_llava.storage.tensor_files import PlannedTensor, Rounding, StoredTensor, count_bytes, write_tensors
+from meme_llava.terminal import show_bytes
 
 # The features of the last layer but one, as LLaVA takes them: the last one is tuned for the contrastive loss.
 VISION_FEATURE_LAYER = -2
@@ -99,21 +100,18 @@ def add_control_tokens(tokenizer, rows: int) -> tuple[int, dict[int, int]]:
     return rows, {new_ids[token]: copied_from[token] for token in new_tokens if copied_from.get(token) is not None}
 
 
-def write_llava(
-    parts: Parts, folder: Path, seed: int, dtype: torch.dtype | None, max_shard_size: str, show_progress: Callable
-) -> None:
+def write_llava(parts: Parts, folder: Path, seed: int, dtype: torch.dtype | None, max_shard_size: str) -> None:
     """Write weights, config, tokenizer and processor to `folder`.
 
     Args:
         seed: draws the projector.
         dtype: of all weights; None leaves every part in the dtype of its source, byte for byte.
-        show_progress: `terminal.show_bytes`.
     """
     planned = plan_llava(parts, seed)
     if dtype is not None:
         rounding = Rounding(dtype)
         planned = {name: rounding.plan(name, tensor) for name, tensor in planned.items()}
-    with show_progress("assembling", count_bytes(planned)) as advance:
+    with show_bytes("assembling", count_bytes(planned)) as advance:
         write_tensors(planned, folder, max_shard_size, advance)
     if dtype is not None:
         rounding.check()

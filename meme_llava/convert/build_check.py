@@ -31,6 +31,7 @@ from meme_llava.model.llava import (
     offload_weights,
 )
 from meme_llava.storage.tensor_files import StoredTensor, count_bytes, open_model_tensors
+from meme_llava.terminal import show_bytes
 
 PROOF_CHAT = [
     Turn("user", "你好！“加班使我快乐”是什么意思？"),
@@ -41,20 +42,14 @@ PROOF_CHAT = [
 
 
 @torch.inference_mode()
-def verify_assembled(
-    parts: Parts, folder: Path, dtype: torch.dtype | None, show_progress: Callable
-) -> list[tuple[str, str]]:
-    """Load `folder` as a user would and compare it with its sources.
+def verify_assembled(parts: Parts, folder: Path, dtype: torch.dtype | None) -> list[tuple[str, str]]:
+    """Load `folder` as a user would and compare it with its sources. Raises UserError where a check failed.
 
     Args:
         dtype: the dtype that was asked for, which the sources are then rounded to; None if every part kept its own.
-        show_progress: `terminal.show_bytes`.
 
     Returns:
         (check, finding) rows.
-
-    Raises:
-        UserError: a check failed.
     """
     stored_dtype = dtype or parts.language_model.dtype
     # Half precision runs everywhere on the GPU, but not every CPU kernel takes float16; float32 holds it exactly.
@@ -73,7 +68,7 @@ def verify_assembled(
     check_same_names(expected_names, tensors, str(folder))
     fits = fits_in_memory(tensors, compute_dtype)
     ignore = contextlib.nullcontext(lambda count: None)
-    with ignore if fits else show_progress("comparing", _count_read_bytes(parts, tensors)) as advance:
+    with ignore if fits else show_bytes("comparing", _count_read_bytes(parts, tensors)) as advance:
         language_model = _open_source(parts.language_model, dtype, compute_dtype, fits, advance)
         expected_logits = language_model(input_ids=text_ids).logits
         del language_model

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from meme_llava.storage.tensor_files import (
     read_tensors,
     write_tensors,
 )
+from meme_llava.terminal import show_bytes
 
 PEFT_PREFIX = "base_model.model."
 # float32 elements of a piece: a few such pieces fit in a processor's cache.
@@ -75,7 +76,9 @@ class TrainedWeights:
     What was merged is counted, to be held against what there is.
     """
 
-    tensors: dict[str, StoredTensor]  # of the adapter's file, by their names there
+    folder: Path  # output or checkpoint of train.py
+    run_record: dict
+    tensors: dict[str, StoredTensor]  # by their names in its file
     lora: dict[str, LoraPair]
     replaced: dict[str, StoredTensor]
     used: Counter = field(default_factory=Counter)  # tensors of base and adapter
@@ -85,17 +88,17 @@ class TrainedWeights:
     def read(cls, folder: Path) -> "TrainedWeights":
         """Read an output or checkpoint of train.py; the tensors themselves stay on disk.
 
-        Raises:
-            UserError: the adapter uses a kind of LoRA that is not merged here, or a tensor is missing or fits nowhere.
+        Raises UserError for a kind of LoRA that is not merged here, and where a tensor is missing or fits nowhere.
         """
         has_adapter = (folder / ADAPTER_CONFIG).is_file()
         path = folder / (ADAPTER_WEIGHTS if has_adapter else TRAINED_WEIGHTS)
         tensors = read_tensors([path])
-        learned = sum(group["tensors"] for group in read_run_record(folder)["parameter_groups"])
+        run_record = read_run_record(folder)
+        learned = sum(group["tensors"] for group in run_record["parameter_groups"])
         if len(tensors) != learned:
             raise UserError(f"{path}: holds {len(tensors)} tensors, but {learned} learned; copy or train it again")
         if not has_adapter:
-            return cls(tensors, {}, dict(tensors))
+            return cls(folder, run_record, tensors, {}, dict(tensors))
         config = PeftConfig.from_pretrained(folder)
         _check_lora_kind(config, folder)
         lora, replaced = {}, {}
@@ -115,7 +118,7 @@ class TrainedWeights:
                 replaced[to_disk_name(module)] = stored
             else:
                 raise UserError(f"{path}: tensor {name} is neither LoRA nor projector")
-        return cls(tensors, lora, replaced)
+        return cls(folder, run_record, tensors, lora, replaced)
 
     def check_fits(self, base: dict[str, StoredTensor], folder: Path) -> None:
         """Raise UserError unless every trained tensor has its counterpart of the same shape in the base."""
@@ -176,28 +179,17 @@ def plan_merged(
 
 
 def write_merged(
-    base_folder: Path,
-    trained: TrainedWeights,
-    folder: Path,
-    dtype: torch.dtype,
-    max_shard_size: str,
-    show_progress: Callable,
+    base_folder: Path, trained: TrainedWeights, folder: Path, dtype: torch.dtype, max_shard_size: str
 ) -> dict:
-    """Write the merged model to `folder`, computed in float32 and rounded once to `dtype`.
+    """Write the merged model to `folder`, computed in float32 and rounded once to `dtype`; the run record's summary.
 
-    Args:
-        show_progress: `terminal.show_bytes`.
-
-    Returns:
-        The summary for the run record.
-
-    Raises:
-        UserError: a trained tensor has no counterpart, a value would not be finite in `dtype`, or the disk is full.
+    Raises UserError where a trained tensor has no counterpart, a value would not be finite in `dtype`, or the disk is
+    full.
     """
     rounding, base = Rounding(dtype), open_model_tensors(base_folder)
     trained.check_fits(base, base_folder)
     planned = plan_merged(base, trained, rounding)
-    with show_progress("merging", count_bytes(planned)) as advance:
+    with show_bytes("merging", count_bytes(planned)) as advance:
         write_tensors(planned, folder, max_shard_size, advance)
     rounding.check()
     trained.check_used(base)

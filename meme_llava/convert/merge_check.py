@@ -42,8 +42,8 @@ from meme_llava.model.llava import (
     to_disk_name,
 )
 from meme_llava.model.trainable import add_adapter, apply_trained_weights
-from meme_llava.storage.run_record import ADAPTER_CONFIG
 from meme_llava.storage.tensor_files import StoredTensor, open_model_tensors
+from meme_llava.terminal import show_bytes
 
 # Merged and unmerged weights round differently; in float32 a model of any size stays below, measured in units of its
 # largest logit where that is above 1.
@@ -68,22 +68,10 @@ class Generation:
 
 
 @torch.inference_mode()
-def verify_merged(
-    base_folder: Path,
-    adapter: Path,
-    trained: TrainedWeights,
-    folder: Path,
-    training: dict,
-    show_progress: Callable,
-) -> list[tuple[str, str]]:
-    """Compare base + adapter with the merged weights, in float32 and as stored, on records with images.
+def verify_merged(base_folder: Path, trained: TrainedWeights, folder: Path) -> list[tuple[str, str]]:
+    """Compare base + trained weights with the merged ones, in float32 and as stored, on records with images.
 
     The float32 comparison can fail. What rounding to the stored dtype changes is measured and shown, without a limit.
-
-    Args:
-        trained: what `adapter` holds, as it was merged.
-        training: the adapter's run record, which names annotations, image folder and length limit.
-        show_progress: `terminal.show_bytes`.
 
     Returns:
         (check, finding) rows.
@@ -92,16 +80,13 @@ def verify_merged(
         UserError: in float32 a logit differs by more than 1e-4 of the largest one, or a greedy answer differs.
     """
     processing = load_processing(base_folder)
-    prompts, annotations = _load_prompts(training, processing)
+    prompts, annotations = _load_prompts(trained.run_record, processing)
     base, stored = open_model_tensors(base_folder), open_model_tensors(folder)
     fits = fits_in_memory(base, torch.float32)
     ignore, findings = contextlib.nullcontext(lambda count: None), []
-    with ignore if fits else show_progress("comparing", _count_read_bytes(base, stored, prompts)) as advance:
-        models = (
-            _load_models(base_folder, adapter, trained, base, folder)
-            if fits
-            else _offload_models(base_folder, adapter, trained, base, stored, advance)
-        )
+    with ignore if fits else show_bytes("comparing", _count_read_bytes(base, stored, prompts)) as advance:
+        sources = (base_folder, trained, folder)
+        models = _load_models(*sources) if fits else _offload_models(*sources, advance)
         unmerged, new_tokens = next(models), VERIFIED_NEW_TOKENS if fits else OFFLOADED_NEW_TOKENS
         expected = [_reply(unmerged, prompt, new_tokens, processing) for prompt in prompts]
         del unmerged
@@ -112,7 +97,7 @@ def verify_merged(
     limit = MAX_LOGIT_DIFFERENCE * max(1.0, *(reply.logits.abs().max().item() for reply in expected))
     if not difference <= limit or same < len(prompts):
         raise UserError(
-            f"merged weights answer differently from base + {adapter}: logits differ by {difference:g} (limit "
+            f"merged weights answer differently from base + {trained.folder}: logits differ by {difference:g} (limit "
             f"{limit:.2g}), greedy answers {'agree' if same == len(prompts) else 'differ'}"
         )
     return [
@@ -135,25 +120,20 @@ def _count_read_bytes(base: dict[str, StoredTensor], stored: dict[str, StoredTen
     return total
 
 
-def _load_models(
-    base_folder: Path, adapter: Path, trained: TrainedWeights, base: dict[str, StoredTensor], folder: Path
-) -> Iterator[nn.Module]:
+def _load_models(base_folder: Path, trained: TrainedWeights, folder: Path) -> Iterator[nn.Module]:
     """Base + adapter, merged in float32, and as stored, each loaded when the one before is gone."""
-    yield apply_trained_weights(load_llava(base_folder, torch.float32), adapter).eval()
+    base = open_model_tensors(base_folder)
+    yield apply_trained_weights(load_llava(base_folder, torch.float32), trained.folder).eval()
     yield fill_weights(_make_empty(base_folder), lambda name: _merge_whole(trained, base[find_stored(base, name)]))
     # What was written is loaded as its readers will load it.
     yield load_strictly(LlavaForConditionalGeneration, folder, dtype=torch.float32)
 
 
 def _offload_models(
-    base_folder: Path,
-    adapter: Path,
-    trained: TrainedWeights,
-    base: dict[str, StoredTensor],
-    stored: dict[str, StoredTensor],
-    advance: Callable[[int], None],
+    base_folder: Path, trained: TrainedWeights, folder: Path, advance: Callable[[int], None]
 ) -> Iterator[nn.Module]:
     """The same three models, their weights read module by module."""
+    base, stored = open_model_tensors(base_folder), open_model_tensors(folder)
 
     def offload(model: nn.Module, tensors: dict[str, StoredTensor], load: Callable) -> nn.Module:
         def read(name: str) -> torch.Tensor:
@@ -171,8 +151,8 @@ def _offload_models(
         return tensor.load(torch.float32)
 
     unmerged = _make_empty(base_folder)
-    if (adapter / ADAPTER_CONFIG).is_file():
-        unmerged = add_adapter(unmerged, adapter).eval()
+    if trained.lora:
+        unmerged = add_adapter(unmerged, trained.folder).eval()
     yield offload(unmerged, base, lambda tensor: load(trained.replaced.get(tensor.name, tensor)))
     yield offload(_make_empty(base_folder), base, lambda tensor: _merge_whole(trained, tensor))
     yield offload(_make_empty(base_folder), stored, load)
@@ -252,11 +232,7 @@ def verify_exported(base_folder: Path, folder: Path) -> list[tuple[str, str]]:
     Pixels: the exported image processor, as transformers loads it, against training's own. Features: CLIP's tower
     against Chinese-CLIP's, both with the exported weights, after every layer.
 
-    Returns:
-        (check, finding) rows.
-
-    Raises:
-        UserError: a pixel or a feature differs in a single bit.
+    Returns (check, finding) rows. Raises UserError where a pixel or a feature differs in a single bit.
     """
     policy = load_processing(base_folder).image_policy
     with quiet_transformers():

@@ -1,34 +1,31 @@
 """Settings of build_base_model.py and merge_lora.py."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from meme_llava.cli import check_setting, describe
+from meme_llava.cli import check_setting, setting
 from meme_llava.dataset.images import Resize
 
-DEFAULT_SHARD_SIZE = "5GB"
+SHARD_HELP, SHARD_SIZE = "weight files are split at this size", "5GB"
 
 
 @dataclass
 class BuildArguments:
-    language_model: str = field(metadata=describe("causal language model: folder, hub id, or modelscope:ORG/MODEL"))
-    vision_model: str = field(
-        metadata=describe("Chinese-CLIP, CLIP or SigLIP: folder, hub id, or modelscope:ORG/MODEL")
+    language_model: str = setting("causal language model: folder, hub id, or modelscope:ORG/MODEL")
+    vision_model: str = setting("Chinese-CLIP, CLIP or SigLIP: folder, hub id, or modelscope:ORG/MODEL")
+    output_dir: Path = setting("where the assembled LLaVA goes")
+    image_policy: Resize = setting(
+        "how images become square: squash the whole, pad it, or crop it (cuts words off)", "squash"
     )
-    output_dir: Path = field(metadata=describe("where the assembled LLaVA goes"))
-    image_policy: Resize = field(
-        default="squash",
-        metadata=describe("how images become square: squash the whole, pad it, or crop it (cuts words off)"),
+    seed: int = setting("draws the fresh multi_modal_projector", 0)
+    dtype: Literal["source", "float16", "bfloat16", "float32"] = setting(
+        "source: every part keeps the dtype of its files", "source"
     )
-    seed: int = field(default=0, metadata=describe("draws the fresh multi_modal_projector"))
-    dtype: Literal["source", "float16", "bfloat16", "float32"] = field(
-        default="source", metadata=describe("source: every part keeps the dtype of its files")
-    )
-    max_shard_size: str = field(default=DEFAULT_SHARD_SIZE, metadata=describe("weight files are split at this size"))
-    verify: bool = field(default=True, metadata=describe("compare the written model with its sources"))
-    overwrite: bool = field(default=False, metadata=describe("replace a non-empty output_dir"))
+    max_shard_size: str = setting(SHARD_HELP, SHARD_SIZE)
+    verify: bool = setting("compare the written model with its sources", True)
+    overwrite: bool = setting("replace a non-empty output_dir", False)
 
     def __post_init__(self) -> None:
         _check_shard_size(self)
@@ -36,17 +33,16 @@ class BuildArguments:
 
 @dataclass
 class MergeArguments:
-    adapter: Path = field(metadata=describe("output_dir or checkpoint of train.py"))
-    output_dir: Path = field(metadata=describe("where the standalone model goes"))
-    dtype: Literal["float16", "bfloat16", "float32"] = field(default="float16", metadata=describe("how it is stored"))
-    base_model: Path | None = field(default=None, metadata=describe("the base model, only if it moved since training"))
-    export: Literal["none", "clip"] = field(
-        default="none",
-        metadata=describe("clip: name a Chinese-CLIP tower as the CLIP tower it is, for serving engines"),
+    adapter: Path = setting("output_dir or checkpoint of train.py")
+    output_dir: Path = setting("where the standalone model goes")
+    dtype: Literal["float16", "bfloat16", "float32"] = setting("how it is stored", "float16")
+    base_model: Path | None = setting("the base model, only if it moved since training", None)
+    export: Literal["none", "clip"] = setting(
+        "clip: name a Chinese-CLIP tower as the CLIP tower it is, for serving engines", "none"
     )
-    max_shard_size: str = field(default=DEFAULT_SHARD_SIZE, metadata=describe("weight files are split at this size"))
-    verify: bool = field(default=True, metadata=describe("compare the merged model with base + adapter"))
-    overwrite: bool = field(default=False, metadata=describe("replace a non-empty output_dir"))
+    max_shard_size: str = setting(SHARD_HELP, SHARD_SIZE)
+    verify: bool = setting("compare the merged model with base + adapter", True)
+    overwrite: bool = setting("replace a non-empty output_dir", False)
 
     def __post_init__(self) -> None:
         _check_shard_size(self)

@@ -109,6 +109,11 @@ def describe_environment() -> dict:
     }
 
 
+def write_run_record(folder: Path, stage: str, **facts) -> None:
+    """Say in an output folder which stage wrote it, with what, and in which environment."""
+    write_json(folder / RUN_RECORD, {"stage": stage, **facts, "environment": describe_environment()})
+
+
 def read_run_record(directory: Path) -> dict:
     """The run record of a directory that one of our scripts wrote.
 

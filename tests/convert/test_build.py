@@ -24,8 +24,8 @@ from transformers import (
     SiglipModel,
 )
 
-import build_base_model
 from meme_llava.convert import build as assembly
+from meme_llava.convert import build_check
 from meme_llava.errors import UserError
 from meme_llava.model import llava
 from meme_llava.model.llava import load_processing
@@ -503,7 +503,8 @@ def test_comparison_layer_by_layer(world, tmp_path, monkeypatch, no_memory, caps
         tower = tmp_path / "tower"
         make_tower(tower)
     bars = Bars()
-    monkeypatch.setattr(build_base_model, "show_bytes", bars)
+    for module in (assembly, build_check):
+        monkeypatch.setattr(module, "show_bytes", bars)
     capsys.readouterr()
     base = build(language_model, tower, tmp_path / "base", "--dtype", dtype)
     assert "the models ran layer by layer from the disk" in " ".join(capsys.readouterr().out.split())

@@ -341,7 +341,8 @@ def trained_tied(world, tmp_path_factory):
 def test_comparison_layer_by_layer(request, tmp_path, monkeypatch, no_memory, capsys, adapter, tensors):
     """Where memory is short the same comparison passes with four tokens a record; a tied head has no tensor."""
     adapter, bars = request.getfixturevalue(adapter), Bars()
-    monkeypatch.setattr(merge_lora, "show_bytes", bars)
+    for module in (merging, merge_check):
+        monkeypatch.setattr(module, "show_bytes", bars)
     capsys.readouterr()
     merge(["--adapter", str(adapter), "--output_dir", str(tmp_path / "out")])
     assert "the models ran layer by layer from the disk" in " ".join(capsys.readouterr().out.split())

@@ -184,9 +184,8 @@ def test_a_llava_with_an_adapter_is_the_same(world, trained, llava_inputs):
     """LoRA matrices and the copied projector are read under the names that peft gives them."""
     expected = apply_trained_weights(load_llava(world.base, torch.float32), trained).eval()
     base = load_llava(world.base, torch.float32).eval()
-    tensors, read = open_model_tensors(world.base), []
-    weights = TrainedWeights.read(trained)
-    model = next(_offload_models(world.base, trained, weights, tensors, tensors, read.append))
+    read = []
+    model = next(_offload_models(world.base, TrainedWeights.read(trained), world.base, read.append))
     for _ in range(2):
         logits = model(**llava_inputs).logits
         assert torch.equal(logits, expected(**llava_inputs).logits)

@@ -24,9 +24,8 @@ from meme_llava.cli import parse_arguments, to_plain  # noqa: E402
 from meme_llava.dataset.conversation import DEFAULT_SYSTEM  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model.llava import quiet_transformers  # noqa: E402
-from meme_llava.storage.files import write_json  # noqa: E402
 from meme_llava.storage.folders import write_directory  # noqa: E402
-from meme_llava.storage.run_record import RUN_RECORD, describe_environment  # noqa: E402
+from meme_llava.storage.run_record import write_run_record  # noqa: E402
 
 ALPHABET_WEIGHT = 50
 PROMPT_WORDS_WEIGHT = 100  # the words of every prompt count like those of a hundred records
@@ -217,8 +216,7 @@ def main(argv: list[str] | None = None) -> None:
         alphabet = read_alphabet(arguments.alphabet)
         language_folder, vision_folder = folder / "language_model", folder / "vision_tower"
         make_reader(language_folder, vision_folder, alphabet, arguments.seed, arguments.copier)
-        record = {"stage": "tiny_towers", "settings": to_plain(arguments), "environment": describe_environment()}
-        write_json(folder / RUN_RECORD, record)
+        write_run_record(folder, "tiny_towers", settings=to_plain(arguments))
     print(f"tiny random language model and vision tower: {arguments.output_dir}")
 
 

@@ -21,9 +21,8 @@ sys.path.insert(0, str(ROOT))
 from meme_llava.cli import check_setting, describe, parse_arguments, to_plain  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model.llava import load_llava, load_strictly, quiet_transformers  # noqa: E402
-from meme_llava.storage.files import write_json  # noqa: E402
 from meme_llava.storage.folders import write_directory  # noqa: E402
-from meme_llava.storage.run_record import RUN_RECORD, describe_environment  # noqa: E402
+from meme_llava.storage.run_record import write_run_record  # noqa: E402
 from meme_llava.storage.tensor_files import Rounding  # noqa: E402
 
 
@@ -96,8 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         AutoTokenizer.from_pretrained(language_folder).save_pretrained(folder / "language_model")
         two_towers.to(dtype).save_pretrained(folder / "vision_tower")
         AutoImageProcessor.from_pretrained(vision_folder).save_pretrained(folder / "vision_tower")
-        record = {"stage": "split_towers", "settings": to_plain(arguments), "environment": describe_environment()}
-        write_json(folder / RUN_RECORD, record)
+        write_run_record(folder, "split_towers", settings=to_plain(arguments))
     print(f"language model and vision tower: {arguments.output_dir}")
 
 

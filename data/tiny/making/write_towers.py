@@ -22,9 +22,8 @@ from networks import Sizes, make_language_config  # noqa: E402
 from split_towers import scale_features  # noqa: E402
 
 from meme_llava.model.llava import load_strictly, quiet_transformers  # noqa: E402
-from meme_llava.storage.files import write_json  # noqa: E402
 from meme_llava.storage.folders import write_directory  # noqa: E402
-from meme_llava.storage.run_record import RUN_RECORD, describe_environment  # noqa: E402
+from meme_llava.storage.run_record import write_run_record  # noqa: E402
 
 
 def write_vision_tower(weights: dict[str, torch.Tensor], sizes: Sizes, scale: float, folder: Path) -> None:
@@ -81,8 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     with write_directory(settings.output_dir, settings.overwrite) as folder, quiet_transformers():
         write_vision_tower(vision, sizes, facts["scale"], folder / "vision_tower")
         write_language_model(language, sizes, settings.start, folder / "language_model")
-        record = {"stage": "train_towers", "training": facts, "environment": describe_environment()}
-        write_json(folder / RUN_RECORD, record)
+        write_run_record(folder, "train_towers", training=facts)
     print(f"towers: {settings.output_dir}")
 
 
