@@ -28,7 +28,7 @@ LOOPBACK = ("127.0.0.1", "localhost")
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(DemoArguments, argv, description=__doc__)
     check_gradio()
-    folders = [arguments.model] + ([] if arguments.compare_with is None else [arguments.compare_with])
+    folders = [folder for folder in (arguments.model, arguments.compare_with) if folder is not None]
     # Torch takes seconds to load; a wrong flag is answered before.
     from meme_llava.inference.chat import Chat
 
@@ -37,10 +37,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"warning: --host {arguments.host}: whoever reaches this machine can ask; there is no password")
     with tempfile.TemporaryDirectory(prefix="meme_llava_demo_") as folder:
         keep_uploads_in(folder)
-        from meme_llava.inference.chat_page import build_page, list_examples, make_css, serve_until_stopped
+        from meme_llava.inference.chat_page import build_page, make_css, serve_until_stopped
 
         names = [str(folder) for folder in folders]
-        page = build_page(chat, names, list_examples())
+        page = build_page(chat, names)
         serve_until_stopped(page, make_css(names), arguments.host, arguments.port, on_stop=chat.close)
     print("stopped")
 
@@ -63,15 +63,11 @@ def load_answerers(arguments: DemoArguments, folders: list[Path]) -> "list[Answe
     from meme_llava.inference.generation import load_answerer
 
     adapters = [folder for folder in folders if holds_trained_weights(folder)]
+    # Where no model is an adapter, loading the first says that --base_model has no use.
+    bases = [arguments.base_model if folder in adapters or not adapters else None for folder in folders]
     return [
-        # Where no model is an adapter, loading the first says that --base_model has no use.
-        load_answerer(
-            folder,
-            arguments.base_model if folder in adapters or not adapters else None,
-            arguments.device,
-            arguments.dtype,
-        )
-        for folder in folders
+        load_answerer(folder, base, arguments.device, arguments.dtype)
+        for folder, base in zip(folders, bases, strict=True)
     ]
 
 

@@ -17,6 +17,7 @@ from meme_llava.evaluate.answer_sources import AnswerSource, choose_questions, c
 from meme_llava.evaluate.precheck import check_images
 from meme_llava.evaluate.results_folder import (
     EVALUATE,
+    check_same_questions,
     open_evaluation,
     read_finished_evaluation,
 )
@@ -24,6 +25,7 @@ from meme_llava.evaluate.scores import (
     Score,
     describe_measure,
     list_measures,
+    read_scores,
     score_predictions,
     show_counts,
     show_score,
@@ -95,17 +97,8 @@ def check_something_was_answered(lines: Sequence[dict]) -> None:
 def read_comparable_scores(folder: Path, asked: dict) -> dict[str, Score]:
     """The scores of another evaluation. Raises UserError if it answered other questions."""
     _, metrics = read_finished_evaluation(folder)
-    for name in ("annotations_sha256", "limit"):
-        if metrics["asked"][name] != asked[name]:
-            raise UserError(
-                f"--compare_with {folder}: was asked other records than these ({name} is {metrics['asked'][name]!r} "
-                f"there, {asked[name]!r} here); evaluate both models on the same --annotations and --limit"
-            )
+    check_same_questions(f"--compare_with {folder}", metrics["asked"], "these", asked)
     return read_scores(metrics)
-
-
-def read_scores(metrics: dict) -> dict[str, Score]:
-    return {name: Score(**score) for name, score in metrics["scores"].items()}
 
 
 def print_scores(columns: Sequence[tuple[str, dict[str, Score]]]) -> None:

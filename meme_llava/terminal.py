@@ -1,4 +1,4 @@
-"""Tables and progress on a terminal."""
+"""Tables, progress and durations as a person reads them."""
 
 import contextlib
 import re
@@ -27,6 +27,19 @@ FIGURES = re.compile(r"[\d.,%–\n]+")
 LONGEST_NAME = 40  # columns of the terminal
 NARROWEST_HEAD = 10  # columns of the terminal
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where the output is not a terminal
+
+
+def format_number(value: float) -> str:
+    """Three significant digits, without exponents."""
+    return f"{float(f'{value:.3g}'):,}".removesuffix(".0")
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration: 0.42 s, 3 min 05 s, 5 h 12 min."""
+    if seconds < 60:
+        return f"{format_number(seconds)} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence]) -> None:

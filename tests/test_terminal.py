@@ -11,7 +11,7 @@ from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.conversation import ConversationEncoder
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.model.llava import Processing
-from meme_llava.terminal import print_table, show_bytes, show_count
+from meme_llava.terminal import format_seconds, print_table, show_bytes, show_count
 from meme_llava.train.look import print_batch
 
 
@@ -108,6 +108,11 @@ def test_a_batch_is_printed_to_the_terminal_without_breaking_its_lines(capsys):
     collator = PackingCollator(processing.encoder.image_token_id, 3, 2)
     print_batch(collator([make_example(processing, ("a" * 300, False), ("b", True))]), processing)
     assert "a" * 300 + "【b】\n" in capsys.readouterr().out
+
+
+def test_durations_have_the_digits_that_matter():
+    shown = ["0.421 s", "12 s", "4 min 09 s", "1 h 05 min"]
+    assert [format_seconds(seconds) for seconds in (0.4213, 12, 249, 3900)] == shown
 
 
 def test_a_table_keeps_brackets_and_groups_digits(capsys):

@@ -110,9 +110,8 @@ def list_pairs(folders: list[Path], task: str | None, limit: int | None) -> list
     only = len(first.keys() ^ second.keys())
     print(f"{len(common):,} pairs{f'; {only:,} questions were asked of one of the two alone' if only else ''}")
     return [
-        Pair(image, question, reference or "", first[key].question.text_in_image, first[key].text, second[key].text)
+        Pair(*key[:2], key[2] or "", first[key].question.text_in_image, first[key].text, second[key].text)
         for key in common
-        for image, question, reference, _ in [key]
     ]
 
 

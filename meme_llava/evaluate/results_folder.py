@@ -173,6 +173,16 @@ def _read_metrics(path: Path) -> dict:
     return metrics
 
 
+def check_same_questions(name: str, asked: dict, other_name: str, other_asked: dict) -> None:
+    """Raise UserError unless two evaluations, by what was `asked` of them, are of the same records."""
+    for key in ("annotations_sha256", "limit"):
+        if asked[key] != other_asked[key]:
+            raise UserError(
+                f"{name}: was asked other records than {other_name} ({key}: {asked[key]!r} and {other_asked[key]!r}); "
+                "evaluate both models on the same --annotations and --limit"
+            )
+
+
 def read_predictions(folder: Path) -> dict[tuple, Prediction]:
     """Those of a finished evaluation in their order, keyed by question. Raises UserError if they cannot be read."""
     predictions: dict[tuple, Prediction] = {}

@@ -85,6 +85,11 @@ class Score:
     count: int
 
 
+def read_scores(metrics: dict) -> dict[str, Score]:
+    """The scores of an evaluation's metrics, by name."""
+    return {name: Score(**score) for name, score in metrics["scores"].items()}
+
+
 def show_score(score: Score, is_share: bool = True) -> tuple[str, str]:
     """The score and its interval, as "7.0%" and "5.1–9.2"."""
     factor, sign = (100, "%") if is_share else (1, "")

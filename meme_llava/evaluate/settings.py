@@ -11,6 +11,13 @@ from meme_llava.errors import UserError
 from meme_llava.inference.endpoints import PRESETS
 from meme_llava.inference.settings import DTYPE_HELP, Dtype
 
+# By --answer_with, of the settings that not all of them use.
+USED_SETTINGS = {
+    "meme_llava": {"model", "base_model", "device", "dtype"},
+    "transformers": {"model", "device", "dtype"},
+    "endpoint": {"model", "preset", "base_url", "key_variable", "timeout", "temperature"},
+    "rapidocr": set(),
+}
 TEMPERATURE_HELP = "0 makes answers repeatable; some models that think take only 1"
 
 
@@ -45,20 +52,13 @@ class EvaluateArguments:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        needs_model = self.answer_with in ("meme_llava", "transformers")
-        if needs_model and self.model is None:
+        used = USED_SETTINGS[self.answer_with]
+        if "device" in used and self.model is None:
             raise UserError(f"--answer_with {self.answer_with} needs --model")
         # A setting that would do nothing is a mistake.
-        idle = {
-            "model": self.answer_with == "rapidocr",
-            "base_model": self.answer_with != "meme_llava",
-            **dict.fromkeys(("device", "dtype"), not needs_model),
-            **dict.fromkeys(
-                ("preset", "base_url", "key_variable", "timeout", "temperature"), self.answer_with != "endpoint"
-            ),
-        }
+        idle = set().union(*USED_SETTINGS.values()) - used
         for one in dataclasses.fields(self):
-            if idle.get(one.name) and getattr(self, one.name) != one.default:
+            if one.name in idle and getattr(self, one.name) != one.default:
                 raise UserError(f"--{one.name} has no use with --answer_with {self.answer_with}; leave it out")
 
 

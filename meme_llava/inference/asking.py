@@ -22,9 +22,6 @@ from meme_llava.errors import UserError
 from meme_llava.inference.endpoints import Endpoint
 from meme_llava.inference.questions import Prediction, Question
 
-RETRIES = 4  # of a request that brings no answer
-TRIES = 2  # answers bought of a question while they are no good
-MAX_SIDE = 1024  # pixels; the services scale larger images down themselves
 JPEG_QUALITY = 90
 GRACE_SECONDS = 5.0  # for answers on their way when a person stops the run: they may be paid for
 LONGEST_DETAIL = 300  # characters of a server's message that are kept
@@ -48,9 +45,9 @@ def ask_all(
     timeout: float,
     *,
     temperature: float | None = None,
-    retries: int = RETRIES,
-    tries: int = TRIES,
-    max_side: int = MAX_SIDE,
+    retries: int = 4,
+    tries: int = 2,
+    max_side: int = 1024,
     check: Callable[[Prediction], str | None] = lambda prediction: None,
 ) -> Iterator[tuple[int, Prediction, dict]]:
     """Ask everything, `concurrency` questions at a time, and give each prediction as it comes, with its place.
@@ -65,6 +62,7 @@ def ask_all(
         temperature: None leaves it to the server.
         retries: of requests that fail (429, 5xx, timeouts, cut connections), never sooner than the server asks for.
         tries: answers bought of a question while they have a problem; one that is cut off is not asked for again.
+        max_side: pixels; the services scale larger images down themselves.
         check: what is wrong with an answer, as "kind: detail", or None.
 
     Raises:

@@ -3,6 +3,7 @@
 Nothing is fetched from elsewhere, nothing is reported to anybody, and no text of a model becomes HTML.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -30,14 +31,10 @@ DAY = 24 * 60 * 60  # seconds
 STAY = "() => ['dragover', 'drop'].forEach(kind => document.addEventListener(kind, event => event.preventDefault()))"
 
 
-def build_page(chat: Chat, names: Sequence[str], examples: Sequence[Path]) -> gradio.ChatInterface:
-    """The page.
-
-    Args:
-        names: of the models; two stand above their answers, which are beside each other where there is room.
-        examples: images to begin with.
-    """
-    questions = SUGGESTED_QUESTIONS * (len(examples) // len(SUGGESTED_QUESTIONS) + 1)
+def build_page(chat: Chat, names: Sequence[str]) -> gradio.ChatInterface:
+    """The page; the names of two models stand above their answers, side by side where there is room (`make_css`)."""
+    # Sample memes that no model of the first run was trained on.
+    examples = zip(itertools.cycle(SUGGESTED_QUESTIONS), sorted(EXAMPLE_FOLDER.glob("*"))[:EXAMPLES], strict=False)
     page = gradio.ChatInterface(
         chat.reply,
         multimodal=True,
@@ -54,9 +51,7 @@ def build_page(chat: Chat, names: Sequence[str], examples: Sequence[Path]) -> gr
             max_lines=4,
             placeholder="写下问题，按回车发送；图片可拖到这里或粘贴。Write a question; drop or paste an image here",
         ),
-        examples=[
-            {"text": question, "files": [str(path)]} for question, path in zip(questions, examples, strict=False)
-        ],
+        examples=[{"text": question, "files": [str(path)]} for question, path in examples],
         analytics_enabled=False,
         api_visibility="private",
         delete_cache=(3600, DAY),
@@ -79,18 +74,12 @@ def make_css(names: Sequence[str]) -> str:
     return css
 
 
-def list_examples() -> list[Path]:
-    """Sample memes that no model of the first run was trained on."""
-    return sorted(EXAMPLE_FOLDER.glob("*"))[:EXAMPLES]
-
-
 def serve_until_stopped(
     page: gradio.ChatInterface, css: str, host: str, port: int, on_stop: Callable[[], None]
 ) -> None:
     """Serve the page until Ctrl-C or SIGTERM, then call `on_stop` and end the server.
 
-    Raises:
-        UserError: nothing can listen at that host and port.
+    Raises UserError where nothing can listen at that host and port.
     """
     # gradio asks its own server whether it runs; a proxy of the user's could not reach it.
     for name in ("no_proxy", "NO_PROXY"):

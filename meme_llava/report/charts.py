@@ -50,13 +50,12 @@ def draw_bars(edges: Sequence[int], counts: Sequence[int], unit: str) -> Markup:
 def draw_lines(lines: Sequence[tuple[int, str, Sequence[tuple[float, float]]]]) -> Markup:
     """Lines over optimizer steps, each as (number of its colour, name, points)."""
     last_step = max((x for _, _, points in lines for x, _ in points), default=1)
+    # All lines alike: one that is smoothed more than another looks less noisy than it is.
+    steps = math.ceil(last_step / MAX_POINTS)
 
     def draw(axes) -> None:
         for column, name, points in lines:
-            # All lines alike: one that is smoothed more than another looks less noisy than it is.
-            if points := [
-                point for point in thin(points, math.ceil(last_step / MAX_POINTS)) if math.isfinite(point[1])
-            ]:
+            if points := [(x, y) for x, y in thin(points, steps) if math.isfinite(y)]:
                 (line,) = axes.plot(*zip(*points, strict=True), lw=1.3, color=f"#0a0a0{column % COLOURS}")
                 line.set_marker("o" if len(points) == 1 else "")
                 line.set_gid(f"title:{name}: {points[-1][1]:.3g} at the end")

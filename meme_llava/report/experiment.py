@@ -4,16 +4,16 @@ Nothing about pages.
 """
 
 import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from meme_llava.errors import UserError
-from meme_llava.evaluate.results_folder import read_finished_evaluation, read_predictions
-from meme_llava.evaluate.scores import Score
+from meme_llava.evaluate.results_folder import check_same_questions, read_finished_evaluation, read_predictions
+from meme_llava.evaluate.scores import Score, read_scores
 from meme_llava.inference.questions import Prediction
-from meme_llava.storage.run_record import RUN_RECORD, read_training_log
+from meme_llava.storage.run_record import read_run_record, read_training_log
+from meme_llava.terminal import format_seconds
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,15 @@ class Experiment:
 def read_experiments(runs: list[str]) -> list[Experiment]:
     """Read every run: an OUTPUT_DIR of run.sh or a folder of evaluate.py, as FOLDER or NAME=FOLDER.
 
-    Raises:
-        UserError: a folder holds no finished evaluation, two have one name, or they were asked different questions.
+    Raises UserError where a folder holds no finished evaluation, two have one name, or their questions differ.
     """
     experiments = [_read_experiment(run) for run in runs]
     names = [experiment.name for experiment in experiments]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two experiments are called {name!r}; name them differently, as in before=FOLDER")
-    first = experiments[0]
     for run, experiment in zip(runs, experiments, strict=True):
-        for key in ("annotations_sha256", "limit"):
-            if experiment.asked[key] != first.asked[key]:
-                raise UserError(
-                    f"{run}: was asked other records than {runs[0]} ({key} is {experiment.asked[key]!r}, there "
-                    f"{first.asked[key]!r}); a report compares answers to the same questions"
-                )
+        check_same_questions(run, experiment.asked, runs[0], experiments[0].asked)
     return experiments
 
 
@@ -80,7 +73,7 @@ def _read_experiment(run: str) -> Experiment:
     default_name = metrics["title"] if evaluation == folder else folder.resolve().name
     return Experiment(
         name=given_name or default_name,
-        scores={key: Score(**score) for key, score in metrics["scores"].items()},
+        scores=read_scores(metrics),
         predictions=read_predictions(evaluation),
         image_folder=Path(metrics["image_folder"]),
         asked=metrics["asked"],
@@ -103,10 +96,9 @@ def _warn_of_other_training(folder: Path, title: str, training: dict | None) -> 
 
 def _read_environment(folder: Path) -> dict | None:
     """What the run record of a folder is known by, since it holds when the training began."""
-    try:
-        return json.loads((folder / RUN_RECORD).read_text(encoding="utf-8"))["environment"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    with contextlib.suppress(OSError, UserError, KeyError, TypeError):
+        return read_run_record(folder)["environment"]
+    return None
 
 
 def find_training_record(record: dict | None) -> dict | None:
@@ -167,7 +159,7 @@ def describe_training(training: dict, log_history: list[dict]) -> dict[str, str]
         "devices": f"{schedule['processes']} ({schedule['engine']})",
     }
     if seconds := measure_training_seconds(log_history, settings["global_batch_size"]):
-        facts["training time"] = format_seconds(seconds)
+        facts["training time"] = format_seconds(round(seconds))
     environment = training["environment"]
     changed = environment.get("git_changed_files")
     facts["begun"] = str(environment["time"])[:16].replace("T", " ")
@@ -180,7 +172,7 @@ def describe_projector(earlier: dict, log_history: list[dict]) -> dict[str, str]
     """The stage in which the projector learned alone, by the run record of that, and the time that it took besides."""
     settings = earlier["settings"]
     seconds = measure_training_seconds(log_history, settings["global_batch_size"])
-    time = f", {format_seconds(seconds)} more" if seconds else ""
+    time = f", {format_seconds(round(seconds))} more" if seconds else ""
     passes = "1 pass" if settings["num_train_epochs"] == 1 else f"{settings['num_train_epochs']:g} passes"
     return {"projector alone first": f"{passes} at {settings['high_lr']:g}{time}"}
 
@@ -193,12 +185,3 @@ def measure_training_seconds(log_history: list[dict], global_batch_size: int) ->
             seconds += (entry["step"] - last_step) * global_batch_size / entry["captions_per_second"]
             last_step = entry["step"]
     return seconds
-
-
-def format_seconds(seconds: float) -> str:
-    """As "1 h 05 min", "4 min 09 s" or "12 s"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

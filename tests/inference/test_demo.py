@@ -250,8 +250,8 @@ def load_page_module():
 
 def test_the_page_reports_nothing_and_shows_texts_as_texts(chat):
     page_module = load_page_module()
-    assert len(page_module.list_examples()) == page_module.EXAMPLES
-    page = page_module.build_page(chat, ["one", "two"], page_module.list_examples())
+    page = page_module.build_page(chat, ["one", "two"])
+    assert len(page.examples) == page_module.EXAMPLES
     assert page.analytics_enabled is False and not page.chatbot.render_markdown
     assert 'content: "a\\"\\3c /style>"' in page_module.make_css(['a"</style>', "two"])
 
@@ -264,7 +264,7 @@ def test_ctrl_c_ends_the_server_and_a_taken_port_is_named(chat, tmp_path, monkey
     ended = []
 
     def serve() -> None:
-        page = page_module.build_page(chat, ["one", "two"], [])
+        page = page_module.build_page(chat, ["one", "two"])
         page_module.serve_until_stopped(page, "", "127.0.0.1", port, on_stop=lambda: ended.append(True))
 
     def interrupt() -> None:

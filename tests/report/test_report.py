@@ -16,7 +16,6 @@ from meme_llava.report.experiment import (
     Experiment,
     describe_projector,
     describe_training,
-    format_seconds,
     measure_training_seconds,
     read_experiments,
 )
@@ -144,7 +143,6 @@ def test_training_time_is_that_of_the_steps():
         {"step": 4, "captions_per_second": 20.0},
     ]
     assert measure_training_seconds(history, 10) == 4 + 1
-    assert [format_seconds(seconds) for seconds in (12.4, 249, 3900)] == ["12 s", "4 min 09 s", "1 h 05 min"]
 
 
 def test_a_projector_that_learned_first_is_told(trained):

@@ -18,8 +18,9 @@ from meme_llava.errors import UserError
 from meme_llava.model.flops import Accelerator, TrainingCosts, count_batch
 from meme_llava.model.llava import load_processing
 from meme_llava.model.trainable import CheckpointedLayers, recompute_layers
+from meme_llava.terminal import format_seconds
 from meme_llava.train.planning.memory import StepEstimator, find_usable
-from meme_llava.train.planning.plan import GIB, find_accelerator, format_seconds, plan_training, print_plan
+from meme_llava.train.planning.plan import GIB, find_accelerator, plan_training, print_plan
 from meme_llava.train.planning.trace import outline_model, set_depths, trace_step
 from meme_llava.train.settings import parse_train_arguments
 

@@ -14,7 +14,7 @@ from torch.utils.benchmark import Timer
 
 from meme_llava.errors import UserError
 from meme_llava.model.flops import ACCELERATORS, CPU, Accelerator, StepCounts, TrainingCosts, recognise_accelerator
-from meme_llava.terminal import print_table
+from meme_llava.terminal import format_number, format_seconds, print_table
 from meme_llava.train.planning.advice import GIB, MemoryPlan, plan_memory, try_changes
 from meme_llava.train.planning.memory import StepEstimator, StepMemory
 from meme_llava.train.run_plan import RunPlan
@@ -229,16 +229,3 @@ def list_time_rows(plan: TrainingPlan, steps: int) -> list[tuple[str, str]]:
         ("run", format_seconds(seconds * steps)),
         ("captions per second", f"{captions:,.2f}, {captions / plan.estimator.processes:,.2f} per device"),
     ]
-
-
-def format_number(value: float) -> str:
-    """Three significant digits, without exponents."""
-    return f"{float(f'{value:.3g}'):,}".removesuffix(".0")
-
-
-def format_seconds(seconds: float) -> str:
-    """A duration as a person says it: 0.42 s, 3 min 20 s, 5 h 12 min."""
-    if seconds < 60:
-        return f"{format_number(seconds)} s"
-    minutes = round(seconds / 60)
-    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
