@@ -25,19 +25,12 @@ NOTHING_FOUND = f"图片里{NO_TEXT}。"  # what is said where RapidOCR finds no
 
 @dataclass(frozen=True)
 class AnswerSource:
-    """Who answers.
-
-    Args:
-        title: heads its column in tables.
-        identity: differs when the answers may.
-        run_record: of our models, None for others.
-        load: makes it ready to be asked; large models take their time and memory only then.
-    """
+    """Who answers; `title` heads its column in tables."""
 
     title: str
-    identity: dict
-    run_record: dict | None
-    load: Callable[[], Ask]
+    identity: dict  # differs when the answers may
+    run_record: dict | None  # of our models
+    load: Callable[[], Ask]  # makes it ready to be asked; large models take their time and memory only then
 
 
 def choose_source(arguments: EvaluateArguments) -> AnswerSource:

@@ -31,32 +31,26 @@ Item = TypeVar("Item")
 
 
 class EvaluationFolder:
-    """A folder that is being written. Made by `open_evaluation`, which holds its lock.
-
-    Attributes:
-        lines: those that are there, in the order of the questions.
-        metrics: what metrics.json holds, or None if the evaluation is not finished.
-    """
+    """A folder that is being written. Made by `open_evaluation`, which holds its lock."""
 
     def __init__(self, folder: Path, stage: str):
         self._folder, self._file = folder, folder / LINES[stage]
-        self.lines = []
+        self.lines = []  # in the order of the questions
         if self._file.is_file():
             try:
                 cut_torn_line(self._file)
                 self.lines = read_lines(self._file)
             except ValueError as error:
                 raise UserError(f"{self._file}: is damaged ({error}); --overwrite asks everything again") from error
+        # None if the evaluation is not finished.
         self.metrics = _read_metrics(folder / METRICS) if (folder / METRICS).is_file() else None
 
     def append_remaining(
         self, items: Sequence[Item], noun: str, batch_size: int, answer: Callable[[Sequence[Item]], Iterable[dict]]
     ) -> None:
-        """Write the lines that are missing, with a progress bar; an interruption keeps those before it.
+        """Write the lines that are missing, one for each of the items, which `noun` names; an interruption keeps them.
 
-        Args:
-            items: what the folder gets a line for each; `noun` says what they are.
-            answer: gives the lines of a batch of items. Its ValueError, for an image that is gone, becomes a UserError.
+        `answer` gives the lines of a batch of items; its ValueError, for an image that is gone, becomes a UserError.
         """
         done = len(self.lines)
         if done:
@@ -85,13 +79,9 @@ class EvaluationFolder:
 def open_evaluation(output_dir: Path, record: dict, overwrite: bool) -> Iterator[EvaluationFolder]:
     """Open the folder of an evaluation, made if it does not exist, and keep other processes off it.
 
-    Args:
-        record: the run record. A folder goes on where `record["asked"]`, which decides about the answers, is the same.
-        overwrite: start anew in a folder that some evaluation wrote.
-
-    Raises:
-        UserError: the folder holds something else or was made by asking something else, or another process writes it.
-        DiskFullError: the disk is full; the lines before stay.
+    It goes on where `record["asked"]` is the same, which decides about the answers; `overwrite` starts anew in a folder
+    that some evaluation wrote. Raises UserError where the folder holds something else, something else was asked, or
+    another process writes it, and DiskFullError for a full disk; the lines before stay.
     """
     has_record = (output_dir / RUN_RECORD).is_file()
     starts_anew = overwrite or not has_record

@@ -35,18 +35,13 @@ class PromptTooLong(UserError):
 
 @dataclass(frozen=True)
 class Answerer:
-    """A LLaVA of ours with everything needed to ask it.
-
-    Args:
-        options: what `generate` takes besides inputs and generation_config.
-        device: where inputs go; that of the model's weights, unless an engine keeps those elsewhere.
-    """
+    """A LLaVA of ours with everything needed to ask it."""
 
     model: torch.nn.Module
     processing: Processing
     generation_config: GenerationConfig
-    options: Mapping = field(default_factory=dict)
-    device: torch.device | None = None
+    options: Mapping = field(default_factory=dict)  # what `generate` takes besides inputs and generation_config
+    device: torch.device | None = None  # where inputs go, if not to the model's weights: an engine may keep those away
 
     def build_inputs(
         self, image: Image.Image, question: str, system: str | None = None, earlier: Sequence[tuple[str, str]] = ()

@@ -26,20 +26,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model, a server or a text recogniser says to a question.
+    """What a model, a server or a text recogniser says to a question; None stands for what is not known."""
 
-    Args:
-        question: None in a chat, which keeps its questions itself.
-        tokens: length of the text, or None where it is not known.
-        stopped: whether it ended by itself and was not cut off at the limit, or None where that is not known.
-        problem: why there is none, as "refusal: …"; the text then is what came in its place, or empty.
-    """
-
-    question: Question | None
+    question: Question | None  # None in a chat, which keeps its questions itself
     text: str
-    tokens: int | None = None
-    stopped: bool | None = None
-    problem: str | None = None
+    tokens: int | None = None  # length of the text
+    stopped: bool | None = None  # whether it ended by itself and was not cut off at the limit
+    problem: str | None = None  # why there is none, as "refusal: …"; the text is what came in its place, or empty
 
     def to_line(self, image_folder: Path) -> dict:
         """The line of predictions.jsonl; the image's path is relative to `image_folder`."""

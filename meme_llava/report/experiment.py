@@ -18,27 +18,16 @@ from meme_llava.terminal import format_seconds
 
 @dataclass(frozen=True)
 class Experiment:
-    """One column of a report.
-
-    Args:
-        name: heads the column.
-        scores: by the names of `evaluate.scores`.
-        predictions: by their questions, as `read_predictions` gives them.
-        image_folder: where their images are.
-        asked: what decides about the answers; of two experiments the same annotations and limit.
-        facts: label and value of what is known of model and training, in the order to be shown.
-        log_history: the training log's entries; empty for a model that we did not train, or where they are gone.
-        warning: what speaks against its being what the run's name says, or empty.
-    """
+    """One column of a report, which `name` heads."""
 
     name: str
-    scores: dict[str, Score]
-    predictions: dict[tuple, Prediction]
+    scores: dict[str, Score]  # by the names of `evaluate.scores`
+    predictions: dict[tuple, Prediction]  # by their questions, as `read_predictions` gives them
     image_folder: Path
-    asked: dict
-    facts: dict[str, str]
-    log_history: list[dict]
-    warning: str = ""
+    asked: dict  # what decides about the answers; of two experiments the same annotations and limit
+    facts: dict[str, str]  # what is known of model and training, by labels in the order to be shown
+    log_history: list[dict]  # of the training; empty for a model that we did not train, or where it is gone
+    warning: str = ""  # what speaks against its being what the run's name says
 
 
 def read_experiments(runs: list[str]) -> list[Experiment]:
