@@ -20,18 +20,6 @@ from meme_llava.errors import UserError
 Arguments = TypeVar("Arguments")
 
 
-def describe(text: str, *, free: bool = False, public: bool = True, **metadata) -> dict:
-    """Field metadata for a help text.
-
-    Args:
-        public: --help and the documents list it.
-        free: the setting changes neither which records a step trains on nor its update, only how it is computed and
-            shown; a run continues, and a finished one is the same, with another value.
-        metadata: options for argparse.
-    """
-    return {"help": text if public else argparse.SUPPRESS, "free": free, **metadata}
-
-
 # What a setting may be `expected` to be; only max_grad_norm may be infinite.
 EXPECTATIONS: dict[str, Callable[[float], bool]] = {
     "at least 1": lambda value: value >= 1,
@@ -42,16 +30,28 @@ EXPECTATIONS: dict[str, Callable[[float], bool]] = {
 }
 
 
-def setting(text: str, default: Any = dataclasses.MISSING, *, expected: str | None = None, **described) -> Any:
+def setting(
+    text: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    expected: str | None = None,
+    free: bool = False,
+    public: bool = True,
+    **options,
+) -> Any:
     """A field of a dataclass of settings.
 
     Args:
         text: for --help.
         expected: one of EXPECTATIONS, which `check_settings` holds a value against.
-        described: what `describe` takes.
+        free: the setting changes neither which records a step trains on nor its update, only how it is computed and
+            shown; a run continues, and a finished one is the same, with another value.
+        public: --help and the documents list it.
+        options: for argparse.
     """
     given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(**given, metadata=describe(text, **described) | {"expected": expected})
+    shown = {"help": text if public else argparse.SUPPRESS, **options}
+    return dataclasses.field(**given, metadata=shown | {"expected": expected, "free": free})
 
 
 def check_settings(arguments) -> None:

@@ -31,7 +31,6 @@ from meme_llava.storage.run_record import RATE_PREFIX
 # A spreadsheet takes a cell that begins so for a formula.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 MISSING = "–"
-LOSS, VALIDATION_LOSS = "loss", "eval_loss"
 
 
 def render_report(title: str, experiments: Sequence[Experiment], max_cards: int) -> str:
@@ -106,7 +105,7 @@ def _list_charts(experiments: Sequence[Experiment]) -> Iterator[tuple[str, str, 
         for key in keys
         if key.startswith(RATE_PREFIX)
     ]
-    figures = [(LOSS, "training loss", "训练损失", 1), *figures, (VALIDATION_LOSS, "loss, validation", "验证损失", 1)]
+    figures = [("loss", "training loss", "训练损失", 1), *figures, ("eval_loss", "loss, validation", "验证损失", 1)]
     for key in keys:
         if (measure := describe_figure(key)) is not None:
             unit, factor = (", %", 100) if measure.is_share else ("", 1)

@@ -9,7 +9,7 @@ line can learn to read every character of an alphabet; data/tiny/making/pretrain
 import json
 import string
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from transformers.models.chinese_clip.image_processing_pil_chinese_clip import C
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
-from meme_llava.cli import parse_arguments, to_plain  # noqa: E402
+from meme_llava.cli import parse_arguments, setting, to_plain  # noqa: E402
 from meme_llava.dataset.conversation import DEFAULT_SYSTEM  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model.llava import quiet_transformers  # noqa: E402
@@ -71,14 +71,11 @@ READER_PATCH_DEVIATION = 0.02
 
 @dataclass
 class TinyTowersArguments:
-    output_dir: Path = field(metadata={"help": "gets the folders language_model and vision_tower"})
-    alphabet: Path = field(metadata={"help": "text file, each of whose characters becomes a token"})
-    copier: bool = field(
-        default=False,
-        metadata={"help": "a language model that can only copy; the vision tower has to recognise"},
-    )
-    seed: int = field(default=0, metadata={"help": "draws the weights"})
-    overwrite: bool = field(default=False, metadata={"help": "replace an existing output directory"})
+    output_dir: Path = setting("gets the folders language_model and vision_tower")
+    alphabet: Path = setting("text file, each of whose characters becomes a token")
+    copier: bool = setting("a language model that can only copy; the vision tower has to recognise", False)
+    seed: int = setting("draws the weights", 0)
+    overwrite: bool = setting("replace an existing output directory", False)
 
 
 def read_alphabet(path: Path) -> list[str]:

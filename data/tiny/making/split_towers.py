@@ -7,7 +7,7 @@ multi_modal_projector is left behind: who builds a model from the two gets a fre
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, ChineseCLIPModel, Qw
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
-from meme_llava.cli import check_setting, describe, parse_arguments, to_plain  # noqa: E402
+from meme_llava.cli import check_settings, parse_arguments, setting, to_plain  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model.llava import load_llava, load_strictly, quiet_transformers  # noqa: E402
 from meme_llava.storage.folders import write_directory  # noqa: E402
@@ -28,23 +28,20 @@ from meme_llava.storage.tensor_files import Rounding  # noqa: E402
 
 @dataclass
 class SplitArguments:
-    model: Path = field(metadata=describe("a merged LLaVA whose towers Qwen2 and Chinese-CLIP are"))
-    towers: Path = field(metadata=describe("folder with language_model and vision_tower that it was built from"))
-    output_dir: Path = field(metadata=describe("gets the folders language_model and vision_tower"))
-    dtype: Literal["float16", "bfloat16", "float32"] = field(
-        default="float16", metadata=describe("how they are stored")
+    model: Path = setting("a merged LLaVA whose towers Qwen2 and Chinese-CLIP are")
+    towers: Path = setting("folder with language_model and vision_tower that it was built from")
+    output_dir: Path = setting("gets the folders language_model and vision_tower")
+    dtype: Literal["float16", "bfloat16", "float32"] = setting("how they are stored", "float16")
+    feature_scale: float = setting(
+        "factor on the vision tower's features, which changes nothing else; a fresh multi_modal_projector learns "
+        "from features of about 1",
+        1.0,
+        expected="greater than 0",
     )
-    feature_scale: float = field(
-        default=1.0,
-        metadata=describe(
-            "factor on the vision tower's features, which changes nothing else; a fresh multi_modal_projector learns "
-            "from features of about 1"
-        ),
-    )
-    overwrite: bool = field(default=False, metadata=describe("replace a non-empty output_dir"))
+    overwrite: bool = setting("replace a non-empty output_dir", False)
 
     def __post_init__(self):
-        check_setting(self, "feature_scale", self.feature_scale > 0, "greater than 0")
+        check_settings(self)
 
 
 def put_weights(target: nn.Module, source: nn.Module, what: str) -> None:
