@@ -23,9 +23,8 @@ from meme_llava.evaluate.scores import (
     show_score,
 )
 from meme_llava.inference.questions import Prediction
-from meme_llava.report.charts import COLOURS, draw_lines
 from meme_llava.report.experiment import Experiment
-from meme_llava.report.html_page import make_thumbnails, render_page
+from meme_llava.report.html_page import COLOURS, draw_lines, make_thumbnails, render_page
 from meme_llava.storage.run_record import RATE_PREFIX
 
 # A spreadsheet takes a cell that begins so for a formula.

@@ -11,7 +11,6 @@ from PIL import Image
 
 import evaluate
 import report
-from meme_llava.report.charts import thin
 from meme_llava.report.experiment import (
     Experiment,
     describe_projector,
@@ -19,6 +18,7 @@ from meme_llava.report.experiment import (
     measure_training_seconds,
     read_experiments,
 )
+from meme_llava.report.html_page import thin
 from meme_llava.report.report_page import render_report, split_differences
 
 ATTACK = '</script></template><script>window.hacked=1</script><img src=x onerror="window.hacked=1">\'"&amp;{{7*7}}'
