@@ -21,12 +21,13 @@ Arguments = TypeVar("Arguments")
 
 
 # What a setting may be `expected` to be; only max_grad_norm may be infinite.
-EXPECTATIONS: dict[str, Callable[[float], bool]] = {
+EXPECTATIONS: dict[str, Callable[[Any], Any]] = {
     "at least 1": lambda value: value >= 1,
     "at least 2": lambda value: value >= 2,
     "0 or more": lambda value: value >= 0,
     "greater than 0": lambda value: value > 0,
     "between 0 and 1": lambda value: 0 <= value < 1,
+    "a whole number and KB, MB, GB or TB, such as 5GB": re.compile("[1-9][0-9]*(KB|MB|GB|TB)").fullmatch,
 }
 
 
@@ -43,7 +44,7 @@ def setting(
 
     Args:
         text: for --help.
-        expected: one of EXPECTATIONS, which `check_settings` holds a value against.
+        expected: one of EXPECTATIONS, which `parse_arguments` holds a value against.
         free: the setting changes neither which records a step trains on nor its update, only how it is computed and
             shown; a run continues, and a finished one is the same, with another value.
         public: --help and the documents list it.
@@ -109,7 +110,9 @@ def parse_arguments(
     Raises:
         UserError: an unknown, missing, malformed or contradictory setting.
     """
-    return arguments_class(**vars(make_parser(arguments_class, description, prog).parse_args(argv)))
+    arguments = arguments_class(**vars(make_parser(arguments_class, description, prog).parse_args(argv)))
+    check_settings(arguments)
+    return arguments
 
 
 def make_parser(arguments_class: type, description: str, prog: str | None = None) -> Parser:

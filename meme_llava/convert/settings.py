@@ -1,14 +1,13 @@
 """Settings of build_base_model.py and merge_lora.py."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from meme_llava.cli import check_setting, setting
+from meme_llava.cli import setting
 from meme_llava.dataset.images import Resize
 
-SHARD_HELP, SHARD_SIZE = "weight files are split at this size", "5GB"
+SHARD_HELP, SHARD_SIZE = "weight files are split at this size", "a whole number and KB, MB, GB or TB, such as 5GB"
 
 
 @dataclass
@@ -23,12 +22,9 @@ class BuildArguments:
     dtype: Literal["source", "float16", "bfloat16", "float32"] = setting(
         "source: every part keeps the dtype of its files", "source"
     )
-    max_shard_size: str = setting(SHARD_HELP, SHARD_SIZE)
+    max_shard_size: str = setting(SHARD_HELP, "5GB", expected=SHARD_SIZE)
     verify: bool = setting("compare the written model with its sources", True)
     overwrite: bool = setting("replace a non-empty output_dir", False)
-
-    def __post_init__(self) -> None:
-        _check_shard_size(self)
 
 
 @dataclass
@@ -40,14 +36,6 @@ class MergeArguments:
     export: Literal["none", "clip"] = setting(
         "clip: name a Chinese-CLIP tower as the CLIP tower it is, for serving engines", "none"
     )
-    max_shard_size: str = setting(SHARD_HELP, SHARD_SIZE)
+    max_shard_size: str = setting(SHARD_HELP, "5GB", expected=SHARD_SIZE)
     verify: bool = setting("compare the merged model with base + adapter", True)
     overwrite: bool = setting("replace a non-empty output_dir", False)
-
-    def __post_init__(self) -> None:
-        _check_shard_size(self)
-
-
-def _check_shard_size(arguments) -> None:
-    is_size = re.fullmatch(r"[1-9][0-9]*(KB|MB|GB|TB)", arguments.max_shard_size) is not None
-    check_setting(arguments, "max_shard_size", is_size, "a whole number and KB, MB, GB or TB, such as 5GB")

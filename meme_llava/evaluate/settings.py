@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from meme_llava.cli import check_setting, check_settings, parse_arguments, setting
+from meme_llava.cli import check_setting, parse_arguments, setting
 from meme_llava.errors import UserError
 from meme_llava.inference.endpoints import PRESETS
 from meme_llava.inference.settings import DTYPE_HELP, Dtype
@@ -51,7 +51,6 @@ class EvaluateArguments:
     overwrite: bool = setting("start anew in a non-empty output_dir", False)
 
     def __post_init__(self) -> None:
-        check_settings(self)
         used = USED_SETTINGS[self.answer_with]
         if "device" in used and self.model is None:
             raise UserError(f"--answer_with {self.answer_with} needs --model")
@@ -79,9 +78,6 @@ class JudgeArguments:
     temperature: float = setting(TEMPERATURE_HELP, 0.0, expected="0 or more")
     overwrite: bool = setting("start anew in a non-empty output_dir", False)
 
-    def __post_init__(self) -> None:
-        check_settings(self)
-
 
 @dataclass
 class ReportArguments:
@@ -96,7 +92,6 @@ class ReportArguments:
     )
 
     def __post_init__(self) -> None:
-        check_settings(self)
         check_setting(self, "output", self.output.suffix == ".html", "a file name that ends in .html")
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from meme_llava.cli import check_setting, check_settings, setting
+from meme_llava.cli import check_setting, setting
 from meme_llava.errors import UserError
 
 DEFAULT_QUESTION = "这张表情包写了什么，是什么意思？"
@@ -33,7 +33,6 @@ class InferArguments:
     dtype: Dtype = setting(DTYPE_HELP, "auto")
 
     def __post_init__(self) -> None:
-        check_settings(self)
         if bool(self.image) == (self.annotations is not None):
             raise UserError("give either --image or --annotations")
         if (self.annotations is None) != (self.image_folder is None):
@@ -61,5 +60,4 @@ class DemoArguments:
     dtype: Dtype = setting(DTYPE_HELP, "auto")
 
     def __post_init__(self) -> None:
-        check_settings(self)
         check_setting(self, "port", 0 < self.port < 65536, "1 to 65535")

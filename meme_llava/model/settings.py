@@ -49,7 +49,3 @@ class LearningRates:
     # Only the makers of the embedded towers set it: for a vision tower that learns in full, from random weights.
     muon_lr: float | None = setting("peak learning rate of Muon", None, public=False, expected="greater than 0")
     weight_decay: float = setting("decay of matrices; never of biases and norms", 0.0, expected="0 or more")
-
-    def __post_init__(self) -> None:
-        """Stop at values that cannot be meant."""
-        check_settings(self)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from meme_llava.cli import check_settings, setting
+from meme_llava.cli import setting
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.inspection import IMAGE_SUFFIXES, find_loop, find_refusal
 from meme_llava.dataset.records import read_text
@@ -75,9 +75,6 @@ class DescribeArguments:
     attempts: int = setting("requests for an image while none brings an answer", 5, expected="at least 1")
     attempts_on_refusal: int = setting("answers bought of an image while they are no good", 2, expected="at least 1")
     retry_set_aside: bool = setting("ask again about the images that were set aside", False)
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from PIL import Image
 
-from meme_llava.cli import check_settings, setting
+from meme_llava.cli import setting
 from meme_llava.dataset.images import (
     ACCEPTED_FORMATS,
     PARSER_ERRORS,
@@ -63,10 +63,6 @@ class ParquetSettings(DrawingSettings):
     caption_column: str | None = setting("column of answers, if not the words themselves", None)
     question_column: str | None = setting("column of questions; without it one is drawn", None)
     limit: int | None = setting("only the first N rows", None, expected="at least 1")
-
-    def __post_init__(self) -> None:
-        """Stop at values that cannot be meant."""
-        check_settings(self)
 
 
 def prepare_parquet(settings: ParquetSettings) -> None:

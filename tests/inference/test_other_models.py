@@ -235,7 +235,7 @@ def test_a_missing_package_is_named(asked, monkeypatch, answer_with, package, me
         (["--answer_with", "endpoint", "--device", "cpu"], "--device has no use with --answer_with endpoint"),
         (["--answer_with", "endpoint"], "give --preset (gpt-4o, gemini, claude, yi-vision, glm, local) or --base_url"),
         (["--answer_with", "endpoint", "--preset", "local"], "give --model: the name by which the server at"),
-        (["--model", "m", "--timeout", "0"], "--timeout is 0.0, expected greater than 0"),
+        (["--answer_with", "endpoint", "--timeout", "0"], "--timeout is 0.0, expected greater than 0"),
     ],
 )
 def test_settings_without_use_are_refused(asked, flags, message, capsys):

@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, ChineseCLIPModel, Qw
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
-from meme_llava.cli import check_settings, parse_arguments, setting, to_plain  # noqa: E402
+from meme_llava.cli import parse_arguments, setting, to_plain  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model.llava import load_llava, load_strictly, quiet_transformers  # noqa: E402
 from meme_llava.storage.folders import write_directory  # noqa: E402
@@ -39,9 +39,6 @@ class SplitArguments:
         expected="greater than 0",
     )
     overwrite: bool = setting("replace a non-empty output_dir", False)
-
-    def __post_init__(self):
-        check_settings(self)
 
 
 def put_weights(target: nn.Module, source: nn.Module, what: str) -> None:
