@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
 
@@ -44,7 +43,7 @@ PRESETS = {
 }
 
 
-def find_endpoint(arguments, environment: Mapping[str, str] = os.environ) -> Endpoint:
+def find_endpoint(arguments) -> Endpoint:
     """Put preset, base_url, model and key_variable of the settings together and take the key from the environment.
 
     Raises UserError where one is missing, the key is, or openai is not installed. No message holds a key.
@@ -66,7 +65,7 @@ def find_endpoint(arguments, environment: Mapping[str, str] = os.environ) -> End
                 f"give --key_variable: the name of the environment variable that holds the key for {endpoint.host}"
             )
         return endpoint
-    key = environment.get(variable, "").strip()
+    key = os.environ.get(variable, "").strip()
     if not key:
         raise UserError(f"the environment variable {variable} is not set; export {variable} with your key")
     if not (key.isascii() and key.isprintable()) or " " in key:

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from conftest import ROOT
@@ -636,7 +637,8 @@ def test_a_missing_key_is_said_before_anything_is_read(tmp_path, capsys, monkeyp
 
 def choose(environment, preset=None, base_url=None, model=None, key_variable=None):
     settings = SimpleNamespace(preset=preset, base_url=base_url, model=model, key_variable=key_variable)
-    return find_endpoint(settings, environment)
+    with mock.patch.dict(os.environ, environment, clear=True):
+        return find_endpoint(settings)
 
 
 def test_presets_and_overrides():
