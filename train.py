@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         plan = load_plan(arguments, session)
         if is_nothing_left(plan):
             return
-        with hold_output_dir(arguments.output_dir), explain_out_of_memory(arguments, session.engine, session.processes):
+        with hold_output_dir(arguments.output_dir), explain_out_of_memory(arguments, session):
             if plan.start.step < plan.steps:
                 fit(prepare_run(plan, session.heartbeat), session)
             finish(plan, session.heartbeat)

@@ -36,7 +36,7 @@ def choose_bf16(arguments: TrainArguments) -> bool:
 def check_device(arguments: TrainArguments) -> None:
     """Raise UserError if this machine lacks what the settings ask of it; neither a model nor transformers is loaded."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and torch.cuda.device_count():  # a run would go on on the CPU
+    if device.type == "cpu" and torch.cuda.device_count():  # else a run would go on on the CPU
         raise UserError(
             f"this machine has {torch.cuda.device_count()} GPU(s), but torch {torch.__version__}, made for CUDA "
             f"{torch.version.cuda}, cannot use them; most often the driver is older than that (nvidia-smi shows it). "
@@ -50,13 +50,13 @@ def check_device(arguments: TrainArguments) -> None:
 
 def check_compiler(device: torch.device) -> None:
     """Raise UserError unless layers can be compiled for this device."""
-    compiler, missing = os.environ.get("CXX", "g++"), None
+    compiler = os.environ.get("CXX", "g++")
     if device.type == "cuda" and not importlib.util.find_spec("triton"):
-        missing = "the package triton"
+        raise UserError("--torch_compile needs the package triton; install it, or leave the flag out")
     if device.type == "cpu" and not shutil.which(compiler):
-        missing = f"a C++ compiler, and there is no {compiler}"
-    if missing:
-        raise UserError(f"--torch_compile needs {missing}; install it, or leave the flag out")
+        raise UserError(
+            f"--torch_compile needs a C++ compiler, and there is no {compiler}; install it, or leave the flag out"
+        )
 
 
 def derive_accumulation(arguments: TrainArguments, processes: int) -> int:
@@ -101,7 +101,7 @@ def join_processes(arguments: TrainArguments) -> Iterator[Session]:
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(arguments: TrainArguments, engine: Engine, processes: int) -> Iterator[None]:
+def explain_out_of_memory(arguments: TrainArguments, session: Session) -> Iterator[None]:
     """Turn a lack of memory inside the block into an OutOfMemoryError that says what would help."""
     try:
         yield
@@ -114,7 +114,7 @@ def explain_out_of_memory(arguments: TrainArguments, engine: Engine, processes: 
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(s in str(error) for s in _SIGNS):
             raise
         first_line = (str(error).strip().splitlines() or ["MemoryError"])[0]
-        ways = "\n".join(f"  {n}. {way}" for n, way in enumerate(list_ways_out(arguments, engine, processes), 1))
+        ways = "\n".join(f"  {n}. {way}" for n, way in enumerate(list_ways_out(arguments, session), 1))
         raise OutOfMemoryError(
             f"a step does not fit into memory ({first_line[:200]}). What helps, in this order; all of it keeps the "
             f"global batch of {arguments.global_batch_size} records:\n{ways}\n"
@@ -122,20 +122,20 @@ def explain_out_of_memory(arguments: TrainArguments, engine: Engine, processes: 
         ) from error
 
 
-def list_ways_out(arguments: TrainArguments, engine: Engine, processes: int) -> list[str]:
+def list_ways_out(arguments: TrainArguments, session: Session) -> list[str]:
     """Changes that take less memory, the cheapest first."""
-    size, stage = arguments.device_batch_size, engine.zero_stage
+    size, engine, is_divided = arguments.device_batch_size, session.engine, session.processes > 1
     smaller = max((n for n in range(1, size) if size % n == 0), default=0)
-    is_divided, offloaded = processes > 1, "zero3_offload" if stage == 3 else "zero2_offload"
-    ways = {
-        f"--device_batch_size {smaller} (DEVICE_BATCH={smaller} in run.sh): more rounds, same step": smaller,
-        "--gradient_checkpointing full: layers are computed twice, a third more work": (
-            arguments.gradient_checkpointing != "full"
-        ),
-        "ENGINE=zero2: gradients and optimizer state divided among the GPUs": is_divided
-        and engine.kind in (SINGLE, DDP),
-        "ENGINE=zero3: the weights divided, too": is_divided and not engine.shards_weights,
-        f"ENGINE={offloaded}: optimizer state in main memory, slower updates": "offload" not in engine.name,
-        f"MODEL_MAX_LENGTH below {arguments.model_max_length}: longer answers are cut, and listed": True,
-    }
-    return [way for way, helps in ways.items() if helps]
+    ways = []
+    if smaller:
+        ways.append(f"--device_batch_size {smaller} (DEVICE_BATCH={smaller} in run.sh): more rounds, same step")
+    if arguments.gradient_checkpointing != "full":
+        ways.append("--gradient_checkpointing full: layers are computed twice, a third more work")
+    if is_divided and engine.kind in (SINGLE, DDP):
+        ways.append("ENGINE=zero2: gradients and optimizer state divided among the GPUs")
+    if is_divided and not engine.shards_weights:
+        ways.append("ENGINE=zero3: the weights divided, too")
+    if "offload" not in engine.name:
+        offloaded = "zero3_offload" if engine.zero_stage == 3 else "zero2_offload"
+        ways.append(f"ENGINE={offloaded}: optimizer state in main memory, slower updates")
+    return [*ways, f"MODEL_MAX_LENGTH below {arguments.model_max_length}: longer answers are cut, and listed"]

@@ -110,46 +110,57 @@ class TrainArguments(RecordPolicy, LoraRecipe, LearningRates, BatchSettings, Run
         LoraRecipe.__post_init__(self)  # which holds the values of all fields against what they expect
         RecordPolicy.__post_init__(self)
         check_engine_name(self.engine)
-        given = [one.name for one in dataclasses.fields(self) if getattr(self, one.name) != one.default]
-        useless = next((name for name in given if name.startswith("eval_")), None)
-        lacking = next((name for name in ("eval_annotations", "eval_image_folder") if name not in given), None)
-        unknown = next((name for name in self.report_to if name not in (*TRACKERS, NO_TRACKER)), None)
-        is_mixed = NO_TRACKER in self.report_to and len(self.report_to) > 1
-        lacks_tower = self.muon_lr is not None and self.vision_tower_training != "full"
-        lacks_warmup = self.warmup_ratio is None and self.warmup_steps is None
-        plans_for = self.accelerator or self.gpus
-        contradictions = {
-            "give --warmup_ratio, a share of the steps, or --warmup_steps": lacks_warmup,
-            "--muon_lr is for a vision tower that learns in full, and --train_type "
-            f"{self.train_type} has none; leave it out": lacks_tower,
-            f"--report_to {unknown}: no such tracker; there are {', '.join(TRACKERS)}, or none": unknown,
-            f"--report_to is {' '.join(self.report_to)}; expected each tracker once, or none alone": is_mixed
-            or len(set(self.report_to)) < len(self.report_to),
-            f"--eval_every needs --{lacking}, which is not there; add it, or leave --eval_every out (run.sh takes "
-            "EVAL_ANNOTATIONS and EVAL_IMAGE_FOLDER if neither flag is given)": self.eval_every and lacking,
-            f"--{useless} belongs to --eval_every, which is not there; add it": useless and not self.eval_every,
-            "--allow_changes belongs to --resume_from_checkpoint, which is not there; add it": self.allow_changes
-            and self.resume_from_checkpoint is None,
-            "--accelerator and --gpus belong to --plan, which is not there; add it, or leave them out": plans_for
-            and not self.plan,
-            "--plan and --show_batch print different things and stop; pass one of them": self.plan and self.show_batch,
-        }
-        for message, holds in contradictions.items():
-            if holds:
-                raise UserError(message)
+        self._check_training()
+        self._check_companions()
+
+    def _check_training(self) -> None:
+        """Stop at a length, an optimizer or trackers that cannot be meant."""
+        if self.warmup_ratio is None and self.warmup_steps is None:
+            raise UserError("give --warmup_ratio, a share of the steps, or --warmup_steps")
+        if self.muon_lr is not None and self.vision_tower_training != "full":
+            raise UserError(
+                f"--muon_lr is for a vision tower that learns in full, and --train_type {self.train_type} has none; "
+                "leave it out"
+            )
+        for name in self.report_to:
+            if name not in (*TRACKERS, NO_TRACKER):
+                raise UserError(f"--report_to {name}: no such tracker; there are {', '.join(TRACKERS)}, or none")
+        is_repeated = len(set(self.report_to)) < len(self.report_to)
+        if is_repeated or (NO_TRACKER in self.report_to and len(self.report_to) > 1):
+            raise UserError(f"--report_to is {' '.join(self.report_to)}; expected each tracker once, or none alone")
+
+    def _check_companions(self) -> None:
+        """Stop at a setting without the one that it belongs to."""
+        for one in dataclasses.fields(self):
+            is_given = getattr(self, one.name) != one.default
+            if one.name.startswith("eval_") and is_given and not self.eval_every:
+                raise UserError(f"--{one.name} belongs to --eval_every, which is not there; add it")
+            if one.name in ("eval_annotations", "eval_image_folder") and self.eval_every and not is_given:
+                raise UserError(
+                    f"--eval_every needs --{one.name}, which is not there; add it, or leave --eval_every out (run.sh "
+                    "takes EVAL_ANNOTATIONS and EVAL_IMAGE_FOLDER if neither flag is given)"
+                )
+        if self.allow_changes and self.resume_from_checkpoint is None:
+            raise UserError("--allow_changes belongs to --resume_from_checkpoint, which is not there; add it")
+        if (self.accelerator or self.gpus) and not self.plan:
+            raise UserError("--accelerator and --gpus belong to --plan, which is not there; add it, or leave them out")
+        if self.plan and self.show_batch:
+            raise UserError("--plan and --show_batch print different things and stop; pass one of them")
 
     def list_unused(self) -> list[str]:
         """Settings that this train type does not use, so that none is without effect in silence."""
-        is_frozen = self.vision_tower_training == self.language_model_training == "frozen"
-        unused = {
-            **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout"), not self.uses_lora),
-            "low_lr": is_frozen,
-            "lora_vision_modules": self.vision_tower_training != "lora",
-            "lora_language_modules": self.language_model_training != "lora",
-            "num_train_epochs": self.max_steps is not None,
-            "warmup_ratio": self.warmup_steps is not None and self.warmup_ratio is not None,
-        }
-        return [name for name, is_unused in unused.items() if is_unused]
+        unused = [] if self.uses_lora else ["lora_r", "lora_alpha", "lora_dropout"]
+        if self.vision_tower_training == self.language_model_training == "frozen":
+            unused.append("low_lr")
+        if self.vision_tower_training != "lora":
+            unused.append("lora_vision_modules")
+        if self.language_model_training != "lora":
+            unused.append("lora_language_modules")
+        if self.max_steps is not None:
+            unused.append("num_train_epochs")
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            unused.append("warmup_ratio")
+        return unused
 
 
 def free_settings() -> frozenset[str]:
