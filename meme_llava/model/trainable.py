@@ -1,15 +1,12 @@
 """What a train type means: what is frozen, what gets LoRA, what trains in full, and at which learning rate.
 
 Also how the trained part alone is written and put back on its base, and which layers keep their activations for the
-backward pass, which recompute them to save memory. Nothing about how much memory there is: `choose_recomputed_layers`
-asks a function that does.
+backward pass, which recompute them to save memory. Nothing about how much memory there is.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import starmap
 from pathlib import Path
 
 import torch
@@ -73,10 +70,8 @@ def prepare_trainable(model: nn.Module, recipe: LoraRecipe, seed: int) -> nn.Mod
     """Freeze, add LoRA and unfreeze as the recipe says; trainable parameters become float32.
 
     The projector always trains in full. Vision layers after the used features stay frozen: no gradient reaches them.
-    DeepSpeed in bf16 rounds the parameters again and keeps float32 masters of its own.
-
-    Raises:
-        UserError: a LoRA module name matches nothing.
+    DeepSpeed in bf16 rounds the parameters again and keeps float32 masters of its own. Raises UserError where a LoRA
+    module name matches nothing.
     """
     model.requires_grad_(False)
     # The top-level config has one, too, but the language model reads its own.
@@ -148,11 +143,8 @@ def _to_pattern(names: list[str]) -> str:
 
 
 def plan_parameter_groups(model: nn.Module, rates: LearningRates) -> list[ParameterGroup]:
-    """Every trainable parameter in exactly one group; biases and norms never decay.
-
-    Raises:
-        UserError: the projector does not learn.
-    """
+    """Every trainable parameter in exactly one group; biases and norms never decay. Raises UserError where the
+    projector does not learn."""
     members: dict[tuple[int, bool, bool], dict[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -177,11 +169,8 @@ def is_vision_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def save_trained_weights(model: nn.Module, folder: Path, state_dict: dict | None = None) -> None:
-    """Write only what learned: a peft adapter with the projector, or `trained_weights.safetensors`.
-
-    Args:
-        state_dict: the model's tensors, where an engine has gathered them; else the model's own.
-    """
+    """Write only what learned: a peft adapter with the projector, or `trained_weights.safetensors`. `state_dict` has
+    the model's tensors where an engine has gathered them."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         tensors = get_peft_model_state_dict(model, state_dict=state_dict)
@@ -191,9 +180,8 @@ def save_trained_weights(model: nn.Module, folder: Path, state_dict: dict | None
         config.inference_mode = False
         path = folder / ADAPTER_WEIGHTS
     else:
-        source = state_dict if state_dict is not None else dict(model.named_parameters())
-        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        tensors = {to_disk_name(name): source[name] for name in names}
+        source = dict(model.named_parameters()) if state_dict is None else state_dict
+        tensors = {to_disk_name(name): source[name] for name, own in model.named_parameters() if own.requires_grad}
         path = folder / TRAINED_WEIGHTS
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, path, metadata={"format": "pt"})
@@ -216,11 +204,8 @@ def load_trained_weights(model: nn.Module, folder: Path) -> None:
 
 
 def load_projector(model: nn.Module, folder: Path) -> None:
-    """Put the multi_modal_projector that another run trained on the same base into a model prepared to learn.
-
-    Raises:
-        UserError: its tensors are not those of this model's projector.
-    """
+    """Put the multi_modal_projector that another run trained on the same base into a model prepared to learn. Raises
+    UserError where its tensors are not those of this model's projector."""
     path = next(path for path in (folder / ADAPTER_WEIGHTS, folder / TRAINED_WEIGHTS) if path.is_file())
     # The names in front of it depend on what else learned there and learns here.
     before = {
@@ -274,25 +259,6 @@ def count_layers(config: LlavaConfig, vision_trainable: bool) -> CheckpointedLay
     """All layers that keep activations; a frozen vision tower keeps none."""
     vision = count_used_vision_layers(config) if vision_trainable else 0
     return CheckpointedLayers(config.text_config.num_hidden_layers, vision)
-
-
-def choose_recomputed_layers(
-    setting: str, most: CheckpointedLayers, fits: Callable[[CheckpointedLayers], bool]
-) -> CheckpointedLayers:
-    """The layers that --gradient_checkpointing auto, none or full stands for.
-
-    auto: the fewest that fit, language layers before vision layers; all of them where nothing fits.
-
-    Args:
-        most: all layers, from `count_layers`.
-        fits: whether a step fits in memory when these are computed again.
-    """
-    if setting == "none":
-        return CheckpointedLayers()
-    if setting == "full":
-        return most
-    counts = [(count, 0) for count in range(most.language)] + [(most.language, count) for count in range(most.vision)]
-    return next((layers for layers in starmap(CheckpointedLayers, counts) if fits(layers)), most)
 
 
 def recompute_layers(model: nn.Module, recomputed: CheckpointedLayers) -> None:

@@ -14,7 +14,7 @@ from meme_llava.model.flops import CPU, count_batch
 from meme_llava.model.llava import Processing, load_processing
 from meme_llava.train.planning.memory import StepEstimator
 from meme_llava.train.planning.plan import find_accelerator, plan_training, print_plan
-from meme_llava.train.prepared_run import make_collator, make_order
+from meme_llava.train.prepared_run import make_order
 from meme_llava.train.run_plan import StartPoint, load_training_records, plan_run
 from meme_llava.train.session import derive_accumulation
 from meme_llava.train.settings import TrainArguments
@@ -34,7 +34,7 @@ def look_at_run(arguments: TrainArguments) -> None:
     processing = load_processing(arguments.model)
     data = load_training_records(arguments, processing, decode=False)
     run = plan_run(arguments, engine, processes, StartPoint(), processing, data)
-    collate, order = make_collator(arguments, processing), make_order(run)
+    order, collate = make_order(run)
     if arguments.show_batch:
         print_batch(collate(order.fetch_batch(0)), processing)
         return

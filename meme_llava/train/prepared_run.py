@@ -89,7 +89,7 @@ class PreparedRun:
 def prepare_run(plan: RunPlan, heartbeat: Heartbeat) -> PreparedRun:
     """Load the model as it is at the start point, with what is trainable, and print what the run is."""
     arguments, processing = plan.arguments, plan.processing
-    collator, order = make_collator(arguments, processing), make_order(plan)
+    order, collator = make_order(plan)
     device, uses_bf16 = choose_device(plan.engine), choose_bf16(arguments)
     width = processing.config.text_config.hidden_size
     shape = StepShape(arguments.device_batch_size, plan.accumulation, arguments.max_grad_norm, uses_bf16, width)
@@ -106,23 +106,13 @@ def prepare_run(plan: RunPlan, heartbeat: Heartbeat) -> PreparedRun:
     return run
 
 
-def make_collator(arguments: TrainArguments, processing: Processing) -> PackingCollator:
-    """What makes the run's batches."""
-    return PackingCollator(
-        processing.encoder.image_token_id,
-        processing.tokens_per_image,
-        processing.image_policy.size,
-        arguments.loss_average,
-        arguments.shared_images,
-    )
-
-
-def make_order(plan: RunPlan) -> TrainingOrder:
-    """The records in the order of training."""
-    arguments, start = plan.arguments, plan.start
+def make_order(plan: RunPlan) -> tuple[TrainingOrder, PackingCollator]:
+    """The records in the order of training, and what makes a batch of some."""
+    arguments, start, processing, shared = plan.arguments, plan.start, plan.processing, plan.arguments.shared_images
     shape = BatchShape(arguments.global_batch_size, arguments.device_batch_size, plan.processes)
-    shared = arguments.shared_images
-    return TrainingOrder(plan.data.dataset, plan.steps, shape, arguments.seed, shared, start.step, start.records)
+    order = TrainingOrder(plan.data.dataset, plan.steps, shape, arguments.seed, shared, start.step, start.records)
+    tokens = processing.encoder.image_token_id, processing.tokens_per_image
+    return order, PackingCollator(*tokens, processing.image_policy.size, arguments.loss_average, shared)
 
 
 def plan_computation(
@@ -141,18 +131,18 @@ def plan_computation(
     recomputed = most if arguments.gradient_checkpointing == "full" else CheckpointedLayers()
     needed, note, fits = None, "", not on_gpu and bound_memory(arguments, config, largest_batch) <= memory // 2
     if arguments.gradient_checkpointing == "auto" and not fits:
-        from meme_llava.train.planning.memory import StepEstimator, find_usable
+        from meme_llava.train.planning.memory import StepEstimator
 
         policy = processing.image_policy
         estimator = StepEstimator(config, policy, arguments, largest_batch, processes, on_gpu)
-        recomputed = estimator.choose_recomputed("auto", memory)
-        needed, usable = estimator.estimate(recomputed).total, find_usable(memory)
+        planned = estimator.plan("auto", memory)
+        recomputed, needed = planned.recomputed, planned.memory.total
         positions = largest_batch["input_ids"].numel()
         note = f"; the largest batch, {positions:,} positions, takes about {needed / GIB:.1f} GiB"
-        if needed > usable:
+        if not planned.fits:
             note += (
-                f"\nwarning: only {usable / GIB:.1f} GiB can be used, so the run may stop for lack of memory when it "
-                "comes to that batch; --plan shows what would fit"
+                f"\nwarning: only {planned.usable / GIB:.1f} GiB can be used, so the run may stop for lack of memory "
+                "when it comes to that batch; --plan shows what would fit"
             )
     layers = "no layer computed twice"
     if recomputed != CheckpointedLayers():

@@ -1,15 +1,10 @@
-"""Recomputed layers: the same gradients with less kept, and the fewest layers that fit."""
+"""Recomputed layers: the same gradients with less kept."""
 
 import pytest
 import torch
 from batches import load_prepared, make_batch
 
-from meme_llava.model.trainable import (
-    CheckpointedLayers,
-    choose_recomputed_layers,
-    count_layers,
-    recompute_layers,
-)
+from meme_llava.model.trainable import CheckpointedLayers, recompute_layers
 
 
 def compute_gradients(model, recomputed: CheckpointedLayers) -> tuple[dict, int]:
@@ -59,33 +54,3 @@ def test_layers_can_keep_their_activations_again(world):
     compute_gradients(model, CheckpointedLayers(2, 2))
 
     assert compute_gradients(model, CheckpointedLayers())[1] == kept
-
-
-@pytest.mark.parametrize(
-    ("needed", "chosen"),
-    [
-        (0, CheckpointedLayers(0, 0)),
-        (2, CheckpointedLayers(2, 0)),
-        (5, CheckpointedLayers(3, 2)),
-        (99, CheckpointedLayers(3, 4)),
-    ],
-)
-def test_auto_recomputes_the_fewest_layers_language_first(needed, chosen):
-    def fits(recomputed):
-        return recomputed.language + recomputed.vision >= needed
-
-    assert choose_recomputed_layers("auto", CheckpointedLayers(3, 4), fits) == chosen
-
-
-def test_off_and_full_ask_nobody():
-    most = CheckpointedLayers(3, 4)
-
-    assert choose_recomputed_layers("none", most, fits=None) == CheckpointedLayers()
-    assert choose_recomputed_layers("full", most, fits=None) == most
-
-
-def test_a_frozen_tower_has_nothing_to_recompute(world):
-    config = load_prepared(world).config
-
-    assert count_layers(config, vision_trainable=True) == CheckpointedLayers(2, 2)
-    assert count_layers(config, vision_trainable=False) == CheckpointedLayers(2, 0)

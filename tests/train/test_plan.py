@@ -195,6 +195,23 @@ def test_auto_recomputes_what_does_not_fit_and_nothing_else(world, projector_est
     assert choose(full - 100) == projector_estimator.most == CheckpointedLayers(2, 0)
 
 
+@pytest.mark.parametrize(
+    ("needed", "chosen"),
+    [
+        (0, CheckpointedLayers(0, 0)),
+        (2, CheckpointedLayers(2, 0)),
+        (5, CheckpointedLayers(3, 2)),
+        (99, CheckpointedLayers(3, 4)),
+    ],
+)
+def test_auto_recomputes_the_fewest_layers_language_first(projector_estimator, needed, chosen):
+    estimator = copy.copy(projector_estimator)
+    estimator.most = CheckpointedLayers(3, 4)
+    estimator.estimate = lambda layers: SimpleNamespace(total=0 if layers.language + layers.vision >= needed else 2**50)
+
+    assert estimator.choose_recomputed("auto", 80 * GIB) == chosen
+
+
 @pytest.fixture(scope="module")
 def a800_plan(world):
     return make_plan(world, find_accelerator("a800-80gb"), processes=2, global_batch_size=16)

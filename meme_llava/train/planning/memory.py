@@ -5,8 +5,9 @@ devices divide it. Layers of a tower are alike: models of two and three layers a
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import starmap
 
 import numpy as np
 from torch import nn
@@ -16,7 +17,6 @@ from meme_llava.dataset.images import ImagePolicy
 from meme_llava.distributed.engines import DDP, DEEPSPEED, FSDP, SINGLE, Engine, choose_engine
 from meme_llava.model.trainable import (
     CheckpointedLayers,
-    choose_recomputed_layers,
     count_layers,
     is_vision_layer_matrix,
     recompute_layers,
@@ -69,6 +69,20 @@ class StepMemory:
         return self.state + self.activations + self.logits + self.temporaries
 
 
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Memory of a step on one device under one choice of recomputed layers, in bytes."""
+
+    recomputed: CheckpointedLayers
+    memory: StepMemory
+    usable: int
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.usable
+
+
+@dataclass(eq=False)
 class StepEstimator:
     """Estimates the memory of a run's steps; a step's shapes are run once for each way of recomputing.
 
@@ -79,20 +93,18 @@ class StepEstimator:
         engine: the one of the settings, if it is not given.
     """
 
-    def __init__(
-        self,
-        config: LlavaConfig,
-        image_policy: ImagePolicy,
-        arguments: TrainArguments,
-        batch: Mapping,
-        processes: int,
-        on_gpu: bool,
-        engine: Engine | None = None,
-    ):
-        self.config, self.image_policy, self.arguments, self.batch = config, image_policy, arguments, batch
-        self.processes, self.engine = processes, engine or choose_engine(arguments.engine, processes, on_gpu)
-        uses_bf16 = on_gpu and arguments.precision in ("auto", "bf16")
-        self.precision = Precision(on_gpu, uses_bf16, not (uses_bf16 and self.engine.kind == DEEPSPEED))
+    config: LlavaConfig
+    image_policy: ImagePolicy
+    arguments: TrainArguments
+    batch: Mapping
+    processes: int
+    on_gpu: bool
+    engine: Engine | None = None
+
+    def __post_init__(self) -> None:
+        self.engine = self.engine or choose_engine(self.arguments.engine, self.processes, self.on_gpu)
+        uses_bf16 = self.on_gpu and self.arguments.precision in ("auto", "bf16")
+        self.precision = Precision(self.on_gpu, uses_bf16, not (uses_bf16 and self.engine.kind == DEEPSPEED))
         # FSDP2 divides as ZeRO-3 does, but trains its float32 weights themselves, without masters beside them.
         self.stage = 3 if self.engine.kind == FSDP else self.engine.zero_stage or 0
         self._traces: dict[bool, np.ndarray] = {}
@@ -100,9 +112,7 @@ class StepEstimator:
     def with_changes(self, **changes) -> "StepEstimator":
         """The same step of another batch, engine or number of processes. What has run need not run again where it
         computes alike."""
-        kept = {"batch": self.batch, "processes": self.processes, "engine": self.engine}
-        on_gpu = self.precision.on_gpu
-        other = StepEstimator(self.config, self.image_policy, self.arguments, **{**kept, **changes}, on_gpu=on_gpu)
+        other = replace(self, **changes)
         if other.precision == self.precision and other.batch is self.batch:
             other.model, other._traces = self.model, self._traces
         return other
@@ -118,10 +128,20 @@ class StepEstimator:
         return count_layers(self.config, vision_trainable=self.arguments.vision_tower_training != "frozen")
 
     def choose_recomputed(self, setting: str, memory: int) -> CheckpointedLayers:
-        """The layers to compute again under --gradient_checkpointing `setting` on a device of `memory` bytes."""
-        return choose_recomputed_layers(
-            setting, self.most, lambda recomputed: self.estimate(recomputed).total <= find_usable(memory)
-        )
+        """The layers to compute again under --gradient_checkpointing `setting` on a device of `memory` bytes; auto: the
+        fewest with which a step fits, language layers before vision layers, and all of them where nothing fits."""
+        most, usable = self.most, find_usable(memory)
+        if setting != "auto":
+            return most if setting == "full" else CheckpointedLayers()
+        counts = [(count, 0) for count in range(most.language)]
+        counts += [(most.language, count) for count in range(most.vision)]
+        choices = starmap(CheckpointedLayers, counts)
+        return next((layers for layers in choices if self.estimate(layers).total <= usable), most)
+
+    def plan(self, setting: str, memory: int) -> MemoryPlan:
+        """The memory of a step under --gradient_checkpointing `setting` on a device of `memory` bytes."""
+        recomputed = self.choose_recomputed(setting, memory)
+        return MemoryPlan(recomputed, self.estimate(recomputed), find_usable(memory))
 
     def estimate(self, recomputed: CheckpointedLayers) -> StepMemory:
         """The memory of a step in which these layers compute their activations again."""

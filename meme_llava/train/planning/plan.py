@@ -5,20 +5,21 @@ Time is FLOPs over an assumed speed; waiting for data, for other devices and for
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import psutil
 import torch
 from torch.utils.benchmark import Timer
 
+from meme_llava.distributed.engines import choose_engine
 from meme_llava.errors import UserError
 from meme_llava.model.flops import ACCELERATORS, CPU, Accelerator, StepCounts, TrainingCosts, recognise_accelerator
 from meme_llava.terminal import format_number, format_seconds, print_table
-from meme_llava.train.planning.advice import GIB, MemoryPlan, plan_memory, try_changes
-from meme_llava.train.planning.memory import StepEstimator, StepMemory
+from meme_llava.train.planning.memory import MemoryPlan, StepEstimator, StepMemory
 from meme_llava.train.run_plan import RunPlan
 
+GIB = 2**30
 # Shares of a device's peak that training is assumed to reach: a GPU's of its datasheet, a CPU's of what was measured.
 GPU_UTILISATION, CPU_UTILISATION = 0.40, 0.60
 # A step of less than this is over before its kernels are launched: arithmetic says nothing about it.
@@ -29,15 +30,13 @@ NOTE = """\
 Model FLOPs are those of matrix multiplications and attention, forward and backward, without what is computed again to
 save memory. MFU is model FLOP/s over the device's peak. Waiting for data, for other devices and for checkpoints is not
 in the time."""
+MUCH_LARGER = 1.2  # memory of a device that is worth trying, as a multiple
 LABELS = {"logits": "logits, loss and casts", "temporaries": "temporaries at the peak"}
 
 
 def find_accelerator(name: str) -> Accelerator:
     """The accelerator of a short name such as a800-80gb, of a device's own name, or "cpu" (this one; takes a second).
-
-    Raises:
-        UserError: no accelerator of that name is known.
-    """
+    Raises UserError where none of that name is known."""
     if name.lower() == CPU:
         # All of this machine's memory, and its fp32 ceiling as measured now with the threads torch uses.
         speed, memory = measure_ceiling(torch.device(CPU), torch.float32), psutil.virtual_memory().total
@@ -96,15 +95,13 @@ def plan_training(
     accelerator: Accelerator,
     make_batch: Callable[[int], Mapping],
 ) -> TrainingPlan:
-    """Plan a run on devices of one kind. Takes seconds and less than 1 GiB, whatever the model's size.
+    """Plan a run on devices of one kind. Takes seconds and less than 1 GiB, whatever the model's size. Raises UserError
+    where the device cannot compute in the precision of the settings.
 
     Args:
         counts: of the device batches of the run, of all or of a fair sample.
         make_batch: the device batch with the most positions with only so many of its records, for what is tried where
             the run does not fit.
-
-    Raises:
-        UserError: the device cannot compute in the precision of the settings.
     """
     arguments = estimator.arguments
     uses_bf16 = arguments.precision in ("auto", "bf16")
@@ -113,7 +110,8 @@ def plan_training(
             f"--accelerator {accelerator.name} has no bf16; pass --precision fp32 (fp16 overflows with Qwen2)"
         )
     settings = dict.fromkeys((arguments.gradient_checkpointing, "none", "auto", "full"))
-    memories = {setting: plan_memory(estimator, setting, accelerator) for setting in settings}
+    memory = share_memory(accelerator, estimator.processes)
+    memories = {setting: estimator.plan(setting, memory) for setting in settings}
     chosen, most = memories[arguments.gradient_checkpointing], estimator.most
     costs = TrainingCosts.of_model(estimator.model)
     batches = arguments.global_batch_size // arguments.device_batch_size
@@ -127,6 +125,12 @@ def plan_training(
     # Of a GPU in float32, without tensor cores, datasheets differ.
     speed = accelerator.peak_tflops * 1e12 if accelerator.is_cpu or uses_bf16 else None
     assumed = estimator.processes * find_utilisation(accelerator)
+    advice = []
+    changes = () if chosen.fits else list_changes(estimator, accelerator, make_batch)
+    for change, changed, setting, device in changes:
+        advice.append((change, changed.plan(setting, share_memory(device, changed.processes))))
+        if advice[-1][1].fits:
+            break
     return TrainingPlan(
         estimator=estimator,
         accelerator=accelerator,
@@ -136,8 +140,52 @@ def plan_training(
         speed=speed,
         step_seconds=speed and (flops + recomputed) / (assumed * speed),
         memories=memories,
-        advice=[] if chosen.fits else list(try_changes(estimator, accelerator, make_batch)),
+        advice=advice,
     )
+
+
+def share_memory(accelerator: Accelerator, processes: int) -> int:
+    """Bytes of memory that each process has; the processes of a CPU run share one."""
+    return int(accelerator.memory_gib * GIB) // (processes if accelerator.is_cpu else 1)
+
+
+def list_changes(
+    estimator: StepEstimator, accelerator: Accelerator, make_batch: Callable[[int], Mapping]
+) -> Iterator[tuple[str, StepEstimator, str, Accelerator]]:
+    """Changes that keep the global batch, each with the step and --gradient_checkpointing and device that it means; in
+    the order of what they ask for: settings, engines that divide more, more devices, larger ones.
+
+    Args:
+        make_batch: the largest batch of the run with only so many of its records.
+    """
+    arguments, processes = estimator.arguments, estimator.processes
+    setting, fewest, flags = arguments.gradient_checkpointing, arguments.device_batch_size, ""
+    full, smallest = "--gradient_checkpointing full", estimator
+    least = estimator.plan("full", share_memory(accelerator, processes))
+    if least.memory.state <= least.usable:  # else it would not fit even if it computed on nothing
+        while fewest % 2 == 0:
+            fewest //= 2
+            flags = f" --device_batch_size {fewest}"
+            smallest = estimator.with_changes(batch=make_batch(fewest))
+            yield flags.strip(), smallest, setting, accelerator
+        if setting == "none":
+            yield full, estimator, "full", accelerator
+            if flags:
+                yield full + flags, smallest, "full", accelerator
+    if accelerator.is_cpu:
+        return
+    stages = [stage for stage in (2, 3) if processes > 1 and stage > estimator.stage]
+    engines = [(f"--engine zero{stage}", stage, processes) for stage in stages]
+    engines += [(f"{times * processes} GPUs with --engine zero3", 3, times * processes) for times in (2, 4)]
+    for change, stage, devices in engines:
+        if arguments.global_batch_size % (devices * fewest) == 0:
+            engine = choose_engine(f"zero{stage}", devices, on_gpu=True)
+            divided = smallest.with_changes(engine=engine, processes=devices)
+            yield f"{change}, {full}{flags}", divided, "full", accelerator
+    larger = {other.memory_gib: other for other in ACCELERATORS if other.peak_tflops}
+    for memory, other in sorted(larger.items()):
+        if memory > accelerator.memory_gib * MUCH_LARGER:
+            yield f"a device with the memory of {other.name}", estimator, setting, other
 
 
 def find_utilisation(accelerator: Accelerator) -> float:
