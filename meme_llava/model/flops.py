@@ -60,12 +60,8 @@ def count_batch(batch: Mapping) -> StepCounts:
     keys = batch["cu_seqlens_k"].long().diff()  # (segments,)
     # Causal, aligned at the ends: a segment's first query sees all keys but the segment's other queries.
     pairs = queries * (keys - queries) + queries * (queries + 1) // 2
-    return StepCounts(
-        positions=batch["input_ids"].numel(),
-        attention_pairs=int(pairs.sum()),
-        images=len(batch["pixel_values"]),
-        supervised=batch["loss_positions"].numel(),
-    )
+    positions, supervised = batch["input_ids"].numel(), batch["loss_positions"].numel()
+    return StepCounts(positions, int(pairs.sum()), len(batch["pixel_values"]), supervised)
 
 
 @dataclass(frozen=True)

@@ -125,10 +125,9 @@ def find_stored(tensors: Iterable[str], name: str) -> str:
 def check_same_names(expected: Iterable[str], found: Iterable[str], source: str) -> None:
     """Raise UserError unless both name the same tensors."""
     expected, found = set(expected), set(found)
-    if missing := sorted(expected - found):
-        raise UserError(f"{source}: {len(missing)} tensors are missing, e.g. {', '.join(missing[:3])}")
-    if unexpected := sorted(found - expected):
-        raise UserError(f"{source}: {len(unexpected)} tensors are unexpected, e.g. {', '.join(unexpected[:3])}")
+    for kind, names in (("missing", expected - found), ("unexpected", found - expected)):
+        if names:
+            raise UserError(f"{source}: {len(names)} tensors are {kind}, e.g. {', '.join(sorted(names)[:3])}")
 
 
 @contextlib.contextmanager
@@ -146,11 +145,8 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_strictly(model_class, folder: Path, allowed_unexpected: tuple[str, ...] = (), **options):
-    """`model_class.from_pretrained(folder)` that refuses a missing, unexpected or mismatched tensor.
-
-    Args:
-        allowed_unexpected: prefixes of tensors that the folder may hold and the class does not use.
-    """
+    """`model_class.from_pretrained(folder)` that refuses a missing, unexpected or mismatched tensor; those that begin
+    with `allowed_unexpected` may be in the folder without being used."""
     try:
         with quiet_transformers():
             model, report = model_class.from_pretrained(
@@ -158,7 +154,7 @@ def load_strictly(model_class, folder: Path, allowed_unexpected: tuple[str, ...]
             )
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"{folder}: cannot be loaded as {model_class.__name__}: {error}") from error
-    unexpected = [key for key in report["unexpected_keys"] if not key.startswith(allowed_unexpected or ("\0",))]
+    unexpected = [key for key in report["unexpected_keys"] if not key.startswith(allowed_unexpected)]
     for kind, keys in (
         ("missing", report["missing_keys"]),
         ("unexpected", unexpected),
@@ -212,11 +208,10 @@ def offload_weights(model: nn.Module, read: Callable[[str], torch.Tensor]) -> nn
 
 def count_read_bytes(tensors: dict[str, StoredTensor], *roles: str) -> int:
     """What one pass through these parts of an offloaded LLaVA reads; a tied head is the embedding, read once more."""
-    head = "language_model.lm_head.weight"
-    tied = (
-        tensors[find_stored(tensors, "lm_head.weight")].nbytes if LANGUAGE_MODEL in roles and head not in tensors else 0
-    )
-    return tied + sum(stored.nbytes for name, stored in tensors.items() if name.startswith(roles))
+    read = sum(stored.nbytes for name, stored in tensors.items() if name.startswith(roles))
+    if LANGUAGE_MODEL in roles and to_disk_name("lm_head.weight") not in tensors:
+        read += tensors[find_stored(tensors, "lm_head.weight")].nbytes
+    return read
 
 
 def fits_in_memory(tensors: dict[str, StoredTensor], dtype: torch.dtype) -> bool:
@@ -240,15 +235,10 @@ def measure_available_memory() -> int:
 def load_llava(
     folder: Path, dtype: torch.dtype, model_class: type[LlavaForConditionalGeneration] = LlavaForConditionalGeneration
 ) -> LlavaForConditionalGeneration:
-    """Load a LLaVA that build_base_model.py or merge_lora.py wrote, in `dtype`, on the CPU.
+    """Load a LLaVA that build_base_model.py or merge_lora.py wrote, in `dtype`, on the CPU; `model_class` may be
+    another one with the same parameters. Raises UserError where a tensor is missing, unexpected, or of another shape.
 
     Every tensor is read and converted on its own, so that loading takes no more memory than the model.
-
-    Args:
-        model_class: LlavaForConditionalGeneration, or a class with the same parameters.
-
-    Raises:
-        UserError: a tensor is missing, unexpected, or of another shape.
     """
     check_llava_folder(folder)
     try:
@@ -269,11 +259,8 @@ def load_llava(
 
 
 def load_processing(folder: Path) -> Processing:
-    """Tokenizer, image policy and prompt encoder of a model folder, checked against its config.
-
-    Raises:
-        UserError: a file is missing, or the ids of `<image>` in config, tokenizer and processor disagree.
-    """
+    """Tokenizer, image policy and prompt encoder of a model folder, checked against its config. Raises UserError where
+    a file is missing, or the ids of `<image>` in config, tokenizer and processor disagree."""
     check_llava_folder(folder)
     try:
         with quiet_transformers():
@@ -281,11 +268,10 @@ def load_processing(folder: Path) -> Processing:
             config = LlavaConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: its processor cannot be loaded: {error}") from error
-    source = str(folder)
     if type(processor).__name__ != "LlavaProcessor":
         raise UserError(f"{folder}: processor_config.json gives {type(processor).__name__}, expected LlavaProcessor")
     tokens_per_image = count_image_tokens(config)
-    encoder = ConversationEncoder(processor.tokenizer, tokens_per_image, source)
+    encoder = ConversationEncoder(processor.tokenizer, tokens_per_image, str(folder))
     ids = {
         "config.json": config.image_token_id,
         "tokenizer": encoder.image_token_id,
@@ -293,10 +279,11 @@ def load_processing(folder: Path) -> Processing:
     }
     if len(set(ids.values())) != 1:
         raise UserError(f"{folder}: the id of {IMAGE_PLACEHOLDER} differs: {ids}. Build the model again.")
-    if max(processor.tokenizer.get_vocab().values()) >= config.text_config.vocab_size:
+    largest_id, rows = max(processor.tokenizer.get_vocab().values()), config.text_config.vocab_size
+    if largest_id >= rows:
         raise UserError(
-            f"{folder}: the tokenizer has ids up to {max(processor.tokenizer.get_vocab().values())}, the embedding "
-            f"only {config.text_config.vocab_size} rows. Build the model again."
+            f"{folder}: the tokenizer has ids up to {largest_id}, the embedding only {rows} rows. Build the model "
+            "again."
         )
-    image_policy = ImagePolicy.from_image_processor(processor.image_processor, source)
+    image_policy = ImagePolicy.from_image_processor(processor.image_processor, str(folder))
     return Processing(processor, encoder, image_policy, tokens_per_image, config)

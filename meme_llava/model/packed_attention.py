@@ -8,11 +8,10 @@ their ends. Neither models nor transformers are loaded here: the choice is made 
 import importlib.util
 import inspect
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import torch
@@ -31,9 +30,7 @@ def choose_attention(setting: str, device: torch.device, uses_bf16: bool) -> str
     auto: flash-attn where it is installed, else torch's own kernel for varying lengths; both compute in bf16 on a GPU.
     In bf16 on a CPU it is plain matrix products, whose backward pass was measured to be three times as fast there as
     that of scaled_dot_product_attention; everywhere else it is the latter. Both go segment by segment.
-
-    Raises:
-        UserError: the one asked for cannot run here.
+    Raises UserError where the one asked for cannot run here.
     """
     on_gpu = device.type == "cuda" and uses_bf16
     possible = {
@@ -63,11 +60,8 @@ def find_varlen_attention() -> tuple[Callable, set[str]] | None:
 
 
 def gpu_multiplies_bf16() -> bool:
-    """Whether this machine's GPU has bf16 of its own.
-
-    torch also counts those that only emulate it, from before compute capability 8.0, which are slower than in float32
-    and lack the attention kernels.
-    """
+    """Whether this machine's GPU has bf16 of its own. torch also counts those that only emulate it, from before compute
+    capability 8.0, which are slower than in float32 and lack the attention kernels."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -128,10 +122,8 @@ class Packing:
     @cached_property
     def tree_lengths(self) -> list[int]:
         """Positions of each tree: a record and all that share its beginning."""
-        lengths = Counter()
-        for segment in self.segments:
-            lengths[segment.tree] += segment.length
-        return list(lengths.values())
+        trees = groupby(self.segments, key=lambda segment: segment.tree)
+        return [sum(segment.length for segment in tree) for _, tree in trees]
 
 
 def attend_with_sdpa(module, query, key, value, attention_mask, scaling, dropout=0.0, *, packing: Packing, **kwargs):

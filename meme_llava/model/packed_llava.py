@@ -65,9 +65,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, hidden, weight, targets, weights, dtype
-    ):  # (positions, width), (vocabulary, width), 2 x (positions,)
+    def forward(ctx, hidden, weight, targets, weights, dtype):
+        """hidden (positions, width), weight (vocabulary, width), targets and weights (positions,) → scalar"""
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = weight.to(dtype)  # (vocabulary, width)
@@ -131,10 +130,8 @@ class PackedLlava(LlavaForConditionalGeneration):
         loss_weights: torch.Tensor,
         pixel_values: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """The sum of weight times cross entropy over all supervised positions, a float32 scalar, as {"loss": …}.
-
-        The arguments are those that `PackingCollator` describes.
-        """
+        """The sum of weight times cross entropy over all supervised positions, a float32 scalar, as {"loss": …}; of
+        what `PackingCollator` describes."""
         vision_features = self.encode_images(pixel_values)  # (images, tokens, vision width)
         features = self.model.multi_modal_projector(vision_features)  # (images, tokens, width)
         embeddings = self.get_input_embeddings()(input_ids)  # (1, positions, width)
@@ -176,14 +173,8 @@ class PackedLlava(LlavaForConditionalGeneration):
 
 
 def load_packed_llava(folder: Path, dtype: torch.dtype, image_policy: ImagePolicy, attention: str) -> PackedLlava:
-    """Load a LLaVA folder for training on packed rows.
-
-    Args:
-        attention: what `packed_attention.choose_attention` returned.
-
-    Raises:
-        UserError: a tensor is missing, unexpected or of another shape, or the model cannot be packed.
-    """
+    """Load a LLaVA folder for training on packed rows, with an attention that `choose_attention` returned. Raises
+    UserError where a tensor is missing, unexpected or of another shape, or the model cannot be packed."""
     model = load_llava(folder, dtype, PackedLlava)
     prepare_packed_llava(model, image_policy, attention, str(folder))
     return model

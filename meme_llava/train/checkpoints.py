@@ -68,16 +68,14 @@ def write_checkpoint(
     make_manifest_metadata: Callable[[], Mapping],
     keep: int,
 ) -> None:
-    """Write a checkpoint; all processes call this together.
+    """Write a checkpoint; all processes call this together. Raises UserError, the same in every process, where it could
+    not be written; older checkpoints are untouched then.
 
     Args:
         tensor_bytes: what its tensors take.
         write_files: writes this process's files into a folder and returns them.
         make_manifest_metadata: what the manifest says besides the files; called in the main process.
         keep: how many of the newest checkpoints stay.
-
-    Raises:
-        UserError: it could not be written; older checkpoints are untouched. The same in every process.
     """
     folder = output_dir / INCOMPLETE.format(step)
     broadcast_from_main(lambda: _make_room(output_dir, folder, tensor_bytes + SIDECAR_BYTES))
@@ -166,11 +164,8 @@ def write_final(output_dir: Path, checkpoint: Path, names: Sequence[str], last: 
 
 @contextlib.contextmanager
 def hold_output_dir(output_dir: Path) -> Iterator[None]:
-    """Keep other runs off the directory, and see that all processes write to the same one.
-
-    Raises:
-        UserError: another run writes it, or a machine does not share it.
-    """
+    """Keep other runs off the directory, and see that all processes write to the same one. Raises UserError where
+    another run writes it, or a machine does not share it."""
     with contextlib.ExitStack() as held, contextlib.ExitStack() as probe:
 
         def take() -> str:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -33,8 +33,6 @@ from meme_llava.storage.files import hash_file, read_lines, write_lines
 from meme_llava.terminal import print_table
 from meme_llava.train.settings import TrainArguments
 from meme_llava.train.trackers import ANSWERS, TrackerRuns
-
-Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -75,12 +73,11 @@ def load_validation(arguments: TrainArguments, processing: Processing) -> Valida
         "records": records,
         "questions": len(questions),
     }
-    return ValidationData(
-        loaded.dataset, records, questions, choose_shown(questions, arguments.eval_images), description
-    )
+    shown = choose_shown(questions, arguments.eval_images)
+    return ValidationData(loaded.dataset, records, questions, shown, description)
 
 
-def _read(arguments: TrainArguments, read: Callable[..., Result], *given) -> Result:
+def _read(arguments: TrainArguments, read: Callable, *given):
     try:
         return read(arguments.eval_annotations, arguments.eval_image_folder, arguments, *given)
     except UserError as error:
@@ -190,7 +187,7 @@ class TrainingEvaluation:
         answerer = Answerer(self.model, processing, generation_config, options, self.accelerator.device)
         return [prediction for several in self._share(self._data.questions, answer) for prediction in several]
 
-    def _share(self, items: Sequence[Item], compute: Callable[[Sequence[Item]], Result]) -> list[Result]:
+    def _share(self, items: Sequence, compute: Callable[[Sequence], Any]) -> list:
         """What is computed of the batches of items, in their order: the same whatever the number of processes.
 
         Each process computes its share of them, in as many rounds as every other. Where it has none left it gets the

@@ -40,11 +40,8 @@ LONG_SAVE_SECONDS = 20
 
 
 class TrainingLoop:
-    """Trains a prepared run from its start point to its last step; all processes make every call together.
-
-    Args:
-        trackers: that are told what is logged.
-    """
+    """Trains a prepared run from its start point to its last step, and tells the trackers what is logged; all processes
+    make every call together."""
 
     def __init__(self, run: PreparedRun, session: Session, trackers: TrackerRuns):
         plan = run.plan
@@ -194,8 +191,10 @@ class TrainingLoop:
         for group, rate in zip(self._run.groups, self._rates, strict=True):
             figures[f"{RATE_PREFIX}{group.rate_name}"] = rate
         figures |= self._meter.read()
-        counted = {"skipped_steps": self._skipped, "quarantined_records": len(self._plan.data.checked.bad)}
-        figures |= {name: count for name, count in counted.items() if count}
+        if self._skipped:
+            figures["skipped_steps"] = self._skipped
+        if self._plan.data.checked.bad:
+            figures["quarantined_records"] = len(self._plan.data.checked.bad)
         self._losses, self._skipped = [], 0
         self._log(figures)
         self._bar.show(self.step, figures)
@@ -276,14 +275,14 @@ def fit(run: PreparedRun, session: Session) -> None:
 
 def finish(plan: RunPlan, heartbeat: Heartbeat) -> None:
     """Make the last checkpoint's weights the run's result, with its curves; all processes call it together."""
+
+    def write_result() -> None:
+        output_dir = plan.arguments.output_dir
+        checkpoint = plan.start.checkpoint if plan.start.step == plan.steps else list_checkpoints(output_dir)[-1]
+        draw_training_curves(read_training_log(checkpoint), output_dir / "training_curves.png")
+        names = [name for name in read_manifest(checkpoint)["files"] if not name.startswith(OPTIMIZER_PREFIX)]
+        write_final(output_dir, checkpoint, names, last=RUN_RECORD)
+        print(f"trained weights, run record and curves: {output_dir}", flush=True)
+
     heartbeat.beat()
-    broadcast_from_main(lambda: _write_result(plan))
-
-
-def _write_result(plan: RunPlan) -> None:
-    output_dir = plan.arguments.output_dir
-    checkpoint = plan.start.checkpoint if plan.start.step == plan.steps else list_checkpoints(output_dir)[-1]
-    draw_training_curves(read_training_log(checkpoint), output_dir / "training_curves.png")
-    names = [name for name in read_manifest(checkpoint)["files"] if not name.startswith(OPTIMIZER_PREFIX)]
-    write_final(output_dir, checkpoint, names, last=RUN_RECORD)
-    print(f"trained weights, run record and curves: {output_dir}", flush=True)
+    broadcast_from_main(write_result)

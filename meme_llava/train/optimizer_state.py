@@ -21,7 +21,6 @@ from meme_llava.train.prepared_run import MOMENTUM_BUFFER
 
 MOMENTS, MUON_MOMENTS = ("exp_avg", "exp_avg_sq"), (MOMENTUM_BUFFER,)
 OPTIMIZER_PREFIX = "optimizer-"
-FLOAT32_BYTES = 4
 
 
 class TrainingState:
@@ -50,25 +49,18 @@ class TrainingState:
 
     @property
     def nbytes(self) -> int:
-        """What a checkpoint's tensors take on disk."""
-        sizes = {name: torch.Size(shape).numel() for name, shape in self._shapes.items()}
-        return FLOAT32_BYTES * (sum(sizes.values()) + sum(sizes[name] for name, _ in self._keys))
+        """What a checkpoint's tensors, all float32, take on disk."""
+        sizes = {name: 4 * torch.Size(shape).numel() for name, shape in self._shapes.items()}
+        return sum(sizes.values()) + sum(sizes[name] for name, _ in self._keys)
 
     def gather_weights(self) -> dict[str, torch.Tensor]:
         """Every weight that learns, float32, by its name before the engine took it; empty but in the main process."""
-        weights = {}
-        for name in self._shapes:
-            weight = self._gather(name, None)
-            if is_main_process():
-                weights[name] = weight.cpu()
-        return weights
+        gathered = ((name, self._gather(name, None)) for name in self._shapes)
+        return {name: weight.cpu() for name, weight in gathered if is_main_process()}
 
     def write_moments(self, folder: Path) -> list[Path]:
-        """Write the moments, each process its share of them; returns the files that this process wrote.
-
-        Raises:
-            OSError: a file cannot be written; after all processes have taken part.
-        """
+        """Write the moments, each process its share of them; returns the files that this process wrote. Raises OSError
+        where one cannot be written, after all processes have taken part."""
         self._create_moments()
         rank, processes = find_rank(), count_processes()
         stream = ((key, self._gather(*key)) for key in self._keys)
@@ -94,16 +86,14 @@ class TrainingState:
         return counts.pop() if counts else 0
 
     def load(self, folder: Path, weights: dict[str, torch.Tensor] | None, updates: int) -> None:
-        """Take up what a checkpoint holds.
+        """Take up what a checkpoint holds. Raises CheckpointError where a tensor is missing, unexpected or of another
+        shape.
 
         Args:
             folder: with the files of `write_moments`, of however many processes.
             weights: every weight that learns, float32, as `gather_weights` gave them; None where the engine already has
                 them to the last bit.
             updates: what `count_updates` gave.
-
-        Raises:
-            CheckpointError: a tensor is missing, unexpected or of another shape.
         """
         self._create_moments()
         for state in self._adam.state.values():

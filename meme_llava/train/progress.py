@@ -112,12 +112,8 @@ def collate_and_count(examples: list[dict], collate: Callable[[list[dict]], dict
 
 
 class ThroughputMeter:
-    """The optimizer steps between two log lines, measured over all processes, which make every call together.
-
-    Args:
-        accelerator: accelerate's, that adds up what they count.
-        records_per_step: the global batch.
-    """
+    """The optimizer steps between two log lines, measured over all processes, which make every call together;
+    `records_per_step` is the global batch."""
 
     def __init__(self, model: nn.Module, accelerator: Accelerator, records_per_step: int):
         self._costs, self._accelerator = TrainingCosts.of_model(model), accelerator

@@ -43,12 +43,12 @@ LONGEST_SIDE = 448  # pixels of an image beside an answer
 def check_trackers(names: Sequence[str]) -> None:
     """Raise UserError unless every tracker is installed, and one with a server logged in and to be reached."""
     for name in names:
-        missing = [module for module in MODULES.get(name, ()) if importlib.util.find_spec(module) is None]
-        if missing:
-            raise UserError(
-                f"--report_to {name}: the package {missing[0]} is not installed; pip install -r "
-                f"configs/requirements/trackers.txt (or only the lines of {name}), or leave {name} out"
-            )
+        for module in MODULES.get(name, ()):
+            if importlib.util.find_spec(module) is None:
+                raise UserError(
+                    f"--report_to {name}: the package {module} is not installed; pip install -r "
+                    f"configs/requirements/trackers.txt (or only the lines of {name}), or leave {name} out"
+                )
     mlflow_address = os.environ.get("MLFLOW_TRACKING_URI", "")
     if MLFLOW in names and mlflow_address.startswith(("http://", "https://")):
         _check_reachable(MLFLOW, mlflow_address, "set another MLFLOW_TRACKING_URI, or unset it")
