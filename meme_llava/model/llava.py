@@ -173,7 +173,10 @@ def check_llava_folder(folder: Path) -> None:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise UserError(f"{folder}: has no config.json, so it is not a model folder")
-    model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+    try:
+        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+    except ValueError as error:
+        raise UserError(f"{config_file}: not JSON ({error})") from error
     if model_type != "llava":
         raise UserError(f"{folder}: is a {model_type!r} model, expected 'llava'. Build one with build_base_model.py.")
 
