@@ -26,7 +26,7 @@ EXPECTATIONS: dict[str, Callable[[Any], Any]] = {
     "at least 2": lambda value: value >= 2,
     "0 or more": lambda value: value >= 0,
     "greater than 0": lambda value: value > 0,
-    "between 0 and 1": lambda value: 0 <= value < 1,
+    "0 or more and below 1": lambda value: 0 <= value < 1,
     "a whole number and KB, MB, GB or TB, such as 5GB": re.compile("[1-9][0-9]*(KB|MB|GB|TB)").fullmatch,
 }
 

@@ -53,7 +53,7 @@ FOREIGN_VARIABLES = {
     *(preset.key_variable for preset in PRESETS.values() if preset.key_variable),
 }
 # Words in capitals that are no variable: constants of the code, a placeholder, a misspelt one, and one that is gone.
-OTHER_NAMES = {"ALPHABET", "COMMANDS", "RUBRIC", "NAME", "EPOCH", "HOSTFILE"}
+OTHER_NAMES = {"ALPHABET", "COMMANDS", "DIVIDED", "EXPECTATIONS", "VALUE_CHECKS", "RUBRIC", "NAME", "EPOCH", "HOSTFILE"}
 HUB_IDS = {"Qwen/Qwen2-7B-Instruct", "OFA-Sys/chinese-clip-vit-large-patch14-336px"}
 # Made when the product runs, so no checkout has them.
 MADE_BY_RUNS = ("output", ".venv")

@@ -21,7 +21,7 @@ class LoraRecipe:
     lora_language_modules: list[str] = setting("language projections that get LoRA", nargs="*")
     lora_r: int = setting("rank of the LoRA matrices", expected="greater than 0")
     lora_alpha: float = setting("LoRA updates are scaled by lora_alpha / lora_r", expected="greater than 0")
-    lora_dropout: float = setting("dropout in front of the LoRA matrices", 0.05, expected="between 0 and 1")
+    lora_dropout: float = setting("dropout in front of the LoRA matrices", 0.05, expected="0 or more and below 1")
 
     def __post_init__(self) -> None:
         """Stop at values that contradict each other or cannot be meant."""

@@ -50,7 +50,7 @@ class TrainArguments(RecordPolicy, LoraRecipe, LearningRates, BatchSettings, Run
     num_train_epochs: float = setting("passes over the records", expected="greater than 0")
     max_steps: int | None = setting("optimizer steps, in place of num_train_epochs", None, expected="at least 1")
     warmup_ratio: float | None = setting(
-        "share of the steps in which rates rise from 0", None, expected="between 0 and 1"
+        "share of the steps in which rates rise from 0", None, expected="0 or more and below 1"
     )
     warmup_steps: int | None = setting("warmup in steps, in place of warmup_ratio", None, expected="0 or more")
     lr_scheduler_type: Literal["cosine", "linear"] = setting("how the learning rates fall to 0 after warmup", "cosine")

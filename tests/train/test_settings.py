@@ -199,7 +199,11 @@ VALUE_CHECKS = [
     *[(name, value, "0 or more") for name in ("weight_decay", "max_grad_norm") for value in ("-0.1", "nan")],
     ("weight_decay", "inf", "0 or more"),
     *[(name, "-1", "0 or more") for name in ("dataloader_workers", "warmup_steps", "seed", "eval_images")],
-    *[(name, value, "between 0 and 1") for name in ("warmup_ratio", "lora_dropout") for value in ("-0.1", "1", "nan")],
+    *[
+        (name, value, "0 or more and below 1")
+        for name in ("warmup_ratio", "lora_dropout")
+        for value in ("-0.1", "1", "nan")
+    ],
 ]  # fmt: skip
 
 
