@@ -33,7 +33,7 @@ from transformers import (  # noqa: E402
 )
 
 from meme_llava.dataset.records import read_records  # noqa: E402
-from meme_llava.distributed.engines import SINGLE, choose_engine  # noqa: E402
+from meme_llava.distributed.environment import SINGLE, choose_engine  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model.llava import load_processing, quiet_transformers  # noqa: E402
 from meme_llava.model.trainable import plan_parameter_groups, prepare_trainable, save_trained_weights  # noqa: E402

@@ -11,9 +11,16 @@ import pytest
 from conftest import ROOT
 
 from meme_llava.errors import UserError
-from meme_llava.pipeline.__main__ import main, make_result, run_command
-from meme_llava.pipeline.plan import SETTING, Stage, choose_device_batch, choose_devices, list_settings, split_flags
-from meme_llava.storage.run_record import is_same, list_differences
+from meme_llava.pipeline.__main__ import list_differences, main, make_result, run_command
+from meme_llava.pipeline.plan import (
+    SETTING,
+    Stage,
+    choose_device_batch,
+    choose_devices,
+    is_same,
+    list_settings,
+    split_flags,
+)
 from meme_llava.train.settings import TrainArguments, free_settings
 
 LAUNCHER = "python -m meme_llava.distributed.launch --nproc_per_node"

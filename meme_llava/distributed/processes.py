@@ -27,8 +27,17 @@ from torch import distributed
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
-from meme_llava.distributed.engines import DDP, DEEPSPEED, FSDP, SINGLE, Engine
-from meme_llava.distributed.environment import REPEATED_SIGNAL_SECONDS, STANDARD_ERROR, count_processes, is_main_process
+from meme_llava.distributed.environment import (
+    DDP,
+    DEEPSPEED,
+    FSDP,
+    REPEATED_SIGNAL_SECONDS,
+    SINGLE,
+    STANDARD_ERROR,
+    Engine,
+    count_processes,
+    is_main_process,
+)
 from meme_llava.errors import ProcessError, Stopped, UserError
 
 # torch's own limit for waiting is the second line of defence, behind the heartbeat's.

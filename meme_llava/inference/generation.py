@@ -25,8 +25,8 @@ from meme_llava.inference.questions import Prediction, Question
 from meme_llava.model.llava import PROJECTOR, Processing, load_llava, load_processing, quiet_transformers
 from meme_llava.model.packed_attention import gpu_multiplies_bf16
 from meme_llava.model.trainable import apply_trained_weights
-from meme_llava.storage.fingerprint import find_base
 from meme_llava.storage.run_record import holds_trained_weights
+from meme_llava.storage.tensor_files import find_base
 
 
 class PromptTooLong(UserError):

@@ -1,5 +1,5 @@
-"""Floating point operations: of a training step, from the model, its trainable parameters and a batch's counts; and of
-the known devices per second.
+"""Floating point operations: of a training step, from the model, its trainable parameters and a batch's counts; of the
+known devices per second; and of a run as it goes.
 
 Counted are model FLOPs as the field counts them: matrix multiplications, convolutions and attention, a multiplication
 and an addition as two. Nothing that is recomputed to save memory counts, nor norms, activations and the optimizer. A
@@ -9,11 +9,16 @@ Peaks of devices are the datasheets' dense bf16 figures in TFLOP/s (no sparsity,
 reports as a device's total, in GiB.
 """
 
+import contextlib
+import itertools
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass
 
+import accelerate
 import numpy as np
+import torch
 from torch import nn
 
 from meme_llava.model.llava import (
@@ -27,6 +32,7 @@ from meme_llava.model.llava import (
 )
 
 CPU = "cpu"
+COUNTS, USEFUL, RECORD_IDS = "counts", "useful_positions", "record_ids"
 # The order in which a vision layer uses its projections; a gradient flows back only to where something learns.
 VISION_LAYER_ORDER = ({"q_proj", "k_proj", "v_proj"}, {"out_proj"}, {"fc1"}, {"fc2"})
 
@@ -197,3 +203,76 @@ ACCELERATORS = (
 def recognise_accelerator(device_name: str) -> Accelerator | None:
     """The accelerator that calls itself `device_name`, as `torch.cuda.get_device_name()` returns it, if it is known."""
     return next((one for one in ACCELERATORS if re.fullmatch(one.device_name, device_name)), None)
+
+
+def collate_and_count(examples: list[dict], collate: Callable[[list[dict]], dict]) -> dict:
+    """The batch that `collate` makes, with its `StepCounts`, the number of positions that belong to a record, and the
+    ids of its records: counted where reading a tensor back costs no waiting."""
+    batch = collate(examples)
+    useful, ids = len(batch["kv_index"].unique()), [str(example["record_id"]) for example in examples]
+    return {**batch, COUNTS: count_batch(batch), USEFUL: useful, RECORD_IDS: ids}
+
+
+class ThroughputMeter:
+    """The optimizer steps between two log lines, measured over all processes, which make every call together;
+    `records_per_step` is the global batch."""
+
+    def __init__(self, model: nn.Module, accelerator: accelerate.Accelerator, records_per_step: int):
+        self._costs, self._accelerator = TrainingCosts.of_model(model), accelerator
+        self._records_per_step, device = records_per_step, accelerator.device
+        known = recognise_accelerator(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        # Of all devices; None where it is unknown, as a CPU's is.
+        self._peak_tflops = known.peak_tflops * accelerator.num_processes if known and known.peak_tflops else None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._counts, self._useful, self._steps, self._start, self._waited = StepCounts(), 0, 0, 0.0, 0.0
+
+    def fetch(self, batches: Iterator[dict], count: int) -> list[dict]:
+        """Take the device batches of an optimizer step from the loader, and note how long that took."""
+        start = time.perf_counter()
+        if self._steps == 0:
+            # What happened since the last line, such as writing a checkpoint, is not training.
+            self._start = start
+        fetched = list(itertools.islice(batches, count))
+        self._waited += time.perf_counter() - start
+        self._counts = sum((batch.pop(COUNTS) for batch in fetched), self._counts)
+        self._useful += sum(batch.pop(USEFUL) for batch in fetched)
+        self._steps += 1
+        return fetched
+
+    @contextlib.contextmanager
+    def leave_out(self) -> Iterator[None]:
+        """Do something between two steps that is not training, such as evaluating."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+    def read(self) -> dict[str, float]:
+        """Figures since the last call, for the log; empty if no step was measured.
+
+        captions_per_second, tokens_per_second and model_tflops_per_second are over all devices; a token is a position
+        that was computed. data_wait_share is the share of the time in which this process waited for its batches;
+        useful_token_share the share of computed positions that belong to a record and are not padding. mfu, the model
+        FLOPs utilisation, is the share of the devices' bf16 peak that the model's own arithmetic makes up.
+        """
+        if not self._steps:
+            return {}
+        seconds = time.perf_counter() - self._start
+        own = torch.tensor([*astuple(self._counts), self._useful], dtype=torch.float64, device=self._accelerator.device)
+        *totals, useful = (int(value) for value in self._accelerator.reduce(own, "sum").tolist())
+        counts, captions = StepCounts(*totals), self._steps * self._records_per_step
+        teraflops = self._costs.flops(counts) / seconds / 1e12
+        figures = {
+            "captions_per_second": captions / seconds,
+            "tokens_per_second": counts.positions / seconds,
+            "positions_per_caption": counts.positions / captions,
+            "images_per_caption": counts.images / captions,
+            "useful_token_share": useful / counts.positions,
+            "data_wait_share": self._waited / seconds,
+            "model_tflops_per_second": teraflops,
+        }
+        if self._peak_tflops is not None:
+            figures["mfu"] = teraflops / self._peak_tflops
+        self._reset()
+        return figures

@@ -7,13 +7,14 @@ declares, each after its number of words. Settings are environment variables.
 """
 
 import importlib.util
+import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from meme_llava.cli import parse_arguments
@@ -27,16 +28,19 @@ from meme_llava.pipeline.plan import (
     check_names,
     choose_devices,
     describe_settings,
+    is_same,
     list_settings,
     name_settings,
     plan_stages,
     split_flags,
     split_stages,
 )
-from meme_llava.storage.files import write_json
-from meme_llava.storage.run_record import describe_making, is_same, list_differences
+from meme_llava.storage.files import hash_file, write_json
+from meme_llava.storage.run_record import RUN_RECORD
 
 ONCE = ("build", "train", "merge")  # stages whose result stands; the others run again, and find what they have
+# What tells one folder of weights from another; the last one stands beside towers that were trained together.
+IDENTIFYING_FILES = (RUN_RECORD, "config.json", f"../{RUN_RECORD}")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -180,6 +184,33 @@ def make_result(stage: Stage, writes_note: bool) -> None:
         )
     else:
         print(f"finished already: {stage.folder}", flush=True)
+
+
+def describe_making(flags: Mapping[str, Sequence[str]], free: Container[str]) -> dict[str, str]:
+    """Flags with their values, and hashes of the files that they name, without `free` flags that change no result."""
+    making = {}
+    for name, values in flags.items():
+        if name.removeprefix("no_") in free:
+            continue
+        making[f"--{name}"] = shlex.join(values)
+        if name != "output_dir" and len(values) == 1:
+            for file in (values[0], *(f"{values[0]}/{part}" for part in IDENTIFYING_FILES)):
+                if Path(file).is_file():
+                    making[f"contents of --{name}{file.removeprefix(values[0])}"] = hash_file(Path(file))
+    return making
+
+
+def list_differences(note: Path, making: Mapping[str, str]) -> list[str]:
+    """Lines with what a note says (<) and what is so now (>), where that differs."""
+    try:
+        noted = json.loads(note.read_text(encoding="utf-8"))
+    except ValueError:
+        return [f"< {note}: no note of this version of run.sh"]
+    lines = []
+    for name in {**noted, **making}:
+        if name not in noted or name not in making or not is_same(noted[name], making[name]):
+            lines += [f"{sign} {name} {side[name]}" for sign, side in (("<", noted), (">", making)) if name in side]
+    return lines
 
 
 def run_command(*command: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from meme_llava import ROOT
 from meme_llava.errors import UserError
-from meme_llava.storage.run_record import RUN_RECORD, is_same
+from meme_llava.storage.run_record import RUN_RECORD
 
 FILES = (ROOT / "run.sh", ROOT / "scripts" / "more_settings.sh")
 SETTING = re.compile(r"^([A-Z][A-Z0-9_]*)=\$\{\1:-(.*?)\} *", re.MULTILINE)
@@ -277,3 +277,11 @@ def read_count(variables: Mapping[str, str], name: str) -> int:
     if not re.fullmatch(r"[1-9]\d*", variables[name]):
         raise UserError(f"{name} is '{variables[name]}', expected a whole number above 0")
     return int(variables[name])
+
+
+def is_same(then: str, now: str) -> bool:
+    """Whether two values mean the same: one number, or one place on the disk, in whatever spelling."""
+    try:
+        return float(then) == float(now)
+    except ValueError:
+        return os.path.realpath(then) == os.path.realpath(now)

@@ -1,9 +1,10 @@
-"""Tensors in safetensors or `.bin` files: read where they are used, made and written piece by piece.
+"""Tensors in safetensors or `.bin` files: read where they are used, hashed, made and written piece by piece.
 
 Nothing here holds more than a few pieces in memory, whatever the size of the files. Nothing about models.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -19,13 +20,17 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 
-from meme_llava.errors import DiskFullError, UserError, is_disk_full
+from meme_llava import count_cores
+from meme_llava.errors import CheckpointError, DiskFullError, UserError, is_disk_full
+from meme_llava.storage.files import hash_file, write_whole
+from meme_llava.storage.run_record import MANIFEST, holds_trained_weights, read_trained_record
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLED_WEIGHTS = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 PIECE_BYTES = 16_000_000
+HASHING_THREADS = 4
 DAMAGED = "Delete it and download or make it again."
 WRITTEN_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # by their names in a header
 
@@ -148,6 +153,76 @@ def _list_pickled(path: Path) -> list[StoredTensor]:
     # Where they are mapped is where they lie in the file.
     in_order = sorted(content.items(), key=lambda item: item[1].data_ptr())
     return [StoredTensor(path, name, tensor.dtype, tuple(tensor.shape), tensor.detach()) for name, tensor in in_order]
+
+
+def fingerprint_folder(folder: Path) -> str:
+    """The fingerprint of a model folder's weights, whatever files they are divided into: 64 hexadecimal digits.
+
+    It is a sha256 over every tensor's name, shape, dtype and bytes. 15 GB take seconds to hash, so what was found is
+    remembered together with the state of the files it was found in.
+
+    Raises:
+        UserError: the folder holds no weights, or a file of them is damaged.
+    """
+    tensors = dict(sorted(open_model_tensors(folder).items()))
+    paths = sorted({stored.path for stored in tensors.values()})
+    # Files whose contents change get another state, as git takes it.
+    states = {
+        str(path.resolve()): f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
+        for path, state in ((path, path.stat()) for path in paths)
+    }
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meme_llava" / "fingerprints"
+    remembered = cache / hashlib.sha256(json.dumps(states).encode()).hexdigest()
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return remembered.read_text(encoding="ascii")
+    whole = hashlib.sha256()
+    with ThreadPoolExecutor(min(HASHING_THREADS, count_cores())) as pool:
+        for name, digest in zip(tensors, pool.map(_hash_tensor, tensors.values()), strict=True):
+            whole.update(f"{name} {digest}\n".encode())
+    fingerprint = whole.hexdigest()
+    with contextlib.suppress(OSError):  # a home that cannot be written costs time alone
+        cache.mkdir(parents=True, exist_ok=True)
+        write_whole(remembered, fingerprint)
+    return fingerprint
+
+
+def _hash_tensor(stored: StoredTensor) -> str:
+    digest = hashlib.sha256(f"{stored.shape} {stored.dtype}\n".encode())
+    for piece in stored.make_pieces():
+        digest.update(view_bytes(piece))
+    return digest.hexdigest()
+
+
+def identify_weights(folder: Path) -> str:
+    """64 hexadecimal digits that are others whenever the weights are: of a whole model, or of trained weights and base.
+
+    Raises:
+        UserError: the folder holds neither.
+    """
+    # The manifest of trained weights lists their hash and that of their run record, which names the base.
+    return hash_file(folder / MANIFEST) if holds_trained_weights(folder) else fingerprint_folder(folder)
+
+
+def find_base(adapter: Path, base_model: Path | None) -> Path:
+    """The base model that trained weights belong to.
+
+    Args:
+        adapter: output or checkpoint of train.py.
+        base_model: where the base is now, if it moved since training.
+
+    Raises:
+        UserError: `adapter` holds no trained weights, is damaged, or its base is missing or another one.
+    """
+    record = read_trained_record(adapter)
+    folder = base_model or Path(record["base"]["folder"])
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: the base model of {adapter} is not there; say where it is with --base_model")
+    if fingerprint_folder(folder) != record["base"]["fingerprint"]:
+        raise CheckpointError(
+            f"{folder}: is not the base model that {adapter} was trained on (their weights differ); give the right "
+            "one with --base_model"
+        )
+    return folder
 
 
 def view_bytes(tensor: torch.Tensor) -> memoryview:

@@ -20,8 +20,7 @@ from transformers import StoppingCriteriaList
 from meme_llava.dataset.check import CheckedData, check_records
 from meme_llava.dataset.dataset import MemeDataset, load_records
 from meme_llava.dataset.images import open_image
-from meme_llava.distributed.engines import DEEPSPEED
-from meme_llava.distributed.environment import Heartbeat, count_processes, find_rank
+from meme_llava.distributed.environment import DEEPSPEED, Heartbeat, count_processes, find_rank
 from meme_llava.distributed.processes import broadcast_from_main, gather
 from meme_llava.errors import UserError
 from meme_llava.evaluate.scores import describe_measure, name_figure, score_predictions

@@ -7,8 +7,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from meme_llava.distributed.engines import choose_engine
-from meme_llava.distributed.environment import count_processes
+from meme_llava.distributed.environment import choose_engine, count_processes
 from meme_llava.errors import UserError
 from meme_llava.model.flops import CPU, count_batch
 from meme_llava.model.llava import Processing, load_processing

@@ -9,8 +9,7 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import get_scheduler
 
-from meme_llava.distributed.engines import DEEPSPEED, FSDP
-from meme_llava.distributed.environment import Heartbeat, find_rank, is_main_process
+from meme_llava.distributed.environment import DEEPSPEED, FSDP, Heartbeat, find_rank, is_main_process
 from meme_llava.distributed.processes import (
     broadcast_from_main,
     check_engine_runs,
@@ -18,22 +17,15 @@ from meme_llava.distributed.processes import (
     make_accelerator,
 )
 from meme_llava.errors import NonFiniteError, Stopped
+from meme_llava.model.flops import RECORD_IDS, ThroughputMeter
 from meme_llava.model.trainable import save_trained_weights
 from meme_llava.storage.run_record import RATE_PREFIX, RUN_RECORD, read_manifest, read_training_log, write_training_log
 from meme_llava.train.checkpoints import archive_newer_checkpoints, list_checkpoints, write_checkpoint, write_final
 from meme_llava.train.optimizer_state import OPTIMIZER_PREFIX, TrainingState
 from meme_llava.train.prepared_run import PreparedRun, make_loader, make_optimizer, write_sidecars
-from meme_llava.train.progress import (
-    RECORD_IDS,
-    ProgressBar,
-    StepGuard,
-    ThroughputMeter,
-    draw_training_curves,
-    watch_first_gradients,
-)
 from meme_llava.train.run_plan import RunPlan
-from meme_llava.train.session import Session
-from meme_llava.train.trackers import TrackerRuns, open_tracker_runs
+from meme_llava.train.session import Session, StepGuard, watch_first_gradients
+from meme_llava.train.trackers import ProgressBar, TrackerRuns, draw_training_curves, open_tracker_runs
 
 # Launchers and schedulers end a process 30 seconds after they asked it to stop.
 LONG_SAVE_SECONDS = 20

@@ -12,8 +12,7 @@ from safetensors import safe_open
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 
-from meme_llava.distributed.engines import DEEPSPEED, FSDP, Engine
-from meme_llava.distributed.environment import count_processes, find_rank, is_main_process
+from meme_llava.distributed.environment import DEEPSPEED, FSDP, Engine, count_processes, find_rank, is_main_process
 from meme_llava.errors import CheckpointError
 from meme_llava.model.trainable import ParameterGroup
 from meme_llava.storage.tensor_files import PlannedTensor, write_file

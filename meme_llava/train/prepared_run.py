@@ -16,9 +16,9 @@ from meme_llava.dataset.check import print_findings, write_quarantine
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import TrainingOrder
 from meme_llava.dataset.sampling import BatchShape
-from meme_llava.distributed.engines import DEEPSPEED
-from meme_llava.distributed.environment import Heartbeat, find_rank, is_main_process
+from meme_llava.distributed.environment import DEEPSPEED, Heartbeat, find_rank, is_main_process
 from meme_llava.distributed.processes import StepShape, choose_device, leave_signals_to_parent, make_deepspeed_plugin
+from meme_llava.model.flops import collate_and_count
 from meme_llava.model.llava import Processing, quiet_transformers
 from meme_llava.model.packed_attention import choose_attention
 from meme_llava.model.packed_llava import compile_layers, load_packed_llava
@@ -35,7 +35,6 @@ from meme_llava.model.trainable import (
 from meme_llava.storage.files import write_json
 from meme_llava.storage.run_record import RUN_RECORD
 from meme_llava.terminal import print_table
-from meme_llava.train.progress import collate_and_count
 from meme_llava.train.run_plan import RunPlan
 from meme_llava.train.session import choose_bf16
 from meme_llava.train.settings import TrainArguments

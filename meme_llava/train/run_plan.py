@@ -8,13 +8,11 @@ from typing import Any
 from meme_llava.cli import to_plain
 from meme_llava.dataset.dataset import LoadedData, load_records
 from meme_llava.dataset.records import QUARANTINE
-from meme_llava.distributed.engines import Engine
-from meme_llava.distributed.environment import is_main_process
+from meme_llava.distributed.environment import Engine, is_main_process
 from meme_llava.distributed.processes import broadcast_from_main
 from meme_llava.errors import CheckpointError, UserError
 from meme_llava.model.llava import Processing, load_processing
 from meme_llava.storage.files import hash_file
-from meme_llava.storage.fingerprint import fingerprint_folder, identify_weights
 from meme_llava.storage.run_record import (
     RUN_RECORD,
     describe_environment,
@@ -22,6 +20,7 @@ from meme_llava.storage.run_record import (
     read_trained_record,
     verify_directory,
 )
+from meme_llava.storage.tensor_files import fingerprint_folder, identify_weights
 from meme_llava.train.checkpoints import CORRUPT_SUFFIX, find_newest, list_checkpoints
 from meme_llava.train.session import Session, derive_accumulation
 from meme_llava.train.settings import TrainArguments, free_settings

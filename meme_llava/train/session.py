@@ -1,21 +1,41 @@
-"""This process's part in a run: what its device must have, the other processes, what to say when memory runs out."""
+"""This process's part in a run: what its device must have, the other processes, whether all of them can go on after a
+step, what to say when memory runs out.
+"""
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from meme_llava.distributed.engines import DDP, SINGLE, Engine, choose_engine
-from meme_llava.distributed.environment import Heartbeat, count_processes
-from meme_llava.distributed.processes import StopRequest, handle_stop_signals, leave_process_group, start_process_group
-from meme_llava.errors import OutOfMemoryError, UserError
+from meme_llava.distributed.environment import (
+    DDP,
+    SINGLE,
+    Engine,
+    Heartbeat,
+    choose_engine,
+    count_processes,
+    is_main_process,
+)
+from meme_llava.distributed.processes import (
+    StopRequest,
+    any_process,
+    gather,
+    handle_stop_signals,
+    leave_process_group,
+    start_process_group,
+)
+from meme_llava.errors import NonFiniteError, OutOfMemoryError, UserError
 from meme_llava.model.packed_attention import choose_attention, gpu_multiplies_bf16, multiplies_bf16
 from meme_llava.train.settings import TrainArguments
 
+MAX_SKIPPED_IN_A_ROW = 3
+MAX_LISTED_RECORDS = 8
 _SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _WORKER_SIGN = "is killed by signal: Killed"
 
@@ -98,6 +118,81 @@ def join_processes(arguments: TrainArguments) -> Iterator[Session]:
         start_process_group(engine, heartbeat.patience)
         yield Session(engine, processes, heartbeat, request)
         leave_process_group()
+
+
+class StepGuard:
+    """Whether losses and gradients of the running step are finite in all processes, and whether one is asked to stop.
+
+    If they are not finite, no process may apply the update; `mark_loss` makes one process's loss reach all of them,
+    through their gradients.
+    """
+
+    def __init__(self, request: StopRequest):
+        self._request = request
+        self._skipped_in_a_row = 0
+        self.stopped_by: str | None = None
+
+    def begin(self, record_ids: list[list[str]]) -> None:
+        """Forget the last step; the next one is made of these records, by device batch of this process."""
+        self._record_ids, self._finite, self.gradients_are_finite = record_ids, [], True
+
+    def mark_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss, or one that gives no finite gradient. No device waits for this."""
+        finite = torch.isfinite(loss.detach())
+        self._finite.append(finite)
+        return loss * torch.where(finite, 1.0, float("nan")).to(loss.dtype)
+
+    def after_step(self, step: int) -> None:
+        """Say that a step was skipped, if it was. Raises NonFiniteError after too many in a row."""
+        if self.gradients_are_finite:
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        pairs = [(ids, bool(finite)) for ids, finite in zip(self._record_ids, self._finite, strict=True)]
+        batches = [pair for of_process in gather(pairs) for pair in of_process]
+        suspects = [ids for ids, finite in batches if not finite]
+        what = "the loss of these records" if suspects else "the gradient of these records"
+        ids = list(dict.fromkeys(itertools.chain(*(suspects or [ids for ids, _ in batches]))))
+        more = f" and {len(ids) - MAX_LISTED_RECORDS} more" if len(ids) > MAX_LISTED_RECORDS else ""
+        text = f"{what} is not finite: {', '.join(map(repr, ids[:MAX_LISTED_RECORDS]))}{more}"
+        if is_main_process():
+            print(f"step {step} is skipped, no weight changed: {text}", flush=True)
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"{MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {step}, were not finite. At last {text}. No such "
+                "step changed a weight, and the newest checkpoint is sound. Look at these records, or lower --low_lr "
+                "and --high_lr."
+            )
+
+    def ask_to_stop(self) -> bool:
+        """Whether a signal asks any process to stop; all processes call it together."""
+        if self.stopped_by is None and any_process(self._request.name is not None):
+            self.stopped_by = next(name for name in gather(self._request.name) if name is not None)
+        return self.stopped_by is not None
+
+
+def watch_first_gradients(names: Iterable[str], model: nn.Module) -> Callable[[], None]:
+    """What to call after the first backward pass, before the update; it raises UserError if a tensor of these names, in
+    `model` as its engine holds it, got no gradient."""
+    missing = set(names)
+    # DeepSpeed takes gradients away at once, and hooks see nothing of those that FSDP shards.
+    handles = [
+        parameter.register_hook(lambda gradient, name=name: missing.discard(name))
+        for name, parameter in model.named_parameters()
+        if name in missing
+    ]
+
+    def check() -> None:
+        for handle in handles:
+            handle.remove()
+        lacking = missing - {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+        if lacking:
+            raise UserError(
+                f"after the first step {len(lacking)} tensors that should learn have no gradient, e.g. "
+                f"{', '.join(sorted(lacking)[:3])}"
+            )
+
+    return check
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from meme_llava import CONFIGS
 from meme_llava.cli import list_free_settings, make_parser, setting
 from meme_llava.dataset.check import RecordPolicy
 from meme_llava.dataset.sampling import BatchSettings
-from meme_llava.distributed.engines import check_engine_name
+from meme_llava.distributed.environment import check_engine_name
 from meme_llava.errors import UserError
 from meme_llava.model.settings import LearningRates, LoraRecipe
 

@@ -1,13 +1,15 @@
-"""The trackers that a run can be reported to: whether each can be used here, and the run in them.
+"""What is shown of a run: its trackers and whether each can be used here, a progress bar, training curves.
 
-Accelerate's trackers do it. One process of a run, the main one, opens them.
+Accelerate's trackers are used. One process of a run, the main one, opens them.
 """
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import sys
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -17,11 +19,13 @@ from pathlib import Path
 
 import numpy as np
 from accelerate.tracking import GeneralTracker, MLflowTracker, SwanLabTracker, TensorBoardTracker, WandBTracker
+from tqdm import tqdm
 
 from meme_llava.dataset.images import open_image
 from meme_llava.distributed.environment import is_main_process
 from meme_llava.distributed.processes import broadcast_from_main
 from meme_llava.errors import Stopped, UserError
+from meme_llava.storage.run_record import RATE_PREFIX
 from meme_llava.train.settings import MLFLOW, NO_TRACKER, SWANLAB, TENSORBOARD, WANDB
 
 PROJECT = "meme-llava"
@@ -37,6 +41,7 @@ REMEDIES = {
 ANSWERS = "answers.jsonl"  # in output_dir: what the model said at each evaluation
 REACH_SECONDS = 10
 OFFLINE_MODES = ("offline", "local", "disabled", "dryrun")
+SECONDS_BETWEEN_LINES = 5  # of progress, where the output is a file
 LONGEST_SIDE = 448  # pixels of an image beside an answer
 
 
@@ -222,3 +227,66 @@ def open_tracker_runs(names: Sequence[str], output_dir: Path, run_name: str | No
 def to_literal_text(text: str) -> str:
     """Markdown that shows a text as it is, whatever signs it holds."""
     return "".join(f"    {line}\n" for line in text.splitlines())
+
+
+class ProgressBar:
+    """A bar with loss, speed and time left; plain lines where the output is not a terminal. Of the main process."""
+
+    def __init__(self, step: int, steps: int):
+        self._first_step, self._steps, self._start = step, steps, time.perf_counter()
+        self._last_line = -SECONDS_BETWEEN_LINES
+        is_shown = is_main_process() and sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not is_shown)
+        self.update, self.close = self._bar.update, self._bar.close
+
+    def show(self, step: int, figures: Mapping[str, float]) -> None:
+        """Show what was logged: the speed is that since the last log line."""
+        seconds = time.perf_counter() - self._start
+        is_early = self._bar.disable and seconds - self._last_line < SECONDS_BETWEEN_LINES and step < self._steps
+        if not is_main_process() or "loss" not in figures or is_early:
+            return
+        self._last_line = seconds
+        loss = f"loss {figures['loss']:.4f}"
+        speed = f"{figures['captions_per_second']:.1f} captions/s, {figures['tokens_per_second']:,.0f} tokens/s"
+        speed += f", MFU {figures['mfu']:.0%}" if "mfu" in figures else ""
+        speed += f", waiting for data {figures['data_wait_share']:.0%}"
+        left_out = figures.get("quarantined_records")
+        left_out = f", {left_out:,} records quarantined" if left_out else ""
+        if self._bar.disable:
+            left = tqdm.format_interval(seconds / (step - self._first_step) * (self._steps - step))
+            print(f"step {step}/{self._steps}  {loss}  {speed}  {left} left{left_out}", flush=True)
+        else:
+            self._bar.set_postfix_str(f"{loss}, {speed}{left_out}")
+
+
+def draw_training_curves(log_history: list[dict], path: Path) -> None:
+    """Write a PNG: the losses of a training log above, every role's learning rate below, over optimizer steps."""
+    # It takes a second to load, and one process needs it once.
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    entries, evaluated = ([one for one in log_history if key in one] for key in ("loss", "eval_loss"))
+    steps = [entry["step"] for entry in entries]
+    figure, (loss_axes, rate_axes) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(2, 1))
+    loss_axes.plot(steps, [entry["loss"] for entry in entries], linewidth=1.2, label="training")
+    if evaluated:
+        points = zip(*((entry["step"], entry["eval_loss"]) for entry in evaluated), strict=True)
+        loss_axes.plot(*points, "o-", linewidth=1.8, label="validation")
+        loss_axes.legend()
+    loss_axes.set(ylabel="loss" if evaluated else "training loss", ylim=(0, None))
+    roles = sorted({key for entry in entries for key in entry if key.startswith(RATE_PREFIX)})
+    # Roles often share a rate; dashes of different length on one line keep all of them visible.
+    for role, style in zip(roles, itertools.cycle(["-", "--", ":"])):
+        rates = [entry.get(role) for entry in entries]
+        label = f"{role.removeprefix(RATE_PREFIX)} (peak {max(rates):.2g})"
+        rate_axes.plot(steps, rates, style, label=label, linewidth=1.8)
+    rate_axes.set_yscale("symlog", linthresh=1e-6)
+    rate_axes.set(ylabel="learning rate", xlabel="optimizer step", ylim=(0, None))
+    rate_axes.legend()
+    for axes in (loss_axes, rate_axes):
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

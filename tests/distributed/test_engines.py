@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 import infer
 import merge_lora
 import train
-from meme_llava.distributed import engines
-from meme_llava.distributed.engines import choose_engine, list_engines
+from meme_llava.distributed import environment
+from meme_llava.distributed.environment import choose_engine, list_engines
 from meme_llava.distributed.processes import check_engine_runs
 from meme_llava.errors import ProcessError, UserError
 
@@ -178,7 +178,7 @@ def test_an_engine_is_chosen_by_one_word():
 def test_a_deepspeed_file_that_would_overrule_the_learning_rates_is_refused(tmp_path, monkeypatch, content, message):
     (tmp_path / "deepspeed").mkdir()
     (tmp_path / "deepspeed" / "mine.json").write_text(content)
-    monkeypatch.setattr(engines, "CONFIGS", tmp_path)
+    monkeypatch.setattr(environment, "CONFIGS", tmp_path)
     with pytest.raises(UserError, match=f"mine.json: {message}"):
         choose_engine("mine", 2, on_gpu=True)
 

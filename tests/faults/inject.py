@@ -32,7 +32,7 @@ from meme_llava.train import (
     run_plan,  # noqa: E402
 )
 from meme_llava.train.loop import TrainingLoop  # noqa: E402
-from meme_llava.train.progress import StepGuard  # noqa: E402
+from meme_llava.train.session import StepGuard  # noqa: E402
 
 
 def before_step(step: int, act, every: bool = False) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from meme_llava.storage import fingerprint
-from meme_llava.storage.fingerprint import fingerprint_folder
+from meme_llava.storage import tensor_files
+from meme_llava.storage.tensor_files import fingerprint_folder
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_dtype_and_shape_count(world, folder):
 def test_what_was_found_is_remembered_until_a_file_changes(folder, monkeypatch):
     first = fingerprint_folder(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(fingerprint, "_hash_tensor", lambda *_: pytest.fail("it was hashed again"))
+        patch.setattr(tensor_files, "_hash_tensor", lambda *_: pytest.fail("it was hashed again"))
         assert fingerprint_folder(folder) == first
     tensors = load_file(folder / "model.safetensors")
     save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, folder / "model.safetensors")

@@ -22,7 +22,7 @@ from meme_llava.dataset.records import read_records
 from meme_llava.distributed.environment import Heartbeat
 from meme_llava.inference.generation import Answerer, load_answerer
 from meme_llava.inference.questions import Prediction, Question
-from meme_llava.train import precheck, prepared_run, progress
+from meme_llava.train import precheck, prepared_run, trackers
 from meme_llava.train.evaluation import TrainingEvaluation, choose_shown
 
 QUESTION = "读出文字。"
@@ -200,7 +200,7 @@ def test_the_run_record_names_the_validation_records(validation, evaluated):
 def test_the_curves_show_the_validation_loss(tmp_path, monkeypatch):
     monkeypatch.setattr(plt, "close", lambda figure: None)
     log = [{"step": step, "loss": 3.0 - step, "learning_rate/projector": 0.1} for step in (1, 2)]
-    progress.draw_training_curves([*log, {"step": 2, "eval_loss": 1.5}], tmp_path / "curves.png")
+    trackers.draw_training_curves([*log, {"step": 2, "eval_loss": 1.5}], tmp_path / "curves.png")
     lines = {line.get_label(): line for line in plt.gcf().axes[0].get_lines()}
     assert lines["training"].get_xydata().tolist() == [[1, 2], [2, 1]]
     assert lines["validation"].get_xydata().tolist() == [[2, 1.5]]

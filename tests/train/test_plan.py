@@ -13,7 +13,7 @@ from conftest import train_flags
 from transformers import LlavaConfig
 
 import train
-from meme_llava.distributed.engines import DDP, DEEPSPEED, Engine
+from meme_llava.distributed.environment import DDP, DEEPSPEED, Engine
 from meme_llava.errors import UserError
 from meme_llava.model.flops import Accelerator, TrainingCosts, count_batch
 from meme_llava.model.llava import load_processing

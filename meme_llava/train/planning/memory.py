@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlavaConfig
 
 from meme_llava.dataset.images import ImagePolicy
-from meme_llava.distributed.engines import DDP, DEEPSPEED, FSDP, SINGLE, Engine, choose_engine
+from meme_llava.distributed.environment import DDP, DEEPSPEED, FSDP, SINGLE, Engine, choose_engine
 from meme_llava.model.trainable import (
     CheckpointedLayers,
     count_layers,

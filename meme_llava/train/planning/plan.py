@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch.utils.benchmark import Timer
 
-from meme_llava.distributed.engines import choose_engine
+from meme_llava.distributed.environment import choose_engine
 from meme_llava.errors import UserError
 from meme_llava.model.flops import ACCELERATORS, CPU, Accelerator, StepCounts, TrainingCosts, recognise_accelerator
 from meme_llava.terminal import format_number, format_seconds, print_table
