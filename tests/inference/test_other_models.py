@@ -151,8 +151,9 @@ def test_a_key_that_is_not_accepted_stops_at_once(asked, capsys):
 
 
 def test_ctrl_c_keeps_the_answers_that_came(asked, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("meme_llava.inference.asking.GRACE_SECONDS", 0.3)
-    with CaptionServer({52: [answer(delay=3)]}) as server:
+    # On a busy machine an answer that is ready takes a while to be read.
+    monkeypatch.setattr("meme_llava.inference.asking.GRACE_SECONDS", 2)
+    with CaptionServer({52: [answer(delay=5)]}) as server:
         server.on_request = lambda count: os.kill(os.getpid(), signal.SIGINT) if count == 4 else None
         with pytest.raises(SystemExit) as stop:
             ask_server(asked, server)
