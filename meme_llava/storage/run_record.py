@@ -88,20 +88,25 @@ def _to_text(content: Mapping) -> str:
     return json.dumps(content, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
 
 
+def list_library_versions() -> dict[str, str | None]:
+    """The versions of the libraries that a run depends on; None for one that is not installed."""
+    libraries = dict.fromkeys(LIBRARIES)
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            libraries[name] = version(name)
+    return libraries
+
+
 def describe_environment() -> dict:
     """Library versions, Python and the git commit of this code, for a run record."""
 
     def ask_git(*words: str) -> str:
         return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=False).stdout
 
-    libraries = dict.fromkeys(LIBRARIES)
-    for name in LIBRARIES:
-        with contextlib.suppress(PackageNotFoundError):
-            libraries[name] = version(name)
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "libraries": libraries,
+        "libraries": list_library_versions(),
         "git_commit": ask_git("rev-parse", "HEAD").strip() or None,
         "git_changed_files": len(ask_git("status", "--porcelain").splitlines()),
     }

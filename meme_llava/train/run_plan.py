@@ -16,6 +16,7 @@ from meme_llava.storage.files import hash_file
 from meme_llava.storage.run_record import (
     RUN_RECORD,
     describe_environment,
+    list_library_versions,
     read_run_record,
     read_trained_record,
     verify_directory,
@@ -104,7 +105,7 @@ class RunPlan:
             "global_batch_size": self.arguments.global_batch_size,
             "data_sha256": self.facts["data"]["sha256"],
             "base_fingerprint": self.facts["base"]["fingerprint"],
-            "libraries": describe_environment()["libraries"],
+            "libraries": list_library_versions(),
         }
 
 
