@@ -8,6 +8,7 @@ import asyncio
 import base64
 import io
 import itertools
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -84,17 +85,22 @@ def ask_all(
     places: dict[asyncio.Task, int] = {}  # of what is on its way
     stop: BaseException | None = None
     with asyncio.Runner() as runner:
+        loop = runner.get_loop()
+        interrupt = loop.create_future()
+        # Ctrl-C while the caller writes an answer must not end its loop, too: the others on their way are paid for.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            loop.add_signal_handler(signal.SIGINT, lambda: interrupt.done() or interrupt.set_result(None))
         try:
             while True:
                 if stop is None:
                     for place, question in itertools.islice(waiting, concurrency - len(places)):
-                        places[runner.get_loop().create_task(asker.ask(question))] = place
+                        places[loop.create_task(asker.ask(question))] = place
                 if not places:
                     break
-                try:
-                    done, _ = runner.run(asyncio.wait(places, return_when=asyncio.FIRST_COMPLETED))
-                except KeyboardInterrupt as error:
-                    stop = error
+                done, _ = runner.run(asyncio.wait([*places, interrupt], return_when=asyncio.FIRST_COMPLETED))
+                if interrupt in done:
+                    loop.remove_signal_handler(signal.SIGINT)  # once more ends everything
+                    stop = KeyboardInterrupt()
                     grace = f"up to {GRACE_SECONDS:g} s for answers on their way (once more: at once)"
                     print(f"stopping: {grace}", file=sys.stderr, flush=True)
                     done, _ = runner.run(asyncio.wait(places, timeout=GRACE_SECONDS))

@@ -29,6 +29,8 @@ from caption_server import CUT_CONNECTION, CaptionServer, Step, answer, fail  # 
 import evaluate  # noqa: E402
 from meme_llava.dataset.images import open_image  # noqa: E402
 from meme_llava.evaluate.answer_sources import NOTHING_FOUND  # noqa: E402
+from meme_llava.inference.asking import ask_all  # noqa: E402
+from meme_llava.inference.endpoints import Endpoint  # noqa: E402
 from meme_llava.inference.generation import load_answerer, load_transformers_model  # noqa: E402
 from meme_llava.inference.questions import Question  # noqa: E402
 
@@ -163,6 +165,20 @@ def test_ctrl_c_keeps_the_answers_that_came(asked, tmp_path, monkeypatch, capsys
         server.script.clear()
         ask_server(asked, server)
     assert len(read_rows(tmp_path)) == 4
+
+
+def test_ctrl_c_while_an_answer_is_written_loses_no_other(tmp_path):
+    for width in WIDTHS[:2]:
+        Image.new("RGB", (width, 40), "white").save(tmp_path / f"{width}.png")
+    questions = [Question(tmp_path / f"{width}.png", QUESTION) for width in WIDTHS[:2]]
+    with CaptionServer({50: [answer("甲")], 51: [answer("乙", delay=0.5)]}) as server:
+        answers = ask_all(Endpoint(server.url, "m"), questions, concurrency=2, max_new_tokens=8, timeout=9)
+        assert next(answers)[1].text == "甲"
+        os.kill(os.getpid(), signal.SIGINT)
+        assert next(answers)[1].text == "乙"
+        with pytest.raises(KeyboardInterrupt):
+            next(answers)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_model_of_transformers_answers(asked, served_model, tmp_path):
