@@ -182,10 +182,12 @@ class Accelerator:
 
 ACCELERATORS = (
     Accelerator("a800-80gb", r"(NVIDIA )?A800(-SXM4-80GB| 80GB PCIe)", 312.0, 79.1),
+    Accelerator("a800-40gb", r"(NVIDIA )?A800(-SXM4-40GB| 40GB Active|-PCIE-40GB)", 312.0, 39.4),
     Accelerator("a100-80gb", r"(NVIDIA )?A100(-SXM4-80GB|-SXM-80GB| 80GB PCIe)", 312.0, 79.1),
     Accelerator("a100-40gb", r"(NVIDIA )?A100-(SXM4|SXM|PCIE)-40GB", 312.0, 39.4),
     Accelerator("h100-80gb", r"(NVIDIA )?H100 80GB HBM3", 989.4, 79.1),
     Accelerator("h100-pcie", r"(NVIDIA )?H100 PCIe", 756.0, 79.1),
+    Accelerator("h100-nvl", r"(NVIDIA )?H100 NVL", 835.5, 93.0),
     Accelerator("h800-80gb", r"(NVIDIA )?H800", 989.4, 79.1),
     Accelerator("h800-pcie", r"(NVIDIA )?H800 PCIe", 756.0, 79.1),
     Accelerator("h200", r"(NVIDIA )?H200", 989.4, 139.7),
@@ -193,7 +195,9 @@ ACCELERATORS = (
     Accelerator("l40s", r"(NVIDIA )?L40S", 362.1, 44.3),
     Accelerator("l20", r"(NVIDIA )?L20", 119.5, 44.3),
     Accelerator("a10", r"(NVIDIA )?A10", 125.0, 22.0),
+    Accelerator("rtx-5090", r"(NVIDIA )?GeForce RTX 5090", 209.5, 31.3),
     Accelerator("rtx-4090", r"(NVIDIA )?GeForce RTX 4090", 165.2, 23.5),
+    Accelerator("rtx-4090-d", r"(NVIDIA )?GeForce RTX 4090 D", 147.1, 23.5),
     Accelerator("rtx-3090", r"(NVIDIA )?GeForce RTX 3090", 71.0, 23.5),
     Accelerator("v100-32gb", r"(NVIDIA |Tesla )?V100-(SXM2|SXM3|PCIE)-32GB", None, 31.7),
     Accelerator("v100-16gb", r"(NVIDIA |Tesla )?V100-(SXM2|PCIE)-16GB", None, 15.7),

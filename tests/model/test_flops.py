@@ -60,6 +60,10 @@ def test_frozen_weights_cost_no_gradient_of_their_own(world):
         ("NVIDIA H200", "h200"),
         ("NVIDIA H20", "h20"),
         ("NVIDIA A10", "a10"),
+        ("NVIDIA GeForce RTX 4090 D", "rtx-4090-d"),
+        ("NVIDIA GeForce RTX 5090", "rtx-5090"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA A800 40GB Active", "a800-40gb"),
     ],
 )
 def test_devices_are_recognised_by_their_own_name(device_name, name):
@@ -67,7 +71,7 @@ def test_devices_are_recognised_by_their_own_name(device_name, name):
 
 
 @pytest.mark.parametrize(
-    "device_name", ["NVIDIA A10G", "NVIDIA GeForce RTX 4090 D", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"]
+    "device_name", ["NVIDIA A10G", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"]
 )
 def test_a_device_that_only_resembles_a_known_one_is_unknown(device_name):
     assert recognise_accelerator(device_name) is None
