@@ -5,7 +5,6 @@ the segment itself; that is what kernels for sequences of varying length compute
 their ends. Neither models nor transformers are loaded here: the choice is made before.
 """
 
-import importlib.util
 import inspect
 import re
 from collections.abc import Callable
@@ -34,29 +33,40 @@ def choose_attention(setting: str, device: torch.device, uses_bf16: bool) -> str
     """
     on_gpu = device.type == "cuda" and uses_bf16
     possible = {
-        FLASH_ATTENTION_2: on_gpu and importlib.util.find_spec("flash_attn") is not None,
-        VARLEN: on_gpu and find_varlen_attention() is not None,
+        FLASH_ATTENTION_2: on_gpu and find_flash_attention()[0] is not None,
+        VARLEN: on_gpu,
         SDPA: True,
     }
     if setting == "auto":
         on_cpu_in_bf16 = device.type == "cpu" and uses_bf16
         return MATMUL if on_cpu_in_bf16 else next(name for name, can_run in possible.items() if can_run)
     if not possible[setting]:
-        needed = "the package flash-attn" if setting == FLASH_ATTENTION_2 else "torch 2.11 or newer"
+        needed = "a GPU, bf16 and the package flash-attn" if setting == FLASH_ATTENTION_2 else "a GPU and bf16"
+        if on_gpu and (why := find_flash_attention()[1]):
+            needed += f", which cannot be loaded here ({why})"
         usable = ", ".join(name for name, can_run in possible.items() if can_run)
-        raise UserError(f"--attention {setting} needs a GPU, bf16 and {needed}; what can run here: {usable}")
+        raise UserError(f"--attention {setting} needs {needed}; what can run here: {usable}")
     return setting
 
 
 @cache
-def find_varlen_attention() -> tuple[Callable, set[str]] | None:
-    """torch's attention for sequences of varying length and its options, where it has the ones needed here."""
+def find_flash_attention() -> tuple[Callable | None, str]:
+    """flash-attn's attention for sequences of varying length, None without it; and what is wrong with one that is
+    installed but cannot be loaded: most often it was made for another torch."""
     try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    options = set(inspect.signature(varlen_attn).parameters)
-    return (varlen_attn, options) if {"scale", "window_size"} <= options else None
+        from flash_attn import flash_attn_varlen_func
+    except Exception as error:  # whatever a library of another ABI raises
+        is_absent = isinstance(error, ModuleNotFoundError) and error.name == "flash_attn"
+        return None, "" if is_absent else f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return flash_attn_varlen_func, ""
+
+
+@cache
+def find_varlen_attention() -> tuple[Callable, bool]:
+    """torch's attention for sequences of varying length, and whether it takes several query heads to a key head."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def gpu_multiplies_bf16() -> bool:
@@ -185,10 +195,10 @@ def _attend_by_segment(module, query, key, value, packing: Packing, attend: Call
 
 def attend_with_varlen(module, query, key, value, attention_mask, scaling, dropout=0.0, *, packing: Packing, **kwargs):
     """Like `attend_with_sdpa`, in one call of torch.nn.attention.varlen.varlen_attn."""
-    attend, known_options = find_varlen_attention()
+    attend, takes_groups = find_varlen_attention()
     query, key, value = _lay_out_for_kernel(query, key, value, packing)
-    options = {"enable_gqa": True} if "enable_gqa" in known_options else {}
-    if not options:
+    options = {"enable_gqa": True} if takes_groups else {}
+    if not takes_groups:
         key = key.repeat_interleave(module.num_key_value_groups, dim=1)
         value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     # The window is causal, aligned at the ends.
@@ -200,12 +210,11 @@ def attend_with_flash_attention_2(
     module, query, key, value, attention_mask, scaling, dropout=0.0, *, packing: Packing, **kwargs
 ):
     """Like `attend_with_sdpa`, in one call of the flash-attn package, version 2.1 or newer."""
-    from flash_attn import flash_attn_varlen_func
-
+    attend, _ = find_flash_attention()
     laid_out = _lay_out_for_kernel(query, key, value, packing)
     # Causal means aligned at the ends.
     options = {"dropout_p": dropout, "softmax_scale": scaling, "causal": True}
-    return flash_attn_varlen_func(*laid_out, *packing.kernel_bounds, **options)[None], None
+    return attend(*laid_out, *packing.kernel_bounds, **options)[None], None
 
 
 def _lay_out_for_kernel(query, key, value, packing: Packing) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
