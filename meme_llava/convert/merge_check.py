@@ -19,7 +19,7 @@ from transformers import (
 from meme_llava import DATA
 from meme_llava.convert.merge import PEFT_PREFIX, TrainedWeights
 from meme_llava.dataset.check import RecordPolicy
-from meme_llava.dataset.collator import normalise, to_pixel_values
+from meme_llava.dataset.collator import make_normalisation, normalise, to_pixel_values
 from meme_llava.dataset.dataset import load_records
 from meme_llava.dataset.images import open_image
 from meme_llava.errors import UserError
@@ -185,7 +185,8 @@ def _load_prompts(training: dict, processing: Processing) -> tuple[list[dict], P
         input_ids = example["input_ids"][None, : int((example["labels"] >= 0).nonzero()[0])]  # (1, prompt)
         images = int((input_ids == encoder.image_token_id).sum()) // processing.tokens_per_image
         # (images, 3, size, size); a later turn's images are not part of the first question.
-        pixel_values = normalise(torch.stack(example["pixel_values"][:images]), policy) if images else None
+        pixels = example["pixel_values"][:images]
+        pixel_values = normalise(torch.stack(pixels), make_normalisation(policy)) if images else None
         prompts.append({"input_ids": input_ids, "pixel_values": pixel_values})
     return prompts, annotations
 

@@ -62,6 +62,7 @@ class PackingCollator:
             max_seqlen_q, max_seqlen_k: positions, as plain numbers.
             pixel_values: uint8 (images, 3, size, size).
             image_runs: int64 (runs,), which image each run of image tokens shows.
+            image_positions: int64 (runs * tokens_per_image,), where image tokens stand in the row.
             loss_positions, loss_targets: int64 (supervised,); the hidden state at the position predicts the target.
             loss_weights: float32 (supervised,).
         """
@@ -72,10 +73,12 @@ class PackingCollator:
             families.setdefault(numbers[0] if numbers else f"text {number}", []).append(number)
         row, row_keys = _pack_row(examples, keys, families.values(), self.loss_average)
         blank = torch.zeros((1, 3, self.image_size, self.image_size), dtype=torch.uint8)
+        image_positions = np.flatnonzero(row_keys < 0)
         return {
             **row,
             "pixel_values": torch.stack(pixels) if pixels else blank,
-            "image_runs": torch.from_numpy(-1 - row_keys[row_keys < 0][:: self.tokens_per_image]),
+            "image_runs": torch.from_numpy(-1 - row_keys[image_positions[:: self.tokens_per_image]]),
+            "image_positions": torch.from_numpy(image_positions),
         }
 
     def _number_images(self, examples: list[dict]) -> tuple[list[torch.Tensor], list[list[int]]]:
@@ -167,17 +170,18 @@ def to_pixels(image: Image.Image, policy: ImagePolicy) -> torch.Tensor:
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
-def normalise(pixels: torch.Tensor, policy: ImagePolicy) -> torch.Tensor:
+def make_normalisation(policy: ImagePolicy) -> torch.Tensor:
+    """What `normalise` works with: the largest value, mean and standard deviation of each colour, (3, 3, 1, 1)."""
+    return torch.tensor([[255.0] * 3, policy.mean, policy.std]).view(3, 3, 1, 1)
+
+
+def normalise(pixels: torch.Tensor, normalisation: torch.Tensor) -> torch.Tensor:
     """Pixels as a vision tower takes them: uint8 (…, 3, size, size) to float32 of the same shape, on their device."""
-    # A number instead of the first would make CUDA multiply by its inverse, which differs in the last bit. The copies
-    # need not wait until a GPU has done all that it was asked to before.
-    largest, mean, std = (
-        torch.tensor(numbers).to(pixels.device, non_blocking=True).view(-1, 1, 1)
-        for numbers in ((255.0,), policy.mean, policy.std)
-    )
+    # A number as the largest would make CUDA multiply by its inverse, which differs in the last bit.
+    largest, mean, std = normalisation
     return (pixels.float() / largest - mean) / std
 
 
 def to_pixel_values(image: Image.Image, policy: ImagePolicy) -> torch.Tensor:
     """Resize and normalise an RGB image. Returns float32 of shape (3, size, size)."""
-    return normalise(to_pixels(image, policy), policy)
+    return normalise(to_pixels(image, policy), make_normalisation(policy))

@@ -236,12 +236,17 @@ def measure_available_memory() -> int:
 
 
 def load_llava(
-    folder: Path, dtype: torch.dtype, model_class: type[LlavaForConditionalGeneration] = LlavaForConditionalGeneration
+    folder: Path,
+    dtype: torch.dtype,
+    model_class: type[LlavaForConditionalGeneration] = LlavaForConditionalGeneration,
+    maps_weights: bool = False,
 ) -> LlavaForConditionalGeneration:
     """Load a LLaVA that build_base_model.py or merge_lora.py wrote, in `dtype`, on the CPU; `model_class` may be
     another one with the same parameters. Raises UserError where a tensor is missing, unexpected, or of another shape.
 
-    Every tensor is read and converted on its own, so that loading takes no more memory than the model.
+    Every tensor is read and converted on its own, so that loading takes no more memory than the model; and next to none
+    with `maps_weights`, for a model that goes to another device at once: weights stored in `dtype` stay in their file
+    until then, where all processes of a machine share them.
     """
     check_llava_folder(folder)
     try:
@@ -258,7 +263,12 @@ def load_llava(
         stored = tensors[find_stored(tensors, name)]
         if stored.shape != tuple(outline.shape):
             raise UserError(f"{stored.path}: {name} is {stored.shape}, config.json asks for {tuple(outline.shape)}")
-    return fill_weights(model, lambda name: tensors[find_stored(tensors, name)].load(dtype))
+
+    def read(name: str) -> torch.Tensor:
+        stored = tensors[find_stored(tensors, name)]
+        return stored.map() if maps_weights and stored.dtype == dtype else stored.load(dtype)
+
+    return fill_weights(model, read)
 
 
 def load_processing(folder: Path) -> Processing:

@@ -20,9 +20,10 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from meme_llava.dataset.collator import normalise
+from meme_llava.dataset.collator import make_normalisation, normalise
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
+from meme_llava.model.lean_layers import use_lean_norms
 from meme_llava.model.llava import count_used_vision_layers, load_llava
 from meme_llava.model.packed_attention import KERNELS, MATMUL, PACKED, Packing
 
@@ -113,7 +114,6 @@ class PackedLlava(LlavaForConditionalGeneration):
     def __init__(self, config: LlavaConfig):
         super().__init__(config)
         self.lm_head = CrossEntropyHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.image_policy: ImagePolicy | None = None
 
     def forward(
         self,
@@ -125,6 +125,7 @@ class PackedLlava(LlavaForConditionalGeneration):
         max_seqlen_q: int,
         max_seqlen_k: int,
         image_runs: torch.Tensor,
+        image_positions: torch.Tensor,
         loss_positions: torch.Tensor,
         loss_targets: torch.Tensor,
         loss_weights: torch.Tensor,
@@ -134,9 +135,9 @@ class PackedLlava(LlavaForConditionalGeneration):
         what `PackingCollator` describes."""
         vision_features = self.encode_images(pixel_values)  # (images, tokens, vision width)
         features = self.model.multi_modal_projector(vision_features)  # (images, tokens, width)
-        embeddings = self.get_input_embeddings()(input_ids)  # (1, positions, width)
-        is_image = (input_ids == self.config.image_token_id).unsqueeze(-1)  # (1, positions, 1)
-        embeddings = embeddings.masked_scatter(is_image, features.index_select(0, image_runs).to(embeddings.dtype))
+        embeddings = self.get_input_embeddings()(input_ids).squeeze(0)  # (positions, width)
+        shown = features.index_select(0, image_runs).flatten(0, 1)  # (runs * tokens, width)
+        embeddings = embeddings.index_copy(0, image_positions, shown.to(embeddings.dtype)).unsqueeze(0)
         outputs = self.model.language_model(
             inputs_embeds=embeddings,
             position_ids=position_ids,
@@ -152,7 +153,7 @@ class PackedLlava(LlavaForConditionalGeneration):
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Like `encode_normalised`, from uint8 (images, 3, size, size)."""
-        return self.encode_normalised(normalise(pixel_values, self.image_policy))
+        return self.encode_normalised(normalise(pixel_values, self.normalisation))
 
     def encode_normalised(self, pixels: torch.Tensor) -> torch.Tensor:
         """The vision tower's features as the projector takes them: numbers (images, 3, size, size) to
@@ -172,10 +173,13 @@ class PackedLlava(LlavaForConditionalGeneration):
         return hidden[:, 1:] if drops_class_token else hidden
 
 
-def load_packed_llava(folder: Path, dtype: torch.dtype, image_policy: ImagePolicy, attention: str) -> PackedLlava:
-    """Load a LLaVA folder for training on packed rows, with an attention that `choose_attention` returned. Raises
-    UserError where a tensor is missing, unexpected or of another shape, or the model cannot be packed."""
-    model = load_llava(folder, dtype, PackedLlava)
+def load_packed_llava(
+    folder: Path, dtype: torch.dtype, image_policy: ImagePolicy, attention: str, maps_weights: bool = False
+) -> PackedLlava:
+    """Load a LLaVA folder for training on packed rows, with an attention that `choose_attention` returned;
+    `maps_weights` as in `load_llava`. Raises UserError where a tensor is missing, unexpected or of another shape, or
+    the model cannot be packed."""
+    model = load_llava(folder, dtype, PackedLlava, maps_weights)
     prepare_packed_llava(model, image_policy, attention, str(folder))
     return model
 
@@ -189,7 +193,8 @@ def prepare_packed_llava(model: PackedLlava, image_policy: ImagePolicy, attentio
         )
     if "sliding_attention" in (getattr(model.config.text_config, "layer_types", None) or ()):
         raise UserError(f"{source}: its language model attends in a sliding window, which packed rows do not do yet")
-    model.image_policy = image_policy
+    use_lean_norms(model.model.language_model)
+    model.register_buffer("normalisation", make_normalisation(image_policy), persistent=False)
     # What FSDP gathers at a time; transformers' list names classes that only other parts of these models have.
     model._no_split_modules = sorted({type(layer).__name__ for layer in list_repeated_layers(model)})
     model.model.language_model.config._attn_implementation = PACKED + attention

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -20,6 +19,7 @@ from transformers import LlavaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from meme_llava.errors import UserError
+from meme_llava.model.lean_layers import use_lean_lora
 from meme_llava.model.llava import (
     LANGUAGE_MODEL,
     PROJECTOR,
@@ -90,17 +90,12 @@ def prepare_trainable(model: nn.Module, recipe: LoraRecipe, seed: int) -> nn.Mod
         model = get_peft_model(model, lora_config)
         adapted = {name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A")}
         check_same_names({f"base_model.model.{name}" for name in targets}, adapted, "LoRA targets")
+        use_lean_lora(model)
     else:
         training = {VISION_TOWER: recipe.vision_tower_training, LANGUAGE_MODEL: recipe.language_model_training}
         for name, parameter in model.named_parameters():
             learns = training.get(role_of(name), "full") == "full"
             parameter.requires_grad_(learns and not is_unused_vision_parameter(name, model.config))
-    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
-        # A base in bf16 trains under autocast, or in an engine that computes in bf16 throughout; peft would convert
-        # LoRA's input to float32, dropout would work on that, and autocast convert it back.
-        for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.cast_input_dtype_enabled = False
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -55,12 +55,22 @@ def test_the_batch_of_the_docstring(collator):
         "max_seqlen_q": 5,
         "max_seqlen_k": 5,
         "image_runs": [0],
+        "image_positions": [0, 1],
         "loss_positions": [2, 3, 2, 6],
         "loss_targets": [A, B, C, E],
         "loss_weights": [1, 1, 1, 1],
     }
     assert torch.equal(batch["pixel_values"], torch.full((1, 3, 3, 3), 7, dtype=torch.uint8))
-    for name in ("input_ids", "position_ids", "kv_index", "image_runs", "loss_positions", "loss_targets"):
+    integers = (
+        "input_ids",
+        "position_ids",
+        "kv_index",
+        "image_runs",
+        "image_positions",
+        "loss_positions",
+        "loss_targets",
+    )
+    for name in integers:
         assert batch[name].dtype == torch.int64, name
     for name in ("cu_seqlens_q", "cu_seqlens_k"):
         assert batch[name].dtype == torch.int32, name
@@ -124,6 +134,7 @@ def test_an_image_behind_different_questions_is_encoded_once_and_stands_twice(co
     assert batch["input_ids"].tolist() == [[A, IMAGE, IMAGE, C, B, IMAGE, IMAGE, C]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]]
     assert batch["image_runs"].tolist() == [0, 0] and read_shades(batch) == [5]
+    assert batch["image_positions"].tolist() == [1, 2, 5, 6]
 
 
 def test_the_same_record_twice_takes_no_second_place_and_counts_twice(collator):
@@ -142,7 +153,8 @@ def test_texts_never_share(collator):
 def test_a_batch_of_text_carries_a_blank_image_that_no_token_shows(collator):
     batch = collator([make_example([A, B], [NONE, B]), make_example([C, D, E], [NONE, D, E])])
     assert batch["input_ids"].tolist() == [[A, B, C, D, E]]
-    assert batch["image_runs"].tolist() == [] and batch["image_runs"].dtype == torch.int64
+    for name in ("image_runs", "image_positions"):
+        assert batch[name].tolist() == [] and batch[name].dtype == torch.int64
     assert torch.equal(batch["pixel_values"], torch.zeros(1, 3, 3, 3, dtype=torch.uint8))
 
 

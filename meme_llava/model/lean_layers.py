@@ -1,0 +1,61 @@
+"""Layers of language models and of LoRA that compute what transformers' and peft's do in fewer passes over memory.
+
+Between matrix products a GPU mostly waits for memory. What is saved here is reading and writing tensors of a row's
+size; results differ by rounding alone. The layers keep their classes' names, parameters and weights.
+"""
+
+import torch
+from peft.tuners import lora
+from torch import nn
+from torch.nn import functional
+
+# Their forward passes are all the one of `LeanRMSNorm`; others' add one to the weight, or have none.
+RMS_NORMS = {f"{name}RMSNorm" for name in ("Qwen2", "Qwen3", "Llama", "Mistral", "Granite", "SmolLM3")}
+
+
+class LeanRMSNorm(nn.Module):
+    """Root mean square layer norm (https://arxiv.org/abs/1910.07467) in one kernel."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(…, width) to the same shape and dtype."""
+        # Autocast would hand it float32 and get float32 back.
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight = self.weight.to(hidden.dtype)
+            return functional.rms_norm(hidden, weight.shape, weight, self.variance_epsilon)
+
+
+class AddingLinear(nn.Linear):
+    """LoRA's second matrix, whose product is scaled and added to the base layer's output as it is made."""
+
+    def forward(self, hidden: torch.Tensor, output: torch.Tensor, scale: float) -> torch.Tensor:
+        """(…, rank) and (…, width) to (…, width)."""
+        rows, rank_rows = output.flatten(0, -2), hidden.flatten(0, -2)
+        return torch.addmm(rows, rank_rows, self.weight.t(), alpha=scale).view_as(output)
+
+
+class LeanLora(lora.Linear):
+    """peft's LoRA of a linear layer, with one adapter that is always active (https://arxiv.org/abs/2106.09685)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, width in) to (…, width out)."""
+        (name,) = self.active_adapters
+        output = self.base_layer(x)
+        hidden = self.lora_A[name](self.lora_dropout[name](x))
+        # As a module of its own: engines gather a module's weights when it is called.
+        return self.lora_B[name](hidden, output, self.scaling[name])
+
+
+def use_lean_norms(model: nn.Module) -> None:
+    """Let every norm of a language model that is of a known kind compute as `LeanRMSNorm` does."""
+    for module in model.modules():
+        if type(module).__name__ in RMS_NORMS:
+            module.__class__ = type(type(module).__name__, (LeanRMSNorm, type(module)), {})
+
+
+def use_lean_lora(model: nn.Module) -> None:
+    """Let every linear layer with LoRA of a model that trains compute as `LeanLora` does."""
+    for module in model.modules():
+        if isinstance(module, lora.Linear):
+            module.__class__ = LeanLora
+            for matrix in module.lora_B.values():
+                matrix.__class__ = AddingLinear
