@@ -190,7 +190,8 @@ class StepEstimator:
         parameters = list(self.model.parameters())
         learning = [parameter for parameter in parameters if parameter.requires_grad]
         weights = sum(parameter.nbytes for parameter in parameters)
-        gradients = sum(parameter.nbytes for parameter in learning)
+        adds_in_float32 = self.engine.config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+        gradients = sum(4 * one.numel() if adds_in_float32 else one.nbytes for one in learning)
         trainable = sum(parameter.numel() for parameter in learning)
         # Two float32 moments; DeepSpeed keeps float32 masters of its own.
         has_masters = self.engine.kind == DEEPSPEED
