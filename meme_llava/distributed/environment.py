@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -51,6 +51,16 @@ def find_rank() -> int:
 def is_main_process() -> bool:
     """Whether this process prints and writes for all."""
     return find_rank() == 0
+
+
+def find_local_rank() -> int:
+    """The number of this process on its node, and of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_local_main_process() -> bool:
+    """Whether this process does what once on each node is enough."""
+    return find_local_rank() == 0
 
 
 def settle_environment(variables: MutableMapping[str, str] = os.environ) -> None:
@@ -202,7 +212,7 @@ class Heartbeat:
     The processes of a run wait for each other, so one that is stuck ends them all. It watches inside a `with` block.
 
     Args:
-        hang_timeout: seconds; before training begins, six times as many.
+        hang_timeout: seconds; before training begins, and while a checkpoint is written, six times as many.
     """
 
     def __init__(self, hang_timeout: float):
@@ -216,6 +226,15 @@ class Heartbeat:
 
     def __exit__(self, *error) -> None:
         faulthandler.cancel_dump_traceback_later()
+
+    @contextlib.contextmanager
+    def wait_longer(self) -> Iterator[None]:
+        """Within a training run, be as patient as before its first step: files of many gigabytes are written."""
+        before, self.trains = self.trains, False
+        self.beat()
+        yield
+        self.trains = before
+        self.beat()
 
     def beat(self) -> None:
         """Say that something was reached."""

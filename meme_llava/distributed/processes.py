@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import (
     DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
@@ -36,6 +37,7 @@ from meme_llava.distributed.environment import (
     STANDARD_ERROR,
     Engine,
     count_processes,
+    find_local_rank,
     is_main_process,
 )
 from meme_llava.errors import ProcessError, Stopped, UserError
@@ -45,28 +47,31 @@ COLLECTIVE_MARGIN_SECONDS = 60
 Value = TypeVar("Value")
 
 
+def take_own_gpu() -> None:
+    """Make this process's GPU the current one, before anything is asked of it: a question about the current GPU takes
+    memory there, and that is the first one for every process. Raises ProcessError where there is none for this one."""
+    if not torch.cuda.is_available():
+        return
+    local_rank = find_local_rank()
+    if local_rank >= torch.cuda.device_count():
+        raise ProcessError(
+            f"the launcher started process {local_rank} on a machine with {torch.cuda.device_count()} GPUs "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); lower GPUS, and "
+            "give Slurm no --gpus-per-task"
+        )
+    torch.cuda.set_device(local_rank)
+
+
 def start_process_group(engine: Engine, patience: float) -> None:
     """Meet the other processes of the run. DeepSpeed and FSDP ask for a process group even where there is one process.
 
     Args:
         patience: the longest time that a process may take between two beats of its heart, in seconds.
-
-    Raises:
-        ProcessError: a process has no GPU of its own.
     """
     if distributed.is_initialized() or (count_processes() == 1 and engine.kind in (SINGLE, DDP)):
         return
-    if on_gpu := torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if local_rank >= torch.cuda.device_count():
-            raise ProcessError(
-                f"the launcher started process {local_rank} on a machine with {torch.cuda.device_count()} GPUs "
-                f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); lower GPUS, and "
-                "give Slurm no --gpus-per-task"
-            )
-        torch.cuda.set_device(local_rank)
     # What the processes tell each other about the run is not business of the GPU's.
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(seconds=patience + COLLECTIVE_MARGIN_SECONDS)
     if "RANK" in os.environ:
         distributed.init_process_group(backend, timeout=timeout)
@@ -239,6 +244,8 @@ def make_accelerator(engine: Engine, shape: StepShape, deepspeed_plugin: DeepSpe
     accelerator = Accelerator(
         mixed_precision="bf16" if shape.uses_bf16 else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(shape.accumulation, sync_with_dataloader=False),
+        # The buffers of these models never change.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         **plugins,
     )
     if accelerator.num_processes != count_processes():
@@ -275,6 +282,16 @@ def make_deepspeed_plugin(engine: Engine, shape: StepShape) -> DeepSpeedPlugin:
     except ValueError as error:
         raise UserError(f"{engine.path}: {error}") from error
     return plugin
+
+
+def divide_weights(model: torch.nn.Module, plugin: DeepSpeedPlugin, dtype: torch.dtype) -> None:
+    """Divide a model among the processes as ZeRO-3 holds it, tensor by tensor, in `dtype`. DeepSpeed would do it, too,
+    but only after it has put the whole model on every device."""
+    import deepspeed
+
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    deepspeed.zero.Init(module=model, config_dict_or_path=plugin.deepspeed_config, dtype=dtype)
 
 
 def check_engine_runs(engine: Engine, wrapped_model: object) -> None:

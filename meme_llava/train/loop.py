@@ -13,6 +13,7 @@ from meme_llava.distributed.environment import DEEPSPEED, FSDP, Heartbeat, find_
 from meme_llava.distributed.processes import (
     broadcast_from_main,
     check_engine_runs,
+    divide_weights,
     leave_process_group,
     make_accelerator,
 )
@@ -71,6 +72,10 @@ class TrainingLoop:
                 for group in run.groups
                 for name, parameter in zip(group.names, group.parameters, strict=True)
             }
+        if plan.engine.zero_stage == 3:
+            divide_weights(
+                run.model, run.deepspeed_plugin, torch.bfloat16 if run.step_shape.uses_bf16 else torch.float32
+            )
         self._engine_model, self._optimizer = self._accelerator.prepare(run.model, optimizer)
         check_engine_runs(plan.engine, self._engine_model)
         # FSDP shards the model's own modules; the others hold it whole.
@@ -209,16 +214,16 @@ class TrainingLoop:
 
     def _save(self) -> None:
         step, start = self.step, time.monotonic()
-        self._heartbeat.beat()
         updates = self._state.count_updates()
-        write_checkpoint(
-            self._arguments.output_dir,
-            step,
-            self._state.nbytes,
-            self._write_files,
-            lambda: {**self._plan.make_manifest_metadata(step), "updates": updates},
-            self._arguments.save_total_limit,
-        )
+        with self._heartbeat.wait_longer():
+            write_checkpoint(
+                self._arguments.output_dir,
+                step,
+                self._state.nbytes,
+                self._write_files,
+                lambda: {**self._plan.make_manifest_metadata(step), "updates": updates},
+                self._arguments.save_total_limit,
+            )
         seconds = time.monotonic() - start
         if seconds > LONG_SAVE_SECONDS and is_main_process():
             print(
@@ -276,5 +281,5 @@ def finish(plan: RunPlan, heartbeat: Heartbeat) -> None:
         write_final(output_dir, checkpoint, names, last=RUN_RECORD)
         print(f"trained weights, run record and curves: {output_dir}", flush=True)
 
-    heartbeat.beat()
-    broadcast_from_main(write_result)
+    with heartbeat.wait_longer():
+        broadcast_from_main(write_result)

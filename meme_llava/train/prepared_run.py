@@ -17,10 +17,17 @@ from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import TrainingOrder
 from meme_llava.dataset.sampling import BatchShape
 from meme_llava.distributed.environment import DEEPSPEED, Heartbeat, find_rank, is_main_process
-from meme_llava.distributed.processes import StepShape, choose_device, leave_signals_to_parent, make_deepspeed_plugin
+from meme_llava.distributed.processes import (
+    StepShape,
+    broadcast_from_main,
+    choose_device,
+    gather,
+    leave_signals_to_parent,
+    make_deepspeed_plugin,
+)
 from meme_llava.model.flops import collate_and_count
 from meme_llava.model.llava import Processing, quiet_transformers
-from meme_llava.model.packed_attention import choose_attention
+from meme_llava.model.packed_attention import VARLEN, choose_attention, find_flash_attention
 from meme_llava.model.packed_llava import compile_layers, load_packed_llava
 from meme_llava.model.trainable import (
     CheckpointedLayers,
@@ -36,7 +43,7 @@ from meme_llava.storage.files import write_json
 from meme_llava.storage.run_record import RUN_RECORD
 from meme_llava.terminal import print_table
 from meme_llava.train.run_plan import RunPlan
-from meme_llava.train.session import choose_bf16
+from meme_llava.train.session import PREFETCHED_BATCHES, check_shared_memory, choose_bf16, count_workers
 from meme_llava.train.settings import TrainArguments
 
 GIB = 2**30
@@ -45,8 +52,6 @@ KEPT_WIDTHS, KEPT_MLP_WIDTHS = 40, 20
 # Weights, gradients, two moments of Adam and temporaries, at most, as a multiple of the float32 weights.
 STATE_COPIES = 6
 MOMENTUM_BUFFER = "momentum_buffer"  # torch.optim.Muon's name for its only moment
-PREFETCHED_BATCHES = 4  # device batches that each worker process holds ready
-WORKERS_PER_GPU = 2
 MAX_LISTED_CUTS = 20
 
 
@@ -95,9 +100,14 @@ def prepare_run(plan: RunPlan, heartbeat: Heartbeat) -> PreparedRun:
     # Before the model is loaded: it raises where the file leaves something open.
     plugin = make_deepspeed_plugin(plan.engine, shape) if plan.engine.kind == DEEPSPEED else None
     largest_batch = collator(order.fetch_largest_batch())
-    computation = plan_computation(arguments, processing, largest_batch, device, uses_bf16, plan.processes)
+    check_shared_memory(largest_batch, count_workers(arguments, device))
+    # Processes that recomputed different layers, for what their cards have free, would wait for each other for ever.
+    memory = min(gather(measure_memory(device, plan.processes)))
+    computation = broadcast_from_main(
+        lambda: plan_computation(arguments, processing, largest_batch, device, uses_bf16, plan.processes, memory)
+    )
     heartbeat.beat()
-    model = prepare_model(plan, computation, uses_bf16)
+    model = prepare_model(plan, computation, uses_bf16, device)
     groups = plan_parameter_groups(model, arguments)
     run = PreparedRun(plan, shape, plugin, model, groups, order, collator, computation)
     if is_main_process():
@@ -121,11 +131,13 @@ def plan_computation(
     device: torch.device,
     uses_bf16: bool,
     processes: int,
+    memory: int,
 ) -> Computation:
     """Choose what the settings leave open, before the model is loaded; `largest_batch` has the most positions
-    of all. Raises UserError where the attention asked for cannot run here."""
+    of all, `memory` is what each process has, in bytes. Raises UserError where the attention asked for cannot run
+    here."""
     attention = choose_attention(arguments.attention, device, uses_bf16)
-    memory, on_gpu, config = measure_memory(device, processes), device.type == "cuda", processing.config
+    on_gpu, config = device.type == "cuda", processing.config
     most = count_layers(config, vision_trainable=arguments.vision_tower_training != "frozen")
     recomputed = most if arguments.gradient_checkpointing == "full" else CheckpointedLayers()
     needed, note, fits = None, "", not on_gpu and bound_memory(arguments, config, largest_batch) <= memory // 2
@@ -146,13 +158,16 @@ def plan_computation(
     layers = "no layer computed twice"
     if recomputed != CheckpointedLayers():
         layers = f"{recomputed.language} language and {recomputed.vision} vision layers computed twice"
+    if on_gpu and attention == VARLEN and (why := find_flash_attention()[1]):
+        layers = f"flash-attn is installed and cannot be loaded ({why}); {layers}"
     return Computation(attention, recomputed, needed, f"attention {attention}; {layers}{note}")
 
 
 def measure_memory(device: torch.device, processes: int) -> int:
-    """Bytes that a process can have on this machine at most; the processes of a CPU run share its memory."""
+    """Bytes that this process can have; the processes of a CPU run share the machine's memory."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        # What others hold on the same card is not there for us.
+        return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().total // processes
 
 
@@ -171,12 +186,14 @@ def bound_memory(arguments: TrainArguments, config, batch: Mapping) -> int:
     return 2 * STATE_COPIES * stored + 4 * (kept + logits) + masks
 
 
-def prepare_model(plan: RunPlan, computation: Computation, uses_bf16: bool) -> nn.Module:
-    """The base with what is trainable, as it is at the start point, and how its layers compute."""
+def prepare_model(plan: RunPlan, computation: Computation, uses_bf16: bool, device: torch.device) -> nn.Module:
+    """The base with what is trainable, as it is at the start point, and how its layers compute; in main memory, from
+    where it goes to `device`."""
     arguments = plan.arguments
     # bf16, half the memory, where training computes in it; what is trainable becomes float32.
     dtype = torch.bfloat16 if uses_bf16 else torch.float32
-    model = load_packed_llava(arguments.model, dtype, plan.processing.image_policy, computation.attention)
+    policy, attention, goes_on = plan.processing.image_policy, computation.attention, device.type == "cuda"
+    model = load_packed_llava(arguments.model, dtype, policy, attention, maps_weights=goes_on)
     model = prepare_trainable(model, arguments, arguments.seed)
     if plan.start.checkpoint is not None:
         load_trained_weights(model, plan.start.checkpoint)
@@ -261,13 +278,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
 def make_loader(run: PreparedRun, device: torch.device) -> DataLoader:
     """This process's device batches that are to come; the processes take them in turn."""
     plan = run.plan
-    size, processes = plan.arguments.device_batch_size, plan.processes
+    size, processes, workers = plan.arguments.device_batch_size, plan.processes, count_workers(plan.arguments, device)
     first = plan.start.step * plan.accumulation * processes
     numbers = range(first + find_rank(), len(run.order) // size, processes)
-    workers = plan.arguments.dataloader_workers
-    if workers is None:
-        # On a CPU the step itself keeps all cores busy; workers beside it were measured to cost 5 %.
-        workers = WORKERS_PER_GPU if device.type == "cuda" else 0
     return DataLoader(
         run.order,
         batch_sampler=[range(number * size, (number + 1) * size) for number in numbers],

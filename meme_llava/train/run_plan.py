@@ -8,8 +8,8 @@ from typing import Any
 from meme_llava.cli import to_plain
 from meme_llava.dataset.dataset import LoadedData, load_records
 from meme_llava.dataset.records import QUARANTINE
-from meme_llava.distributed.environment import Engine, is_main_process
-from meme_llava.distributed.processes import broadcast_from_main
+from meme_llava.distributed.environment import Engine, is_local_main_process, is_main_process
+from meme_llava.distributed.processes import broadcast_from_main, gather
 from meme_llava.errors import CheckpointError, UserError
 from meme_llava.model.llava import Processing, load_processing
 from meme_llava.storage.files import hash_file
@@ -151,7 +151,7 @@ def plan_run(
     warmup fills the run, or the earlier projector belongs to another base."""
     accumulation = derive_accumulation(arguments, processes)
     steps, warmup_steps = count_steps(arguments, len(data.dataset), start.step, start.records)
-    fingerprint = fingerprint_folder(arguments.model)
+    fingerprint = fingerprint_base(arguments.model)
     has_record = (arguments.model / RUN_RECORD).is_file()
     facts = {
         "data": describe_data(arguments, data),
@@ -165,6 +165,15 @@ def plan_run(
     }
     known = (arguments, engine, processes, start, processing, data, validation)
     return RunPlan(*known, steps, warmup_steps, accumulation, facts)
+
+
+def fingerprint_base(folder: Path) -> str:
+    """The fingerprint of the base's weights; one process of each node reads them, for they are many gigabytes. Raises
+    UserError where nodes hold different ones."""
+    found = {found for found in gather(fingerprint_folder(folder) if is_local_main_process() else None) if found}
+    if len(found) > 1:
+        raise UserError(f"{folder}: holds other weights on some nodes than on others; copy the folder to all of them")
+    return found.pop()
 
 
 def count_steps(arguments: TrainArguments, records: int, first_step: int = 0, first_record: int = 0) -> tuple[int, int]:

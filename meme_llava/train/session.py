@@ -7,8 +7,9 @@ import importlib.util
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -29,11 +30,15 @@ from meme_llava.distributed.processes import (
     handle_stop_signals,
     leave_process_group,
     start_process_group,
+    take_own_gpu,
 )
 from meme_llava.errors import NonFiniteError, OutOfMemoryError, UserError
 from meme_llava.model.packed_attention import choose_attention, gpu_multiplies_bf16, multiplies_bf16
 from meme_llava.train.settings import TrainArguments
 
+PREFETCHED_BATCHES = 4  # device batches that each worker process holds ready
+WORKERS_PER_GPU = 2
+SHARED_MEMORY = Path("/dev/shm")  # where workers put them
 MAX_SKIPPED_IN_A_ROW = 3
 MAX_LISTED_RECORDS = 8
 _SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -79,6 +84,27 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
+def count_workers(arguments: TrainArguments, device: torch.device) -> int:
+    """Processes that decode images for this one."""
+    if arguments.dataloader_workers is not None:
+        return arguments.dataloader_workers
+    # On a CPU the step itself keeps all cores busy; workers beside it were measured to cost 5 %.
+    return WORKERS_PER_GPU if device.type == "cuda" else 0
+
+
+def check_shared_memory(largest_batch: Mapping, workers: int) -> None:
+    """Raise UserError unless the batches that workers of this node's processes hold ready find room in /dev/shm; a
+    worker that finds none is killed by SIGBUS in the middle of a run."""
+    batch = sum(value.nbytes for value in largest_batch.values() if isinstance(value, torch.Tensor))
+    needed = batch * workers * PREFETCHED_BATCHES * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if workers and SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(SHARED_MEMORY).free) < needed:
+        raise UserError(
+            f"{SHARED_MEMORY}: has {free / 1e6:,.0f} MB free, and the batches that {workers} worker(s) a process hold "
+            f"ready there take up to {needed / 1e6:,.0f} MB. Start the container with --ipc=host or a larger "
+            "--shm-size, or pass --dataloader_workers 0."
+        )
+
+
 def derive_accumulation(arguments: TrainArguments, processes: int) -> int:
     """Device batches per optimizer step. Raises UserError when the global batch does not divide."""
     per_round = arguments.device_batch_size * processes
@@ -103,8 +129,9 @@ class Session:
 @contextlib.contextmanager
 def join_processes(arguments: TrainArguments) -> Iterator[Session]:
     """Meet the other processes of the run, and part from them at its end. Raises UserError where this device, or this
-    number of processes, is not what the settings ask for."""
+    number of processes, is not what the settings ask for, or a process has no GPU of its own."""
     processes = count_processes()
+    take_own_gpu()
     engine = choose_engine(arguments.engine, processes, torch.cuda.is_available(), arguments.muon_lr)
     derive_accumulation(arguments, processes)  # raises where the batches do not divide
     check_device(arguments)

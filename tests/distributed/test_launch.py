@@ -287,3 +287,20 @@ with Heartbeat(hang_timeout=1) as heartbeat:
 time.sleep(2)
 """
     assert launch(tmp_path, script)[::2] == (0, "")
+
+
+def test_a_long_save_is_no_hang(tmp_path):
+    script = """
+import time
+from meme_llava.distributed.environment import Heartbeat
+
+with Heartbeat(hang_timeout=1) as heartbeat:
+    heartbeat.trains = True
+    with heartbeat.wait_longer():
+        time.sleep(2)
+    print("saved", flush=True)
+    time.sleep(10)
+"""
+    code, out, err = launch(tmp_path, script)
+    assert (code, out) == (1, "saved\n")
+    assert "Timeout (0:00:01)!" in err

@@ -18,6 +18,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
+from peft import PeftModel  # noqa: E402
 
 import train  # noqa: E402
 from meme_llava.distributed.environment import (
@@ -164,6 +165,19 @@ def fail_to_write(save: int) -> None:
     optimizer_state.write_file = write_file
 
 
+def save_slowly(save: int, seconds: float) -> None:
+    """The disk takes its time with this process's part of its `save`-th checkpoint."""
+    saves, original = [0], TrainingLoop._write_files
+
+    def write_files(self, folder):
+        saves[0] += 1
+        if saves[0] == save:
+            time.sleep(seconds)
+        return original(self, folder)
+
+    TrainingLoop._write_files = write_files
+
+
 def report_little_room(save: int) -> None:
     """The disk's owner says that there is no room before the `save`-th checkpoint."""
     asked = [0]
@@ -222,6 +236,23 @@ def damage_image(step: int) -> None:
 def compute_in_bf16() -> None:
     """No fault: what a GPU does by itself, and a CPU only slowly."""
     prepared_run.choose_bf16 = lambda arguments: True
+
+
+def report_memory(size: int) -> None:
+    """This process's device has only so many bytes."""
+    prepared_run.measure_memory = lambda device, processes: size
+
+
+def refuse_whole_moves() -> None:
+    """No fault: a device on which the whole model has no room."""
+    original = torch.nn.Module.to
+
+    def to(self, *arguments, **options):
+        if isinstance(self, PeftModel) and any(parameter.numel() for parameter in self.parameters()):
+            raise torch.OutOfMemoryError("the whole model was moved at once")
+        return original(self, *arguments, **options)
+
+    torch.nn.Module.to = to
 
 
 def hang_before_start() -> None:

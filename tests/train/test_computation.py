@@ -12,6 +12,7 @@ from meme_llava.dataset.check import RecordPolicy
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import TrainingOrder, load_records
 from meme_llava.dataset.sampling import BatchShape
+from meme_llava.errors import UserError
 from meme_llava.model import packed_attention
 from meme_llava.model.llava import load_processing
 from meme_llava.model.trainable import CheckpointedLayers
@@ -37,9 +38,9 @@ def largest_batch(world, processing):
     return collate(order.fetch_largest_batch())
 
 
-def plan(world, processing, largest_batch, folder, **changes):
+def plan(world, processing, largest_batch, folder, memory=2**40, **changes):
     arguments = parse_train_arguments(train_flags(world, folder, **changes), "")
-    return plan_computation(arguments, processing, largest_batch, torch.device("cpu"), False, 1)
+    return plan_computation(arguments, processing, largest_batch, torch.device("cpu"), False, 1, memory)
 
 
 @pytest.mark.parametrize("train_type", ["lora", "full"])
@@ -71,16 +72,32 @@ def test_auto_on_a_small_machine_computes_layers_twice(world, processing, larges
     estimator = StepEstimator(config, processing.image_policy, arguments, largest_batch, 1, on_gpu=False)
     kept = estimator.estimate(CheckpointedLayers()).total
     monkeypatch.setattr("meme_llava.train.planning.memory.find_usable", lambda memory: memory)
-    monkeypatch.setattr(prepared_run, "measure_memory", lambda *_: kept - 1)
-    chosen = plan(world, processing, largest_batch, tmp_path, train_type="projector")
+    chosen = plan(world, processing, largest_batch, tmp_path, kept - 1, train_type="projector")
     assert chosen.recomputed == CheckpointedLayers(1, 0) and chosen.step_bytes <= kept - 1
     assert "1 language and 0 vision layers computed twice; the largest batch, " in chosen.line
     assert chosen.to_record()["recomputed_layers"] == {"language": 1, "vision": 0}
 
-    monkeypatch.setattr(prepared_run, "measure_memory", lambda *_: 1)
-    chosen = plan(world, processing, largest_batch, tmp_path, train_type="projector")
+    chosen = plan(world, processing, largest_batch, tmp_path, 1, train_type="projector")
     assert chosen.recomputed == CheckpointedLayers(2, 0)
     assert "warning: only 0.0 GiB can be used, so the run may stop for lack of memory" in chosen.line
+
+
+def test_a_broken_flash_attention_is_named_and_left_alone(world, processing, largest_batch, tmp_path, monkeypatch):
+    """A wheel for another torch: the package is there, and its import fails."""
+    package = tmp_path / "flash_attn"
+    package.mkdir()
+    (package / "__init__.py").write_text('raise ImportError("undefined symbol: _ZN3c105ErrorC2E")')
+    monkeypatch.syspath_prepend(tmp_path)
+    packed_attention.find_flash_attention.cache_clear()
+    arguments = parse_train_arguments(train_flags(world, tmp_path, gradient_checkpointing="full"), "")
+    chosen = plan_computation(arguments, processing, largest_batch, torch.device("cuda"), True, 1, 2**40)
+    assert chosen.attention == "varlen"
+    assert "cannot be loaded (ImportError: undefined symbol: _ZN3c105ErrorC2E)" in chosen.line
+    with pytest.raises(
+        UserError, match=r"flash-attn, which cannot be loaded here \(ImportError: undefined symbol.*varlen"
+    ):
+        packed_attention.choose_attention("flash_attention_2", torch.device("cuda"), True)
+    packed_attention.find_flash_attention.cache_clear()
 
 
 @pytest.mark.parametrize(("setting", "times"), [("none", 1), ("full", 2)])

@@ -1,13 +1,17 @@
 """What a machine cannot do is said before a run: GPUs that torch cannot use, bf16 that is only emulated."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import train_flags
 
 from meme_llava.distributed.launch import make_environments
-from meme_llava.errors import UserError
+from meme_llava.distributed.processes import take_own_gpu
+from meme_llava.errors import ProcessError, UserError
 from meme_llava.inference.generation import choose_dtype
-from meme_llava.train.session import check_device, choose_bf16
+from meme_llava.train import session
+from meme_llava.train.session import check_device, check_shared_memory, choose_bf16
 from meme_llava.train.settings import parse_train_arguments
 
 
@@ -36,3 +40,30 @@ def test_threads_are_divided_from_the_cores_that_a_job_was_given(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     environments = make_environments(nodes=1, node=0, processes=2, address="127.0.0.1", port=29500)
     assert [environment["OMP_NUM_THREADS"] for environment in environments.values()] == ["3", "3"]
+
+
+def test_each_process_takes_its_own_gpu_or_says_that_there_is_none(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for local_rank in ("1", "2"):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        if local_rank == "2":
+            with pytest.raises(ProcessError, match="process 2 on a machine with 2 GPUs"):
+                take_own_gpu()
+        else:
+            take_own_gpu()
+    assert taken == [1]
+
+
+def test_too_little_shared_memory_for_workers_is_said_before_they_start(monkeypatch):
+    """Docker gives 64 MB; 8 images of 336 x 336 take 2.7 MB, eight processes with two workers hold 64 batches."""
+    batch = {"pixel_values": torch.zeros((8, 3, 336, 336), dtype=torch.uint8), "max_seqlen_q": 700}
+    monkeypatch.setattr(session.shutil, "disk_usage", lambda path: SimpleNamespace(free=64 * 2**20))
+    monkeypatch.setattr(session, "SHARED_MEMORY", session.Path("/"))
+    check_shared_memory(batch, workers=2)  # one process: 22 MB
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    check_shared_memory(batch, workers=0)
+    with pytest.raises(UserError, match=r"has 67 MB free, and .* 2 worker\(s\) .* up to 173 MB. .* --ipc=host"):
+        check_shared_memory(batch, workers=2)
