@@ -19,6 +19,7 @@ from meme_llava.dataset.records import ALLOWABLE, KINDS, parse_record
 from meme_llava.errors import UserError
 from meme_llava.evaluate.settings import parse_report_arguments
 from meme_llava.inference.endpoints import PRESETS
+from meme_llava.pipeline.plan import split_flags
 from meme_llava.prepare.describing import REASONS
 from meme_llava.prepare.writer import DESCRIBE, READ
 from meme_llava.storage.run_record import MANIFEST, RUN_RECORD
@@ -285,6 +286,15 @@ def test_python_commands_parse():
         faults.append(find_fault(words))
         assert [word for word in words if word.startswith(("data/", "configs/")) and not (ROOT / word).exists()] == []
     assert [fault for fault in faults if fault] == []
+
+
+def test_stages_without_run_sh_read_what_the_one_before_wrote():
+    (block,) = [block for block in list_blocks("docs/outputs.md", "bash") if "build_base_model.py" in block]
+    build, train, merge = (split_flags(shlex.split(line)) for line in block.replace("\\\n", " ").splitlines())
+    assert [stage[0][1] for stage in (build, train, merge)] == ["build_base_model.py", "train.py", "merge_lora.py"]
+    assert train[1]["model"] == build[1]["output_dir"]
+    assert merge[1]["adapter"] == train[1]["output_dir"]
+    assert "resume_from_checkpoint" not in train[1]  # which is an error in an empty folder
 
 
 def test_run_sh_commands_pass_a_dry_run(checkout, ssh):

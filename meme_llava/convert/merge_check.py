@@ -4,6 +4,7 @@ import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -18,10 +19,9 @@ from transformers import (
 
 from meme_llava import DATA
 from meme_llava.convert.merge import PEFT_PREFIX, TrainedWeights
-from meme_llava.dataset.check import RecordPolicy
-from meme_llava.dataset.collator import make_normalisation, normalise, to_pixel_values
-from meme_llava.dataset.dataset import load_records
-from meme_llava.dataset.images import open_image
+from meme_llava.dataset.collator import to_pixel_values
+from meme_llava.dataset.images import MAX_PIXELS, open_image, resolve_image_path
+from meme_llava.dataset.records import RecordFault, iterate_values, parse_record
 from meme_llava.errors import UserError
 from meme_llava.model.llava import (
     IN_MEMORY,
@@ -54,6 +54,7 @@ VERIFIED_RECORDS = 2
 VERIFIED_NEW_TOKENS = 32
 # Offloaded, each token reads the whole model from the disk again.
 OFFLOADED_NEW_TOKENS = 4
+SAMPLES = DATA / "annotations.json"
 SAMPLE_IMAGES = DATA / "images"
 COMPARED_IMAGES = 4
 
@@ -80,7 +81,7 @@ def verify_merged(base_folder: Path, trained: TrainedWeights, folder: Path) -> l
         UserError: in float32 a logit differs by more than 1e-4 of the largest one, or a greedy answer differs.
     """
     processing = load_processing(base_folder)
-    prompts, annotations = _load_prompts(trained.run_record, processing)
+    prompts, prompts_source = _load_prompts(trained.run_record, processing)
     base, stored = open_model_tensors(base_folder), open_model_tensors(folder)
     fits = fits_in_memory(base, torch.float32)
     ignore, findings = contextlib.nullcontext(lambda count: None), []
@@ -101,7 +102,7 @@ def verify_merged(base_folder: Path, trained: TrainedWeights, folder: Path) -> l
             f"{limit:.2g}), greedy answers {'agree' if same == len(prompts) else 'differ'}"
         )
     return [
-        ("compared on", f"{len(prompts)} records of {annotations}"),
+        ("compared on", prompts_source),
         ("the models ran", IN_MEMORY if fits else OFFLOADED),
         ("answer tokens compared", str(sum(len(reply.tokens) for reply in expected))),
         ("float32: largest logit difference", f"{difference:.2e} (limit {limit:.2g})"),
@@ -171,24 +172,45 @@ def _merge_whole(trained: TrainedWeights, stored: StoredTensor) -> torch.Tensor:
     return merged
 
 
-def _load_prompts(training: dict, processing: Processing) -> tuple[list[dict], Path]:
-    """First questions of the training data, or of the sample memes where that data is not at hand, and their file."""
-    annotations, image_folder = Path(training["data"]["annotations"]), Path(training["data"]["image_folder"])
-    if not annotations.is_file():
-        annotations, image_folder = DATA / "annotations.json", DATA
-    encoder, policy = processing.encoder, processing.image_policy
-    record_policy, max_length = RecordPolicy(bad_records="quarantine"), training["settings"]["model_max_length"]
-    dataset = load_records(annotations, image_folder, record_policy, encoder, max_length, policy).dataset
-    prompts = []
-    for index in range(min(VERIFIED_RECORDS, len(dataset))):
-        example = dataset[index]
-        input_ids = example["input_ids"][None, : int((example["labels"] >= 0).nonzero()[0])]  # (1, prompt)
-        images = int((input_ids == encoder.image_token_id).sum()) // processing.tokens_per_image
-        # (images, 3, size, size); a later turn's images are not part of the first question.
-        pixels = example["pixel_values"][:images]
-        pixel_values = normalise(torch.stack(pixels), make_normalisation(policy)) if images else None
+def _load_prompts(training: dict, processing: Processing) -> tuple[list[dict], str]:
+    """First questions of the training data, or of the sample memes where that data is not at hand, and what they are
+    of. A merge is not to fail for want of data: it needs none."""
+    data, settings = training["data"], training["settings"]
+    files, limits = (data["annotations"], data["image_folder"]), (settings["max_pixels"], settings["model_max_length"])
+    try:
+        prompts, source = _read_prompts(*map(Path, files), *limits, processing), data["annotations"]
+    except UserError as error:
+        prompts = _read_prompts(SAMPLES, SAMPLES.parent, MAX_PIXELS, None, processing)
+        source = f"{SAMPLES}\n(not of the training data: {error})"
+    return prompts, f"{len(prompts)} records of {source}"
+
+
+def _read_prompts(
+    annotations: Path, image_folder: Path, max_pixels: int, max_length: int | None, processing: Processing
+) -> list[dict]:
+    """Inputs of the first records whose first question can be asked; no other image is opened. Raises UserError where
+    the file cannot be read, or there is no such record."""
+    encoder, policy, prompts = processing.encoder, processing.image_policy, []
+    for place, value in iterate_values(annotations):
+        try:
+            record = parse_record(value, place)
+            question = list(takewhile(lambda turn: turn.role != "assistant", record.turns))
+            input_ids = torch.tensor([encoder.encode_prompt(question)])  # (1, prompt)
+            if max_length is not None and input_ids.shape[1] >= max_length:
+                continue
+            # A later turn's images are not part of the first question.
+            shown = record.images[: int((input_ids == encoder.image_token_id).sum()) // processing.tokens_per_image]
+            images = [open_image(resolve_image_path(image, image_folder), policy, max_pixels) for image in shown]
+        except RecordFault:
+            continue
+        # (images, 3, size, size)
+        pixel_values = torch.stack([to_pixel_values(image, policy) for image in images]) if images else None
         prompts.append({"input_ids": input_ids, "pixel_values": pixel_values})
-    return prompts, annotations
+        if len(prompts) == VERIFIED_RECORDS:
+            break
+    if not prompts:
+        raise UserError(f"{annotations}: no record can be asked about with the images of {image_folder}")
+    return prompts
 
 
 def _reply(model: nn.Module, prompt: dict[str, torch.Tensor], new_tokens: int, processing: Processing) -> Generation:

@@ -129,15 +129,40 @@ def test_comparison_is_printed(world, trained, tmp_path, capsys):
     assert "standalone model" in printed
 
 
-def test_merges_where_the_training_data_is_not(trained, tmp_path, capsys):
-    """On another machine the comparison takes the sample memes, and says so."""
+def compare_with_data(trained, tmp_path, **data):
+    """What a merge says it compared, the training data being `data` as far as given."""
     adapter = copy_adapter(trained, tmp_path)
     record = json.loads((adapter / "run_record.json").read_text())
-    record["data"]["annotations"] = str(tmp_path / "gone.json")
+    record["data"] |= {name: str(path) for name, path in data.items()}
     (adapter / "run_record.json").write_text(json.dumps(record))
     merge(["--adapter", str(adapter), "--output_dir", str(tmp_path / "merged")])
-    merged = json.loads((tmp_path / "merged" / "run_record.json").read_text())
-    assert merged["checks"]["compared on"] == f"2 records of {ROOT / 'data' / 'annotations.json'}"
+    return read_checks(tmp_path / "merged")["compared on"]
+
+
+@pytest.mark.parametrize(
+    "gone, said", [("annotations", "No such file"), ("image_folder", "no record can be asked"), ("images", "no record")]
+)
+def test_merges_where_the_training_data_is_not(trained, tmp_path, world, gone, said):
+    """On another machine the comparison takes the sample memes, and says so and why."""
+    (tmp_path / "empty").mkdir()
+    # Every record of these shows an image.
+    with_images = tmp_path / "with_images.json"
+    with_images.write_text(json.dumps(world.records[:3], ensure_ascii=False), encoding="utf-8")
+    places = {"annotations": with_images, "image_folder": tmp_path / "empty"}
+    places |= {gone: tmp_path / "gone"} if gone in places else {}
+    compared = compare_with_data(trained, tmp_path, **places)
+    assert compared.startswith(f"2 records of {ROOT / 'data' / 'annotations.json'}\n") and said in compared
+
+
+def test_compares_on_the_first_records_that_can_be_asked(world, trained, tmp_path):
+    """A damaged image costs its own record alone, and no image is opened for records that are not compared."""
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "p0.png").write_bytes(b"damaged")
+    for name in ("p1.png", "p2.png", "p3.png"):
+        shutil.copy(world.image_folder / name, images)
+    compared = compare_with_data(trained, tmp_path, image_folder=images)
+    assert compared == f"2 records of {world.annotations}"
 
 
 def test_an_adapter_whose_first_records_are_text_merges(world, trained, tmp_path, capsys):
