@@ -93,8 +93,7 @@ def make_batched(batch_size: int) -> Way:
         answers = []
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
-            images = [open_image(question.image, answerer.processing.image_policy) for question in batch]
-            answers += answerer.answer_together(images, batch, max_new_tokens)
+            answers += answerer.answer_together(batch, max_new_tokens)
         return answers
 
     return answer_in_batches

@@ -86,18 +86,10 @@ def _load_model(folder: Path, arguments: EvaluateArguments) -> Ask:
     from meme_llava.inference.generation import load_answerer, load_transformers_model
 
     if arguments.answer_with == "transformers":
-        model, policy = load_transformers_model(folder, arguments.device, arguments.dtype), None
+        model = load_transformers_model(folder, arguments.device, arguments.dtype)
     else:
         model = load_answerer(folder, arguments.base_model, arguments.device, arguments.dtype)
-        policy = model.processing.image_policy
-
-    def ask(questions: list[Question]) -> list[Prediction]:
-        # Files often ask several things about an image.
-        images = {path: open_image(path, policy) for path in dict.fromkeys(question.image for question in questions)}
-        opened = [images[question.image] for question in questions]
-        return model.answer_together(opened, questions, arguments.max_new_tokens)
-
-    return ask
+    return functools.partial(model.answer_together, max_new_tokens=arguments.max_new_tokens)
 
 
 def _load_text_reader() -> Ask:

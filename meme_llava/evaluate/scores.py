@@ -109,19 +109,15 @@ def score_predictions(predictions: Sequence[Prediction]) -> dict[str, Score]:
     Intervals say how much a score would change with other images: RESAMPLES times as many images are drawn with
     replacement, with all their answers, and the middle 95 % of what comes out are told (percentile bootstrap).
     """
-    parts: dict[str, list[tuple]] = {}
-    for prediction in predictions:
-        for name, *part in _measure(prediction):
-            parts.setdefault(name, []).append((prediction.question.image, *part))
-    scores = {}
-    for name, of_score in parts.items():
-        images, *counts = zip(*of_score, strict=True)
-        scores[name] = _estimate(images, np.array(counts, dtype=float).T)  # (answers, points and of)
-    scores |= _compare_captions(predictions)
-    return {name: scores[name] for name in list_measures([scores])}
+    return {name: counted.estimate() for name, counted in _count(predictions).items()}
 
 
-def list_measures(columns: Sequence[Mapping[str, Score]]) -> list[str]:
+def compute_scores(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """The values of `score_predictions`, without their intervals, which take longer."""
+    return {name: counted.value for name, counted in _count(predictions).items()}
+
+
+def list_measures(columns: Sequence[Mapping]) -> list[str]:
     """Every name that one of the columns has, in the order of MEASURES and then of the tasks."""
     names = {name for scores in columns for name in scores}
     return [name for name in MEASURES if name in names] + sorted(names - MEASURES.keys())
@@ -187,7 +183,21 @@ def _count_found(text: str, answer: str) -> int:
     return len({place for start in starts for place in range(start, start + length)})
 
 
-def _compare_captions(predictions: Sequence[Prediction]) -> dict[str, Score]:
+def _count(predictions: Sequence[Prediction]) -> dict[str, "_Counted"]:
+    """What all answers add to every score."""
+    parts: dict[str, list[tuple]] = {}
+    for prediction in predictions:
+        for name, *part in _measure(prediction):
+            parts.setdefault(name, []).append((prediction.question.image, *part))
+    counted = {}
+    for name, of_score in parts.items():
+        images, *counts = zip(*of_score, strict=True)
+        counted[name] = _Counted(images, np.array(counts, dtype=float).T)  # (answers, points and of)
+    counted |= _compare_captions(predictions)
+    return {name: counted[name] for name in list_measures([counted])}
+
+
+def _compare_captions(predictions: Sequence[Prediction]) -> dict[str, "_Counted"]:
     captions = [prediction for prediction in predictions if _is_caption(prediction.question)]
     if not captions:
         return {}
@@ -196,7 +206,7 @@ def _compare_captions(predictions: Sequence[Prediction]) -> dict[str, Score]:
 
     answers = [prediction.text for prediction in captions]
     references = [[prediction.question.reference for prediction in captions]]
-    scores = {}
+    counted = {}
     for name, metric in (("chrf", CHRF()), ("bleu", BLEU(tokenize="zh"))):
         # sacrebleu's own bootstrap draws answers, not images, and fails where a drawn BLEU is zero.
         counts = np.array(metric._extract_corpus_statistics(answers, references))  # (captions, n-gram counts)
@@ -204,33 +214,42 @@ def _compare_captions(predictions: Sequence[Prediction]) -> dict[str, Score]:
         def compute(sums, metric=metric):
             return np.array([metric._compute_score_from_stats(row.tolist()).score for row in sums])
 
-        scores[name] = _estimate([prediction.question.image for prediction in captions], counts, compute)
-    return scores
+        counted[name] = _Counted([prediction.question.image for prediction in captions], counts, compute)
+    return counted
 
 
 def estimate_mean(images: Sequence, values: Sequence[float]) -> Score:
     """The mean of a value of every answer, with its interval as by `score_predictions`."""
-    return _estimate(images, np.array([(value, 1) for value in values], dtype=float))
+    return _Counted(images, np.array([(value, 1) for value in values], dtype=float)).estimate()
 
 
-def _estimate(
-    images: Sequence,
-    counts: np.ndarray,
-    compute: Callable[[np.ndarray], np.ndarray] = lambda sums: sums[:, 0] / sums[:, 1],
-) -> Score:
-    """The score of all answers, and its interval by drawing images with all their answers.
+@dataclass(frozen=True)
+class _Counted:
+    """What answers add to a score.
 
     Args:
         images: of every answer.
         counts: what every answer adds, (answers, counts).
         compute: rows of summed counts, (rows, counts), to their scores, (rows,); by default points by of how many.
     """
-    rows = {image: row for row, image in enumerate(dict.fromkeys(images))}
-    sums = np.zeros((len(rows), counts.shape[1]), counts.dtype)  # (images, counts)
-    np.add.at(sums, [rows[image] for image in images], counts)
-    draws = np.random.default_rng(0).multinomial(
-        len(rows), np.full(len(rows), 1 / len(rows)), size=RESAMPLES
-    )  # (RESAMPLES, images): how often every image was drawn
-    low, high = np.percentile(compute(draws @ sums), [2.5, 97.5])
-    (value,) = compute(sums.sum(axis=0, keepdims=True))
-    return Score(float(value), float(low), float(high), len(images))
+
+    images: Sequence
+    counts: np.ndarray
+    compute: Callable[[np.ndarray], np.ndarray] = lambda sums: sums[:, 0] / sums[:, 1]
+
+    @property
+    def value(self) -> float:
+        """The score of all answers."""
+        (value,) = self.compute(self.counts.sum(axis=0, keepdims=True))
+        return float(value)
+
+    def estimate(self) -> Score:
+        """The score with its interval, by drawing images with all their answers."""
+        rows = {image: row for row, image in enumerate(dict.fromkeys(self.images))}
+        sums = np.zeros((len(rows), self.counts.shape[1]), self.counts.dtype)  # (images, counts)
+        np.add.at(sums, [rows[image] for image in self.images], self.counts)
+        draws = np.random.default_rng(0).multinomial(
+            len(rows), np.full(len(rows), 1 / len(rows)), size=RESAMPLES
+        )  # (RESAMPLES, images): how often every image was drawn
+        low, high = np.percentile(self.compute(draws @ sums), [2.5, 97.5])
+        return Score(self.value, float(low), float(high), len(self.images))

@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from meme_llava.dataset.collator import to_pixel_values
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
+from meme_llava.dataset.images import ImagePolicy, open_image
 from meme_llava.errors import UserError
 from meme_llava.inference.questions import Prediction, Question
 from meme_llava.model.llava import PROJECTOR, Processing, load_llava, load_processing, quiet_transformers
@@ -86,17 +87,14 @@ class Answerer:
             )
         return self._generate(inputs, [None], max_new_tokens, streamer=streamer, stopping_criteria=stopping)[0]
 
-    def answer_together(
-        self, images: list[Image.Image], questions: list[Question], max_new_tokens: int = 512
-    ) -> list[Prediction]:
+    def answer_together(self, questions: Sequence[Question], max_new_tokens: int = 512) -> list[Prediction]:
         """The greedy answers to several questions at once; shorter prompts are padded on the left.
 
-        Files often ask several things about an image; the vision tower sees it once. Raises PromptTooLong.
+        Files often ask several things about an image; the vision tower sees it once. Raises PromptTooLong, and
+        RecordFault for an image that cannot be read.
         """
-        batch = [
-            self.build_inputs(image, question.text, question.system)
-            for image, question in zip(images, questions, strict=True)
-        ]
+        images = _open_images(questions, self.processing.image_policy)
+        batch = [self.build_inputs(images[one.image], one.text, one.system) for one in questions]
         lengths = [inputs["input_ids"].shape[1] for inputs in batch]
         if (longest := max(lengths)) >= self.positions:
             image = questions[lengths.index(longest)].image
@@ -139,7 +137,7 @@ class Answerer:
     # Not inference mode: what engines gather of a model that trains must be fit for a backward pass later.
     @torch.no_grad()
     def _generate(
-        self, inputs: dict[str, torch.Tensor], questions: list, max_new_tokens: int, **options
+        self, inputs: dict[str, torch.Tensor], questions: Sequence, max_new_tokens: int, **options
     ) -> list[Prediction]:
         """The answer to every prompt of the inputs."""
         config = copy.copy(self.generation_config)
@@ -149,8 +147,13 @@ class Answerer:
         return _read_answers(output, inputs, config.eos_token_id, self.processing.tokenizer, questions)
 
 
+def _open_images(questions: Sequence[Question], policy: ImagePolicy | None) -> dict[Path, Image.Image]:
+    """Each image once, however many questions are about it."""
+    return {path: open_image(path, policy) for path in dict.fromkeys(question.image for question in questions)}
+
+
 def _read_answers(
-    output: torch.Tensor, inputs: Mapping, ends: Sequence[int], tokenizer: PreTrainedTokenizerBase, questions: list
+    output: torch.Tensor, inputs: Mapping, ends: Sequence[int], tokenizer: PreTrainedTokenizerBase, questions: Sequence
 ) -> list[Prediction]:
     """What stands in `output`, (questions, positions), behind each prompt, up to the first of the `ends`."""
     predictions = []
@@ -217,10 +220,11 @@ class TransformersModel:
     processor: object
 
     @torch.inference_mode()
-    def answer_together(
-        self, images: list[Image.Image], questions: list[Question], max_new_tokens: int = 512
-    ) -> list[Prediction]:
-        """The greedy answers about several RGB images at once; shorter prompts are padded on the left."""
+    def answer_together(self, questions: Sequence[Question], max_new_tokens: int = 512) -> list[Prediction]:
+        """The greedy answers to several questions at once; shorter prompts are padded on the left. Raises RecordFault
+        for an image that cannot be read."""
+        opened = _open_images(questions, None)
+        images = [opened[question.image] for question in questions]
         inputs = self.build_inputs(images, questions).to(self.model.device, self.model.dtype)
         tokenizer = self.processor.tokenizer
         config = copy.copy(self.model.generation_config)
@@ -230,7 +234,7 @@ class TransformersModel:
         output = self.model.generate(**inputs, generation_config=config)
         return _read_answers(output, inputs, _list_stops(config) or [tokenizer.eos_token_id], tokenizer, questions)
 
-    def build_inputs(self, images: list[Image.Image], questions: list[Question]):
+    def build_inputs(self, images: Sequence[Image.Image], questions: Sequence[Question]):
         """What the processor makes of images and prompts; input_ids (questions, longest), padded on the left."""
         conversations = []
         for image, question in zip(images, questions, strict=True):

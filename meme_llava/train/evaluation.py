@@ -19,11 +19,11 @@ from transformers import StoppingCriteriaList
 
 from meme_llava.dataset.check import CheckedData, check_records
 from meme_llava.dataset.dataset import MemeDataset, load_records
-from meme_llava.dataset.images import open_image
+from meme_llava.dataset.records import RecordFault
 from meme_llava.distributed.environment import DEEPSPEED, Heartbeat, count_processes, find_rank
 from meme_llava.distributed.processes import broadcast_from_main, gather
 from meme_llava.errors import UserError
-from meme_llava.evaluate.scores import describe_measure, name_figure, score_predictions
+from meme_llava.evaluate.scores import compute_scores, describe_measure, name_figure
 from meme_llava.inference.generation import Answerer, choose_stops
 from meme_llava.inference.questions import Prediction, Question, find_question
 from meme_llava.model.llava import Processing
@@ -173,10 +173,9 @@ class TrainingEvaluation:
 
         def answer(questions: Sequence[Question]) -> list[Prediction]:
             try:
-                images = [open_image(question.image, processing.image_policy) for question in questions]
-            except ValueError as error:
+                return answerer.answer_together(questions, self._arguments.eval_max_new_tokens)
+            except RecordFault as error:
                 raise UserError(f"{error}; it was sound when the run started") from error
-            return answerer.answer_together(images, list(questions), self._arguments.eval_max_new_tokens)
 
         processing = self._plan.processing
         divided = self._plan.engine.shards_weights and count_processes() > 1
@@ -205,8 +204,8 @@ class TrainingEvaluation:
 
     def _report(self, step: int, loss: float, predictions: list[Prediction], start: float) -> dict[str, float]:
         """Show the answers of a step and what all are worth, keep them, and return the figures."""
-        scores = score_predictions(predictions)
-        figures = {"eval_loss": loss} | {name_figure(name): score.value for name, score in scores.items()}
+        values = compute_scores(predictions)
+        figures = {"eval_loss": loss} | {name_figure(name): value for name, value in values.items()}
         shown = [predictions[place] for place in self._data.shown]
         rows = [
             (str(one.question.image), one.question.text, one.question.reference, one.text, one.stopped) for one in shown

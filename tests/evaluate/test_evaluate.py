@@ -9,13 +9,15 @@ import torch
 from PIL import Image
 
 import evaluate
+from meme_llava.dataset.images import open_image
 from meme_llava.evaluate import precheck
 from meme_llava.evaluate.results_folder import read_predictions
+from meme_llava.inference import generation
 from meme_llava.inference.generation import Answerer, PromptTooLong, load_answerer
 from meme_llava.inference.questions import Question
 
 
-def test_batches_answer_as_single_questions_do(world, served_model):
+def test_batches_answer_as_single_questions_do(world, served_model, monkeypatch):
     """Prompts of different lengths, so that all but the longest are padded."""
     answerer = load_answerer(served_model, device="cpu", dtype="float32")
     questions = ["图里写了什么？", "困", "请描述一下这张表情包，越详细越好。", "什么意思？"]
@@ -25,10 +27,11 @@ def test_batches_answer_as_single_questions_do(world, served_model):
     # The second and the last image are asked about once more.
     images += [images[1], images[3]]
     asked += [Question(asked[1].image, questions[0]), Question(asked[3].image, questions[2])]
-    seen = []
+    opened, seen = [], []
+    monkeypatch.setattr(generation, "open_image", lambda path, policy: opened.append(path) or open_image(path, policy))
     answerer.model.model.vision_tower.register_forward_pre_hook(lambda tower, inputs: seen.append(len(inputs[0])))
-    together = answerer.answer_together(images, asked, max_new_tokens=12)
-    assert seen == [4]  # no image twice
+    together = answerer.answer_together(asked, max_new_tokens=12)
+    assert seen == [4] and len(opened) == 4  # no image twice
     alone = [
         answerer.answer(image, question.text, question.system, max_new_tokens=12)
         for image, question in zip(images, asked, strict=True)
@@ -55,9 +58,8 @@ def test_padding_is_not_seen(world, served_model):
 def test_a_question_beyond_the_models_positions_is_named(world, served_model):
     answerer = load_answerer(served_model, device="cpu", dtype="float32")
     asked = [Question(world.image_folder / "p0.png", "困"), Question(world.image_folder / "p1.png", "困" * 5000)]
-    images = [Image.open(question.image).convert("RGB") for question in asked]
     with pytest.raises(PromptTooLong, match=r"a question about \S+/p1.png takes 10030 positions, the model has 4096"):
-        answerer.answer_together(images, asked)
+        answerer.answer_together(asked)
 
 
 @pytest.fixture
@@ -124,11 +126,11 @@ def test_an_interrupted_evaluation_goes_on(flags, tmp_path, monkeypatch, capsys)
     answer_together = Answerer.answer_together
     asked = []
 
-    def answer_twice(answerer, images, questions, max_new_tokens):
+    def answer_twice(answerer, questions, max_new_tokens):
         if len(asked) == 4:
             raise KeyboardInterrupt
         asked.extend(questions)
-        return answer_together(answerer, images, questions, max_new_tokens)
+        return answer_together(answerer, questions, max_new_tokens)
 
     monkeypatch.setattr(Answerer, "answer_together", answer_twice)
     with pytest.raises(SystemExit):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from meme_llava.dataset.inspection import normalise_text
-from meme_llava.evaluate.scores import asks_for_text, describe_measure, is_right, score_predictions
+from meme_llava.evaluate.scores import asks_for_text, compute_scores, describe_measure, is_right, score_predictions
 from meme_llava.inference.questions import Prediction, Question
 
 
@@ -130,3 +130,12 @@ def test_every_score_has_a_title():
     assert describe_measure("right: mood").title == "exact match: mood"
     assert describe_measure("right: ").title == "exact match: all"
     assert describe_measure("character_error_rate").better == "lower"
+
+
+def test_scores_come_without_intervals_where_nobody_reads_those(monkeypatch):
+    """A training evaluates again and again, and a thousand draws a score take longer than the scores."""
+    answered = [ask("写着好耶，小狗开心", "写着好耶，小猫很开心呀", "好耶", image=f"{row}.png") for row in range(3)]
+    answered += [ask("好", "坏", "坏", "text", tokens=3, stopped=True)]
+    expected = {name: score.value for name, score in score_predictions(answered).items()}
+    monkeypatch.setattr("numpy.random.default_rng", lambda seed: pytest.fail("images were drawn"))
+    assert compute_scores(answered) == expected

@@ -159,7 +159,7 @@ def test_scores_are_those_of_all_answers(world, validation, tmp_path, monkeypatc
     """Four characters with one missing, seven of which all are wrong, two right: (1 + 7) of 13."""
     said = {"p0.png": "我太难", "p4.png": "天气真好啊啊啊", "p1.png": "好耶"}
 
-    def answer_together(self, images, questions, max_new_tokens):
+    def answer_together(self, questions, max_new_tokens):
         return [Prediction(question, said[question.image.name], 2, True) for question in questions]
 
     monkeypatch.setattr(Answerer, "answer_together", answer_together)
