@@ -12,9 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from meme_llava.cli import parse_arguments, to_plain
-from meme_llava.errors import UserError, stop_on_user_error
+from meme_llava.errors import UserError, join_first, stop_on_user_error
 from meme_llava.evaluate.answer_sources import AnswerSource, choose_questions, choose_source
-from meme_llava.evaluate.precheck import check_images
 from meme_llava.evaluate.results_folder import (
     EVALUATE,
     check_same_questions,
@@ -31,7 +30,7 @@ from meme_llava.evaluate.scores import (
     show_score,
 )
 from meme_llava.evaluate.settings import EvaluateArguments
-from meme_llava.inference.questions import Prediction, Question, list_record_questions
+from meme_llava.inference.questions import Prediction, Question, check_images, list_record_questions
 from meme_llava.storage.files import hash_file, hash_files
 from meme_llava.storage.run_record import describe_environment
 from meme_llava.terminal import print_table
@@ -118,10 +117,7 @@ def print_problems(lines: Sequence[dict]) -> None:
     without = [line for line in lines if line["problem"] is not None]
     if without:
         print(f"{len(without)} of {len(lines)} questions were not answered, which counts as an empty answer:")
-        for line in without[:MAX_LISTED]:
-            print(f"  {line['image']}: {line['problem']}")
-        if len(without) > MAX_LISTED:
-            print(f"  … and {len(without) - MAX_LISTED} more, in predictions.jsonl")
+        print(join_first((f"  {line['image']}: {line['problem']}" for line in without[:MAX_LISTED]), len(without)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import errno
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
@@ -45,6 +45,18 @@ class DiskFullError(UserError):
     """A disk has too little room."""
 
     exit_code = 7
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, to the end of its first line; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def join_first(lines: Iterable[str], total: int) -> str:
+    """The first lines of a list as a message shows them, and how many more of `total` there are."""
+    lines = list(lines)
+    more = [f"  … and {total - len(lines):,} more"] if total > len(lines) else []
+    return "\n".join([*lines, *more])
 
 
 def is_disk_full(error: OSError) -> bool:

@@ -25,7 +25,7 @@ from meme_llava.dataset.records import (
     iterate_values,
     read_records,
 )
-from meme_llava.errors import UserError
+from meme_llava.errors import UserError, join_first
 from meme_llava.storage.files import write_lines
 from meme_llava.terminal import print_table
 
@@ -243,18 +243,18 @@ def stop_on_bad_records(checked: CheckedData) -> None:
     bad, suggestion = list(checked.bad.values()), suggest_folder(checked)
     # One wrong folder explains them all.
     most = MAX_LISTED_OF_ONE_CAUSE if suggestion else MAX_LISTED
-    listed = "\n".join(
+    lines = (
         "  " + "; ".join([str(first), *(f"{other.detail} [{other.kind}]" for other in others)])
         for first, *others in bad[:most]
     )
-    more = f"\n  … and {len(bad) - most} more" if len(bad) > most else ""
+    listed = join_first(lines, len(bad)) + suggestion
     if bad and checked.policy.bad_records == "error":
         raise UserError(
-            f"{checked.annotations}: {len(bad)} of {checked.total} records cannot be trained on:\n{listed}{more}"
-            f"{suggestion}\nFix them, or pass --bad_records quarantine to train without them."
+            f"{checked.annotations}: {len(bad)} of {checked.total} records cannot be trained on:\n{listed}\n"
+            "Fix them, or pass --bad_records quarantine to train without them."
         )
     if not checked.usable:
-        why = f"; all {checked.total} are unusable:\n{listed}{more}{suggestion}" if checked.total else ""
+        why = f"; all {checked.total} are unusable:\n{listed}" if checked.total else ""
         raise UserError(f"{checked.annotations}: no record to train on{why}")
 
 

@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from meme_llava.dataset.collator import to_pixel_values
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.dataset.images import ImagePolicy, open_image
-from meme_llava.errors import UserError
+from meme_llava.errors import UserError, first_line
 from meme_llava.inference.questions import Prediction, Question
 from meme_llava.model.llava import PROJECTOR, Processing, load_llava, load_processing, quiet_transformers
 from meme_llava.model.packed_attention import gpu_multiplies_bf16
@@ -264,10 +264,8 @@ def load_transformers_model(folder: Path, device: str, dtype: str) -> Transforme
             chosen_dtype = choose_dtype(dtype, chosen_device)
             model = AutoModelForImageTextToText.from_pretrained(folder, dtype=chosen_dtype, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{folder}: cannot be loaded as an image-text-to-text model of transformers: {reason}"
-        ) from error
+        what = "an image-text-to-text model of transformers"
+        raise UserError(f"{folder}: cannot be loaded as {what}: {first_line(error)}") from error
     if not getattr(processor, "chat_template", None):
         raise UserError(
             f"{folder}: has no chat template, so how to ask it is not known; take a release of the model with one, "

@@ -1,15 +1,18 @@
 """Questions about images, of files or of an annotation file, and what is predicted for them, whoever does."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
-from meme_llava.dataset.images import resolve_image_path
-from meme_llava.dataset.inspection import IMAGE_SUFFIXES
+from meme_llava.dataset.images import MAX_PIXELS, resolve_image_path
+from meme_llava.dataset.inspection import IMAGE_SUFFIXES, inspect_images
 from meme_llava.dataset.records import Record, read_quarantined_places, read_records
-from meme_llava.errors import UserError
+from meme_llava.errors import UserError, join_first
+
+MAX_LISTED = 10  # images that cannot be read
 
 
 @dataclass(frozen=True)
@@ -116,3 +119,15 @@ def list_record_questions(
     if left_out := len(records[:limit]) - len(questions):
         print(f"{left_out} records do not begin with one image and are not asked", file=sys.stderr)
     return questions
+
+
+def check_images(questions: Sequence[Question], annotations: Path, image_folder: Path) -> None:
+    """Decode every image. Raises UserError with those that no model can be shown."""
+    found = inspect_images([question.image for question in questions], MAX_PIXELS)
+    bad = [f"  {path}: {facts.fault[1]}" for path, facts in found.items() if facts.fault is not None]
+    if bad:
+        advice = f"give the right --image_folder ({image_folder}; EVAL_IMAGE_FOLDER in run.sh)."
+        raise UserError(
+            f"{annotations}: {len(bad)} of {len(found)} images cannot be read:\n"
+            f"{join_first(bad[:MAX_LISTED], len(bad))}\nFix them or leave out their records, or {advice}"
+        )

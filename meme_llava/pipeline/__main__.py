@@ -154,12 +154,13 @@ def check_input(chosen: Sequence[Stage], training: Sequence[Stage]) -> None:
             f"{training[1].folder} was trained without the projector of {training[0].folder}, which is not there; set "
             "another OUTPUT_DIR"
         )
+    evaluations = [stage.flags for stage in chosen if stage.name == "evaluate"]
+    words = [flags[name][0] for flags in evaluations[:1] for name in ("annotations", "image_folder")]
     if training and not training[-1].is_finished:
-        for stage in training:
-            run_command("python", "-m", "meme_llava.train.precheck", *stage.arguments, *stage.resume_flags)
-    for stage in [stage for stage in chosen if stage.name == "evaluate"][:1]:
-        asked = [f"--{name}={stage.flags[name][0]}" for name in ("annotations", "image_folder")]
-        run_command("python", "-m", "meme_llava.evaluate.precheck", *asked)
+        # Of two trainings the last one: both have the same records and images.
+        words += [*training[-1].arguments, *training[-1].resume_flags]
+    if words:
+        run_command("python", "-m", "meme_llava.pipeline.precheck", *words)
 
 
 def make_result(stage: Stage, writes_note: bool) -> None:

@@ -28,7 +28,7 @@ from meme_llava.dataset.images import (
     identify_file_type,
     resolve_image_path,
 )
-from meme_llava.errors import UserError
+from meme_llava.errors import UserError, first_line
 from meme_llava.prepare.writer import AnnotationWriter, DrawingSettings, make_record
 from meme_llava.storage.files import hash_file, write_whole
 
@@ -154,7 +154,7 @@ def _explain_failure(name: str) -> Iterator[None]:
     try:
         yield
     except _FAILURES as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if Path(name).exists():
             raise UserError(f"{name}: cannot be read as parquet ({reason})") from error
         if type(error).__name__ in ("DatasetNotFoundError", "RepositoryNotFoundError", "GatedRepoError"):

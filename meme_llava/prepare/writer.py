@@ -20,7 +20,7 @@ from meme_llava.cli import setting, to_plain
 from meme_llava.dataset.check import MAX_LISTED as MAX_LISTED_PROBLEMS
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
 from meme_llava.dataset.records import name_source, parse_record
-from meme_llava.errors import UserError
+from meme_llava.errors import UserError, join_first
 from meme_llava.storage.files import hash_file, to_line, write_json, write_whole
 from meme_llava.storage.run_record import describe_environment
 from meme_llava.terminal import print_table
@@ -208,9 +208,7 @@ class AnnotationWriter:
 
     def stop_on_problems(self, records: int) -> None:
         """Raise UserError, listing the first, if there are problems under "error" or `records` is 0."""
-        lines = [*self._listed_problems]
-        lines += [f"  … and {more:,} more"] if (more := self.problems - len(lines)) else []
-        lines += [self.hint] if self.hint else []
+        lines = filter(None, (join_first(self._listed_problems, self.problems), self.hint))
         listed = "".join(f"\n{line}" for line in lines)
         if self.problems and self._settings.bad_records == "error":
             raise UserError(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from meme_llava.errors import UserError
+from meme_llava.errors import UserError, first_line
 from meme_llava.storage.files import explain_full_disk, fsync_path, lock, set_file_modes
 from meme_llava.storage.run_record import RUN_RECORD
 
@@ -137,9 +137,8 @@ def _download_from_hub(model_id: str) -> Path:
                 "does not hold all of it. Unset HF_HUB_OFFLINE to download it, or give a folder."
             ) from error
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{model_id}: is not a local folder, and downloading it from {endpoint} failed: {reason}\n"
+            f"{model_id}: is not a local folder, and downloading it from {endpoint} failed: {first_line(error)}\n"
             "Check the spelling; behind a slow or closed connection set HF_ENDPOINT to a mirror, use "
             f"{MODELSCOPE_PREFIX}{model_id}, or download it elsewhere and give the folder."
         ) from error

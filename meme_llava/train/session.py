@@ -32,7 +32,7 @@ from meme_llava.distributed.processes import (
     start_process_group,
     take_own_gpu,
 )
-from meme_llava.errors import NonFiniteError, OutOfMemoryError, UserError
+from meme_llava.errors import NonFiniteError, OutOfMemoryError, UserError, first_line
 from meme_llava.model.packed_attention import choose_attention, gpu_multiplies_bf16, multiplies_bf16
 from meme_llava.train.settings import TrainArguments
 
@@ -235,11 +235,10 @@ def explain_out_of_memory(arguments: TrainArguments, session: Session) -> Iterat
             ) from error
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(s in str(error) for s in _SIGNS):
             raise
-        first_line = (str(error).strip().splitlines() or ["MemoryError"])[0]
         ways = "\n".join(f"  {n}. {way}" for n, way in enumerate(list_ways_out(arguments, session), 1))
         raise OutOfMemoryError(
-            f"a step does not fit into memory ({first_line[:200]}). What helps, in this order; all of it keeps the "
-            f"global batch of {arguments.global_batch_size} records:\n{ways}\n"
+            f"a step does not fit into memory ({first_line(error)[:200]}). What helps, in this order; all of it keeps "
+            f"the global batch of {arguments.global_batch_size} records:\n{ways}\n"
             "Then start the same command again; the newest checkpoint is kept. --plan counts what a step takes"
         ) from error
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from meme_llava.dataset.images import open_image
 from meme_llava.distributed.environment import is_main_process
 from meme_llava.distributed.processes import broadcast_from_main
-from meme_llava.errors import Stopped, UserError
+from meme_llava.errors import Stopped, UserError, first_line
 from meme_llava.storage.run_record import RATE_PREFIX
 from meme_llava.train.settings import MLFLOW, NO_TRACKER, SWANLAB, TENSORBOARD, WANDB
 
@@ -105,9 +105,8 @@ def explain_failure(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"--report_to {name}: cannot be used here ({reason}); {REMEDIES[name]}, or leave {name} out"
+            f"--report_to {name}: cannot be used here ({first_line(error)}); {REMEDIES[name]}, or leave {name} out"
         ) from error
     finally:
         sys.stdin = stdin

@@ -10,11 +10,11 @@ from PIL import Image
 
 import evaluate
 from meme_llava.dataset.images import open_image
-from meme_llava.evaluate import precheck
 from meme_llava.evaluate.results_folder import read_predictions
 from meme_llava.inference import generation
 from meme_llava.inference.generation import Answerer, PromptTooLong, load_answerer
 from meme_llava.inference.questions import Question
+from meme_llava.pipeline import precheck
 
 
 def test_batches_answer_as_single_questions_do(world, served_model, monkeypatch):
@@ -273,11 +273,11 @@ def test_an_image_that_cannot_be_read_stops_with_its_name(world, served_model, a
 
 def test_a_wrong_folder_is_named_before_any_model_is_made(world, annotations, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        precheck.main(["--annotations", str(annotations), "--image_folder", str(tmp_path)])
+        precheck.main([str(annotations), str(tmp_path)])
     assert stop.value.code == 2
     printed = capsys.readouterr().err
     assert f"give the right --image_folder ({tmp_path}; EVAL_IMAGE_FOLDER in run.sh)" in printed
-    precheck.main(["--annotations", str(annotations), "--image_folder", str(world.image_folder)])
+    precheck.main([str(annotations), str(world.image_folder)])
     assert capsys.readouterr().out == "6 questions can be asked for the evaluation\n"
 
 

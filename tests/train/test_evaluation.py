@@ -22,7 +22,8 @@ from meme_llava.dataset.records import read_records
 from meme_llava.distributed.environment import Heartbeat
 from meme_llava.inference.generation import Answerer, load_answerer
 from meme_llava.inference.questions import Prediction, Question
-from meme_llava.train import precheck, prepared_run, trackers
+from meme_llava.pipeline import precheck
+from meme_llava.train import prepared_run, trackers
 from meme_llava.train.evaluation import TrainingEvaluation, choose_shown
 
 QUESTION = "读出文字。"

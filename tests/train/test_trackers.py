@@ -13,7 +13,8 @@ from conftest import ROOT, train_flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from meme_llava.train import precheck, run_plan
+from meme_llava.pipeline import precheck
+from meme_llava.train import run_plan
 from meme_llava.train.trackers import check_trackers
 
 RATES = ("train/learning_rate/vision_tower", "train/learning_rate/multi_modal_projector")

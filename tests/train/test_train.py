@@ -20,7 +20,8 @@ from meme_llava.dataset.images import open_image
 from meme_llava.model import trainable
 from meme_llava.model.llava import load_llava, load_processing
 from meme_llava.model.packed_llava import load_packed_llava
-from meme_llava.train import loop, precheck, prepared_run, session
+from meme_llava.pipeline import precheck
+from meme_llava.train import loop, prepared_run, session
 from meme_llava.train.settings import parse_train_arguments
 
 ADAPTER_FILES = {
