@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from meme_llava.errors import UserError
-from meme_llava.model.llava import check_same_names, make_empty_model, quiet_transformers
+from meme_llava.model.llava import check_same_names, check_same_shapes, make_empty_model, quiet_transformers
 from meme_llava.storage.tensor_files import StoredTensor, open_model_tensors
 
 # By model type; that of a vision-only checkpoint ends with VISION_ONLY.
@@ -96,10 +96,8 @@ def _check_source(source: Source) -> Source:
     for name in [name for name in source.tensors if name.endswith(COMPUTED_BUFFERS) and name not in expected]:
         del source.tensors[name]
     check_same_names(expected, source.tensors, str(source.folder))
-    for name, outline in expected.items():
-        stored = source.tensors[name]
-        if stored.shape != tuple(outline.shape):
-            raise UserError(f"{stored.path}: {name} is {stored.shape}, config.json asks for {tuple(outline.shape)}")
+    check_same_shapes(expected, source.tensors)
+    for name, stored in source.tensors.items():
         if stored.dtype not in FLOAT_DTYPES:
             raise UserError(f"{stored.path}: {name} is {stored.dtype}, expected float32, float16 or bfloat16")
     return source

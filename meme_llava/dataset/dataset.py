@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from meme_llava.dataset.check import CheckedData, CheckedRecord, RecordPolicy, check_data, stop_on_bad_records
 from meme_llava.dataset.collator import read_pixels
 from meme_llava.dataset.conversation import ConversationEncoder
-from meme_llava.dataset.images import MAX_PIXELS, ImagePolicy
+from meme_llava.dataset.images import ImagePolicy
 from meme_llava.dataset.sampling import BatchShape, PackedLengths, find_sharing, plan_shared_order, shuffle_records
 from meme_llava.errors import UserError
 
@@ -34,7 +34,7 @@ class MemeDataset(Dataset):
         image_token_id: int,
         tokens_per_image: int,
         image_policy: ImagePolicy,
-        max_pixels: int = MAX_PIXELS,
+        max_pixels: int,
     ):
         self._records, self._image_policy, self._max_pixels = records, image_policy, max_pixels
         self._image_token = image_token_id, tokens_per_image

@@ -4,6 +4,8 @@ The same functions serve preparation, check, training and inference, so a model 
 Nothing about prompts or batches.
 """
 
+import base64
+import io
 import math
 import os
 import stat
@@ -152,6 +154,13 @@ def fit_to_square(image: Image.Image, policy: ImagePolicy) -> Image.Image:
         square.paste(image, ((side - width) // 2, (side - height) // 2))
         image = square
     return image.resize((size, size), policy.resample)
+
+
+def to_data_url(image: Image.Image, kind: Literal["JPEG", "WEBP"], quality: int) -> str:
+    """The image as a file of this kind, in a data: URL."""
+    file = io.BytesIO()
+    image.save(file, kind, quality=quality)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -5,8 +5,6 @@ this module has it blotted out.
 """
 
 import asyncio
-import base64
-import io
 import itertools
 import signal
 import sys
@@ -18,7 +16,7 @@ from pathlib import Path
 import openai
 from PIL import Image
 
-from meme_llava.dataset.images import open_image
+from meme_llava.dataset.images import open_image, to_data_url
 from meme_llava.errors import UserError
 from meme_llava.inference.endpoints import Endpoint
 from meme_llava.inference.questions import Prediction, Question
@@ -253,6 +251,4 @@ def encode_image(path: Path, max_side: int) -> str:
     """An image as training sees it, at most `max_side` pixels a side, as a data URL. Raises ValueError for no image."""
     image = open_image(path)
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=None)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return to_data_url(image, "JPEG", JPEG_QUALITY)

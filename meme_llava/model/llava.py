@@ -9,7 +9,7 @@ Modules in memory are named as transformers 5 names them: `model.vision_tower.*`
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -128,6 +128,13 @@ def check_same_names(expected: Iterable[str], found: Iterable[str], source: str)
     for kind, names in (("missing", expected - found), ("unexpected", found - expected)):
         if names:
             raise UserError(f"{source}: {len(names)} tensors are {kind}, e.g. {', '.join(sorted(names)[:3])}")
+
+
+def check_same_shapes(expected: Mapping[str, torch.Tensor], found: Mapping[str, StoredTensor]) -> None:
+    """Raise UserError unless each of the tensors has the shape in its file that the model's configuration gives it."""
+    for name, outline in expected.items():
+        if (stored := found[name]).shape != tuple(outline.shape):
+            raise UserError(f"{stored.path}: {name} is {stored.shape}, config.json asks for {tuple(outline.shape)}")
 
 
 @contextlib.contextmanager
@@ -258,11 +265,9 @@ def load_llava(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: cannot be loaded: {error}") from error
     tensors = open_model_tensors(folder)
-    check_same_names({find_stored(tensors, name) for name, _ in model.named_parameters()}, tensors, str(folder))
-    for name, outline in model.named_parameters():
-        stored = tensors[find_stored(tensors, name)]
-        if stored.shape != tuple(outline.shape):
-            raise UserError(f"{stored.path}: {name} is {stored.shape}, config.json asks for {tuple(outline.shape)}")
+    expected = {find_stored(tensors, name): outline for name, outline in model.named_parameters()}
+    check_same_names(expected, tensors, str(folder))
+    check_same_shapes(expected, tensors)
 
     def read(name: str) -> torch.Tensor:
         stored = tensors[find_stored(tensors, name)]

@@ -25,7 +25,7 @@ from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
 from meme_llava.model.lean_layers import use_lean_norms
 from meme_llava.model.llava import count_used_vision_layers, load_llava
-from meme_llava.model.packed_attention import KERNELS, MATMUL, PACKED, Packing
+from meme_llava.model.packed_attention import KERNELS, MATMUL, PACKED, VARLEN, Packing
 
 # Positions whose logits exist at the same time: 156 MB in float32 with Qwen2's vocabulary of 152,064.
 CHUNK = 256
@@ -193,6 +193,12 @@ def prepare_packed_llava(model: PackedLlava, image_policy: ImagePolicy, attentio
         )
     if "sliding_attention" in (getattr(model.config.text_config, "layer_types", None) or ()):
         raise UserError(f"{source}: its language model attends in a sliding window, which packed rows do not do yet")
+    dropout = getattr(model.config.text_config, "attention_dropout", 0.0)
+    if attention == VARLEN and dropout:
+        raise UserError(
+            f"{source}: its language model has attention_dropout {dropout:g}, which --attention varlen cannot apply; "
+            "pass --attention sdpa, or set attention_dropout to 0 under text_config in its config.json"
+        )
     use_lean_norms(model.model.language_model)
     model.register_buffer("normalisation", make_normalisation(image_policy), persistent=False)
     # What FSDP gathers at a time; transformers' list names classes that only other parts of these models have.

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from rich.cells import cell_len
 
 from meme_llava import count_cores
-from meme_llava.dataset.images import open_image
+from meme_llava.dataset.images import open_image, to_data_url
 
 FOLDER = Path(__file__).parent
 THUMBNAIL_SIDE = 200  # pixels of the longer side
@@ -94,10 +94,7 @@ def _make_thumbnail(path: Path, max_pixels: int) -> Thumbnail:
         return Thumbnail(path.name, reason=str(error).removeprefix(f"{path}: "))
     size = f"{image.width}×{image.height}"
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    file = io.BytesIO()
-    image.save(file, "WEBP", quality=THUMBNAIL_QUALITY)
-    url = "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
-    return Thumbnail(path.name, url, size)
+    return Thumbnail(path.name, to_data_url(image, "WEBP", THUMBNAIL_QUALITY), size)
 
 
 def make_visible(value):
