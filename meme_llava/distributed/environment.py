@@ -181,7 +181,7 @@ def choose_engine(name: str, processes: int, on_gpu: bool, muon_lr: float | None
         name = SINGLE if processes == 1 else "zero2" if on_gpu else DDP
     check_engine_name(name)
     if name == SINGLE and processes > 1:
-        raise UserError(f"--engine {SINGLE} is for one process, the launcher started {processes}; choose another")
+        raise UserError(f"--engine {SINGLE} is for one process, and there are {processes}; choose another")
     path = list_engines()[name]
     if path is None:
         # Copies on one device are one copy.

@@ -124,7 +124,7 @@ def any_process(value: bool) -> bool:
 
 
 class StopRequest:
-    """Whether a signal asked this process to stop: `name`. Unless it `defers`, a signal stops the run at once."""
+    """Whether a signal asked this process to stop: `name`. Unless it `is_deferred`, that stops the run at once."""
 
     def __init__(self):
         self.name: str | None = None

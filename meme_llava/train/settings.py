@@ -54,7 +54,7 @@ class TrainArguments(RecordPolicy, LoraRecipe, LearningRates, BatchSettings, Run
     )
     warmup_steps: int | None = setting("warmup in steps, in place of warmup_ratio", None, expected="0 or more")
     lr_scheduler_type: Literal["cosine", "linear"] = setting("how the learning rates fall to 0 after warmup", "cosine")
-    max_grad_norm: float = setting("gradients are clipped to this norm", 1.0, expected="0 or more")
+    max_grad_norm: float = setting("gradients are clipped to this norm; 0: they are not", 1.0, expected="0 or more")
 
     # How a step is computed, and by what.
     precision: Literal["auto", "bf16", "fp32"] = setting("auto: bf16 on a GPU, fp32 on a CPU", "auto")

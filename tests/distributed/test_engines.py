@@ -163,7 +163,7 @@ def test_an_engine_is_chosen_by_one_word():
         "deepspeed",
         3,
     )
-    with pytest.raises(UserError, match="--engine single is for one process, the launcher started 2"):
+    with pytest.raises(UserError, match="--engine single is for one process, and there are 2"):
         choose_engine("single", 2, on_gpu=True)
 
 
