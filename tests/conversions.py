@@ -59,7 +59,7 @@ def run_and_read_error(capsys, *arguments, code=2):
 
 
 class Bars:
-    """Stands in for `terminal.show_bytes`: {title: [total, what was shown in all]}."""
+    """Stands in for `show_bytes` and `show_count` of `terminal`: {title: [total, what was shown in all]}."""
 
     def __init__(self):
         self.shown = {}

@@ -15,14 +15,9 @@ from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.errors import UserError
 from meme_llava.model.llava import (
     IN_MEMORY,
-    LANGUAGE_MODEL,
     OFFLOADED,
-    PROJECTOR,
-    ROLES,
-    VISION_TOWER,
     Processing,
     check_same_names,
-    count_read_bytes,
     find_stored,
     fits_in_memory,
     load_processing,
@@ -30,8 +25,8 @@ from meme_llava.model.llava import (
     make_empty_model,
     offload_weights,
 )
-from meme_llava.storage.tensor_files import StoredTensor, count_bytes, open_model_tensors
-from meme_llava.terminal import show_bytes
+from meme_llava.storage.tensor_files import open_model_tensors
+from meme_llava.terminal import show_count
 
 PROOF_CHAT = [
     Turn("user", "你好！“加班使我快乐”是什么意思？"),
@@ -68,17 +63,21 @@ def verify_assembled(parts: Parts, folder: Path, dtype: torch.dtype | None) -> l
     check_same_names(expected_names, tensors, str(folder))
     fits = fits_in_memory(tensors, compute_dtype)
     ignore = contextlib.nullcontext(lambda count: None)
-    with ignore if fits else show_bytes("comparing", _count_read_bytes(parts, tensors)) as advance:
+    # The language model runs once by itself and twice in the assembled one; that is nearly all of the work.
+    passed_layers = 3 * parts.config.text_config.num_hidden_layers
+    with ignore if fits else show_count("comparing layers", passed_layers) as advance:
         language_model = _open_source(parts.language_model, dtype, compute_dtype, fits, advance)
         expected_logits = language_model(input_ids=text_ids).logits
         del language_model
         gc.collect()
-        vision_tower = _open_source(parts.vision_tower, dtype, compute_dtype, fits, advance)
+        vision_tower = _open_source(parts.vision_tower, dtype, compute_dtype, fits)
         expected_features = _vision_features(vision_tower, pixel_values)
         if fits:
             model = load_strictly(LlavaForConditionalGeneration, folder, dtype=compute_dtype)
         else:
-            model = _offload(empty, lambda name: tensors[find_stored(tensors, name)], compute_dtype, advance)
+            model = offload_weights(
+                empty, lambda name: tensors[find_stored(tensors, name)].load(compute_dtype), advance
+            )
         logits = model(input_ids=text_ids).logits
         features = _vision_features(model.model.vision_tower, pixel_values)
         projected = model.get_image_features(pixel_values=pixel_values).pooler_output[0]
@@ -108,41 +107,24 @@ def verify_assembled(parts: Parts, folder: Path, dtype: torch.dtype | None) -> l
 
 
 def _open_source(
-    source: Source, dtype: torch.dtype | None, compute_dtype: torch.dtype, fits: bool, advance: Callable[[int], None]
+    source: Source,
+    dtype: torch.dtype | None,
+    compute_dtype: torch.dtype,
+    fits: bool,
+    advance: Callable[[int], None] | None = None,
 ) -> nn.Module:
     """A source as transformers runs it, its weights rounded to `dtype` where one was asked for."""
     dtype = dtype or source.dtype
     if not fits:
         empty = make_empty_model(source.model_class, source.config, compute_dtype)
         # A tied head has no tensor of its own.
-        find = lambda name: source.tensors.get(name) or source.tensors[EMBEDDING]  # noqa: E731
-        return _offload(empty, find, dtype, advance)
+        read = lambda name: (source.tensors.get(name) or source.tensors[EMBEDDING]).load(dtype)  # noqa: E731
+        return offload_weights(empty, read, advance)
     model = load_strictly(source.model_class, source.folder, OTHER_TOWER_PREFIXES, dtype=dtype).eval()
     # Only parameters: module.to() would also round the rotary frequencies, which stay float32.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(compute_dtype)
     return model
-
-
-def _offload(
-    empty: nn.Module, find: Callable[[str], StoredTensor], dtype: torch.dtype, advance: Callable[[int], None]
-) -> nn.Module:
-    def read(name: str) -> torch.Tensor:
-        stored = find(name)
-        advance(stored.nbytes)
-        return stored.load(dtype)
-
-    return offload_weights(empty, read)
-
-
-def _count_read_bytes(parts: Parts, written: dict[str, StoredTensor]) -> int:
-    """What the offloaded models read: each source once, then the parts of the written model that each call takes."""
-    total = count_bytes(parts.language_model.tensors) + count_bytes(parts.vision_tower.tensors)
-    if parts.language_model.has_tied_head:
-        total += parts.language_model.tensors[EMBEDDING].nbytes
-    for roles in ((LANGUAGE_MODEL,), (VISION_TOWER,), (VISION_TOWER, PROJECTOR), ROLES):
-        total += count_read_bytes(written, *roles)
-    return total
 
 
 def _check_chat(processing: Processing) -> tuple[str, bool, str]:

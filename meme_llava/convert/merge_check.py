@@ -25,11 +25,8 @@ from meme_llava.dataset.records import RecordFault, iterate_values, parse_record
 from meme_llava.errors import UserError
 from meme_llava.model.llava import (
     IN_MEMORY,
-    LANGUAGE_MODEL,
     OFFLOADED,
-    ROLES,
     Processing,
-    count_read_bytes,
     fill_weights,
     find_stored,
     fits_in_memory,
@@ -43,7 +40,7 @@ from meme_llava.model.llava import (
 )
 from meme_llava.model.trainable import add_adapter, apply_trained_weights
 from meme_llava.storage.tensor_files import StoredTensor, open_model_tensors
-from meme_llava.terminal import show_bytes
+from meme_llava.terminal import show_count
 
 # Merged and unmerged weights round differently; in float32 a model of any size stays below, measured in units of its
 # largest logit where that is above 1.
@@ -82,10 +79,11 @@ def verify_merged(base_folder: Path, trained: TrainedWeights, folder: Path) -> l
     """
     processing = load_processing(base_folder)
     prompts, prompts_source = _load_prompts(trained.run_record, processing)
-    base, stored = open_model_tensors(base_folder), open_model_tensors(folder)
-    fits = fits_in_memory(base, torch.float32)
+    fits = fits_in_memory(open_model_tensors(base_folder), torch.float32)
+    # Each token of an answer is a pass of the unmerged model; the other two are given the answer and take one each.
+    passed_layers = len(prompts) * (OFFLOADED_NEW_TOKENS + 2) * processing.config.text_config.num_hidden_layers
     ignore, findings = contextlib.nullcontext(lambda count: None), []
-    with ignore if fits else show_bytes("comparing", _count_read_bytes(base, stored, prompts)) as advance:
+    with ignore if fits else show_count("comparing layers", passed_layers) as advance:
         sources = (base_folder, trained, folder)
         models = _load_models(*sources) if fits else _offload_models(*sources, advance)
         unmerged, new_tokens = next(models), VERIFIED_NEW_TOKENS if fits else OFFLOADED_NEW_TOKENS
@@ -112,15 +110,6 @@ def verify_merged(base_folder: Path, trained: TrainedWeights, folder: Path) -> l
     ]
 
 
-def _count_read_bytes(base: dict[str, StoredTensor], stored: dict[str, StoredTensor], prompts: list[dict]) -> int:
-    """What the offloaded models read if every answer takes all its tokens; vision only where there is an image."""
-    total = len(prompts) * (OFFLOADED_NEW_TOKENS - 1) * count_read_bytes(base, LANGUAGE_MODEL)
-    for prompt in prompts:
-        roles = (LANGUAGE_MODEL,) if prompt["pixel_values"] is None else ROLES
-        total += 2 * count_read_bytes(base, *roles) + count_read_bytes(stored, *roles)
-    return total
-
-
 def _load_models(base_folder: Path, trained: TrainedWeights, folder: Path) -> Iterator[nn.Module]:
     """Base + adapter, merged in float32, and as stored, each loaded when the one before is gone."""
     base = open_model_tensors(base_folder)
@@ -142,11 +131,9 @@ def _offload_models(
                 return trained.tensors[name.replace(".default.", ".")].load(torch.float32)
             # peft moves parameters into wrappers.
             name = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".").replace(MODULES_TO_SAVE, ".")
-            tensor = tensors[find_stored(tensors, name)]
-            advance(tensor.nbytes)
-            return load(tensor)
+            return load(tensors[find_stored(tensors, name)])
 
-        return offload_weights(model, read)
+        return offload_weights(model, read, advance)
 
     def load(tensor: StoredTensor) -> torch.Tensor:
         return tensor.load(torch.float32)

@@ -203,8 +203,11 @@ def fill_weights(model: nn.Module, read: Callable[[str], torch.Tensor]) -> nn.Mo
     return model
 
 
-def offload_weights(model: nn.Module, read: Callable[[str], torch.Tensor]) -> nn.Module:
-    """Let every module of an empty model read its weights when it is called, and drop them after."""
+def offload_weights(
+    model: nn.Module, read: Callable[[str], torch.Tensor], advance: Callable[[int], None] | None = None
+) -> nn.Module:
+    """Let every module of an empty model read its weights when it is called, and drop them after; each layer of the
+    language model calls `advance` with 1 then."""
 
     class Weights:
         def __getitem__(self, name: str) -> torch.Tensor:
@@ -213,15 +216,9 @@ def offload_weights(model: nn.Module, read: Callable[[str], torch.Tensor]) -> nn
     # Attention of torch's own never calls its output projection; it uses the weights itself.
     whole = [nn.MultiheadAttention.__name__]
     attach_align_device_hook(model, "cpu", offload=True, weights_map=Weights(), preload_module_classes=whole)
+    for layer in model.get_decoder().layers if advance else ():
+        layer.register_forward_hook(lambda *_: advance(1))
     return model
-
-
-def count_read_bytes(tensors: dict[str, StoredTensor], *roles: str) -> int:
-    """What one pass through these parts of an offloaded LLaVA reads; a tied head is the embedding, read once more."""
-    read = sum(stored.nbytes for name, stored in tensors.items() if name.startswith(roles))
-    if LANGUAGE_MODEL in roles and to_disk_name("lm_head.weight") not in tensors:
-        read += tensors[find_stored(tensors, "lm_head.weight")].nbytes
-    return read
 
 
 def fits_in_memory(tensors: dict[str, StoredTensor], dtype: torch.dtype) -> bool:

@@ -503,8 +503,8 @@ def test_comparison_layer_by_layer(world, tmp_path, monkeypatch, no_memory, caps
         tower = tmp_path / "tower"
         make_tower(tower)
     bars = Bars()
-    for module in (assembly, build_check):
-        monkeypatch.setattr(module, "show_bytes", bars)
+    monkeypatch.setattr(assembly, "show_bytes", bars)
+    monkeypatch.setattr(build_check, "show_count", bars)
     capsys.readouterr()
     base = build(language_model, tower, tmp_path / "base", "--dtype", dtype)
     assert "the models ran layer by layer from the disk" in " ".join(capsys.readouterr().out.split())
@@ -513,7 +513,7 @@ def test_comparison_layer_by_layer(world, tmp_path, monkeypatch, no_memory, caps
     assert checks["text-only logits equal the language model's"] == "largest difference 0"
     assert checks["vision features equal the vision tower's"] == "largest difference 0"
     assert checks["one <image> token per feature"] == "4 = 4"
-    assert set(bars.shown) == {"assembling", "comparing"}
+    assert set(bars.shown) == {"assembling", "comparing layers"}
     assert all(total == shown > 0 for total, shown in bars.shown.values()), bars.shown
 
 

@@ -366,8 +366,8 @@ def trained_tied(world, tmp_path_factory):
 def test_comparison_layer_by_layer(request, tmp_path, monkeypatch, no_memory, capsys, adapter, tensors):
     """Where memory is short the same comparison passes with four tokens a record; a tied head has no tensor."""
     adapter, bars = request.getfixturevalue(adapter), Bars()
-    for module in (merging, merge_check):
-        monkeypatch.setattr(module, "show_bytes", bars)
+    monkeypatch.setattr(merging, "show_bytes", bars)
+    monkeypatch.setattr(merge_check, "show_count", bars)
     capsys.readouterr()
     merge(["--adapter", str(adapter), "--output_dir", str(tmp_path / "out")])
     assert "the models ran layer by layer from the disk" in " ".join(capsys.readouterr().out.split())
@@ -376,7 +376,7 @@ def test_comparison_layer_by_layer(request, tmp_path, monkeypatch, no_memory, ca
     assert 0 <= float(checks["float32: largest logit difference"].split()[0]) < 1e-4
     assert checks["float32: greedy answers"] == "same"
     assert checks["answer tokens compared"] == "8"
-    assert set(bars.shown) == {"merging", "comparing"}
+    assert set(bars.shown) == {"merging", "comparing layers"}
     assert all(total == shown > 0 for total, shown in bars.shown.values()), bars.shown
     assert len(load_file(tmp_path / "out" / "model.safetensors")) == tensors
 
