@@ -27,6 +27,7 @@ FIGURES = re.compile(r"[\d.,%–\n]+")
 LONGEST_NAME = 40  # columns of the terminal
 NARROWEST_HEAD = 10  # columns of the terminal
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where the output is not a terminal
+SPEED_SECONDS = 600.0  # the speed is that of so long; rich's half a minute may be less than one batch of answers takes
 
 
 def format_number(value: float) -> str:
@@ -104,7 +105,8 @@ def _show_progress(title: str, total: int, *columns: ProgressColumn) -> Iterator
     console = Console(stderr=True)
     bar = [BarColumn()] if console.is_terminal else []
     left = [TimeRemainingColumn(), TextColumn("left")]
-    progress = Progress(TextColumn("{task.description}"), *bar, *columns, *left, console=console)
+    columns = (TextColumn("{task.description}"), *bar, *columns, *left)
+    progress = Progress(*columns, console=console, speed_estimate_period=SPEED_SECONDS)
     task = progress.add_task(title, total=total)
     last_line = time.monotonic()
 

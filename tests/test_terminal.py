@@ -188,3 +188,16 @@ def test_progress_in_a_file_is_a_line_at_the_end(show, line, monkeypatch, capsys
             advance(100)
     (printed,) = capsys.readouterr().err.splitlines()
     assert printed.startswith(line) and printed.endswith(" 0:00:00 left")
+
+
+def test_progress_that_is_slow_has_a_speed_and_a_time_left(monkeypatch, capsys):
+    """A batch of answers of a large model can take a minute."""
+    monkeypatch.setenv("COLUMNS", "80")
+    now = 0
+    for clock in ("rich.console.monotonic", "meme_llava.terminal.time.monotonic"):
+        monkeypatch.setattr(clock, lambda: now)
+    with show_count("questions", 100) as advance:
+        for _ in range(3):
+            now += 40
+            advance(16)
+    assert capsys.readouterr().err.splitlines()[-1] == "questions  48/100 0.4/s 0:02:10 left"
