@@ -194,7 +194,7 @@ def _attend_by_segment(module, query, key, value, packing: Packing, attend: Call
 
 
 def attend_with_varlen(module, query, key, value, attention_mask, scaling, dropout=0.0, *, packing: Packing, **kwargs):
-    """Like `attend_with_sdpa`, in one call of torch.nn.attention.varlen.varlen_attn."""
+    """Like `attend_with_sdpa`, in one call of torch.nn.attention.varlen.varlen_attn, which has no dropout."""
     attend, takes_groups = find_varlen_attention()
     query, key, value = _lay_out_for_kernel(query, key, value, packing)
     options = {"enable_gqa": True} if takes_groups else {}
