@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from meme_llava.model.llava import (
     load_strictly,
     make_empty_model,
     offload_weights,
+    report_layers,
 )
 from meme_llava.storage.tensor_files import open_model_tensors
 from meme_llava.terminal import show_count
@@ -66,7 +66,8 @@ def verify_assembled(parts: Parts, folder: Path, dtype: torch.dtype | None) -> l
     # The language model runs once by itself and twice in the assembled one; that is nearly all of the work.
     passed_layers = 3 * parts.config.text_config.num_hidden_layers
     with ignore if fits else show_count("comparing layers", passed_layers) as advance:
-        language_model = _open_source(parts.language_model, dtype, compute_dtype, fits, advance)
+        language_model = _open_source(parts.language_model, dtype, compute_dtype, fits)
+        report_layers(language_model, advance)
         expected_logits = language_model(input_ids=text_ids).logits
         del language_model
         gc.collect()
@@ -75,9 +76,8 @@ def verify_assembled(parts: Parts, folder: Path, dtype: torch.dtype | None) -> l
         if fits:
             model = load_strictly(LlavaForConditionalGeneration, folder, dtype=compute_dtype)
         else:
-            model = offload_weights(
-                empty, lambda name: tensors[find_stored(tensors, name)].load(compute_dtype), advance
-            )
+            model = offload_weights(empty, lambda name: tensors[find_stored(tensors, name)].load(compute_dtype))
+        report_layers(model, advance)
         logits = model(input_ids=text_ids).logits
         features = _vision_features(model.model.vision_tower, pixel_values)
         projected = model.get_image_features(pixel_values=pixel_values).pooler_output[0]
@@ -106,20 +106,14 @@ def verify_assembled(parts: Parts, folder: Path, dtype: torch.dtype | None) -> l
     return [(name, finding) for name, _, finding in checks]
 
 
-def _open_source(
-    source: Source,
-    dtype: torch.dtype | None,
-    compute_dtype: torch.dtype,
-    fits: bool,
-    advance: Callable[[int], None] | None = None,
-) -> nn.Module:
+def _open_source(source: Source, dtype: torch.dtype | None, compute_dtype: torch.dtype, fits: bool) -> nn.Module:
     """A source as transformers runs it, its weights rounded to `dtype` where one was asked for."""
     dtype = dtype or source.dtype
     if not fits:
         empty = make_empty_model(source.model_class, source.config, compute_dtype)
         # A tied head has no tensor of its own.
         read = lambda name: (source.tensors.get(name) or source.tensors[EMBEDDING]).load(dtype)  # noqa: E731
-        return offload_weights(empty, read, advance)
+        return offload_weights(empty, read)
     model = load_strictly(source.model_class, source.folder, OTHER_TOWER_PREFIXES, dtype=dtype).eval()
     # Only parameters: module.to() would also round the rotary frequencies, which stay float32.
     for parameter in model.parameters():

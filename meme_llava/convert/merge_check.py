@@ -36,6 +36,7 @@ from meme_llava.model.llava import (
     make_empty_model,
     offload_weights,
     quiet_transformers,
+    report_layers,
     to_disk_name,
 )
 from meme_llava.model.trainable import add_adapter, apply_trained_weights
@@ -133,7 +134,8 @@ def _offload_models(
             name = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".").replace(MODULES_TO_SAVE, ".")
             return load(tensors[find_stored(tensors, name)])
 
-        return offload_weights(model, read, advance)
+        report_layers(model, advance)
+        return offload_weights(model, read)
 
     def load(tensor: StoredTensor) -> torch.Tensor:
         return tensor.load(torch.float32)

@@ -203,11 +203,8 @@ def fill_weights(model: nn.Module, read: Callable[[str], torch.Tensor]) -> nn.Mo
     return model
 
 
-def offload_weights(
-    model: nn.Module, read: Callable[[str], torch.Tensor], advance: Callable[[int], None] | None = None
-) -> nn.Module:
-    """Let every module of an empty model read its weights when it is called, and drop them after; each layer of the
-    language model calls `advance` with 1 then."""
+def offload_weights(model: nn.Module, read: Callable[[str], torch.Tensor]) -> nn.Module:
+    """Let every module of an empty model read its weights when it is called, and drop them after."""
 
     class Weights:
         def __getitem__(self, name: str) -> torch.Tensor:
@@ -216,9 +213,13 @@ def offload_weights(
     # Attention of torch's own never calls its output projection; it uses the weights itself.
     whole = [nn.MultiheadAttention.__name__]
     attach_align_device_hook(model, "cpu", offload=True, weights_map=Weights(), preload_module_classes=whole)
-    for layer in model.get_decoder().layers if advance else ():
-        layer.register_forward_hook(lambda *_: advance(1))
     return model
+
+
+def report_layers(model: nn.Module, advance: Callable[[int], None]) -> None:
+    """Call `advance(1)` whenever a layer of the language model has run."""
+    for layer in model.get_decoder().layers:
+        layer.register_forward_hook(lambda *_: advance(1))
 
 
 def fits_in_memory(tensors: dict[str, StoredTensor], dtype: torch.dtype) -> bool:
