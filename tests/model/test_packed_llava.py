@@ -437,7 +437,6 @@ def test_a_model_that_cannot_be_packed_is_refused(world, processing):
     model.config.text_config.attention_dropout = 0.1
     with pytest.raises(UserError, match="somewhere: its language model has attention_dropout 0.1, which --attention v"):
         prepare_packed_llava(model, processing.image_policy, VARLEN, "somewhere")
-    prepare_packed_llava(model, processing.image_policy, SDPA, "somewhere")
 
 
 def test_a_base_in_bf16_hands_lora_its_input_without_a_conversion(world, processing, collator):
