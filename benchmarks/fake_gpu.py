@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from unittest import mock
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 from torch.utils.flop_counter import flop_registry
+from transformers.models.qwen2 import modeling_qwen2
 
 GPU = "fakegpu"
 THIN = 64  # a matrix product with a side of at most this is limited by memory
@@ -57,6 +59,8 @@ class _Backend(_DummyBackendModule):
 
 
 _setup_privateuseone_for_python_backend(GPU, backend_module=_Backend())
+_FALLBACK = torch.library.Library("_", "IMPL")
+_FALLBACK.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 
 
 def put(value, mode: FakeTensorMode):
@@ -83,34 +87,72 @@ def move_to_gpu(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | Non
     return model
 
 
-@torch.library.custom_op("fake_gpu::silu_backward", mutates_args={})
-def _differentiate_silu(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
+def _define_kernel(name: str, reads: int, writes: int):
+    """A kernel that reads tensors of one shape and writes as many of the shapes of its first ones."""
+    arguments = ", ".join(f"Tensor read{number}" for number in range(reads))
+    _KERNELS.define(f"{name}({arguments}) -> {'Tensor' if writes == 1 else '(' + ', '.join(['Tensor'] * writes) + ')'}")
+
+    @torch.library.register_fake(f"fake_gpu::{name}", lib=_KERNELS)
+    def make_outlines(*tensors):
+        outlines = tuple(torch.empty_like(tensor) for tensor in tensors[:writes])
+        return outlines[0] if writes == 1 else outlines
+
+    return getattr(torch.ops.fake_gpu, name)
 
 
-@_differentiate_silu.register_fake
-def _(grad, x):
-    return torch.empty_like(x)
+_KERNELS = torch.library.Library("fake_gpu", "DEF")
+_silu, _silu_backward = _define_kernel("silu", 1, 1), _define_kernel("silu_backward", 2, 1)
+_norm, _norm_backward = _define_kernel("rms_norm", 1, 1), _define_kernel("rms_norm_backward", 2, 1)
+_swiglu, _swiglu_backward = _define_kernel("swiglu", 2, 1), _define_kernel("swiglu_backward", 3, 2)
+_rope, _rope_backward = _define_kernel("rope", 2, 2), _define_kernel("rope_backward", 2, 2)
 
 
 class _Silu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        return torch.ops.aten.silu(x)
+        return _silu(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return _differentiate_silu(grad, *ctx.saved_tensors)
+        return _silu_backward(grad, *ctx.saved_tensors)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return _norm(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _norm_backward(grad, *ctx.saved_tensors)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return _swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _swiglu_backward(*ctx.saved_tensors, grad)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key):
+        return _rope(query, key)
+
+    @staticmethod
+    def backward(ctx, query_grad, key_grad):
+        return _rope_backward(query_grad, key_grad)
 
 
 @contextlib.contextmanager
-def like_cuda() -> Iterator[None]:
-    """Operations that CUDA has whole and this device would take apart."""
-    replaced = {name: getattr(functional, name) for name in ("rms_norm", "scaled_dot_product_attention", "silu")}
-
-    def rms_norm(hidden, shape, weight=None, eps=None):
-        return torch.ops.aten._fused_rms_norm(hidden, list(shape), weight, eps)[0]
+def like_cuda(with_liger: bool = False) -> Iterator[None]:
+    """Operations that CUDA has whole and this device would take apart; and those of liger-kernel for Qwen2."""
 
     def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         if torch.is_autocast_enabled(GPU):
@@ -119,13 +161,37 @@ def like_cuda() -> Iterator[None]:
             0
         ]
 
-    functional.rms_norm, functional.scaled_dot_product_attention = rms_norm, attend
-    functional.silu = lambda x, inplace=False: _Silu.apply(x)
-    try:
+    changes = [
+        (functional, "rms_norm", lambda hidden, shape, weight=None, eps=None: _RMSNorm.apply(hidden)),
+        (functional, "scaled_dot_product_attention", attend),
+        (functional, "silu", lambda x, inplace=False: _Silu.apply(x)),
+    ]
+    if with_liger:
+        mlp = modeling_qwen2.Qwen2MLP
+        changes += [
+            (mlp, "forward", lambda own, x: own.down_proj(_SwiGLU.apply(own.gate_proj(x), own.up_proj(x)))),
+            (modeling_qwen2, "apply_rotary_pos_emb", lambda query, key, *tables, **options: _Rope.apply(query, key)),
+        ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in changes:
+            stack.enter_context(mock.patch.object(owner, name, replacement))
         yield
-    finally:
-        for name, function in replaced.items():
-            setattr(functional, name, function)
+
+
+class Autocast(TorchFunctionMode):
+    """The casts of CUDA's autocast to bf16 that this model's operations meet; torch has none for this device."""
+
+    HALF = {functional.linear, torch.addmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.conv2d}
+    WHOLE = {functional.layer_norm, functional.rms_norm}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        dtype = torch.bfloat16 if func in self.HALF else torch.float32 if func in self.WHOLE else None
+        if dtype is not None and torch.is_autocast_enabled(GPU):
+            args = [
+                value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+                for value in args
+            ]
+        return func(*args, **(kwargs or {}))
 
 
 class CopiedConstants(TorchFunctionMode):
@@ -180,12 +246,14 @@ class Traffic(TorchDispatchMode):
         return result
 
 
-def run_step(model: nn.Module, batch: Mapping, mode: FakeTensorMode, autocast: bool) -> tuple[Traffic, int]:
+def run_step(
+    model: nn.Module, batch: Mapping, mode: FakeTensorMode, autocast: bool, with_liger: bool = False
+) -> tuple[Traffic, int]:
     """A device batch forward and backward: its traffic, and how many constants were copied."""
     traffic, constants = Traffic(), CopiedConstants()
     batch = {name: put(value, mode) for name, value in batch.items()}
-    with mode, constants, traffic, like_cuda():
-        with torch.autocast(GPU, torch.bfloat16, enabled=autocast):
+    with mode, constants, traffic, like_cuda(with_liger):
+        with torch.autocast(GPU, torch.bfloat16, enabled=autocast), Autocast():
             loss = model(**batch)["loss"]
         loss.backward()
     assert loss.device.type == GPU and loss.dtype == torch.float32, loss
@@ -193,3 +261,15 @@ def run_step(model: nn.Module, batch: Mapping, mode: FakeTensorMode, autocast: b
         if parameter.requires_grad:
             assert parameter.grad is not None and parameter.grad.device.type == GPU, name
     return traffic, constants.count
+
+
+def evaluate_step(model: nn.Module, batch: Mapping, mode: FakeTensorMode, autocast: bool) -> Traffic:
+    """The same batch while the run evaluates: forward alone, without dropout."""
+    traffic = Traffic()
+    batch = {name: put(value, mode) for name, value in batch.items()}
+    model.eval()
+    with mode, traffic, like_cuda(), torch.no_grad(), torch.autocast(GPU, torch.bfloat16, enabled=autocast), Autocast():
+        loss = model(**batch)["loss"]
+    model.train()
+    assert loss.device.type == GPU and loss.dtype == torch.float32, loss
+    return traffic

@@ -16,9 +16,17 @@ from gpu_day_results import NOT_RUN, Result, parse_row_arguments, reporting  # n
 from peft.tuners import lora  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
 from throughput_models import SHAPES  # noqa: E402
-from torch.nn import functional  # noqa: E402
-from transformers.models.qwen2 import modeling_qwen2  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers import Qwen2Model  # noqa: E402
 
+from meme_llava.model.lean_layers import (  # noqa: E402
+    LeanLora,
+    LeanRMSNorm,
+    find_liger,
+    use_lean_lora,
+    use_lean_norms,
+    use_liger,
+)
 from meme_llava.model.packed_llava import compile_layers  # noqa: E402
 from meme_llava.train.session import check_compiler  # noqa: E402
 
@@ -30,16 +38,15 @@ def run_variants(bench: StepBench, batch: dict, end: float) -> None:
     """Report every variant, as far as the time until `end` goes."""
     variants = {
         "as train.py has it": (keep,),
-        "LoRA lean: no cast, scaled at its rank, added by its product": (lean_lora,),
-        "RMSNorm fused": (fused_norm,),
-        "peft's cast left out": (without_cast,),
+        "peft's LoRA": (stock_lora,),
+        "transformers' RMSNorm": (stock_norms,),
+        "peft's LoRA, transformers' RMSNorm": (stock_lora, stock_norms),
         "LoRA without dropout": (without_dropout,),
-        "LoRA lean, RMSNorm fused": (lean_lora, fused_norm),
-        "LoRA lean, RMSNorm fused, no dropout": (lean_lora, fused_norm, without_dropout),
         "LoRA in bf16, no autocast": (half_lora,),
-        "LoRA in bf16, no autocast, lean, RMSNorm fused": (half_lora, lean_lora, fused_norm),
         "as train.py has it, again": (keep,),
     }
+    if find_liger("qwen2")[0]:
+        variants["with liger-kernel"] = (liger,)
     for name, changes in variants.items():
         if end - time.monotonic() < NEEDED_SECONDS:
             Result(f"variant: {name}", NOT_RUN, note="no time was left").print()
@@ -68,47 +75,31 @@ def keep(bench: StepBench) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_cast(bench: StepBench) -> Iterator[None]:
-    """LoRA's input stays in bf16; autocast would cast it back anyway."""
-    layers = [module for module in bench.models.packed.modules() if isinstance(module, LoraLayer)]
-    before = [layer.cast_input_dtype_enabled for layer in layers]
-    for layer in layers:
-        layer.cast_input_dtype_enabled = False
+def stock_lora(bench: StepBench) -> Iterator[None]:
+    """LoRA by peft's own forward pass, without its cast to float32, which autocast would undo."""
+    for module in bench.models.packed.modules():
+        if isinstance(module, LeanLora):
+            module.__class__, module.cast_input_dtype_enabled = lora.Linear, False
+            module.lora_B["default"].__class__ = nn.Linear
     yield
-    for layer, value in zip(layers, before, strict=True):
-        layer.cast_input_dtype_enabled = value
+    use_lean_lora(bench.models.packed)
 
 
 @contextlib.contextmanager
-def lean_lora(bench: StepBench) -> Iterator[None]:
-    """LoRA in as few kernels as torch's own operations allow."""
-
-    def forward(self, x: torch.Tensor, *unused, **options) -> torch.Tensor:
-        result = self.base_layer(x)
-        down, up = self.lora_A["default"], self.lora_B["default"].weight
-        scaled = down(self.lora_dropout["default"](x)) * self.scaling["default"]
-        if torch.is_autocast_enabled(x.device.type):
-            up = up.to(torch.get_autocast_dtype(x.device.type))
-            scaled, result = scaled.to(up.dtype), result.to(up.dtype)
-        return torch.addmm(result.flatten(0, -2), scaled.flatten(0, -2), up.T).view_as(result)
-
-    before, lora.Linear.forward = lora.Linear.forward, forward
+def stock_norms(bench: StepBench) -> Iterator[None]:
+    """Norms by transformers' own forward pass."""
+    for module in bench.models.packed.modules():
+        if isinstance(module, LeanRMSNorm):
+            module.__class__ = type(module).__bases__[1]
     yield
-    lora.Linear.forward = before
+    use_lean_norms(bench.models.packed)
 
 
 @contextlib.contextmanager
-def fused_norm(bench: StepBench) -> Iterator[None]:
-    """Qwen2's norms in one kernel, outside of autocast, which would have it in float32."""
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return functional.rms_norm(hidden, (hidden.shape[-1],), self.weight.to(hidden.dtype), self.variance_epsilon)
-
-    norm = modeling_qwen2.Qwen2RMSNorm
-    before, norm.forward = norm.forward, forward
+def liger(bench: StepBench) -> Iterator[None]:
+    """Rotary positions and gated MLPs by liger-kernel, for the rest of the process."""
+    use_liger(next(module for module in bench.models.packed.modules() if isinstance(module, Qwen2Model)))
     yield
-    norm.forward = before
 
 
 @contextlib.contextmanager

@@ -41,28 +41,36 @@ DEVICE, GEMM_SHARE, BANDWIDTH = "A800-SXM4-80GB", 0.72, 1.7e12
 FEW = 2
 
 
-def make_batch(shapes: Shapes) -> dict:
-    """The device batch, as `PackingCollator` packs it."""
+def make_batch(shapes: Shapes, has_images: bool = True) -> dict:
+    """The device batch, as `PackingCollator` packs it; or the same captions without their images."""
     tokens, size = count_image_tokens(shapes.config), shapes.image_policy.size
     image, before, after = shapes.image_token_id, *QUESTION_TOKENS
     examples = []
     for number, (length, shown) in enumerate(zip(CAPTIONS, IMAGES, strict=True)):
-        prompt = [1] * before + [image] * tokens + [2] * after
+        prompt = [1] * before + [image] * tokens * has_images + [2] * after
         answer = [3 + (number + place) % 100 for place in range(length)]  # captions of an image share nothing
         examples.append(
             {
                 "record_id": str(number),
                 "input_ids": torch.tensor(prompt + answer),
                 "labels": torch.tensor([-100] * len(prompt) + answer),
-                "image_paths": (Path(f"{shown}.png"),),
-                "pixel_values": [torch.zeros((3, size, size), dtype=torch.uint8)],
+                "image_paths": (Path(f"{shown}.png"),) * has_images,
+                "pixel_values": [torch.zeros((3, size, size), dtype=torch.uint8)] * has_images,
             }
         )
     return PackingCollator(image, tokens, size)(examples)
 
 
-def make_model(shapes: Shapes, language: int, vision: int, dropout: float, recomputes: bool):
-    """The model as train.py prepares it, on the GPU, with few layers; its weights in bf16, as under DeepSpeed."""
+def make_model(
+    shapes: Shapes,
+    language: int,
+    vision: int,
+    dropout: float,
+    recomputes: bool,
+    dtype: torch.dtype | None = torch.bfloat16,
+) -> tuple[PackedLlava, FakeTensorMode]:
+    """The model as train.py prepares it, on the GPU, with few layers; all of it in bf16, as under DeepSpeed, or with
+    None what learns in float32."""
     arguments = make_arguments(shapes, 0)
     arguments.lora_dropout = dropout
     model = make_empty_model(PackedLlava, set_depths(shapes.config, language, vision), torch.bfloat16)
@@ -70,18 +78,21 @@ def make_model(shapes: Shapes, language: int, vision: int, dropout: float, recom
     model = prepare_trainable(model, arguments, 0).train()
     recompute_layers(model, CheckpointedLayers(language, vision) if recomputes else CheckpointedLayers())
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    return fake_gpu.move_to_gpu(model, mode, torch.bfloat16), mode
+    return fake_gpu.move_to_gpu(model, mode, dtype), mode
 
 
-def count_traffic(shapes: Shapes, dropout: float, recomputes: bool) -> Traffic:
+def count_traffic(
+    shapes: Shapes, dropout: float, recomputes: bool, autocast: bool = False, with_liger: bool = False
+) -> Traffic:
     """The traffic of the whole model, from that of few layers."""
+    dtype = None if autocast else torch.bfloat16
     batch = make_batch(shapes)
     text, vision = shapes.config.text_config.num_hidden_layers, shapes.config.vision_config.num_hidden_layers - 1
     depths = ((FEW, FEW), (FEW + 1, FEW), (FEW, FEW + 1))
     counted = []
     for depth in depths:
-        model, mode = make_model(shapes, *depth, dropout, recomputes)
-        counted.append(fake_gpu.run_step(model, batch, mode, autocast=False)[0])
+        model, mode = make_model(shapes, *depth, dropout, recomputes, dtype)
+        counted.append(fake_gpu.run_step(model, batch, mode, autocast, with_liger)[0])
     whole = Traffic()
     for name in ("kernels", "bytes", "flops", "kernels_of", "bytes_of"):
         base, *deeper = (getattr(one, name) for one in counted)
@@ -108,6 +119,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scale", choices=tuple(SHAPES), default="full")
     parser.add_argument("--dropout", type=float, default=None, help="LoRA's; else the recipe's")
     parser.add_argument("--stock", action="store_true", help="layers as transformers and peft have them")
+    parser.add_argument("--autocast", action="store_true", help="as on one GPU or under DDP: what learns is float32")
+    parser.add_argument("--liger", action="store_true", help="with the kernels of liger-kernel")
     parser.add_argument("--recompute", action="store_true", help="every layer computes its activations again")
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     arguments = parser.parse_args(argv)
@@ -115,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     dropout = shapes.lora_dropout if arguments.dropout is None else arguments.dropout
     if arguments.stock:
         packed_llava.use_lean_norms = trainable.use_lean_lora = lambda model: None
-    traffic = count_traffic(shapes, dropout, arguments.recompute)
+    traffic = count_traffic(shapes, dropout, arguments.recompute, arguments.autocast, arguments.liger)
     planned = plan_milliseconds(traffic)
     model = make_empty_model(PackedLlava, shapes.config, torch.bfloat16)
     prepare_packed_llava(model, shapes.image_policy, VARLEN, "the benchmark's model")

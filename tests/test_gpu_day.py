@@ -14,7 +14,7 @@ from gpu_day_batches import make_batch  # noqa: E402
 from gpu_day_kernels import attend, draw_inputs, measure_error  # noqa: E402
 from gpu_day_model import StepBench, name_kind  # noqa: E402
 from gpu_day_results import FAIL, NOT_RUN, PASS  # noqa: E402
-from gpu_day_variants import fused_norm, keep, lean_lora, without_cast, without_dropout  # noqa: E402
+from gpu_day_variants import keep, stock_lora, stock_norms, without_dropout  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
 from throughput_models import SHAPES  # noqa: E402
 
@@ -122,7 +122,7 @@ def test_a_device_batch_is_measured_and_its_variants_compute_the_same():
         if isinstance(module, LoraLayer):
             module.scaling["default"] = 1.7
     gradients = []
-    for change in (keep, lean_lora, fused_norm, without_cast, without_dropout):
+    for change in (keep, stock_lora, stock_norms, without_dropout):
         with change(bench):
             for parameter in bench.learning:
                 parameter.grad = None

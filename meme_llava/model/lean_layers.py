@@ -4,13 +4,20 @@ Between matrix products a GPU mostly waits for memory. What is saved here is rea
 size; results differ by rounding alone. The layers keep their classes' names, parameters and weights.
 """
 
+import inspect
+from importlib.metadata import version
+
 import torch
 from peft.tuners import lora
 from torch import nn
 from torch.nn import functional
 
+from meme_llava.model.packed_attention import find_optional
+
 # Their forward passes are all the one of `LeanRMSNorm`; others' add one to the weight, or have none.
 RMS_NORMS = {f"{name}RMSNorm" for name in ("Qwen2", "Qwen3", "Llama", "Mistral", "Granite", "SmolLM3")}
+
+LIGER = ("liger_kernel.transformers.monkey_patch", "MODEL_TYPE_TO_APPLY_LIGER_FN")
 
 
 class LeanRMSNorm(nn.Module):
@@ -48,7 +55,7 @@ class LeanLora(lora.Linear):
 def use_lean_norms(model: nn.Module) -> None:
     """Let every norm of a language model that is of a known kind compute as `LeanRMSNorm` does."""
     for module in model.modules():
-        if type(module).__name__ in RMS_NORMS:
+        if type(module).__name__ in RMS_NORMS and not isinstance(module, LeanRMSNorm):
             module.__class__ = type(type(module).__name__, (LeanRMSNorm, type(module)), {})
 
 
@@ -59,3 +66,22 @@ def use_lean_lora(model: nn.Module) -> None:
             module.__class__ = LeanLora
             for matrix in module.lora_B.values():
                 matrix.__class__ = AddingLinear
+
+
+def find_liger(model_type: str) -> tuple[bool, str]:
+    """Whether liger-kernel can be used for language models of this type; its version, or what is wrong with one that is
+    installed."""
+    appliers, problem = find_optional(*LIGER)
+    if problem:
+        return False, f"liger-kernel is installed and cannot be loaded ({problem})"
+    has_kernels = model_type in (appliers or ())
+    return has_kernels, f"kernels of liger-kernel {version('liger-kernel')}" if has_kernels else ""
+
+
+def use_liger(language_model: nn.Module) -> None:
+    """Let a language model turn positions and gate its MLPs by kernels of liger-kernel, one each in place of six and
+    two. Norms and loss stay as they are."""
+    appliers, _ = find_optional(*LIGER)
+    apply = appliers[language_model.config.model_type]
+    wanted = {name: name in ("rope", "swiglu") for name in inspect.signature(apply).parameters if name != "model"}
+    apply(**wanted, model=language_model)

@@ -5,6 +5,7 @@ the segment itself; that is what kernels for sequences of varying length compute
 their ends. Neither models nor transformers are loaded here: the choice is made before.
 """
 
+import importlib
 import inspect
 import re
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -41,24 +43,28 @@ def choose_attention(setting: str, device: torch.device, uses_bf16: bool) -> str
         on_cpu_in_bf16 = device.type == "cpu" and uses_bf16
         return MATMUL if on_cpu_in_bf16 else next(name for name, can_run in possible.items() if can_run)
     if not possible[setting]:
-        needed = "a GPU, bf16 and the package flash-attn" if setting == FLASH_ATTENTION_2 else "a GPU and bf16"
+        needed = " and the package flash-attn" if setting == FLASH_ATTENTION_2 else ""
         if on_gpu and (why := find_flash_attention()[1]):
             needed += f", which cannot be loaded here ({why})"
         usable = ", ".join(name for name, can_run in possible.items() if can_run)
-        raise UserError(f"--attention {setting} needs {needed}; what can run here: {usable}")
+        raise UserError(f"--attention {setting} needs a GPU in bf16{needed}; what can run here: {usable}")
     return setting
 
 
 @cache
-def find_flash_attention() -> tuple[Callable | None, str]:
-    """flash-attn's attention for sequences of varying length, None without it; and what is wrong with one that is
-    installed but cannot be loaded: most often it was made for another torch."""
+def find_optional(module: str, name: str) -> tuple[Any, str]:
+    """What a package that need not be there calls `name`, None without it; and what is wrong with one that is installed
+    but cannot be loaded: most often it was made for another torch."""
     try:
-        from flash_attn import flash_attn_varlen_func
+        return getattr(importlib.import_module(module), name), ""
     except Exception as error:  # whatever a library of another ABI raises
-        is_absent = isinstance(error, ModuleNotFoundError) and error.name == "flash_attn"
+        is_absent = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
         return None, "" if is_absent else f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    return flash_attn_varlen_func, ""
+
+
+def find_flash_attention() -> tuple[Callable | None, str]:
+    """flash-attn's attention for sequences of varying length, as `find_optional` finds it."""
+    return find_optional("flash_attn", "flash_attn_varlen_func")
 
 
 @cache

@@ -26,6 +26,7 @@ from meme_llava.distributed.processes import (
     make_deepspeed_plugin,
 )
 from meme_llava.model.flops import collate_and_count
+from meme_llava.model.lean_layers import find_liger, use_liger
 from meme_llava.model.llava import Processing, quiet_transformers
 from meme_llava.model.packed_attention import VARLEN, choose_attention, find_flash_attention
 from meme_llava.model.packed_llava import compile_layers, load_packed_llava
@@ -61,6 +62,7 @@ class Computation:
 
     attention: str  # of the language model, as --attention spells it
     recomputed: CheckpointedLayers  # in the backward pass
+    uses_liger: bool = False
     # Memory of a step with the largest batch; None where it was not asked for, or cannot come near the machine's.
     step_bytes: int | None = None
     line: str = ""  # what a person is told of it
@@ -68,7 +70,8 @@ class Computation:
     def to_record(self) -> dict:
         """What the run record keeps."""
         estimate = {} if self.step_bytes is None else {"estimated_step_bytes": self.step_bytes}
-        return {"attention": self.attention, "recomputed_layers": asdict(self.recomputed), **estimate}
+        layers = asdict(self.recomputed)
+        return {"attention": self.attention, "liger": self.uses_liger, "recomputed_layers": layers, **estimate}
 
 
 @dataclass(frozen=True)
@@ -158,9 +161,14 @@ def plan_computation(
     layers = "no layer computed twice"
     if recomputed != CheckpointedLayers():
         layers = f"{recomputed.language} language and {recomputed.vision} vision layers computed twice"
+    parts, uses_liger = [f"attention {attention}"], False
     if on_gpu and attention == VARLEN and (why := find_flash_attention()[1]):
-        layers = f"flash-attn is installed and cannot be loaded ({why}); {layers}"
-    return Computation(attention, recomputed, needed, f"attention {attention}; {layers}{note}")
+        parts.append(f"flash-attn is installed and cannot be loaded ({why})")
+    # A compiler makes kernels of its own.
+    if on_gpu and arguments.fused_kernels == "auto" and not arguments.torch_compile:
+        uses_liger, words = find_liger(config.text_config.model_type)
+        parts += [words] * bool(words)
+    return Computation(attention, recomputed, uses_liger, needed, "; ".join([*parts, layers]) + note)
 
 
 def measure_memory(device: torch.device, processes: int) -> int:
@@ -192,8 +200,10 @@ def prepare_model(plan: RunPlan, computation: Computation, uses_bf16: bool, devi
     arguments = plan.arguments
     # bf16, half the memory, where training computes in it; what is trainable becomes float32.
     dtype = torch.bfloat16 if uses_bf16 else torch.float32
-    policy, attention, goes_on = plan.processing.image_policy, computation.attention, device.type == "cuda"
-    model = load_packed_llava(arguments.model, dtype, policy, attention, maps_weights=goes_on)
+    policy, maps_weights = plan.processing.image_policy, device.type == "cuda"
+    model = load_packed_llava(arguments.model, dtype, policy, computation.attention, maps_weights)
+    if computation.uses_liger:
+        use_liger(model.model.language_model)
     model = prepare_trainable(model, arguments, arguments.seed)
     if plan.start.checkpoint is not None:
         load_trained_weights(model, plan.start.checkpoint)

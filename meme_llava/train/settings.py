@@ -64,6 +64,9 @@ class TrainArguments(RecordPolicy, LoraRecipe, LearningRates, BatchSettings, Run
     gradient_checkpointing: Literal["auto", "none", "full"] = free(
         "recompute layers to save memory; auto: as few as the device's memory asks for", "auto"
     )
+    fused_kernels: Literal["auto", "off"] = free(
+        "auto: those of liger-kernel on a GPU where it is installed, for rotary positions and gated MLPs", "auto"
+    )
     torch_compile: bool = free("compile the layers that repeat; needs a C++ compiler or Triton", False)
     engine: str = free(
         "what divides the work: single, ddp, or a file of configs/deepspeed or configs/fsdp, such as zero2; auto: "

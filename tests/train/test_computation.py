@@ -88,7 +88,7 @@ def test_a_broken_flash_attention_is_named_and_left_alone(world, processing, lar
     package.mkdir()
     (package / "__init__.py").write_text('raise ImportError("undefined symbol: _ZN3c105ErrorC2E")')
     monkeypatch.syspath_prepend(tmp_path)
-    packed_attention.find_flash_attention.cache_clear()
+    packed_attention.find_optional.cache_clear()
     arguments = parse_train_arguments(train_flags(world, tmp_path, gradient_checkpointing="full"), "")
     chosen = plan_computation(arguments, processing, largest_batch, torch.device("cuda"), True, 1, 2**40)
     assert chosen.attention == "varlen"
@@ -97,7 +97,7 @@ def test_a_broken_flash_attention_is_named_and_left_alone(world, processing, lar
         UserError, match=r"flash-attn, which cannot be loaded here \(ImportError: undefined symbol.*varlen"
     ):
         packed_attention.choose_attention("flash_attention_2", torch.device("cuda"), True)
-    packed_attention.find_flash_attention.cache_clear()
+    packed_attention.find_optional.cache_clear()
 
 
 @pytest.mark.parametrize(("setting", "times"), [("none", 1), ("full", 2)])
@@ -117,7 +117,7 @@ def test_layers_run_as_often_as_was_asked(world, tmp_path, monkeypatch, setting,
     assert sorted(calls) == ["ChineseCLIPVisionMLP"] * times + ["Qwen2MLP"] * times
     record = json.loads((tmp_path / "out" / "run_record.json").read_text())["computation"]
     layers = {"language": 2, "vision": 2} if times == 2 else {"language": 0, "vision": 0}
-    assert record == {"attention": "sdpa", "recomputed_layers": layers}
+    assert record == {"attention": "sdpa", "liger": False, "recomputed_layers": layers}
 
 
 def test_a_plan_is_printed_and_nothing_is_trained(world, tmp_path, monkeypatch, capsys):

@@ -109,6 +109,7 @@ def test_a_complete_command_line_written_out():
         "shared_images": True,
         "attention": "auto",
         "gradient_checkpointing": "auto",
+        "fused_kernels": "auto",
         "torch_compile": False,
         "plan": False,
         "accelerator": None,

@@ -138,10 +138,24 @@ class _LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.bytes)
 
 
+class _KernelOfNorm(torch.autograd.Function):
+    """Keeps what a GPU's kernel for RMS norm keeps: its input, and a number of each row."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight):
+        ctx.save_for_backward(hidden, weight, hidden[..., 0].float())
+        return torch.empty_like(hidden)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        _, weight, _ = ctx.saved_tensors
+        return torch.empty_like(gradient), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
 @contextlib.contextmanager
 def _like_a_gpu() -> Iterator[None]:
     """Lets operations keep for the backward pass what their GPU kernels keep, where that differs from the CPU's."""
-    dropout, layer_norm = functional.dropout, functional.layer_norm
+    dropout, layer_norm, rms_norm = functional.dropout, functional.layer_norm, functional.rms_norm
 
     def keep_mask(input, p=0.5, training=True, inplace=False):
         # A GPU keeps which elements were dropped, a byte each; a CPU what each was multiplied by.
@@ -155,7 +169,8 @@ def _like_a_gpu() -> Iterator[None]:
             return layer_norm(*tensors, **options)
 
     functional.dropout, functional.layer_norm = keep_mask, normalise_in_float32
+    functional.rms_norm = lambda hidden, shape, weight, eps: _KernelOfNorm.apply(hidden, weight)
     try:
         yield
     finally:
-        functional.dropout, functional.layer_norm = dropout, layer_norm
+        functional.dropout, functional.layer_norm, functional.rms_norm = dropout, layer_norm, rms_norm
