@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from meme_llava.errors import UserError
-from meme_llava.pipeline.__main__ import list_differences, main, make_result, run_command
+from meme_llava.pipeline.__main__ import check_input, list_differences, main, make_result, run_command
 from meme_llava.pipeline.plan import (
     SETTING,
     Stage,
@@ -420,6 +420,18 @@ def test_a_command_ends_the_chain_with_its_code(program, code):
     finally:
         signal.signal(signal.SIGINT, before)
     assert stop.value.code == code
+
+
+def test_the_input_is_checked_once_however_many_stages_read_it(tmp_path, monkeypatch):
+    """Both trainings have the same records, and both evaluations the same questions."""
+    commands = []
+    monkeypatch.setattr("meme_llava.pipeline.__main__.run_command", lambda *words: commands.append(words))
+    trainings = [Stage("train", ["python"], {"output_dir": [f"{tmp_path}/{name}"]}) for name in ("projector", "train")]
+    asked = {"annotations": ["memes.json"], "image_folder": ["memes"]}
+    evaluations = [Stage("evaluate", ["python"], {"output_dir": [name], **asked}) for name in ("before", "after")]
+    check_input([*trainings, *evaluations], trainings)
+    precheck = ("python", "-m", "meme_llava.pipeline.precheck")
+    assert commands == [(*precheck, "memes.json", "memes", "--output_dir", f"{tmp_path}/train")]
 
 
 def test_a_command_that_ends_well_is_followed_by_the_next():
