@@ -291,6 +291,7 @@ def divide_weights(model: torch.nn.Module, plugin: DeepSpeedPlugin, dtype: torch
 
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+    deepspeed.init_distributed()  # else it would divide among one process
     deepspeed.zero.Init(module=model, config_dict_or_path=plugin.deepspeed_config, dtype=dtype)
 
 

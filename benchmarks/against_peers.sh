@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# A training step beside LLaMA-Factory's and TRL's, each in an environment of its own, on a CPU:
+#
+#   bash benchmarks/against_peers.sh WORK_DIR [flags of against_peers.py]
+#
+# The environments take about 12 GB of disk in WORK_DIR and are kept; the measurement takes about 15 minutes on 2 cores,
+# and wants the machine to itself. It is run by the environment that is active.
+set -euo pipefail
+work_dir=${1:?give a folder for environments and runs}
+shift
+here=$(dirname "$(readlink -f "$0")")
+
+make_environment() { # folder, packages …
+    [[ -e $1/ready ]] && return
+    python -m venv "$1"
+    "$1/bin/pip" install --quiet "${@:2}"
+    touch "$1/ready"
+}
+
+mkdir -p "$work_dir"
+make_environment "$work_dir/llamafactory" "llamafactory==0.9.5"
+make_environment "$work_dir/trl" "torch==2.13.0" "trl==1.16.*" peft pillow
+exec python "$here/against_peers.py" --work_dir "$work_dir/runs" \
+    --llamafactory "$work_dir/llamafactory/bin/python" --trl "$work_dir/trl/bin/python" "$@"
