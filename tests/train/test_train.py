@@ -121,7 +121,9 @@ def keep_loaded_models(monkeypatch) -> list:
     """Gets every model that training loads."""
     models = []
     monkeypatch.setattr(
-        prepared_run, "load_packed_llava", lambda *given: models.append(load_packed_llava(*given)) or models[-1]
+        prepared_run,
+        "load_packed_llava",
+        lambda *given, **options: models.append(load_packed_llava(*given, **options)) or models[-1],
     )
     return models
 
