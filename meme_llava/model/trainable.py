@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlavaConfig
@@ -32,8 +32,8 @@ from meme_llava.model.llava import (
     to_disk_name,
 )
 from meme_llava.model.settings import LearningRates, LoraRecipe
-from meme_llava.storage.files import set_file_modes
 from meme_llava.storage.run_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS
+from meme_llava.storage.tensor_files import PlannedTensor, write_file
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def is_vision_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 def save_trained_weights(model: nn.Module, folder: Path, state_dict: dict | None = None) -> None:
     """Write only what learned: a peft adapter with the projector, or `trained_weights.safetensors`. `state_dict` has
-    the model's tensors where an engine has gathered them."""
+    the model's tensors where an engine has gathered them. Raises OSError where they cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         tensors = get_peft_model_state_dict(model, state_dict=state_dict)
@@ -178,9 +178,8 @@ def save_trained_weights(model: nn.Module, folder: Path, state_dict: dict | None
         source = dict(model.named_parameters()) if state_dict is None else state_dict
         tensors = {to_disk_name(name): source[name] for name, own in model.named_parameters() if own.requires_grad}
         path = folder / TRAINED_WEIGHTS
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
-    set_file_modes(folder)
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    write_file(path, {name: PlannedTensor(one.dtype, one.shape, partial(iter, [one])) for name, one in tensors.items()})
 
 
 def load_trained_weights(model: nn.Module, folder: Path) -> None:

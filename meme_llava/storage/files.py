@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import stat
 import time
 from collections.abc import Iterable, Iterator
@@ -147,6 +148,18 @@ def explain_full_disk(path: Path, advice: str) -> Iterator[None]:
         raise DiskFullError(f"{path}: the disk is full. {advice}") from error
 
 
+@contextlib.contextmanager
+def raise_os_errors() -> Iterator[None]:
+    """Raise as the OSError that it is what tokenizers, written in Rust, reports of the operating system."""
+    try:
+        yield
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)$", str(error))
+        if found is None:
+            raise
+        raise OSError(number := int(found[1]), os.strerror(number)) from error
+
+
 def fsync_path(path: Path) -> None:
     """Return when a file's or directory's content would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -154,14 +167,6 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def set_file_modes(directory: Path) -> None:
-    """Give weight files the mode that the umask allows; safetensors writes them readable by the owner alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in directory.rglob("*.safetensors"):
-        path.chmod(0o666 & ~umask)
 
 
 def hash_file(path: Path) -> str:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from meme_llava.errors import UserError, first_line
-from meme_llava.storage.files import explain_full_disk, fsync_path, lock, set_file_modes
+from meme_llava.storage.files import explain_full_disk, fsync_path, lock, raise_os_errors
 from meme_llava.storage.run_record import RUN_RECORD
 
 MODELSCOPE_PREFIX = "modelscope:"
@@ -41,8 +41,8 @@ def write_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
         empty_directory(temporary)
         _remove(replaced)
         try:
-            yield temporary
-            set_file_modes(temporary)
+            with raise_os_errors():
+                yield temporary
             for path in (*sorted(temporary.rglob("*")), temporary):
                 fsync_path(path)
             check_output_dir(output_dir, overwrite)  # again: it took a while

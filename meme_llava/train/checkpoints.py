@@ -14,7 +14,7 @@ from tempfile import NamedTemporaryFile
 
 from meme_llava.distributed.processes import any_process, broadcast_from_main, gather
 from meme_llava.errors import CheckpointError, DiskFullError, UserError, is_disk_full
-from meme_llava.storage.files import fsync_path, lock, set_file_modes
+from meme_llava.storage.files import fsync_path, lock
 from meme_llava.storage.run_record import MANIFEST, describe_file, verify_directory, write_manifest
 from meme_llava.storage.tensor_files import check_free_space
 
@@ -126,7 +126,6 @@ def _describe_kept(output_dir: Path) -> str:
 
 
 def _complete(folder: Path, checkpoint: Path, files: Mapping, facts: Mapping, keep: int) -> None:
-    set_file_modes(folder)
     write_manifest(folder, files, facts)
     fsync_path(folder)
     if checkpoint.exists():  # a damaged one that nobody could put aside

@@ -40,7 +40,7 @@ from meme_llava.model.trainable import (
     prepare_trainable,
     recompute_layers,
 )
-from meme_llava.storage.files import write_json
+from meme_llava.storage.files import raise_os_errors, write_json
 from meme_llava.storage.run_record import RUN_RECORD
 from meme_llava.terminal import print_table
 from meme_llava.train.run_plan import RunPlan
@@ -216,8 +216,8 @@ def prepare_model(plan: RunPlan, computation: Computation, uses_bf16: bool, devi
 
 
 def write_sidecars(folder: Path, processing: Processing, record: Mapping) -> None:
-    """Put processor and run record beside trained weights."""
-    with quiet_transformers():
+    """Put processor and run record beside trained weights. Raises OSError where they cannot be written."""
+    with quiet_transformers(), raise_os_errors():
         processing.processor.save_pretrained(folder)
     write_json(folder / RUN_RECORD, record)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 from importlib.metadata import version
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from batches import load_prepared
 from conftest import read_losses, train_flags
 from safetensors.torch import load_file
 
@@ -17,6 +19,8 @@ import infer
 import merge_lora
 import train
 from meme_llava.errors import CheckpointError, DiskFullError, UserError
+from meme_llava.model.llava import load_processing
+from meme_llava.model.trainable import save_trained_weights
 from meme_llava.storage import tensor_files
 from meme_llava.storage.run_record import read_manifest, verify_directory, write_manifest
 from meme_llava.train import checkpoints, prepared_run
@@ -180,7 +184,7 @@ def die_in_second_write(tmp_path, event) -> bool:
         def wrap(original):
             return lambda *arguments, **options: (count(), original(*arguments, **options), count())[1]
 
-        for name in ("fsync_path", "write_manifest", "verify_directory", "set_file_modes", "describe_file"):
+        for name in ("fsync_path", "write_manifest", "verify_directory", "describe_file"):
             setattr(checkpoints, name, wrap(getattr(checkpoints, name)))
         for name in ("rename", "mkdir"):
             setattr(Path, name, wrap(getattr(Path, name)))
@@ -225,6 +229,27 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(DiskFullError, match=r"No space left on device; it takes 5.0 MB, .* checkpoint-1 and older"):
         write_checkpoint(tmp_path, 2, 5_000_000, write_files, dict, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("what", ["weights", "tokenizer"])
+def test_a_disk_that_fills_under_what_libraries_write_is_full(world, tmp_path, what):
+    """A limit of the size of files stands in for it."""
+    model, processing = load_prepared(world), load_processing(world.base)
+
+    def write_files(folder):
+        if what == "weights":
+            save_trained_weights(model, folder)
+        prepared_run.write_sidecars(folder, processing, {})
+        return []
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        with pytest.raises(DiskFullError, match=r"could not be written \(File too large"):
+            write_checkpoint(tmp_path, 1, 50_000, write_files, dict, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_room_is_asked_for_before_the_first_byte(tmp_path):
