@@ -166,11 +166,12 @@ def fingerprint_folder(folder: Path) -> str:
     """
     tensors = dict(sorted(open_model_tensors(folder).items()))
     paths = sorted({stored.path for stored in tensors.values()})
-    # Files whose contents change get another state, as git takes it.
-    states = {
-        str(path.resolve()): f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
-        for path, state in ((path, path.stat()) for path in paths)
-    }
+    # Files whose contents change get another state, as git takes it; nobody can set the time of a change back. It goes
+    # without their names, so that a folder that is renamed when it is whole is found again.
+    states = [
+        (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+        for state in (path.stat() for path in paths)
+    ]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meme_llava" / "fingerprints"
     remembered = cache / hashlib.sha256(json.dumps(states).encode()).hexdigest()
     with contextlib.suppress(OSError, UnicodeDecodeError):

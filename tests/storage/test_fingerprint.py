@@ -1,12 +1,15 @@
 """A model's fingerprint: of its tensors, not of its files, and never of what was there before."""
 
+import os
 import shutil
 
 import pytest
 import torch
+from conversions import build
 from safetensors.torch import load_file, save_file
 
 from meme_llava.storage import tensor_files
+from meme_llava.storage.run_record import read_run_record
 from meme_llava.storage.tensor_files import fingerprint_folder
 
 
@@ -48,4 +51,21 @@ def test_what_was_found_is_remembered_until_a_file_changes(folder, monkeypatch):
         assert fingerprint_folder(folder) == first
     tensors = load_file(folder / "model.safetensors")
     save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, folder / "model.safetensors")
+    assert fingerprint_folder(folder) != first
+
+
+def test_what_build_found_counts_where_it_puts_the_folder(world, tmp_path, monkeypatch):
+    """It hashes a folder under another name, which is renamed when it is whole."""
+    base = build(world.language_model, world.vision_tower, tmp_path / "base")
+    monkeypatch.setattr(tensor_files, "_hash_tensor", lambda *_: pytest.fail("it was hashed again"))
+    assert fingerprint_folder(base) == read_run_record(base)["fingerprint"]
+
+
+def test_another_content_under_the_same_time_and_size_is_hashed_again(folder):
+    first, path = fingerprint_folder(folder), folder / "model.safetensors"
+    state, content = path.stat(), bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert path.stat()[:2] == state[:2] and path.stat().st_size == state.st_size
     assert fingerprint_folder(folder) != first
