@@ -14,7 +14,7 @@ from meme_llava.model.llava import Processing, load_processing
 from meme_llava.train.planning.memory import StepEstimator
 from meme_llava.train.planning.plan import find_accelerator, plan_training, print_plan
 from meme_llava.train.prepared_run import make_order
-from meme_llava.train.run_plan import StartPoint, load_training_records, plan_run
+from meme_llava.train.run_plan import StartPoint, load_training_records, outline_run
 from meme_llava.train.session import derive_accumulation
 from meme_llava.train.settings import TrainArguments
 
@@ -32,7 +32,7 @@ def look_at_run(arguments: TrainArguments) -> None:
     engine = choose_engine(arguments.engine, processes, on_gpu, arguments.muon_lr)
     processing = load_processing(arguments.model)
     data = load_training_records(arguments, processing, decode=False)
-    run = plan_run(arguments, engine, processes, StartPoint(), processing, data)
+    run = outline_run(arguments, engine, processes, StartPoint(), processing, data)
     order, collate = make_order(run)
     if arguments.show_batch:
         print_batch(collate(order.fetch_batch(0)), processing)

@@ -1,7 +1,7 @@
 """The plan of a run: where it starts, what it trains on, how long it is, and what is recorded of it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,8 @@ class RunPlan:
     """Everything a run depends on, known before its model is loaded.
 
     Args:
-        validation: the ValidationData of a run that is evaluated while it trains, else None.
         accumulation: device batches per optimizer step.
+        validation: the ValidationData of a run that is evaluated while it trains, else None.
         facts: what the run record says of the records that train ("data"), of those that are evaluated ("evaluation"),
             of the model that is trained ("base"), and of the earlier run with whose projector it begins ("projector").
     """
@@ -66,11 +66,11 @@ class RunPlan:
     start: StartPoint
     processing: Processing
     data: LoadedData
-    validation: Any
     steps: int
     warmup_steps: int
     accumulation: int
-    facts: dict
+    validation: Any = None
+    facts: dict = field(default_factory=dict)
 
     def count_records(self, step: int) -> int:
         """Records trained on up to an optimizer step."""
@@ -147,10 +147,9 @@ def plan_run(
     data: LoadedData,
     validation: Any = None,
 ) -> RunPlan:
-    """Derive steps and warmup, and look up what data and base are. Raises UserError where the batches do not divide,
-    warmup fills the run, or the earlier projector belongs to another base."""
-    accumulation = derive_accumulation(arguments, processes)
-    steps, warmup_steps = count_steps(arguments, len(data.dataset), start.step, start.records)
+    """The plan of a run that trains. Raises UserError where the earlier projector belongs to another base, or for a
+    reason of `outline_run`."""
+    outline = outline_run(arguments, engine, processes, start, processing, data)
     fingerprint = fingerprint_base(arguments.model)
     has_record = (arguments.model / RUN_RECORD).is_file()
     facts = {
@@ -163,8 +162,22 @@ def plan_run(
         },
         "projector": describe_earlier_projector(arguments.projector_from, fingerprint),
     }
-    known = (arguments, engine, processes, start, processing, data, validation)
-    return RunPlan(*known, steps, warmup_steps, accumulation, facts)
+    return replace(outline, validation=validation, facts=facts)
+
+
+def outline_run(
+    arguments: TrainArguments,
+    engine: Engine,
+    processes: int,
+    start: StartPoint,
+    processing: Processing,
+    data: LoadedData,
+) -> RunPlan:
+    """The plan of a run without its facts, for which every weight of the base would be read. Raises UserError where the
+    batches do not divide or warmup fills the run."""
+    accumulation = derive_accumulation(arguments, processes)
+    steps, warmup_steps = count_steps(arguments, len(data.dataset), start.step, start.records)
+    return RunPlan(arguments, engine, processes, start, processing, data, steps, warmup_steps, accumulation)
 
 
 def fingerprint_base(folder: Path) -> str:

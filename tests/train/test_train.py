@@ -21,7 +21,7 @@ from meme_llava.model import trainable
 from meme_llava.model.llava import load_llava, load_processing
 from meme_llava.model.packed_llava import load_packed_llava
 from meme_llava.pipeline import precheck
-from meme_llava.train import loop, prepared_run, session
+from meme_llava.train import loop, prepared_run, run_plan, session
 from meme_llava.train.settings import parse_train_arguments
 
 ADAPTER_FILES = {
@@ -606,7 +606,8 @@ def test_gradient_checkpointing_changes_nothing_but_memory(world, tmp_path):
     assert read_losses(tmp_path / "on") == pytest.approx(read_losses(tmp_path / "off"), abs=1e-6)
 
 
-def test_show_batch_prints_what_is_supervised_and_trains_nothing(world, tmp_path, capsys):
+def test_show_batch_prints_what_is_supervised_and_reads_no_weights(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_plan, "fingerprint_folder", lambda *_: pytest.fail("weights were read"))
     train.main([*train_flags(world, tmp_path / "out"), "--show_batch"])
     printed = capsys.readouterr().out
     assert "<image: 4 tokens at " in printed
