@@ -74,8 +74,10 @@ def _read_experiment(run: str) -> Experiment:
 
 def _warn_of_other_training(folder: Path, title: str, training: dict | None) -> str:
     """That the evaluation in an OUTPUT_DIR of run.sh is of another training than the one there, if it is."""
-    there = _read_environment(folder / "train")
-    if there is None or (training is not None and training["environment"] == there):
+    there = _read_record(folder / "train")
+    is_same = _is_same_training(there, training)
+    # Of one training that went on, the earlier result is another one; a checkpoint never was the result.
+    if there is None or (is_same and (not training["finished"] or training["step"] == there["step"])):
         return ""
     return (
         f"{folder}: the model that was evaluated, {title}, is not of the training in {folder / 'train'}; merge and "
@@ -83,11 +85,16 @@ def _warn_of_other_training(folder: Path, title: str, training: dict | None) -> 
     )
 
 
-def _read_environment(folder: Path) -> dict | None:
-    """What the run record of a folder is known by, since it holds when the training began."""
-    with contextlib.suppress(OSError, UserError, KeyError, TypeError):
-        return read_run_record(folder)["environment"]
+def _read_record(folder: Path) -> dict | None:
+    """The run record of a folder; None where it has none."""
+    with contextlib.suppress(OSError, UserError):
+        return read_run_record(folder)
     return None
+
+
+def _is_same_training(record: dict | None, training: dict | None) -> bool:
+    """Whether both are of one training, known by what its environment says of when it began."""
+    return None not in (record, training) and record.get("environment") == training["environment"]
 
 
 def find_training_record(record: dict | None) -> dict | None:
@@ -100,9 +107,10 @@ def find_training_record(record: dict | None) -> dict | None:
 def _read_log_history(places: Sequence[Path], training: dict) -> list[dict]:
     """The log of just this training, from the first of the places that has it."""
     for place in (*places, Path(training["settings"]["output_dir"])):
-        if _read_environment(place) == training["environment"]:
+        if _is_same_training(_read_record(place), training):
             with contextlib.suppress(OSError, ValueError, KeyError):
-                return read_training_log(place)
+                # It may have gone on since.
+                return [entry for entry in read_training_log(place) if entry["step"] <= training["step"]]
     return []
 
 
@@ -150,11 +158,17 @@ def describe_training(training: dict, log_history: list[dict]) -> dict[str, str]
     if seconds := measure_training_seconds(log_history, settings["global_batch_size"]):
         facts["training time"] = format_seconds(round(seconds))
     environment = training["environment"]
-    changed = environment.get("git_changed_files")
     facts["begun"] = str(environment["time"])[:16].replace("T", " ")
-    if environment.get("git_commit"):
-        facts["git commit"] = environment["git_commit"][:10] + (f", {changed} files changed" if changed else "")
+    # Those of a run that was continued with other code in the order in which they trained.
+    commits = map(_describe_commit, [environment, *training.get("continued", [])])
+    if known := list(dict.fromkeys(filter(None, commits))):
+        facts["git commit"] = ", then ".join(known)
     return facts
+
+
+def _describe_commit(environment: dict) -> str | None:
+    commit, changed = environment.get("git_commit"), environment.get("git_changed_files")
+    return commit and commit[:10] + (f", {changed} files changed" if changed else "")
 
 
 def describe_projector(earlier: dict, log_history: list[dict]) -> dict[str, str]:

@@ -57,7 +57,9 @@ class RunPlan:
         accumulation: device batches per optimizer step.
         validation: the ValidationData of a run that is evaluated while it trains, else None.
         facts: what the run record says of the records that train ("data"), of those that are evaluated ("evaluation"),
-            of the model that is trained ("base"), and of the earlier run with whose projector it begins ("projector").
+            of the model that is trained ("base"), of the earlier run with whose projector it begins ("projector"), of
+            the code and libraries with which it began ("environment") and was continued ("continued"); empty where
+            nothing is trained.
     """
 
     arguments: TrainArguments
@@ -92,7 +94,6 @@ class RunPlan:
                 "engine": self.engine.name,
             },
             **self.facts,
-            "environment": describe_environment(),
         }
 
     def make_manifest_metadata(self, step: int) -> dict:
@@ -161,6 +162,7 @@ def plan_run(
             "run_record": read_run_record(arguments.model) if has_record else None,
         },
         "projector": describe_earlier_projector(arguments.projector_from, fingerprint),
+        **describe_environments(start),
     }
     return replace(outline, validation=validation, facts=facts)
 
@@ -178,6 +180,15 @@ def outline_run(
     accumulation = derive_accumulation(arguments, processes)
     steps, warmup_steps = count_steps(arguments, len(data.dataset), start.step, start.records)
     return RunPlan(arguments, engine, processes, start, processing, data, steps, warmup_steps, accumulation)
+
+
+def describe_environments(start: StartPoint) -> dict:
+    """What the run record says of where a run began, which is what it is known by, and where it was continued."""
+    now = describe_environment()
+    if start.record is None:
+        return {"environment": now, "continued": []}
+    earlier = start.record.get("continued", [])
+    return {"environment": start.record["environment"], "continued": [*earlier, {"step": start.step, **now}]}
 
 
 def fingerprint_base(folder: Path) -> str:

@@ -77,12 +77,22 @@ def test_an_evaluation_of_another_training_is_named(runs, tmp_path, capsys):
     shutil.copytree(runs / "output" / "train", tmp_path / "train")
     write_report(runs, f"same={tmp_path}")
     assert "evaluate" not in capsys.readouterr().out
-    record = json.loads((tmp_path / "train" / "run_record.json").read_text())
+    said = f"is not of the training in {tmp_path}/train; merge and evaluate that one anew"
+    path, metrics_path = tmp_path / "train" / "run_record.json", tmp_path / "scores" / "metrics.json"
+    record, metrics = (json.loads(file.read_text()) for file in (path, metrics_path))
+    path.write_text(json.dumps(record | {"step": 3}))  # it went on
+    write_report(runs, f"further={tmp_path}")
+    assert said in capsys.readouterr().out
+    # One of its checkpoints was merged, whose log ends there.
+    training = metrics["model"]["training"] | {"step": 1, "finished": False}
+    metrics_path.write_text(json.dumps(metrics | {"model": metrics["model"] | {"training": training}}))
+    write_report(runs, f"checkpoint={tmp_path}")
+    assert "evaluate" not in capsys.readouterr().out
+    assert [entry["step"] for entry in read_experiments([str(tmp_path)])[0].log_history] == [1]
     record["environment"]["time"] = "2001-01-01T00:00:00+00:00"
-    (tmp_path / "train" / "run_record.json").write_text(json.dumps(record))
+    path.write_text(json.dumps(record))
     write_report(runs, f"other={tmp_path}")
-    printed = capsys.readouterr().out
-    assert f"is not of the training in {tmp_path}/train; merge and evaluate that one anew" in printed
+    assert said in capsys.readouterr().out
 
 
 def test_curves_that_are_gone_are_named(runs, tmp_path, capsys):
@@ -143,6 +153,16 @@ def test_training_time_is_that_of_the_steps():
         {"step": 4, "captions_per_second": 20.0},
     ]
     assert measure_training_seconds(history, 10) == 4 + 1
+
+
+def test_a_training_begun_once_is_told_with_all_the_code_that_went_on_with_it(trained):
+    record = json.loads((trained / "run_record.json").read_text())
+    commits = [("2026-01-02T03:04:05+00:00", "a" * 40, 0), ("2026-02-02T03:04:05+00:00", "b" * 40, 2)]
+    first, second = ({"time": time, "git_commit": name, "git_changed_files": n} for time, name, n in commits)
+    record |= {"environment": first, "continued": [first, second, second]}
+    facts = describe_training(record, [])
+    assert facts["begun"] == "2026-01-02 03:04"
+    assert facts["git commit"] == "aaaaaaaaaa, then bbbbbbbbbb, 2 files changed"
 
 
 def test_a_projector_that_learned_first_is_told(trained):

@@ -22,7 +22,7 @@ from meme_llava.errors import CheckpointError, DiskFullError, UserError
 from meme_llava.model.llava import load_processing
 from meme_llava.model.trainable import save_trained_weights
 from meme_llava.storage import tensor_files
-from meme_llava.storage.run_record import read_manifest, verify_directory, write_manifest
+from meme_llava.storage.run_record import read_manifest, read_run_record, verify_directory, write_manifest
 from meme_llava.train import checkpoints, prepared_run
 from meme_llava.train.checkpoints import find_newest, hold_output_dir, list_checkpoints, write_checkpoint
 from meme_llava.train.run_plan import count_steps
@@ -126,6 +126,11 @@ def test_a_run_goes_on_from_the_one_before_and_ends_the_same(world, finished, tm
     assert read_losses(output_dir) == read_losses(finished)
     ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (output_dir, finished))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # It is known by where it began, and says where it was continued.
+    begun = read_run_record(finished / "checkpoint-2")["environment"]
+    for folder, continued in ((finished, []), (output_dir / "checkpoint-4", [2]), (output_dir, [2])):
+        record = read_run_record(folder)
+        assert record["environment"] == begun and [part["step"] for part in record["continued"]] == continued
 
 
 def test_without_a_whole_checkpoint_nothing_starts_over_by_itself(world, finished, tmp_path, capsys):
