@@ -50,10 +50,10 @@ def find_newest(output_dir: Path) -> Path | None:
     return None
 
 
-def archive_newer_checkpoints(output_dir: Path, checkpoint: Path | None) -> None:
-    """Rename checkpoints newer than the one that a run goes on from; their names will be needed."""
+def archive_newer_checkpoints(output_dir: Path, step: int) -> None:
+    """Rename checkpoints newer than the step that a run goes on from; their names will be needed."""
     for newer in list_checkpoints(output_dir):
-        if checkpoint is None or read_step(newer) > read_step(checkpoint):
+        if read_step(newer) > step:
             aside = newer.with_name(newer.name + CORRUPT_SUFFIX)
             shutil.rmtree(aside, ignore_errors=True)
             newer.rename(aside)

@@ -254,7 +254,7 @@ class TrainingLoop:
 def fit(run: PreparedRun, session: Session) -> None:
     """Train to the last step. Raises Stopped where a signal ended it before that, state saved."""
     plan, arguments = run.plan, run.plan.arguments
-    broadcast_from_main(lambda: archive_newer_checkpoints(arguments.output_dir, plan.start.checkpoint))
+    broadcast_from_main(lambda: archive_newer_checkpoints(arguments.output_dir, plan.start.step))
     session.heartbeat.beat()
     with open_tracker_runs(arguments.report_to, arguments.output_dir, arguments.run_name) as trackers:
         loop = TrainingLoop(run, session, trackers)
@@ -263,10 +263,11 @@ def fit(run: PreparedRun, session: Session) -> None:
         stopped_by = loop.train()
         if loop.step < plan.steps:
             leave_process_group()
+            # None is newer than the start where that belongs to another folder and no step was made.
+            newest = [plan.start.checkpoint, *list_checkpoints(arguments.output_dir)][-1]
             raise Stopped(
-                f"by {stopped_by} after step {loop.step} of {plan.steps}; "
-                f"{list_checkpoints(arguments.output_dir)[-1]} is whole. Start the same command again to go on "
-                "(run.sh by itself, train.py with --resume_from_checkpoint latest)."
+                f"by {stopped_by} after step {loop.step} of {plan.steps}; {newest} is whole. Start the same command "
+                "again to go on (run.sh by itself, train.py with --resume_from_checkpoint latest)."
             )
 
 

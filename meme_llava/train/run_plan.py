@@ -249,19 +249,24 @@ def describe_earlier_projector(folder: Path | None, base_fingerprint: str) -> di
 
 def choose_start(arguments: TrainArguments) -> StartPoint:
     """Find the checkpoint to continue from, and read every byte of it. Raises UserError where the one asked for is
-    missing or damaged, or a fresh run would write into another run's directory."""
+    missing, damaged or none, or the run would write into another run's directory."""
     output_dir, wanted = arguments.output_dir, arguments.resume_from_checkpoint
-    if wanted is None:
+    checkpoint = None if wanted in (None, LATEST) else Path(wanted)
+    if checkpoint is not None and "updates" not in (manifest := verify_directory(checkpoint)):
+        raise CheckpointError(
+            f"--resume_from_checkpoint {wanted}: is a run's result, which has no optimizer state; expected a "
+            f"checkpoint, such as {checkpoint / manifest.get('copied_from', 'checkpoint-N')}, or {LATEST}"
+        )
+    if wanted != LATEST and (checkpoint is None or checkpoint.resolve().parent != output_dir.resolve()):
         names = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
         if any(not name.startswith(".") and not name.endswith(CORRUPT_SUFFIX) for name in names - LEFTOVERS):
             raise UserError(
                 f"{output_dir}: is not empty. Choose another --output_dir, or continue the run in it with "
                 f"--resume_from_checkpoint {LATEST}."
             )
+    if wanted is None:
         return StartPoint()
-    if wanted != LATEST:
-        verify_directory(checkpoint := Path(wanted))
-    elif (checkpoint := find_newest(output_dir)) is None:
+    if wanted == LATEST and (checkpoint := find_newest(output_dir)) is None:
         damaged = ", ".join(path.name for path in list_checkpoints(output_dir))
         raise CheckpointError(
             f"{output_dir}: none of {damaged} is whole, for the reasons above. To train from the beginning, delete "

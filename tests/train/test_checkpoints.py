@@ -59,8 +59,8 @@ def interrupt(finished, output_dir) -> Path:
 
 
 def resume_flags(world, output_dir, **changes):
-    changes = {"max_steps": 6, "save_steps": 2, "save_total_limit": 3, "lora_dropout": 0.1, **changes}
-    return train_flags(world, output_dir, resume_from_checkpoint="latest", **changes)
+    recipe = {"max_steps": 6, "save_steps": 2, "save_total_limit": 3, "lora_dropout": 0.1}
+    return train_flags(world, output_dir, **{**recipe, "resume_from_checkpoint": "latest", **changes})
 
 
 def resume(world, output_dir, **changes):
@@ -131,6 +131,27 @@ def test_a_run_goes_on_from_the_one_before_and_ends_the_same(world, finished, tm
     for folder, continued in ((finished, []), (output_dir / "checkpoint-4", [2]), (output_dir, [2])):
         record = read_run_record(folder)
         assert record["environment"] == begun and [part["step"] for part in record["continued"]] == continued
+
+
+def test_a_checkpoint_of_another_run_does_not_train_into_a_run(world, finished, tmp_path, capsys):
+    output_dir = interrupt(finished, tmp_path / "out")
+    for checkpoint in (finished / "checkpoint-2", finished / "checkpoint-4"):
+        flags = train_flags(world, output_dir, max_steps=6, lora_dropout=0.1, resume_from_checkpoint=checkpoint)
+        with pytest.raises(SystemExit):
+            train.main(flags)
+        assert f"{output_dir}: is not empty" in capsys.readouterr().err
+    assert [path.name for path in output_dir.iterdir()] == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_any_name_but_not_from_a_result(world, finished, tmp_path, capsys):
+    output_dir, kept = interrupt(finished, tmp_path / "out"), tmp_path / "out" / "kept"
+    error = fail(capsys, world, output_dir, 4, resume_from_checkpoint=finished)
+    assert f"{finished}: is a run's result" in error and f"such as {finished / 'checkpoint-6'}, or latest" in error
+    (output_dir / "checkpoint-4").rename(kept)
+    shutil.copytree(finished / "checkpoint-6", output_dir / "checkpoint-6")
+    resume(world, output_dir, resume_from_checkpoint=kept)
+    assert "checkpoint-6 is kept as checkpoint-6.passed_over" in capsys.readouterr().out
+    assert read_losses(output_dir) == read_losses(finished)
 
 
 def test_without_a_whole_checkpoint_nothing_starts_over_by_itself(world, finished, tmp_path, capsys):
