@@ -31,7 +31,7 @@ LATEST = "latest"
 # What an interrupted start leaves behind before its first checkpoint is not a result.
 LEFTOVERS = {QUARANTINE, ANSWERS, *FOLDERS.values()}
 # Where a run's input and output lie may change; what lies there is compared.
-PLACES = {"model", "annotations", "image_folder", "output_dir"}
+PLACES = {"model", "annotations", "image_folder", "output_dir", "projector_from"}
 # Settings that decide which tensors learn; no permission lets a checkpoint fit others.
 FIXED_SETTINGS = {
     *("train_type", "lora_r", "vision_tower_training", "language_model_training"),
@@ -319,6 +319,9 @@ def check_continues(start: StartPoint, ours: dict, allow_changes: bool) -> list[
         changed["records"] = f"records that train were {theirs['data']['records']}, are {ours['data']['records']}"
     if theirs["base"]["fingerprint"] != ours["base"]["fingerprint"]:
         changed["base"] = "the base model is another one"
+    before, now = (record["projector"] and record["projector"]["weights"] for record in (theirs, ours))
+    if before != now:
+        changed["projector"] = "the projector of --projector_from is another one"
     if theirs["step"] >= steps and not theirs["finished"]:
         raise CheckpointError(
             f"{start.checkpoint} has done {theirs['step']} steps, and this run is to have {steps}; raise "

@@ -76,6 +76,22 @@ def test_a_projector_of_another_base_is_refused(world, projector_run, tmp_path, 
     assert f"--projector_from {projector_run}: was trained on another base ({world.base})" in capsys.readouterr().err
 
 
+def test_the_first_stage_may_move_but_not_be_another_one_when_the_second_goes_on(
+    world, projector_run, trained, tmp_path, capsys
+):
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    train.main(train_flags(world, out, max_steps=2, save_steps=1, projector_from=projector_run))
+    shutil.copytree(projector_run, moved)
+    changes = {"max_steps": 2, "resume_from_checkpoint": out / "checkpoint-1"}
+    with pytest.raises(SystemExit) as stop:
+        train.main(train_flags(world, out, projector_from=trained, **changes))
+    assert stop.value.code == 4
+    assert "the projector of --projector_from is another one. Restore what" in capsys.readouterr().err
+    train.main(train_flags(world, out, projector_from=moved, **changes))
+    record = json.loads((out / "run_record.json").read_text())
+    assert (record["step"], record["projector"]["folder"]) == (2, str(moved))
+
+
 def test_what_is_no_run_is_refused(world, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(train_flags(world, tmp_path / "out", projector_from=world.base))
