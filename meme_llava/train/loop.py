@@ -175,6 +175,13 @@ class TrainingLoop:
             self._evaluate()
         if step % self._arguments.save_steps == 0 or is_last or self._guard.stopped_by is not None:
             self._save()
+        # Its log line is written, so that an evaluation's would be the last. Saving comes first when a run is to stop.
+        if is_last and self._is_evaluation_due() and "eval_loss" not in self._log_history[-1] and is_main_process():
+            print(
+                f"training is finished, but {self._guard.stopped_by} came before the end of its last evaluation, which "
+                "is missing; evaluate.py scores the result",
+                flush=True,
+            )
         self._heartbeat.beat()
 
     def _log_training(self) -> None:

@@ -264,6 +264,29 @@ def test_a_signal_in_an_evaluation_saves_at_once_and_it_is_made_up_for(
     assert read_evaluations(tmp_path / "out") == read_evaluations(evaluated)
 
 
+def test_a_signal_in_the_last_evaluation_leaves_a_finished_run_that_says_what_is_missing(
+    world, validation, tmp_path, monkeypatch, capsys
+):
+    ask = TrainingEvaluation._ask
+    monkeypatch.setattr(TrainingEvaluation, "_ask", lambda self: os.kill(os.getpid(), signal.SIGTERM) or ask(self))
+    settings = eval_settings(world, validation)
+    train.main(train_flags(world, tmp_path / "out", **RECIPE | {"max_steps": 2}, **settings))
+    said = "training is finished, but SIGTERM came before the end of its last evaluation, which is missing"
+    assert said in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "run_record.json").read_text())["finished"] is True
+    assert read_evaluations(tmp_path / "out") == []
+
+
+def test_a_signal_before_the_first_step_from_a_checkpoint_elsewhere_names_that(
+    world, validation, plain, tmp_path, monkeypatch, capsys
+):
+    ask, checkpoint = TrainingEvaluation._ask, plain / "checkpoint-2"
+    monkeypatch.setattr(TrainingEvaluation, "_ask", lambda self: os.kill(os.getpid(), signal.SIGTERM) or ask(self))
+    settings = RECIPE | eval_settings(world, validation) | {"resume_from_checkpoint": checkpoint}
+    error = fail(capsys, train_flags(world, tmp_path / "out", **settings), code=75)
+    assert f"by SIGTERM after step 2 of 5; {checkpoint} is whole" in error
+
+
 def test_a_run_that_goes_on_keeps_the_answers_up_to_its_checkpoint(world, validation, evaluated, tmp_path, capsys):
     flags = train_flags(world, tmp_path / "out", **RECIPE, **eval_settings(world, validation))
     train.main([*flags, "--max_steps", "4"])
