@@ -204,7 +204,7 @@ class TrainingLoop:
         self._bar.show(self.step, figures)
 
     def _log(self, figures: Mapping[str, float]) -> None:
-        epoch = self.step * self._arguments.global_batch_size / len(self._plan.data.dataset)
+        epoch = self._plan.count_records(self.step) / len(self._plan.data.dataset)
         self._log_history.append({**figures, "epoch": epoch, "step": self.step})
         self._trackers.log({**figures, "epoch": epoch}, self.step)
 
@@ -222,7 +222,7 @@ class TrainingLoop:
     def _save(self) -> None:
         step, start = self.step, time.monotonic()
         updates = self._state.count_updates()
-        with self._heartbeat.wait_longer():
+        with self._meter.leave_out(), self._heartbeat.wait_longer():
             write_checkpoint(
                 self._arguments.output_dir,
                 step,

@@ -366,8 +366,10 @@ def test_what_changed_is_refused_or_allowed_by_name(world, finished, tmp_path, c
     train.main([*train_flags(world, output_dir, **base), *extra, "--allow_changes"])
     assert f"changed since, as allowed: {message}" in capsys.readouterr().out
     record = json.loads((output_dir / "run_record.json").read_text())
-    batch = changes.get("global_batch_size", 4)
-    assert record["position"] == {"step": 6, "records": 16 + 2 * batch}
+    records = 16 + 2 * changes.get("global_batch_size", 4)
+    assert record["position"] == {"step": 6, "records": records}
+    log = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+    assert log[-1]["epoch"] == records / 8
 
 
 def test_a_finished_run_is_trained_longer_only_when_that_is_allowed(world, finished, tmp_path, capsys):

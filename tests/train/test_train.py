@@ -4,7 +4,9 @@ import json
 import math
 import re
 import shutil
+import time
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ import train
 from meme_llava.dataset.collator import to_pixel_values
 from meme_llava.dataset.conversation import Turn
 from meme_llava.dataset.images import open_image
-from meme_llava.model import trainable
+from meme_llava.model import flops, trainable
 from meme_llava.model.llava import load_llava, load_processing
 from meme_llava.model.packed_llava import load_packed_llava
 from meme_llava.pipeline import precheck
@@ -317,6 +319,17 @@ def test_the_log_says_how_fast_it_went_and_what_it_waited_for(world, tmp_path):
             entry["captions_per_second"] * entry["positions_per_caption"]
         )
         assert "mfu" not in entry  # a CPU has no datasheet
+
+
+def test_writing_a_checkpoint_between_two_log_lines_is_not_training(world, tmp_path, monkeypatch):
+    """By the meter's clock each takes a thousand seconds."""
+    saves, write = [], loop.write_checkpoint
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + 1000 * len(saves))
+    monkeypatch.setattr(flops, "time", clock)
+    monkeypatch.setattr(loop, "write_checkpoint", lambda *given: saves.append(write(*given)))
+    train.main(train_flags(world, tmp_path / "out", max_steps=2, save_steps=1, logging_steps=2))
+    (entry,) = read_log(tmp_path / "out")
+    assert len(saves) == 2 and 8 / entry["captions_per_second"] < 1000
 
 
 def test_resumed_run_equals_the_uninterrupted_one(world, tmp_path):
