@@ -10,7 +10,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
@@ -176,22 +175,6 @@ def _end_for_parent() -> None:
     os._exit(0)
 
 
-@dataclass(frozen=True)
-class StepShape:
-    """What an engine must know of an optimizer step.
-
-    Args:
-        accumulation: device batches of this process in a step.
-        hidden_size: of the language model, by which DeepSpeed's buffers are measured.
-    """
-
-    device_batch_size: int
-    accumulation: int
-    max_grad_norm: float
-    uses_bf16: bool
-    hidden_size: int
-
-
 def choose_device(engine: Engine) -> torch.device:
     """The device of this process, which accelerate takes from here on.
 
@@ -212,11 +195,14 @@ def choose_device(engine: Engine) -> torch.device:
     return PartialState(cpu=not on_gpu).device
 
 
-def make_accelerator(engine: Engine, shape: StepShape, deepspeed_plugin: DeepSpeedPlugin | None) -> Accelerator:
+def make_accelerator(
+    engine: Engine, accumulation: int, uses_bf16: bool, deepspeed_plugin: DeepSpeedPlugin | None
+) -> Accelerator:
     """What prepares model and optimizer for the engine. Made after the model: transformers would load one in pieces
     for ZeRO-3, and ours are loaded whole.
 
     Args:
+        accumulation: device batches of this process in an optimizer step.
         deepspeed_plugin: from `make_deepspeed_plugin`, where that is the engine.
 
     Raises:
@@ -230,7 +216,7 @@ def make_accelerator(engine: Engine, shape: StepShape, deepspeed_plugin: DeepSpe
         plugins["deepspeed_plugin"] = deepspeed_plugin
     if engine.kind == FSDP:
         options = {name: value for name, value in engine.config.items() if name != "version"}
-        if shape.uses_bf16:
+        if uses_bf16:
             # accelerate's own choice would round the loss and its weights to bf16. Gradients are summed in bf16, as by
             # ZeRO; in float32 FSDP stumbles over the vision layer that is not computed.
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)
@@ -242,8 +228,8 @@ def make_accelerator(engine: Engine, shape: StepShape, deepspeed_plugin: DeepSpe
             # accelerate knows FSDP on GPUs only and would train copies on CPUs.
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     accelerator = Accelerator(
-        mixed_precision="bf16" if shape.uses_bf16 else "no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(shape.accumulation, sync_with_dataloader=False),
+        mixed_precision="bf16" if uses_bf16 else "no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(accumulation, sync_with_dataloader=False),
         # The buffers of these models never change.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         **plugins,
@@ -255,23 +241,28 @@ def make_accelerator(engine: Engine, shape: StepShape, deepspeed_plugin: DeepSpe
     return accelerator
 
 
-def make_deepspeed_plugin(engine: Engine, shape: StepShape) -> DeepSpeedPlugin:
+def make_deepspeed_plugin(
+    engine: Engine, device_batch_size: int, accumulation: int, max_grad_norm: float, uses_bf16: bool, width: int
+) -> DeepSpeedPlugin:
     """accelerate's settings of DeepSpeed, with the run's own values in the places of "auto".
+
+    Args:
+        accumulation: device batches of this process in an optimizer step.
+        width: the language model's hidden size, by which buffers are measured.
 
     Raises:
         UserError: nothing here says what another "auto" is.
     """
-    width = shape.hidden_size
     plugin = DeepSpeedPlugin(
         hf_ds_config=engine.config,
-        gradient_accumulation_steps=shape.accumulation,
-        gradient_clipping=shape.max_grad_norm,
+        gradient_accumulation_steps=accumulation,
+        gradient_clipping=max_grad_norm,
         zero3_init_flag=False,
     )
     values = {
-        "train_micro_batch_size_per_gpu": shape.device_batch_size,
-        "train_batch_size": shape.device_batch_size * shape.accumulation * count_processes(),
-        "bf16.enabled": shape.uses_bf16,
+        "train_micro_batch_size_per_gpu": device_batch_size,
+        "train_batch_size": device_batch_size * accumulation * count_processes(),
+        "bf16.enabled": uses_bf16,
         # The sizes that transformers takes for them.
         "zero_optimization.reduce_bucket_size": width * width,
         "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * width * width),

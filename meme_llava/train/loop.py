@@ -39,7 +39,7 @@ class TrainingLoop:
     def __init__(self, run: PreparedRun, session: Session, trackers: TrackerRuns):
         plan = run.plan
         self._run, self._plan, self._arguments = run, plan, plan.arguments
-        self._accelerator = make_accelerator(plan.engine, run.step_shape, run.deepspeed_plugin)
+        self._accelerator = make_accelerator(plan.engine, plan.accumulation, run.uses_bf16, run.deepspeed_plugin)
         self._device = self._accelerator.device
         self._heartbeat, self._trackers, self._guard = session.heartbeat, trackers, StepGuard(session.request)
         self._bar = ProgressBar(plan.start.step, plan.steps)
@@ -65,7 +65,7 @@ class TrainingLoop:
         # Only its formula is used, so that the rates follow from the step alone.
         self._schedule = get_scheduler(self._arguments.lr_scheduler_type, optimizer, plan.warmup_steps, plan.steps)
         weights = None
-        if checkpoint is not None and kind == DEEPSPEED and run.step_shape.uses_bf16:
+        if checkpoint is not None and kind == DEEPSPEED and run.uses_bf16:
             # The checkpoint's are in the model already; DeepSpeed in bf16 rounds what it is given.
             weights = {
                 name: parameter.detach().clone()
@@ -73,15 +73,11 @@ class TrainingLoop:
                 for name, parameter in zip(group.names, group.parameters, strict=True)
             }
         if plan.engine.zero_stage == 3:
-            divide_weights(
-                run.model, run.deepspeed_plugin, torch.bfloat16 if run.step_shape.uses_bf16 else torch.float32
-            )
+            divide_weights(run.model, run.deepspeed_plugin, torch.bfloat16 if run.uses_bf16 else torch.float32)
         self._engine_model, self._optimizer = self._accelerator.prepare(run.model, optimizer)
         check_engine_runs(plan.engine, self._engine_model)
         # FSDP shards the model's own modules; the others hold it whole.
         self._model = self._engine_model if kind == FSDP else run.model
-        if kind == FSDP:
-            torch.distributed.fsdp.register_fsdp_forward_method(self._model, "generate")
         self._state = TrainingState(plan.engine, run.groups, self._optimizer.optimizer)
         if checkpoint is not None:
             self._state.load(checkpoint, weights, read_manifest(checkpoint)["updates"])

@@ -16,9 +16,8 @@ from meme_llava.distributed.environment import DEEPSPEED, FSDP, Engine, count_pr
 from meme_llava.errors import CheckpointError
 from meme_llava.model.trainable import ParameterGroup
 from meme_llava.storage.tensor_files import PlannedTensor, write_file
-from meme_llava.train.prepared_run import MOMENTUM_BUFFER
 
-MOMENTS, MUON_MOMENTS = ("exp_avg", "exp_avg_sq"), (MOMENTUM_BUFFER,)
+MOMENTS, MUON_MOMENTS = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 OPTIMIZER_PREFIX = "optimizer-"
 
 

@@ -18,7 +18,6 @@ from meme_llava.dataset.dataset import TrainingOrder
 from meme_llava.dataset.sampling import BatchShape
 from meme_llava.distributed.environment import DEEPSPEED, Heartbeat, find_rank, is_main_process
 from meme_llava.distributed.processes import (
-    StepShape,
     broadcast_from_main,
     choose_device,
     gather,
@@ -52,7 +51,6 @@ GIB = 2**30
 KEPT_WIDTHS, KEPT_MLP_WIDTHS = 40, 20
 # Weights, gradients, two moments of Adam and temporaries, at most, as a multiple of the float32 weights.
 STATE_COPIES = 6
-MOMENTUM_BUFFER = "momentum_buffer"  # torch.optim.Muon's name for its only moment
 MAX_LISTED_CUTS = 20
 
 
@@ -79,7 +77,7 @@ class PreparedRun:
     """A planned run with all that computes its steps; `groups` are what trains and how fast, `order` its records."""
 
     plan: RunPlan
-    step_shape: StepShape
+    uses_bf16: bool
     deepspeed_plugin: DeepSpeedPlugin | None
     model: nn.Module
     groups: list[ParameterGroup]
@@ -98,10 +96,11 @@ def prepare_run(plan: RunPlan, heartbeat: Heartbeat) -> PreparedRun:
     arguments, processing = plan.arguments, plan.processing
     order, collator = make_order(plan)
     device, uses_bf16 = choose_device(plan.engine), choose_bf16(arguments)
-    width = processing.config.text_config.hidden_size
-    shape = StepShape(arguments.device_batch_size, plan.accumulation, arguments.max_grad_norm, uses_bf16, width)
-    # Before the model is loaded: it raises where the file leaves something open.
-    plugin = make_deepspeed_plugin(plan.engine, shape) if plan.engine.kind == DEEPSPEED else None
+    plugin = None
+    if plan.engine.kind == DEEPSPEED:
+        # Before the model is loaded: it raises where the file leaves something open.
+        size, width = arguments.device_batch_size, processing.config.text_config.hidden_size
+        plugin = make_deepspeed_plugin(plan.engine, size, plan.accumulation, arguments.max_grad_norm, uses_bf16, width)
     largest_batch = collator(order.fetch_largest_batch())
     check_shared_memory(largest_batch, count_workers(arguments, device))
     # Processes that recomputed different layers, for what their cards have free, would wait for each other for ever.
@@ -112,7 +111,7 @@ def prepare_run(plan: RunPlan, heartbeat: Heartbeat) -> PreparedRun:
     heartbeat.beat()
     model = prepare_model(plan, computation, uses_bf16, device)
     groups = plan_parameter_groups(model, arguments)
-    run = PreparedRun(plan, shape, plugin, model, groups, order, collator, computation)
+    run = PreparedRun(plan, uses_bf16, plugin, model, groups, order, collator, computation)
     if is_main_process():
         print_run(run)
     return run
