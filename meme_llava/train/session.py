@@ -251,12 +251,13 @@ def list_ways_out(arguments: TrainArguments, session: Session) -> list[str]:
     if smaller:
         ways.append(f"--device_batch_size {smaller} (DEVICE_BATCH={smaller} in run.sh): more rounds, same step")
     if arguments.gradient_checkpointing != "full":
-        ways.append("--gradient_checkpointing full: layers are computed twice, a third more work")
+        ways.append("--gradient_checkpointing full: layers are computed twice, half more work with LoRA, else a third")
     if is_divided and engine.kind in (SINGLE, DDP):
-        ways.append("ENGINE=zero2: gradients and optimizer state divided among the GPUs")
+        ways.append("ENGINE=zero2: gradients and optimizer state divided among the processes")
     if is_divided and not engine.shards_weights:
         ways.append("ENGINE=zero3: the weights divided, too")
-    if "offload" not in engine.name:
-        offloaded = "zero3_offload" if engine.zero_stage == 3 else "zero2_offload"
+    # On a CPU all of it is in main memory.
+    if torch.cuda.is_available() and "offload" not in engine.name:
+        offloaded = "zero3_offload" if engine.shards_weights else "zero2_offload"
         ways.append(f"ENGINE={offloaded}: optimizer state in main memory, slower updates")
     return [*ways, f"MODEL_MAX_LENGTH below {arguments.model_max_length}: longer answers are cut, and listed"]

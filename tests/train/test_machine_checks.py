@@ -6,12 +6,13 @@ import pytest
 import torch
 from conftest import train_flags
 
+from meme_llava.distributed.environment import choose_engine
 from meme_llava.distributed.launch import make_environments
 from meme_llava.distributed.processes import take_own_gpu
 from meme_llava.errors import ProcessError, UserError
 from meme_llava.inference.generation import choose_dtype
 from meme_llava.train import session
-from meme_llava.train.session import check_device, check_shared_memory, choose_bf16
+from meme_llava.train.session import check_device, check_shared_memory, choose_bf16, list_ways_out
 from meme_llava.train.settings import parse_train_arguments
 
 
@@ -67,3 +68,26 @@ def test_too_little_shared_memory_for_workers_is_said_before_they_start(monkeypa
     check_shared_memory(batch, workers=0)
     with pytest.raises(UserError, match=r"has 67 MB free, and .* 2 worker\(s\) .* up to 173 MB. .* --ipc=host"):
         check_shared_memory(batch, workers=2)
+
+
+@pytest.mark.parametrize(
+    ("engine", "processes", "on_gpu", "engines"),
+    [
+        ("single", 1, True, ["zero2_offload"]),
+        ("single", 1, False, []),
+        ("ddp", 2, True, ["zero2", "zero3", "zero2_offload"]),
+        ("ddp", 2, False, ["zero2", "zero3"]),
+        ("zero2", 2, True, ["zero3", "zero2_offload"]),
+        ("zero2_offload", 2, True, ["zero3"]),
+        ("zero3", 2, True, ["zero3_offload"]),
+        ("fsdp2", 2, True, ["zero3_offload"]),
+        ("zero3_offload", 2, True, []),
+    ],
+)
+def test_out_of_memory_only_engines_that_take_less_are_advised(
+    world, tmp_path, monkeypatch, engine, processes, on_gpu, engines
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    session = SimpleNamespace(engine=choose_engine(engine, processes, on_gpu), processes=processes)
+    ways = list_ways_out(parse_train_arguments(train_flags(world, tmp_path), ""), session)
+    assert [way.removeprefix("ENGINE=").partition(":")[0] for way in ways if way.startswith("ENGINE=")] == engines
