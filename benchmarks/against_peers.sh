@@ -12,8 +12,13 @@ here=$(dirname "$(readlink -f "$0")")
 
 make_environment() { # folder, packages …
     [[ -e $1/ready ]] && return
-    python -m venv "$1"
-    "$1/bin/pip" install --quiet "${@:2}"
+    if command -v uv > /dev/null; then # pip may look for LLaMA-Factory's versions for a quarter of an hour
+        uv venv --quiet "$1"
+        uv pip install --quiet --python "$1/bin/python" "${@:2}"
+    else
+        python -m venv "$1"
+        "$1/bin/pip" install --quiet "${@:2}"
+    fi
     touch "$1/ready"
 }
 
