@@ -27,8 +27,8 @@ from meme_llava.model.lean_layers import use_lean_norms
 from meme_llava.model.llava import count_used_vision_layers, load_llava
 from meme_llava.model.packed_attention import KERNELS, MATMUL, PACKED, VARLEN, Packing
 
-# Positions whose logits exist at the same time: 156 MB in float32 with Qwen2's vocabulary of 152,064.
-CHUNK = 256
+# Positions whose logits and probabilities exist at the same time: 156 MB in float32 with Qwen2's vocabulary of 152,064.
+CHUNK = 128
 
 for name, attend in KERNELS.items():
     # Compiled layers call these as they are; compiling them would start anew for every new set of segment lengths.
@@ -61,8 +61,9 @@ class CrossEntropyHead(nn.Linear):
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Weighted cross entropy of a linear layer, chunk by chunk; gradients are made where the logits are.
 
-    Logits are computed once, in `dtype`, and become float32 for the softmax. torch's own linear_cross_entropy has no
-    weight per position, and gives the loss in bfloat16 for hidden states in bfloat16.
+    Logits are computed once, in `dtype`, and become float32 for the softmax, which is the only pass over all of them:
+    weights are put in where a position has `width` numbers. torch's own linear_cross_entropy has no weight
+    per position, and gives the loss in bfloat16 for hidden states in bfloat16.
     """
 
     @staticmethod
@@ -76,24 +77,24 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
             for start in range(0, len(hidden), CHUNK):
                 chunk = slice(start, start + CHUNK)
-                states, chosen = hidden[chunk].to(dtype), targets[chunk, None]
+                states, chosen, weight_column = hidden[chunk].to(dtype), targets[chunk, None], weights[chunk, None]
                 logits = functional.linear(states, matrix).float()  # (chunk, vocabulary)
-                chosen_logits, largest = logits.gather(1, chosen), logits.amax(dim=-1, keepdim=True)
-                exponentials = logits.sub_(largest).exp_()
-                totals = exponentials.sum(dim=-1, keepdim=True)  # (chunk, 1)
-                losses = totals.log() + largest - chosen_logits  # (chunk, 1)
-                loss += (weights[chunk, None] * losses).sum()
+                probabilities = logits.softmax(dim=-1)
+                # Where a probability is largest its logarithm is most exact.
+                largest, place = probabilities.max(dim=-1, keepdim=True)  # (chunk, 1)
+                totals = logits.gather(1, place) - largest.log()  # log of the sum of all exponentials
+                loss += (weight_column * (totals - logits.gather(1, chosen))).sum()
+                del logits
                 if not (needs_hidden or needs_weight):
                     continue
-                # The gradient of the logits: softmax minus one at the target.
-                slope = exponentials.mul_(weights[chunk, None] / totals)
-                slope = slope.scatter_add_(1, chosen, -weights[chunk, None]).to(dtype)
+                # The gradient of the logits, but for the weights: softmax minus one at the target.
+                slope = probabilities.scatter_add_(1, chosen, -torch.ones_like(totals)).to(dtype)
                 if needs_hidden:
-                    grad_hidden[chunk] = slope @ matrix
+                    grad_hidden[chunk] = weight_column * (slope @ matrix)
                 if needs_weight:
-                    grad_weight += slope.T @ states
-                # The next chunk's logits take the place of these, not another one beside them.
-                del logits, exponentials, slope
+                    grad_weight += slope.T @ (weight_column * states).to(dtype)
+                # The next chunk's take the place of these, not another one beside them.
+                del probabilities, slope
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss

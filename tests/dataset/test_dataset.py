@@ -698,4 +698,4 @@ def test_caption_files_of_another_format_are_refused_line_by_line(encoder):
         "  ChineseBQB_picked_yivision.jsonl line 1 (id '?'): has no list 'conversations' (keys: picName, description). "
         "A line of a caption file: python data/prepare.py captions turns those into records. [malformed]"
     )
-    assert lines[51] == "  … and 4181 more"
+    assert lines[51] == "  … and 4,181 more"

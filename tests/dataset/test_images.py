@@ -18,7 +18,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 import build_base_model
 from meme_llava.dataset.check import RecordPolicy
-from meme_llava.dataset.collator import normalise, read_pixels, to_pixel_values
+from meme_llava.dataset.collator import make_normalisation, normalise, read_pixels, to_pixel_values
 from meme_llava.dataset.dataset import load_records
 from meme_llava.dataset.images import ImagePolicy, open_header, open_image, resolve_image_path
 from meme_llava.errors import UserError
@@ -476,7 +476,7 @@ def test_pixels_that_travel_as_bytes_become_the_same_floats_on_the_device(tmp_pa
     values = np.asarray(image, dtype=np.float32) / 255.0
     floats = torch.from_numpy((values - np.float32(policy.mean)) / np.float32(policy.std)).permute(2, 0, 1)
     assert torch.equal(to_pixel_values(image, policy), floats)
-    batch = normalise(torch.stack([pixels, pixels.flip(1)]), policy)
+    batch = normalise(torch.stack([pixels, pixels.flip(1)]), make_normalisation(policy))
     assert batch.dtype == torch.float32
     assert torch.equal(batch, torch.stack([floats, floats.flip(1)]))
 
@@ -700,5 +700,5 @@ def test_tokens_and_pixels_are_the_same_in_training_and_in_use(world: World, bas
         prompt = inputs["input_ids"][0]
         assert torch.equal(item["input_ids"][: len(prompt)], prompt), name
         assert item["labels"][: len(prompt)].eq(-100).all() and item["labels"][len(prompt)] != -100
-        pixel_values = normalise(torch.stack(item["pixel_values"]), processing.image_policy)
+        pixel_values = normalise(torch.stack(item["pixel_values"]), make_normalisation(processing.image_policy))
         assert torch.equal(pixel_values, inputs["pixel_values"]), name

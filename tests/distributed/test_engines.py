@@ -1,7 +1,9 @@
 """Every engine trains the same: losses, learning rates, whole results; and a run moves from one to another."""
 
 import json
+import os
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -223,3 +225,41 @@ def test_in_bf16_what_learns_is_kept_in_float32(world, single, tmp_path, engine)
     assert result.code == 0, result.output
     assert read_losses(tmp_path / "cut") == losses
     assert weights_equal(tmp_path / "cut", tmp_path / "whole")
+
+
+ON_GPUS = """
+import json
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from meme_llava.distributed.environment import choose_engine
+from meme_llava.distributed.processes import make_deepspeed_plugin
+
+found = {"accelerator": get_accelerator()._name, "backend": get_accelerator().communication_backend_name()}
+for name in ("zero2", "zero3", "zero2_offload", "zero3_offload"):
+    plugin = make_deepspeed_plugin(choose_engine(name, 1, on_gpu=True), 8, 4, 1.0, True, 3584)
+    config = DeepSpeedConfig(plugin.deepspeed_config)
+    zero = config.zero_config
+    offloads = [part is not None and part.device for part in (zero.offload_optimizer, zero.offload_param)]
+    found[name] = [config.bfloat16_config.enabled, config.grad_accum_dtype, zero.stage, zero.reduce_bucket_size,
+                   zero.prefetch_bucket_size, zero.param_persistence_threshold, config.train_batch_size, *offloads]
+print(json.dumps(found))
+"""
+
+
+def test_on_gpus_deepspeed_takes_what_the_run_says():
+    """As far as a machine without one can tell: its configuration for CUDA and NCCL, of 7B's width, in bf16."""
+    environment = os.environ | {"DS_ACCELERATOR": "cuda", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", ON_GPUS], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    zero2 = [True, "fp32", 2, 12_845_056, 50_000_000, 100_000, 32]
+    zero3 = [True, "fp32", 3, 12_845_056, 11_560_550, 35_840, 32]
+    assert json.loads(result.stdout.splitlines()[-1]) == {
+        "accelerator": "cuda",
+        "backend": "nccl",
+        "zero2": [*zero2, False, False],
+        "zero3": [*zero3, False, False],
+        "zero2_offload": [*zero2, "cpu", False],
+        "zero3_offload": [*zero3, "cpu", "cpu"],
+    }

@@ -422,7 +422,7 @@ def test_every_train_setting_has_exactly_one_home():
 
 def test_what_a_continued_run_may_not_change_written_out():
     assert {field.name for field in dataclasses.fields(TrainArguments)} - free_settings() - PLACES == {
-        *("train_type", "vision_tower_training", "language_model_training", "projector_from"),
+        *("train_type", "vision_tower_training", "language_model_training"),
         *("lora_r", "lora_alpha", "lora_dropout", "lora_vision_modules", "lora_language_modules"),
         *("high_lr", "low_lr", "muon_lr", "weight_decay", "max_grad_norm"),
         *("num_train_epochs", "max_steps", "warmup_ratio", "warmup_steps", "lr_scheduler_type"),
