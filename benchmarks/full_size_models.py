@@ -87,6 +87,24 @@ SCALES = {
         image_size=336,
         shard_size="4GB",
     ),
+    # The same width.
+    "wide": Scale(
+        language={
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+        },
+        vision={
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 16,
+        },
+        image_size=336,
+        shard_size="4GB",
+    ),
     # The same vocabulary, so that any Qwen tokenizer fits.
     "tiny": Scale(
         language={
