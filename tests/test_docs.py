@@ -37,9 +37,9 @@ MAKING = tuple(
     for name in ("draw_memes", "draw_lessons", "prepare_towers", "train_towers", "write_towers")
 )
 BENCHMARKS = tuple(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("benchmarks/*.py")))
-# Flags of tests/run.sh, pip, tensorboard, mlflow, transformers and vllm serve, hf download, git clone and this folder.
+# Flags of tests/run.sh, pip, docker, tensorboard, mlflow, transformers and vllm serve, hf download, git clone, data.
 FOREIGN_FLAGS = {
-    *("--help", "--all", "--check", "--index-url"),
+    *("--help", "--all", "--check", "--index-url", "--ipc", "--shm-size"),
     *("--logdir", "--backend-store-uri"),
     *("--host", "--port", "--chat-template-kwargs", "--chat-template-content-format", "--max-model-len"),
     *("--repo-type", "--local-dir", "--exclude", "--depth"),

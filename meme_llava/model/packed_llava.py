@@ -28,7 +28,7 @@ from meme_llava.model.llava import count_used_vision_layers, load_llava
 from meme_llava.model.packed_attention import KERNELS, MATMUL, PACKED, VARLEN, Packing
 
 # Positions whose logits and probabilities exist at the same time: 156 MB in float32 with Qwen2's vocabulary of 152,064.
-CHUNK = 128
+CHUNK = 256
 
 for name, attend in KERNELS.items():
     # Compiled layers call these as they are; compiling them would start anew for every new set of segment lengths.
