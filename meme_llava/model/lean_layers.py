@@ -1,7 +1,7 @@
 """Layers of language models and of LoRA that compute what transformers' and peft's do in fewer passes over memory.
 
 Between matrix products a GPU mostly waits for memory. What is saved here is reading and writing tensors of a row's
-size; results differ by rounding alone. The layers keep their classes' names, parameters and weights.
+size; results differ by rounding alone. Modules keep their parameters.
 """
 
 import inspect
@@ -16,7 +16,6 @@ from meme_llava.model.packed_attention import find_optional
 
 # Their forward passes are all the one of `LeanRMSNorm`; others' add one to the weight, or have none.
 RMS_NORMS = {f"{name}RMSNorm" for name in ("Qwen2", "Qwen3", "Llama", "Mistral", "Granite", "SmolLM3")}
-
 LIGER = ("liger_kernel.transformers.monkey_patch", "MODEL_TYPE_TO_APPLY_LIGER_FN")
 
 
@@ -43,13 +42,14 @@ class AddingLinear(nn.Linear):
 class LeanLora(lora.Linear):
     """peft's LoRA of a linear layer, with one adapter that is always active (https://arxiv.org/abs/2106.09685)."""
 
+    adapter = "default"  # peft's name for it
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, width in) to (…, width out)."""
-        (name,) = self.active_adapters
         output = self.base_layer(x)
-        hidden = self.lora_A[name](self.lora_dropout[name](x))
+        hidden = self.lora_A[self.adapter](self.lora_dropout[self.adapter](x))
         # As a module of its own: engines gather a module's weights when it is called.
-        return self.lora_B[name](hidden, output, self.scaling[name])
+        return self.lora_B[self.adapter](hidden, output, self.scaling[self.adapter])
 
 
 def use_lean_norms(model: nn.Module) -> None:
