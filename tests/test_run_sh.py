@@ -325,7 +325,7 @@ def test_a_run_on_gpus_is_planned_without_them(chain):
     result = run("train", "--plan", "--accelerator", "a800-80gb", **variables)
     assert result.returncode == 0, result.stderr
     assert "16 = 4 device(s) x 2 x 2 in turn" in result.stdout
-    assert "4 x a800-80gb, ZeRO-2" in result.stdout
+    assert "4 x a800-80gb, engine zero2" in result.stdout
 
 
 def test_a_plan_without_a_base_says_what_to_run_first(tmp_path):
