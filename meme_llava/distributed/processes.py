@@ -227,10 +227,11 @@ def make_accelerator(
         if not on_gpu:
             # accelerate knows FSDP on GPUs only and would train copies on CPUs.
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     accelerator = Accelerator(
         mixed_precision="bf16" if uses_bf16 else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(accumulation, sync_with_dataloader=False),
-        # The buffers of these models never change.
+        # The buffers of these models never change. accelerate does not know torch's newer word for it.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         **plugins,
     )
