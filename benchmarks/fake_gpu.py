@@ -100,54 +100,28 @@ def _define_kernel(name: str, reads: int, writes: int):
     return getattr(torch.ops.fake_gpu, name)
 
 
+def _define_operation(name: str, inputs: int, outputs: int, keeps_inputs: bool = True):
+    """What autograd takes for an operation of one kernel forward and one backward, which reads the gradients, and the
+    inputs if they are kept."""
+    forward_kernel = _define_kernel(name, inputs, outputs)
+    backward_kernel = _define_kernel(f"{name}_backward", inputs * keeps_inputs + outputs, inputs)
+
+    class Operation(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            ctx.save_for_backward(*tensors * keeps_inputs)
+            return forward_kernel(*tensors)
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            return backward_kernel(*ctx.saved_tensors, *gradients)
+
+    return Operation.apply
+
+
 _KERNELS = torch.library.Library("fake_gpu", "DEF")
-_silu, _silu_backward = _define_kernel("silu", 1, 1), _define_kernel("silu_backward", 2, 1)
-_norm, _norm_backward = _define_kernel("rms_norm", 1, 1), _define_kernel("rms_norm_backward", 2, 1)
-_swiglu, _swiglu_backward = _define_kernel("swiglu", 2, 1), _define_kernel("swiglu_backward", 3, 2)
-_rope, _rope_backward = _define_kernel("rope", 2, 2), _define_kernel("rope_backward", 2, 2)
-
-
-class _Silu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return _silu(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _silu_backward(grad, *ctx.saved_tensors)
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return _norm(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _norm_backward(grad, *ctx.saved_tensors)
-
-
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return _swiglu(gate, up)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _swiglu_backward(*ctx.saved_tensors, grad)
-
-
-class _Rope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key):
-        return _rope(query, key)
-
-    @staticmethod
-    def backward(ctx, query_grad, key_grad):
-        return _rope_backward(query_grad, key_grad)
+_silu, _norm, _swiglu = (_define_operation(*kind, 1) for kind in (("silu", 1), ("rms_norm", 1), ("swiglu", 2)))
+_rope = _define_operation("rope", 2, 2, keeps_inputs=False)
 
 
 @contextlib.contextmanager
@@ -162,15 +136,15 @@ def like_cuda(with_liger: bool = False) -> Iterator[None]:
         ]
 
     changes = [
-        (functional, "rms_norm", lambda hidden, shape, weight=None, eps=None: _RMSNorm.apply(hidden)),
+        (functional, "rms_norm", lambda hidden, shape, weight=None, eps=None: _norm(hidden)),
         (functional, "scaled_dot_product_attention", attend),
-        (functional, "silu", lambda x, inplace=False: _Silu.apply(x)),
+        (functional, "silu", lambda x, inplace=False: _silu(x)),
     ]
     if with_liger:
         mlp = modeling_qwen2.Qwen2MLP
         changes += [
-            (mlp, "forward", lambda own, x: own.down_proj(_SwiGLU.apply(own.gate_proj(x), own.up_proj(x)))),
-            (modeling_qwen2, "apply_rotary_pos_emb", lambda query, key, *tables, **options: _Rope.apply(query, key)),
+            (mlp, "forward", lambda own, x: own.down_proj(_swiglu(own.gate_proj(x), own.up_proj(x)))),
+            (modeling_qwen2, "apply_rotary_pos_emb", lambda query, key, *tables, **options: _rope(query, key)),
         ]
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in changes:

@@ -13,7 +13,7 @@ import argparse
 import json
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,24 +87,6 @@ SCALES = {
         image_size=336,
         shard_size="4GB",
     ),
-    # The same width.
-    "wide": Scale(
-        language={
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-        },
-        vision={
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 16,
-        },
-        image_size=336,
-        shard_size="4GB",
-    ),
     # The same vocabulary, so that any Qwen tokenizer fits.
     "tiny": Scale(
         language={
@@ -124,6 +106,12 @@ SCALES = {
         shard_size="20MB",
     ),
 }
+# The same width, few layers.
+SCALES["wide"] = replace(
+    SCALES["full"],
+    language=SCALES["full"].language | {"num_hidden_layers": 2},
+    vision=SCALES["full"].vision | {"num_hidden_layers": 3},
+)
 
 
 def make_language_model(
