@@ -42,6 +42,8 @@ _VIEWS = {
     ),
     *("empty_like", "new_empty", "new_empty_strided", "empty_strided", "unfold", "chunk", "view_as"),
 }
+# They touch no more of their first tensor than what is picked from it.
+_PICKS = {"embedding", "gather", "index", "index_select", "scatter_"}
 
 
 class _Backend(_DummyBackendModule):
@@ -204,7 +206,8 @@ class Traffic(TorchDispatchMode):
             self.in_main_memory.add(str(func))
         if name in _VIEWS or func.namespace == "prim":
             return result
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        sizes = [tensor.nbytes for tensor in tensors if name not in _PICKS or tensor is not args[0]]
+        size = sum(sizes) + (max(sizes) if name in _PICKS else 0)
         if "attention" in name or "attn" in name:
             kind = ATTENTION
         elif packet in flop_registry:

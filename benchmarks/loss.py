@@ -23,7 +23,7 @@ from torch.nn import functional  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
-from meme_llava.model.packed_llava import CHUNK, CrossEntropyHead  # noqa: E402
+from meme_llava.model.cross_entropy_head import CrossEntropyHead  # noqa: E402
 from meme_llava.terminal import print_table  # noqa: E402
 
 GRADIENT_TOLERANCE = 1e-5  # of the largest gradient

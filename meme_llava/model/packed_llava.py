@@ -13,9 +13,7 @@ from pathlib import Path
 from types import MethodType
 
 import torch
-from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from torch.nn import functional
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,90 +21,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from meme_llava.dataset.collator import make_normalisation, normalise
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
+from meme_llava.model.cross_entropy_head import CrossEntropyHead
 from meme_llava.model.lean_layers import use_lean_norms
 from meme_llava.model.llava import count_used_vision_layers, load_llava
 from meme_llava.model.packed_attention import KERNELS, MATMUL, PACKED, VARLEN, Packing
 
-# Positions whose logits and probabilities exist at the same time: 156 MB in float32 with Qwen2's vocabulary of 152,064.
-CHUNK = 256
-
 for name, attend in KERNELS.items():
     # Compiled layers call these as they are; compiling them would start anew for every new set of segment lengths.
     ALL_ATTENTION_FUNCTIONS.register(PACKED + name, torch.compiler.disable(attend))
-
-
-class CrossEntropyHead(nn.Linear):
-    """An LM head that turns hidden states straight into a loss. Called with hidden states alone it gives logits.
-
-    The loss is computed inside the module's own forward pass, where engines that split weights have them at hand.
-    """
-
-    def forward(
-        self, hidden: torch.Tensor, targets: torch.Tensor | None = None, weights: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Sum of weight times cross entropy, a float32 scalar.
-
-        Args:
-            hidden: (positions, width).
-            targets: int64 (positions,).
-            weights: float32 (positions,); `PackingCollator` sets them.
-        """
-        if targets is None:
-            return super().forward(hidden)
-        device_type = hidden.device.type
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
-        return ChunkedCrossEntropy.apply(hidden, self.weight, targets, weights, dtype)
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Weighted cross entropy of a linear layer, chunk by chunk; gradients are made where the logits are.
-
-    Logits are computed once, in `dtype`, and become float32 for the softmax, which is the only pass over all of them:
-    weights are put in where a position has `width` numbers. torch's own linear_cross_entropy has no weight
-    per position, and gives the loss in bfloat16 for hidden states in bfloat16.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, weights, dtype):
-        """hidden (positions, width), weight (vocabulary, width), targets and weights (positions,) → scalar"""
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        with torch.autocast(hidden.device.type, enabled=False):
-            matrix = weight.to(dtype)  # (vocabulary, width)
-            loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-            grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-            for start in range(0, len(hidden), CHUNK):
-                chunk = slice(start, start + CHUNK)
-                states, chosen, weight_column = hidden[chunk].to(dtype), targets[chunk, None], weights[chunk, None]
-                logits = functional.linear(states, matrix).float()  # (chunk, vocabulary)
-                probabilities = logits.softmax(dim=-1)
-                # Where a probability is largest its logarithm is most exact.
-                largest, place = probabilities.max(dim=-1, keepdim=True)  # (chunk, 1)
-                totals = logits.gather(1, place) - largest.log()  # log of the sum of all exponentials
-                loss += (weight_column * (totals - logits.gather(1, chosen))).sum()
-                del logits
-                if not (needs_hidden or needs_weight):
-                    continue
-                # The gradient of the logits, but for the weights: softmax minus one at the target.
-                slope = probabilities.scatter_add_(1, chosen, -torch.ones_like(totals)).to(dtype)
-                if needs_hidden:
-                    grad_hidden[chunk] = weight_column * (slope @ matrix)
-                if needs_weight:
-                    grad_weight += slope.T @ (weight_column * states).to(dtype)
-                # The next chunk's take the place of these, not another one beside them.
-                del probabilities, slope
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
 
 
 class PackedLlava(LlavaForConditionalGeneration):

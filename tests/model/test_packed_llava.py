@@ -26,8 +26,6 @@ from meme_llava.model.packed_attention import (
     find_varlen_attention,
 )
 from meme_llava.model.packed_llava import (
-    CHUNK,
-    CrossEntropyHead,
     compile_layers,
     load_packed_llava,
     prepare_packed_llava,
@@ -375,40 +373,6 @@ def test_no_logits_of_all_positions_exist(world, processing, collator):
         model(**batch)["loss"].backward()
     assert len(batch["loss_positions"]) > 200
     assert max(sizes) < len(batch["loss_positions"]) * vocabulary
-
-
-@pytest.mark.parametrize("learns", [False, True])
-def test_the_loss_head_is_plain_cross_entropy(learns):
-    """Three chunks, the last one not full; gradients of hidden states and, where it learns, of the matrix."""
-    torch.manual_seed(0)
-    positions, width, vocabulary = 2 * CHUNK + 7, 8, 50
-    head = CrossEntropyHead(width, vocabulary, bias=False).double()
-    head.weight.requires_grad_(learns)
-    hidden = torch.randn(positions, width, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(vocabulary, (positions,))
-    weights = torch.rand(positions)
-    loss = head(hidden, targets, weights)
-    (3 * loss).backward()
-    ours = [hidden.grad.clone()] + ([head.weight.grad.clone()] if learns else [])
-    hidden.grad = head.weight.grad = None
-    losses = functional.cross_entropy(functional.linear(hidden, head.weight), targets, reduction="none")
-    expected = (weights.double() * losses).sum()
-    (3 * expected).backward()
-    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    theirs = [hidden.grad] + ([head.weight.grad] if learns else [])
-    for our, their in zip(ours, theirs, strict=True):
-        assert torch.allclose(our, their, rtol=1e-4, atol=1e-6)
-    assert torch.equal(head(hidden), functional.linear(hidden, head.weight))
-
-
-def test_the_loss_of_half_precision_is_computed_in_float32():
-    """2,000 positions of loss near 4: a sum in bfloat16 would be off by whole units."""
-    torch.manual_seed(0)
-    head = CrossEntropyHead(8, 50, bias=False).bfloat16()
-    hidden, targets = torch.randn(2000, 8, dtype=torch.bfloat16), torch.randint(50, (2000,))
-    logits = functional.linear(hidden, head.weight).float()
-    expected = functional.cross_entropy(logits, targets, reduction="sum")
-    assert head(hidden, targets, torch.ones(2000)).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.long
