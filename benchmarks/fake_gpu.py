@@ -198,8 +198,8 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        packet = func._overloadpacket
-        name = packet.__name__
+        name = func._overloadpacket.__name__
+        packet = torch.ops.aten.addmm if name == "addmm_" else func._overloadpacket
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         if any(tensor.device.type == "cpu" for tensor in made) and name != "lift_fresh":

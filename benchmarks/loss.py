@@ -26,6 +26,7 @@ from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model.cross_entropy_head import CrossEntropyHead  # noqa: E402
 from meme_llava.terminal import print_table  # noqa: E402
 
+CHUNK = 256  # positions, of the ways that go through these in chunks
 GRADIENT_TOLERANCE = 1e-5  # of the largest gradient
 
 
@@ -133,8 +134,8 @@ def main(argv: list[str] | None = None) -> None:
         rows.append((name, f"{milliseconds:.0f} ms", f"{ratio:.2f}", f"{peaks[name] / 1e6:.0f} MB"))
     logits = arguments.positions * arguments.vocabulary * 4 / 1e6
     print_table(
-        f"Loss of {arguments.positions} positions x {arguments.width} wide x {arguments.vocabulary:,} words in chunks "
-        f"of {CHUNK}, {torch.get_num_threads()} threads; the logits alone are {logits:.0f} MB",
+        f"Loss of {arguments.positions} positions x {arguments.width} wide x {arguments.vocabulary:,} words, chunks "
+        f"of {CHUNK} positions, {torch.get_num_threads()} threads; the logits alone are {logits:.0f} MB",
         ("way", "time", "x full logits", "peak memory"),
         rows,
     )

@@ -14,9 +14,9 @@ from torch.nn import functional
 from transformers import ChineseCLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
 from meme_llava.dataset.images import ImagePolicy
+from meme_llava.model.cross_entropy_head import CrossEntropyHead
 from meme_llava.model.llava import count_image_tokens, make_empty_model
 from meme_llava.model.packed_attention import choose_attention
-from meme_llava.model.cross_entropy_head import CrossEntropyHead
 from meme_llava.model.packed_llava import PackedLlava, prepare_packed_llava
 from meme_llava.model.trainable import ParameterGroup, plan_parameter_groups, prepare_trainable
 from meme_llava.train.settings import TrainArguments, read_recipe

@@ -34,9 +34,9 @@ class AddingLinear(nn.Linear):
     """LoRA's second matrix, whose product is scaled and added to the base layer's output as it is made."""
 
     def forward(self, hidden: torch.Tensor, output: torch.Tensor, scale: float) -> torch.Tensor:
-        """(…, rank) and (…, width) to (…, width)."""
-        rows, rank_rows = output.flatten(0, -2), hidden.flatten(0, -2)
-        return torch.addmm(rows, rank_rows, self.weight.t(), alpha=scale).view_as(output)
+        """(positions, rank) and (positions, width) to (positions, width), in the place of the latter: a linear layer
+        needs its output no more. Of two dimensions, since a view written to is copied in the backward pass."""
+        return output.addmm_(hidden.to(output.dtype), self.weight.t().to(output.dtype), alpha=scale)
 
 
 class LeanLora(lora.Linear):
@@ -46,10 +46,11 @@ class LeanLora(lora.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, width in) to (…, width out)."""
-        output = self.base_layer(x)
-        hidden = self.lora_A[self.adapter](self.lora_dropout[self.adapter](x))
+        rows = x.flatten(0, -2)  # (positions, width in)
+        hidden = self.lora_A[self.adapter](self.lora_dropout[self.adapter](rows))  # (positions, rank)
         # As a module of its own: engines gather a module's weights when it is called.
-        return self.lora_B[self.adapter](hidden, output, self.scaling[self.adapter])
+        output = self.lora_B[self.adapter](hidden, self.base_layer(rows), self.scaling[self.adapter])
+        return output.unflatten(0, x.shape[:-1])
 
 
 def use_lean_norms(model: nn.Module) -> None:
