@@ -10,6 +10,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import NoneType, UnionType
@@ -27,6 +28,7 @@ EXPECTATIONS: dict[str, Callable[[Any], Any]] = {
     "0 or more": lambda value: value >= 0,
     "greater than 0": lambda value: value > 0,
     "0 or more and below 1": lambda value: 0 <= value < 1,
+    "0 to 18446744073709551615": lambda value: 0 <= value < 2**64,
     "a whole number and KB, MB, GB or TB, such as 5GB": re.compile("[1-9][0-9]*(KB|MB|GB|TB)").fullmatch,
 }
 
@@ -68,6 +70,15 @@ def list_free_settings(arguments_class: type) -> frozenset[str]:
     return frozenset(one.name for one in dataclasses.fields(arguments_class) if one.metadata.get("free", False))
 
 
+def refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict:
+    """A JSON object for `object_pairs_hook`, which would keep the last of two equal keys. Raises ValueError."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        repeated = next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
+        raise ValueError(f"the key {repeated!r} stands twice")
+    return value
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown word: the nearest of the known ones in brackets, or nothing."""
     near = difflib.get_close_matches(word, known, n=1)
@@ -80,6 +91,11 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         # argparse reports what is missing before what is misspelt, although the one explains the other.
         words = sys.argv[1:] if args is None else list(args)
+        for word in words:
+            if re.search("[\ud800-\udfff]", word):
+                self.error(
+                    f"{word!r} is not UTF-8; rename the file (convmv -f gbk -t utf-8), or set the terminal to UTF-8"
+                )
         known = [option for action in self._actions for option in action.option_strings]
         for flag in (word.split("=")[0] for word in words if word.startswith("--") and word != "--"):
             if flag not in known:
@@ -145,7 +161,7 @@ def _add_setting(parser: Parser, setting: dataclasses.Field, kind: Any) -> None:
         options["type"] = kind
     parser.add_argument(*_spell_flag(setting.name), **options)
     if setting.default is True:
-        help_text = f"do not: {setting.metadata['help']}"
+        help_text = f"turn --{setting.name} off"
         parser.add_argument(
             *_spell_flag(f"no_{setting.name}"), dest=setting.name, action="store_false", default=True, help=help_text
         )

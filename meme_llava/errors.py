@@ -1,10 +1,14 @@
 """Errors that a user can act on: one clear message, an exit code for each kind, no traceback."""
 
+import contextlib
 import errno
 import functools
+import io
 import os
+import re
+import select
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 
 class UserError(Exception):
@@ -59,6 +63,16 @@ def join_first(lines: Iterable[str], total: int) -> str:
     return "\n".join([*lines, *more])
 
 
+def count(number: int, thing: str, things: str | None = None) -> str:
+    """A number with its noun: "1 record", "1,024 records", and with `things` "2 copies"."""
+    return f"{number:,} {thing if number == 1 else things or f'{thing}s'}"
+
+
+def printable(text: str) -> str:
+    """Text as a terminal may show it: control characters, which could rewrite the screen, spelled out as `\\x1b`."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def is_disk_full(error: OSError) -> bool:
     """Whether a file could not be written for want of room: the disk's, the user's share of it, or a file's limit."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -79,6 +93,8 @@ class Stopped(UserError):
 
 # Between a process and its launcher: it failed because another one did.
 PEER_FAILED = 81
+# Nobody reads what a script prints; the code of a process that SIGPIPE ends.
+CLOSED_PIPE = 141
 EXIT_MEANINGS = {
     2: "a wrong setting, file or record",
     4: "a checkpoint or adapter that cannot be used",
@@ -90,20 +106,79 @@ EXIT_MEANINGS = {
 }
 
 
+# What the user can do about what the operating system refuses. Other refusals are faults of ours, with a traceback.
+_NOT_ALLOWED = "this user may not read or write it; see `ls -ld`, or choose another place"
+_OS_ADVICE = {
+    errno.EACCES: _NOT_ALLOWED,
+    errno.EPERM: _NOT_ALLOWED,
+    errno.EROFS: "its disk can only be read; choose another place",
+    errno.ENAMETOOLONG: "a name has at most 255 bytes; choose a shorter one",
+    errno.ENOTDIR: "a part of this path is a file, expected a folder",
+    errno.ELOOP: "its links lead back to themselves; remove one of them",
+}
+
+
+def _explain_os_error(error: OSError) -> UserError | None:
+    """The operating system's error as one that the user can act on, if it is such a one."""
+    if isinstance(error, FileNotFoundError) and not _has_current_folder():
+        return UserError("the current folder was deleted; cd to another one")
+    if error.filename is None:
+        return None
+    if is_disk_full(error):
+        return DiskFullError(f"{error.filename}: the disk is full; free some room, or choose another place")
+    advice = _OS_ADVICE.get(error.errno)
+    return UserError(f"{error.filename}: {advice}") if advice else None
+
+
+def _has_current_folder() -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return bool(os.getcwd())
+    return False
+
+
+def _is_closed(descriptor: int) -> bool:
+    """Whether nobody reads from a pipe or socket any more, as in `infer.py … | head -1`."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return bool(poll.poll(0))
+
+
+@contextlib.contextmanager
+def _explain_os_errors() -> Iterator[None]:
+    try:
+        yield
+        sys.stdout.flush()  # a closed pipe is found here, not by the interpreter as it ends
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _is_closed(1):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter flushes as it ends
+            sys.exit(CLOSED_PIPE)
+        explained = _explain_os_error(error)
+        if explained is None:
+            raise
+        raise explained from error
+
+
 def stop_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a script's `main`: a `UserError` prints its message and exits with its code, Ctrl-C exits with 130."""
+    """Wrap a script's `main`: a `UserError` prints its message and exits with its code, Ctrl-C exits with 130.
+
+    So does an `OSError` about a file that the user can do something about. A closed pipe ends the script in silence.
+    """
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a console that lacks a letter shows ? in its place
         try:
-            main(argv)
+            with _explain_os_errors():
+                main(argv)
         except UserError as error:
             # With several processes a fault of one must say whose it is; a wrong setting stops all of them alike.
             rank = os.environ.get("RANK", "0")
             word = "stopped" if isinstance(error, Stopped) else "error"
             if str(error) and (rank == "0" or not error.is_common):
                 place = "" if rank == "0" else f"[process {rank}] "
-                print(f"{place}{word}: {error}", file=sys.stderr, flush=True)
+                print(f"{place}{word}: {printable(str(error))}", file=sys.stderr, flush=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr, flush=True)

@@ -23,6 +23,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from meme_llava.errors import printable
+
 FIGURES = re.compile(r"[\d.,%–\n]+")
 LONGEST_NAME = 40  # columns of the terminal
 NARROWEST_HEAD = 10  # columns of the terminal
@@ -43,9 +45,17 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
+def format_bytes(size: float) -> str:
+    """A size: 4.2 KB, 512.0 MB, 3.2 GB."""
+    for unit, length in (("GB", 1e9), ("MB", 1e6)):
+        if size >= length:
+            return f"{size / length:,.1f} {unit}"
+    return f"{size / 1e3:.1f} KB"
+
+
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
     """Print rows under their columns; numbers stand on the right. Figures stay whole as long as they can."""
-    rows = [[cell if isinstance(cell, str) else f"{cell:,}" for cell in row] for row in rows]
+    rows = [[printable(cell) if isinstance(cell, str) else f"{cell:,}" for cell in row] for row in rows]
     console = Console(highlight=False)
     table = _make_table(title, columns, rows)
     if console.measure(table, options=console.options.update(width=10_000)).maximum > console.width:

@@ -11,7 +11,7 @@ from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.conversation import ConversationEncoder
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.model.llava import Processing
-from meme_llava.terminal import format_seconds, print_table, show_bytes, show_count
+from meme_llava.terminal import format_bytes, format_seconds, print_table, show_bytes, show_count
 from meme_llava.train.look import print_batch
 
 
@@ -113,6 +113,16 @@ def test_a_batch_is_printed_to_the_terminal_without_breaking_its_lines(capsys):
 def test_durations_have_the_digits_that_matter():
     shown = ["0.421 s", "12 s", "4 min 09 s", "1 h 05 min"]
     assert [format_seconds(seconds) for seconds in (0.4213, 12, 249, 3900)] == shown
+
+
+def test_sizes_have_a_unit_in_which_they_are_not_zero():
+    shown = ["0.0 KB", "4.2 KB", "512.0 MB", "3.2 GB", "1,200.0 GB"]
+    assert [format_bytes(size) for size in (0, 4200, 512e6, 3.21e9, 1.2e12)] == shown
+
+
+def test_a_table_shows_control_characters_in_place_of_obeying_them(capsys):
+    print_table("Found", ("file", "detail"), [("a.jpg", "\x1b[2Jgone")])
+    assert "\\x1b[2Jgone" in capsys.readouterr().out
 
 
 def test_a_table_keeps_brackets_and_groups_digits(capsys):

@@ -42,8 +42,9 @@ def write_whole(path: Path, content: str | bytes, fsync: bool = True) -> None:
 
 
 def write_json(path: Path, value, default=None) -> None:
-    """Write readable JSON in one step; `default` as in `json.dumps`."""
-    write_whole(path, json.dumps(value, ensure_ascii=False, indent=2, default=default) + "\n")
+    """Write readable JSON in one step; `default` as in `json.dumps`. Half a character becomes an escape of JSON."""
+    text = json.dumps(value, ensure_ascii=False, indent=2, default=default) + "\n"
+    write_whole(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_lines(path: Path, values: Iterable) -> None:
