@@ -135,8 +135,9 @@ def make_command(who: str, folder: Path, steps: int, pythons: dict[str, Path]) -
             "fp16": False,
             "disable_gradient_checkpointing": True,
         }
-        recipe = folder / "llamafactory.json"
-        recipe.write_text(json.dumps(settings))
+        # Its reader of JSON fails (0.9.5); JSON is YAML, where a number has a dot.
+        recipe = folder / "llamafactory.yaml"
+        recipe.write_text(json.dumps(settings).replace("2e-05", "2.0e-05"))
         return [pythons[who], "-m", "llamafactory.cli", "train", recipe]
     return [pythons[who], ROOT / "benchmarks" / "against_peers_trl.py", folder, output, str(steps), str(BATCH)]
 
