@@ -171,6 +171,8 @@ def check_data(
     for checked in checked_records:
         checked.add(*(one for path in checked.image_paths for one in found[path]))
         checked.add(*check_texts(checked.record.turns, checked.record.text, control_tokens))
+        if stray_image := checked.record.stray_image:
+            checked.add(("image_elsewhere", stray_image))
     if encoder is not None:
         encoded = encoder.encode_many([checked.record.turns for checked in checked_records], max_length)
         for checked, tokens in zip(checked_records, encoded, strict=True):

@@ -19,11 +19,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from meme_llava.dataset.image_files import ACCEPTED_FORMATS, START_LENGTH, identify_file_type
 from meme_llava.dataset.records import RecordFault
 from meme_llava.errors import UserError
 
-# Only parsers for images that memes come in; PostScript, PSD and the like stay closed.
-ACCEPTED_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
 # A header can promise more pixels than memory holds; real memes stay far below.
 MAX_PIXELS = 50_000_000
 # Our own limit stands in front of every decoding; Pillow's would only warn up to twice its own.
@@ -230,54 +229,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         background = Image.new("RGBA", transparent.size, (255, 255, 255, 255))
         return Image.alpha_composite(background, transparent).convert("RGB")
     return image.convert("RGB")
-
-
-START_LENGTH = 32  # bytes that tell what a file is
-# How files that are not images begin, in lower case.
-_NOT_IMAGES = {
-    "a web page: a failed download": (b"<!doctype html", b"<html"),
-    "XML or SVG": (b"<?xml",),
-    "SVG": (b"<svg",),
-    "JSON: an error message instead of a download": (b"{",),
-    "a git-lfs pointer; run git lfs pull": (b"version https://git-lfs",),
-    "PostScript": (b"%!ps",),
-    "PDF": (b"%pdf",),
-    "a zip archive": (b"pk\x03\x04",),
-    "a gzip archive": (b"\x1f\x8b",),
-}
-# What the accepted formats begin with: if Pillow does not know such a file, its header is damaged.
-_ACCEPTED = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG\r\n", "GIF": b"GIF8", "WEBP": b"RIFF"}
-# Images of formats whose parsers stay closed, in lower case.
-_CLOSED = {
-    "PSD": (b"8bps",),
-    "TIFF": (b"ii*\x00", b"mm\x00*"),
-    "AVIF": (b"ftypavif",),
-    "HEIF": (b"ftyphei", b"ftypmif1"),
-    "JPEG 2000": (b"\x00\x00\x00\x0cjp  ",),
-    "JPEG XL": (b"\xff\x0a", b"\x00\x00\x00\x0cjxl "),
-    "ICO": (b"\x00\x00\x01\x00",),
-}
-
-
-def identify_file_type(start: bytes) -> tuple[str, str]:
-    """The kind of finding about a file that Pillow does not know, and what it is.
-
-    Args:
-        start: its first bytes, `START_LENGTH` of them if it has that many.
-    """
-    if not start:
-        return "empty_file", "the file is empty"
-    accepted, lower = "/".join(ACCEPTED_FORMATS), start.lower()
-    text = lower.removeprefix(b"\xef\xbb\xbf").lstrip()
-    # A length stands in front of this mark.
-    binary = lower[4:] if lower[4:8] == b"ftyp" else lower
-    for what, marks in _NOT_IMAGES.items():
-        if text.startswith(marks):
-            return "not_an_image", f"not a {accepted} image but {what}"
-    for name, mark in _ACCEPTED.items():
-        if start.startswith(mark):
-            return "damaged_image", f"a {name} image whose header is truncated or damaged"
-    for name, marks in _CLOSED.items():
-        if binary.startswith(marks):
-            return "unaccepted_format", f"a {name} image; convert it to one of {', '.join(ACCEPTED_FORMATS)}"
-    return "not_an_image", f"not a {accepted} image (starts with {start[:16]!r})"

@@ -19,6 +19,7 @@ import numpy as np
 
 from meme_llava import count_cores
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
+from meme_llava.dataset.image_files import EXTENSIONS
 from meme_llava.dataset.images import PARSER_ERRORS, list_header_notes, open_header, open_image
 from meme_llava.dataset.records import RecordFault
 from meme_llava.storage.files import hash_file
@@ -28,14 +29,6 @@ SMALLEST_SIDE = 4  # pixels; less is a tracking dot, no image
 LOW_RESOLUTION = 64  # pixels; a line of words needs more
 EXTREME_RATIO = 50  # of the sides
 STRETCHED_RATIO = 4
-EXTENSIONS = {
-    "JPEG": {".jpg", ".jpeg", ".jfif", ".jpe"},
-    "PNG": {".png", ".apng"},
-    "GIF": {".gif"},
-    "WEBP": {".webp"},
-    "BMP": {".bmp", ".dib"},
-}
-IMAGE_SUFFIXES = frozenset().union(*EXTENSIONS.values())
 FILES_PER_TASK = 16
 SMALLEST_RECALL = 0.5  # of the characters known to stand in an image; a caption may quote them in part
 # What a meme says stands in quotes, and memes do say "I cannot": only the speaker's own words count.

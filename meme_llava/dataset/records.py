@@ -4,11 +4,13 @@ Nothing about files of images, tokens or training.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
+from meme_llava.dataset.image_files import has_image_name
 from meme_llava.errors import UserError
 
 QUARANTINE = "quarantine.jsonl"
@@ -24,6 +26,7 @@ BAD_KINDS = {
     "empty_text": "a question or an answer is empty",
     "half_character": "a text holds half a character (a cut emoji)",
     "placeholder_mismatch": "the number of <image> differs from the number of images",
+    "image_elsewhere": "the record seems to show an image that is not under 'image', so it would train as text",
     "too_long": "no answer can begin within model_max_length",
     "duplicate_id": "an earlier record has the same id",
     # What the record says.
@@ -62,8 +65,19 @@ NOTED_KINDS = {
 }
 KINDS = BAD_KINDS | NOTED_KINDS  # of findings, with what is wrong and, where something is done about it, what
 # Bad kinds that one may train on nevertheless; without any of the others there is something to train on.
-ALLOWABLE = {"duplicate_id", "duplicate_caption", "refusal", "loop", "too_small", "extreme_shape"}
+ALLOWABLE = {"duplicate_id", "duplicate_caption", "refusal", "loop", "too_small", "extreme_shape", "image_elsewhere"}
 UNTRAINABLE = set(BAD_KINDS) - ALLOWABLE
+KNOWN_KEYS = {"id", "image", "conversations", "text", "task", "sources", "repeat"}
+KNOWN_TURN_KEYS = {"from", "value"}
+# Where other tools have the images of a record or a turn, in lower case; our own key counts there, too.
+_KEYS_OF_IMAGES = set(
+    "image images image_file image_files image_path image_paths image_url image_urls img imgs img_path img_paths "
+    "pic pics picname picture pictures photo photos".split()
+)
+# How other tools mark the place of an image: <img>, <|image_1|>, <ImageHere>, ![](a.jpg), [图片].
+_MARK_OF_IMAGE = re.compile(
+    r"(?i)<\|?(?!(?-i:image>))(?:img|image)[^<>\n]{0,200}>|!\[[^\]\n]*\]\(|\[(?:img|image|图片)\]"
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,7 @@ class Record:
     """One conversation about zero or more images. `place` says where it stands, for messages.
 
     `text` is what is known to stand in the image ("" = nothing), `repeat` counts deliberate copies from 1, `task` is
-    the record's own name for what is asked.
+    the record's own name for what is asked. `stray_image` says, of a record without images, where it seems to have one.
     """
 
     record_id: str
@@ -104,6 +118,7 @@ class Record:
     repeat: int = 1
     source: str = ""
     task: str = ""
+    stray_image: str = ""
 
 
 def read_records(annotations: Path) -> tuple[list[Record], list[Finding]]:
@@ -148,12 +163,13 @@ def parse_record(value, place: str) -> Record:
             "bad_turn_order",
             "'conversations' must alternate human, gpt, human, gpt … and end with gpt (one system turn may come first)",
         )
+    stray_image = "" if images else _find_stray_image(value, turns)
     placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
     if placeholders != len(images):
         raise RecordFault(
             "placeholder_mismatch",
-            f"has {len(images)} image(s) but {placeholders} {IMAGE_PLACEHOLDER} in its human turns; write one "
-            f"{IMAGE_PLACEHOLDER} for every image",
+            f"has {len(images)} image(s) but {placeholders} {IMAGE_PLACEHOLDER} in its human turns; "
+            + (stray_image or f"write one {IMAGE_PLACEHOLDER} for every image"),
         )
     text, repeat, sources = value.get("text"), value.get("repeat"), value.get("sources")
     return Record(
@@ -165,7 +181,27 @@ def parse_record(value, place: str) -> Record:
         repeat=repeat if isinstance(repeat, int) else 1,
         source=name_source(sources[0]) if isinstance(sources, list) and sources else "",
         task=value["task"] if isinstance(value.get("task"), str) else "",
+        stray_image=stray_image,
     )
+
+
+def _find_stray_image(value: dict, turns: tuple[Turn, ...]) -> str:
+    """Where a record without 'image' seems to have one, and what to do about it; empty if nowhere."""
+    advice = f"name the file under 'image' and write one {IMAGE_PLACEHOLDER} into the question"
+    for where, known in ((value, KNOWN_KEYS), *((turn, KNOWN_TURN_KEYS) for turn in value["conversations"])):
+        for key, content in where.items():
+            if key in known:
+                continue
+            first = content
+            while isinstance(first, list | dict) and first:
+                first = next(iter(first.values() if isinstance(first, dict) else first))
+            is_image = isinstance(first, str) and has_image_name(first)
+            if is_image or (key.lower() in _KEYS_OF_IMAGES and content):
+                return f"{key!r} holds {repr(content)[:100]}: {advice}"
+    for turn in turns:
+        if turn.role == "user" and (mark := _MARK_OF_IMAGE.search(turn.text)):
+            return f"a question holds {mark[0]!r}: {advice}"
+    return ""
 
 
 def _read_id(value: dict, otherwise: str) -> str:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Self
 
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
+from meme_llava.dataset.image_files import IMAGE_SUFFIXES
 from meme_llava.dataset.images import MAX_PIXELS, resolve_image_path
-from meme_llava.dataset.inspection import IMAGE_SUFFIXES, inspect_images
+from meme_llava.dataset.inspection import inspect_images
 from meme_llava.dataset.records import Record, read_quarantined_places, read_records
 from meme_llava.errors import UserError, join_first
 

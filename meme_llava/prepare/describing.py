@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from meme_llava.cli import setting
+from meme_llava.dataset.image_files import IMAGE_SUFFIXES
 from meme_llava.dataset.images import resolve_image_path
-from meme_llava.dataset.inspection import IMAGE_SUFFIXES, find_loop, find_refusal
+from meme_llava.dataset.inspection import find_loop, find_refusal
 from meme_llava.dataset.records import read_text
 from meme_llava.errors import UserError
 from meme_llava.inference.endpoints import PRESETS, Endpoint

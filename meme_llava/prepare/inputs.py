@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 from unicodedata import normalize
 
 from meme_llava.dataset.check import check_image_folder
+from meme_llava.dataset.image_files import IMAGE_SUFFIXES
 from meme_llava.dataset.images import resolve_image_path
-from meme_llava.dataset.inspection import IMAGE_SUFFIXES, normalise_text
+from meme_llava.dataset.inspection import normalise_text
 from meme_llava.dataset.records import Record, RecordFault, iterate_values, parse_record, read_text
 from meme_llava.errors import UserError
 from meme_llava.prepare.writer import AnnotationWriter, ImagesSettings
@@ -91,6 +92,8 @@ def read_record_rows(path: Path, writer: AnnotationWriter) -> Iterator[tuple[Row
         except RecordFault as fault:
             writer.report_problem("not a record", row.place, str(fault), row.value)
             continue
+        if record.stray_image:
+            writer.notes["records that seem to show an image that is not under 'image' (data/check.py names them)"] += 1
         yield row, record
 
 

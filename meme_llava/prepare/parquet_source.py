@@ -21,13 +21,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from PIL import Image
 
 from meme_llava.cli import setting
-from meme_llava.dataset.images import (
-    ACCEPTED_FORMATS,
-    PARSER_ERRORS,
-    START_LENGTH,
-    identify_file_type,
-    resolve_image_path,
-)
+from meme_llava.dataset.image_files import ACCEPTED_FORMATS, START_LENGTH, identify_file_type
+from meme_llava.dataset.images import PARSER_ERRORS, resolve_image_path
 from meme_llava.errors import UserError, first_line
 from meme_llava.prepare.writer import AnnotationWriter, DrawingSettings, make_record
 from meme_llava.storage.files import hash_file, write_whole

@@ -445,6 +445,10 @@ def asked(answer: str, **more) -> dict:
     return make_record(answer=answer, **more)
 
 
+def asked_without_image(question: str = "写了什么？", **more) -> dict:
+    return {"id": "bad", **turns(question, ANSWER), **more}
+
+
 LONG_WORDS = "".join(chr(0x4E00 + 7 * index) for index in range(1600))  # about 4,800 positions, no piece twice
 COUNTED = "".join(f"喇叭是第{number}天的，而文字是未来的，可是谁也不知道未来的文字在哪里。" for number in range(10, 40))
 
@@ -505,6 +509,50 @@ RECORDS = {
     "the place in the answer": (make_record(question="？", answer="<image>" + ANSWER), {"placeholder_mismatch"}),
     "the place in the system turn": (make_record(**turns("？", ANSWER, system="<image>")), {"placeholder_mismatch"}),
     "one image too many in the answer": (asked("<image>" + ANSWER), {"control_text"}),
+    # Images under another key, or marked in another way.
+    **{
+        f"an image under {where}": (asked_without_image(**more), {"image_elsewhere"})
+        for where, more in {
+            "ms-swift's images": {"images": ["blue.png"]},
+            "images, of LLaMA-Factory": {"images": "blue.png"},
+            "img": {"img": "7"},
+            "Image": {"Image": "blue.png"},
+            "image_path": {"image_path": "/data/blue"},
+            "bytes": {"picture": {"bytes": None, "path": None}},
+            "a key nobody knows": {"photo_of_meme": "blue.JPG"},
+            "a list under a key nobody knows": {"files": [{"name": "a.webp"}]},
+            "a data URL": {"meme": "data:image/png;base64,iVBO"},
+            "images, with an empty image": {"image": [], "images": ["blue.png"]},
+        }.items()
+    },
+    **{
+        f"{mark} in the question": (asked_without_image(mark + "\n写了什么？"), {"image_elsewhere"})
+        for mark in (
+            "<img>",
+            "<IMAGE>",
+            "<|image_1|>",
+            "<ImageHere>",
+            '<img src="a.jpg">',
+            "Picture 1: <img>blue.png</img>",
+            "![图](blue.png)",
+            "[图片]",
+        )
+    },
+    "Qwen's image token": (asked_without_image("<|vision_start|><|image_pad|>"), {"image_elsewhere", "control_text"}),
+    "an image in a turn": (
+        {
+            "id": "bad",
+            "conversations": [
+                {"from": "human", "value": "写了什么？", "image": "blue.png"},
+                {"from": "gpt", "value": ANSWER},
+            ],
+        },
+        {"image_elsewhere"},
+    ),
+    "an image under images, with its place": (
+        asked_without_image(QUESTION, images=["a.png"]),
+        {"placeholder_mismatch"},
+    ),
     # Control tokens, which are trained on as text.
     "an end token in the answer": (asked("好耶，这是一只小猫。<|im_end|>"), {"control_text"}),
     "a turn in the question": (make_record(question="<image><|im_start|>system\n"), {"control_text"}),
@@ -582,6 +630,18 @@ RECORDS = {
     "two images": (make_record(image=["red.png", "blue.png"], question="<image>和<image>有什么不同？"), set()),
     "no image": ({"id": "bad", **turns("你好", "喵")}, set()),
     "keys of other tools": (make_record(weight=1, sources=[{"set": "x"}]), set()),
+    "other keys of images beside ours": (make_record(images=["blue.png"], img="blue.png"), set()),
+    **{
+        f"text with {what}": ({"id": "bad", **turns("你好", "喵"), **more}, set())
+        for what, more in {
+            "no images": {"images": []},
+            "an image's name as id": {"id": "a.jpg"},
+            "an image's name in its sources": {"sources": [{"set": "x", "file": "a.jpg"}]},
+            "a page": {"url": "https://host/a.html"},
+            "markup in its answer": turns("你好", "写<img>就行。"),
+            "less-than signs": turns("a<imagine and b>c 吗？", "是"),
+        }.items()
+    },
 }
 
 
@@ -645,6 +705,22 @@ def test_no_damage_to_an_image_is_more_than_a_finding(tmp_path, seed):
         facts = inspect_image(path, 10_000_000)
         for kind, detail in check_image(path, facts, 10_000_000):
             assert kind in KINDS and str(path) in detail
+
+
+def test_an_image_that_is_elsewhere_is_named_with_what_to_do(tmp_path, image_folder):
+    advice = "name the file under 'image' and write one <image> into the question"
+    values = [
+        asked_without_image(images=["im/a.jpg"]),
+        asked_without_image("<img>写了什么？"),
+        asked_without_image(QUESTION, images=["im/a.jpg"]),
+    ]
+    assert [finding.detail for finding in check(tmp_path, values).findings] == [
+        f"'images' holds ['im/a.jpg']: {advice}",
+        f"a question holds '<img>': {advice}",
+        f"has 0 image(s) but 1 <image> in its human turns; 'images' holds ['im/a.jpg']: {advice}",
+    ]
+    # Such texts may be nothing but texts.
+    assert len(check(tmp_path, values[1:2], allow=["image_elsewhere"]).usable) == 1
 
 
 # ---- Doubles ----
@@ -800,7 +876,15 @@ def test_kinds_that_cannot_be_meant_are_refused(allowed, refused, message):
 
 def test_only_what_can_be_trained_on_may_be_allowed():
     allowable = set(BAD_KINDS) - UNTRAINABLE
-    assert allowable == {"duplicate_id", "duplicate_caption", "refusal", "loop", "too_small", "extreme_shape"}
+    assert allowable == {
+        "image_elsewhere",
+        "duplicate_id",
+        "duplicate_caption",
+        "refusal",
+        "loop",
+        "too_small",
+        "extreme_shape",
+    }
 
 
 def test_other_limits_of_pixels_are_kept(tmp_path, image_folder):

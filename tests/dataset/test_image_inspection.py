@@ -8,14 +8,8 @@ import pytest
 from PIL import Image
 
 from meme_llava.dataset import inspection as images
-from meme_llava.dataset.inspection import (
-    EXTENSIONS,
-    IMAGE_SUFFIXES,
-    ImageFacts,
-    check_image,
-    inspect_image,
-    inspect_images,
-)
+from meme_llava.dataset.image_files import EXTENSIONS, IMAGE_SUFFIXES
+from meme_llava.dataset.inspection import ImageFacts, check_image, inspect_image, inspect_images
 
 LIMIT = 50_000_000
 
