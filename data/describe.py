@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
-def print_plan(endpoint: Endpoint, names: list[str], chosen: list[str], others: int, ledger: CaptionLedger) -> None:
+def print_plan(endpoint: Endpoint, names: list[str], chosen: list[str], others: str, ledger: CaptionLedger) -> None:
     """Say who is asked about how many images, and what was found in the captions file."""
     key = f"key from {endpoint.key_variable}" if endpoint.key_variable else "no key"
     print(f"asking {endpoint.model} at {endpoint.host} ({key})")
@@ -69,7 +69,7 @@ def print_plan(endpoint: Endpoint, names: list[str], chosen: list[str], others: 
     if foreign := len(ledger.entries.keys() - set(names)):
         print(f"lines about other images: {foreign:,}")
     if others:
-        print(f"files left out, being no images by their ending: {others:,}")
+        print(f"left out: {others}")
     sys.stdout.flush()
 
 

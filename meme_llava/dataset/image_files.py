@@ -3,7 +3,13 @@
 Nothing about what an image shows.
 """
 
+import os
 import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from meme_llava.errors import UserError, count
 
 # Only parsers for images that memes come in; PostScript, PSD and the like stay closed.
 ACCEPTED_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
@@ -58,6 +64,12 @@ def find_accepted_format(start: bytes) -> str | None:
     return next((name for name, mark in _ACCEPTED.items() if re.match(mark, start, re.DOTALL)), None)
 
 
+def _find_closed_format(start: bytes) -> str | None:
+    # A length stands in front of this mark.
+    mark = start.lower()[4 if start[4:8] == b"ftyp" else 0 :]
+    return next((name for name, marks in _CLOSED.items() if mark.startswith(marks)), None)
+
+
 def identify_file_type(start: bytes) -> tuple[str, str]:
     """The kind of finding about a file that Pillow does not know, and what it is.
 
@@ -66,17 +78,71 @@ def identify_file_type(start: bytes) -> tuple[str, str]:
     """
     if not start:
         return "empty_file", "the file is empty"
-    accepted, lower = "/".join(ACCEPTED_FORMATS), start.lower()
-    text = lower.removeprefix(b"\xef\xbb\xbf").lstrip()
-    # A length stands in front of this mark.
-    binary = lower[4:] if lower[4:8] == b"ftyp" else lower
+    accepted, text = "/".join(ACCEPTED_FORMATS), start.lower().removeprefix(b"\xef\xbb\xbf").lstrip()
     for what, marks in _NOT_IMAGES.items():
         if text.startswith(marks):
             return "not_an_image", f"not a {accepted} image but {what}"
     # Pillow does not know the file all the same.
     if name := find_accepted_format(start):
         return "damaged_image", f"a {name} image whose header is truncated or damaged"
-    for name, marks in _CLOSED.items():
-        if binary.startswith(marks):
-            return "unaccepted_format", f"an image in {name} format; convert it to one of {', '.join(ACCEPTED_FORMATS)}"
+    if name := _find_closed_format(start):
+        return "unaccepted_format", f"an image in {name} format; convert it to one of {', '.join(ACCEPTED_FORMATS)}"
     return "not_an_image", f"not a {accepted} image (starts with {start[:16]!r})"
+
+
+def find_images(folder: Path, subfolders: bool = True) -> tuple[list[Path], dict[str, list[Path]]]:
+    """The images of a folder, sorted, and what is left out, by reason.
+
+    A file is an image by its ending or, with another ending or none, by its first bytes.
+
+    Args:
+        subfolders: look into them, too.
+    """
+    images, left_out = [], defaultdict(list)
+    for parent, folders, files in os.walk(folder, onerror=_raise):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            if reason := _find_reason(path, subfolders):
+                left_out[reason].append(path)
+            elif not path.is_dir():
+                images.append(path)
+        folders[:] = [name for name in folders if subfolders and not name.startswith(".")]
+    return sorted(images), {reason: sorted(left_out[reason]) for reason in sorted(left_out)}
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _find_reason(path: Path, subfolders: bool) -> str:
+    """Why a file is no image to be opened, or a folder is not looked into; empty if it is."""
+    if path.name.startswith("."):
+        return "hidden"
+    if path.is_dir():
+        return "in a subfolder" if not subfolders else "behind a link" if path.is_symlink() else ""
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return ""
+    # A pipe would block for ever.
+    start = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(START_LENGTH)
+    if find_accepted_format(start):
+        return ""
+    name = _find_closed_format(start)
+    return f"in {name} format, to be converted" if name else "not an image"
+
+
+def describe_left_out(left_out: Mapping[str, Sequence[Path]]) -> str:
+    """What `find_images` leaves out, for a message: "2 hidden, e.g. .a.jpg; 1 not an image, e.g. b.txt"."""
+    return "; ".join(f"{len(paths):,} {reason}, e.g. {paths[0].name}" for reason, paths in left_out.items())
+
+
+def check_file_names(flag: str, folder: Path, images: Sequence[Path]) -> None:
+    """Raise UserError where names of a folder cannot stand in a file of ours."""
+    names = (str(path.relative_to(folder)) for path in images)
+    # Python reads bytes that are not UTF-8 as halves of surrogate pairs.
+    if broken := [name for name in names if re.search("[\ud800-\udfff]", name)]:
+        raise UserError(
+            f"{flag} {folder}: {count(len(broken), 'file name is', 'file names are')} not UTF-8, the first is "
+            f"{broken[0]!r}; rename them (for names from a Chinese Windows: convmv -f gbk -t utf-8)"
+        )

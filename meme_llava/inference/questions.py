@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
-from meme_llava.dataset.image_files import IMAGE_SUFFIXES
+from meme_llava.dataset.image_files import describe_left_out, find_images
 from meme_llava.dataset.images import MAX_PIXELS, resolve_image_path
 from meme_llava.dataset.inspection import inspect_images
 from meme_llava.dataset.records import Record, read_quarantined_places, read_records
@@ -63,13 +63,17 @@ class Prediction:
 
 
 def list_file_questions(paths: list[Path], text: str) -> list[Question]:
-    """The same question about every image of files and folders (not their subfolders). Raises UserError for others."""
+    """The same question about every image of files and folders (not their subfolders). What else lies in these is
+    counted on standard error. Raises UserError where there is no image."""
     images = []
     for path in paths:
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            found, left_out = find_images(path, subfolders=False)
+            others = describe_left_out(left_out)
             if not found:
-                raise UserError(f"{path}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+                raise UserError(f"{path}: holds no image ({others or 'nothing'})")
+            if others:
+                print(f"left out of {path}: {others}", file=sys.stderr)
             images += found
         elif path.exists():
             images.append(path)

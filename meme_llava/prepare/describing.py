@@ -4,7 +4,6 @@ How a server is asked stands in `inference.asking`, the captions file in `captio
 """
 
 import hashlib
-import os
 import re
 import sys
 from collections import Counter
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from meme_llava.cli import setting
-from meme_llava.dataset.image_files import IMAGE_SUFFIXES
+from meme_llava.dataset.conversation import is_blank
+from meme_llava.dataset.image_files import check_file_names, describe_left_out, find_images
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.inspection import find_loop, find_refusal
 from meme_llava.dataset.records import read_text
@@ -102,29 +102,24 @@ def read_prompt(path: Path | None, use_file_name: bool) -> Prompt:
     """Our prompt, or the text of a file."""
     if path is None:
         return Prompt(DEFAULT_PROMPT, use_file_name)
-    if not (text := read_text(path).strip()):
+    if is_blank(text := read_text(path).strip()):
         raise UserError(f"--prompt_file {path}: is empty")
     return Prompt(text, use_file_name)
 
 
-def list_images(folder: Path, limit: int | None) -> tuple[list[str], int]:
-    """Names of the images below a folder relative to it, in order, and how many other files lie there.
+def list_images(folder: Path, limit: int | None) -> tuple[list[str], str]:
+    """Names of the images below a folder relative to it, in order, and what else lies there, as a message says it.
 
     Raises UserError for no folder, no image, or a name that no caption file can hold.
     """
     if not folder.is_dir():
         raise UserError(f"--images {folder}: no such folder")
-    paths = [Path(parent, file) for parent, _, files in os.walk(folder) for file in files]
-    names = sorted(str(path.relative_to(folder)) for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not names:
-        raise UserError(f"--images {folder}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    # Python reads bytes that are not UTF-8 as halves of surrogate pairs.
-    if broken := [name for name in names if re.search("[\ud800-\udfff]", name)]:
-        raise UserError(
-            f"--images {folder}: {len(broken)} file names are not UTF-8, the first is {broken[0]!r}; "
-            "rename them (for names from a Chinese Windows: convmv -f gbk -t utf-8)"
-        )
-    return names[:limit], len(paths) - len(names)
+    images, left_out = find_images(folder)
+    others = describe_left_out(left_out)
+    if not images:
+        raise UserError(f"--images {folder}: holds no image ({others or 'nothing'})")
+    check_file_names("--images", folder, images)
+    return sorted(str(path.relative_to(folder)) for path in images)[:limit], others
 
 
 def choose_open_images(names: list[str], arguments: DescribeArguments, ledger: CaptionLedger) -> list[str]:

@@ -139,7 +139,7 @@ def test_every_image_gets_one_line(folder, tmp_path, capsys):
         "attempts": 1,
     }
     shown = capsys.readouterr()
-    assert "files left out, being no images by their ending: 1" in shown.out
+    assert "left out: 1 not an image, e.g. notes.txt\n" in shown.out
     assert "5 captions" in shown.out
     assert "5/5" in shown.err
     assert "tokens: 550 in this run" in shown.out
@@ -703,7 +703,7 @@ def test_names_that_are_not_utf8_are_named(tmp_path, folder, capsys):
         pytest.skip("this file system takes UTF-8 names only")
     with CaptionServer() as server:
         assert describe(server, folder, tmp_path / "captions.jsonl") == 2
-    assert "1 file names are not UTF-8" in capsys.readouterr().err
+    assert "1 file name is not UTF-8" in capsys.readouterr().err
 
 
 # A real server

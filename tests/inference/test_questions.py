@@ -1,0 +1,26 @@
+"""Which images of a folder are asked about, and what is said of the others."""
+
+import pytest
+from PIL import Image
+
+from meme_llava.errors import UserError
+from meme_llava.inference.questions import list_file_questions
+
+
+def test_a_folder_gives_its_images_and_says_what_it_leaves_out(tmp_path, capsys):
+    for name in ("b.jpg", "小朋友天天做饭", "._mac.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name, "JPEG")
+    (tmp_path / "b.avif").write_bytes(b"\0\0\0\x20ftypavif" + bytes(40))
+    asked = list_file_questions([tmp_path], "写了什么？")
+    assert [question.image.name for question in asked] == ["b.jpg", "小朋友天天做饭"]
+    said = capsys.readouterr().err
+    assert said == f"left out of {tmp_path}: 1 hidden, e.g. ._mac.jpg; 1 in AVIF format, to be converted, e.g. b.avif\n"
+
+
+def test_a_folder_without_an_image_says_what_it_holds(tmp_path):
+    (tmp_path / "notes.txt").write_text("好")
+    with pytest.raises(UserError, match=r"holds no image \(1 not an image, e.g. notes.txt\)"):
+        list_file_questions([tmp_path], "写了什么？")
+    (tmp_path / "notes.txt").unlink()
+    with pytest.raises(UserError, match=r"holds no image \(nothing\)"):
+        list_file_questions([tmp_path], "写了什么？")
