@@ -70,12 +70,16 @@ def list_free_settings(arguments_class: type) -> frozenset[str]:
     return frozenset(one.name for one in dataclasses.fields(arguments_class) if one.metadata.get("free", False))
 
 
+class RepeatedKey(ValueError):
+    """A key that stands twice in one object."""
+
+
 def refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict:
-    """A JSON object for `object_pairs_hook`, which would keep the last of two equal keys. Raises ValueError."""
+    """A JSON object for `object_pairs_hook`, which would keep the last of two equal keys. Raises RepeatedKey."""
     value = dict(pairs)
     if len(value) < len(pairs):
         repeated = next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
-        raise ValueError(f"the key {repeated!r} stands twice")
+        raise RepeatedKey(f"the key {repeated!r} stands twice")
     return value
 
 

@@ -7,6 +7,7 @@ example with that answer. Nothing about files, images or batches: an image is a 
 
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,9 @@ DEFAULT_SYSTEM = "You are a helpful assistant."
 CONTROL_TOKENS = (TURN_START, TURN_END, "<|endoftext|>", IMAGE_PLACEHOLDER)  # of every model that we build
 IGNORED_LABEL = -100
 CONVERSATIONS_AT_ONCE = 4096  # bounds the memory of what the tokenizer returns
+# Categories of characters that show nothing by themselves, and letters without ink (fillers of Hangul and Braille).
+_INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Me"}
+_FILLERS = "\u115f\u1160\u3164\uffa0\u2800"
 # Texts are encoded by threads. Data loaders fork later, and the tokenizers library would warn of that.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
@@ -185,6 +189,11 @@ class ConversationEncoder:
     def _encode_content(self, turn: Turn, encode: Callable[[str], list[int]]) -> list[int]:
         first, *rest = map(encode, _split(turn))
         return first + [token for ids in rest for token in (self.image_token_id, *ids)]
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: white space, zero-width characters, fillers, marks without a letter."""
+    return all(character in _FILLERS or unicodedata.category(character) in _INVISIBLE for character in text)
 
 
 def find_token_id(tokenizer, token: str, source: str) -> int:

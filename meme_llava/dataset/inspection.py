@@ -176,7 +176,9 @@ def inspect_image(path: Path, max_pixels: int, decode: bool = True) -> ImageFact
             # Pillow reads EXIF blocks with its parser for TIFF.
             broken = [str(warning.message) for warning in caught if "TiffImagePlugin" in warning.filename]
             notes += [("broken_exif", text) for text in broken[:1]]
-        open_image(path, max_pixels=max_pixels)
+        pixels = open_image(path, max_pixels=max_pixels)
+        if all(lowest == highest for lowest, highest in pixels.getextrema()):
+            notes.append(("one_colour", f"every pixel is {pixels.getpixel((0, 0))}"))
         return ImageFacts(sha256, image.format, width, height, tuple(notes))
     except RecordFault as fault:
         has_contents = decode and fault.kind not in ("missing_image", "unreadable_file")

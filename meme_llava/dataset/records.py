@@ -5,11 +5,12 @@ Nothing about files of images, tokens or training.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
+from meme_llava.cli import RepeatedKey, refuse_repeated_keys
+from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn, is_blank
 from meme_llava.dataset.image_files import has_image_name
 from meme_llava.errors import UserError
 
@@ -17,13 +18,16 @@ QUARANTINE = "quarantine.jsonl"
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 FORMAT_HELP = "See data/README.md for the record format."
 CAPTIONS_HELP = "A line of a caption file: python data/prepare.py captions turns those into records."
+LONGEST_TURN = 1_000_000  # characters; nothing that is said of an image is near it, and the check would take for ever
+LONGEST_SHOWN = 200  # characters of a value in a message
 # What keeps a record from training: such records stop the run or are quarantined.
 BAD_KINDS = {
     # The record's form.
     "not_json": "the line is not JSON",
+    "repeated_key": "a key stands twice in one object, with two values",
     "malformed": "the record does not have the form of data/README.md",
     "bad_turn_order": "the turns do not alternate human, gpt and end with gpt",
-    "empty_text": "a question or an answer is empty",
+    "empty_text": "a question or an answer is empty, or of invisible characters alone",
     "half_character": "a text holds half a character (a cut emoji)",
     "placeholder_mismatch": "the number of <image> differs from the number of images",
     "image_elsewhere": "the record seems to show an image that is not under 'image', so it would train as text",
@@ -53,6 +57,7 @@ NOTED_KINDS = {
     "duplicate_image": "another file has the same bytes",
     "wrong_extension": "the file's name does not end as its format's names do; the contents decide",
     "animated": "an animation, of which the first frame is used",
+    "one_colour": "the image, or the first frame of an animation, is of one colour",
     "damaged_animation": "an animation whose later frames are damaged; the first frame is sound",
     "transparent": "transparent parts, which become white",
     "palette": "colours from a palette, which become RGB",
@@ -149,13 +154,15 @@ def parse_record(value, place: str) -> Record:
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
         raise RecordFault(
-            "malformed", f"'image' is {images!r}, expected a file name, a list of file names, or no 'image' at all"
+            "malformed", f"'image' is {_show(images)}, expected a file name, a list of file names, or no 'image' at all"
         )
     conversations = value.get("conversations")
     if not isinstance(conversations, list) or not conversations:
         # The recipe's caption files are the first thing that users have at hand.
         advice = CAPTIONS_HELP if "picName" in value else FORMAT_HELP
-        raise RecordFault("malformed", f"has no list 'conversations' (keys: {', '.join(map(str, value))}). {advice}")
+        raise RecordFault(
+            "malformed", f"has no list 'conversations' (keys: {', '.join(value)[:LONGEST_SHOWN]}). {advice}"
+        )
     turns = tuple(_parse_turn(turn, f"conversations[{index}]") for index, turn in enumerate(conversations))
     dialogue = [turn.role for turn in turns[turns[0].role == "system" :]]
     if not dialogue or dialogue != ["user", "assistant"] * (len(dialogue) // 2):
@@ -197,7 +204,7 @@ def _find_stray_image(value: dict, turns: tuple[Turn, ...]) -> str:
                 first = next(iter(first.values() if isinstance(first, dict) else first))
             is_image = isinstance(first, str) and has_image_name(first)
             if is_image or (key.lower() in _KEYS_OF_IMAGES and content):
-                return f"{key!r} holds {repr(content)[:100]}: {advice}"
+                return f"{key!r} holds {_show(content)}: {advice}"
     for turn in turns:
         if turn.role == "user" and (mark := _MARK_OF_IMAGE.search(turn.text)):
             return f"a question holds {mark[0]!r}: {advice}"
@@ -217,13 +224,15 @@ def name_source(source) -> str:
 
 def _parse_turn(turn, where: str) -> Turn:
     if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
-        raise RecordFault("malformed", f"{where} is {turn!r}, expected an object with 'from' and 'value'")
+        raise RecordFault("malformed", f"{where} is {_show(turn)}, expected an object with 'from' and 'value'")
     if not isinstance(turn["from"], str) or turn["from"] not in ROLES:
-        raise RecordFault("malformed", f"{where}.from is {turn['from']!r}, expected one of {', '.join(ROLES)}")
+        raise RecordFault("malformed", f"{where}.from is {_show(turn['from'])}, expected one of {', '.join(ROLES)}")
     if not isinstance(turn["value"], str):
-        raise RecordFault("malformed", f"{where}.value is {turn['value']!r}, expected text")
-    if not turn["value"].strip():
-        raise RecordFault("empty_text", f"{where}.value is {turn['value']!r}, expected text")
+        raise RecordFault("malformed", f"{where}.value is {_show(turn['value'])}, expected text")
+    if (length := len(turn["value"])) > LONGEST_TURN:
+        raise RecordFault("malformed", f"{where}.value has {length:,} characters, expected at most {LONGEST_TURN:,}")
+    if is_blank(turn["value"]):
+        raise RecordFault("empty_text", f"{where}.value is {_show(turn['value'], ascii)}, expected text to be seen")
     try:
         turn["value"].encode()
     except UnicodeEncodeError as error:
@@ -231,6 +240,11 @@ def _parse_turn(turn, where: str) -> Turn:
         half = error.object[error.start : error.end]
         raise RecordFault("half_character", f"{where}.value holds half a character: {half!r}") from error
     return Turn(ROLES[turn["from"]], turn["value"])
+
+
+def _show(value, spell: Callable[[object], str] = repr) -> str:
+    text = spell(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
 def read_text(path: Path) -> str:
@@ -251,7 +265,8 @@ def read_text(path: Path) -> str:
 
 
 def iterate_values(annotations: Path) -> Iterator[tuple[str, object]]:
-    """Every value of a JSON array or JSONL file with its place; a RecordFault for a line that is not JSON.
+    """Every value of a JSON array or JSONL file with its place; a RecordFault for a line that is not JSON, and for a
+    value that has a key twice.
 
     Raises:
         UserError: the file is missing, not UTF-8, or is not JSON array / JSONL.
@@ -261,14 +276,14 @@ def iterate_values(annotations: Path) -> Iterator[tuple[str, object]]:
         # str.splitlines would also break at U+2028 and other characters that may stand inside a caption.
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    value = RecordFault("not_json", f"is not JSON ({error})", line)
-                yield f"{annotations.name} line {number}", value
+                yield f"{annotations.name} line {number}", _parse_json(line)
         return
     try:
-        values = json.loads(text)
+        try:
+            values = json.loads(text, object_pairs_hook=refuse_repeated_keys)
+        except RepeatedKey:
+            # Parsed value by value the text says which record it is, if it is sound otherwise.
+            values = _parse_one_by_one(text) if isinstance(json.loads(text), list) else {}
     except json.JSONDecodeError as error:
         around = text[max(error.pos - 20, 0) : error.pos + 20]
         raise UserError(f"{annotations}: not JSON at line {error.lineno} column {error.colno}: {around!r}") from error
@@ -280,6 +295,27 @@ def iterate_values(annotations: Path) -> Iterator[tuple[str, object]]:
         )
     for index, value in enumerate(values):
         yield f"{annotations.name} record {index}", value
+
+
+def _parse_json(text: str):
+    """The value of a text, or a RecordFault with that text."""
+    try:
+        return json.loads(text, object_pairs_hook=refuse_repeated_keys)
+    except RepeatedKey as error:
+        return RecordFault("repeated_key", f"{error}; leave one of the two", text)
+    except (ValueError, RecursionError) as error:
+        return RecordFault("not_json", f"is not JSON ({error})", text)
+
+
+def _parse_one_by_one(array: str) -> list:
+    """The values of a JSON array as `_parse_json` gives them."""
+    between, decoder, values = re.compile(r"[\s,]*"), json.JSONDecoder(), []
+    start = between.match(array, array.index("[") + 1).end()
+    while array[start] != "]":
+        _, end = decoder.raw_decode(array, start)
+        values.append(_parse_json(array[start:end]))
+        start = between.match(array, end).end()
+    return values
 
 
 def read_quarantined_places(path: Path) -> set[str]:

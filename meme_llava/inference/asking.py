@@ -16,6 +16,7 @@ from pathlib import Path
 import openai
 from PIL import Image
 
+from meme_llava.dataset.conversation import is_blank
 from meme_llava.dataset.images import open_image, to_data_url
 from meme_llava.errors import UserError
 from meme_llava.inference.endpoints import Endpoint
@@ -201,7 +202,7 @@ class _Asker:
         else:
             # A model that thinks may spend all of --max_new_tokens on thoughts.
             kind = "cut" if choice.finish_reason == "length" else "empty"
-            problem = None if text else f"{kind}: no text, finish_reason {choice.finish_reason!r}"
+            problem = f"{kind}: no text, finish_reason {choice.finish_reason!r}" if is_blank(text) else None
         is_whole = {"stop": True, "length": False}.get(choice.finish_reason)
         return Prediction(question, self._blot(text), tokens, is_whole, problem and self._blot(problem))
 

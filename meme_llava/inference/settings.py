@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from meme_llava.cli import check_setting, setting
+from meme_llava.dataset.conversation import is_blank
 from meme_llava.errors import UserError
 
 DEFAULT_QUESTION = "这张表情包写了什么，是什么意思？"
@@ -44,7 +45,7 @@ class InferArguments:
             raise UserError("--question goes with --image; the records of --annotations bring their own")
         if self.question is None:
             self.question = DEFAULT_QUESTION
-        check_setting(self, "question", bool(self.question.strip()), "not empty")
+        check_setting(self, "question", not is_blank(self.question), "not empty")
 
 
 @dataclass

@@ -9,9 +9,8 @@ import csv
 import difflib
 import functools
 import io
-import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 from unicodedata import normalize
 
 from meme_llava.dataset.check import check_image_folder
-from meme_llava.dataset.image_files import IMAGE_SUFFIXES
+from meme_llava.dataset.image_files import check_file_names, find_images
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.inspection import normalise_text
 from meme_llava.dataset.records import Record, RecordFault, iterate_values, parse_record, read_text
@@ -121,7 +120,7 @@ def read_table_rows(path: Path, writer: AnnotationWriter, columns: list[str | No
     """The rows of a CSV, TSV, JSONL or JSON table, as {column: value}. The file becomes an input of `writer`.
 
     Raises:
-        UserError: a CSV lacks one of the columns, or the file cannot be read.
+        UserError: a CSV lacks one of the columns or has it twice, or the file cannot be read.
     """
     if path.suffix.lower() in (".json", ".jsonl"):
         yield from read_json_rows(path, writer)
@@ -131,6 +130,8 @@ def read_table_rows(path: Path, writer: AnnotationWriter, columns: list[str | No
     if missing := [column for column in columns if column not in (None, *names)]:
         found = ", ".join(names) or "nothing"
         raise UserError(f"{path}: has no column {', '.join(missing)}; its first line has {found}")
+    if repeated := [column for column in columns if names.count(column) > 1]:
+        raise UserError(f"{path}: its first line has {', '.join(repeated)} more than once; rename or delete the others")
     for row in writer.note_input(path, rows):
         if len(row.value) == len(names):
             yield Row(row.position, dict(zip(names, row.value, strict=True)))
@@ -149,16 +150,21 @@ class FoundImage:
 
     @property
     def stem(self) -> str:
-        return PurePosixPath(self.image).stem
+        """The file's name without its ending. A name without one may hold a dot (`1.5倍快乐`)."""
+        path = PurePosixPath(self.image)
+        return path.stem if path.suffix.isascii() else path.name
 
 
 class ImageIndex:
-    """The images in subfolders of the image folder, by name; hidden files and folders are passed over.
+    """The images in subfolders of the image folder, by name.
 
     Names match in any Unicode normalisation: macOS writes é and が in two characters, everyone else in one.
 
+    Attributes:
+        left_out: what else lies there, as notes of an AnnotationWriter.
+
     Raises:
-        UserError: a folder is missing, lies outside the image folder, or no image is in them.
+        UserError: a folder is missing, lies outside the image folder, no image is in them, or a name is not UTF-8.
     """
 
     def __init__(self, settings: ImagesSettings):
@@ -166,14 +172,19 @@ class ImageIndex:
         self._image_folder, self._suggested = settings.image_folder, 0
         self.find = functools.cache(self.find)  # an image has several captions, and following its path takes time
         self._by_name = defaultdict(list)  # NFC name: [FoundImage]
+        self.left_out = Counter()
         for subfolder in settings.images:
-            for image in _list_images(settings.image_folder, subfolder):
+            images, left_out = _list_images(settings.image_folder, subfolder)
+            self.left_out.update(
+                {f"files left out of --images: {reason}": len(left_out[reason]) for reason in left_out}
+            )
+            for image in images:
                 name = normalize("NFC", image.rpartition("/")[2])
                 self._by_name[name].append(FoundImage(image, Path(subfolder).as_posix()))
         self.count = sum(map(len, self._by_name.values()))
         self.places = ", ".join(str(settings.image_folder / subfolder) for subfolder in settings.images)
         if not self.count:
-            raise UserError(f"no image ({', '.join(sorted(IMAGE_SUFFIXES))}) in {self.places}")
+            raise UserError(f"no image in {self.places}")
 
     def __iter__(self) -> Iterator[list[FoundImage]]:
         """The images of every name, in the order of names."""
@@ -211,19 +222,18 @@ class ImageIndex:
         return FoundImage(images[0].image, images[0].data_set, len(images) - 1)
 
 
-def _list_images(image_folder: Path, subfolder: str) -> list[str]:
+def _list_images(image_folder: Path, subfolder: str) -> tuple[list[str], dict[str, list[Path]]]:
+    """The images of a subfolder, by their paths from the image folder, and what is left out, by reason."""
     try:
         top = resolve_image_path(subfolder, image_folder)
     except ValueError as error:
         raise UserError(f"--images {subfolder}: must be a folder inside --image_folder ({error})") from error
     if not top.is_dir():
         raise UserError(f"--images {subfolder}: no such folder in {image_folder}")
-    root, found = image_folder.resolve(), []
-    for folder, folders, files in os.walk(top):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        images = [Path(folder, name) for name in files if not name.startswith(".")]
-        found += [path.relative_to(root).as_posix() for path in images if path.suffix.lower() in IMAGE_SUFFIXES]
-    return sorted(found)
+    images, left_out = find_images(top)
+    check_file_names("--images", top, images)
+    root = image_folder.resolve()
+    return sorted(path.relative_to(root).as_posix() for path in images), left_out
 
 
 def read_bqb_name(stem: str) -> str | None:

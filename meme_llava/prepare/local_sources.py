@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from meme_llava.cli import setting
 from meme_llava.dataset.check import check_image_folder
+from meme_llava.dataset.conversation import is_blank
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.inspection import normalise_text
 from meme_llava.dataset.records import RecordFault
@@ -150,6 +151,7 @@ def _join_captions(
     index, ids = ImageIndex(settings), set()
     records = defaultdict(dict)  # image: {what makes a caption the same: (record, place)}
     with AnnotationWriter(settings, [path for path, _ in files]) as writer:
+        writer.notes.update(index.left_out)
         joined = 0
         for row, annotator in ((row, annotator) for path, annotator in files for row in read(path, writer)):
             try:
@@ -228,12 +230,12 @@ def _parse_caption(
     if missing := [key for key in keys if key not in value]:
         raise RecordFault(BROKEN, f"has no {', '.join(missing)} (keys: {', '.join(value)})")
     image, answer, text, question = (value.get(key) for key in (*keys, text_key, question_key))
-    if not isinstance(image, str) or not image.strip():
+    if not isinstance(image, str) or is_blank(image):
         raise RecordFault(BROKEN, f"the image is {image!r}, expected a file name")
     for key, words in ((caption_key, answer), (text_key, text), (question_key, question)):
         if words is not None and not isinstance(words, str):
             raise RecordFault(BROKEN, f"{image}: {key} is {words!r}, expected text")
-    if not (answer or "").strip():
+    if is_blank(answer or ""):
         raise RecordFault("no caption", f"{image}: {caption_key} is empty")
     return image.strip(), answer.strip(), text if text is None else text.strip(), (question or "").strip()
 
@@ -242,6 +244,7 @@ def _prepare_names(settings: ImagesSettings, read_name: Callable[[str], str | No
     """Images whose names hold the text; `hint` helps where none does."""
     index = ImageIndex(settings)
     with AnnotationWriter(settings) as writer:
+        writer.notes.update(index.left_out)
         ids = set()
         for images in index:
             # One of equal files with one name, all of different ones.

@@ -21,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from PIL import Image
 
 from meme_llava.cli import setting
+from meme_llava.dataset.conversation import is_blank
 from meme_llava.dataset.image_files import ACCEPTED_FORMATS, START_LENGTH, identify_file_type
 from meme_llava.dataset.images import PARSER_ERRORS, resolve_image_path
 from meme_llava.errors import UserError, first_line
@@ -208,7 +209,7 @@ def _read_words(row: dict, columns: ParquetSettings, notes: Counter) -> tuple[st
             notes["rows with further answers, of which the first was taken"] += len(row[column]) > 1
             row = {**row, column: (row[column] or [""])[0]}
         answer = _read_text(row, column)
-    if not answer:
+    if is_blank(answer or ""):
         raise ValueError(f"{columns.caption_column or columns.text_column} is empty")
     return text, answer, _read_text(row, columns.question_column) if columns.question_column else ""
 

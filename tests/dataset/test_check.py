@@ -50,9 +50,16 @@ def encoder() -> ConversationEncoder:
 def image_folder(tmp_path) -> Path:
     folder = tmp_path / "images"
     folder.mkdir()
-    Image.new("RGB", (100, 80), (255, 0, 0)).save(folder / "red.png")
-    Image.new("RGB", (100, 80), (0, 0, 255)).save(folder / "blue.png")
+    for name, color in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        draw_dot(color).save(folder / f"{name}.png")
     return folder
+
+
+def draw_dot(color: tuple[int, int, int]) -> Image.Image:
+    """A dot on a ground; without it the image would be of one colour."""
+    image = Image.new("RGB", (100, 80), color)
+    image.putpixel((50, 40), (0, 0, 0))
+    return image
 
 
 @pytest.fixture(autouse=True)
@@ -267,7 +274,11 @@ FILES = {
     "transparent GIF": (encode(make_noise().quantize(16), "GIF", transparency=0), "a.gif", {"palette", "transparent"}),
     "grey with alpha": (encode_noise("PNG", "LA"), "a.png", {"transparent"}),
     "colour with alpha": (encode_noise("PNG", "RGBA"), "a.png", {"transparent"}),
-    "WebP with alpha": (encode(Image.new("RGBA", (80, 80), (1, 2, 3, 4)), "WEBP"), "a.webp", {"transparent"}),
+    "WebP with alpha": (
+        encode(Image.new("RGBA", (80, 80), (1, 2, 3, 4)), "WEBP"),
+        "a.webp",
+        {"transparent", "one_colour"},
+    ),
     "transparent colour key": (encode_noise("PNG", transparency=(1, 2, 3)), "a.png", {"transparent"}),
     **{f"orientation {tag}": (rotate("JPEG", tag), "a.jpg", {"exif_rotation"}) for tag in range(2, 9)},
     "orientation in a PNG": (rotate("PNG", 6), "a.png", {"exif_rotation"}),
@@ -284,7 +295,7 @@ FILES = {
     ),
     "broken EXIF": (encode_noise("JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff"), "a.jpg", {"broken_exif"}),
     # Sizes.
-    "1x1": (encode_noise("PNG", size=(1, 1)), "a.png", {"too_small"}),
+    "1x1": (encode_noise("PNG", size=(1, 1)), "a.png", {"too_small", "one_colour"}),
     "3x100": (encode_noise("PNG", size=(3, 100)), "a.png", {"too_small", "stretched_shape"}),
     "3x300": (encode_noise("PNG", size=(3, 300)), "a.png", {"too_small", "extreme_shape"}),
     "2x4000": (encode_noise("PNG", size=(2, 4000)), "a.png", {"too_small", "extreme_shape"}),
@@ -299,7 +310,21 @@ FILES = {
     "GIF bomb": (GIF_BOMB, "a.gif", {"too_many_pixels"}),
     "BMP bomb": (BMP_BOMB, "a.bmp", {"too_many_pixels"}),
     "WebP bomb": (make_webp_bomb(), "a.webp", {"too_many_pixels"}),
-    "another file's bytes": (encode(Image.new("RGB", (100, 80), (255, 0, 0)), "PNG"), "a.png", {"duplicate_image"}),
+    "another file's bytes": (encode(draw_dot((255, 0, 0)), "PNG"), "a.png", {"duplicate_image"}),
+    # One colour.
+    "white JPEG": (encode(Image.new("RGB", (100, 80), "white"), "JPEG"), "a.jpg", {"one_colour"}),
+    "GIF that begins with a plain frame": (
+        encode(
+            Image.new("P", (100, 80)), "GIF", save_all=True, append_images=[make_noise().quantize(16)], duration=100
+        ),
+        "a.gif",
+        {"one_colour", "animated", "palette"},
+    ),
+    "wholly transparent": (
+        encode(Image.merge("RGBA", (*make_noise().split(), Image.new("L", (100, 80)))), "PNG"),
+        "a.png",
+        {"one_colour", "transparent"},
+    ),
     # Nothing to find.
     **{
         f"a sound {format}": (encode_noise(format), f"a.{extension}", set())
@@ -460,6 +485,11 @@ RECORDS = {
     "two records on a line": ('{"id": "a"} {"id": "b"}', {"not_json"}),
     "CSV": ("bad,blue.png,一只猫", {"not_json"}),
     "nested too deep": ("[" * 100_000, {"not_json"}),
+    "a key twice": ('{"id": "bad", "image": "red.png", "image": "blue.png", "conversations": []}', {"repeated_key"}),
+    "a key twice in a turn": (
+        '{"id": "bad", "conversations": [{"from": "human", "value": "a", "value": "b"}]}',
+        {"repeated_key"},
+    ),
     # No record.
     "a number": ("7", {"malformed"}),
     "null": ("null", {"malformed"}),
@@ -486,6 +516,18 @@ RECORDS = {
     # Texts.
     "answer empty": (asked(""), {"empty_text"}),
     "answer of white space": (asked(" \n\u3000\t"), {"empty_text"}),
+    **{
+        f"answer of {what}": (asked(text), {"empty_text"})
+        for what, text in {
+            "zero-width characters": "\u200b\ufeff\u2060",
+            "Hangul's filler": "\u3164",
+            "Braille without dots": "\u2800\u2800",
+            "a variation selector": "\ufe0f",
+            "marks without a letter": "\u0301\u20dd",
+            "control characters": "\x00\x1b\x7f",
+        }.items()
+    },
+    "answer of a million characters and one": (asked("好" * 1_000_001), {"malformed"}),
     "question empty": (make_record(image=[], question=""), {"empty_text"}),
     "half a character in the answer": (asked("好\ud83d耶"), {"half_character"}),
     "half a character in the question": (make_record(question="<image>\udc00"), {"half_character"}),
@@ -629,6 +671,9 @@ RECORDS = {
     "two turns": (make_record(**turns(QUESTION, ANSWER, "为什么？", "因为它很开心。")), set()),
     "two images": (make_record(image=["red.png", "blue.png"], question="<image>和<image>有什么不同？"), set()),
     "no image": ({"id": "bad", **turns("你好", "喵")}, set()),
+    "an emoji with a tone": (asked("👍🏽"), set()),
+    "a zero-width space before a word": (asked("\u200b图里的猫很开心。"), set()),
+    "a letter of a plane that is not assigned": (asked("\U0003fff0图里的猫很开心。"), set()),
     "keys of other tools": (make_record(weight=1, sources=[{"set": "x"}]), set()),
     "other keys of images beside ours": (make_record(images=["blue.png"], img="blue.png"), set()),
     **{

@@ -362,6 +362,26 @@ def test_missing_files_and_folders_are_named(tmp_path, image_folder, encoder):
             load(annotations, folder, encoder)
 
 
+def test_a_key_that_stands_twice_in_an_array_is_found_in_its_record(tmp_path, image_folder, encoder):
+    twice = '{"id": "bad", "image": "red.png", "image": "blue.png", "conversations": []}'
+    good = [json.dumps(make_record(name), indent=1) for name in ("first", "],[", "last")]
+    (tmp_path / "memes.json").write_text(f"[{good[0]} , {twice},\n{good[1]},{good[2]}\n]", encoding="utf-8")
+    left = load(tmp_path / "memes.json", image_folder, encoder, "quarantine")
+    assert ids_of(left.dataset) == ["first", "],[", "last"]
+    assert [str(finding) for finding in list_bad(left)] == [
+        "memes.json record 1 (id '?'): the key 'image' stands twice; leave one of the two [repeated_key]"
+    ]
+    path = write_quarantine(tmp_path / "output", left.checked)
+    assert json.loads(path.read_text(encoding="utf-8"))["record"] == twice
+    for content, message in (
+        (f'{{"a": 1, {twice[1:]}', "is a JSON dict"),
+        (f"[{twice}, nonsense]", "not JSON at line 1"),
+    ):
+        (tmp_path / "memes.json").write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            load(tmp_path / "memes.json", image_folder, encoder, "quarantine")
+
+
 # ---- Many records ----
 
 

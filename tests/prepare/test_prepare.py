@@ -4,6 +4,7 @@ import csv
 import errno
 import hashlib
 import json
+import os
 import shutil
 import unicodedata
 from pathlib import Path
@@ -365,6 +366,33 @@ def test_hidden_files_are_no_images(world, capsys):
     write_lines(world / "h.jsonl", [{"picName": name, "description": "x"} for name in ("c.png", "._d.png")])
     message = fail(capsys, "captions", world, "--captions", world / "h.jsonl", "--images", ".")
     assert "2 problems" in message
+
+
+def test_images_are_found_without_an_ending_and_what_is_left_out_is_counted(world):
+    for name in ("names/小朋友天天做饭", "names/1.5倍快乐", "names/我太难了.png", "names/._我太难了.png"):
+        draw(world / "root" / name)
+    (world / "root/names/b.avif").write_bytes(b"\0\0\0\x20ftypavif" + bytes(40))
+    records = run("file_names", world, "--images", "names")
+    assert [record["text"] for record in records] == ["1.5倍快乐", "小朋友天天做饭", "我太难了"]
+    assert read_manifest(world)["counts"]["noted"] == {
+        "files left out of --images: hidden": 1,
+        "files left out of --images: in AVIF format, to be converted": 1,
+    }
+
+
+def test_names_that_are_not_utf8_stop_the_run(world, capsys):
+    draw(world / "root/names/a.png")
+    name = os.fsdecode("00016鸽子-别骗我.jpg".encode("gbk"))
+    shutil.copy(world / "root/names/a.png", world / "root/names" / name)
+    message = fail(capsys, "file_names", world, "--images", "names")
+    assert "root/names: 1 file name is not UTF-8" in message and "convmv -f gbk -t utf-8" in message
+
+
+def test_a_column_that_stands_twice_cannot_be_told_apart(world, capsys):
+    (world / "t.csv").write_text("file,caption,caption,,\nb.png,x,y,,\n", encoding="utf-8")
+    columns = ("--image_column", "file", "--caption_column", "caption")
+    message = fail(capsys, "table", world, "--table", world / "t.csv", "--images", "emo", *columns)
+    assert "t.csv: its first line has caption more than once; rename or delete the others" in message
 
 
 def test_a_run_killed_before_the_last_rename_can_be_repeated(world, monkeypatch):
