@@ -51,6 +51,9 @@ class DiskFullError(UserError):
     exit_code = 7
 
 
+MOST_EXAMPLES, MOST_CAUSES = 3, 20  # in a message; what is wrong is counted in full
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, to the end of its first line; its class where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -61,6 +64,26 @@ def join_first(lines: Iterable[str], total: int) -> str:
     lines = list(lines)
     more = [f"  … and {total - len(lines):,} more"] if total > len(lines) else []
     return "\n".join([*lines, *more])
+
+
+def list_by_cause(thing: str, found: Iterable[tuple[str, str]]) -> str:
+    """Lines of a message about many things that are wrong, each with its cause, which is said once.
+
+    Of a cause with more than three lines their number and the first three are shown, and of the causes the first 20.
+
+    Args:
+        thing: what a line is about: record, image, …
+        found: (cause, line).
+    """
+    causes: dict[str, list[str]] = {}
+    for cause, line in found:
+        causes.setdefault(cause, []).append(line)
+    blocks = []
+    for cause, lines in causes.items():
+        if len(lines) > MOST_EXAMPLES:
+            lines = [f"{count(len(lines), thing)}: {cause}, e.g.", *(f"  {line}" for line in lines[:MOST_EXAMPLES])]
+        blocks.append("\n".join(f"  {line}" for line in lines))
+    return join_first(blocks[:MOST_CAUSES], len(blocks))
 
 
 def count(number: int, thing: str, things: str | None = None) -> str:

@@ -26,12 +26,11 @@ from meme_llava.dataset.records import (
     iterate_values,
     read_records,
 )
-from meme_llava.errors import UserError, join_first
+from meme_llava.dataset.user_files import describe_near_name
+from meme_llava.errors import UserError, count, list_by_cause
 from meme_llava.storage.files import write_lines
 from meme_llava.terminal import print_table
 
-# A list of a hundred thousand findings helps nobody; the count is always given in full.
-MAX_LISTED, MAX_LISTED_OF_ONE_CAUSE = 50, 5
 # Short answers ("有", "图片里没有文字。") may well answer two questions about one image.
 SHORT_ANSWER = 10  # characters that are letters or digits
 
@@ -162,9 +161,11 @@ def check_data(
     checked_records = [_resolve_images(record, image_folder) for record in records]
     paths = (path for one in checked_records for path in one.image_paths)
     facts = inspect_images(paths, policy.max_pixels, decode, workers)
-    found, first_of = {}, {}  # findings by path; the first path by sha256
+    found, first_of, listings = {}, {}, {}  # findings by path; the first path by sha256; names by folder
     for path, fact in facts.items():
         found[path] = check_image(path, fact, policy.max_pixels)
+        if fact.fault is not None and fact.fault[0] == "missing_image":
+            found[path] = [("missing_image", f"{path}: {fact.fault[1]}{describe_near_name(path, listings)}")]
         if fact.sha256 is not None and (first := first_of.setdefault(fact.sha256, path)) != path:
             found[path].append(("duplicate_image", f"{path}: has the bytes of {first}"))
     control_tokens = CONTROL_TOKENS if encoder is None else encoder.control_tokens
@@ -201,7 +202,7 @@ def check_records(annotations: Path, image_folder: Path, policy: RecordPolicy) -
 def check_image_folder(image_folder: Path) -> None:
     """Raise UserError unless the folder exists."""
     if not image_folder.is_dir():
-        raise UserError(f"{image_folder}: no such image folder")
+        raise UserError(f"{image_folder}: no such image folder{describe_near_name(image_folder, {})}")
 
 
 def _resolve_images(record: Record, image_folder: Path) -> CheckedRecord:
@@ -265,24 +266,25 @@ def stop_on_bad_records(checked: CheckedData) -> None:
     """Stop where bad records are errors, or where nothing else is left.
 
     Raises:
-        UserError: listing the first findings.
+        UserError: with examples of every kind of finding.
     """
     bad, suggestion = list(checked.bad.values()), suggest_folder(checked)
-    # One wrong folder explains them all.
-    most = MAX_LISTED_OF_ONE_CAUSE if suggestion else MAX_LISTED
-    lines = (
-        "  " + "; ".join([str(first), *(f"{other.detail} [{other.kind}]" for other in others)])
-        for first, *others in bad[:most]
-    )
-    listed = join_first(lines, len(bad)) + suggestion
+    listed = list_by_cause("record", map(_explain, bad)) + suggestion
     if bad and checked.policy.bad_records == "error":
         raise UserError(
-            f"{checked.annotations}: {len(bad)} of {checked.total} records cannot be trained on:\n{listed}\n"
+            f"{checked.annotations}: {len(bad):,} of {count(checked.total, 'record')} cannot be trained on:\n{listed}\n"
             "Fix them, or pass --bad_records quarantine to train without them."
         )
     if not checked.usable:
-        why = f"; all {checked.total} are unusable:\n{listed}" if checked.total else ""
+        why = f"; all {checked.total:,} are unusable:\n{listed}" if checked.total else ""
         raise UserError(f"{checked.annotations}: no record to train on{why}")
+
+
+def _explain(findings: list[Finding]) -> tuple[str, str]:
+    """The cause that keeps a record from training, which others may share, and the line about this one."""
+    first, *others = findings
+    cause = "; ".join(f"{KINDS[finding.kind]} [{finding.kind}]" for finding in findings)
+    return cause, "; ".join([str(first), *(f"{other.detail} [{other.kind}]" for other in others)])
 
 
 def write_quarantine(output_dir: Path, checked: CheckedData) -> Path | None:
@@ -315,12 +317,18 @@ def suggest_folder(checked: CheckedData) -> str:
     if missing * 2 <= len(checked.records):
         return ""
     question = "is --image_folder the folder that the records' paths start from?"
-    return f"\nImages of {missing} records are missing; {question}"
+    return f"\nImages of {count(missing, 'record')} are missing; {question}"
+
+
+def describe_findings(checked: CheckedData) -> str:
+    """How many findings of every kind there are, in a line; empty for none."""
+    found = ", ".join(f"{number:,} {kind}" for kind, number in checked.counts.items())
+    return f"findings: {found}" if found else ""
 
 
 def print_findings(checked: CheckedData) -> None:
     """Print how many findings of every kind there are, and whether they keep their records from training."""
-    rows = [(kind, checked.policy.severity_of(kind), count, KINDS[kind]) for kind, count in checked.counts.items()]
+    rows = [(kind, checked.policy.severity_of(kind), number, KINDS[kind]) for kind, number in checked.counts.items()]
     if rows:
         print_table("Findings", ("kind", "severity", "records", "meaning"), rows)
     with_text = [one for one in checked.records if one.record.text]

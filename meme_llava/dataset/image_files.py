@@ -9,8 +9,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from meme_llava.errors import UserError, count
-
 # Only parsers for images that memes come in; PostScript, PSD and the like stay closed.
 ACCEPTED_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
 EXTENSIONS = {
@@ -135,14 +133,3 @@ def _find_reason(path: Path, subfolders: bool) -> str:
 def describe_left_out(left_out: Mapping[str, Sequence[Path]]) -> str:
     """What `find_images` leaves out, for a message: "2 hidden, e.g. .a.jpg; 1 not an image, e.g. b.txt"."""
     return "; ".join(f"{len(paths):,} {reason}, e.g. {paths[0].name}" for reason, paths in left_out.items())
-
-
-def check_file_names(flag: str, folder: Path, images: Sequence[Path]) -> None:
-    """Raise UserError where names of a folder cannot stand in a file of ours."""
-    names = (str(path.relative_to(folder)) for path in images)
-    # Python reads bytes that are not UTF-8 as halves of surrogate pairs.
-    if broken := [name for name in names if re.search("[\ud800-\udfff]", name)]:
-        raise UserError(
-            f"{flag} {folder}: {count(len(broken), 'file name is', 'file names are')} not UTF-8, the first is "
-            f"{broken[0]!r}; rename them (for names from a Chinese Windows: convmv -f gbk -t utf-8)"
-        )

@@ -8,8 +8,10 @@ import base64
 import io
 import math
 import os
+import re
 import stat
 import struct
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,7 +100,10 @@ def resolve_image_path(image: str, image_folder: Path) -> Path:
     try:
         os.fsencode(image)
     except UnicodeEncodeError as error:
-        raise RecordFault("missing_image", f"image {image!r} holds half a character, as no name does") from error
+        why = "holds half a character, as no name does"
+        if not re.search("[\ud800-\udfff]", image):
+            why = f"has no name in {sys.getfilesystemencoding()}, in which this system writes names; set PYTHONUTF8=1"
+        raise RecordFault("missing_image", f"image {image!r} {why}") from error
     root = image_folder.resolve()
     try:
         path = (root / image).resolve()

@@ -12,6 +12,7 @@ from pathlib import Path
 from meme_llava.cli import RepeatedKey, refuse_repeated_keys
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn, is_blank
 from meme_llava.dataset.image_files import has_image_name
+from meme_llava.dataset.user_files import read_text
 from meme_llava.errors import UserError
 
 QUARANTINE = "quarantine.jsonl"
@@ -247,23 +248,6 @@ def _show(value, spell: Callable[[object], str] = repr) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
-def read_text(path: Path) -> str:
-    """What stands in a UTF-8 file of a user.
-
-    Raises:
-        UserError: it is missing or not UTF-8.
-    """
-    try:
-        # Excel and Notepad put a byte order mark in front; utf-8-sig takes the file either way.
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}. Is the path right?") from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 ({error}). Convert it, e.g. iconv -f GB18030 -t UTF-8 {path.name} > converted"
-        ) from error
-
-
 def iterate_values(annotations: Path) -> Iterator[tuple[str, object]]:
     """Every value of a JSON array or JSONL file with its place; a RecordFault for a line that is not JSON, and for a
     value that has a key twice.
@@ -273,6 +257,11 @@ def iterate_values(annotations: Path) -> Iterator[tuple[str, object]]:
     """
     text = read_text(annotations)
     if annotations.suffix == ".jsonl":
+        if text.lstrip().startswith("["):
+            raise UserError(
+                f"{annotations}: is a JSON array, and the ending .jsonl means one record a line; rename it to "
+                f"{annotations.stem}.json"
+            )
         # str.splitlines would also break at U+2028 and other characters that may stand inside a caption.
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
@@ -285,6 +274,11 @@ def iterate_values(annotations: Path) -> Iterator[tuple[str, object]]:
             # Parsed value by value the text says which record it is, if it is sound otherwise.
             values = _parse_one_by_one(text) if isinstance(json.loads(text), list) else {}
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and isinstance(_parse_json(text.lstrip().partition("\n")[0]), dict):
+            raise UserError(
+                f"{annotations}: holds one record a line, expected an array of records; rename it to "
+                f"{annotations.stem}.jsonl"
+            ) from error
         around = text[max(error.pos - 20, 0) : error.pos + 20]
         raise UserError(f"{annotations}: not JSON at line {error.lineno} column {error.colno}: {around!r}") from error
     except (ValueError, RecursionError) as error:

@@ -14,10 +14,10 @@ from typing import Literal
 
 from meme_llava.cli import setting
 from meme_llava.dataset.conversation import is_blank
-from meme_llava.dataset.image_files import check_file_names, describe_left_out, find_images
+from meme_llava.dataset.image_files import describe_left_out, find_images
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.inspection import find_loop, find_refusal
-from meme_llava.dataset.records import read_text
+from meme_llava.dataset.user_files import check_file_names, read_text
 from meme_llava.errors import UserError
 from meme_llava.inference.endpoints import PRESETS, Endpoint
 from meme_llava.inference.questions import Prediction, Question

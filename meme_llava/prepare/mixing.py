@@ -18,6 +18,8 @@ from meme_llava.errors import UserError
 from meme_llava.prepare.inputs import read_record_rows
 from meme_llava.prepare.writer import AnnotationWriter, OutputSettings, make_unique
 
+MOST_RECORDS = 10_000_000  # of a mixture, which is held in memory
+
 
 @dataclass(kw_only=True)
 class MixSettings(OutputSettings):
@@ -48,6 +50,9 @@ def prepare_mix(settings: MixSettings) -> None:
     """Annotation files → one."""
     with AnnotationWriter(settings, settings.annotations) as writer:
         files = [_read(path, writer) for path in settings.annotations]
+        wanted = sum(weight * len(records) for weight, records in zip(settings.weights, files, strict=True))
+        if wanted > MOST_RECORDS:
+            raise UserError(f"--weights ask for {wanted:,.0f} records, expected at most {MOST_RECORDS:,}; lower them")
         taken_names = set()
         labels = [make_unique(path.stem, taken_names) for path in settings.annotations]
         holders = Counter(record_id for records in files for record_id in {record.value["id"] for record in records})

@@ -27,11 +27,12 @@ from meme_llava.dataset.images import PARSER_ERRORS, resolve_image_path
 from meme_llava.errors import UserError, first_line
 from meme_llava.prepare.writer import AnnotationWriter, DrawingSettings, make_record
 from meme_llava.storage.files import hash_file, write_whole
+from meme_llava.storage.proxy import check_proxy
 
 ENDINGS = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "WEBP": "webp", "BMP": "bmp"}
 _ROWS_AT_ONCE = 32
 _BYTES_AT_ONCE = 4 << 20
-_FAILURES = (HTTPError, HfHubHTTPError, HFValidationError, OSError, ValueError)
+_FAILURES = (HTTPError, HfHubHTTPError, HFValidationError, OSError, ValueError, ImportError)
 
 # What is known of the sets of the recipe's second version; of others, and where nothing stands, the split is train.
 KNOWN = {
@@ -128,6 +129,7 @@ def _open_dataset(settings: ParquetSettings, files: list[Path]) -> tuple:
             facts["dataset"] = path.stem
             builder = load_dataset_builder("parquet", data_files=[str(file) for file in files])
         else:
+            check_proxy()
             facts["revision"] = HfApi().dataset_info(name).sha
             builder = load_dataset_builder(name, revision=facts["revision"])
         if hasattr(builder.config, "fragment_scan_options"):

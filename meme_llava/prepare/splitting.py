@@ -46,7 +46,7 @@ class SplitSettings(SourceSettings):
 
     def __post_init__(self) -> None:
         """Stop at values that cannot be meant."""
-        check_setting(self, "validation", 0 < self.validation < 1, "a share between 0 and 1, such as 0.05")
+        check_setting(self, "validation", 0 < self.validation < 1, "a share greater than 0 and below 1, such as 0.05")
         check_setting(self, "near_distance", 0 <= self.near_distance <= 32, "0 to 32 bits")
         if self.output.with_suffix("").resolve() == self.validation_output.with_suffix("").resolve():
             raise UserError(

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 from meme_llava.cli import setting, to_plain
-from meme_llava.dataset.check import MAX_LISTED as MAX_LISTED_PROBLEMS
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
 from meme_llava.dataset.records import name_source, parse_record
-from meme_llava.errors import UserError, join_first
-from meme_llava.storage.files import hash_file, to_line, write_json, write_whole
+from meme_llava.errors import UserError, count, list_by_cause
+from meme_llava.storage.files import hash_file, open_alone, to_line, write_json, write_whole
 from meme_llava.storage.run_record import describe_environment
 from meme_llava.terminal import print_table
 
@@ -124,16 +123,24 @@ class AnnotationWriter:
         self.left_out_file = self.output.with_name(f"{self.output.stem}.left_out.jsonl")
         self.manifest_file = self.output.with_name(f"{self.output.stem}.manifest.json")
         self.inputs, self.notes, self.left_out, self.by_source = [], Counter(), Counter(), Counter()
-        self.records = self.problems = 0
+        self.records = 0
         self.hint = ""
-        self._listed_problems, self._left_out_lines, self._images = [], [], set()
+        self.problems: list[tuple[str, str]] = []  # (kind, line of a message)
+        self._left_out_lines, self._images = [], set()
         self._check_output(inputs)
         self._temporary = self.output.with_name(f".{self.output.name}.incomplete")
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._temporary.open("wb")
+            self._file = open_alone(self._temporary)
         except OSError as error:
             raise UserError(f"--output {self.output}: cannot be written there ({error.strerror or error})") from error
+        self._is_published = False
+        try:
+            # Another run may have written it before this one had the file for itself.
+            self._check_output(inputs)
+        except UserError:
+            self.__exit__()
+            raise
         self._is_jsonl = self.output.suffix == ".jsonl"
 
     def _check_output(self, inputs: Iterable[Path]) -> None:
@@ -157,7 +164,8 @@ class AnnotationWriter:
         return self
 
     def __exit__(self, *error) -> None:
-        self._temporary.unlink(missing_ok=True)
+        if not self._is_published:
+            self._temporary.unlink(missing_ok=True)
         # On a full disk the last lines cannot be written, and closing says so once more.
         with contextlib.suppress(OSError):
             self._file.close()
@@ -190,9 +198,7 @@ class AnnotationWriter:
 
     def report_problem(self, kind: str, place: str, reason: str, original) -> None:
         """Something that should have become a record and cannot."""
-        self.problems += 1
-        if self.problems <= MAX_LISTED_PROBLEMS:
-            self._listed_problems.append(f"  {place}: {reason}")
+        self.problems.append((kind, f"{place}: {reason}"))
         self.leave_out(kind, place, reason, original)
 
     def leave_out(self, kind: str, place: str, reason: str, original) -> None:
@@ -207,16 +213,16 @@ class AnnotationWriter:
         self.print_summary()
 
     def stop_on_problems(self, records: int) -> None:
-        """Raise UserError, listing the first, if there are problems under "error" or `records` is 0."""
-        lines = filter(None, (join_first(self._listed_problems, self.problems), self.hint))
+        """Raise UserError, with examples of every kind, if there are problems under "error" or `records` is 0."""
+        lines = filter(None, (list_by_cause("problem", self.problems), self.hint))
         listed = "".join(f"\n{line}" for line in lines)
         if self.problems and self._settings.bad_records == "error":
             raise UserError(
-                f"{self.problems:,} problems, nothing was written:{listed}\n"
+                f"{count(len(self.problems), 'problem')}, nothing was written:{listed}\n"
                 f"Fix them, or pass --bad_records quarantine to leave them out (listed in {self.left_out_file.name})."
             )
         if not records:
-            counts = ", ".join(f"{count:,} {kind}" for kind, count in self.left_out.items()) or "nothing was found"
+            counts = ", ".join(f"{number:,} {kind}" for kind, number in self.left_out.items()) or "nothing was found"
             raise UserError(f"{self.output}: there is no record to write ({counts}){listed}")
 
     def close(self) -> None:
@@ -226,7 +232,6 @@ class AnnotationWriter:
             self._file.write(b"\n]\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
 
     def publish(self, **facts) -> None:
         """Put everything in place; `facts` go into the manifest too."""
@@ -240,7 +245,7 @@ class AnnotationWriter:
                 "records": self.records,
                 "images": len(self._images),
                 "left_out": self.left_out,
-                "problems": self.problems,
+                "problems": len(self.problems),
                 "noted": self.notes,
                 "records_by_source": self.by_source,
             },
@@ -253,12 +258,13 @@ class AnnotationWriter:
             # One of an earlier run would be taken for this one's.
             self.left_out_file.unlink(missing_ok=True)
         self._temporary.replace(self.output)
+        self._is_published = True
 
     def print_summary(self) -> None:
         """What was written and what was not, and where it is."""
         rows = [("records", self.records), ("images", len(self._images))]
-        rows += [(f"records of {name}", count) for name, count in sorted(self.by_source.items())]
-        rows += [(f"left out: {kind}", count) for kind, count in sorted(self.left_out.items())]
+        rows += [(f"records of {name}", number) for name, number in sorted(self.by_source.items())]
+        rows += [(f"left out: {kind}", number) for kind, number in sorted(self.left_out.items())]
         print_table(self.output.name, ("what", "count"), [*rows, *self.notes.items()])
         print(f"annotations in {self.output}, how they came to be in {self.manifest_file}")
         if self.left_out:

@@ -14,6 +14,7 @@ import stat
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from meme_llava.errors import DiskFullError, UserError, is_disk_full
 
@@ -126,6 +127,26 @@ def lock(path: Path, patience: float = 0) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def open_alone(path: Path) -> BinaryIO:
+    """An empty file to write, which keeps other processes off until it is closed.
+
+    Raises:
+        OSError: it cannot be written.
+        UserError: another process writes it.
+    """
+    while True:
+        file = path.open("ab")
+        if not _try_lock(file.fileno()):
+            file.close()
+            raise UserError(f"{path}: is being written by another process; wait for it or stop it")
+        # Between opening and locking, the process that wrote it may have given it its final name.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.truncate(0)
+                return file
+        file.close()
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -439,6 +440,21 @@ PLACES = {
         "cafe\u0301.png",
         {"missing_image"},
     ),
+    "in a folder of another case": (
+        lambda path: path.with_name("Memes").mkdir(),
+        "memes/a.png",
+        {"missing_image"},
+    ),
+    "with a blank at its end": (
+        lambda path: path.with_name("a.png ").write_bytes(encode_noise("PNG")),
+        "a.png",
+        {"missing_image"},
+    ),
+    "stored in GBK": (
+        lambda path: path.with_name(os.fsdecode("表情.png".encode("gbk"))).write_bytes(encode_noise("PNG")),
+        "表情.png",
+        {"missing_image"},
+    ),
     "decomposed in both": (
         lambda path: path.with_name("cafe\u0301.png").write_bytes(encode_noise("PNG")),
         "cafe\u0301.png",
@@ -455,6 +471,32 @@ def test_a_path_is_found_out_and_its_neighbours_are_not_blamed(tmp_path, image_f
     checked = check_between_good_ones(tmp_path, make_record(image=image), decode=decode)
     assert set(list_kinds(checked, 2)) == expected
     assert len(checked.usable) == (2 if expected else 3)
+
+
+def test_a_name_that_the_locale_has_no_bytes_for_is_not_called_half_a_character(tmp_path, image_folder, monkeypatch):
+    monkeypatch.setattr(os, "fsencode", lambda name: name.encode("latin-1"))
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "iso8859-1")
+    [finding] = check(tmp_path, [make_record(image="表情.png")]).findings
+    assert finding.detail.endswith("has no name in iso8859-1, in which this system writes names; set PYTHONUTF8=1")
+
+
+NEAR = {
+    "another case": "'A.PNG', which differs in case",
+    "in a folder of another case": "'Memes', which differs in case",
+    "with a blank at its end": "'a.png ', which differs in white space at an end",
+    "stored in GBK": r"'\udcb1\udced\udcc7\udce9.png', whose bytes are GBK; rename it, e.g. by convmv -f gbk -t utf-8",
+    "composed, stored decomposed": "'cafe\u0301.png', which differs in its Unicode form, as names from macOS do",
+    "decomposed, stored composed": "'caf\u00e9.png', which differs in its Unicode form, as names from macOS do",
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_missing_image_names_what_is_spelt_nearly_so(tmp_path, image_folder, name):
+    make, image, _ = PLACES[name]
+    make(image_folder / "a.png")
+    details = [finding.detail for finding in check(tmp_path, [make_record(image=image)]).findings]
+    near = [detail.partition("; there is ")[2] for detail in details if "; there is " in detail]
+    assert near == ([NEAR[name]] if name in NEAR else [])
 
 
 # ---- Records, one by one ----

@@ -1,6 +1,8 @@
 """No record is dropped, replaced or blamed in silence: each one trains, or is listed with its place and reason."""
 
+import codecs
 import copy
+import gzip
 import json
 import random
 from pathlib import Path
@@ -328,13 +330,40 @@ UNUSABLE_FILES = {
     "JSONL called .json": (
         "memes.json",
         f"{GOOD_LINE}\n{GOOD_LINE}".encode(),
-        "memes.json: not JSON at line 2 column 1",
+        "memes.json: holds one record a line, expected an array of records; rename it to memes.jsonl",
     ),
+    "an array called .jsonl": (
+        "memes.jsonl",
+        f" [\n{GOOD_LINE}]".encode(),
+        "memes.jsonl: is a JSON array, and the ending .jsonl means one record a line; rename it to memes.json",
+    ),
+    "two records on one line": ("memes.json", f"{GOOD_LINE} {GOOD_LINE}".encode(), "memes.json: not JSON at line 1"),
     "nested too deep": ("memes.json", b"[" * 100_000, "memes.json: not JSON"),
     "a number too long": ("memes.json", b"[" + b"1" * 5000 + b"]", "memes.json: not JSON"),
     "GBK": ("memes.json", f"[{GOOD_LINE}]".encode("gbk"), "memes.json: not UTF-8 ("),
     "GBK lines": ("memes.jsonl", GOOD_LINE.encode("gbk"), "Convert it, e.g. iconv -f GB18030 -t UTF-8"),
-    "UTF-16": ("memes.json", f"[{GOOD_LINE}]".encode("utf-16"), "memes.json: not UTF-8 ("),
+    **{
+        f"{encoding} {'with' if mark else 'without'} a mark": (
+            "memes.json",
+            mark + f"[{GOOD_LINE}]".encode(encoding),
+            f"Convert it, e.g. iconv -f {name} -t UTF-8 memes.json > converted"
+            if not mark
+            else f"It is {name}: iconv -f {name} -t UTF-8 memes.json > converted",
+        )
+        for encoding, mark, name in (
+            ("utf-16-le", codecs.BOM_UTF16_LE, "UTF-16"),
+            ("utf-16-be", codecs.BOM_UTF16_BE, "UTF-16"),
+            ("utf-32-le", codecs.BOM_UTF32_LE, "UTF-32"),
+            ("utf-16-le", b"", "UTF-16LE"),
+            ("utf-16-be", b"", "UTF-16BE"),
+        )
+    },
+    "UTF-16 of ASCII": ("memes.json", '[{"id": "a"}]'.encode("utf-16-le"), "iconv -f UTF-16LE -t UTF-8 memes.json"),
+    "gzip": ("memes.json.gz", gzip.compress(GOOD_LINE.encode()), "It is compressed by gzip: gunzip memes.json.gz"),
+    "zstd": ("memes.jsonl.zst", b"\x28\xb5\x2f\xfd" + bytes(9), "It is compressed by zstd: unzstd memes.jsonl.zst"),
+    "Excel": ("memes.xlsx", b"PK\x03\x04" + bytes(9), "It is a zip archive or an Excel file: unpack it, or save the"),
+    "parquet": ("memes.parquet", b"PAR1" + bytes(9), "It is a parquet file: python data/prepare.py parquet"),
+    "an image": ("memes.json", b"\x89PNG\r\n\x1a\n\xff\xff\xff", "Save it as UTF-8"),
     "an empty array": ("memes.json", b"[]", "memes.json: no record to train on"),
     "an empty JSONL": ("memes.jsonl", b"\n\n", "memes.jsonl: no record to train on"),
 }
@@ -357,6 +386,12 @@ def test_missing_files_and_folders_are_named(tmp_path, image_folder, encoder):
     with pytest.raises(UserError, match="images: Is a directory"):
         load(image_folder, image_folder, encoder)
     annotations = write_json(tmp_path / "memes.json", [make_record()])
+    with pytest.raises(
+        UserError, match=r"Memes\.json: No such file or directory; there is 'memes\.json', which differs"
+    ):
+        load(tmp_path / "Memes.json", image_folder, encoder)
+    with pytest.raises(UserError, match="Images: no such image folder; there is 'images', which differs in case"):
+        load(annotations, tmp_path / "Images", encoder)
     for folder in (tmp_path / "gone", annotations):
         with pytest.raises(UserError, match=f"{folder.name}: no such image folder"):
             load(annotations, folder, encoder)
@@ -404,25 +439,33 @@ def test_error_mode_lists_all_problems_and_stops(tmp_path, image_folder, encoder
     assert "fine" not in message
 
 
-def test_a_long_list_of_problems_is_cut_after_fifty_and_counted_in_full(tmp_path, image_folder, encoder):
-    values = [{"id": f"r{index}"} for index in range(73)] + [make_record("fine")]
+def test_a_cause_is_said_once_with_its_count_and_three_examples(tmp_path, image_folder, encoder):
+    values = [make_record(f"r{index}", image=f"gone_{index}.png") for index in range(64)]
+    values[2:2] = [{"id": "no turns"}]
+    values += [
+        make_record("r0", image=f"gone_{index}.png", conversations=[human(), gpt("好" * 80)]) for index in range(5)
+    ]
     with pytest.raises(UserError) as caught:
         load(write_json(tmp_path / "memes.json", values), image_folder, encoder)
-    lines = str(caught.value).splitlines()
-    assert lines[0].endswith("memes.json: 73 of 74 records cannot be trained on:")
-    assert [line.split("'")[1] for line in lines[1:51]] == [f"r{index}" for index in range(50)]
-    assert lines[51] == "  … and 23 more"
-    assert len(lines) == 53
-
-
-def test_a_wrong_image_folder_is_asked_about_under_a_few_examples(tmp_path, image_folder, encoder):
-    values = [make_record(f"r{index}", image=f"gone_{index}.png") for index in range(7)] + [make_record("fine")]
-    with pytest.raises(UserError) as caught:
-        load(write_json(tmp_path / "memes.json", values), image_folder, encoder)
-    lines = str(caught.value).splitlines()
-    assert [line.split("'")[1] for line in lines[1:6]] == [f"r{index}" for index in range(5)]
-    assert lines[6] == "  … and 2 more"
-    assert lines[7].startswith("Images of 7 records are missing; is --image_folder the folder")
+    missing = ["No such file or directory [missing_image]"] * 3
+    folder, place = image_folder.resolve(), "memes.json record"
+    assert str(caught.value).splitlines() == [
+        f"{tmp_path / 'memes.json'}: 70 of 70 records cannot be trained on:",
+        "  64 records: there is no such file [missing_image], e.g.",
+        *(
+            f"    {place} {number} (id 'r{index}'): {folder}/gone_{index}.png: {why}"
+            for number, index, why in zip((0, 1, 3), (0, 1, 2), missing, strict=True)
+        ),
+        f"  {place} 2 (id 'no turns'): has no list 'conversations' (keys: id). See data/README.md for the record "
+        "format. [malformed]",
+        "  5 records: there is no such file [missing_image]; an answer repeats itself without end [loop], e.g.",
+        *(
+            f"    {place} {65 + index} (id 'r0'): {folder}/gone_{index}.png: {why}; turn 2 repeats '好' [loop]"
+            for index, why in enumerate(missing)
+        ),
+        "Images of 69 records are missing; is --image_folder the folder that the records' paths start from?",
+        "Fix them, or pass --bad_records quarantine to train without them.",
+    ]
 
 
 def test_quarantine_that_leaves_nothing_says_why(tmp_path, image_folder, encoder):
@@ -713,9 +756,10 @@ def test_caption_files_of_another_format_are_refused_line_by_line(encoder):
     with pytest.raises(UserError) as caught:
         load(annotations, folder, encoder)
     lines = str(caught.value).splitlines()
-    assert lines[0] == f"{annotations}: 4231 of 4231 records cannot be trained on:"
-    assert lines[1] == (
-        "  ChineseBQB_picked_yivision.jsonl line 1 (id '?'): has no list 'conversations' (keys: picName, description). "
-        "A line of a caption file: python data/prepare.py captions turns those into records. [malformed]"
+    assert lines[0] == f"{annotations}: 4,231 of 4,231 records cannot be trained on:"
+    assert lines[1] == "  4,231 records: the record does not have the form of data/README.md [malformed], e.g."
+    assert lines[2] == (
+        "    ChineseBQB_picked_yivision.jsonl line 1 (id '?'): has no list 'conversations' (keys: picName, "
+        "description). A line of a caption file: python data/prepare.py captions turns those into records. [malformed]"
     )
-    assert lines[51] == "  … and 4,181 more"
+    assert len(lines) == 6

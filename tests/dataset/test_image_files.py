@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from meme_llava.dataset.image_files import check_file_names, describe_left_out, find_accepted_format, find_images
+from meme_llava.dataset.image_files import describe_left_out, find_accepted_format, find_images
+from meme_llava.dataset.user_files import check_file_names
 from meme_llava.errors import UserError
 
 NAMES = ["1.5倍快乐", "b.PNG", "c.image", "d.download", "好.jpg", "小朋友天天做饭", "明天再说吧.jfif"]

@@ -57,6 +57,12 @@ def test_records_of_an_image_are_adjacent_and_ids_told_apart(files):
     assert noted["ids that stood in several files, now with the file's name in front"] == 2
 
 
+def test_a_mixture_without_end_is_refused_before_it_is_copied(files, capsys):
+    with pytest.raises(SystemExit):
+        mix(files, "--annotations", files / "a.json", files / "b.json", "--weights", 1, 1e9)
+    assert "--weights ask for 3,000,000,003 records, expected at most 10,000,000; lower" in capsys.readouterr().err
+
+
 def test_weight_two_takes_every_record_twice_with_marked_copies(files):
     records = mix(files, "--annotations", files / "b.json", "--weights", 2)
     assert [(record["id"], record.get("repeat")) for record in records] == [
@@ -223,6 +229,7 @@ def test_unreadable_images_are_problems(images, capsys):
         split(images)
     message = capsys.readouterr().err
     assert "4 problems" in message and "all.json row 14: " in message and "all.json row 16: " in message
+    assert "\n  4 problems: image that cannot be used, e.g.\n" in message
     assert not (images / "train.json").exists() and not (images / "val.json").exists()
     training, validation = split(images, "--bad_records", "quarantine")
     assert len(training) + len(validation) == 42

@@ -164,7 +164,7 @@ BAD_ROWS = {
 def test_bad_rows_stop_the_run_or_are_quarantined(tmp_path, capsys, row, reason):
     path = write_parquet(tmp_path / "r.parquet", [{"image": RED, "text": "红"}, row], ["text"])
     message = fail(capsys, tmp_path, "--dataset", path)
-    assert "1 problems" in message and "r row 1: " in message and reason in message
+    assert "1 problem, " in message and "r row 1: " in message and reason in message
     assert len(run(tmp_path, "--dataset", path, "--bad_records", "quarantine")) == 1
     (left_out,) = (tmp_path / "out.left_out.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(left_out)["place"] == "r row 1" and json.loads(left_out)["original"] == {"text": row["text"]}

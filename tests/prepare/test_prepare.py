@@ -14,7 +14,9 @@ import pytest
 from conftest import SHARED_DATA
 from PIL import Image
 
-from meme_llava.prepare.writer import DESCRIBE, READ  # noqa: E402
+from meme_llava.errors import UserError
+from meme_llava.prepare import writer
+from meme_llava.prepare.writer import DESCRIBE, READ, AnnotationWriter, OutputSettings, make_record
 
 
 def draw(path, color=(200, 30, 30)):
@@ -226,7 +228,7 @@ def test_bad_caption_lines_stop_the_run_or_are_quarantined(world, capsys, line, 
     write_lines(world / "bad.jsonl", [good, "", line, good | {"description": "另一只"}])
     flags = captions_flags(world, "bad.jsonl")
     message = fail(capsys, "captions", world, *flags)
-    assert "1 problems, nothing was written" in message
+    assert "1 problem, nothing was written" in message
     assert "bad.jsonl line 3: " in message and reason in message
 
     records = run("captions", world, *flags, "--bad_records", "quarantine")
@@ -269,10 +271,13 @@ def test_of_the_lines_that_describe_py_wrote_about_an_image_the_last_counts(worl
     assert read_manifest(world)["counts"]["left_out"] == {"described again later": 2}
 
 
-def test_at_most_fifty_problems_are_listed_with_the_count_and_a_hint(world, capsys):
-    write_lines(world / "many.jsonl", [{"picName": f"{n}.png", "description": "x"} for n in range(70)])
+def test_a_kind_of_problem_is_said_once_with_its_count_three_examples_and_a_hint(world, capsys):
+    write_lines(world / "many.jsonl", ["{", *({"picName": f"{n}.png", "description": "x"} for n in range(70))])
     message = fail(capsys, "captions", world, *captions_flags(world, "many.jsonl"))
-    assert message.count("many.jsonl line") == 50 and "… and 20 more" in message
+    assert message.splitlines()[0] == "error: 71 problems, nothing was written:"
+    assert message.splitlines()[1].startswith("  many.jsonl line 1: is not JSON (")
+    assert "\n  70 problems: missing or ambiguous image, e.g.\n    many.jsonl line 2: no image '0.png'" in message
+    assert message.count("many.jsonl line") == 4
     assert "70 of 70 captions found no image among the 3" in message
 
 
@@ -290,7 +295,7 @@ SETTINGS_FAULTS = {
     "fewer weights": ("mix --output o.json --annotations a b --weights 1", "--weights has 1"),
     "no share": (
         "split --image_folder . --output o.json --validation_output v.json --annotations a --validation 5",
-        "share between 0 and 1",
+        "a share greater than 0 and below 1",
     ),
     "one output for both sides": (
         "split --image_folder . --output o.json --validation_output o.json --annotations a",
@@ -386,6 +391,28 @@ def test_names_that_are_not_utf8_stop_the_run(world, capsys):
     shutil.copy(world / "root/names/a.png", world / "root/names" / name)
     message = fail(capsys, "file_names", world, "--images", "names")
     assert "root/names: 1 file name is not UTF-8" in message and "convmv -f gbk -t utf-8" in message
+
+
+def test_two_runs_with_one_output_do_not_mix_their_lines(tmp_path):
+    settings = OutputSettings(output=tmp_path / "out.json")
+    with AnnotationWriter(settings) as first:
+        with pytest.raises(UserError, match=r"\.out\.json\.incomplete: is being written by another process"):
+            AnnotationWriter(settings)
+        first.add(make_record("a", "a.png", "好", {}, 0), "a.jsonl line 1")
+        first.finish()
+    assert [record["id"] for record in read(tmp_path / "out.json")] == ["a"]
+
+
+def test_an_output_that_another_run_finishes_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    def finish_another(path):
+        (tmp_path / "out.json").write_text("[]")
+        return open_alone(path)
+
+    open_alone = writer.open_alone
+    monkeypatch.setattr(writer, "open_alone", finish_another)
+    with pytest.raises(UserError, match="is there already"):
+        AnnotationWriter(OutputSettings(output=tmp_path / "out.json"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
 def test_a_column_that_stands_twice_cannot_be_told_apart(world, capsys):
@@ -506,7 +533,7 @@ def test_a_link_out_of_the_image_folder_is_a_problem_in_every_source(world, caps
     (world / "data.json").write_text(json.dumps([{"filename": link.name, "content": "磕头"}]))
     flags = ["--images", "emo", *(["--data", world / "data.json"] if command == "emo_visual" else [])]
     message = fail(capsys, command, world, *flags)
-    assert "1 problems, nothing was written" in message and "磕头.png' leaves the image folder" in message
+    assert "1 problem, nothing was written" in message and "磕头.png' leaves the image folder" in message
 
 
 def test_nothing_but_names_without_text_is_an_error(tmp_path, capsys):

@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from meme_llava.errors import DiskFullError
+from meme_llava.errors import DiskFullError, UserError
+from meme_llava.storage import files
 from meme_llava.storage.files import (
     append_line,
     cut_torn_line,
@@ -87,3 +88,21 @@ def test_a_file_of_someone_else_is_not_cut(tmp_path):
     with pytest.raises(ValueError, match="holds no lines of JSON"):
         cut_torn_line(tmp_path / "notes.txt")
     assert (tmp_path / "notes.txt").read_text() == "my notes"
+
+
+def test_a_file_that_got_its_final_name_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    unfinished, final = tmp_path / ".a.incomplete", tmp_path / "a"
+    try_lock = files._try_lock
+
+    def finish_it_first(descriptor):
+        if not final.exists():
+            unfinished.write_bytes(b"whole")
+            unfinished.replace(final)
+        return try_lock(descriptor)
+
+    monkeypatch.setattr(files, "_try_lock", finish_it_first)
+    with files.open_alone(unfinished) as file:
+        file.write(b"another")
+        with pytest.raises(UserError, match="is being written by another process"):
+            files.open_alone(unfinished)
+    assert final.read_bytes() == b"whole" and unfinished.read_bytes() == b"another"
