@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 from meme_llava.cli import parse_arguments, to_plain  # noqa: E402
 from meme_llava.dataset.check import check_data, suggest_folder, write_quarantine  # noqa: E402
 from meme_llava.dataset.records import QUARANTINE  # noqa: E402
-from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
+from meme_llava.errors import UserError, count, stop_on_user_error  # noqa: E402
 from meme_llava.model.llava import load_processing  # noqa: E402
 from meme_llava.report.data_check import (  # noqa: E402
     FINDINGS,
@@ -61,9 +61,10 @@ def main(argv: list[str] | None = None) -> None:
             f"{arguments.annotations}: holds no record that can be trained on{first}{suggest_folder(checked)}"
         )
     if not checked.bad:
-        print(f"{len(checked.usable):,} records can be trained on, none is bad")
+        print(f"{count(len(checked.usable), 'record')} can be trained on, none is bad")
         return
-    listed = f"{len(checked.bad):,} of {checked.total:,} records are bad"
+    verb = "is" if len(checked.bad) == 1 else "are"
+    listed = f"{len(checked.bad):,} of {count(checked.total, 'record')} {verb} bad"
     listed += f"; {arguments.output_dir / QUARANTINE} holds them with the reasons"
     if arguments.bad_records == "error":
         raise UserError(f"{listed}. Fix them, or train without them: --bad_records quarantine{suggest_folder(checked)}")

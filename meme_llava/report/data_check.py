@@ -35,11 +35,17 @@ class CheckArguments(RecordPolicy):
     image_folder: Path = setting("folder that the records' image paths start from")
     model: Path | None = setting("base model; with it, records are tokenised and their lengths are known", None)
     output_dir: Path = setting(f"gets {REPORT}, {FINDINGS} and, if needed, quarantine.jsonl", Path("output/check"))
-    model_max_length: int = setting(
-        "positions a record may take, image tokens counted", 2048, expected="greater than 0"
+    model_max_length: int | None = setting(
+        "positions a record may take, image tokens counted; without it, none is too long",
+        None,
+        expected="greater than 0",
     )
-    global_batch_size: int = setting("records per optimizer step, to predict the steps", 64, expected="greater than 0")
-    num_train_epochs: float = setting("passes over the records, to predict the steps", 5, expected="greater than 0")
+    global_batch_size: int | None = setting(
+        "records per optimizer step, to predict the steps", None, expected="greater than 0"
+    )
+    num_train_epochs: float | None = setting(
+        "passes over the records, to predict the steps", None, expected="greater than 0"
+    )
     workers: int | None = setting(
         "processes that decode images; all CPUs if not given", None, expected="greater than 0"
     )
@@ -76,7 +82,7 @@ def list_facts(checked: CheckedData, tokens_per_image: int | None, arguments: Ch
     """What a user wants to know before training, as (label, value); `tokens_per_image` with a model."""
     usable = checked.usable
     contents = {facts.sha256 for facts in checked.facts.values() if facts.sha256 is not None}
-    steps = math.ceil(len(usable) * arguments.num_train_epochs / arguments.global_batch_size)
+    batch, epochs, limit = arguments.global_batch_size, arguments.num_train_epochs, arguments.model_max_length
     facts = [
         ("annotations", str(arguments.annotations)),
         ("image folder", str(arguments.image_folder)),
@@ -85,10 +91,12 @@ def list_facts(checked: CheckedData, tokens_per_image: int | None, arguments: Ch
         ("bad records", f"{len(checked.bad):,}"),
         ("images", f"{len(checked.facts):,}"),
         ("different images", f"{len(contents):,}"),
-        ("steps", f"{steps:,}"),
-        ("records a step", f"{arguments.global_batch_size:,}"),
-        ("epochs", f"{arguments.num_train_epochs:g}"),
     ]
+    if batch is None or epochs is None:
+        facts.append(("steps", "unknown; give --global_batch_size and --num_train_epochs"))
+    else:
+        steps = math.ceil(len(usable) * epochs / batch)
+        facts += [("steps", f"{steps:,}"), ("records a step", f"{batch:,}"), ("epochs", f"{epochs:g}")]
     if tokens_per_image is None:
         return [*facts, ("positions", "unknown; give --model to tokenise the records")]
     if not usable:
@@ -100,7 +108,7 @@ def list_facts(checked: CheckedData, tokens_per_image: int | None, arguments: Ch
     median, most, longest = np.percentile(lengths, [50, 95, 100]).astype(int)
     return [
         *facts,
-        ("length limit", f"{arguments.model_max_length:,} positions (model_max_length)"),
+        ("length limit", "unknown; give --model_max_length" if limit is None else f"{limit:,} positions"),
         ("positions a record", f"{total / len(usable):,.1f} (median {median:,}, 95 % under {most:,})"),
         ("longest record", f"{longest:,} positions"),
         ("supervised positions", f"{supervised / total:.1%} of all"),

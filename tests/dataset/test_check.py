@@ -949,7 +949,7 @@ def test_kinds_are_allowed_and_refused(tmp_path, image_folder):
             (),
             r"--allow duplicate_ids: no such kind of finding \(did you mean duplicate_id\?\); there",
         ),
-        ((), ("xyz",), "--refuse xyz: no such kind of finding; there are not_json, malformed, "),
+        ((), ("xyz",), "--refuse xyz: no such kind of finding; there are not_json, repeated_key, malformed, "),
         (("refusal",), ("refusal", "loop"), "refusal: both in --allow and in --refuse; choose one"),
         (("text_disagrees",), (), "--allow text_disagrees: such records are trained on anyway; leave it out"),
         ((), ("refusal",), "--refuse refusal: such records are bad anyway; leave it out"),

@@ -18,7 +18,9 @@ def folder(tmp_path) -> Path:
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(3):
-        Image.new("RGB", (100 + number, 80), (80 * number, 0, 0)).save(folder / f"p{number}.png")
+        image = Image.new("RGB", (100 + number, 80), (80 * number, 0, 0))
+        image.putpixel((0, 0), (255, 255, 255))
+        image.save(folder / f"p{number}.png")
     return folder
 
 
@@ -167,7 +169,7 @@ def test_allow_and_refuse_change_what_is_bad(folder, capsys):
     (folder / "p1.png").rename(folder / "p1.jpg")
     records[1]["image"] = "p1.jpg"
     error = fail(capsys, folder, records, "--allow", "refusal", "--refuse", "wrong_extension")
-    assert "1 of 3 records are bad" in error
+    assert "1 of 3 records is bad" in error
 
 
 def test_a_second_check_replaces_the_first(folder, capsys):
@@ -198,6 +200,13 @@ def test_text_that_is_no_unicode_ends_nowhere_in_a_crash(folder, capsys):
 
 
 # ---- Numbers ----
+
+
+def test_steps_and_limits_that_nobody_gave_are_not_made_up(folder):
+    facts = read_facts(run(folder, make_records()))
+    assert facts["steps"] == "unknown; give --global_batch_size and --num_train_epochs"
+    assert "records a step" not in facts and "epochs" not in facts
+    assert "length limit" not in facts
 
 
 def test_facts_without_a_model_written_out(folder):
@@ -242,7 +251,7 @@ def test_lengths_and_steps_with_a_model_are_those_of_training(world: World, trai
 EXPECTED_FACTS = {
     "steps": "6",  # 8 records 3 times, 4 a step
     "epochs": "3",
-    "length limit": "2,048 positions (model_max_length)",
+    "length limit": "unknown; give --model_max_length",
     "positions a record": "46.5 (median 45, 95 % under 58)",
     "longest record": "64 positions",
     "supervised positions": "19.6% of all",

@@ -36,8 +36,8 @@ def test_facts_written_out(folder):
     facts = look(folder)
     assert facts["empty.png"].sha256 == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     assert (facts["red.png"].format, facts["red.png"].width, facts["red.png"].height) == ("PNG", 100, 80)
-    assert facts["red.png"].notes == () and facts["red.png"].fault is None
-    assert facts["palette.png"].notes == (("palette", "P"),)
+    assert facts["red.png"].notes == (("one_colour", "every pixel is (255, 0, 0)"),) and facts["red.png"].fault is None
+    assert facts["palette.png"].notes == (("palette", "P"), ("one_colour", "every pixel is (0, 0, 0)"))
     assert facts["cut.jpg"].fault[0] == "damaged_image" and facts["empty.png"].fault[0] == "empty_file"
 
 
