@@ -196,14 +196,18 @@ def print_results(found: dict[str, list], flops: dict[str, float], ceiling: floa
     print(f"matrix multiplication: {ceiling / 1e12:.3f} TFLOP/s; a step of ours: {flops[OURS] / 1e12:.3f} TFLOP")
 
 
-def main() -> None:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True, help="an empty folder, or one of an earlier call")
     parser.add_argument("--llamafactory", type=Path, help="the Python of an environment that has it")
     parser.add_argument("--trl", type=Path, help="the Python of an environment that has it")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    arguments = parse_arguments()
     folder = arguments.work_dir.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "dataset_info.json").is_file():

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # A training step beside LLaMA-Factory's and TRL's, each in an environment of its own, on a CPU:
 #
-#   bash benchmarks/against_peers.sh WORK_DIR [flags of against_peers.py]
+#   bash benchmarks/against_peers.sh --work_dir DIR [flags of against_peers.py]
 #
-# The environments take about 12 GB of disk in WORK_DIR and are kept; the measurement takes about 15 minutes on 2 cores,
-# and wants the machine to itself. It is run by the environment that is active.
+# The environments take about 12 GB of disk in DIR and are kept; a round takes about 17 minutes on 2 cores, and
+# wants the machine to itself. It is run by the environment that is active.
 set -euo pipefail
-work_dir=${1:?give a folder for environments and runs}
-shift
+[[ ${1:-} == --work_dir && -n ${2:-} ]] ||
+    { echo "error: give --work_dir DIR first, a folder for environments and runs" >&2 && exit 2; }
+work_dir=$2
+shift 2
 here=$(dirname "$(readlink -f "$0")")
 
 make_environment() { # folder, packages …
