@@ -1,17 +1,21 @@
 """The pipeline room, without bash: what a call of run.sh runs, which results stand and which are refused."""
 
 import dataclasses
+import json
+import os
 import shlex
 import signal
 import string
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
 
 from meme_llava.errors import UserError
-from meme_llava.pipeline.__main__ import check_input, list_differences, main, make_result, run_command
+from meme_llava.pipeline.__main__ import check_input, main
+from meme_llava.pipeline.commands import run_command
 from meme_llava.pipeline.plan import (
     SETTING,
     Stage,
@@ -21,6 +25,7 @@ from meme_llava.pipeline.plan import (
     list_settings,
     split_flags,
 )
+from meme_llava.pipeline.results import make_result, read_note
 from meme_llava.train.settings import TrainArguments, free_settings
 
 LAUNCHER = "python -m meme_llava.distributed.launch --nproc_per_node"
@@ -310,17 +315,17 @@ def stage(tmp_path, monkeypatch):
 
 
 def test_a_result_is_made_once(stage, capsys):
-    make_result(stage, writes_note=True)
+    make_result(stage, is_first_node=True)
     assert capsys.readouterr().out == ""
-    make_result(stage, writes_note=True)
+    make_result(stage, is_first_node=True)
     assert capsys.readouterr().out == "finished already: out\n"
 
 
 def test_a_kill_right_after_the_result_is_in_place_leaves_a_finished_stage(stage, tmp_path, capsys):
     (tmp_path / "script.py").write_text(f"{SCRIPT}\nimport os; os.kill(os.getpid(), 9)")
     with pytest.raises(SystemExit):
-        make_result(stage, writes_note=True)
-    make_result(stage, writes_note=True)
+        make_result(stage, is_first_node=True)
+    make_result(stage, is_first_node=True)
     assert capsys.readouterr().out == "finished already: out\n"
 
 
@@ -330,7 +335,7 @@ def test_a_result_of_other_hands_gets_no_note_before_its_script_agrees(stage, tm
     for _ in range(2):
         # The script finds the folder there and fails, as those of the product do.
         with pytest.raises(SystemExit):
-            make_result(stage, writes_note=True)
+            make_result(stage, is_first_node=True)
 
 
 @pytest.mark.parametrize(
@@ -344,48 +349,116 @@ def test_a_result_of_other_hands_gets_no_note_before_its_script_agrees(stage, tm
         {"annotations": "./data.json"},
         {"output_dir": "out/"},
         {"model": "base/../base"},
+        {"model": "base/", "output_dir": "./out/"},
+        {"annotations": "{folder}/data.json", "output_dir": "{folder}/out"},
     ],
 )
-def test_what_changes_no_result_asks_for_no_new_one(stage, capsys, change):
-    make_result(stage, writes_note=True)
-    make_result(stage.change(**change), writes_note=True)
-    assert capsys.readouterr().out == "finished already: out\n"
+def test_what_changes_no_result_asks_for_no_new_one(stage, tmp_path, capsys, change):
+    make_result(stage, is_first_node=True)
+    changed = stage.change(**{name: value.format(folder=tmp_path) for name, value in change.items()})
+    make_result(changed, is_first_node=True)
+    assert capsys.readouterr().out == f"finished already: {changed.folder}\n"
 
 
-def test_absolute_paths_are_the_same_folders(stage, tmp_path, capsys):
-    make_result(stage, writes_note=True)
-    make_result(stage.change(model=str(tmp_path / "base"), output_dir=str(tmp_path / "out")), writes_note=True)
-    assert capsys.readouterr().out == f"finished already: {tmp_path}/out\n"
+@pytest.mark.parametrize("name", ["out put", "o'ut", "出 力"])
+def test_a_folder_with_a_blank_is_the_same_in_every_spelling(stage, tmp_path, capsys, name):
+    make_result(stage.change(output_dir=name), is_first_node=True)
+    for spelling in (f"{name}/", f"./{name}", f"{tmp_path}/{name}", f"{tmp_path}//{name}/"):
+        make_result(stage.change(output_dir=spelling), is_first_node=True)
+    assert capsys.readouterr().out.count("finished already: ") == 4
 
 
 def test_other_settings_are_refused_with_what_differs(stage, capsys):
-    make_result(stage, writes_note=True)
-    with pytest.raises(UserError, match="^out was made from other settings or input .* Set another OUTPUT_DIR"):
-        make_result(stage.change(low_lr="1e-5", seed="7"), writes_note=True)
+    make_result(stage, is_first_node=True)
+    with pytest.raises(UserError, match="^out was made from other settings or input .* set another OUTPUT_DIR"):
+        make_result(stage.change(low_lr="1e-5", seed="7"), is_first_node=True)
     assert capsys.readouterr().err == "< --low_lr 5e-4\n> --low_lr 1e-5\n> --seed 7\n"
 
 
+def test_flags_behind_the_stages_are_to_be_repeated(stage, capsys):
+    make_result(stage.change(max_steps="3", lora_language_modules="q_proj"), is_first_node=True)
+    with pytest.raises(UserError) as error:
+        make_result(stage, is_first_node=True)
+    assert str(error.value) == (
+        "out was made with --max_steps 3 --lora_language_modules q_proj. Repeat that behind the stages (bash run.sh "
+        "--max_steps 3 --lora_language_modules q_proj), or set another OUTPUT_DIR; the old result stays."
+    )
+    assert capsys.readouterr() == ("", "")
+
+
 def test_other_contents_are_refused(stage, tmp_path, capsys):
-    make_result(stage, writes_note=True)
+    make_result(stage, is_first_node=True)
     (tmp_path / "base" / "run_record.json").write_text("2")
     with pytest.raises(UserError, match="was made from other settings or input"):
-        make_result(stage, writes_note=True)
-    one, two = (
-        "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b",
-        "d4735e3a265e16eee03f59718b9b5d03019c07d8b6c51f90da3a666eec13ab35",
+        make_result(stage, is_first_node=True)
+    assert capsys.readouterr().err == "  contents of --model/run_record.json changed\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "train.py --model output/base\n123 45 data/annotations.json\n",
+        *(
+            "",
+            "[]",
+            "5",
+            "null",
+            '"text"',
+            '{"--model": null}',
+            '{"--model": 5}',
+            '{"--model": "\'out"}',
+            "[" * 100_000,
+        ),
+    ],
+)
+def test_a_note_that_is_none_is_refused(stage, content):
+    make_result(stage, is_first_node=True)
+    stage.note.write_text(content)
+    with pytest.raises(UserError) as error:
+        make_result(stage, is_first_node=True)
+    assert str(error.value) == (
+        "out.command is no note of this version of run.sh. To keep out, set another OUTPUT_DIR."
     )
-    name = "contents of --model/run_record.json"
-    assert capsys.readouterr().err == f"< {name} {one}\n> {name} {two}\n"
 
 
-def test_a_note_that_is_none_is_refused(tmp_path):
-    note = tmp_path / "train.command"
-    note.write_text("train.py --model output/base\n123 45 data/annotations.json\n")
-    assert list_differences(note, {}) == [f"< {note}: no note of this version of run.sh"]
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("build", "Run only the stages after it, such as bash run.sh train merge, or set another OUTPUT_DIR, and "
+                  "another BASE_DIR if you set it."),
+        ("merge", "Run only the stages after it, such as bash run.sh infer evaluate, or set another OUTPUT_DIR."),
+    ],
+)  # fmt: skip
+def test_a_model_of_other_hands_is_left_alone(stage, tmp_path, name, message):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run_record.json").write_text(json.dumps({"stage": name}))
+    with pytest.raises(UserError) as error:
+        make_result(dataclasses.replace(stage, name=name), is_first_node=True)
+    assert str(error.value) == (
+        f"out is there, but this run.sh did not make it and cannot tell from what it was made. {message}"
+    )
+    assert not stage.note.exists()
+
+
+def test_two_runs_in_one_folder_exchange_no_notes(stage, tmp_path):
+    """The second one waits for the first, and sees then what it made, and from what."""
+    (tmp_path / "script.py").write_text(f"import time\nopen('started', 'w').close(); time.sleep(1)\n{SCRIPT}")
+    program = (
+        "import sys; from meme_llava.pipeline.plan import Stage; from meme_llava.pipeline.results import make_result; "
+        f"make_result(Stage('train', {stage.program!r}, {stage.flags!r}), is_first_node=True)"
+    )
+    first = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    while not (tmp_path / "started").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    with pytest.raises(UserError, match="^out was made from other settings or input"):
+        make_result(stage.change(low_lr="1e-5"), is_first_node=True)
+    assert first.wait() == 0
+    assert read_note(stage.note)["--low_lr"] == "5e-4"
 
 
 def test_the_other_nodes_write_no_note(stage):
-    make_result(stage, writes_note=False)
+    make_result(stage, is_first_node=False)
     assert stage.is_made and not stage.is_finished
 
 

@@ -7,20 +7,16 @@ declares, each after its number of words. Settings are environment variables.
 """
 
 import importlib.util
-import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from meme_llava.cli import parse_arguments
-from meme_llava.distributed.environment import REPEATED_SIGNAL_SECONDS, die_with_parent
-from meme_llava.distributed.launch import describe_end
 from meme_llava.errors import UserError, stop_on_user_error
+from meme_llava.pipeline.commands import run_command
 from meme_llava.pipeline.plan import (
     LOOKS,
     Flags,
@@ -35,13 +31,7 @@ from meme_llava.pipeline.plan import (
     split_flags,
     split_stages,
 )
-from meme_llava.storage.files import hash_file, write_json
-from meme_llava.storage.run_record import RUN_RECORD
-
-ONCE = ("build", "train", "merge")  # stages whose result stands; the others run again, and find what they have
-# What tells one folder of weights from another; the last one stands beside towers that were trained together.
-IDENTIFYING_FILES = (RUN_RECORD, "config.json", f"../{RUN_RECORD}")
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+from meme_llava.pipeline.results import ONCE, make_result
 
 
 @stop_on_user_error
@@ -136,7 +126,7 @@ def run_stages(chosen: Sequence[Stage], variables: Mapping[str, str]) -> None:
             print(f"\n=== train {which} ===", flush=True)
         left_out = output / "train" / "quarantine.jsonl"
         if stage.name in ONCE:
-            make_result(stage, writes_note=is_first_node)
+            make_result(stage, is_first_node)
             continue
         # What was left out of training is no reference to compare with.
         of_training = stage.name == "infer" and is_same(*stage.flags["annotations"], variables["ANNOTATIONS"])
@@ -161,92 +151,6 @@ def check_input(chosen: Sequence[Stage], training: Sequence[Stage]) -> None:
         words += [*training[-1].arguments, *training[-1].resume_flags]
     if words:
         run_command("python", "-m", "meme_llava.pipeline.precheck", *words)
-
-
-def make_result(stage: Stage, writes_note: bool) -> None:
-    """Run a stage unless its result is there, made from the same settings and input."""
-    from meme_llava.train.settings import free_settings
-
-    making = describe_making(stage.flags, free_settings())
-    if not stage.is_finished:
-        stage.folder.parent.mkdir(parents=True, exist_ok=True)
-        was_made = stage.is_made
-        if writes_note and not was_made:
-            # Before it runs: a kill right after the result is in place must not leave one without a note.
-            write_json(stage.note, making)
-        run_command(*stage.command, *stage.resume_flags)
-        if writes_note and was_made:
-            write_json(stage.note, making)
-    elif differences := list_differences(stage.note, making):
-        print(*differences, sep="\n", file=sys.stderr)
-        raise UserError(
-            f"{stage.folder} was made from other settings or input (< then, > now). Set another OUTPUT_DIR; the old "
-            "result stays."
-        )
-    else:
-        print(f"finished already: {stage.folder}", flush=True)
-
-
-def describe_making(flags: Mapping[str, Sequence[str]], free: Container[str]) -> dict[str, str]:
-    """Flags with their values, and hashes of the files that they name, without `free` flags that change no result."""
-    making = {}
-    for name, values in flags.items():
-        if name.removeprefix("no_") in free:
-            continue
-        making[f"--{name}"] = shlex.join(values)
-        if name != "output_dir" and len(values) == 1:
-            for file in (values[0], *(f"{values[0]}/{part}" for part in IDENTIFYING_FILES)):
-                if Path(file).is_file():
-                    making[f"contents of --{name}{file.removeprefix(values[0])}"] = hash_file(Path(file))
-    return making
-
-
-def list_differences(note: Path, making: Mapping[str, str]) -> list[str]:
-    """Lines with what a note says (<) and what is so now (>), where that differs."""
-    try:
-        noted = json.loads(note.read_text(encoding="utf-8"))
-    except ValueError:
-        return [f"< {note}: no note of this version of run.sh"]
-    lines = []
-    for name in {**noted, **making}:
-        if name not in noted or name not in making or not is_same(noted[name], making[name]):
-            lines += [f"{sign} {name} {side[name]}" for sign, side in (("<", noted), (">", making)) if name in side]
-    return lines
-
-
-def run_command(*command: str) -> None:
-    """Run `python …` to its end; a signal to this process reaches it, a later one ends it at once. Exits with its code
-    unless that is 0."""
-    signals, running = [], []  # (number, seconds) and the process
-
-    def hand_on(number: int, frame: object) -> None:
-        signals.append((number, time.monotonic()))
-        # A scheduler's signal comes by several ways; one that comes later says that there is no time to save.
-        is_late = signals[-1][1] - signals[0][1] > REPEATED_SIGNAL_SECONDS
-        for process in running:
-            (process.kill if is_late else process.terminate)()
-
-    # Under nohup, whoever hangs up is not heard.
-    heard = (number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN)
-    handlers = {number: signal.signal(number, hand_on) for number in heard}
-
-    def prepare() -> None:
-        # Ctrl-C reaches every process of a terminal; the command is to hear of it once, from here.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        die_with_parent()
-
-    running.append(subprocess.Popen([sys.executable, *command[1:]], stdin=subprocess.DEVNULL, preexec_fn=prepare))
-    if signals:
-        running[0].terminate()
-    code = running[0].wait()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if code in (-signal.SIGTERM, -signal.SIGKILL) and signals:
-        sys.exit(128 + signals[0][0])
-    if code < 0:
-        print(f"error: {describe_end(command[1], code)}", file=sys.stderr)
-    if code:
-        sys.exit(code if code > 0 else 128 - code)
 
 
 def describe_results(variables: Mapping[str, str]) -> str:

@@ -1,0 +1,129 @@
+"""Results of stages that stand: the note beside each of what it was made from, held against the settings of now."""
+
+import json
+import shlex
+import sys
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+
+from meme_llava.errors import UserError
+from meme_llava.pipeline.commands import run_command
+from meme_llava.pipeline.plan import Stage, is_same
+from meme_llava.storage.files import hash_file, lock, write_json
+from meme_llava.storage.run_record import RUN_RECORD
+
+AFTER = {"build": "train merge", "train": "merge", "merge": "infer evaluate"}  # stages whose result stands → the next
+# What tells one folder of weights from another; the last one stands beside towers that were trained together.
+IDENTIFYING_FILES = (RUN_RECORD, "config.json", f"../{RUN_RECORD}")
+LOCK_PATIENCE_SECONDS = 15  # a network's file system may know for a while of a process that has ended
+
+
+def make_result(stage: Stage, is_first_node: bool) -> None:
+    """Run a stage unless its result is there, made from the same settings and input. Raises UserError where it was made
+    from others, nobody knows from what, or another run makes it."""
+    from meme_llava.train.settings import free_settings
+
+    making = describe_making(stage.flags, free_settings())
+    if is_there(stage, making):
+        return
+    if not is_first_node:
+        run_command(*stage.command, *stage.resume_flags)
+        return
+    stage.folder.parent.mkdir(parents=True, exist_ok=True)
+    # Of its own: the script locks its folder, and a note is replaced when it is written.
+    lock_file = stage.folder.parent / f".{stage.folder.name}.lock"
+    lock_file.touch()
+    with lock(lock_file, LOCK_PATIENCE_SECONDS):
+        if is_there(stage, making):  # another run has just made it
+            return
+        was_made = stage.is_made
+        if not was_made:
+            # Before it runs: a kill right after the result is in place must not leave one without a note.
+            write_json(stage.note, making)
+        run_command(*stage.command, *stage.resume_flags)
+        if was_made:
+            write_json(stage.note, making)
+
+
+def is_there(stage: Stage, making: Mapping[str, str]) -> bool:
+    """Whether a stage has nothing to do, and say so. Raises UserError where its result is not what `making` says."""
+    another = "set another OUTPUT_DIR" + (", and another BASE_DIR if you set it" if stage.name == "build" else "")
+    if stage.is_finished:
+        check_unchanged(stage, making, another)
+        print(f"finished already: {stage.folder}", flush=True)
+        return True
+    # Of training its script knows more: it may go on from a checkpoint, or have nothing left to do.
+    if stage.is_made and stage.name != "train":
+        raise UserError(
+            f"{stage.folder} is there, but this run.sh did not make it and cannot tell from what it was made. Run only "
+            f"the stages after it, such as bash run.sh {AFTER[stage.name]}, or {another}."
+        )
+    return False
+
+
+def check_unchanged(stage: Stage, making: Mapping[str, str], another: str) -> None:
+    """Raise UserError where the result was made from something else than `making`; what differs is printed before."""
+    noted = read_note(stage.note)
+    if noted is None:
+        raise UserError(f"{stage.note} is no note of this version of run.sh. To keep {stage.folder}, {another}.")
+    names = list_differences(noted, making)
+    if names and all(name.startswith("--") and name not in making for name in names):
+        flags = " ".join(f"{name} {noted[name]}".rstrip() for name in names)
+        raise UserError(
+            f"{stage.folder} was made with {flags}. Repeat that behind the stages (bash run.sh {flags}), or {another}; "
+            "the old result stays."
+        )
+    if names:
+        print(*describe_differences(names, noted, making), sep="\n", file=sys.stderr)
+        raise UserError(
+            f"{stage.folder} was made from other settings or input (< then, > now). Restore them, or {another}; the "
+            "old result stays."
+        )
+
+
+def describe_making(flags: Mapping[str, Sequence[str]], free: Container[str]) -> dict[str, str]:
+    """Flags with their values, and hashes of the files that they name, without `free` flags that change no result."""
+    making = {}
+    for name, values in flags.items():
+        if name.removeprefix("no_") in free:
+            continue
+        making[f"--{name}"] = shlex.join(values)
+        if name != "output_dir" and len(values) == 1:
+            for file in (values[0], *(f"{values[0]}/{part}" for part in IDENTIFYING_FILES)):
+                if Path(file).is_file():
+                    making[f"contents of --{name}{file.removeprefix(values[0])}"] = hash_file(Path(file))
+    return making
+
+
+def read_note(path: Path) -> dict[str, str] | None:
+    """What `describe_making` said when a result was made; None where the file says something else."""
+    try:
+        noted = json.loads(path.read_bytes())
+        if all(isinstance(line, str) and shlex.split(line) is not None for line in noted.values()):
+            return noted
+    except (ValueError, AttributeError, RecursionError):
+        pass  # not JSON, quotes that do not close, another value than an object
+    return None
+
+
+def list_differences(noted: Mapping[str, str], making: Mapping[str, str]) -> list[str]:
+    """Names of the flags and files that were others when a result was made."""
+    return [
+        name
+        for name in {**noted, **making}
+        if name not in noted or name not in making or not _is_same_line(noted[name], making[name])
+    ]
+
+
+def _is_same_line(then: str, now: str) -> bool:
+    before, after = shlex.split(then), shlex.split(now)
+    return len(before) == len(after) and all(map(is_same, before, after))
+
+
+def describe_differences(names: Sequence[str], noted: Mapping[str, str], making: Mapping[str, str]) -> list[str]:
+    """Lines with what was so then (<) and what is so now (>); of files, that they changed."""
+    lines = []
+    for name in names:
+        sides = [f"{sign} {name} {side[name]}" for sign, side in (("<", noted), (">", making)) if name in side]
+        lines += sides if name.startswith("--") else [f"  {name} changed"]
+    return lines
