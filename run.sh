@@ -14,7 +14,8 @@
 # "published" is the value of the published run on 8 x A800.
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this is not bash. Run: bash run.sh" >&2; exit 2; }
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+caller=$PWD # relative paths of the user start there
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 source scripts/stages.sh # reads PRESET; has `stage` and `run_stages`
 
 # --- models and data ---

@@ -57,7 +57,8 @@ Every run prints its settings and writes them to `run_record.json` beside the we
 ## run.sh
 
 Edit the values in `run.sh`, or set them for one run in front of the command: `EPOCHS=5 bash run.sh`. Flags after \
-the stages go to `train.py`. "Published" is the value of the published 8×A800 run.
+the stages go to `train.py`. Relative paths that you give start from the folder in which you type the command, \
+those in `run.sh` from the folder of `run.sh`. "Published" is the value of the published 8×A800 run.
 
 """
 MORE = """\

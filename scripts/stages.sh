@@ -3,6 +3,7 @@
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) ||
     { echo "error: this is bash $BASH_VERSION, expected 4.4 or newer" >&2 && exit 2; }
 source scripts/environment.sh
+unset PYTHONSAFEPATH # with it Python would not find our modules in this folder
 
 fail() { echo "error: $*" >&2; exit 2; }
 
@@ -16,21 +17,35 @@ run_stages() {
     set +a
     [[ $VENV == active ]] || python=$VENV/bin/python
     command -v "$python" >/dev/null || python=$(find_python)
-    "$python" -m meme_llava.pipeline check "${declared[@]}" 0 "$@"
+    "$python" -m meme_llava.pipeline check "$caller" "${declared[@]}" 0 "$@"
     [[ $DRY_RUN == 0 && ${1:-} != @(-h|--help) ]] || exit 0
     activate_environment requirements.txt
     # From here on a signal to run.sh reaches this program, which hands it on to the stage that runs.
-    exec python -m meme_llava.pipeline run "${declared[@]}" 0 "$@"
+    exec python -m meme_llava.pipeline run "$caller" "${declared[@]}" 0 "$@"
 }
+
+# Paths in front of the command start from the folder where it was typed; those in run.sh and presets, from the checkout.
+start_paths_from_caller() {
+    local name path
+    for name in ANNOTATIONS IMAGE_FOLDER OUTPUT_DIR BASE_DIR EVAL_ANNOTATIONS EVAL_IMAGE_FOLDER VENV \
+        LANGUAGE_MODEL VISION_MODEL; do
+        path=${!name:-}
+        [[ $path != @(|/*|auto|none|active) ]] || continue
+        # Qwen/Qwen2-7B-Instruct is the id of a model on a hub, unless there is such a folder.
+        [[ $name == *_MODEL && $path != .* && ! -e ${caller%/}/$path ]] || printf -v "$name" %s "${caller%/}/$path"
+    done
+}
+[[ $caller -ef . ]] || start_paths_from_caller
 
 # read_preset NAME: set what configs/presets/NAME.yaml sets, but for variables that are set already.
 # A preset is flat YAML: lines of "NAME: value", and comments on lines of their own.
 read_preset() {
-    local file=configs/presets/$1.yaml line number=0
+    local LC_ALL=C file=configs/presets/$1.yaml line number=0 # comments may be in any encoding
     [[ -f $file ]] ||
         fail "PRESET is '$1', expected one of $(basename -s .yaml configs/presets/*.yaml | paste -sd ' '), or nothing"
     while IFS= read -r line || [[ -n $line ]]; do
         number=$((number + 1))
+        line=${line#$'\xef\xbb\xbf'} # a byte order mark
         [[ ! $line =~ ^[[:space:]]*(#.*)?$ ]] || continue
         [[ $line =~ ^([A-Z][A-Z0-9_]*):[[:space:]]+([^[:space:]#\"\']+)[[:space:]]*$ ]] ||
             fail "$file: line $number is '$line', expected NAME: value"

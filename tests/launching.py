@@ -125,8 +125,8 @@ def run_with_torchrun(flags, processes=2, environment=None):
     )
 
 
-def run_sh(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    """run.sh on the CPU, in the environment of the tests, with variables set."""
+def run_sh(*arguments: str, script: Path | str = ROOT / "run.sh", cwd: Path = ROOT, **variables: str):
+    """The finished process of run.sh on the CPU, in the environment of the tests, with variables set."""
     environment = {**os.environ, "VENV": "active", "GPUS": "cpu", **variables}
-    command = ["bash", str(ROOT / "run.sh"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    command = ["bash", str(script), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900, check=False)

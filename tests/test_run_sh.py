@@ -1,6 +1,7 @@
 """run.sh: the commands it gives, what it refuses, and that a finished stage is never answered with an old result."""
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -74,6 +75,28 @@ def test_one_base_serves_several_outputs():
 def test_single_stages_and_passed_on_flags():
     assert dry_run("train", "--save_steps", "100") == [f"{DEFAULT_TRAINING} --save_steps 100"]
     assert [line.split()[1] for line in dry_run("merge", "infer")] == ["merge_lora.py", "infer.py"]
+
+
+def test_paths_start_in_the_folder_where_run_sh_is_called(tmp_path):
+    """What is not given starts in the checkout, and ids of models are no paths."""
+    (tmp_path / "towers").mkdir()
+    (tmp_path / "link.sh").symlink_to(ROOT / "run.sh")
+    for script in (ROOT / "run.sh", "link.sh", os.path.relpath(ROOT / "run.sh", tmp_path)):
+        variables = {"ANNOTATIONS": "mine.json", "OUTPUT_DIR": "out put", "LANGUAGE_MODEL": "Qwen/Qwen2-7B-Instruct"}
+        variables |= {"VISION_MODEL": "towers", "EVAL_ANNOTATIONS": "none", "DRY_RUN": "1"}
+        (tmp_path / "mine.json").write_text("[]")
+        result = run(script=script, cwd=tmp_path, **variables)
+        assert result.returncode == 0, result.stderr
+        build, train, merge, _ = map(shlex.split, result.stdout.splitlines())
+        assert build[2:6] == ["--language_model", "Qwen/Qwen2-7B-Instruct", "--vision_model", f"{tmp_path}/towers"]
+        assert build[-1] == f"{tmp_path}/out put/base"
+        assert train[4:8] == ["--annotations", f"{tmp_path}/mine.json", "--image_folder", "data"]
+        assert merge[-1] == f"{tmp_path}/out put/merged"
+
+
+def test_paths_behind_the_stages_start_there_too(tmp_path):
+    (line,) = run("train", "--projector_from", "mine", cwd=tmp_path, DRY_RUN="1").stdout.splitlines()
+    assert line == f"{DEFAULT_TRAINING} --projector_from {tmp_path}/mine"
 
 
 def test_a_misspelt_variable_stops_the_run():
@@ -337,6 +360,21 @@ def test_a_plan_without_a_base_says_what_to_run_first(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "content", ["# 训练\nEPOCHS: 9\n".encode("gbk"), b"\xef\xbb\xbfEPOCHS: 9\r\n", "\ufeff# 训练\nEPOCHS: 9".encode()]
+)
+def test_a_preset_may_come_from_windows(tmp_path, content):
+    (tmp_path / "mine.yaml").write_bytes(content)
+    preset = os.path.relpath(tmp_path / "mine", ROOT / "configs" / "presets")
+    assert "--num_train_epochs 9 " in dry_run("train", PRESET=preset, LC_ALL="C.UTF-8")[0]
+
+
+def test_python_finds_our_modules_whatever_is_set():
+    assert dry_run("merge", PYTHONSAFEPATH="1") == [
+        "python merge_lora.py --adapter output/train --output_dir output/merged"
+    ]
+
+
 @pytest.mark.long
 def test_a_failing_stage_stops_the_chain(tmp_path):
     result = run(OUTPUT_DIR=str(tmp_path / "out"), LANGUAGE_MODEL="./nowhere")
@@ -358,6 +396,15 @@ def test_run_sh_is_one_page():
     assert max(map(len, lines)) <= 100
 
 
-def test_another_shell_is_told_which_one_it_takes():
-    result = subprocess.run(["sh", str(ROOT / "run.sh")], capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (2, "error: this is not bash. Run: bash run.sh\n")
+@pytest.mark.parametrize("script", ["run.sh", "tests/run.sh"])
+def test_another_shell_is_told_which_one_it_takes(script):
+    result = subprocess.run(["sh", str(ROOT / script)], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (2, f"error: this is not bash. Run: bash {script}\n")
+
+
+def test_scripts_keep_their_line_ends_in_every_checkout():
+    """A git that writes CRLF would leave scripts that bash cannot run."""
+    command = "git ls-files '*.sh' '*.sbatch' .ci/run | git check-attr --stdin eol"
+    answer = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    ends = [line.rpartition(": ")[2] for line in answer.splitlines()]
+    assert len(ends) > 6 and set(ends) == {"lf"}

@@ -1,9 +1,10 @@
 """Checks and runs of the stages of run.sh.
 
-    python -m meme_llava.pipeline check|run STAGES 0 [STAGE…] [FLAGS OF train.py…]
+    python -m meme_llava.pipeline check|run CALLER STAGES 0 [STAGE…] [FLAGS OF train.py…]
 
 scripts/stages.sh calls it: `check` needs no environment; `run` runs what is not finished. STAGES are those that run.sh
-declares, each after its number of words. Settings are environment variables.
+declares, each after its number of words; CALLER is the folder where the user called it. Settings are environment
+variables.
 """
 
 import importlib.util
@@ -30,15 +31,17 @@ from meme_llava.pipeline.plan import (
     plan_stages,
     split_flags,
     split_stages,
+    start_paths,
 )
 from meme_llava.pipeline.results import ONCE, make_result
 
 
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    mode, *words = sys.argv[1:] if argv is None else argv
+    mode, caller, *words = sys.argv[1:] if argv is None else argv
     declared, words = split_stages(words)
     names, train_flags = split_flags("--help" if word == "-h" else word for word in words)
+    train_flags = start_paths(train_flags, caller)
     if not names and train_flags == {"help": []}:
         print(describe_settings())
         return

@@ -21,6 +21,8 @@ SETTING = re.compile(r"^([A-Z][A-Z0-9_]*)=\$\{\1:-(.*?)\} *", re.MULTILINE)
 SAMPLES, UNSEEN = "data/annotations.json", "data/unseen/annotations.json"
 LOOKS = {"plan", "show_batch", "help"}  # flags with which train.py trains nothing
 OF_BOTH_STAGES = {"train_type", "num_train_epochs", "high_lr", "output_dir"}  # what the projector's own stage replaces
+PATH_FLAGS = {"model", "annotations", "image_folder", "output_dir", "projector_from", "resume_from_checkpoint"}
+PATH_FLAGS |= {"eval_annotations", "eval_image_folder"}
 SECONDS_TO_MEET = "7200"  # node 0 may have to download and build the base model before it meets the others
 
 Flags = dict[str, list[str]]
@@ -82,6 +84,18 @@ def split_flags(words: Iterable[str]) -> tuple[list[str], Flags]:
         else:
             values.append(word)
     return before, flags
+
+
+def start_paths(flags: Flags, caller: str) -> Flags:
+    """Flags of train.py with relative paths from the folder where the user typed them."""
+    if os.path.realpath(caller) == os.path.realpath(os.curdir):
+        return flags
+
+    def start(name: str, value: str) -> str:
+        is_path = name in PATH_FLAGS and (name, value) != ("resume_from_checkpoint", "latest")
+        return os.path.join(caller, value) if is_path else value
+
+    return {name: [start(name, value) for value in values] for name, values in flags.items()}
 
 
 def split_stages(words: Sequence[str]) -> tuple[list[Stage], list[str]]:

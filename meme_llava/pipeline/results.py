@@ -1,6 +1,5 @@
 """Results of stages that stand: the note beside each of what it was made from, held against the settings of now."""
 
-import json
 import shlex
 import sys
 from collections.abc import Container, Mapping, Sequence
@@ -10,9 +9,11 @@ from meme_llava.errors import UserError
 from meme_llava.pipeline.commands import run_command
 from meme_llava.pipeline.plan import Stage, is_same
 from meme_llava.storage.files import hash_file, lock, write_json
+from meme_llava.storage.json_files import read_json
 from meme_llava.storage.run_record import RUN_RECORD
 
-AFTER = {"build": "train merge", "train": "merge", "merge": "infer evaluate"}  # stages whose result stands → the next
+# Stages whose result stands, and which come next; the others run again, and find what they have.
+ONCE = {"build": "train merge", "train": "merge", "merge": "infer evaluate"}
 # What tells one folder of weights from another; the last one stands beside towers that were trained together.
 IDENTIFYING_FILES = (RUN_RECORD, "config.json", f"../{RUN_RECORD}")
 LOCK_PATIENCE_SECONDS = 15  # a network's file system may know for a while of a process that has ended
@@ -56,16 +57,14 @@ def is_there(stage: Stage, making: Mapping[str, str]) -> bool:
     if stage.is_made and stage.name != "train":
         raise UserError(
             f"{stage.folder} is there, but this run.sh did not make it and cannot tell from what it was made. Run only "
-            f"the stages after it, such as bash run.sh {AFTER[stage.name]}, or {another}."
+            f"the stages after it, such as bash run.sh {ONCE[stage.name]}, or {another}."
         )
     return False
 
 
 def check_unchanged(stage: Stage, making: Mapping[str, str], another: str) -> None:
     """Raise UserError where the result was made from something else than `making`; what differs is printed before."""
-    noted = read_note(stage.note)
-    if noted is None:
-        raise UserError(f"{stage.note} is no note of this version of run.sh. To keep {stage.folder}, {another}.")
+    noted = read_note(stage.note, f"To keep {stage.folder}, {another}.")
     names = list_differences(noted, making)
     if names and all(name.startswith("--") and name not in making for name in names):
         flags = " ".join(f"{name} {noted[name]}".rstrip() for name in names)
@@ -95,15 +94,12 @@ def describe_making(flags: Mapping[str, Sequence[str]], free: Container[str]) ->
     return making
 
 
-def read_note(path: Path) -> dict[str, str] | None:
-    """What `describe_making` said when a result was made; None where the file says something else."""
-    try:
-        noted = json.loads(path.read_bytes())
-        if all(isinstance(line, str) and shlex.split(line) is not None for line in noted.values()):
-            return noted
-    except (ValueError, AttributeError, RecursionError):
-        pass  # not JSON, quotes that do not close, another value than an object
-    return None
+def read_note(path: Path, advice: str = "") -> dict[str, str]:
+    """What `describe_making` said when a result was made. Raises UserError where the file says something else."""
+    noted = read_json(path, advice)
+    if not all(isinstance(line, str) for line in noted.values()):
+        raise UserError(f"{path}: is no note of run.sh. {advice}")
+    return noted
 
 
 def list_differences(noted: Mapping[str, str], making: Mapping[str, str]) -> list[str]:
@@ -116,7 +112,10 @@ def list_differences(noted: Mapping[str, str], making: Mapping[str, str]) -> lis
 
 
 def _is_same_line(then: str, now: str) -> bool:
-    before, after = shlex.split(then), shlex.split(now)
+    try:
+        before, after = shlex.split(then), shlex.split(now)
+    except ValueError:  # quotes that do not close: somebody edited the note
+        return False
     return len(before) == len(after) and all(map(is_same, before, after))
 
 
