@@ -50,15 +50,16 @@ A setting has one home. Values that users edit are variables of `run.sh`. What m
 the code.
 
 The command line wins over a recipe, and a recipe wins over a default. `run.sh` puts its variables on the command \
-line. An unknown flag or key is an error, and so is a misspelt variable of `run.sh` such as `EPOCH`; `run.sh` does \
-not notice a variable with an entirely different name.
+line. An unknown flag or key is an error, and so is a misspelt variable of `run.sh` such as `EPOCH`, or the name of \
+a flag in capitals; `run.sh` does not notice a variable with an entirely different name.
 Every run prints its settings and writes them to `run_record.json` beside the weights.
 
 ## run.sh
 
-Edit the values in `run.sh`, or set them for one run in front of the command: `EPOCHS=5 bash run.sh`. Flags after \
-the stages go to `train.py`. Relative paths that you give start from the folder in which you type the command, \
-those in `run.sh` from the folder of `run.sh`. "Published" is the value of the published 8×A800 run.
+Edit the values in `run.sh` (what stands between `:-` and `}`), or set them for one run in front of the command: \
+`EPOCHS=5 bash run.sh`. Flags after the stages go to `train.py`. Relative paths that you give start from the folder \
+in which you type the command, those in `run.sh` from the folder of `run.sh`. "Published" is the value of the \
+published 8×A800 run.
 
 """
 MORE = """\

@@ -24,6 +24,23 @@ run_stages() {
     exec python -m meme_llava.pipeline run "$caller" "${declared[@]}" 0 "$@"
 }
 
+# Say of a slip in run.sh what bash would not, or only in its own words.
+check_page() {
+    local line name number=0
+    while IFS= read -r line || [[ -n $line ]]; do
+        number=$((number + 1))
+        [[ $line =~ ^[[:space:]]*([A-Z][A-Z0-9_]*)[[:space:]]*= ]] || continue
+        name=${BASH_REMATCH[1]}
+        # Plain NAME=value would win over what stands in front of the command, and over presets.
+        [[ $line == "$name=\${$name:-"*"}"* ]] ||
+            fail "run.sh: line $number is '${line%%  *}', expected $name=\${$name:-VALUE}"
+    done <run.sh
+    name=$(comm -23 <(grep -oE '"\$[A-Z_]+' run.sh | tr -d '"$' | sort -u) \
+        <(grep -ohE '^[A-Z_]+=' run.sh scripts/more_settings.sh | tr -d = | sort -u) | head -n 1)
+    [[ -z $name ]] || fail "run.sh: a stage takes $name, and no line sets it; expected $name=\${$name:-VALUE}"
+}
+check_page
+
 # Paths in front of the command start from the folder where it was typed; those in run.sh and presets, from the checkout.
 start_paths_from_caller() {
     local name path

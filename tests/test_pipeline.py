@@ -20,15 +20,14 @@ from meme_llava.pipeline.__main__ import check_input, main
 from meme_llava.pipeline.commands import run_command
 from meme_llava.pipeline.plan import (
     PATH_FLAGS,
-    SETTING,
     Stage,
     choose_device_batch,
     choose_devices,
     is_same,
-    list_settings,
     split_flags,
 )
 from meme_llava.pipeline.results import make_result, read_note
+from meme_llava.pipeline.settings import SETTING, list_settings
 from meme_llava.train.settings import TrainArguments, free_settings
 
 LAUNCHER = "python -m meme_llava.distributed.launch --nproc_per_node"
@@ -83,6 +82,18 @@ def dry_run(call):
         ("LORA_ALHPA", "LORA_ALPHA"),
         ("DRYRUN", "DRY_RUN"),
         ("epochs", "EPOCHS"),
+        # Flags of the scripts, and what others call them.
+        ("GLOBAL_BATCH_SIZE", "GLOBAL_BATCH"),
+        ("DEVICE_BATCH_SIZE", "DEVICE_BATCH"),
+        ("NUM_TRAIN_EPOCHS", "EPOCHS"),
+        ("num_train_epochs", "EPOCHS"),
+        ("LORA_RANK", "LORA_R"),
+        ("NUM_GPUS", "GPUS"),
+        ("BATCH_SIZE", "GLOBAL_BATCH"),
+        ("PER_DEVICE_TRAIN_BATCH_SIZE", "DEVICE_BATCH"),
+        ("MAX_SEQ_LENGTH", "MODEL_MAX_LENGTH"),
+        ("LEARNING_RATE", "HIGH_LR (projector) and LOW_LR (all else)"),
+        ("LR", "HIGH_LR (projector) and LOW_LR (all else)"),
     ],
 )
 def test_a_misspelt_variable_stops_the_run(call, written, meant):
@@ -101,8 +112,17 @@ def test_a_hostfile_of_earlier_versions_is_not_ignored(call):
     )
 
 
+def test_a_flag_of_train_py_is_no_variable(call):
+    code, out, errors = call(SAVE_STEPS="100")
+    assert (code, out) == (2, "")
+    assert errors == (
+        "error: the variable SAVE_STEPS is set, which run.sh does not know; it is a flag of train.py: "
+        "bash run.sh --save_steps 100 (else: unset SAVE_STEPS)\n"
+    )
+
+
 def test_other_variables_are_no_slips(dry_run):
-    dry_run(ENV="prod", EPOCHE="", LR="1", HIGH="2", RANK="0", MASTER="a", NODE="b", LORA="c", GPU_COUNT="8")
+    dry_run(ENV="prod", EPOCHE="", MODEL="1", HIGH="2", RANK="0", MASTER="a", NODE="b", LORA="c", GPU_COUNT="8")
 
 
 def test_memes_of_ones_own_are_evaluated_before_and_after_training(dry_run):

@@ -383,6 +383,32 @@ def test_a_failing_stage_stops_the_chain(tmp_path):
     assert "merge" not in result.stdout
 
 
+EPOCHS = "EPOCHS=${EPOCHS:-3} "
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "message"),
+    [
+        (EPOCHS, "EPOCHS=5  ", "line {} is 'EPOCHS=5', expected EPOCHS=${EPOCHS:-VALUE}"),
+        (EPOCHS, "EPOCHS=${EPOCHS:3}  ", "line {} is 'EPOCHS=${EPOCHS:3}', expected EPOCHS=${EPOCHS:-VALUE}"),
+        (EPOCHS, "EPOCHS=${EPOCHS:-3  ", "line {} is 'EPOCHS=${EPOCHS:-3', expected EPOCHS=${EPOCHS:-VALUE}"),
+        (EPOCHS, "EPOCHS=${EPOCH:-3}  ", "line {} is 'EPOCHS=${EPOCH:-3}', expected EPOCHS=${EPOCHS:-VALUE}"),
+        (EPOCHS, "EPOCHS = ${EPOCHS:-3}  ", "line {} is 'EPOCHS = ${EPOCHS:-3}', expected EPOCHS=${EPOCHS:-VALUE}"),
+        (EPOCHS, "EPCHS=${EPCHS:-3}  ", "a stage takes EPOCHS, and no line sets it; expected EPOCHS=${EPOCHS:-VALUE}"),
+        ('"$EPOCHS"', '"$EPOCH"', "a stage takes EPOCH, and no line sets it; expected EPOCH=${EPOCH:-VALUE}"),
+    ],
+)
+def test_a_slip_in_run_sh_is_said_in_one_sentence(tmp_path, right, wrong, message):
+    for name in ("scripts", "meme_llava", "configs", "data"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    text = (ROOT / "run.sh").read_text(encoding="utf-8")
+    assert right in text
+    (tmp_path / "run.sh").write_text(text.replace(right, wrong, 1), encoding="utf-8")
+    number = text[: text.index(EPOCHS)].count("\n") + 1
+    result = run(script=tmp_path / "run.sh", cwd=tmp_path, DRY_RUN="1")
+    assert (result.returncode, result.stderr) == (2, f"error: run.sh: {message.replace('{}', str(number))}\n")
+
+
 def test_shell_scripts_have_no_syntax_error():
     scripts = [*ROOT.glob("scripts/*.sh"), *(ROOT / name for name in ("run.sh", "tests/run.sh", ".ci/run"))]
     assert len(scripts) == 6

@@ -7,6 +7,7 @@ declares, each after its number of words; CALLER is the folder where the user ca
 variables.
 """
 
+import dataclasses
 import importlib.util
 import os
 import shlex
@@ -22,18 +23,21 @@ from meme_llava.pipeline.plan import (
     LOOKS,
     Flags,
     Stage,
-    check_names,
     choose_devices,
-    describe_settings,
     is_same,
-    list_settings,
-    name_settings,
     plan_stages,
     split_flags,
     split_stages,
     start_paths,
 )
 from meme_llava.pipeline.results import ONCE, make_result
+from meme_llava.pipeline.settings import (
+    check_flag_names,
+    check_names,
+    describe_settings,
+    list_settings,
+    name_settings,
+)
 
 
 @stop_on_user_error
@@ -76,8 +80,9 @@ def check_settings(stages: Sequence[Stage], train_flags: Flags) -> None:
     from meme_llava.distributed.launch import parse_launch_arguments
     from meme_llava.evaluate.settings import EvaluateArguments
     from meme_llava.inference.settings import InferArguments
-    from meme_llava.train.settings import parse_train_arguments
+    from meme_llava.train.settings import TrainArguments, parse_train_arguments
 
+    check_flag_names(os.environ, list_settings(), (one.name for one in dataclasses.fields(TrainArguments)))
     classes = {"build": BuildArguments, "merge": MergeArguments, "infer": InferArguments, "evaluate": EvaluateArguments}
     for stage in stages:
         try:
@@ -88,7 +93,8 @@ def check_settings(stages: Sequence[Stage], train_flags: Flags) -> None:
                     parse_launch_arguments(stage.program[3:])
                 parse_train_arguments([*stage.arguments, *stage.resume_flags], "", prog=stage.program[-1])
         except UserError as error:
-            raise UserError(name_settings(str(error), stage, train_flags)) from error
+            train_type = stage.flags.get("train_type", [None])[0]
+            raise UserError(name_settings(str(error), train_type, train_flags)) from error
 
 
 def check_needs(chosen: Sequence[Stage], stages: Sequence[Stage]) -> None:

@@ -3,7 +3,6 @@ the user. Without libraries: the first call comes before an environment is made.
 """
 
 import dataclasses
-import difflib
 import os
 import re
 import shutil
@@ -12,12 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from meme_llava import ROOT
 from meme_llava.errors import UserError
+from meme_llava.pipeline.settings import read_count
 from meme_llava.storage.run_record import RUN_RECORD
 
-FILES = (ROOT / "run.sh", ROOT / "scripts" / "more_settings.sh")
-SETTING = re.compile(r"^([A-Z][A-Z0-9_]*)=\$\{\1:-(.*?)\} *", re.MULTILINE)
 SAMPLES, UNSEEN = "data/annotations.json", "data/unseen/annotations.json"
 LOOKS = {"plan", "show_batch", "help"}  # flags with which train.py trains nothing
 OF_BOTH_STAGES = {"train_type", "num_train_epochs", "high_lr", "output_dir"}  # what the projector's own stage replaces
@@ -105,46 +102,6 @@ def split_stages(words: Sequence[str]) -> tuple[list[Stage], list[str]]:
         stages.append(Stage(rest[0], *split_flags(rest[1:count])))
         del rest[:count]
     return stages, rest
-
-
-def list_settings() -> list[str]:
-    return [found[1] for path in FILES for found in SETTING.finditer(path.read_text(encoding="utf-8"))]
-
-
-def describe_settings() -> str:
-    """The text of `bash run.sh --help`: how run.sh is called, and its settings with their defaults."""
-    page, more = (path.read_text(encoding="utf-8") for path in FILES)
-    about, _, page = page.partition("\n[ -n ")
-    about = re.sub(r"^# ?", "", about.partition("\n")[2], flags=re.MULTILINE)
-    settings = page[page.index("# ---") : page.index("source scripts/more")] + "\n" + more[more.index("# ---") :]
-    settings = SETTING.sub(lambda found: f"{found[1]}={found[2]}".ljust(34) + " ", settings)
-    return f"{about}\n\n{re.sub(' +$', '', settings, flags=re.MULTILINE)}".rstrip()
-
-
-def check_names(variables: Mapping[str, str], known: Sequence[str]) -> None:
-    """Stop at a variable whose name is nearly that of a setting: it would change nothing."""
-    if variables.get("HOSTFILE"):
-        raise UserError(
-            "HOSTFILE is no longer a setting; a loop in docs/multi_gpu.md starts all nodes (unset HOSTFILE)"
-        )
-    # ENV is set in many containers.
-    for name in sorted(name for name, value in variables.items() if value and name not in (*known, "ENV")):
-        if near := difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.85):
-            raise UserError(
-                f"the variable {name} is set, which run.sh does not know; did you mean {near[0]}? (else: unset {name})"
-            )
-
-
-def name_settings(message: str, stage: Stage, train_flags: Flags) -> str:
-    """A message about flags as one about the settings that gave them; what the user typed as a flag stays one."""
-    given = dict(re.findall(r'--(\w+) "\$([A-Z][A-Z0-9_]*)"', FILES[0].read_text(encoding="utf-8")))
-    given |= {"master_port": "MASTER_PORT", "node_rank": "NODE_RANK", "nnodes": "NNODES"}
-    if stage.flags.get("train_type") == ["projector"]:
-        given |= {"num_train_epochs": "PROJECTOR_EPOCHS", "high_lr": "PROJECTOR_LR"}
-    message = re.sub(r"^.*?: argument (--\w+): (.*?)(\. --help lists.*)?$", r"\1: \2", message)
-    for flag in given.keys() - train_flags.keys():
-        message = re.sub(rf"--{flag}\b", given[flag], message)
-    return message
 
 
 def plan_stages(
@@ -285,12 +242,6 @@ def choose_device_batch(global_batch: int, device_batch: int, gpus: int) -> int:
             f"GLOBAL_BATCH={global_batch} is not a multiple of {product} = {unit}. Set GLOBAL_BATCH={near}."
         )
     return device_batch
-
-
-def read_count(variables: Mapping[str, str], name: str) -> int:
-    if not re.fullmatch(r"[1-9]\d*", variables[name]):
-        raise UserError(f"{name} is '{variables[name]}', expected a whole number above 0")
-    return int(variables[name])
 
 
 def is_same(then: str, now: str) -> bool:
