@@ -26,7 +26,7 @@ from meme_llava.pipeline.plan import (
     is_same,
     split_flags,
 )
-from meme_llava.pipeline.results import make_result, read_note
+from meme_llava.pipeline.results import describe_making, make_result, read_note
 from meme_llava.pipeline.settings import SETTING, list_settings
 from meme_llava.train.settings import TrainArguments, free_settings
 
@@ -34,15 +34,18 @@ LAUNCHER = "python -m meme_llava.distributed.launch --nproc_per_node"
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """A function that gives exit code, output and errors of a dry run, as bash would start it."""
+def call(monkeypatch, capsys, tmp_path_factory):
+    """A function that gives exit code, output and errors of a dry run, as bash would start it in a fresh checkout."""
     texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("run.sh", "scripts/more_settings.sh")]
     lines = [line for line in texts[0].replace("\\\n", " ").splitlines() if line.startswith("stage ")]
     assert len(lines) == 7
     defaults = dict(found.groups() for text in texts for found in SETTING.finditer(text))
-    monkeypatch.chdir(ROOT)
+    checkout = tmp_path_factory.mktemp("checkout")
+    for path in (path for path in ROOT.iterdir() if path.name != "output"):
+        (checkout / path.name).symlink_to(path)
+    monkeypatch.chdir(checkout)
 
-    def call(*words, caller=str(ROOT), **variables):
+    def call(*words, caller=str(checkout), **variables):
         with monkeypatch.context() as environment:
             for name in defaults:
                 environment.delenv(name, raising=False)
@@ -66,7 +69,7 @@ def call(monkeypatch, capsys):
 def dry_run(call):
     def dry_run(*words, **variables):
         code, out, errors = call(*words, **variables)
-        assert (code, errors) == (0, "")
+        assert code == 0 and "error:" not in errors
         return out.splitlines()
 
     return dry_run
@@ -219,22 +222,19 @@ def test_every_engine_is_one_word(dry_run, engine):
             {"EVAL_ANNOTATIONS": "none"},
             "evaluate needs EVAL_ANNOTATIONS, an annotation file of memes that are not trained on",
         ),
-        ([], {"EVAL_ANNOTATIONS": "missing.json"}, "EVAL_ANNOTATIONS=missing.json: no such file or folder"),
-        (
-            [],
-            {"EVAL_ANNOTATIONS": "data/README.md", "EVAL_IMAGE_FOLDER": "missing"},
-            "EVAL_IMAGE_FOLDER=missing: no such file or folder",
-        ),
         ([], {"EVAL_ANNOTATIONS": "data/../data/annotations.json"}, "EVAL_ANNOTATIONS is ANNOTATIONS"),
         (["--save_steps", "5", "train"], {}, "train stands after the flags of train.py; put stages first"),
         ([], {"GPUS": "08"}, "GPUS is '08'"),
-        ([], {"OUTPUT_DIR": "run.sh"}, "OUTPUT_DIR=run.sh is a file"),
         ([], {"GPUS": "many"}, "GPUS is 'many', expected auto, a count, a list such as 0,3, cpu or cpu:2"),
         ([], {"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK is 2, expected 0 to 1, below NNODES"),
         (["merge"], {"NODE_RANK": "1"}, "NODE_RANK is 1, expected 0 to 0, below NNODES"),
         ([], {"MASTER_PORT": "99999", "GPUS": "cpu:2"}, "MASTER_PORT is 99999, expected 0 to 65535"),
         ([], {"GPUS": "0,x"}, "GPUS is '0,x'"),
-        ([], {"DEVICE_BATCH": "3"}, "GLOBAL_BATCH=8 is not a multiple of DEVICE_BATCH x GPUs = 3. Set GLOBAL_BATCH=9."),
+        (
+            [],
+            {"DEVICE_BATCH": "3"},
+            "not a multiple of DEVICE_BATCH x GPUs = 3. Set GLOBAL_BATCH=9 or DEVICE_BATCH=2",
+        ),
         ([], {"GLOBAL_BATCH": "ten"}, "GLOBAL_BATCH is 'ten', expected a whole number above 0"),
         ([], {"DEVICE_BATCH": "0"}, "DEVICE_BATCH is '0', expected a whole number above 0"),
         ([], {"GPUS": "2", "ENGINE": "zero7"}, "error: ENGINE zero7: no such engine; there are auto"),
@@ -251,6 +251,95 @@ def test_wrong_values_stop_before_anything_runs(call, arguments, variables, mess
     code, out, errors = call(*arguments, **variables)
     assert (code, out) == (2, "")
     assert message in errors
+
+
+UNDER_A_FILE = "run.sh/{}: run.sh is a file, expected a folder; set another {}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        ([], {"EVAL_ANNOTATIONS": "missing.json"}, "EVAL_ANNOTATIONS=missing.json: no such file or folder"),
+        ([], {"EVAL_IMAGE_FOLDER": "missing"}, "EVAL_IMAGE_FOLDER=missing: no such file or folder"),
+        ([], {"ANNOTATIONS": "missing.json"}, "ANNOTATIONS=missing.json: no such file or folder"),
+        # Before 17 GB are downloaded, and before a base is asked for.
+        (["build"], {"ANNOTATIONS": "missing.json"}, "ANNOTATIONS=missing.json: no such file or folder"),
+        (["train", "--plan"], {"IMAGE_FOLDER": "missing"}, "IMAGE_FOLDER=missing: no such file or folder"),
+        (["train", "--image-folder", "missing"], {}, "--image_folder missing: no such file or folder"),
+        (["train"], {"OUTPUT_DIR": "new"}, "train needs new/base, which is not there; run first, with the same"),
+        (["build"], {"OUTPUT_DIR": "run.sh"}, UNDER_A_FILE.format("base", "BASE_DIR or OUTPUT_DIR")),
+        (["build", "train"], {"OUTPUT_DIR": "run.sh", "BASE_DIR": "new"}, UNDER_A_FILE.format("train", "OUTPUT_DIR")),
+    ],
+)
+def test_what_is_not_there_stops_before_anything_runs(call, arguments, variables, message):
+    code, out, errors = call(*arguments, DRY_RUN="0", **variables)
+    assert (code, out) == (2, "") and errors.startswith(f"error: {message}")
+    # The commands of a run elsewhere are shown all the same.
+    code, out, errors = call(*arguments, **variables)
+    assert code == 0 and out.startswith("python ") and errors.startswith(f"the run would stop: {message}")
+
+
+def test_what_a_stage_does_not_read_may_be_missing(call):
+    *_, errors = call("merge", ANNOTATIONS="missing.json", EVAL_ANNOTATIONS="missing.json", DRY_RUN="0")
+    assert errors.startswith("error: merge needs output/train, which is not there")
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_before_anything_runs(call, monkeypatch, tmp_path):
+    """root, who runs some tests, may write everywhere."""
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    code, _, errors = call(DRY_RUN="0", OUTPUT_DIR=f"{tmp_path}/new/output")
+    assert (code, errors) == (
+        2,
+        f"error: {tmp_path}/new/output/base: this user may not write to {tmp_path}; set another BASE_DIR or "
+        "OUTPUT_DIR\n",
+    )
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A base as run.sh leaves it that has built one from the towers of data/tiny."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "run_record.json").write_text('{"stage": "build"}')
+    towers = {"language_model": ["data/tiny/language_model"], "vision_model": ["data/tiny/vision_tower"]}
+    making = describe_making(towers | {"image_policy": ["squash"], "output_dir": [str(folder)]})
+    (tmp_path / "base.command").write_text(json.dumps(making))
+    return folder
+
+
+@pytest.mark.parametrize("words", [["train"], ["train", "--plan"], ["train", "--show_batch"], ["build", "train"]])
+def test_a_base_of_other_towers_is_not_trained_or_planned(call, base, words):
+    """Without PRESET the plan of a 7B model would be that of the tiny one."""
+    variables = {"BASE_DIR": str(base), "OUTPUT_DIR": f"{base}/../new"}
+    assert call(*words, **variables)[2] == ""
+    _, _, errors = call(*words, **variables, LANGUAGE_MODEL="Qwen/Qwen2-7B-Instruct")
+    assert errors == (
+        "< --language_model data/tiny/language_model\n> --language_model Qwen/Qwen2-7B-Instruct\n"
+        f"the run would stop: {base} was made from other settings or input (< then, > now). Restore them, or set "
+        "another OUTPUT_DIR, and another BASE_DIR if you set it; the old result stays.\n"
+    )
+
+
+def test_a_base_without_its_towers_is_trained(call, base):
+    note = base.with_name("base.command")
+    note.write_text(note.read_text().replace("data/tiny/language_model", "/gone"))
+    variables = {"BASE_DIR": str(base), "OUTPUT_DIR": f"{base}/../new", "LANGUAGE_MODEL": "/gone"}
+    assert call("train", **variables)[2] == ""
+
+
+@pytest.mark.parametrize("record", ['{"stage": "merge"}', None])
+def test_a_trained_model_is_a_base_as_it_is(call, base, record, capsys):
+    """Going on from output/merged, beside which lies the note of its merge."""
+    (base / "run_record.json").unlink()
+    if record:
+        (base / "run_record.json").write_text(record)
+    base.with_name("base.command").write_text('{"--adapter": "output/train"}')
+    code, out, errors = call(BASE_DIR=str(base), OUTPUT_DIR=f"{base}/../new", DRY_RUN="0")
+    assert (code, out, errors) == (0, "", "")
+    build = Stage("build", ["false"], {"output_dir": [str(base)]})
+    make_result(build, is_first_node=True)
+    assert capsys.readouterr().out == (f"base model: {base}, as it is (LANGUAGE_MODEL and VISION_MODEL are not used)\n")
 
 
 def test_warmup_in_steps_takes_the_place_of_the_share(dry_run):
@@ -270,10 +359,20 @@ def test_every_setting_is_known_once():
         (64, 8, 8, 8),
         (64, 8, 2, 8),
         (8, 8, 4, 2),
-        (60, 8, 4, "GLOBAL_BATCH=60 is not a multiple of DEVICE_BATCH x GPUs = 32. Set GLOBAL_BATCH=64."),
-        (36, 8, 4, "GLOBAL_BATCH=36 is not a multiple of DEVICE_BATCH x GPUs = 32. Set GLOBAL_BATCH=32."),
-        (10, 8, 4, "GLOBAL_BATCH=10 is not a multiple of GPUs = 4. Set GLOBAL_BATCH=8."),
-        (3, 8, 8, "GLOBAL_BATCH=3 is not a multiple of GPUs = 8. Set GLOBAL_BATCH=8."),
+        (
+            60,
+            8,
+            4,
+            "DEVICE_BATCH x GPUs = 32. Set GLOBAL_BATCH=64 or DEVICE_BATCH=5.",
+        ),
+        (
+            36,
+            8,
+            4,
+            "DEVICE_BATCH x GPUs = 32. Set GLOBAL_BATCH=32 or DEVICE_BATCH=3.",
+        ),
+        (10, 8, 4, "GPUs = 4. Set GLOBAL_BATCH=8."),
+        (3, 8, 8, "GPUs = 8. Set GLOBAL_BATCH=8."),
     ],
 )
 def test_the_device_batch_divides_the_step(global_batch, device_batch, gpus, expected):
@@ -282,7 +381,7 @@ def test_the_device_batch_divides_the_step(global_batch, device_batch, gpus, exp
         return
     with pytest.raises(UserError) as error:
         choose_device_batch(global_batch, device_batch, gpus)
-    assert str(error.value) == expected
+    assert str(error.value) == f"GLOBAL_BATCH={global_batch} is not a multiple of {expected}"
 
 
 def test_processes_see_the_gpus_that_are_meant(monkeypatch):

@@ -135,7 +135,7 @@ def test_a_stage_names_the_one_it_needs(tmp_path, stage, earlier):
     [
         ({"EPOCHS": "five"}, [], "error: EPOCHS: invalid float value: 'five'"),
         ({"TRAIN_TYPE": "loar"}, [], "no such recipe"),
-        ({"ANNOTATIONS": "nowhere.json"}, [], "nowhere.json: No such file"),
+        ({"ANNOTATIONS": "nowhere.json"}, [], "error: ANNOTATIONS=nowhere.json: no such file or folder"),
         ({"IMAGE_FOLDER": "tests"}, [], "1,500 of 1,500 records cannot be trained on"),
         ({}, ["--save_step", "5"], "did you mean --save_steps?"),
     ],

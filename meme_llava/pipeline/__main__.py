@@ -7,21 +7,18 @@ declares, each after its number of words; CALLER is the folder where the user ca
 variables.
 """
 
-import dataclasses
 import importlib.util
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from meme_llava.cli import parse_arguments
 from meme_llava.errors import UserError, stop_on_user_error
+from meme_llava.pipeline.checks import check_gpus, check_settings, check_start
 from meme_llava.pipeline.commands import run_command
 from meme_llava.pipeline.plan import (
     LOOKS,
-    Flags,
     Stage,
     choose_devices,
     is_same,
@@ -30,13 +27,11 @@ from meme_llava.pipeline.plan import (
     split_stages,
     start_paths,
 )
-from meme_llava.pipeline.results import ONCE, make_result
+from meme_llava.pipeline.results import ONCE, check_base, check_results, make_result
 from meme_llava.pipeline.settings import (
-    check_flag_names,
     check_names,
     describe_settings,
     list_settings,
-    name_settings,
 )
 
 
@@ -61,10 +56,18 @@ def main(argv: list[str] | None = None) -> None:
         check_settings(chosen, train_flags)
     if is_dry:
         print(*(shlex.join(stage.command) for stage in chosen), sep="\n")
+    try:
+        check_start(chosen, stages, train_flags, variables)
+        if has_libraries and (is_dry or mode == "run"):
+            check_results([] if looks else chosen)
+            if "help" not in train_flags:
+                check_base(chosen, stages)
+    except UserError as error:
+        if not is_dry:
+            raise
+        print(f"the run would stop: {error}", file=sys.stderr)
     if mode == "check":
         return
-    if "help" not in train_flags and variables["NODE_RANK"] == "0":
-        check_needs(chosen, stages)
     os.environ.update(environment)
     if looks:
         run_command(*chosen[0].command)
@@ -72,55 +75,6 @@ def main(argv: list[str] | None = None) -> None:
     if "DS_ACCELERATOR" not in environment:
         check_gpus(variables["GPUS"], processes)
     run_stages(chosen, variables)
-
-
-def check_settings(stages: Sequence[Stage], train_flags: Flags) -> None:
-    """Have the parsers of all scripts read their flags, so that none fails hours later."""
-    from meme_llava.convert.settings import BuildArguments, MergeArguments
-    from meme_llava.distributed.launch import parse_launch_arguments
-    from meme_llava.evaluate.settings import EvaluateArguments
-    from meme_llava.inference.settings import InferArguments
-    from meme_llava.train.settings import TrainArguments, parse_train_arguments
-
-    check_flag_names(os.environ, list_settings(), (one.name for one in dataclasses.fields(TrainArguments)))
-    classes = {"build": BuildArguments, "merge": MergeArguments, "infer": InferArguments, "evaluate": EvaluateArguments}
-    for stage in stages:
-        try:
-            if stage.name in classes:
-                parse_arguments(classes[stage.name], stage.arguments, "", prog=stage.program[1])
-            elif stage.name == "train":
-                if stage.program[1] == "-m":
-                    parse_launch_arguments(stage.program[3:])
-                parse_train_arguments([*stage.arguments, *stage.resume_flags], "", prog=stage.program[-1])
-        except UserError as error:
-            train_type = stage.flags.get("train_type", [None])[0]
-            raise UserError(name_settings(str(error), train_type, train_flags)) from error
-
-
-def check_needs(chosen: Sequence[Stage], stages: Sequence[Stage]) -> None:
-    """Stop at a stage that needs the result of another one, which is neither there nor made before."""
-    for stage in chosen:
-        words = {word.rpartition("=")[2] for word in stage.command}
-        for maker in (maker for maker in stages if maker.name != stage.name and maker not in chosen):
-            if words & set(maker.flags.get("output_dir", [])) and not maker.is_made:
-                raise UserError(
-                    f"{stage.name} needs {maker.folder}, which is not there; run first, with the same variables: "
-                    f"bash run.sh {maker.name}"
-                )
-
-
-def check_gpus(gpus: str, processes: int) -> None:
-    """Stop where fewer GPUs can be used than are asked for."""
-    # A driver too old for torch shows GPUs that torch cannot use.
-    program = "import torch, torch.cuda as c; print(c.device_count() if c.is_available() else 0, torch.version.cuda)"
-    answer = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True).stdout
-    found, cuda = int(answer.split()[0]), answer.split()[1]
-    if processes > found:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
-        raise UserError(
-            f"GPUS={gpus} asks for {processes} GPUs, torch sees {found} (CUDA_VISIBLE_DEVICES={visible}, torch made "
-            f"for CUDA {cuda}; nvidia-smi shows whether the driver is older); set GPUS={found or 'cpu'}"
-        )
 
 
 def run_stages(chosen: Sequence[Stage], variables: Mapping[str, str]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from meme_llava.errors import UserError
 from meme_llava.pipeline.settings import read_count
-from meme_llava.storage.run_record import RUN_RECORD
+from meme_llava.storage.run_record import RUN_RECORD, read_run_record
 
 SAMPLES, UNSEEN = "data/annotations.json", "data/unseen/annotations.json"
 LOOKS = {"plan", "show_batch", "help"}  # flags with which train.py trains nothing
@@ -52,8 +52,16 @@ class Stage:
         return Path(f"{self.folder}.command")
 
     @property
+    def is_given(self) -> bool:
+        """Whether the base model is one that was not built: a merged one, or somebody else's."""
+        if self.name != "build" or not (self.folder / "config.json").is_file():
+            return False
+        has_record = (self.folder / RUN_RECORD).is_file()
+        return not has_record or read_run_record(self.folder).get("stage") != "build"
+
+    @property
     def is_made(self) -> bool:
-        return (self.folder / RUN_RECORD).is_file()
+        return (self.folder / RUN_RECORD).is_file() or self.is_given
 
     @property
     def is_finished(self) -> bool:
@@ -125,8 +133,6 @@ def plan_stages(
     # The first value may be a name that a flag gives.
     if late := [value for values in train_flags.values() for value in values[1:] if value in known]:
         raise UserError(f"{late[0]} stands after the flags of train.py; put stages first")
-    if Path(variables["OUTPUT_DIR"]).is_file():
-        raise UserError(f"OUTPUT_DIR={variables['OUTPUT_DIR']} is a file, expected a folder")
     evaluation = choose_evaluation(variables)
     if "evaluate" in names and evaluation is None:
         raise UserError("evaluate needs EVAL_ANNOTATIONS, an annotation file of memes that are not trained on")
@@ -193,9 +199,6 @@ def choose_evaluation(variables: Mapping[str, str]) -> dict[str, str] | None:
         return None
     if folder == "auto":
         folder = str(Path(UNSEEN).parent) if is_same(annotations, UNSEEN) else variables["IMAGE_FOLDER"]
-    for name, path in (("EVAL_ANNOTATIONS", annotations), ("EVAL_IMAGE_FOLDER", folder)):
-        if not Path(path).exists():
-            raise UserError(f"{name}={path}: no such file or folder")
     if is_same(annotations, variables["ANNOTATIONS"]):
         raise UserError("EVAL_ANNOTATIONS is ANNOTATIONS; give memes that are not trained on, or EVAL_ANNOTATIONS=none")
     return {"annotations": annotations, "image_folder": folder}
@@ -238,8 +241,10 @@ def choose_device_batch(global_batch: int, device_batch: int, gpus: int) -> int:
         unit, product, device_batch = gpus, "GPUs", global_batch // gpus
     if global_batch % unit or not device_batch:
         near = max(1, round(global_batch / unit)) * unit
+        fitting = [] if global_batch % gpus else [n for n in range(1, device_batch) if global_batch // gpus % n == 0]
+        other = f" or DEVICE_BATCH={fitting[-1]}" if fitting else ""
         raise UserError(
-            f"GLOBAL_BATCH={global_batch} is not a multiple of {product} = {unit}. Set GLOBAL_BATCH={near}."
+            f"GLOBAL_BATCH={global_batch} is not a multiple of {product} = {unit}. Set GLOBAL_BATCH={near}{other}."
         )
     return device_batch
 

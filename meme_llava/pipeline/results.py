@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from meme_llava.errors import UserError
@@ -20,11 +20,9 @@ LOCK_PATIENCE_SECONDS = 15  # a network's file system may know for a while of a 
 
 
 def make_result(stage: Stage, is_first_node: bool) -> None:
-    """Run a stage unless its result is there, made from the same settings and input. Raises UserError where it was made
-    from others, nobody knows from what, or another run makes it."""
-    from meme_llava.train.settings import free_settings
-
-    making = describe_making(stage.flags, free_settings())
+    """Run a stage unless its result is there. Raises UserError for a reason of `check_result`, or where another run
+    makes it."""
+    making = describe_making(stage.flags)
     if is_there(stage, making):
         return
     if not is_first_node:
@@ -47,23 +45,53 @@ def make_result(stage: Stage, is_first_node: bool) -> None:
 
 
 def is_there(stage: Stage, making: Mapping[str, str]) -> bool:
-    """Whether a stage has nothing to do, and say so. Raises UserError where its result is not what `making` says."""
-    another = "set another OUTPUT_DIR" + (", and another BASE_DIR if you set it" if stage.name == "build" else "")
-    if stage.is_finished:
-        check_unchanged(stage, making, another)
+    """Whether a stage has nothing to do; says so then. Raises UserError for a reason of `check_result`."""
+    check_result(stage, making)
+    if stage.is_given:
+        print(f"base model: {stage.folder}, as it is (LANGUAGE_MODEL and VISION_MODEL are not used)", flush=True)
+    elif stage.is_finished:
         print(f"finished already: {stage.folder}", flush=True)
-        return True
+    return stage.is_given or stage.is_finished
+
+
+def check_results(stages: Sequence[Stage]) -> None:
+    """Raise UserError for a reason of `check_result`."""
+    for stage in stages:
+        if stage.name in ONCE:
+            check_result(stage, describe_making(stage.flags))
+
+
+def check_base(chosen: Sequence[Stage], stages: Sequence[Stage]) -> None:
+    """Raise UserError where training takes a base that run.sh built from other towers than the settings name."""
+    names = {stage.name for stage in chosen}
+    build = next(stage for stage in stages if stage.name == "build")
+    if "train" in names and "build" not in names and build.is_finished and not build.is_given:
+        making, noted = describe_making(build.flags), read_note(build.note)
+        # A base may have been copied without its towers.
+        check_unchanged(build, {name: making.get(name, line) for name, line in noted.items()})
+
+
+def check_result(stage: Stage, making: Mapping[str, str]) -> None:
+    """Raise UserError where the result of a stage was made from something else than `making`, or nobody knows what."""
+    if stage.is_given:
+        return
+    if stage.is_finished:
+        check_unchanged(stage, making)
     # Of training its script knows more: it may go on from a checkpoint, or have nothing left to do.
-    if stage.is_made and stage.name != "train":
+    elif stage.is_made and stage.name != "train":
         raise UserError(
             f"{stage.folder} is there, but this run.sh did not make it and cannot tell from what it was made. Run only "
-            f"the stages after it, such as bash run.sh {ONCE[stage.name]}, or {another}."
+            f"the stages after it, such as bash run.sh {ONCE[stage.name]}, or {_name_another(stage)}."
         )
-    return False
 
 
-def check_unchanged(stage: Stage, making: Mapping[str, str], another: str) -> None:
+def _name_another(stage: Stage) -> str:
+    return "set another OUTPUT_DIR" + (", and another BASE_DIR if you set it" if stage.name == "build" else "")
+
+
+def check_unchanged(stage: Stage, making: Mapping[str, str]) -> None:
     """Raise UserError where the result was made from something else than `making`; what differs is printed before."""
+    another = _name_another(stage)
     noted = read_note(stage.note, f"To keep {stage.folder}, {another}.")
     names = list_differences(noted, making)
     if names and all(name.startswith("--") and name not in making for name in names):
@@ -80,9 +108,11 @@ def check_unchanged(stage: Stage, making: Mapping[str, str], another: str) -> No
         )
 
 
-def describe_making(flags: Mapping[str, Sequence[str]], free: Container[str]) -> dict[str, str]:
-    """Flags with their values, and hashes of the files that they name, without `free` flags that change no result."""
-    making = {}
+def describe_making(flags: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Flags with their values, and hashes of the files that they name, without those flags that change no result."""
+    from meme_llava.train.settings import free_settings
+
+    making, free = {}, free_settings()
     for name, values in flags.items():
         if name.removeprefix("no_") in free:
             continue
