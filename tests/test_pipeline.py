@@ -1,6 +1,7 @@
 """The pipeline room, without bash: what a call of run.sh runs, which results stand and which are refused."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import shlex
@@ -8,10 +9,12 @@ import signal
 import string
 import subprocess
 import sys
+import termios
 import time
 import typing
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT
 
@@ -599,8 +602,13 @@ def test_the_other_nodes_write_no_note(stage):
         ("import os; os.kill(os.getpid(), 9)", 137),
         # A signal to this process reaches the command, which says how it ended …
         (
-            "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
+            "import os, signal, sys, time; signal.signal(signal.SIGINT, lambda *_: sys.exit(75)); "
             "os.kill(os.getppid(), signal.SIGINT); time.sleep(30)",
+            75,
+        ),
+        (
+            "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
+            "os.kill(os.getppid(), signal.SIGHUP); time.sleep(30)",
             75,
         ),
         # … or does not.
@@ -608,21 +616,97 @@ def test_the_other_nodes_write_no_note(stage):
         ("import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(30)", 143),
         # … and a later one ends it, whatever it does.
         (
-            "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+            "import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
             "[(os.kill(os.getppid(), signal.SIGINT), time.sleep(2.5)) for _ in range(9)]",
             130,
         ),
     ],
 )
 def test_a_command_ends_the_chain_with_its_code(program, code):
-    # Behind nohup and in the background of a shell SIGINT is ignored, and stays so.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Behind nohup and in the background of a shell signals are ignored, and stay so.
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         with pytest.raises(SystemExit) as stop:
             run_command("python", "-c", program)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert stop.value.code == code
+
+
+def test_a_command_that_ends_without_a_word_is_named(tmp_path, capfd):
+    (tmp_path / "merge.py").write_text("import os, time; os.kill(os.getppid(), 15); time.sleep(30)")
+    with pytest.raises(SystemExit):
+        run_command("python", str(tmp_path / "merge.py"))
+    assert capfd.readouterr() == ("", f"stopped by SIGTERM: {tmp_path}/merge.py\n")
+
+
+COUNTS_SIGNALS = """
+import os, signal, sys, time
+heard = []
+signal.signal(signal.SIGINT, lambda *_: heard.append("SIGINT"))
+print("ready", os.getpid(), flush=True)
+end = time.monotonic() + 30
+while not heard and time.monotonic() < end:
+    time.sleep(0.1)
+time.sleep(0.5)
+print(*heard, flush=True)
+sys.exit(75)
+"""
+
+
+@pytest.fixture
+def terminal():
+    """A process that runs COUNTS_SIGNALS in the foreground of a terminal, and the terminal's other side."""
+    ours, theirs = os.openpty()
+
+    def take_terminal():
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    program = f"from meme_llava.pipeline.commands import run_command; run_command('python', '-c', {COUNTS_SIGNALS!r})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    )
+    os.close(theirs)
+    yield process, ours
+    process.kill()
+    process.communicate()
+    os.close(ours)
+
+
+def test_ctrl_c_reaches_a_command_once(terminal):
+    process, ours = terminal
+    assert process.stdout.readline().startswith("ready ")
+    os.write(ours, b"\x03")
+    assert (process.stdout.read(), process.wait()) == ("SIGINT\n", 75)
+
+
+def test_ctrl_z_holds_a_command_until_it_goes_on(terminal):
+    process, ours = terminal
+    command = psutil.Process(int(process.stdout.readline().split()[1]))
+    both = (psutil.Process(process.pid), command)
+
+    def wait_for(status):
+        end = time.monotonic() + 20
+        while not all((one.status() == psutil.STATUS_STOPPED) == status for one in both):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    os.write(ours, b"\x1a")
+    wait_for(True)
+    process.send_signal(signal.SIGCONT)
+    wait_for(False)
+    os.write(ours, b"\x03")
+    assert (process.stdout.read(), process.wait()) == ("SIGINT\n", 75)
 
 
 def test_the_input_is_checked_once_however_many_stages_read_it(tmp_path, monkeypatch):

@@ -193,15 +193,21 @@ def wait_for_end(context):
 
     try:
         return context.wait(period=POLL_SECONDS)
-    except SignalException as asked:
+    except SignalException as error:
+        asked = error
         print(f"{asked.sigval.name}: the run saves its state and stops; once more ends it at once", file=sys.stderr)
     ignore_signals(REPEATED_SIGNAL_SECONDS)
     try:
-        context.close(signal.SIGTERM, timeout=SAVE_SECONDS)
+        context.close(choose_stop(asked.sigval), timeout=SAVE_SECONDS)
         return context.wait(0)
     except SignalException as again:
         print(f"{again.sigval.name} again: ending at once, nothing more is saved", file=sys.stderr)
         raise UserError("ended at once by a second signal; the newest checkpoint is kept", INTERRUPTED) from again
+
+
+def choose_stop(number: int) -> signal.Signals:
+    """The signal by which a process hears of another one: Ctrl-C is that, everything else a request to end."""
+    return signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
 
 
 def ignore_signals(seconds: float) -> None:
@@ -247,7 +253,9 @@ def explain_failures(result, ranks: Sequence[int]) -> UserError:
 def _rate(failure, since: int) -> tuple[int, int]:
     """How little a process's end says about what went wrong; among equals, when it was noticed."""
     code = failure.exitcode
-    was_asked = code == -signal.SIGTERM or (code == -signal.SIGKILL and failure.timestamp - since > TERM_SECONDS)
+    was_asked = code in (-signal.SIGTERM, -signal.SIGINT) or (
+        code == -signal.SIGKILL and failure.timestamp - since > TERM_SECONDS
+    )
     kinds = [
         code in EXIT_MEANINGS and code != Stopped.exit_code,
         code < 0 and not was_asked,

@@ -1,12 +1,13 @@
 """Commands of run.sh: run to their end, and told of signals."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
 
 from meme_llava.distributed.environment import REPEATED_SIGNAL_SECONDS, die_with_parent
-from meme_llava.distributed.launch import describe_end
+from meme_llava.distributed.launch import choose_stop, describe_end
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -21,24 +22,32 @@ def run_command(*command: str) -> None:
         # A scheduler's signal comes by several ways; one that comes later says that there is no time to save.
         is_late = signals[-1][1] - signals[0][1] > REPEATED_SIGNAL_SECONDS
         for process in running:
-            (process.kill if is_late else process.terminate)()
+            process.send_signal(signal.SIGKILL if is_late else choose_stop(number))
 
-    # Under nohup, whoever hangs up is not heard.
-    heard = (number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN)
-    handlers = {number: signal.signal(number, hand_on) for number in heard}
+    def pause(number: int, frame: object) -> None:
+        for process in running:
+            process.send_signal(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)  # until the shell's fg or bg
+        for process in running:
+            process.send_signal(signal.SIGCONT)
+
+    # What is ignored stays so: SIGHUP under nohup.
+    heard = [number for number in (*STOP_SIGNALS, signal.SIGTSTP) if signal.getsignal(number) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, pause if number == signal.SIGTSTP else hand_on) for number in heard}
 
     def prepare() -> None:
-        # Ctrl-C reaches every process of a terminal; the command is to hear of it once, from here.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Ctrl-C and Ctrl-Z reach every process of a terminal's group; the command is to hear of them once, from here.
+        os.setpgid(0, 0)
         die_with_parent()
 
     running.append(subprocess.Popen([sys.executable, *command[1:]], stdin=subprocess.DEVNULL, preexec_fn=prepare))
     if signals:
-        running[0].terminate()
+        running[0].send_signal(choose_stop(signals[0][0]))
     code = running[0].wait()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if code in (-signal.SIGTERM, -signal.SIGKILL) and signals:
+    if code < 0 and signals:
+        print(f"stopped by {signal.Signals(signals[0][0]).name}: {command[1]}", file=sys.stderr)
         sys.exit(128 + signals[0][0])
     if code < 0:
         print(f"error: {describe_end(command[1], code)}", file=sys.stderr)
