@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import signal
 import string
 import subprocess
@@ -19,7 +20,8 @@ import pytest
 from conftest import ROOT
 
 from meme_llava.errors import UserError
-from meme_llava.pipeline.__main__ import check_input, main
+from meme_llava.pipeline import precheck
+from meme_llava.pipeline.__main__ import check_input, main, run_stages
 from meme_llava.pipeline.commands import run_command
 from meme_llava.pipeline.plan import (
     PATH_FLAGS,
@@ -719,6 +721,28 @@ def test_the_input_is_checked_once_however_many_stages_read_it(tmp_path, monkeyp
     check_input([*trainings, *evaluations], trainings)
     precheck = ("python", "-m", "meme_llava.pipeline.precheck")
     assert commands == [(*precheck, "memes.json", "memes", "--output_dir", f"{tmp_path}/train")]
+
+
+def test_an_evaluation_of_a_copy_of_what_is_trained_on_is_refused(tmp_path, monkeypatch, capsys):
+    trained, copied = ROOT / "data" / "unseen" / "annotations.json", tmp_path / "copied.json"
+    shutil.copy(trained, copied)
+    monkeypatch.setattr(precheck, "check_training", lambda flags: trained)
+    with pytest.raises(SystemExit):
+        precheck.main([str(copied), str(trained.parent), "--model", "base"])
+    assert capsys.readouterr().err == (
+        f"error: EVAL_ANNOTATIONS={copied} holds what {trained} holds; give memes that are not trained on, or "
+        "EVAL_ANNOTATIONS=none\n"
+    )
+
+
+def test_infer_says_whether_its_memes_were_trained_on(monkeypatch, capsys):
+    commands = []
+    monkeypatch.setattr("meme_llava.pipeline.__main__.run_command", lambda *words: commands.append(words))
+    variables = {"OUTPUT_DIR": "none", "NODE_RANK": "0", "ANNOTATIONS": "memes.json"}
+    for annotations in ("memes.json", "unseen.json"):
+        run_stages([Stage("infer", ["python", "infer.py"], {"annotations": [annotations]})], variables)
+    assert [words[-1] for words in commands] == ["memes.json", "unseen.json"]
+    assert capsys.readouterr().out == "\nthe model was trained on these memes; EVAL_ANNOTATIONS names others\n"
 
 
 def test_a_command_that_ends_well_is_followed_by_the_next():

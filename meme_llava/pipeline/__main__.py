@@ -91,9 +91,12 @@ def run_stages(chosen: Sequence[Stage], variables: Mapping[str, str]) -> None:
         if stage.name in ONCE:
             make_result(stage, is_first_node)
             continue
-        # What was left out of training is no reference to compare with.
-        of_training = stage.name == "infer" and is_same(*stage.flags["annotations"], variables["ANNOTATIONS"])
-        run_command(*stage.command, *(["--quarantine", str(left_out)] if of_training and left_out.is_file() else []))
+        words = []
+        if stage.name == "infer" and is_same(*stage.flags["annotations"], variables["ANNOTATIONS"]):
+            print("\nthe model was trained on these memes; EVAL_ANNOTATIONS names others", flush=True)
+            # What was left out of training is no reference to compare with.
+            words = ["--quarantine", str(left_out)] if left_out.is_file() else []
+        run_command(*stage.command, *words)
     if not is_first_node:
         print(f"node {variables['NODE_RANK']} is done; node 0 goes on", file=sys.stderr)
     elif (output / "merged").is_dir():
@@ -127,7 +130,7 @@ def describe_results(variables: Mapping[str, str]) -> str:
         lines["scores, answers"] = f"{output}/scores, before training {output}/scores_before"
         lines["page to look at"] = f"{output}/report.html (others beside it: python report.py {output} OTHER_DIR)"
     model = shlex.quote(f"{output}/merged")
-    lines["ask it yourself"] = f"{python} infer.py --model {model} --image FILE --question TEXT"
+    lines["ask it yourself"] = f"{python} infer.py --model {model} --image FILE"
     return "\n" + "\n".join(f"{name:<20}{place}" for name, place in lines.items())
 
 

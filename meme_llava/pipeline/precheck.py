@@ -8,8 +8,9 @@ from itertools import takewhile
 from pathlib import Path
 
 from meme_llava.dataset.check import check_records, print_findings
-from meme_llava.errors import stop_on_user_error
+from meme_llava.errors import UserError, count, stop_on_user_error
 from meme_llava.inference.questions import check_images, list_record_questions
+from meme_llava.storage.files import hash_file
 
 
 @stop_on_user_error
@@ -17,14 +18,20 @@ def main(argv: list[str] | None = None) -> None:
     """Check settings, annotations and all images."""
     words = sys.argv[1:] if argv is None else argv
     evaluation = list(takewhile(lambda word: not word.startswith("--"), words))
-    if flags := words[len(evaluation) :]:
-        check_training(flags)
+    flags = words[len(evaluation) :]
+    trained = check_training(flags) if flags else None
     if evaluation:
-        check_evaluation(*map(Path, evaluation))
+        annotations, image_folder = map(Path, evaluation)
+        if trained and hash_file(annotations) == hash_file(trained):
+            raise UserError(
+                f"EVAL_ANNOTATIONS={annotations} holds what {trained} holds; give memes that are not trained on, or "
+                "EVAL_ANNOTATIONS=none"
+            )
+        check_evaluation(annotations, image_folder)
 
 
-def check_training(flags: list[str]) -> None:
-    """Raise UserError for what would stop train.py with these flags before it loads a model."""
+def check_training(flags: list[str]) -> Path:
+    """The annotations of a training. Raises UserError for what would stop train.py before it loads a model."""
     # An evaluation alone needs no torch.
     from meme_llava.train.session import check_device
     from meme_llava.train.settings import parse_train_arguments
@@ -39,14 +46,16 @@ def check_training(flags: list[str]) -> None:
 
         check_validation(arguments)
     print_findings(checked)
-    print(f"settings are sound, {len(checked.usable)} records can be trained on as far as seen without a model")
+    usable = count(len(checked.usable), "record")
+    print(f"settings are sound, {usable} can be trained on as far as seen without a model")
+    return arguments.annotations
 
 
 def check_evaluation(annotations: Path, image_folder: Path) -> None:
     """Raise UserError where records or images cannot be asked about."""
     questions = list_record_questions(annotations, image_folder, limit=None)
     check_images(questions, annotations, image_folder)
-    print(f"{len(questions)} questions can be asked for the evaluation")
+    print(f"{count(len(questions), 'question')} can be asked for the evaluation")
 
 
 if __name__ == "__main__":
