@@ -23,7 +23,8 @@ from throughput_rounds import LOSS_TOLERANCE, Bench, Turn  # noqa: E402
 from throughput_ways import LADDER, PUBLISHED, Way, Workload  # noqa: E402
 
 from meme_llava.dataset.sampling import BatchShape  # noqa: E402
-from meme_llava.model.flops import TrainingCosts, recognise_accelerator  # noqa: E402
+from meme_llava.model.accelerators import recognise_accelerator  # noqa: E402
+from meme_llava.model.flops import TrainingCosts  # noqa: E402
 from meme_llava.train.planning.plan import GIB, measure_ceiling  # noqa: E402
 
 GLOBAL_BATCH, DEVICE_BATCH, ROUNDS = 16, 8, 3

@@ -13,7 +13,8 @@ from throughput_models import SHAPES, Models, make_models
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from meme_llava.model.flops import TrainingCosts, count_batch, recognise_accelerator
+from meme_llava.model.accelerators import recognise_accelerator
+from meme_llava.model.flops import TrainingCosts, count_batch
 from meme_llava.model.trainable import CheckpointedLayers, count_layers, recompute_layers
 from meme_llava.train.planning.plan import GIB, measure_ceiling
 

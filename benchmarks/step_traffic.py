@@ -25,7 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 from meme_llava.dataset.collator import PackingCollator  # noqa: E402
 from meme_llava.model import packed_llava, trainable  # noqa: E402
-from meme_llava.model.flops import TrainingCosts, count_batch, recognise_accelerator  # noqa: E402
+from meme_llava.model.accelerators import recognise_accelerator  # noqa: E402
+from meme_llava.model.flops import TrainingCosts, count_batch  # noqa: E402
 from meme_llava.model.llava import count_image_tokens, make_empty_model  # noqa: E402
 from meme_llava.model.packed_attention import VARLEN  # noqa: E402
 from meme_llava.model.packed_llava import PackedLlava, prepare_packed_llava  # noqa: E402

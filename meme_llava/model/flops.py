@@ -1,17 +1,13 @@
-"""Floating point operations: of a training step, from the model, its trainable parameters and a batch's counts; of the
-known devices per second; and of a run as it goes.
+"""Floating point operations: of a training step, from the model, its trainable parameters and a batch's counts, and of
+a run as it goes.
 
 Counted are model FLOPs as the field counts them: matrix multiplications, convolutions and attention, a multiplication
 and an addition as two. Nothing that is recomputed to save memory counts, nor norms, activations and the optimizer. A
 frozen weight costs no gradient of its own, and nothing flows back below the first thing that learns.
-
-Peaks of devices are the datasheets' dense bf16 figures in TFLOP/s (no sparsity, float32 sums), memory is what torch
-reports as a device's total, in GiB.
 """
 
 import contextlib
 import itertools
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass
@@ -21,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from meme_llava.model.accelerators import recognise_accelerator
 from meme_llava.model.llava import (
     LANGUAGE_MODEL,
     PROJECTOR,
@@ -31,7 +28,6 @@ from meme_llava.model.llava import (
     role_of,
 )
 
-CPU = "cpu"
 COUNTS, USEFUL, RECORD_IDS = "counts", "useful_positions", "record_ids"
 # The order in which a vision layer uses its projections; a gradient flows back only to where something learns.
 VISION_LAYER_ORDER = ({"q_proj", "k_proj", "v_proj"}, {"out_proj"}, {"fc1"}, {"fc2"})
@@ -158,55 +154,6 @@ def _cost_vision_tower(model: nn.Module) -> np.ndarray:
             if "q_proj" in projections:
                 cost += _cost_attention_pair(config.hidden_size, reached) * positions**2
     return cost
-
-
-@dataclass(frozen=True)
-class Accelerator:
-    """One device.
-
-    Args:
-        name: what `--accelerator` takes.
-        device_name: regular expression for the whole of `torch.cuda.get_device_name()`.
-        peak_tflops: dense bf16 TFLOP/s, None where the device has no bf16; of a CPU the measured fp32 TFLOP/s.
-    """
-
-    name: str
-    device_name: str
-    peak_tflops: float | None
-    memory_gib: float
-
-    @property
-    def is_cpu(self) -> bool:
-        return self.name == CPU
-
-
-ACCELERATORS = (
-    Accelerator("a800-80gb", r"(NVIDIA )?A800(-SXM4-80GB| 80GB PCIe)", 312.0, 79.1),
-    Accelerator("a800-40gb", r"(NVIDIA )?A800(-SXM4-40GB| 40GB Active|-PCIE-40GB)", 312.0, 39.4),
-    Accelerator("a100-80gb", r"(NVIDIA )?A100(-SXM4-80GB|-SXM-80GB| 80GB PCIe)", 312.0, 79.1),
-    Accelerator("a100-40gb", r"(NVIDIA )?A100-(SXM4|SXM|PCIE)-40GB", 312.0, 39.4),
-    Accelerator("h100-80gb", r"(NVIDIA )?H100 80GB HBM3", 989.4, 79.1),
-    Accelerator("h100-pcie", r"(NVIDIA )?H100 PCIe", 756.0, 79.1),
-    Accelerator("h100-nvl", r"(NVIDIA )?H100 NVL", 835.5, 93.0),
-    Accelerator("h800-80gb", r"(NVIDIA )?H800", 989.4, 79.1),
-    Accelerator("h800-pcie", r"(NVIDIA )?H800 PCIe", 756.0, 79.1),
-    Accelerator("h200", r"(NVIDIA )?H200", 989.4, 139.7),
-    Accelerator("h20", r"(NVIDIA )?H20", 148.0, 95.0),
-    Accelerator("l40s", r"(NVIDIA )?L40S", 362.1, 44.3),
-    Accelerator("l20", r"(NVIDIA )?L20", 119.5, 44.3),
-    Accelerator("a10", r"(NVIDIA )?A10", 125.0, 22.0),
-    Accelerator("rtx-5090", r"(NVIDIA )?GeForce RTX 5090", 209.5, 31.3),
-    Accelerator("rtx-4090", r"(NVIDIA )?GeForce RTX 4090", 165.2, 23.5),
-    Accelerator("rtx-4090-d", r"(NVIDIA )?GeForce RTX 4090 D", 147.1, 23.5),
-    Accelerator("rtx-3090", r"(NVIDIA )?GeForce RTX 3090", 71.0, 23.5),
-    Accelerator("v100-32gb", r"(NVIDIA |Tesla )?V100-(SXM2|SXM3|PCIE)-32GB", None, 31.7),
-    Accelerator("v100-16gb", r"(NVIDIA |Tesla )?V100-(SXM2|PCIE)-16GB", None, 15.7),
-)
-
-
-def recognise_accelerator(device_name: str) -> Accelerator | None:
-    """The accelerator that calls itself `device_name`, as `torch.cuda.get_device_name()` returns it, if it is known."""
-    return next((one for one in ACCELERATORS if re.fullmatch(one.device_name, device_name)), None)
 
 
 def collate_and_count(examples: list[dict], collate: Callable[[list[dict]], dict]) -> dict:

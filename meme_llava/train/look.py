@@ -9,7 +9,8 @@ from rich.text import Text
 
 from meme_llava.distributed.environment import choose_engine, count_processes
 from meme_llava.errors import UserError
-from meme_llava.model.flops import CPU, count_batch
+from meme_llava.model.accelerators import CPU
+from meme_llava.model.flops import count_batch
 from meme_llava.model.llava import Processing, load_processing
 from meme_llava.train.planning.memory import StepEstimator
 from meme_llava.train.planning.plan import find_accelerator, plan_training, print_plan

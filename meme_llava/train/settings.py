@@ -21,6 +21,7 @@ from meme_llava.dataset.check import RecordPolicy
 from meme_llava.dataset.sampling import BatchSettings
 from meme_llava.distributed.environment import check_engine_name
 from meme_llava.errors import UserError
+from meme_llava.model.accelerators import CPU, name_accelerator
 from meme_llava.model.settings import LearningRates, LoraRecipe
 
 RECIPE_FOLDER = CONFIGS / "train"
@@ -147,6 +148,8 @@ class TrainArguments(RecordPolicy, LoraRecipe, LearningRates, BatchSettings, Run
             raise UserError("--allow_changes belongs to --resume_from_checkpoint, which is not there; add it")
         if (self.accelerator or self.gpus) and not self.plan:
             raise UserError("--accelerator and --gpus belong to --plan, which is not there; add it, or leave them out")
+        if self.accelerator and self.accelerator.lower() != CPU:
+            name_accelerator(self.accelerator)  # raises for one that is not known
         if self.plan and self.show_batch:
             raise UserError("--plan and --show_batch print different things and stop; pass one of them")
 

@@ -9,7 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from meme_llava.errors import UserError
-from meme_llava.model.flops import StepCounts, TrainingCosts, count_batch, recognise_accelerator
+from meme_llava.model.accelerators import recognise_accelerator
+from meme_llava.model.flops import StepCounts, TrainingCosts, count_batch
 from meme_llava.train.planning.plan import find_accelerator, measure_ceiling
 
 

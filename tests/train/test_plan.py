@@ -15,7 +15,8 @@ from transformers import LlavaConfig
 import train
 from meme_llava.distributed.environment import DDP, DEEPSPEED, Engine
 from meme_llava.errors import UserError
-from meme_llava.model.flops import Accelerator, TrainingCosts, count_batch
+from meme_llava.model.accelerators import Accelerator
+from meme_llava.model.flops import TrainingCosts, count_batch
 from meme_llava.model.llava import load_processing
 from meme_llava.model.trainable import CheckpointedLayers, recompute_layers
 from meme_llava.terminal import format_seconds

@@ -216,6 +216,13 @@ def test_a_value_that_cannot_be_meant_stops_with_its_name(name, value, expected)
     assert value == "inf" or str(caught.value).endswith(f", expected {expected}")
 
 
+def test_an_unknown_accelerator_stops_before_anything_is_loaded():
+    with pytest.raises(UserError, match="^--accelerator a100: no known accelerator; there are a800-80gb, .* Take the"):
+        parse("--plan", "--accelerator", "a100")
+    for name in ("a800-80gb", "NVIDIA A100-SXM4-80GB", "CPU"):
+        assert parse("--plan", "--accelerator", name).accelerator == name
+
+
 @pytest.mark.parametrize(
     "name, value",
     [

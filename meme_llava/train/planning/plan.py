@@ -14,7 +14,8 @@ from torch.utils.benchmark import Timer
 
 from meme_llava.distributed.environment import choose_engine
 from meme_llava.errors import UserError
-from meme_llava.model.flops import ACCELERATORS, CPU, Accelerator, StepCounts, TrainingCosts, recognise_accelerator
+from meme_llava.model.accelerators import ACCELERATORS, CPU, Accelerator, name_accelerator
+from meme_llava.model.flops import StepCounts, TrainingCosts
 from meme_llava.terminal import format_number, format_seconds, print_table
 from meme_llava.train.planning.memory import MemoryPlan, StepEstimator, StepMemory
 from meme_llava.train.run_plan import RunPlan
@@ -41,12 +42,7 @@ def find_accelerator(name: str) -> Accelerator:
         # All of this machine's memory, and its fp32 ceiling as measured now with the threads torch uses.
         speed, memory = measure_ceiling(torch.device(CPU), torch.float32), psutil.virtual_memory().total
         return Accelerator(CPU, CPU, speed / 1e12, memory / GIB)
-    known = {accelerator.name: accelerator for accelerator in ACCELERATORS}
-    accelerator = known.get(name.lower()) or recognise_accelerator(name)
-    if accelerator is None:
-        names = ", ".join([*known, CPU])
-        raise UserError(f"--accelerator {name}: no known accelerator; there are {names}. Take the nearest one.")
-    return accelerator
+    return name_accelerator(name)
 
 
 def measure_ceiling(device: torch.device, dtype: torch.dtype) -> float:
