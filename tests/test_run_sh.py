@@ -5,6 +5,8 @@ import os
 import shlex
 import shutil
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -229,6 +231,40 @@ def test_finished_stages_are_not_done_again(chain):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("finished already: ") == 3
     assert (output / "train" / "adapter_model.safetensors").stat().st_mtime_ns == written
+
+
+@pytest.mark.long
+def test_training_goes_on_from_a_merged_model(chain, tmp_path):
+    """As an owner of memes does who starts from a model that can read."""
+    output, variables, _ = chain
+    mine = tmp_path / "mine"
+    result = run(**variables | {"BASE_DIR": str(output / "merged"), "OUTPUT_DIR": str(mine), "LOW_LR": "1e-4"})
+    assert result.returncode == 0, result.stderr
+    assert f"base model: {output}/merged, as it is (LANGUAGE_MODEL and VISION_MODEL are not used)" in result.stdout
+    record = json.loads((mine / "merged" / "run_record.json").read_text())
+    trainings = [record["training"], record["training"]["base"]["run_record"]["training"]]
+    assert [training["settings"]["low_lr"] for training in trainings] == [1e-4, 5e-4]
+    # The page names the towers at the beginning of both trainings.
+    assert variables["LANGUAGE_MODEL"] in (mine / "report.html").read_text(encoding="utf-8")
+    again = run("build", "train", "merge", **variables | {"BASE_DIR": str(output / "merged"), "OUTPUT_DIR": str(mine)})
+    assert again.returncode == 2 and "> --low_lr 5e-4" in again.stderr
+
+
+@pytest.mark.long
+def test_two_runs_with_other_settings_keep_the_first_ones_result(chain, tmp_path):
+    """The second starts while the first trains; a note of its own would make it the first one's result."""
+    output, variables, _ = chain
+    shared = variables | {"BASE_DIR": str(output / "base"), "OUTPUT_DIR": str(tmp_path / "out")}
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(run, "train", **shared)
+        while not (tmp_path / "out" / "train").exists():
+            assert not first.done()
+            time.sleep(0.1)
+        second = threads.submit(run, "train", **shared | {"LOW_LR": "1e-5"})
+    assert first.result().returncode == 0, first.result().stderr
+    assert second.result().returncode == 2, second.result().stderr
+    assert json.loads((tmp_path / "out" / "train.command").read_text())["--low_lr"] == "5e-4"
+    assert json.loads((tmp_path / "out" / "train" / "run_record.json").read_text())["settings"]["low_lr"] == 5e-4
 
 
 @pytest.mark.long
