@@ -48,13 +48,15 @@ FOREIGN_FLAGS = {
 # Variables of other programs, and DRY_RUN.
 FOREIGN_VARIABLES = {
     *("DRY_RUN", "CUDA_VISIBLE_DEVICES", "PIP_EXTRA_INDEX_URL", "UV_TORCH_BACKEND", "XDG_CACHE_HOME"),
+    "PYTHONSAFEPATH",
     *("HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
     *("TENSORBOARD_LOGGING_DIR", "WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR", "SWANLAB_MODE", "SWANLAB_PROJECT"),
     *("SWANLAB_LOG_DIR", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"),
     *(preset.key_variable for preset in PRESETS.values() if preset.key_variable),
 }
-# Words in capitals that are no variable: constants of the code, a placeholder, a misspelt one, and one that is gone.
-OTHER_NAMES = {"ALPHABET", "COMMANDS", "DIVIDED", "EXPECTATIONS", "VALUE_CHECKS", "RUBRIC", "NAME", "EPOCH", "HOSTFILE"}
+# Words in capitals that are no variable: constants of the code, placeholders, misspelt ones, and one that is gone.
+OTHER_NAMES = {"ALPHABET", "COMMANDS", "DIVIDED", "EXPECTATIONS", "VALUE_CHECKS", "RUBRIC", "NAME", "VALUE", "HOSTFILE"}
+OTHER_NAMES |= {"EPOCH", "GLOBAL_BATCH_SIZE", "LORA_RANK", "NUM_GPUS"}
 HUB_IDS = {"Qwen/Qwen2-7B-Instruct", "OFA-Sys/chinese-clip-vit-large-patch14-336px"}
 # Made when the product runs, so no checkout has them.
 MADE_BY_RUNS = ("output", ".venv")
