@@ -285,7 +285,7 @@ def test_what_is_not_there_stops_before_anything_runs(call, arguments, variables
 
 
 def test_what_a_stage_does_not_read_may_be_missing(call):
-    *_, errors = call("merge", ANNOTATIONS="missing.json", EVAL_ANNOTATIONS="missing.json", DRY_RUN="0")
+    *_, errors = call("merge", ANNOTATIONS="missing.json", EVAL_ANNOTATIONS="lost.json", DRY_RUN="0")
     assert errors.startswith("error: merge needs output/train, which is not there")
 
 
@@ -417,12 +417,12 @@ def test_one_value_in_several_spellings(monkeypatch, tmp_path):
 
 
 def test_paths_in_flags_start_where_the_user_is(call):
-    flags = ["--projector_from", "mine", "--eval-annotations=/x.json", "--resume_from_checkpoint", "latest"]
-    code, out, _ = call("train", *flags, "--run_name", "mine", caller="/home/me")
-    assert code == 0
-    assert out.endswith(
-        "--projector_from /home/me/mine --eval_annotations /x.json --resume_from_checkpoint latest --run_name mine\n"
-    )
+    flags = ["--projector_from", "mine", "--output-dir=/x", "--resume_from_checkpoint", "latest", "--run_name", "mine"]
+    code, out, _ = call("train", *flags, caller="/home/me")
+    assert code == 0 and "--output_dir /x " in out
+    assert out.endswith("--projector_from /home/me/mine --resume_from_checkpoint latest --run_name mine\n")
+    code, out, _ = call("train", "--resume_from_checkpoint", "out/checkpoint-2", caller="/home/me")
+    assert code == 0 and out.endswith("--resume_from_checkpoint /home/me/out/checkpoint-2\n")
 
 
 def test_every_path_of_train_py_is_known():

@@ -16,6 +16,7 @@ from meme_llava.storage.run_record import RUN_RECORD
 ONCE = {"build": "train merge", "train": "merge", "merge": "infer evaluate"}
 # What tells one folder of weights from another; the last one stands beside towers that were trained together.
 IDENTIFYING_FILES = (RUN_RECORD, "config.json", f"../{RUN_RECORD}")
+CONTENTS = "contents of "
 LOCK_PATIENCE_SECONDS = 15  # a network's file system may know for a while of a process that has ended
 
 
@@ -120,7 +121,7 @@ def describe_making(flags: Mapping[str, Sequence[str]]) -> dict[str, str]:
         if name != "output_dir" and len(values) == 1:
             for file in (values[0], *(f"{values[0]}/{part}" for part in IDENTIFYING_FILES)):
                 if Path(file).is_file():
-                    making[f"contents of --{name}{file.removeprefix(values[0])}"] = hash_file(Path(file))
+                    making[f"{CONTENTS}--{name}{file.removeprefix(values[0])}"] = hash_file(Path(file))
     return making
 
 
@@ -150,9 +151,11 @@ def _is_same_line(then: str, now: str) -> bool:
 
 
 def describe_differences(names: Sequence[str], noted: Mapping[str, str], making: Mapping[str, str]) -> list[str]:
-    """Lines with what was so then (<) and what is so now (>); of files, that they changed."""
+    """Lines with what was so then (<) and what is so now (>); of files of the same name, that they changed."""
     lines = []
     for name in names:
-        sides = [f"{sign} {name} {side[name]}" for sign, side in (("<", noted), (">", making)) if name in side]
-        lines += sides if name.startswith("--") else [f"  {name} changed"]
+        if name.startswith("--"):
+            lines += [f"{sign} {name} {side[name]}" for sign, side in (("<", noted), (">", making)) if name in side]
+        elif name.removeprefix(CONTENTS).partition("/")[0] not in names:  # another folder has other files
+            lines.append(f"  {name} changed")
     return lines
