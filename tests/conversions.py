@@ -4,8 +4,9 @@ import contextlib
 from pathlib import Path
 
 import pytest
-from conftest import VISION_DIMENSIONS, reseal
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+import torch
+from conftest import LANGUAGE_DIMENSIONS, VISION_DIMENSIONS, reseal
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, CLIPConfig, CLIPModel
 
 import build_base_model
 import merge_lora
@@ -21,6 +22,54 @@ BASE_FILES = {
     "run_record.json",
     "tokenizer.json",
     "tokenizer_config.json",
+}
+# What a tiny language model of a kind needs beside the sizes of all.
+LINEAR = {
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+LANGUAGE_MODELS = {
+    # Every layer attends in a window, and there are no layer types.
+    "mistral": {"sliding_window": 6},
+    "phi3": {"sliding_window": 6},
+    # The second of two layers does.
+    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16},
+    "qwen3": {"head_dim": 16},
+    "gemma2": {"head_dim": 16},
+    "gpt_oss": {
+        "head_dim": 16,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "layer_types": ["full_attention"] * 2,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "qwen3_5_text": {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"], **LINEAR},
+    "falcon_h1": {"mamba_d_ssm": 64, **MAMBA},
+    "bamba": {"attn_layer_indices": [1], **MAMBA},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"],
+        "num_local_experts": 0,
+        "shared_intermediate_size": 48,
+        **MAMBA,
+    },
+    "jamba": {
+        "num_experts": 2,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 8,
+        "use_mamba_kernels": False,
+    },
+    "llama4_text": {
+        "head_dim": 16,
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 2,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 6,
+    },
 }
 TEXT_TOWER = {
     "hidden_size": 16,
@@ -42,6 +91,23 @@ def save_language_model(model, world, folder):
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(world.language_model).save_pretrained(folder)
     return folder
+
+
+def make_language_config(model_type, **changes):
+    """A language model's configuration of the tiny size, whatever its kind."""
+    known = {**LANGUAGE_DIMENSIONS, "vocab_size": 512, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+    return CONFIG_MAPPING[model_type](**known | LANGUAGE_MODELS.get(model_type, {}) | changes)
+
+
+def save_language_model_of(world, folder, model_type, **changes):
+    """A tiny language model of another kind, its matrices large enough that everything it does weighs something."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(make_language_config(model_type, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(std=0.08)
+    return save_language_model(model, world, folder)
 
 
 def make_clip(folder, size=28):

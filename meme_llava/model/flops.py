@@ -39,7 +39,7 @@ class StepCounts:
 
     Args:
         positions: of the packed row.
-        attention_pairs: pairs of query and key that attend, over all segments.
+        attention_pairs: pairs of query and key that attend, over all segments; as if no sliding window kept any apart.
         images: that go through vision tower and projector.
         supervised: positions that carry loss.
     """

@@ -2,15 +2,16 @@
 
 A packed row needs no mask over all its positions. Each segment attends, causally, to its path, whose last positions are
 the segment itself; that is what kernels for sequences of varying length compute when they align queries and keys at
-their ends. Neither models nor transformers are loaded here: the choice is made before.
+their ends. A path is its record without gaps, so a sliding window reaches as far back on it as in the record alone.
+Neither models nor transformers are loaded here: the choice is made before.
 """
 
 import importlib
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import cache, cached_property, lru_cache, wraps
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from meme_llava.errors import UserError
 # What --attention calls them. transformers has its own under some of these names, so ours get a prefix there.
 SDPA, MATMUL, VARLEN, FLASH_ATTENTION_2 = "sdpa", "matmul", "varlen", "flash_attention_2"
 PACKED = "packed_"
+# What models hand their attention beside what ours computes: caps and biases of scores, sinks, a choice of keys.
+UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
 
 
 def choose_attention(setting: str, device: torch.device, uses_bf16: bool) -> str:
@@ -94,8 +97,8 @@ def multiplies_bf16() -> bool:
 class _Segment:
     tree: int  # which tree of the row it belongs to
     length: int
+    keys: int  # positions of its path
     path: torch.Tensor | None  # int64 (keys,), positions within the tree; None for a tree's first segment: itself
-    mask: torch.Tensor | None  # bool (length, keys), where path is given
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +116,7 @@ class Packing:
     cu_seqlens_k: torch.Tensor
     max_seqlen_q: int
     max_seqlen_k: int
+    _masks: dict[int | None, list[torch.Tensor | None]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def kernel_bounds(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
@@ -128,12 +132,22 @@ class Packing:
             length, keys = end - start, path_end - path_start
             if length == keys:  # a tree's first: its path is the segment itself
                 tree, tree_start = tree + 1, start
-                segments.append(_Segment(tree, length, None, None))
+                segments.append(_Segment(tree, length, keys, None))
                 continue
-            path = self.kv_index[path_start:path_end] - tree_start
-            mask = torch.ones((length, keys), dtype=torch.bool, device=path.device).tril(keys - length)
-            segments.append(_Segment(tree, length, path, mask))
+            segments.append(_Segment(tree, length, keys, self.kv_index[path_start:path_end] - tree_start))
         return segments
+
+    def list_masks(self, window: int | None) -> list[torch.Tensor | None]:
+        """What every segment sees of its path, as `_make_mask` gives it; None where no more than causality hides any.
+        Layers share them."""
+        if window not in self._masks:
+            self._masks[window] = [
+                None
+                if segment.path is None and (window is None or segment.keys <= window)
+                else _make_mask(segment.length, segment.keys, window, self.kv_index.device)
+                for segment in self.segments
+            ]
+        return self._masks[window]
 
     @cached_property
     def tree_lengths(self) -> list[int]:
@@ -142,15 +156,55 @@ class Packing:
         return [sum(segment.length for segment in tree) for _, tree in trees]
 
 
-def attend_with_sdpa(module, query, key, value, attention_mask, scaling, dropout=0.0, *, packing: Packing, **kwargs):
-    """Attention of transformers' interface over a packed row, segment by segment.
+def _make_mask(length: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """bool (length, keys): the last `length` positions of a path see themselves and what stands before them, with a
+    window that many positions at most, themselves counted."""
+    mask = torch.ones((length, keys), dtype=torch.bool, device=device).tril(keys - length)
+    return mask if window is None else mask.triu(keys - length - window + 1)
+
+
+@lru_cache(maxsize=64)
+def _make_causal_mask(length: int, device: torch.device) -> torch.Tensor:
+    """bool (length, length): a position sees itself and what stands before it."""
+    return _make_mask(length, length, None, device)
+
+
+def _as_transformers_calls_it(attend: Callable) -> Callable:
+    """`attend` of a packed row with the interface of transformers' attention. Raises UserError where a model asks for
+    more than causal attention in a window, or does not hand on how its row is packed.
+
+    Args of what is returned, beside those of `attend`:
+        sliding_window: how many positions each one sees at most, itself counted; None for all.
+    """
+
+    @wraps(attend)
+    def call(
+        module, query, key, value, attention_mask, scaling, dropout=0.0, *, packing=None, sliding_window=None, **others
+    ):
+        lacks = [name for name in UNSUPPORTED if others.get(name) is not None]
+        lacks += ["a mask of its own"] * (attention_mask is not None)
+        if packing is None or lacks:
+            what = f"asks for {', '.join(lacks)}" if lacks else "is not told how its row is packed"
+            raise UserError(
+                f"the language model's {type(module).__name__} {what}, so its records cannot share a row; take a model "
+                "of plain causal attention, such as Qwen2, Qwen3, Llama or Mistral"
+            )
+        window = sliding_window if sliding_window is not None and sliding_window < packing.max_seqlen_k else None
+        return attend(module, query, key, value, packing, window, scaling, dropout), None
+
+    return call
+
+
+@_as_transformers_calls_it
+def attend_with_sdpa(module, query, key, value, packing: Packing, window: int | None, scaling: float, dropout: float):
+    """Attention over a packed row, segment by segment.
 
     Args:
         query: (1, heads, positions, head_dim).
         key, value: (1, key_value_heads, positions, head_dim).
 
     Returns:
-        (1, positions, heads, head_dim), and None for the weights.
+        (1, positions, heads, head_dim).
     """
 
     def attend(own_query, own_key, own_value, mask):
@@ -158,10 +212,11 @@ def attend_with_sdpa(module, query, key, value, attention_mask, scaling, dropout
             own_query, own_key, own_value, mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
         )
 
-    return _attend_by_segment(module, query, key, value, packing, attend)
+    return _attend_by_segment(module, query, key, value, packing, window, attend)
 
 
-def attend_with_matmul(module, query, key, value, attention_mask, scaling, dropout=0.0, *, packing: Packing, **kwargs):
+@_as_transformers_calls_it
+def attend_with_matmul(module, query, key, value, packing: Packing, window: int | None, scaling: float, dropout: float):
     """Like `attend_with_sdpa`, in plain matrix products."""
 
     def attend(own_query, own_key, own_value, mask):
@@ -171,16 +226,10 @@ def attend_with_matmul(module, query, key, value, attention_mask, scaling, dropo
         weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
         return functional.dropout(weights, dropout) @ own_value
 
-    return _attend_by_segment(module, query, key, value, packing, attend)
+    return _attend_by_segment(module, query, key, value, packing, window, attend)
 
 
-@lru_cache(maxsize=64)
-def _make_causal_mask(length: int, device: torch.device) -> torch.Tensor:
-    """bool (length, length): a position sees itself and what stands before it."""
-    return torch.ones((length, length), dtype=torch.bool, device=device).tril()
-
-
-def _attend_by_segment(module, query, key, value, packing: Packing, attend: Callable):
+def _attend_by_segment(module, query, key, value, packing: Packing, window: int | None, attend: Callable):
     """Call `attend` for every segment with its queries, the keys and values of its path, and its mask, if any."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # (1, heads, positions, head_dim)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
@@ -189,17 +238,18 @@ def _attend_by_segment(module, query, key, value, packing: Packing, attend: Call
     keys = key.split(packing.tree_lengths, dim=2)
     values = value.split(packing.tree_lengths, dim=2)
     outputs = []
-    for segment, own_query in zip(packing.segments, queries, strict=True):
+    for segment, own_query, mask in zip(packing.segments, queries, packing.list_masks(window), strict=True):
         own_key, own_value = keys[segment.tree], values[segment.tree]
         if segment.path is None:
             own_key, own_value = own_key[:, :, : segment.length], own_value[:, :, : segment.length]
         else:
             own_key, own_value = own_key.index_select(2, segment.path), own_value.index_select(2, segment.path)
-        outputs.append(attend(own_query, own_key, own_value, segment.mask))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+        outputs.append(attend(own_query, own_key, own_value, mask))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def attend_with_varlen(module, query, key, value, attention_mask, scaling, dropout=0.0, *, packing: Packing, **kwargs):
+@_as_transformers_calls_it
+def attend_with_varlen(module, query, key, value, packing: Packing, window: int | None, scaling: float, dropout: float):
     """Like `attend_with_sdpa`, in one call of torch.nn.attention.varlen.varlen_attn, which has no dropout."""
     attend, takes_groups = find_varlen_attention()
     query, key, value = _lay_out_for_kernel(query, key, value, packing)
@@ -207,20 +257,23 @@ def attend_with_varlen(module, query, key, value, attention_mask, scaling, dropo
     if not takes_groups:
         key = key.repeat_interleave(module.num_key_value_groups, dim=1)
         value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    # The window is causal, aligned at the ends.
-    output = attend(query, key, value, *packing.kernel_bounds, scale=scaling, window_size=(-1, 0), **options)
-    return output[None], None
+    # Causal, aligned at the ends; the kernel counts what is seen on the left of a position, -1 is all.
+    sees = (-1 if window is None else window - 1, 0)
+    return attend(query, key, value, *packing.kernel_bounds, scale=scaling, window_size=sees, **options)[None]
 
 
+@_as_transformers_calls_it
 def attend_with_flash_attention_2(
-    module, query, key, value, attention_mask, scaling, dropout=0.0, *, packing: Packing, **kwargs
+    module, query, key, value, packing: Packing, window: int | None, scaling: float, dropout: float
 ):
     """Like `attend_with_sdpa`, in one call of the flash-attn package, version 2.1 or newer."""
     attend, _ = find_flash_attention()
     laid_out = _lay_out_for_kernel(query, key, value, packing)
-    # Causal means aligned at the ends.
+    # Causal means aligned at the ends; a window is given as to `attend_with_varlen`'s kernel.
     options = {"dropout_p": dropout, "softmax_scale": scaling, "causal": True}
-    return attend(*laid_out, *packing.kernel_bounds, **options)[None], None
+    if window is not None:
+        options["window_size"] = (window - 1, 0)
+    return attend(*laid_out, *packing.kernel_bounds, **options)[None]
 
 
 def _lay_out_for_kernel(query, key, value, packing: Packing) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

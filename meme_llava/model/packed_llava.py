@@ -36,6 +36,7 @@ class PackedLlava(LlavaForConditionalGeneration):
 
     def __init__(self, config: LlavaConfig):
         super().__init__(config)
+        self.own_attention = self.model.language_model.config._attn_implementation
         self.lm_head = CrossEntropyHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
 
     def forward(
@@ -114,8 +115,6 @@ def prepare_packed_llava(model: PackedLlava, image_policy: ImagePolicy, attentio
             f"{source}: uses the vision layers {model.config.vision_feature_layer}, expected a single one. Build the "
             "model with build_base_model.py."
         )
-    if "sliding_attention" in (getattr(model.config.text_config, "layer_types", None) or ()):
-        raise UserError(f"{source}: its language model attends in a sliding window, which packed rows do not do yet")
     dropout = getattr(model.config.text_config, "attention_dropout", 0.0)
     if attention == VARLEN and dropout:
         raise UserError(
@@ -155,7 +154,7 @@ def answer_unpacked(model: torch.nn.Module) -> Iterator[None]:
     model.eval()
     packed.forward = MethodType(LlavaForConditionalGeneration.forward, packed)
     packed.model.get_image_features = partial(_get_image_features, packed)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = packed.own_attention
     for layer in layers:
         layer._compiled_call_impl = None
     # FSDP gathers the weights outside its layers for `forward` alone.

@@ -1,14 +1,17 @@
 """A packed row is the same mathematics as its records one by one, through transformers' own LLaVA."""
 
+import copy
 import sys
 import types
 
 import pytest
 import torch
 from conftest import encode_example, train_flags
+from conversions import make_language_config
 from peft.tuners.lora import LoraLayer
 from torch._dynamo.utils import counters
 from torch.nn import functional
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from meme_llava.dataset.collator import PackingCollator, read_pixels, to_pixel_values
 from meme_llava.dataset.conversation import Turn
@@ -18,6 +21,7 @@ from meme_llava.model import packed_attention
 from meme_llava.model.llava import load_llava, load_processing
 from meme_llava.model.packed_attention import (
     FLASH_ATTENTION_2,
+    KERNELS,
     MATMUL,
     SDPA,
     VARLEN,
@@ -26,6 +30,7 @@ from meme_llava.model.packed_attention import (
     find_varlen_attention,
 )
 from meme_llava.model.packed_llava import (
+    PackedLlava,
     compile_layers,
     load_packed_llava,
     prepare_packed_llava,
@@ -193,10 +198,43 @@ def test_a_record_sees_nothing_of_its_neighbours(world, processing, collator):
     assert torch.equal(read_own_loss(own, one), read_own_loss(own, one, other))
 
 
-def stand_in_for_varlen(calls):
-    """What kernels for varying lengths compute, written plainly: causal, queries and keys aligned at their ends."""
+def make_language_model_pair(world, processing, model_type, **changes):
+    """A packed LLaVA and transformers' own with the same random weights and another language model of the tiny size."""
+    config = LlavaConfig.from_pretrained(world.base)
+    config.text_config = make_language_config(model_type, **changes)
+    torch.manual_seed(0)
+    plain, packed = LlavaForConditionalGeneration(copy.deepcopy(config)), PackedLlava(copy.deepcopy(config))
+    packed.load_state_dict(plain.state_dict())
+    prepare_packed_llava(packed, processing.image_policy, SDPA, "test")
+    return packed, plain
 
-    def attend(query, key, value, query_starts, key_starts, longest_query, longest_key, *, scale, causal):
+
+def check_equal_to_separate_records(packed, plain, processing, batch, examples):
+    ours, expected = packed(**batch)["loss"], sum_losses_one_by_one(plain, processing, examples, "token")
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-6)
+    ours.backward()
+    expected.backward()
+    ours = collect_gradients(packed)
+    for name, gradient in collect_gradients(plain).items():
+        if gradient is not None and "vision_tower" not in name:
+            assert float((ours[name] - gradient).norm()) <= 1e-5 * float(gradient.norm()), name
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "phi3", "qwen2", "gemma3_text"])
+def test_sliding_windows_equal_separate_records(world, processing, collator, model_type):
+    examples = make_examples(world, processing, CASES["everything_together"])
+    batch = collator(examples)
+    packed, plain = make_language_model_pair(world, processing, model_type)
+    assert packed.config.text_config.sliding_window < batch["max_seqlen_q"]
+    assert len(batch["kv_index"]) > batch["input_ids"].shape[1]  # something is shared
+    check_equal_to_separate_records(packed, plain, processing, batch, examples)
+
+
+def stand_in_for_varlen(calls):
+    """What kernels for varying lengths compute, written plainly: causal, queries and keys aligned at their ends, with
+    so many keys seen before a query's own."""
+
+    def attend(query, key, value, query_starts, key_starts, longest_query, longest_key, *, scale, causal, left):
         calls.append((query.dtype, len(query), len(key), longest_query, longest_key))
         assert query_starts.dtype == key_starts.dtype == torch.int32
         group = query.shape[1] // key.shape[1]
@@ -209,6 +247,8 @@ def stand_in_for_varlen(calls):
             scores = own @ keys.transpose(1, 2) * scale
             assert causal and scores.shape[1] <= longest_query and scores.shape[2] <= longest_key
             mask = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
+            if left >= 0:
+                mask = mask.triu(scores.shape[2] - scores.shape[1] - left)
             outputs.append((scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values).transpose(0, 1))
         return torch.cat(outputs)
 
@@ -219,8 +259,8 @@ def make_varlen(attend):
     """With the signature of torch.nn.attention.varlen.varlen_attn."""
 
     def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
-        assert enable_gqa and window_size == (-1, 0)
-        return attend(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, causal=True)
+        assert enable_gqa and window_size[1] == 0
+        return attend(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, causal=True, left=window_size[0])
 
     return varlen_attn
 
@@ -229,8 +269,8 @@ def make_older_varlen(attend):
     """As torch 2.11 has it: keys and queries have the same number of heads."""
 
     def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-        assert q.shape[1] == k.shape[1] == v.shape[1] and window_size == (-1, 0)
-        return attend(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, causal=True)
+        assert q.shape[1] == k.shape[1] == v.shape[1] and window_size[1] == 0
+        return attend(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, causal=True, left=window_size[0])
 
     return varlen_attn
 
@@ -244,12 +284,14 @@ def kernels(monkeypatch):
         attend = stand_in_for_varlen(calls)
         if name == "flash_attention_2":
             package = types.ModuleType("flash_attn")
-            package.flash_attn_varlen_func = lambda *tensors, dropout_p, softmax_scale, causal: attend(
-                *tensors, scale=softmax_scale, causal=causal
+            package.flash_attn_varlen_func = lambda *tensors, dropout_p, softmax_scale, causal, window_size=(-1, -1): (
+                attend(*tensors, scale=softmax_scale, causal=causal, left=window_size[0])
             )
             monkeypatch.setitem(sys.modules, "flash_attn", package)
             find_optional.cache_clear()
             return FLASH_ATTENTION_2
+        if name in (SDPA, MATMUL):
+            return name
         make = make_older_varlen if name == "older varlen" else make_varlen
         find_varlen_attention.cache_clear()
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", make(attend))
@@ -279,6 +321,43 @@ def test_the_kernels_of_gpus_are_called_for_the_same_result(world, processing, c
     positions, keys = batch["input_ids"].shape[1], len(batch["kv_index"])
     assert calls[0] == (torch.float32, positions, keys, batch["max_seqlen_q"], batch["max_seqlen_k"])
     assert keys > positions  # something was shared
+
+
+@pytest.mark.parametrize("name", [SDPA, MATMUL, "varlen", "older varlen", "flash_attention_2"])
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    # Means of the values seen: 0 2 4 6 8, and 0 2 4 10.
+    [(1, [0, 2, 4, 6, 8, 10]), (2, [0, 1, 3, 5, 7, 7]), (4, [0, 1, 2, 3, 5, 4]), (None, [0, 1, 2, 3, 4, 4])],
+)
+def test_a_window_reaches_back_as_far_as_it_says(kernels, name, window, expected):
+    """Two records: positions 0 to 4, and 5, which goes on after 2. All scores are alike."""
+    attend = KERNELS[kernels[0](name)]
+    starts, path_starts = torch.tensor([0, 5, 6], dtype=torch.int32), torch.tensor([0, 5, 9], dtype=torch.int32)
+    packing = packed_attention.Packing(starts, torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 5]), path_starts, 5, 5)
+    zeros, values = torch.zeros(1, 1, 6, 1), torch.tensor([0.0, 2.0, 4.0, 6.0, 8.0, 10.0]).view(1, 1, 6, 1)
+    module = types.SimpleNamespace(num_key_value_groups=1)
+    output, _ = attend(module, zeros, zeros, values, None, 1.0, packing=packing, sliding_window=window)
+    assert output.flatten().tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", [SDPA, MATMUL, "varlen", "flash_attention_2"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"packing": None}, "OddAttention is not told how its row is packed, so its records cannot share a row; take"),
+        ({"softcap": 50.0}, "OddAttention asks for softcap, so"),
+        ({"s_aux": torch.zeros(1), "indices": torch.zeros(1)}, "OddAttention asks for s_aux, indices, so"),
+        ({"attention_mask": torch.ones(1, 1, 1, 1)}, "OddAttention asks for a mask of its own, so"),
+    ],
+)
+def test_attention_that_is_not_plain_is_refused(kernels, name, options, message):
+    starts = torch.tensor([0, 1], dtype=torch.int32)
+    packing = packed_attention.Packing(starts, torch.tensor([0]), starts, 1, 1)
+    module = type("OddAttention", (), {"num_key_value_groups": 1})()
+    one = torch.ones(1, 1, 1, 1)
+    options = {"attention_mask": None, "scaling": 1.0, "packing": packing, "softcap": None} | options
+    with pytest.raises(UserError, match=message):
+        KERNELS[kernels[0](name)](module, one, one, one, **options)
 
 
 def test_plain_matrix_products_give_the_same_result(world, processing, collator):
@@ -406,10 +485,6 @@ def test_a_model_that_cannot_be_packed_is_refused(world, processing):
     with pytest.raises(UserError, match=r"somewhere: uses the vision layers \[-2, -1\], expected a single one"):
         prepare_packed_llava(model, processing.image_policy, SDPA, "somewhere")
     model.config.vision_feature_layer = -2
-    model.config.text_config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(UserError, match="somewhere: its language model attends in a sliding window"):
-        prepare_packed_llava(model, processing.image_policy, SDPA, "somewhere")
-    model.config.text_config.layer_types = ["full_attention"]
     model.config.text_config.attention_dropout = 0.1
     with pytest.raises(UserError, match="somewhere: its language model has attention_dropout 0.1, which --attention v"):
         prepare_packed_llava(model, processing.image_policy, VARLEN, "somewhere")
