@@ -39,7 +39,8 @@ LANGUAGE_MODELS = {
     "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16},
     "qwen3": {"head_dim": 16},
-    "gemma2": {"head_dim": 16},
+    # Without caps of logits, which LLaVA has not.
+    "gemma2": {"head_dim": 16, "final_logit_softcapping": None},
     "gpt_oss": {
         "head_dim": 16,
         "num_local_experts": 2,

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from meme_llava.convert.build import VISION_FEATURE_LAYER, Parts
+from meme_llava.convert.packing_check import prove_packing
 from meme_llava.convert.towers import EMBEDDING, OTHER_TOWER_PREFIXES, Source
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.errors import UserError
@@ -103,7 +104,8 @@ def verify_assembled(parts: Parts, folder: Path, dtype: torch.dtype | None) -> l
     failed = [f"{name} ({finding})" for name, passed, finding in checks if not passed]
     if failed:
         raise UserError(f"the assembled model differs from its sources: {'; '.join(failed)}")
-    return [(name, finding) for name, _, finding in checks]
+    packing = prove_packing(parts.config, tensors, policy, str(parts.language_model.folder))
+    return [*((name, finding) for name, _, finding in checks), ("a packed row equals its records", packing)]
 
 
 def _open_source(source: Source, dtype: torch.dtype | None, compute_dtype: torch.dtype, fits: bool) -> nn.Module:

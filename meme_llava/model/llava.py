@@ -9,6 +9,7 @@ Modules in memory are named as transformers 5 names them: `model.vision_tower.*`
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,16 +211,20 @@ def offload_weights(model: nn.Module, read: Callable[[str], torch.Tensor]) -> nn
         def __getitem__(self, name: str) -> torch.Tensor:
             return read(name)
 
-    # Attention of torch's own never calls its output projection; it uses the weights itself.
-    whole = [nn.MultiheadAttention.__name__]
-    attach_align_device_hook(model, "cpu", offload=True, weights_map=Weights(), preload_module_classes=whole)
+    # Attention of torch's own never calls its output projection, and mixers of state spaces not their convolution; they
+    # use the weights themselves.
+    whole = {nn.MultiheadAttention.__name__}
+    whole |= {type(one).__name__ for one in model.modules() if any(isinstance(c, nn.Conv1d) for c in one.children())}
+    attach_align_device_hook(model, "cpu", offload=True, weights_map=Weights(), preload_module_classes=[*whole])
     return model
 
 
 def report_layers(model: nn.Module, advance: Callable[[int], None]) -> None:
     """Call `advance(1)` whenever a layer of the language model has run."""
-    for layer in model.get_decoder().layers:
-        layer.register_forward_hook(lambda *_: advance(1))
+    # Not every language model tells its decoder.
+    for name, module in model.named_modules():
+        if re.search(r"\blayers\.\d+$", name) and VISION_TOWER not in name:
+            module.register_forward_hook(lambda *_: advance(1))
 
 
 def fits_in_memory(tensors: dict[str, StoredTensor], dtype: torch.dtype) -> bool:

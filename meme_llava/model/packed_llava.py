@@ -25,6 +25,7 @@ from meme_llava.model.cross_entropy_head import CrossEntropyHead
 from meme_llava.model.lean_layers import use_lean_norms
 from meme_llava.model.llava import count_used_vision_layers, load_llava
 from meme_llava.model.packed_attention import KERNELS, MATMUL, PACKED, VARLEN, Packing
+from meme_llava.model.packing import find_obstacle
 
 for name, attend in KERNELS.items():
     # Compiled layers call these as they are; compiling them would start anew for every new set of segment lengths.
@@ -62,18 +63,23 @@ class PackedLlava(LlavaForConditionalGeneration):
         embeddings = self.get_input_embeddings()(input_ids).squeeze(0)  # (positions, width)
         shown = features.index_select(0, image_runs).flatten(0, 1)  # (runs * tokens, width)
         embeddings = embeddings.index_copy(0, image_positions, shown.to(embeddings.dtype)).unsqueeze(0)
-        outputs = self.model.language_model(
-            inputs_embeds=embeddings,
-            position_ids=position_ids,
-            use_cache=False,
-            packing=Packing(cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
-        )
-        hidden = outputs.last_hidden_state.squeeze(0).index_select(0, loss_positions)  # (supervised, width)
+        packing = Packing(cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        hidden = self.run_language_model(embeddings, position_ids, packing)
+        hidden = hidden.squeeze(0).index_select(0, loss_positions)  # (supervised, width)
         loss = self.lm_head(hidden, loss_targets, loss_weights)
         if len(image_runs) == 0:
             # The blank image of a batch of text: the parts that see images get a gradient of zero, not none.
             loss = loss + 0.0 * features.float().sum()
         return {"loss": loss}
+
+    def run_language_model(
+        self, embeddings: torch.Tensor, position_ids: torch.Tensor, packing: Packing
+    ) -> torch.Tensor:
+        """The last hidden states of a packed row: (1, positions, width), of the same shape as its embeddings."""
+        outputs = self.model.language_model(
+            inputs_embeds=embeddings, position_ids=position_ids, use_cache=False, packing=packing
+        )
+        return outputs.last_hidden_state
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Like `encode_normalised`, from uint8 (images, 3, size, size)."""
@@ -115,6 +121,8 @@ def prepare_packed_llava(model: PackedLlava, image_policy: ImagePolicy, attentio
             f"{source}: uses the vision layers {model.config.vision_feature_layer}, expected a single one. Build the "
             "model with build_base_model.py."
         )
+    if obstacle := find_obstacle(model.config.text_config):
+        raise UserError(f"{source}: its language model has {obstacle}, so its records cannot share a row")
     dropout = getattr(model.config.text_config, "attention_dropout", 0.0)
     if attention == VARLEN and dropout:
         raise UserError(

@@ -1,0 +1,49 @@
+"""Build proves that records can share a row, and refuses language models whose records would learn from each other."""
+
+import json
+
+import pytest
+from conversions import build, run_and_read_error, save_language_model_of
+
+from meme_llava.model import packed_attention, packed_llava
+
+
+def read_proof(base):
+    return json.loads((base / "run_record.json").read_text())["checks"]["a packed row equals its records"]
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "phi3", "qwen2", "gemma3_text", "qwen3"])
+def test_packing_is_proved(world, tmp_path, model_type):
+    folder = save_language_model_of(world, tmp_path / model_type, model_type)
+    proof = read_proof(build(folder, world.vision_tower, tmp_path / "base"))
+    assert float(proof.removeprefix("largest difference ")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("lfm2", "its language model (lfm2, layers: conv, full_attention) computes something else in a packed row"),
+        (
+            "llama4_text",
+            "its language model (llama4_text, layers: chunked_attention, full_attention) computes something",
+        ),
+        ("stablelm", "the language model's StableLmAttention is not told how its row is packed"),
+        ("gemma2", "the language model's Gemma2Attention asks for softcap"),
+    ],
+)
+def test_a_leak_is_refused_with_its_layers(world, tmp_path, monkeypatch, capsys, model_type, message):
+    """As of a language model that no list knows."""
+    monkeypatch.setattr(packed_llava, "find_obstacle", lambda text_config: "")
+    folder = save_language_model_of(world, tmp_path / model_type, model_type)
+    error = run_and_read_error(capsys, folder, world.vision_tower, tmp_path / "base")
+    assert message in error and str(folder) in error
+    assert [path.name for path in tmp_path.iterdir()] == [model_type]
+
+
+def test_a_window_of_another_length_is_refused(world, tmp_path, monkeypatch, capsys):
+    make_mask = packed_attention._make_mask
+    longer = lambda length, keys, window, device: make_mask(length, keys, window and window + 1, device)  # noqa: E731
+    monkeypatch.setattr(packed_attention, "_make_mask", longer)
+    folder = save_language_model_of(world, tmp_path / "mistral", "mistral")
+    error = run_and_read_error(capsys, folder, world.vision_tower, tmp_path / "base")
+    assert "its language model (mistral, layers: attention) computes something else in a packed row" in error
