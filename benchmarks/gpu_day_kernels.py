@@ -1,6 +1,7 @@
 """Row of gpu_day.py: every attention kernel, and a small model around it, against float32 on the CPU."""
 
 import copy
+import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,20 +28,21 @@ from meme_llava.model.packed_llava import PackedLlava, prepare_packed_llava  # n
 
 # Largest ‖own − reference‖ / ‖reference‖, the reference being float32 from the same rounded inputs.
 TOLERANCES = {torch.bfloat16: 1e-2, torch.float32: 1e-3}
+WINDOW = 48  # positions; of no power of two, shorter than an image
 MODEL_LOSS_TOLERANCE, MODEL_GRADIENT_TOLERANCE = 2e-2, 5e-2
 
 
 def main() -> None:
     arguments = parse_row_arguments(__doc__)
     device, shapes = torch.device(arguments.device), SHAPES[arguments.scale]
-    for shared in (True, False):
+    for shared, window in itertools.product((True, False), (None, WINDOW)):
         batch = make_batch(shapes, shared_images=shared)
         inputs = draw_inputs(shapes, batch["input_ids"].shape[1])
         for dtype in (torch.bfloat16, torch.float32):
             rounded = [value.to(dtype) for value in inputs]
-            reference = attend(attend_with_sdpa, [value.float() for value in rounded], batch, shapes)
+            reference = attend(attend_with_sdpa, [value.float() for value in rounded], batch, shapes, window)
             for name in KERNELS if dtype == torch.bfloat16 else (SDPA, MATMUL):
-                check_kernel(name, shared, rounded, reference, batch, shapes, device)
+                check_kernel(name, shared, rounded, reference, batch, shapes, window, device)
     for name in KERNELS:
         check_model(name, device)
 
@@ -54,7 +56,9 @@ def draw_inputs(shapes: Shapes, positions: int) -> list[torch.Tensor]:
     return [*inputs, torch.randn(1, positions, text.num_attention_heads, width, generator=generator)]
 
 
-def attend(kernel, inputs: list[torch.Tensor], batch: dict, shapes: Shapes) -> list[torch.Tensor]:
+def attend(
+    kernel, inputs: list[torch.Tensor], batch: dict, shapes: Shapes, window: int | None = None
+) -> list[torch.Tensor]:
     """Output and the three gradients of a kernel, as float32 on the CPU."""
     *sources, gradient = inputs
     device = gradient.device
@@ -65,7 +69,7 @@ def attend(kernel, inputs: list[torch.Tensor], batch: dict, shapes: Shapes) -> l
     bounds = [batch[name].to(device) for name in names]
     packing = Packing(*bounds, batch["max_seqlen_q"], batch["max_seqlen_k"])
     scaling = query.shape[-1] ** -0.5
-    output, _ = kernel(module, query, key, value, None, scaling, packing=packing)
+    output, _ = kernel(module, query, key, value, None, scaling, packing=packing, sliding_window=window)
     output.backward(gradient)
     return [tensor.detach().float().cpu() for tensor in (output, query.grad, key.grad, value.grad)]
 
@@ -82,17 +86,19 @@ def check_kernel(
     reference: list[torch.Tensor],
     batch: dict,
     shapes: Shapes,
+    window: int | None,
     device: torch.device,
 ) -> None:
     """Report how far a kernel's output and gradients are from the reference."""
     dtype = inputs[0].dtype
     short = str(dtype).removeprefix("torch.")
     row = f"attention {name}, {short}, {'captions share images' if shared else 'nothing is shared'}"
+    row += f", in a window of {window}" * bool(window)
     if not can_run(name, device, dtype):
         Result(row, NOT_RUN, note="needs a GPU, bf16 and its package").print()
         return
     with reporting(row) as result:
-        own = attend(KERNELS[name], [value.to(device) for value in inputs], batch, shapes)
+        own = attend(KERNELS[name], [value.to(device) for value in inputs], batch, shapes, window)
         names = ("output", "query_gradient", "key_gradient", "value_gradient")
         errors = {
             name: measure_error(*pair) for name, pair in zip(names, zip(own, reference, strict=True), strict=True)

@@ -93,17 +93,17 @@ def test_full_scale_needs_a_gpu(tmp_path, capsys):
     assert "--scale tiny rehearses the day on a CPU" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("shared", [True, False])
-def test_kernels_are_compared_forward_and_backward(shared):
+def test_kernels_are_compared_forward_and_backward(shared, window):
     shapes = SHAPES["tiny"]
     batch = make_batch(shapes, shared_images=shared)
     inputs = draw_inputs(shapes, batch["input_ids"].shape[1])
-    reference = attend(attend_with_sdpa, inputs, batch, shapes)
-    errors = [
-        measure_error(*pair) for pair in zip(attend(attend_with_matmul, inputs, batch, shapes), reference, strict=True)
-    ]
+    reference = attend(attend_with_sdpa, inputs, batch, shapes, window)
+    own = attend(attend_with_matmul, inputs, batch, shapes, window)
+    errors = [measure_error(*pair) for pair in zip(own, reference, strict=True)]
     assert len(errors) == 4 and max(errors) < 1e-5
-    spoilt = attend(attend_with_matmul, [value * 1.01 for value in inputs], batch, shapes)
+    spoilt = attend(attend_with_matmul, [value * 1.01 for value in inputs], batch, shapes, window)
     assert min(measure_error(*pair) for pair in zip(spoilt, reference, strict=True)) > 5e-3
 
 
