@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from meme_llava.convert.build import open_parts, write_llava
     from meme_llava.convert.build_check import verify_assembled
+    from meme_llava.model.packing import describe_rows
     from meme_llava.storage.tensor_files import fingerprint_folder
 
     check_output_dir(arguments.output_dir, arguments.overwrite)
@@ -40,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
         print_table("Proved on the written directory", ("check", "finding"), checks)
     else:
         print("not compared with its sources (--no_verify)")
+    if rows := describe_rows(parts.config.text_config):
+        print(rows)
     print(f"base model: {arguments.output_dir}")
 
 

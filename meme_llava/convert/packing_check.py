@@ -43,7 +43,8 @@ def prove_packing(config, tensors: Mapping[str, StoredTensor], image_policy: Ima
     language_model.layers = language_model.layers[: 1 + max(map(kinds.index, kinds))]
     offload_weights(language_model, lambda name: tensors[to_disk_name(f"model.language_model.{name}")].load())
 
-    batch = PackingCollator(image_token_id=0, tokens_per_image=1, image_size=1)(_make_examples())
+    collate = PackingCollator(image_token_id=0, tokens_per_image=1, image_size=1, shared_images=not model.obstacle)
+    batch = collate(_make_examples())
     positions = batch["position_ids"]  # (1, positions)
     row = SCALE * torch.randn(*positions.shape, text.hidden_size, generator=torch.Generator().manual_seed(0))
     paths = batch["kv_index"].split(batch["cu_seqlens_k"].diff().tolist())

@@ -1,5 +1,5 @@
 """The forward pass of a packed batch: each image encoded once, each record attending to its own path, the loss at
-supervised positions only.
+supervised positions only. A language model whose records cannot share a row gets a row for each.
 
 The parameters and their names are those of transformers' LlavaForConditionalGeneration; so is the loss, as if each
 record had gone through it alone. Nothing about files, prompts or optimizers.
@@ -14,6 +14,7 @@ from types import MethodType
 
 import torch
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -38,6 +39,7 @@ class PackedLlava(LlavaForConditionalGeneration):
     def __init__(self, config: LlavaConfig):
         super().__init__(config)
         self.own_attention = self.model.language_model.config._attn_implementation
+        self.obstacle = find_obstacle(config.text_config)
         self.lm_head = CrossEntropyHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
 
     def forward(
@@ -75,11 +77,17 @@ class PackedLlava(LlavaForConditionalGeneration):
     def run_language_model(
         self, embeddings: torch.Tensor, position_ids: torch.Tensor, packing: Packing
     ) -> torch.Tensor:
-        """The last hidden states of a packed row: (1, positions, width), of the same shape as its embeddings."""
-        outputs = self.model.language_model(
-            inputs_embeds=embeddings, position_ids=position_ids, use_cache=False, packing=packing
-        )
-        return outputs.last_hidden_state
+        """The last hidden states of a packed row: (1, positions, width), of the same shape as its embeddings. Where
+        records cannot share a row, they share no beginnings in it either."""
+        run = partial(self.model.language_model, use_cache=False)
+        if not self.obstacle:
+            return run(inputs_embeds=embeddings, position_ids=position_ids, packing=packing).last_hidden_state
+        lengths = packing.cu_seqlens_q.diff().tolist()
+        # All in one call, or processes with fewer records would gather divided weights less often than the others.
+        # What fills a row up stands behind its record, where a causal model does not look.
+        rows = pad_sequence(embeddings.squeeze(0).split(lengths), batch_first=True)  # (records, longest, width)
+        hidden = run(inputs_embeds=rows).last_hidden_state
+        return torch.cat([own[:length] for own, length in zip(hidden, lengths, strict=True)])[None]
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Like `encode_normalised`, from uint8 (images, 3, size, size)."""
@@ -121,10 +129,8 @@ def prepare_packed_llava(model: PackedLlava, image_policy: ImagePolicy, attentio
             f"{source}: uses the vision layers {model.config.vision_feature_layer}, expected a single one. Build the "
             "model with build_base_model.py."
         )
-    if obstacle := find_obstacle(model.config.text_config):
-        raise UserError(f"{source}: its language model has {obstacle}, so its records cannot share a row")
     dropout = getattr(model.config.text_config, "attention_dropout", 0.0)
-    if attention == VARLEN and dropout:
+    if attention == VARLEN and dropout and not model.obstacle:
         raise UserError(
             f"{source}: its language model has attention_dropout {dropout:g}, which --attention varlen cannot apply; "
             "pass --attention sdpa, or set attention_dropout to 0 under text_config in its config.json"
@@ -133,7 +139,8 @@ def prepare_packed_llava(model: PackedLlava, image_policy: ImagePolicy, attentio
     model.register_buffer("normalisation", make_normalisation(image_policy), persistent=False)
     # What FSDP gathers at a time; transformers' list names classes that only other parts of these models have.
     model._no_split_modules = sorted({type(layer).__name__ for layer in list_repeated_layers(model)})
-    model.model.language_model.config._attn_implementation = PACKED + attention
+    if not model.obstacle:
+        model.model.language_model.config._attn_implementation = PACKED + attention
     if attention == MATMUL:
         model.model.vision_tower.config._attn_implementation = "eager"  # transformers' name for the same
 

@@ -1,4 +1,4 @@
-"""Which language models can train in packed rows, as far as their configuration tells."""
+"""Which language models train in packed rows and which in a row for each record, as their configuration tells."""
 
 # Types of layers, in transformers' words, whose attention packed_attention.py computes.
 PACKED_LAYERS = {"full_attention", "sliding_attention"}
@@ -20,3 +20,9 @@ def find_obstacle(text_config) -> str:
     if getattr(text_config, "attn_logit_softcapping", None):
         return "capped attention scores"
     return OTHER_ATTENTION.get(text_config.model_type, "")
+
+
+def describe_rows(text_config) -> str:
+    """What a person is told where every record trains in a row of its own; empty where they share rows."""
+    obstacle = find_obstacle(text_config)
+    return f"records train one by one, without shared images: the language model has {obstacle}" if obstacle else ""

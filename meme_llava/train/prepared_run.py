@@ -29,6 +29,7 @@ from meme_llava.model.lean_layers import find_liger, use_liger
 from meme_llava.model.llava import Processing, quiet_transformers
 from meme_llava.model.packed_attention import VARLEN, choose_attention, find_flash_attention
 from meme_llava.model.packed_llava import compile_layers, load_packed_llava
+from meme_llava.model.packing import describe_rows, find_obstacle
 from meme_llava.model.trainable import (
     CheckpointedLayers,
     ParameterGroup,
@@ -119,7 +120,8 @@ def prepare_run(plan: RunPlan, heartbeat: Heartbeat) -> PreparedRun:
 
 def make_order(plan: RunPlan) -> tuple[TrainingOrder, PackingCollator]:
     """The records in the order of training, and what makes a batch of some."""
-    arguments, start, processing, shared = plan.arguments, plan.start, plan.processing, plan.arguments.shared_images
+    arguments, start, processing = plan.arguments, plan.start, plan.processing
+    shared = arguments.shared_images and not find_obstacle(processing.config.text_config)
     shape = BatchShape(arguments.global_batch_size, arguments.device_batch_size, plan.processes)
     order = TrainingOrder(plan.data.dataset, plan.steps, shape, arguments.seed, shared, start.step, start.records)
     tokens = processing.encoder.image_token_id, processing.tokens_per_image
@@ -160,7 +162,7 @@ def plan_computation(
     layers = "no layer computed twice"
     if recomputed != CheckpointedLayers():
         layers = f"{recomputed.language} language and {recomputed.vision} vision layers computed twice"
-    parts, uses_liger = [f"attention {attention}"], False
+    parts, uses_liger = [describe_rows(config.text_config) or f"attention {attention}"], False
     if on_gpu and attention == VARLEN and (why := find_flash_attention()[1]):
         parts.append(f"flash-attn is installed and cannot be loaded ({why})")
     # A compiler makes kernels of its own.

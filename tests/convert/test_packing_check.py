@@ -5,28 +5,50 @@ import json
 import pytest
 from conversions import build, run_and_read_error, save_language_model_of
 
-from meme_llava.model import packed_attention, packed_llava
+from meme_llava.model import llava, packed_attention, packed_llava
 
 
 def read_proof(base):
     return json.loads((base / "run_record.json").read_text())["checks"]["a packed row equals its records"]
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "phi3", "qwen2", "gemma3_text", "qwen3"])
-def test_packing_is_proved(world, tmp_path, model_type):
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        *((name, "") for name in ("mistral", "phi3", "qwen2", "gemma3_text", "qwen3")),
+        ("lfm2", "layers of type conv"),
+        ("stablelm", "attention layers that are not told how a row is packed"),
+        pytest.param("falcon_h1", "layers of type hybrid", marks=pytest.mark.long),
+        pytest.param("qwen3_5_text", "layers of type linear_attention", marks=pytest.mark.long),
+        pytest.param("bamba", "layers of type linear_attention", marks=pytest.mark.long),
+        pytest.param("granitemoehybrid", "layers of type linear_attention", marks=pytest.mark.long),
+        pytest.param("llama4_text", "layers of type chunked_attention", marks=pytest.mark.long),
+        pytest.param("gpt_oss", "attention sinks", marks=pytest.mark.long),
+    ],
+)
+def test_packing_is_proved_and_what_cannot_be_packed_is_said(world, tmp_path, capsys, model_type, words):
     folder = save_language_model_of(world, tmp_path / model_type, model_type)
     proof = read_proof(build(folder, world.vision_tower, tmp_path / "base"))
     assert float(proof.removeprefix("largest difference ")) < 1e-5
+    said = f"records train one by one, without shared images: the language model has {words}\n"
+    assert (said in capsys.readouterr().out) == bool(words)
+    build(folder, world.vision_tower, tmp_path / "again", "--no_verify")
+    assert (said in capsys.readouterr().out) == bool(words)
+
+
+def test_convolutions_are_compared_layer_by_layer_too(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(llava, "measure_available_memory", lambda: 0)
+    folder = save_language_model_of(world, tmp_path / "lfm2", "lfm2")
+    base = build(folder, world.vision_tower, tmp_path / "base")
+    checks = json.loads((base / "run_record.json").read_text())["checks"]
+    assert checks["the models ran"] == "layer by layer from the disk"
 
 
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
         ("lfm2", "its language model (lfm2, layers: conv, full_attention) computes something else in a packed row"),
-        (
-            "llama4_text",
-            "its language model (llama4_text, layers: chunked_attention, full_attention) computes something",
-        ),
+        ("llama4_text", "its language model (llama4_text, layers: chunked_attention) computes something else in"),
         ("stablelm", "the language model's StableLmAttention is not told how its row is packed"),
         ("gemma2", "the language model's Gemma2Attention asks for softcap"),
     ],

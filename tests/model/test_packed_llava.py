@@ -1,6 +1,7 @@
 """A packed row is the same mathematics as its records one by one, through transformers' own LLaVA."""
 
 import copy
+import dataclasses
 import sys
 import types
 
@@ -31,6 +32,7 @@ from meme_llava.model.packed_attention import (
 )
 from meme_llava.model.packed_llava import (
     PackedLlava,
+    answer_unpacked,
     compile_layers,
     load_packed_llava,
     prepare_packed_llava,
@@ -40,6 +42,7 @@ from meme_llava.train.session import check_compiler
 from meme_llava.train.settings import parse_train_arguments
 
 ASK = "<image>\n图里写了什么？"
+CHAT = {"input_ids": torch.tensor([[5, 3, 8, 11]]), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
 # Per case: (images, question, answer, question, answer, …) of every record.
 CASES = {
     "text_only": [((), "你好", "写着困。"), ((), "你好", "收到")],
@@ -228,6 +231,27 @@ def test_sliding_windows_equal_separate_records(world, processing, collator, mod
     assert packed.config.text_config.sliding_window < batch["max_seqlen_q"]
     assert len(batch["kv_index"]) > batch["input_ids"].shape[1]  # something is shared
     check_equal_to_separate_records(packed, plain, processing, batch, examples)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        *("lfm2", "falcon_h1", "gemma2", "stablelm"),
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("qwen3_5_text", "bamba", "jamba", "granitemoehybrid", "llama4_text", "gpt_oss", "nemotron")
+        ),
+    ],
+)
+def test_records_that_cannot_share_a_row_train_one_by_one(world, processing, collator, model_type):
+    examples = make_examples(world, processing, CASES["everything_together"])
+    packed, plain = make_language_model_pair(world, processing, model_type)
+    batch = dataclasses.replace(collator, shared_images=False)(examples)
+    check_equal_to_separate_records(packed, plain, processing, batch, examples)
+    # They answer as transformers has them answer, too.
+    expected = plain.generate(**CHAT, max_new_tokens=4, do_sample=False)
+    with answer_unpacked(packed):
+        assert torch.equal(packed.generate(**CHAT, max_new_tokens=4, do_sample=False), expected)
 
 
 def stand_in_for_varlen(calls):

@@ -14,8 +14,13 @@ from torch.utils.benchmark import Timer
 
 from meme_llava.distributed.environment import choose_engine
 from meme_llava.errors import UserError
+<<<<<<< HEAD
 from meme_llava.model.accelerators import ACCELERATORS, CPU, Accelerator, name_accelerator
 from meme_llava.model.flops import StepCounts, TrainingCosts
+=======
+from meme_llava.model.flops import ACCELERATORS, CPU, Accelerator, StepCounts, TrainingCosts, recognise_accelerator
+from meme_llava.model.packing import describe_rows
+>>>>>>> 2a5007b (Language models whose records cannot share a row train record by record, and it is said)
 from meme_llava.terminal import format_number, format_seconds, print_table
 from meme_llava.train.planning.memory import MemoryPlan, StepEstimator, StepMemory
 from meme_llava.train.run_plan import RunPlan
@@ -212,12 +217,14 @@ def list_data_rows(plan: TrainingPlan, run: RunPlan) -> list[tuple[str, str]]:
     """What a step computes on."""
     arguments, step = plan.estimator.arguments, plan.step
     devices, captions, size = plan.estimator.processes, arguments.global_batch_size, arguments.device_batch_size
+    rows = describe_rows(plan.estimator.config.text_config)
     padded = captions * arguments.model_max_length
     mean, largest = step.positions * size / captions, plan.estimator.batch["input_ids"].numel()
     # The last step is evaluated, too.
     evaluations = 0 if arguments.eval_every is None else math.ceil(run.steps / arguments.eval_every)
     return [
         ("captions", f"{len(run.data.dataset):,}"),
+        *([("rows", rows)] if rows else []),
         ("optimizer steps", f"{run.steps:,}, {run.warmup_steps:,} of them warmup"),
         *([("evaluations", f"{evaluations:,}, which are not in the time")] if evaluations else []),
         (

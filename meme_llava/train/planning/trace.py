@@ -50,8 +50,9 @@ def set_depths(config: LlavaConfig, language: int, vision: int) -> LlavaConfig:
     if config.vision_feature_layer >= 0:
         config.vision_feature_layer = vision
     text.num_hidden_layers = language
-    if getattr(text, "layer_types", None):
-        text.layer_types = (text.layer_types * language)[:language]
+    types = getattr(text, "layer_types", None) or ()
+    if types and len(types) != language:  # some configurations compute them
+        text.layer_types = (types * language)[:language]
     return config
 
 
