@@ -14,13 +14,9 @@ from torch.utils.benchmark import Timer
 
 from meme_llava.distributed.environment import choose_engine
 from meme_llava.errors import UserError
-<<<<<<< HEAD
 from meme_llava.model.accelerators import ACCELERATORS, CPU, Accelerator, name_accelerator
 from meme_llava.model.flops import StepCounts, TrainingCosts
-=======
-from meme_llava.model.flops import ACCELERATORS, CPU, Accelerator, StepCounts, TrainingCosts, recognise_accelerator
 from meme_llava.model.packing import describe_rows
->>>>>>> 2a5007b (Language models whose records cannot share a row train record by record, and it is said)
 from meme_llava.terminal import format_number, format_seconds, print_table
 from meme_llava.train.planning.memory import MemoryPlan, StepEstimator, StepMemory
 from meme_llava.train.run_plan import RunPlan
