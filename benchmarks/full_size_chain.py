@@ -80,14 +80,18 @@ def print_table(work_dir: Path, runs: dict[str, dict], scale: str) -> None:
         print(f"\nThe highest peak is {highest:.1f} GB, at most {MEMORY_BAR:g} GB are wanted.")
 
 
-@stop_on_user_error
-def main(argv: list[str] | None = None) -> None:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work_dir", type=Path, required=True, help="gets the models; its results are kept")
     parser.add_argument("--scale", choices=("full", "wide", "tiny"), default="full")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+@stop_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     work_dir = arguments.work_dir.absolute()
     work_dir.mkdir(parents=True, exist_ok=True)
     record = work_dir / f"chain_{arguments.scale}.json"
