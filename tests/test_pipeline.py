@@ -18,7 +18,9 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT
+from PIL import Image
 
+from meme_llava.dataset.check import RecordPolicy, check_records
 from meme_llava.errors import UserError
 from meme_llava.pipeline import precheck
 from meme_llava.pipeline.__main__ import check_input, main, run_stages
@@ -723,16 +725,46 @@ def test_the_input_is_checked_once_however_many_stages_read_it(tmp_path, monkeyp
     assert commands == [(*precheck, "memes.json", "memes", "--output_dir", f"{tmp_path}/train")]
 
 
-def test_an_evaluation_of_a_copy_of_what_is_trained_on_is_refused(tmp_path, monkeypatch, capsys):
-    trained, copied = ROOT / "data" / "unseen" / "annotations.json", tmp_path / "copied.json"
+@pytest.fixture
+def training(tmp_path):
+    """Three records on three images of one colour, checked as those of a training."""
+    records = []
+    for name, colour in (("a", "red"), ("b", "blue"), ("c", "green")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
+        turns = [{"from": "human", "value": "<image>\n这是什么？"}, {"from": "gpt", "value": f"一张图，{name}。"}]
+        records.append({"id": name, "image": f"{name}.png", "conversations": turns})
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    return records, check_records(tmp_path / "train.json", tmp_path, RecordPolicy())
+
+
+def test_an_evaluation_of_what_is_trained_on_is_refused(training, tmp_path):
+    trained, copied = tmp_path / "train.json", tmp_path / "copied.json"
     shutil.copy(trained, copied)
-    monkeypatch.setattr(precheck, "check_training", lambda flags: trained)
-    with pytest.raises(SystemExit):
-        precheck.main([str(copied), str(trained.parent), "--model", "base"])
-    assert capsys.readouterr().err == (
-        f"error: EVAL_ANNOTATIONS={copied} holds what {trained} holds; give memes that are not trained on, or "
-        "EVAL_ANNOTATIONS=none\n"
+    with pytest.raises(UserError) as error:
+        precheck.check_evaluation(copied, tmp_path, training[1])
+    assert str(error.value) == (
+        f"EVAL_ANNOTATIONS={copied} holds what {trained} holds; give memes that are not trained on, or "
+        "EVAL_ANNOTATIONS=none"
     )
+
+
+def test_an_evaluation_that_is_partly_trained_on_is_warned_of(training, tmp_path, capsys):
+    """One image under another name with the same answer, one with another answer, one that is new."""
+    records, checked = training
+    shutil.copy(tmp_path / "a.png", tmp_path / "d.png")
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "e.png")
+    asked = json.loads(json.dumps(records))
+    asked[0]["image"], asked[2]["image"] = "d.png", "e.png"
+    asked[1]["conversations"][1]["value"] = "蓝色。"
+    (tmp_path / "unseen.json").write_text(json.dumps(asked))
+    precheck.check_evaluation(tmp_path / "unseen.json", tmp_path, checked)
+    assert capsys.readouterr().err.endswith(
+        f"\nwarning: 2 of 3 images of {tmp_path}/unseen.json are trained on, 1 of 3 answers too; leave these records "
+        "out of one of both files, or the scores after training say too much\n"
+    )
+    (tmp_path / "unseen.json").write_text(json.dumps(asked[2:]))
+    precheck.check_evaluation(tmp_path / "unseen.json", tmp_path, checked)
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_infer_says_whether_its_memes_were_trained_on(monkeypatch, capsys):

@@ -9,7 +9,7 @@ from typing import Self
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
 from meme_llava.dataset.image_files import describe_left_out, find_images
 from meme_llava.dataset.images import MAX_PIXELS, resolve_image_path
-from meme_llava.dataset.inspection import inspect_images
+from meme_llava.dataset.inspection import ImageFacts, inspect_images
 from meme_llava.dataset.records import Record, read_quarantined_places, read_records
 from meme_llava.errors import UserError, join_first
 
@@ -126,7 +126,7 @@ def list_record_questions(
     return questions
 
 
-def check_images(questions: Sequence[Question], annotations: Path, image_folder: Path) -> None:
+def check_images(questions: Sequence[Question], annotations: Path, image_folder: Path) -> dict[Path, ImageFacts]:
     """Decode every image. Raises UserError with those that no model can be shown."""
     found = inspect_images([question.image for question in questions], MAX_PIXELS)
     bad = [f"  {path}: {facts.fault[1]}" for path, facts in found.items() if facts.fault is not None]
@@ -136,3 +136,4 @@ def check_images(questions: Sequence[Question], annotations: Path, image_folder:
             f"{annotations}: {len(bad)} of {len(found)} images cannot be read:\n"
             f"{join_first(bad[:MAX_LISTED], len(bad))}\nFix them or leave out their records, or {advice}"
         )
+    return found
