@@ -19,10 +19,12 @@ from meme_llava.evaluate.results_folder import (
     check_same_questions,
     open_evaluation,
     read_finished_evaluation,
+    read_predictions,
 )
 from meme_llava.evaluate.scores import (
     Score,
     describe_measure,
+    describe_most_frequent,
     list_measures,
     read_scores,
     score_predictions,
@@ -55,12 +57,15 @@ def main(argv: list[str] | None = None) -> None:
                 return (prediction.to_line(root) for prediction in ask(some))
 
             folder.append_remaining(questions, "questions", arguments.batch_size, answer)
-            check_something_was_answered(folder.lines)
-            scores = score_predictions([Prediction.of_line(line) for line in folder.lines])
+        predictions = list(read_predictions(arguments.output_dir).values())
+        if folder.metrics is None:
+            check_something_was_answered(predictions)
+            scores = score_predictions(predictions)
             folder.finish(record | {"scores": {name: vars(score) for name, score in scores.items()}})
     head = str(arguments.output_dir) if others else source.title
     print_scores([*others.items(), (head, read_scores(folder.metrics))])
-    print_problems(folder.lines)
+    print(f"most frequent answer: {describe_most_frequent(predictions)}")
+    print_problems(predictions)
     print(f"answers and scores: {arguments.output_dir}")
 
 
@@ -84,11 +89,11 @@ def describe_evaluation(arguments: EvaluateArguments, source: AnswerSource, ques
     }
 
 
-def check_something_was_answered(lines: Sequence[dict]) -> None:
+def check_something_was_answered(predictions: Sequence[Prediction]) -> None:
     """Raise UserError where there is nothing to score."""
-    if all(line["problem"] is not None for line in lines):
+    if all(prediction.problem is not None for prediction in predictions):
         raise UserError(
-            f"no question was answered, at first: {lines[0]['problem']}. Fix the cause, then start the same "
+            f"no question was answered, at first: {predictions[0].problem}. Fix the cause, then start the same "
             "command with --overwrite."
         )
 
@@ -112,12 +117,12 @@ def print_scores(columns: Sequence[tuple[str, dict[str, Score]]]) -> None:
     print_table("Answers (95 % interval)", ("score", *(head for head, _ in columns), "answers"), rows)
 
 
-def print_problems(lines: Sequence[dict]) -> None:
+def print_problems(predictions: Sequence[Prediction]) -> None:
     """Say how many questions got no answer, and why some of them did not; they count as empty answers."""
-    without = [line for line in lines if line["problem"] is not None]
+    without = [prediction for prediction in predictions if prediction.problem is not None]
     if without:
-        print(f"{len(without)} of {len(lines)} questions were not answered, which counts as an empty answer:")
-        print(join_first((f"  {line['image']}: {line['problem']}" for line in without[:MAX_LISTED]), len(without)))
+        print(f"{len(without)} of {len(predictions)} questions were not answered, which counts as an empty answer:")
+        print(join_first((f"  {one.question.image}: {one.problem}" for one in without[:MAX_LISTED]), len(without)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Nothing about models and scores.
 """
 
 import contextlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ from meme_llava.errors import UserError
 from meme_llava.inference.questions import Prediction
 from meme_llava.storage.files import append_line, cut_torn_line, explain_full_disk, lock, read_lines, write_json
 from meme_llava.storage.folders import check_output_dir, empty_directory
+from meme_llava.storage.json_files import check_fields, read_json
 from meme_llava.storage.run_record import RUN_RECORD
 from meme_llava.terminal import show_count
 
@@ -26,6 +26,27 @@ EVALUATE, JUDGE = "evaluate", "judge"  # the stage of a run record
 PREDICTIONS = "predictions.jsonl"
 LINES = {EVALUATE: PREDICTIONS, JUDGE: "judgements.jsonl"}
 METRICS = "metrics.json"
+_SCORE = {"value": float, "low": float, "high": float, "count": int}
+# What is read of metrics.json, and of each of its scores.
+_METRICS_FIELDS = {
+    EVALUATE: {"title": str, "image_folder": str, "settings": dict, "asked.annotations_sha256": str, "scores": dict},
+    JUDGE: {"titles": list, "asked.model": str, "scores": dict},
+}
+_SCORE_FIELDS = {
+    EVALUATE: _SCORE,
+    JUDGE: {
+        **dict.fromkeys(("first", "tie", "second", "unsure"), float),
+        **{f"second_preferred.{name}": kind for name, kind in _SCORE.items()},
+    },
+}
+# What is read of a line of predictions.jsonl and judgements.jsonl.
+_LINE_FIELDS = {
+    EVALUATE: {
+        **dict.fromkeys(("image", "task", "question", "answer", "reference"), str),
+        **{"text": str | None, "tokens": int | None, "stopped": bool | None, "problem": str | None},
+    },
+    JUDGE: {"image": str, "verdict": dict | None, "in_order": dict | None, "problem": str | None},
+}
 SCORES = "scores"  # in an OUTPUT_DIR of run.sh
 Item = TypeVar("Item")
 
@@ -39,11 +60,11 @@ class EvaluationFolder:
         if self._file.is_file():
             try:
                 cut_torn_line(self._file)
-                self.lines = read_lines(self._file)
+                self.lines = _read_lines(self._file, stage)
             except ValueError as error:
                 raise UserError(f"{self._file}: is damaged ({error}); --overwrite asks everything again") from error
         # None if the evaluation is not finished.
-        self.metrics = _read_metrics(folder / METRICS) if (folder / METRICS).is_file() else None
+        self.metrics = _read_metrics(folder / METRICS, stage) if (folder / METRICS).is_file() else None
 
     def append_remaining(
         self, items: Sequence[Item], noun: str, batch_size: int, answer: Callable[[Sequence[Item]], Iterable[dict]]
@@ -83,19 +104,19 @@ def open_evaluation(output_dir: Path, record: dict, overwrite: bool) -> Iterator
     that some evaluation wrote. Raises UserError where the folder holds something else, something else was asked, or
     another process writes it, and DiskFullError for a full disk; the lines before stay.
     """
-    has_record = (output_dir / RUN_RECORD).is_file()
-    starts_anew = overwrite or not has_record
-    if starts_anew:
+    if not output_dir.is_dir():
         check_output_dir(output_dir, overwrite)
-    if has_record:
-        # A model is not an evaluation; it is not emptied.
-        before = _read_asked(output_dir, record["stage"])
-        if not starts_anew:
-            _check_same(output_dir, before, record["asked"])
     output_dir.mkdir(parents=True, exist_ok=True)
     advice = "Free some and start the same command again; answers are kept."
     with lock(output_dir), explain_full_disk(output_dir, advice):
-        if starts_anew:
+        # Looked at under the lock: until then another process may have written it.
+        if has_record := (output_dir / RUN_RECORD).is_file():
+            # A model is not an evaluation; it is not emptied.
+            before = _read_asked(output_dir, record["stage"])
+        if has_record and not overwrite:
+            _check_same(output_dir, before, record["asked"])
+        else:
+            check_output_dir(output_dir, overwrite)
             empty_directory(output_dir)
             write_json(output_dir / RUN_RECORD, record)
         yield EvaluationFolder(output_dir, record["stage"])
@@ -112,22 +133,22 @@ def _check_same(folder: Path, before: dict, asked: dict) -> None:
     ]
     if changes:
         raise UserError(
-            f"{folder}: was made with other settings ({'; '.join(changes)}). Choose another --output_dir, "
-            "delete this one, or pass --overwrite to replace it."
+            f"{folder}: was made with other settings ({'; '.join(changes)}). Choose another --output_dir, or pass "
+            "--overwrite to replace it."
         )
 
 
 def _read_asked(folder: Path, stage: str) -> dict:
     """What was asked of whom. Raises UserError if the folder is not one of this stage."""
     path = folder / RUN_RECORD
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["stage"] != stage or not isinstance(record["asked"], dict):
-            raise ValueError(f"its stage is {record['stage']!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    advice = f"If this was an output_dir of {stage}.py, delete it; else choose another folder."
+    record = read_json(path, advice)
+    if record.get("stage") != stage:
         raise UserError(
-            f"{folder}: is not an output_dir of {stage}.py ({path.name}: {error}); choose another folder"
-        ) from error
+            f"{folder}: is not an output_dir of {stage}.py ({path.name}: its stage is {record.get('stage')!r}); "
+            "choose another folder"
+        )
+    check_fields(path, record, {"asked": dict}, advice)
     return record["asked"]
 
 
@@ -150,27 +171,39 @@ def read_finished_evaluation(folder: Path) -> tuple[Path, dict]:
     _read_asked(folder, EVALUATE)
     if not (folder / METRICS).is_file():
         raise UserError(f"{folder}: is not finished; run the same evaluate.py command once more to its end")
-    return folder, _read_metrics(folder / METRICS)
+    return folder, _read_metrics(folder / METRICS, EVALUATE)
 
 
-def _read_metrics(path: Path) -> dict:
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(metrics[key], dict) for key in ("asked", "settings", "scores")):
-            raise TypeError("asked, settings and scores must be objects")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is damaged ({error}); delete it, and the same command makes it anew") from error
+def _read_metrics(path: Path, stage: str) -> dict:
+    advice = f"Delete it, and the same {stage}.py command makes it anew."
+    metrics = read_json(path, advice)
+    check_fields(path, metrics, _METRICS_FIELDS[stage], advice)
+    for score in metrics["scores"].values():
+        check_fields(path, score, _SCORE_FIELDS[stage], advice)
     return metrics
+
+
+def _read_lines(path: Path, stage: str) -> list[dict]:
+    """The lines of a folder. Raises ValueError for one that this stage did not write."""
+    lines = read_lines(path)
+    for number, line in enumerate(lines, start=1):
+        for name, kind in _LINE_FIELDS[stage].items():
+            if not isinstance(line, dict) or not isinstance(line.get(name), kind):
+                raise ValueError(f"line {number} has no {name} that {stage}.py wrote")
+    return lines
 
 
 def check_same_questions(name: str, asked: dict, other_name: str, other_asked: dict) -> None:
     """Raise UserError unless two evaluations, by what was `asked` of them, are of the same records."""
-    for key in ("annotations_sha256", "limit"):
-        if asked[key] != other_asked[key]:
-            raise UserError(
-                f"{name}: was asked other records than {other_name} ({key}: {asked[key]!r} and {other_asked[key]!r}); "
-                "evaluate both models on the same --annotations and --limit"
-            )
+    if asked["annotations_sha256"] != other_asked["annotations_sha256"]:
+        raise UserError(
+            f"{name}: was asked other records than {other_name}; evaluate both models on the same --annotations"
+        )
+    if (limit := asked.get("limit")) != (other_limit := other_asked.get("limit")):
+        raise UserError(
+            f"{name}: was asked other records than {other_name} (--limit {limit} and {other_limit}); evaluate both "
+            "models with the same --limit"
+        )
 
 
 def read_predictions(folder: Path) -> dict[tuple, Prediction]:
@@ -178,11 +211,11 @@ def read_predictions(folder: Path) -> dict[tuple, Prediction]:
     predictions: dict[tuple, Prediction] = {}
     times: Counter[tuple] = Counter()
     try:
-        for line in read_lines(folder / PREDICTIONS):
+        for line in _read_lines(folder / PREDICTIONS, EVALUATE):
             question = (line["image"], line["question"], line["reference"])
             # A file may ask the same twice.
             predictions[(*question, times[question])] = Prediction.of_line(line)
             times[question] += 1
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder / PREDICTIONS}: cannot be read ({error}); evaluate the model anew") from error
     return predictions

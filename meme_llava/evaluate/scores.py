@@ -4,6 +4,8 @@ Words are compared after NFKC and in lower case, letters and digits only: punctu
 count. Captions are compared as they are, Chinese by characters.
 """
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +20,9 @@ NO_TEXT = "没有文字"  # how an answer says that an image holds no words
 CAPTION_CHARACTERS = 10
 # A shorter piece of the text stands in a long answer by chance.
 FOUND_PIECE = 3
+HALF_CHARACTER = "\ufffd"  # what a tokenizer writes for bytes that are no whole character
+QUOTED = re.compile('“([^”]+)”|「([^」]+)」|『([^』]+)』|"([^"]+)"')
+LONGEST_SHOWN = 60  # characters of the most frequent answer
 RESAMPLES = 1000
 RIGHT = "right: "  # in front of a task's name: its exact matches
 FIGURE, RIGHT_FIGURE = "eval_", "eval_right/"  # the same and RIGHT in a training's log
@@ -33,17 +38,23 @@ class Measure:
     is_share: bool = True
 
 
+# What was read comes first: a model that repeats one sentence about every image makes fewer errors than one that
+# repeats a word endlessly, and its captions are more alike.
 MEASURES = {
-    "character_error_rate": Measure("character error rate of the text", "文字的字错率", "lower"),
-    "texts_right": Measure("texts without an error", "文字全对", "higher"),
     "text_found": Measure("text found in the answer", "回答里找得到的文字", "higher"),
+    "characters_wrong": Measure("characters of the text wrong, at most all", "文字读错的字，至多全部", "lower"),
+    "character_error_rate": Measure("character error rate, surplus text counted", "字错率，多出的字也算", "lower"),
+    "texts_right": Measure("texts without an error", "文字全对", "higher"),
     "no_text_right": Measure("images without text, correctly reported", "没有文字的图，答对", "higher"),
+    "text_invented": Measure("images without text, words invented", "没有文字的图，编造文字", "lower"),
     "text_found_in_captions": Measure("text found in captions", "描述里找得到的文字", "higher"),
     "chrf": Measure("chrF of captions", "描述的 chrF", "higher", is_share=False),
     "bleu": Measure("BLEU of captions", "描述的 BLEU", "higher", is_share=False),
     "rouge_l": Measure("ROUGE-L of captions", "描述的 ROUGE-L", "higher"),
     "stopped": Measure("answers that stop by themselves", "自己停下的回答", "higher"),
     "looping": Measure("answers in a loop", "陷入重复的回答", "lower"),
+    "half_characters": Measure(f"answers with half characters ({HALF_CHARACTER})", "有半个字的回答", "lower"),
+    "most_frequent": Measure("most frequent answer, its share", "最常见的回答所占比例", ""),
     "characters": Measure("characters an answer", "每个回答的字数", "", is_share=False),
     "tokens": Measure("tokens an answer", "每个回答的 token 数", "", is_share=False),
 }
@@ -54,7 +65,8 @@ def describe_measure(name: str) -> Measure:
     if name.startswith(RIGHT):
         task = name.removeprefix(RIGHT)
         return Measure(f"exact match: {task or 'all'}", f"一字不差：{task or '全部'}", "higher")
-    return MEASURES[name]
+    # One of a later version stands under its name.
+    return MEASURES.get(name) or Measure(name, name, "", is_share=False)
 
 
 def name_figure(name: str) -> str:
@@ -139,7 +151,20 @@ def is_right(answer: str, reference: str) -> bool:
     return normalise_text(answer) == normalise_text(reference)
 
 
-def _measure(prediction: Prediction) -> Iterator[tuple[str, float, float]]:
+def describe_most_frequent(predictions: Sequence[Prediction]) -> str:
+    """The answer that is given most often, with its share and that of the reference answers which are the same."""
+    said, count = _find_most_frequent(predictions)
+    deserved = sum(is_right(said, prediction.question.reference) for prediction in predictions)
+    shown = said if len(said) <= LONGEST_SHOWN else said[:LONGEST_SHOWN] + "…"
+    shares = (f"{times / len(predictions):.1%}" for times in (count, deserved))
+    return "“{}”, {} of the answers, {} of the references".format(" ".join(shown.split()), *shares)
+
+
+def _find_most_frequent(predictions: Sequence[Prediction]) -> tuple[str, int]:
+    return Counter(prediction.text for prediction in predictions).most_common(1)[0]
+
+
+def _measure(prediction: Prediction, most_frequent: str) -> Iterator[tuple[str, float, float]]:
     """What one answer adds to scores: the name, points, and of how many; a score is the sum of points by that of all.
 
     Which scores depends on what the reference is: the text itself, that there is none, a caption, or a word.
@@ -155,12 +180,18 @@ def _measure(prediction: Prediction) -> Iterator[tuple[str, float, float]]:
     else:
         yield f"{RIGHT}{question.task}", is_right(prediction.text, question.reference), 1
         if asks_for_text(question) and text:
-            yield "character_error_rate", Levenshtein.distance(answer, reference), len(reference)
-            yield "texts_right", answer == reference, 1
+            errors = Levenshtein.distance(answer, reference)
             yield "text_found", _count_found(text, answer), len(text)
+            yield "characters_wrong", min(errors, len(reference)), len(reference)
+            yield "character_error_rate", errors, len(reference)
+            yield "texts_right", answer == reference, 1
         elif asks_for_text(question):
             yield "no_text_right", NO_TEXT in answer, 1
+    if question.text_in_image == "":
+        yield "text_invented", _invents_text(prediction), 1
     yield "looping", find_loop(prediction.text) is not None, 1
+    yield "half_characters", HALF_CHARACTER in prediction.text, 1
+    yield "most_frequent", prediction.text == most_frequent, 1
     yield "characters", len(prediction.text), 1
     if prediction.tokens is not None:
         yield "tokens", prediction.tokens, 1
@@ -171,6 +202,18 @@ def _measure(prediction: Prediction) -> Iterator[tuple[str, float, float]]:
 def _is_caption(question: Question) -> bool:
     reference, text = normalise_text(question.reference), normalise_text(question.text_in_image or "")
     return len(reference) >= CAPTION_CHARACTERS and reference != text
+
+
+def _invents_text(prediction: Prediction) -> bool:
+    """Whether an answer about an image without text names some: asked for it, by any words; else by a quotation that
+    the reference does not have, as in 配文“…”. What says that there is none may quote, such as the image's kind."""
+    answer = normalise_text(prediction.text)
+    if NO_TEXT in answer:
+        return False
+    if asks_for_text(prediction.question):
+        return bool(answer)
+    reference = normalise_text(prediction.question.reference)
+    return any(normalise_text("".join(quoted)) not in reference for quoted in QUOTED.findall(prediction.text))
 
 
 def _count_found(text: str, answer: str) -> int:
@@ -186,8 +229,9 @@ def _count_found(text: str, answer: str) -> int:
 def _count(predictions: Sequence[Prediction]) -> dict[str, "_Counted"]:
     """What all answers add to every score."""
     parts: dict[str, list[tuple]] = {}
+    most_frequent, _ = _find_most_frequent(predictions)
     for prediction in predictions:
-        for name, *part in _measure(prediction):
+        for name, *part in _measure(prediction, most_frequent):
             parts.setdefault(name, []).append((prediction.question.image, *part))
     counted = {}
     for name, of_score in parts.items():

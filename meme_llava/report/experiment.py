@@ -9,8 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meme_llava.errors import UserError
-from meme_llava.evaluate.results_folder import check_same_questions, read_finished_evaluation, read_predictions
-from meme_llava.evaluate.scores import Score, read_scores
+from meme_llava.evaluate.results_folder import (
+    METRICS,
+    check_same_questions,
+    read_finished_evaluation,
+    read_predictions,
+)
+from meme_llava.evaluate.scores import Score, describe_most_frequent, read_scores
 from meme_llava.inference.questions import Prediction
 from meme_llava.storage.run_record import read_run_record, read_training_log
 from meme_llava.terminal import format_seconds
@@ -50,38 +55,50 @@ def _read_experiment(run: str) -> Experiment:
     # A folder may have "=" in its name.
     folder, given_name = (Path(rest), name) if separator and name and not Path(run).exists() else (Path(run), None)
     evaluation, metrics = read_finished_evaluation(folder)
-    training = find_training_record(metrics["model"])
-    facts = describe_model(metrics)
-    log_history = []
+    try:
+        facts, log_history = _read_recipe(folder, metrics)
+        warning = "" if evaluation == folder else _warn_of_other_training(folder, metrics)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{evaluation / METRICS}: its model's run record cannot be read ({error!r}); evaluate the model anew"
+        ) from error
+    predictions = read_predictions(evaluation)
+    facts["most frequent answer"] = describe_most_frequent(list(predictions.values()))
+    default_name = metrics["title"] if evaluation == folder else folder.resolve().name
+    return Experiment(
+        name=given_name or default_name,
+        scores=read_scores(metrics),
+        predictions=predictions,
+        image_folder=Path(metrics["image_folder"]),
+        asked=metrics["asked"],
+        facts=facts,
+        log_history=log_history,
+        warning=warning,
+    )
+
+
+def _read_recipe(folder: Path, metrics: dict) -> tuple[dict[str, str], list[dict]]:
+    """What is known of the model that was evaluated, and the log of its training."""
+    training, facts, log_history = find_training_record(metrics["model"]), describe_model(metrics), []
     if training is not None:
         log_history = _read_log_history([folder / "train", Path(metrics["settings"]["model"])], training)
         facts |= describe_training(training, log_history)
         if (projector := training.get("projector")) is not None:
             earlier = projector["run_record"]
             facts |= describe_projector(earlier, _read_log_history([folder / "projector"], earlier))
-    default_name = metrics["title"] if evaluation == folder else folder.resolve().name
-    return Experiment(
-        name=given_name or default_name,
-        scores=read_scores(metrics),
-        predictions=read_predictions(evaluation),
-        image_folder=Path(metrics["image_folder"]),
-        asked=metrics["asked"],
-        facts=facts,
-        log_history=log_history,
-        warning="" if evaluation == folder else _warn_of_other_training(folder, metrics["title"], training),
-    )
+    return facts, log_history
 
 
-def _warn_of_other_training(folder: Path, title: str, training: dict | None) -> str:
+def _warn_of_other_training(folder: Path, metrics: dict) -> str:
     """That the evaluation in an OUTPUT_DIR of run.sh is of another training than the one there, if it is."""
-    there = _read_record(folder / "train")
+    there, training = _read_record(folder / "train"), find_training_record(metrics["model"])
     is_same = _is_same_training(there, training)
     # Of one training that went on, the earlier result is another one; a checkpoint never was the result.
     if there is None or (is_same and (not training["finished"] or training["step"] == there["step"])):
         return ""
     return (
-        f"{folder}: the model that was evaluated, {title}, is not of the training in {folder / 'train'}; merge and "
-        "evaluate that one anew"
+        f"{folder}: the model that was evaluated, {metrics['title']}, is not of the training in {folder / 'train'}; "
+        "merge and evaluate that one anew"
     )
 
 

@@ -216,7 +216,7 @@ class TrainingEvaluation:
         write_lines(path, [*earlier, *({"step": step, **dict(zip(names, row, strict=True))} for row in rows)])
         self.trackers.report_answers(step, shown)
         words = [f"validation loss {loss:.4f}"]
-        for name in ("character_error_rate", "text_found", "chrf"):
+        for name in ("text_found", "characters_wrong", "chrf"):
             if (value := figures.get(name_figure(name))) is not None:
                 measure = describe_measure(name)
                 words.append(f"{measure.title} {value:.1%}" if measure.is_share else f"{measure.title} {value:.1f}")

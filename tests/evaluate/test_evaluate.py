@@ -10,11 +10,13 @@ from PIL import Image
 
 import evaluate
 from meme_llava.dataset.images import open_image
+from meme_llava.evaluate import results_folder
 from meme_llava.evaluate.results_folder import read_predictions
 from meme_llava.inference import generation
 from meme_llava.inference.generation import Answerer, PromptTooLong, load_answerer
 from meme_llava.inference.questions import Question
 from meme_llava.pipeline import precheck
+from meme_llava.storage.files import lock
 
 
 def test_batches_answer_as_single_questions_do(world, served_model, monkeypatch):
@@ -118,6 +120,7 @@ def test_writes_answers_and_scores(flags, served_model, tmp_path, capsys):
     rate = metrics["scores"]["character_error_rate"]
     assert f"{rate['value']:.1%} ({100 * rate['low']:.1f}–{100 * rate['high']:.1f})" in printed
     assert "exact match: text" in printed
+    assert f"most frequent answer: “{' '.join(predictions[0]['answer'].split())[:60]}" in printed
 
 
 def test_an_interrupted_evaluation_goes_on(flags, tmp_path, monkeypatch, capsys):
@@ -166,6 +169,23 @@ def test_other_settings_need_another_folder(flags, tmp_path, capsys):
     assert len(read_rows(output_dir)) == 6
     evaluate.main([*flags, "--output_dir", str(output_dir), "--limit", "2", "--overwrite"])
     assert len(read_rows(output_dir)) == 2
+
+
+def test_what_another_process_finished_meanwhile_is_left_alone(flags, tmp_path, monkeypatch, capsys):
+    """Two were started in one folder with different settings; the second has the lock when the first is finished."""
+    first, shared = tmp_path / "first", tmp_path / "shared"
+    evaluate.main([*flags, "--output_dir", str(first)])
+
+    def wait_for_the_first(path):
+        shutil.copytree(first, shared, dirs_exist_ok=True)
+        return lock(path)
+
+    monkeypatch.setattr(results_folder, "lock", wait_for_the_first)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*flags, "--output_dir", str(shared), "--limit", "2"])
+    assert stop.value.code == 2
+    assert "was made with other settings" in capsys.readouterr().err
+    assert read_rows(shared) == read_rows(first) and read_metrics(shared) == read_metrics(first)
 
 
 def test_images_of_the_same_names_are_other_images(flags, world, tmp_path, capsys):
@@ -242,8 +262,13 @@ def test_other_evaluations_stand_beside_it(flags, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"asked": {"annotations_sha256": "0", "limit": None}}, "was asked other records than these"),
-        ({"scores": None}, "metrics.json: is damaged"),
+        ({"asked": {"annotations_sha256": "0", "limit": None}}, "was asked other records than these; evaluate both"),
+        ({"scores": None}, "metrics.json: scores is null, expected an object. Delete it, and the same evaluate.py"),
+        ({"scores": {"tokens": 5}}, "metrics.json: has no value. Delete it"),
+        ({"scores": {"tokens": {"value": "1", "low": 0, "high": 0, "count": 1}}}, 'value is "1", expected a number'),
+        ({"asked": {"limit": None}}, "metrics.json: has no asked.annotations_sha256. Delete it"),
+        ({"title": None}, "metrics.json: title is null, expected text. Delete it"),
+        ({"image_folder": 5}, "metrics.json: image_folder is 5, expected text. Delete it"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(flags, tmp_path, capsys, change, message):
@@ -255,6 +280,28 @@ def test_what_cannot_be_compared_is_refused(flags, tmp_path, capsys, change, mes
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "after").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("run_record.json", "[]", "run_record.json: holds a list, expected an object {…}. If this was an output_dir"),
+        ("run_record.json", '{"stage": "merge"}', "is not an output_dir of evaluate.py (run_record.json: its stage is"),
+        ("run_record.json", '{"stage": "evaluate"}', "run_record.json: has no asked. If this was an output_dir of"),
+        ("metrics.json", "", "metrics.json: is empty. Delete it, and the same evaluate.py command makes it anew."),
+        ("metrics.json", '{"title": "a', "metrics.json: ends in the middle. Delete it"),
+        ("predictions.jsonl", "5\n", "predictions.jsonl: is damaged (line 1 has no image that evaluate.py wrote)"),
+        ("predictions.jsonl", '{"image": "a.png", "task": 5}\n', "(line 1 has no task that evaluate.py wrote)"),
+    ],
+)
+def test_what_was_changed_in_a_folder_is_named(flags, tmp_path, capsys, name, content, message):
+    output_dir = tmp_path / "scores"
+    evaluate.main([*flags, "--output_dir", str(output_dir), "--limit", "1"])
+    (output_dir / name).write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*flags, "--output_dir", str(output_dir), "--limit", "1"])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_an_image_that_cannot_be_read_stops_with_its_name(world, served_model, annotations, tmp_path, capsys):

@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 from meme_llava.dataset.inspection import normalise_text
-from meme_llava.evaluate.scores import asks_for_text, compute_scores, describe_measure, is_right, score_predictions
+from meme_llava.evaluate.scores import (
+    asks_for_text,
+    compute_scores,
+    describe_measure,
+    describe_most_frequent,
+    is_right,
+    score_predictions,
+)
 from meme_llava.inference.questions import Prediction, Question
 
 
@@ -21,7 +28,7 @@ def test_reading_by_hand():
     scores = score_predictions(
         [
             ask("我太难了！", "我太难了", "我太难了", "text"),  # right but for punctuation
-            ask("好呀好", "好耶", "好耶", "text"),  # one wrong, one surplus
+            ask("好呀好呀好", "好耶", "好耶", "text"),  # one wrong, three surplus
             ask("", "收到", "收到", "text"),  # two missing
             ask("图片里没有文字。", "图片里没有文字。", "", "text"),
             ask("困", "图片里没有文字。", "", "text"),
@@ -31,12 +38,16 @@ def test_reading_by_hand():
     )
     values = {name: (score.value, score.count) for name, score in scores.items()}
     assert values == {
-        "character_error_rate": (4 / 8, 3),
-        "texts_right": (pytest.approx(1 / 3), 3),
         "text_found": (4 / 8, 3),  # not 好耶, of which 好 alone was answered
+        "characters_wrong": (4 / 8, 3),  # of 好耶 no more than both
+        "character_error_rate": (6 / 8, 3),
+        "texts_right": (pytest.approx(1 / 3), 3),
         "no_text_right": (0.5, 2),
+        "text_invented": (pytest.approx(1 / 3), 3),
         "looping": (0.0, 7),
-        "characters": (pytest.approx((5 + 3 + 0 + 8 + 1 + 2 + 2) / 7), 7),
+        "half_characters": (0.0, 7),
+        "most_frequent": (pytest.approx(1 / 7), 7),
+        "characters": (pytest.approx((5 + 5 + 0 + 8 + 1 + 2 + 2) / 7), 7),
         "right: mood": (0.5, 2),
         "right: text": (2 / 5, 5),
     }
@@ -94,13 +105,52 @@ def test_which_questions_ask_for_the_text(reference, text, asks):
     assert asks_for_text(Question(Path("a.png"), "?", reference, text_in_image=text)) is asks
 
 
+NO_WORDS = "这是一张“猫咪”类表情包，图中没有文字。"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "invented"),
+    [
+        ("图片里没有文字！", "图片里没有文字。", False),
+        ("好耶", "图片里没有文字。", True),
+        ("", "图片里没有文字。", False),
+        ("这是一张“狗狗”类表情包，图中没有文字。", NO_WORDS, False),
+        ("这是一张“猫咪”类表情包，图中文字是“好耶”。", NO_WORDS, True),
+        ("这是一张“猫咪”类表情包。", NO_WORDS, False),
+        ("一只猫坐在窗边看着外面", NO_WORDS, False),
+        ('A cat that says "LOL"', NO_WORDS, True),
+        ("难过", "开心", False),
+        ("写着「好耶」，所以开心", "开心", True),
+    ],
+)
+def test_words_invented_for_an_image_without_text(answer, reference, invented):
+    assert compute_scores([ask(answer, reference, "")])["text_invented"] == invented
+    assert "text_invented" not in compute_scores([ask(answer, reference, None)])
+
+
+def test_one_sentence_about_every_image_is_named():
+    """Of 10 images with other texts; one answer is broken off inside a character."""
+    said = "我不知道这张图里写了什么，但是它看起来很好笑，我想把它发给我所有的朋友，让他们也一起笑一笑，好不好呀"
+    texts = [f"第{row}句" for row in range(10)]
+    answered = [ask(said * 2, text, text, image=f"{text}.png") for text in texts[1:]] + [
+        ask("一\ufffd", *texts[:1] * 2)
+    ]
+    scores = compute_scores(answered)
+    assert list(scores)[:3] == ["text_found", "characters_wrong", "character_error_rate"]
+    assert (scores["text_found"], scores["characters_wrong"], scores["character_error_rate"] > 20) == (0, 1, True)
+    assert (scores["most_frequent"], scores["half_characters"]) == (0.9, 0.1)
+    told = f"“{(said * 2)[:60]}…”, 90.0% of the answers, 0.0% of the references"
+    assert describe_most_frequent(answered) == told
+
+
 def test_signs_alone_are_a_truth_too():
     assert is_right("？？？", "？？？") and not is_right("", "？？？") and not is_right("好", "😂")
     assert is_right("好耶！", "好耶")
 
 
 def test_what_cannot_be_judged_has_no_score():
-    assert set(score_predictions([ask("一只猫", "一只猫")])) == {"looping", "characters", "right: "}
+    of_all = {"looping", "half_characters", "most_frequent", "characters"}
+    assert set(score_predictions([ask("一只猫", "一只猫")])) == {*of_all, "right: "}
 
 
 def test_how_answers_end():

@@ -51,6 +51,7 @@ def test_the_table_holds_recipes_and_scores(runs, world, capsys):
     assert rows[""] == ["before", "output"]
     assert rows["language model"] == [str(world.language_model)] * 2
     assert rows["vision tower"] == [str(world.vision_tower)] * 2
+    assert all(text.startswith("“") and "% of the answers" in text for text in rows["most frequent answer"])
     assert rows["train type"] == ["–", "lora"]
     assert rows["LoRA"] == ["–", "r 4, alpha 8"]
     assert rows["learning rate: multi_modal_projector"] == ["–", "0.01"]
@@ -137,6 +138,17 @@ def test_what_cannot_stand_in_a_report_is_refused(runs, tmp_path, make, message,
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.parametrize("model", [5, [], {"stage": "train"}, {"training": {"settings": None}}, {"training": "x"}])
+def test_a_run_record_of_something_else_is_named(runs, tmp_path, capsys, model):
+    shutil.copytree(runs / "before", tmp_path / "scores")
+    path = tmp_path / "scores" / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": model}))
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(tmp_path / "scores"), "--output", str(tmp_path / "report.html")])
+    assert stop.value.code == 2
+    assert "metrics.json: its model's run record cannot be read (" in capsys.readouterr().err
+
+
 def test_differences_by_hand():
     assert list(split_differences("我太难了", "我太难了！")) == [("我太难了", "same"), ("！", "same")]
     assert list(split_differences("好耶", "好呀")) == [("好", "same"), ("耶", "missing"), ("呀", "wrong")]
@@ -206,7 +218,7 @@ def test_figures_of_a_training_are_called_what_scores_are(tmp_path):
     assert re.findall(r'<h3><span class="label">([^<]*) <span', page) == [
         "training loss",
         "loss, validation",
-        "character error rate of the text, validation, %",
+        "character error rate, surplus text counted, validation, %",
         "chrF of captions, validation",
         "exact match: mood, validation, %",
         "exact match: all, validation, %",
