@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING
 
 from meme_llava.cli import parse_arguments
 from meme_llava.errors import UserError, stop_on_user_error
-from meme_llava.inference.settings import DemoArguments
+from meme_llava.inference.settings import LOOPBACK, DemoArguments
 from meme_llava.storage.run_record import holds_trained_weights
 
 if TYPE_CHECKING:
     from meme_llava.inference.generation import Answerer
-
-LOOPBACK = ("127.0.0.1", "localhost")
 
 
 @stop_on_user_error
@@ -36,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.host not in LOOPBACK:
         print(f"warning: --host {arguments.host}: whoever reaches this machine can ask; there is no password")
     with tempfile.TemporaryDirectory(prefix="meme_llava_demo_") as folder:
-        keep_uploads_in(folder)
+        settle_gradio(folder)
         from meme_llava.inference.chat_page import build_page, make_css, serve_until_stopped
 
         names = [str(folder) for folder in folders]
@@ -71,10 +69,12 @@ def load_answerers(arguments: DemoArguments, folders: list[Path]) -> "list[Answe
     ]
 
 
-def keep_uploads_in(folder: str) -> None:
-    """Have gradio put its files, and what visitors upload, into a folder; it reads this while it is imported."""
+def settle_gradio(folder: str) -> None:
+    """Have gradio put its files, and what visitors upload, into a folder, and ask nobody but its own server, which no
+    proxy of the user's could reach. It reads this while it is imported."""
     os.environ["GRADIO_TEMP_DIR"] = folder
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = "*"
     tempfile.tempdir = folder
 
 

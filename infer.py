@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
             # One bad file of many must not cost the answers about the others.
             unreadable += 1
             if arguments.json:
-                print(json.dumps({"image": str(question.image), "error": str(error)}, ensure_ascii=False), flush=True)
+                print_json({"image": str(question.image), "error": str(error)})
             else:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             continue
@@ -70,13 +70,23 @@ def report(question: Question, answer: Prediction, arguments: InferArguments) ->
     if arguments.json:
         reference = {} if question.reference is None else {"reference": question.reference}
         result = {"image": str(question.image), "question": question.text, "answer": answer.text, **reference}
-        print(json.dumps(result | {"tokens": answer.tokens, "stopped": answer.stopped}, ensure_ascii=False), flush=True)
+        print_json(result | {"tokens": answer.tokens, "stopped": answer.stopped})
     elif question.reference is not None:
         mark = "right" if answer.text == question.reference else "wrong"
         print(f"{question.image}  [{mark}]\n  question: {question.text}", flush=True)
         print(f"  answer:   {answer.text}\n  reference:    {question.reference}", flush=True)
     elif not answer.stopped:
         print(f"(cut off after --max_new_tokens {arguments.max_new_tokens})", file=sys.stderr, flush=True)
+
+
+def print_json(value: dict) -> None:
+    """One line; with JSON's escapes where the console's encoding lacks a character, so that none becomes a "?"."""
+    line = json.dumps(value, ensure_ascii=False)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        line = json.dumps(value)
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from html import escape, unescape
 from pathlib import Path
 
 import torch
@@ -116,12 +115,12 @@ class Chat:
         except RecordFault as fault:
             problem = IMAGE_PROBLEMS[fault.kind]
         if problem:
-            yield [show_reply(problem)]
+            yield [make_reply(problem)]
             return
         texts = [WAITING] * len(images)
         for place, (answerer, image, exchanges) in enumerate(zip(self._answerers, images, earlier, strict=True)):
             for texts[place] in self._answer(answerer, image, question, exchanges):
-                yield [show_reply(text) for text in texts]
+                yield [make_reply(text) for text in texts]
 
     def _answer(
         self, answerer: Answerer, image: Image.Image, question: str, earlier: Sequence[tuple[str, str]]
@@ -155,7 +154,7 @@ class Chat:
                 paths = [part["file"]["path"] for part in parts if part["type"] == "file"]
                 turns.append((paths[-1] if paths else None, text.strip() or DEFAULT_QUESTION, []))
             elif turns:
-                turns[-1][2].append(unescape(text))
+                turns[-1][2].append(text)
         path, earlier = None, [[] for _ in self._answerers]
         for image, question, replies in turns:
             if replies and replies[0] in IMAGE_PROBLEMS.values():
@@ -171,6 +170,5 @@ class Chat:
         return path, earlier
 
 
-def show_reply(text: str) -> dict:
-    """A reply as a message: the page takes HTML, removes tabs and what lines begin with, and none is to be lost."""
-    return {"role": "assistant", "content": escape(text).replace("\t", "&#9;").replace("\n ", "\n&#32;")}
+def make_reply(text: str) -> dict:
+    return {"role": "assistant", "content": text}

@@ -1,22 +1,24 @@
 """The chat page, a gradio.ChatInterface, and its server.
 
-Nothing is fetched from elsewhere, nothing is reported to anybody, and no text of a model becomes HTML.
+Nothing is fetched from elsewhere, nothing is reported to anybody, and no text of a visitor or a model becomes HTML.
 """
 
 import itertools
 import json
-import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from html import escape, unescape
 from pathlib import Path
 
 import gradio
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from meme_llava import DATA
 from meme_llava.errors import UserError
 from meme_llava.inference.chat import Chat
-from meme_llava.inference.settings import DEFAULT_QUESTION
+from meme_llava.inference.settings import DEFAULT_QUESTION, LOOPBACK
 
 EXAMPLE_FOLDER = DATA / "unseen" / "images"
 EXAMPLES = 6
@@ -35,14 +37,16 @@ def build_page(chat: Chat, names: Sequence[str]) -> gradio.ChatInterface:
     """The page; the names of two models stand above their answers, side by side where there is room (`make_css`)."""
     # Sample memes that no model of the first run was trained on.
     examples = zip(itertools.cycle(SUGGESTED_QUESTIONS), sorted(EXAMPLE_FOLDER.glob("*"))[:EXAMPLES], strict=False)
+    chatbot = gradio.Chatbot(
+        elem_id="chat", height="68vh", show_label=False, render_markdown=False, feedback_options=None, buttons=[]
+    )
+    show_texts_as_texts(chatbot)
     page = gradio.ChatInterface(
         chat.reply,
         multimodal=True,
         title=TITLE,
         description=ABOUT if len(names) > 1 else f"{ABOUT} `{names[0]}`",
-        chatbot=gradio.Chatbot(
-            elem_id="chat", height="68vh", show_label=False, render_markdown=False, feedback_options=None, buttons=[]
-        ),
+        chatbot=chatbot,
         textbox=gradio.MultimodalTextbox(
             elem_id="question",
             file_types=["image"],
@@ -65,6 +69,34 @@ def build_page(chat: Chat, names: Sequence[str]) -> gradio.ChatInterface:
     return page
 
 
+def show_texts_as_texts(chatbot: gradio.Chatbot) -> None:
+    """Escape what goes to the page, which takes texts for HTML, and undo it with what comes back.
+
+    The methods of the object are replaced: for a subclass gradio would write a file beside this module.
+    """
+    to_page, from_page = chatbot.postprocess, chatbot.preprocess
+
+    def postprocess(messages: Sequence[dict] | None):
+        return to_page([_change_texts(message, escape) for message in messages or []])
+
+    def preprocess(payload) -> list[dict]:
+        return [_change_texts(message, unescape) for message in from_page(payload)]
+
+    chatbot.postprocess, chatbot.preprocess = postprocess, preprocess
+
+
+def _change_texts(message: dict, change: Callable[[str], str]) -> dict:
+    """The message with its texts changed, each as a part of its own: of a plain string gradio strips indentation."""
+    content = message["content"]
+    parts = [
+        {"type": "text", "text": part} if isinstance(part, str) else part
+        for part in (content if isinstance(content, list) else [content])
+    ]
+    return message | {
+        "content": [part | {"text": change(part["text"])} if part.get("type") == "text" else part for part in parts]
+    }
+
+
 def make_css(names: Sequence[str]) -> str:
     """The page's look; the names of two models head their answers."""
     css = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
@@ -74,6 +106,12 @@ def make_css(names: Sequence[str]) -> str:
     return css
 
 
+def list_hosts(host: str) -> list[str]:
+    """The names by which a browser may call the page. A page of this machine has no others: through a name of its own
+    a foreign web site could have the visitor's browser ask here."""
+    return [*LOOPBACK] if host in LOOPBACK else ["*"]
+
+
 def serve_until_stopped(
     page: gradio.ChatInterface, css: str, host: str, port: int, on_stop: Callable[[], None]
 ) -> None:
@@ -81,9 +119,6 @@ def serve_until_stopped(
 
     Raises UserError where nothing can listen at that host and port.
     """
-    # gradio asks its own server whether it runs; a proxy of the user's could not reach it.
-    for name in ("no_proxy", "NO_PROXY"):
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost", "127.0.0.1", host]))
     is_stopping = threading.Event()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -101,6 +136,7 @@ def serve_until_stopped(
             ssr_mode=False,
             mcp_server=False,
             max_file_size=MAX_UPLOAD_BYTES,
+            app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=list_hosts(host))]},
             theme=gradio.themes.Default(font=FONTS, font_mono=("ui-monospace", "monospace")),
             css=css,
             js=STAY,

@@ -199,9 +199,9 @@ def choose_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: cannot be used here ({error})") from error
+        torch.zeros(1, device=chosen).item()  # which "meta", a device without contents, cannot give
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {device}: cannot be used here ({first_line(error)})") from error
     return chosen
 
 

@@ -1,8 +1,8 @@
 """The chat in the browser: infer.py's answers in several turns, a sentence for what cannot be done, and a clean end."""
 
 import contextlib
+import http.client
 import importlib
-import inspect
 import os
 import re
 import signal
@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from html import escape, unescape
+from html import escape
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -35,7 +35,6 @@ from meme_llava.inference.chat import (
     TOO_LONG,
     WAITING,
     Chat,
-    show_reply,
 )
 from meme_llava.inference.generation import load_answerer
 from meme_llava.inference.settings import DEFAULT_QUESTION, DemoArguments
@@ -85,14 +84,13 @@ class Visitor:
         try:
             with contextlib.closing(self.chat.reply(message, list(self.history))) as replies:
                 for reply in replies:
-                    # The page's own component removes indentation and what it takes for HTML.
-                    self.shown = [unescape(inspect.cleandoc(one["content"])) for one in reply]
+                    self.shown = [one["content"] for one in reply]
                     yield self.shown
         finally:
             files = [{"type": "file", "file": {"path": path}} for path in message["files"]]
             self.history.append({"role": "user", "content": [*files, {"type": "text", "text": text}]})
             for text in self.shown:
-                self.history.append({"role": "assistant", "content": [{"type": "text", "text": escape(text)}]})
+                self.history.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
 
     def hear(self, text: str, image: Path | None = None) -> list[str]:
         list(self.ask(text, image))
@@ -196,11 +194,6 @@ def test_what_goes_wrong_is_told_in_place_of_the_answer(chat, world, monkeypatch
     assert Visitor(chat).hear(QUESTION, world.image_folder / "p0.png") == [sentence] * 2
 
 
-def test_a_text_comes_back_from_the_page_as_it_was():
-    text = "<b>&amp;\n\tone\n    two\n  three"
-    assert unescape(inspect.cleandoc(show_reply(text)["content"])) == text
-
-
 # ---- The script ----
 
 
@@ -248,18 +241,25 @@ def load_page_module():
     return importlib.import_module("meme_llava.inference.chat_page")
 
 
-def test_the_page_reports_nothing_and_shows_texts_as_texts(chat):
+def test_the_page_reports_nothing_and_shows_texts_as_texts(chat, world):
     page_module = load_page_module()
     page = page_module.build_page(chat, ["one", "two"])
     assert len(page.examples) == page_module.EXAMPLES
     assert page.analytics_enabled is False and not page.chatbot.render_markdown
     assert 'content: "a\\"\\3c /style>"' in page_module.make_css(['a"</style>', "two"])
+    text, image = "<b>&amp;\n\tone\n    two\n  three", str(world.image_folder / "p0.png")
+    asked = [{"role": "user", "content": [{"path": image}, text]}, {"role": "assistant", "content": text}]
+    sent = page.chatbot.postprocess(asked)
+    shown = [part.text for message in sent.root for part in message.content if part.type == "text"]
+    assert shown == [escape(text)] * 2
+    came = page.chatbot.preprocess(sent)
+    assert [message["content"][-1]["text"] for message in came] == [text] * 2
+    assert came[0]["content"][0]["file"]["path"] == image
 
 
 def test_ctrl_c_ends_the_server_and_a_taken_port_is_named(chat, tmp_path, monkeypatch):
     page_module = load_page_module()
-    for name, value in (("GRADIO_TEMP_DIR", str(tmp_path)), ("NO_PROXY", ""), ("no_proxy", "")):
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     port = find_free_port()
     ended = []
 
@@ -311,6 +311,7 @@ def running(served_model, world, tmp_path_factory):
     # A proxy that the user set for the rest of the world must not stand between gradio and its own server.
     environment = {**os.environ, "TMPDIR": str(folder / "temporary"), "OMP_NUM_THREADS": "1"}
     environment |= {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    environment |= {"ALL_PROXY": "socks://127.0.0.1:9", "all_proxy": "socks://127.0.0.1:9"}
     for name in ("NO_PROXY", "no_proxy"):
         environment.pop(name, None)
     with (folder / "log.txt").open("wb") as output:
@@ -419,6 +420,30 @@ def test_a_visitor_asks_both_models_in_several_turns(
     tab.wait_for_function("() => !document.querySelector('#chat .bot.message')")
     tab.locator("#chat button.example").first.click()
     assert [len(column) for column in read_columns(tab, 1)] == [1, 1]
+
+
+def test_html_is_shown_as_text_and_loads_nothing(open_tab, world, answerer, base_answerer):
+    path = world.image_folder / "p0.png"
+    question = '<img src="http://127.0.0.1:9/x.png" onerror="document.title=1"><b>好</b>\n  &amp;\t困'
+    tab = open_tab()
+    give_image(tab, path)
+    ask(tab, question)
+    assert read_columns(tab, 1) == [[answer(model, path, question)] for model in (answerer, base_answerer)]
+    assert question in tab.locator("#chat .user.message").all_inner_texts()[-1]
+    assert tab.locator("#chat b").count() == 0
+    tab.get_by_label("撤消").click()
+    tab.wait_for_function("text => document.querySelector('textarea').value == text", arg=question)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("127.0.0.1", 200), ("localhost:80", 200), ("evil.example", 400), ("localhost.evil.example", 400)],
+)
+def test_only_this_machines_own_names_are_answered(running, host, status):
+    connection = http.client.HTTPConnection(running.address.removeprefix("http://").rstrip("/"))
+    with contextlib.closing(connection):
+        connection.request("GET", "/config", headers={"Host": host})
+        assert connection.getresponse().status == status
 
 
 @pytest.mark.long
