@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from meme_llava.cli import parse_arguments, to_plain
-from meme_llava.errors import UserError, join_first, stop_on_user_error
+from meme_llava.errors import UserError, count, join_first, printable, stop_on_user_error
 from meme_llava.evaluate.answer_sources import AnswerSource, choose_questions, choose_source
 from meme_llava.evaluate.results_folder import (
     EVALUATE,
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
             folder.finish(record | {"scores": {name: vars(score) for name, score in scores.items()}})
     head = str(arguments.output_dir) if others else source.title
     print_scores([*others.items(), (head, read_scores(folder.metrics))])
-    print(f"most frequent answer: {describe_most_frequent(predictions)}")
+    print(f"most frequent answer: {printable(describe_most_frequent(predictions))}")
     print_problems(predictions)
     print(f"answers and scores: {arguments.output_dir}")
 
@@ -121,8 +121,9 @@ def print_problems(predictions: Sequence[Prediction]) -> None:
     """Say how many questions got no answer, and why some of them did not; they count as empty answers."""
     without = [prediction for prediction in predictions if prediction.problem is not None]
     if without:
-        print(f"{len(without)} of {len(predictions)} questions were not answered, which counts as an empty answer:")
-        print(join_first((f"  {one.question.image}: {one.problem}" for one in without[:MAX_LISTED]), len(without)))
+        print(f"{len(without)} of {count(len(predictions), 'question')} not answered, which counts as an empty answer:")
+        lines = (f"  {one.question.image}: {printable(one.problem)}" for one in without[:MAX_LISTED])
+        print(join_first(lines, len(without)))
 
 
 if __name__ == "__main__":

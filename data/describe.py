@@ -25,6 +25,7 @@ from meme_llava.prepare.describing import (  # noqa: E402
     CaptionRun,
     DescribeArguments,
     choose_open_images,
+    describe_purchase,
     list_images,
     print_summary,
     read_prompt,
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     endpoint = find_endpoint(arguments)
     prompt = read_prompt(arguments.prompt_file, arguments.use_file_name)
     names, others = list_images(arguments.images, arguments.max_images)
-    with open_ledger(arguments.output, {"model": endpoint.model, "prompt": prompt.fingerprint}) as ledger:
+    with open_ledger(arguments.output, describe_purchase(arguments, endpoint, prompt)) as ledger:
         chosen = choose_open_images(names, arguments, ledger)
         print_plan(endpoint, names, chosen, others, ledger)
         tokens_before = ledger.tokens.total()
@@ -53,6 +54,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"without an answer: {statuses[UNANSWERED]:,}; start the same command again to ask once more")
     if run.stop_reason is not None:
         print(f"stopped: {run.stop_reason}; {statuses[NOT_ASKED]:,} images are left")
+    elif not statuses[DESCRIBED]:
+        raise UserError(
+            f"no image has a caption; {arguments.output} says of each why. Fix the cause, then start the same command "
+            "with --retry_set_aside, or one with another --model and --output"
+        )
     print(
         f"{arguments.output}: {statuses[DESCRIBED]:,} captions; python data/prepare.py captions turns them into records"
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from meme_llava.cli import to_plain
 from meme_llava.dataset.images import resolve_image_path
-from meme_llava.errors import UserError
+from meme_llava.errors import UserError, count, printable
 from meme_llava.evaluate.results_folder import JUDGE, PREDICTIONS, read_predictions
 from meme_llava.evaluate.scores import Score, estimate_mean, show_score
 from meme_llava.evaluate.settings import JudgeArguments
@@ -211,4 +211,6 @@ def print_comparison(metrics: dict, judgements: list[dict]) -> None:
     print_table(f"Verdicts of {metrics['asked']['model']} (95 % interval)", columns, rows)
     print(f"first: {first}\nsecond: {second}")
     if without:
-        print(f"{len(without)} of {len(judgements)} pairs have no verdict, e.g. {without[0]['problem']}")
+        print(
+            f"{len(without)} of {count(len(judgements), 'pair')} without a verdict: {printable(without[0]['problem'])}"
+        )

@@ -9,7 +9,7 @@ from typing import Literal
 from meme_llava.cli import check_setting, parse_arguments, setting
 from meme_llava.errors import UserError
 from meme_llava.inference.endpoints import PRESETS
-from meme_llava.inference.settings import DTYPE_HELP, Dtype
+from meme_llava.inference.settings import DTYPE_HELP, TEMPERATURE_HELP, Dtype
 
 # By --answer_with, of the settings that not all of them use.
 USED_SETTINGS = {
@@ -18,7 +18,6 @@ USED_SETTINGS = {
     "endpoint": {"model", "preset", "base_url", "key_variable", "timeout", "temperature"},
     "rapidocr": set(),
 }
-TEMPERATURE_HELP = "0 makes answers repeatable; some models that think take only 1"
 
 
 @dataclass

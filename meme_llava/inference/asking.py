@@ -25,6 +25,7 @@ from meme_llava.inference.questions import Prediction, Question
 JPEG_QUALITY = 90
 GRACE_SECONDS = 5.0  # for answers on their way when a person stops the run: they may be paid for
 LONGEST_DETAIL = 300  # characters of a server's message that are kept
+LONGEST_ANSWER = 1_000_000  # characters; what is longer would only take the time of whoever reads it
 SHORTEST_SECRET = 8
 GO_ON = "What was answered is kept; the same command goes on."
 UNANSWERED = "unanswered"
@@ -53,8 +54,9 @@ def ask_all(
     """Ask everything, `concurrency` questions at a time, and give each prediction as it comes, with its place.
 
     A prediction without a usable answer has a problem, whose first word is its kind: unreadable (the image), rejected
-    (the server does not take it), unanswered (all attempts failed), refusal, empty, or what `check` finds. The dict
-    says what it cost: prompt_tokens and completion_tokens (None where none are reported), attempts and seconds.
+    (the server does not take it), unanswered (all attempts failed), refusal, empty, loop (endless), or what `check`
+    finds. The dict says what it cost: prompt_tokens and completion_tokens (None where none are reported), attempts and
+    seconds.
 
     Args:
         questions: read as answers come; where it ends early, what is on its way still arrives.
@@ -199,6 +201,9 @@ class _Asker:
                 cost[name] = (cost[name] or 0) + tokens
         if refusal or choice.finish_reason == "content_filter":
             problem = f"refusal: {refusal or 'stopped by the provider’s content filter'}"
+        elif len(text) > LONGEST_ANSWER:
+            problem = f"loop: {len(text):,} characters, expected at most {LONGEST_ANSWER:,}"
+            text = text[:LONGEST_DETAIL]
         else:
             # A model that thinks may spend all of --max_new_tokens on thoughts.
             kind = "cut" if choice.finish_reason == "length" else "empty"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
 
 from meme_llava.errors import UserError
+from meme_llava.storage.proxy import check_proxy
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ PRESETS = {
 def find_endpoint(arguments) -> Endpoint:
     """Put preset, base_url, model and key_variable of the settings together and take the key from the environment.
 
-    Raises UserError where one is missing, the key is, or openai is not installed. No message holds a key.
+    Raises UserError where one is missing, the key is, openai is not installed, or the environment's proxy cannot be
+    used. No message holds a key.
     """
     if importlib.util.find_spec("openai") is None:
         raise UserError("asking a server needs openai: pip install -r configs/requirements/other_models.txt")
@@ -56,6 +58,8 @@ def find_endpoint(arguments) -> Endpoint:
     given = {name: getattr(arguments, name) for name in ("base_url", "model", "key_variable")}
     endpoint = replace(known, **{name: value for name, value in given.items() if value})
     _check_base_url(endpoint.base_url)
+    if not endpoint.is_local:
+        check_proxy()
     if not endpoint.model:
         raise UserError(f"give --model: the name by which the server at {endpoint.host} knows its model")
     variable = endpoint.key_variable

@@ -12,6 +12,7 @@ DEFAULT_QUESTION = "这张表情包写了什么，是什么意思？"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")  # names by which a machine reaches itself
 DTYPE_HELP = "auto: bfloat16 on a GPU that has it, float32 on a CPU"
+TEMPERATURE_HELP = "0 makes answers repeatable; some models that think take only 1"
 
 
 @dataclass

@@ -11,8 +11,8 @@ from pathlib import Path
 from meme_llava.errors import UserError
 from meme_llava.storage.files import append_line, cut_torn_line, explain_full_disk, fsync_path, lock, read_lines
 
-# What makes two captions of an image the same purchase; a file holds captions of one kind only.
-SETTINGS = ("model", "prompt")
+# What every line is compared in; a temperature stands there if it was given.
+SETTINGS = ("model", "prompt", "temperature")
 
 
 class CaptionLedger:
@@ -42,11 +42,11 @@ class CaptionLedger:
 
 
 @contextlib.contextmanager
-def open_ledger(path: Path, settings: dict[str, str]) -> Iterator[CaptionLedger]:
+def open_ledger(path: Path, settings: dict) -> Iterator[CaptionLedger]:
     """Open the captions file for adding, made if it does not exist, and keep other processes off it.
 
     Args:
-        settings: model and prompt of this run; every line of the file must have been made with them.
+        settings: those of SETTINGS of this run; every line of the file must have been made with them.
 
     Raises:
         UserError: another process writes to the file, it is no such file, or it was made with other settings.
@@ -69,19 +69,19 @@ def open_ledger(path: Path, settings: dict[str, str]) -> Iterator[CaptionLedger]
         yield CaptionLedger(path, lines)
 
 
-def _check_lines(lines: list, settings: dict[str, str], path: Path) -> None:
+def _check_lines(lines: list, settings: dict, path: Path) -> None:
     for number, line in enumerate(lines, start=1):
         known = line if isinstance(line, dict) else {}
-        if any(not isinstance(known.get(name), str) for name in ("picName", *SETTINGS)) or (
+        if any(not isinstance(known.get(name), str) for name in ("picName", "model", "prompt")) or (
             ("description" in known) == ("set_aside" in known)
         ):
             raise UserError(
-                f"--output {path}: line {number} was not written by this script (expected picName, "
-                f"{', '.join(SETTINGS)} and description or set_aside); choose another --output"
+                f"--output {path}: line {number} was not written by this script (expected picName, model, prompt and "
+                "description or set_aside); choose another --output"
             )
         for name in SETTINGS:
-            if line[name] != settings[name]:
+            if line.get(name) != settings.get(name):
                 raise UserError(
-                    f"--output {path}: line {number} was made with {name} {line[name]!r}, this run has "
-                    f"{settings[name]!r}; choose another --output, or the same {name} as before"
+                    f"--output {path}: line {number} was made with {name} {line.get(name)!r}, this run has "
+                    f"{settings.get(name)!r}; choose another --output, or the same {name} as before"
                 )

@@ -18,9 +18,10 @@ from meme_llava.dataset.image_files import describe_left_out, find_images
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.inspection import find_loop, find_refusal
 from meme_llava.dataset.user_files import check_file_names, read_text
-from meme_llava.errors import UserError
+from meme_llava.errors import UserError, printable
 from meme_llava.inference.endpoints import PRESETS, Endpoint
 from meme_llava.inference.questions import Prediction, Question
+from meme_llava.inference.settings import TEMPERATURE_HELP
 from meme_llava.prepare.caption_file import CaptionLedger
 from meme_llava.storage.files import try_hash_file
 from meme_llava.terminal import print_table, show_count
@@ -73,6 +74,9 @@ class DescribeArguments:
     max_side: int = setting("larger images are scaled to this many pixels a side", 1024, expected="at least 1")
     concurrency: int = setting("images asked about at the same time", 4, expected="at least 1")
     timeout: float = setting("seconds to wait for an answer", 60.0, expected="greater than 0")
+    temperature: float | None = setting(
+        f"{TEMPERATURE_HELP}; the server's own if not given", None, expected="0 or more"
+    )
     attempts: int = setting("requests for an image while none brings an answer", 5, expected="at least 1")
     attempts_on_refusal: int = setting("answers bought of an image while they are no good", 2, expected="at least 1")
     retry_set_aside: bool = setting("ask again about the images that were set aside", False)
@@ -105,6 +109,12 @@ def read_prompt(path: Path | None, use_file_name: bool) -> Prompt:
     if is_blank(text := read_text(path).strip()):
         raise UserError(f"--prompt_file {path}: is empty")
     return Prompt(text, use_file_name)
+
+
+def describe_purchase(arguments: DescribeArguments, endpoint: Endpoint, prompt: Prompt) -> dict:
+    """What makes two captions of an image the same purchase; a file holds captions of one kind only."""
+    sent = {} if arguments.temperature is None else {"temperature": arguments.temperature}
+    return {"model": endpoint.model, "prompt": prompt.fingerprint, **sent}
 
 
 def list_images(folder: Path, limit: int | None) -> tuple[list[str], str]:
@@ -163,6 +173,7 @@ class CaptionRun:
             arguments.concurrency,
             arguments.max_new_tokens,
             arguments.timeout,
+            temperature=arguments.temperature,
             retries=arguments.attempts - 1,
             tries=arguments.attempts_on_refusal,
             max_side=arguments.max_side,
@@ -193,7 +204,7 @@ class CaptionRun:
 
     def _settle(self, name: str, digest: str | None, prediction: Prediction, cost: dict) -> None:
         """Write the line of an image, and stop where the next ones would have none of use."""
-        origin = {"model": self._endpoint.model, "endpoint": self._endpoint.host, "prompt": self._prompt.fingerprint}
+        origin = {"endpoint": self._endpoint.host, **describe_purchase(self._arguments, self._endpoint, self._prompt)}
         reason, line = None, {"description": prediction.text}
         if prediction.problem is not None:
             reason, _, detail = prediction.problem.partition(": ")
@@ -203,7 +214,8 @@ class CaptionRun:
             line = {"set_aside": reason, "detail": detail, "answer": answer}
             self._set_aside += 1
             if self._set_aside <= MAX_LISTED:
-                print(f"set aside {name}: {reason} ({' '.join(detail.split())[:LONGEST_LISTED]})", file=sys.stderr)
+                shown = printable(" ".join(detail.split()))[:LONGEST_LISTED]
+                print(f"set aside {name}: {reason} ({shown})", file=sys.stderr)
         self._ledger.append({"picName": name, **line, **origin, **cost, "sha256": digest})
         self._advance(1)
         if reason != "unreadable":

@@ -127,7 +127,7 @@ def test_a_judge_sees_every_pair_in_both_orders(judge_with, tmp_path, capsys):
     assert [overall[name] for name in ("first", "tie", "second", "unsure")] == [0, *[pytest.approx(1 / 3)] * 3]
     assert overall["second_preferred"]["value"] == pytest.approx((1 + 0.5 + 0.5) / 3)
     printed = capsys.readouterr().out
-    assert "1 of 4 pairs have no verdict, e.g. no verdict in: 我不知道" in printed
+    assert "1 of 4 pairs without a verdict: no verdict in: 我不知道" in printed
     assert not any(KEY in path.read_text() for path in (tmp_path / "judged").iterdir())
 
 

@@ -102,7 +102,7 @@ def test_a_server_answers(asked, tmp_path, capsys):
     assert metrics["title"] == f"m at {server.url.split('/')[2]}"
     assert metrics["scores"]["texts_right"] == {"value": 0.25, "low": 0.0, "high": 0.75, "count": 4}
     printed = capsys.readouterr().out
-    assert "2 of 4 questions were not answered, which counts as an empty answer:" in printed
+    assert "2 of 4 questions not answered, which counts as an empty answer:" in printed
     assert "52.png: rejected: HTTP 400: no such image" in printed
     assert not any(KEY in path.read_text() for path in (tmp_path / "scores").iterdir())
 

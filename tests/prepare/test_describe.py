@@ -148,6 +148,7 @@ def test_every_image_gets_one_line(folder, tmp_path, capsys):
 def test_request_holds_image_prompt_model_and_limit(tmp_path):
     _, _, server = describe_one(tmp_path, [answer()], "--max_new_tokens", "77")
     [body] = server.bodies
+    assert "temperature" not in body
     assert body["model"] == "eyes"
     assert body["max_tokens"] == 77
     [message] = body["messages"]
@@ -155,6 +156,11 @@ def test_request_holds_image_prompt_model_and_limit(tmp_path):
     assert message["content"][1] == {"type": "text", "text": DEFAULT_PROMPT}
     assert find_image(body).size == (40, 30)
     assert server.headers[0]["authorization"] == f"Bearer {CANARY}"
+
+
+def test_a_temperature_is_sent_and_noted_if_given(tmp_path):
+    _, line, server = describe_one(tmp_path, [answer()], "--temperature", "0.7")
+    assert server.bodies[0]["temperature"] == line["temperature"] == 0.7
 
 
 def test_default_prompt_asks_for_words_image_and_meaning():
@@ -265,6 +271,7 @@ def test_no_request_is_repeated_sooner_than_the_server_asks(tmp_path):
         (REPEAT, "loop", 3, 3 * TOKENS),
         (answer(LOOP, finish_reason="length"), "loop", 3, 3 * TOKENS),
         (NULL_CONTENT, "empty", 3, 3 * TOKENS),
+        (answer("哈" * 1_000_001), "loop", 3, 3 * TOKENS),
         (answer("半句话", finish_reason="length"), "cut", 1, TOKENS),
         (fail(400, "image too small"), "rejected", 1, 0),
         (fail(413), "rejected", 1, 0),
@@ -274,13 +281,13 @@ def test_no_request_is_repeated_sooner_than_the_server_asks(tmp_path):
 )
 def test_hopeless_images_are_set_aside_and_paid_answers_kept(tmp_path, step, reason, requests, tokens):
     code, line, server = describe_one(tmp_path, [step], "--attempts_on_refusal", "3")
-    assert code == 0
+    assert code == 2, "no image has a caption"
     assert "description" not in line
     assert line["set_aside"] == reason
     assert line["attempts"] == requests == len(server.requests)
     assert (line["prompt_tokens"] or 0) + (line["completion_tokens"] or 0) == tokens
     if tokens:
-        assert line["answer"] == (step.body["choices"][0]["message"]["content"] or "")
+        assert line["answer"] == (step.body["choices"][0]["message"]["content"] or "")[: len(line["answer"]) or None]
     else:
         assert line["answer"] is None
         assert line["detail"].startswith(f"HTTP {step.status}: ")
@@ -288,7 +295,7 @@ def test_hopeless_images_are_set_aside_and_paid_answers_kept(tmp_path, step, rea
 
 def test_a_paid_refusal_is_kept_when_later_requests_fail(tmp_path):
     code, line, _ = describe_one(tmp_path, [REFUSE, fail(500)], "--attempts", "2")
-    assert code == 0
+    assert code == 2
     assert (line["set_aside"], line["answer"], line["attempts"]) == ("refusal", REFUSAL, 3)
     assert line["prompt_tokens"] == PROMPT_TOKENS
 
@@ -345,6 +352,16 @@ def test_statuses_add_up_whatever_happens(tmp_path, capsys):
     assert {name: int(table[name]) for name in statuses} == statuses
     assert table["all"] == "21"
     assert lines["55.png"]["prompt_tokens"] == 2 * PROMPT_TOKENS
+
+
+def test_without_a_caption_the_run_fails_and_no_server_writes_to_the_terminal(tmp_path, folder, capsys):
+    output = tmp_path / "captions.jsonl"
+    with CaptionServer(default=answer("看", refusal="no \x1b[2J")) as server:
+        for _ in range(2):
+            assert describe(server, folder, output) == 2
+    shown = capsys.readouterr()
+    assert "set aside 40.png: refusal (no \\x1b[2J)" in shown.err and "\x1b" not in shown.out + shown.err
+    assert shown.err.splitlines()[-1].startswith(f"error: no image has a caption; {output} says of each why. Fix the")
 
 
 # When the run stops
@@ -487,6 +504,7 @@ def test_other_settings_need_another_file(tmp_path, folder, capsys):
             "model": ["--model", "other"],
             "prompt": ["--prompt_file", str(tmp_path / "prompt.txt")],
             "prompt ": ["--use_file_name"],
+            "temperature": ["--temperature", "0.5"],
         }.items():
             assert describe(server, folder, output, *flags) == 2
             assert f"was made with {name.strip()} " in capsys.readouterr().err
@@ -656,7 +674,7 @@ def test_presets_and_overrides():
         *("proxy.example", "gpt-9", "k"),
         "max_completion_tokens",
     )
-    assert choose({}, None, "http://127.0.0.1:9/v1", "m").key == "none"
+    assert choose({"ALL_PROXY": "socks://127.0.0.1:9"}, None, "http://127.0.0.1:9/v1", "m").key == "none"
 
 
 @pytest.mark.parametrize(
@@ -670,11 +688,13 @@ def test_presets_and_overrides():
         ((None, f"https://user:{CANARY}@a.example/v1", "m", "K"), "keys come from the environment only"),
         ((None, f"https://a.example/v1?key={CANARY}", "m", "K"), "keys come from the environment only"),
         ((None, "https://a.example/v1", "m", "K"), "variable K holds characters that no key has"),
+        ((None, "https://a.example/v1", "m", "K", "socks://127.0.0.1:9"), "write socks5://127.0.0.1:9"),
     ],
 )
 def test_endpoints_that_cannot_be_meant(arguments, words):
+    *settings, proxy = arguments if len(arguments) == 5 else (*arguments, "")
     with pytest.raises(UserError) as error:
-        choose({"K": f"{CANARY} 钥匙"}, *arguments)
+        choose({"K": f"{CANARY} 钥匙", "ALL_PROXY": proxy}, *settings)
     assert words in str(error.value)
     assert CANARY not in str(error.value)
 
