@@ -10,7 +10,7 @@ import sys
 
 from meme_llava.cli import parse_arguments
 from meme_llava.dataset.images import open_image
-from meme_llava.errors import UserError, stop_on_user_error
+from meme_llava.errors import UserError, count, stop_on_user_error
 from meme_llava.inference.questions import Prediction, Question, list_file_questions, list_record_questions
 from meme_llava.inference.settings import InferArguments
 
@@ -58,11 +58,12 @@ def main(argv: list[str] | None = None) -> None:
         report(question, answer, arguments)
     if has_records:
         right = len(questions) - len(wrong) - unreadable
-        print(f"{right} of {len(questions)} answers match the reference exactly", file=sys.stderr, flush=True)
+        of_all = f"{right} of {count(len(questions), 'answer')}"
+        print(f"exactly as the reference: {of_all}", file=sys.stderr, flush=True)
         if 0 < len(wrong) <= MAX_LISTED_WRONG:
             print(f"wrong: {', '.join(wrong)}", file=sys.stderr, flush=True)
     if unreadable:
-        raise UserError(f"{unreadable} of {len(questions)} images could not be read")
+        raise UserError(f"{unreadable} of {count(len(questions), 'image')} could not be read")
 
 
 def report(question: Question, answer: Prediction, arguments: InferArguments) -> None:

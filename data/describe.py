@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from meme_llava.cli import parse_arguments  # noqa: E402
-from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
+from meme_llava.errors import UserError, count, stop_on_user_error  # noqa: E402
 from meme_llava.inference.endpoints import Endpoint, find_endpoint  # noqa: E402
 from meme_llava.prepare.caption_file import CaptionLedger, open_ledger  # noqa: E402
 from meme_llava.prepare.describing import (  # noqa: E402
@@ -53,15 +53,14 @@ def main(argv: list[str] | None = None) -> None:
     if statuses[UNANSWERED]:
         raise UserError(f"without an answer: {statuses[UNANSWERED]:,}; start the same command again to ask once more")
     if run.stop_reason is not None:
-        print(f"stopped: {run.stop_reason}; {statuses[NOT_ASKED]:,} images are left")
+        print(f"stopped: {run.stop_reason}; {count(statuses[NOT_ASKED], 'image')} left")
     elif not statuses[DESCRIBED]:
         raise UserError(
             f"no image has a caption; {arguments.output} says of each why. Fix the cause, then start the same command "
             "with --retry_set_aside, or one with another --model and --output"
         )
-    print(
-        f"{arguments.output}: {statuses[DESCRIBED]:,} captions; python data/prepare.py captions turns them into records"
-    )
+    captions = count(statuses[DESCRIBED], "caption")
+    print(f"{arguments.output}: {captions}; python data/prepare.py captions turns them into records")
 
 
 def print_plan(endpoint: Endpoint, names: list[str], chosen: list[str], others: str, ledger: CaptionLedger) -> None:

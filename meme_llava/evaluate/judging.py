@@ -108,7 +108,8 @@ def list_pairs(folders: list[Path], task: str | None, limit: int | None) -> list
             "same --annotations"
         )
     only = len(first.keys() ^ second.keys())
-    print(f"{len(common):,} pairs{f'; {only:,} questions were asked of one of the two alone' if only else ''}")
+    alone = f"; {count(only, 'question')} asked of one of the two alone" if only else ""
+    print(f"{count(len(common), 'pair')}{alone}")
     return [
         Pair(*key[:2], key[2] or "", first[key].question.text_in_image, first[key].text, second[key].text)
         for key in common
@@ -120,7 +121,7 @@ def check_images_are_there(pairs: list[Pair], image_folder: Path) -> None:
     images = {pair.image for pair in pairs}
     if gone := sorted(image for image in images if not (image_folder / image).is_file()):
         raise UserError(
-            f"{image_folder}: {len(gone)} of the images that were evaluated are not there, e.g. {gone[0]}; bring "
+            f"{image_folder}: lacks {count(len(gone), 'evaluated image')}, e.g. {gone[0]}; bring "
             "them back, or evaluate both models anew where the images are now"
         )
 

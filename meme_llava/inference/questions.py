@@ -11,7 +11,7 @@ from meme_llava.dataset.image_files import describe_left_out, find_images
 from meme_llava.dataset.images import MAX_PIXELS, resolve_image_path
 from meme_llava.dataset.inspection import ImageFacts, inspect_images
 from meme_llava.dataset.records import Record, read_quarantined_places, read_records
-from meme_llava.errors import UserError, join_first
+from meme_llava.errors import UserError, count, join_first
 
 MAX_LISTED = 10  # images that cannot be read
 
@@ -106,11 +106,11 @@ def list_record_questions(
     """
     records, malformed = read_records(annotations)
     if malformed:
-        print(f"{len(malformed)} malformed records are not asked, e.g. {malformed[0]}", file=sys.stderr)
+        print(f"not asked: {count(len(malformed), 'malformed record')}, e.g. {malformed[0]}", file=sys.stderr)
     if quarantine is not None:
         places = read_quarantined_places(quarantine)
         asked = [record for record in records if record.place not in places]
-        print(f"{len(records) - len(asked)} quarantined records are not asked", file=sys.stderr)
+        print(f"not asked: {count(len(records) - len(asked), 'quarantined record')}", file=sys.stderr)
         records = asked
     questions = []
     for record in records[:limit]:
@@ -122,7 +122,7 @@ def list_record_questions(
     if not questions:
         raise UserError(f"{annotations}: no record begins with {IMAGE_PLACEHOLDER}, a line break and a question")
     if left_out := len(records[:limit]) - len(questions):
-        print(f"{left_out} records do not begin with one image and are not asked", file=sys.stderr)
+        print(f"not asked: {count(left_out, 'record')} without one image at the beginning", file=sys.stderr)
     return questions
 
 
@@ -133,7 +133,7 @@ def check_images(questions: Sequence[Question], annotations: Path, image_folder:
     if bad:
         advice = f"give the right --image_folder ({image_folder}; EVAL_IMAGE_FOLDER in run.sh)."
         raise UserError(
-            f"{annotations}: {len(bad)} of {len(found)} images cannot be read:\n"
+            f"{annotations}: {len(bad)} of {count(len(found), 'image')} cannot be read:\n"
             f"{join_first(bad[:MAX_LISTED], len(bad))}\nFix them or leave out their records, or {advice}"
         )
     return found

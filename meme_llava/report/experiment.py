@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from meme_llava.errors import UserError
+from meme_llava.errors import UserError, count
 from meme_llava.evaluate.results_folder import (
     METRICS,
     check_same_questions,
@@ -185,7 +185,7 @@ def describe_training(training: dict, log_history: list[dict]) -> dict[str, str]
 
 def _describe_commit(environment: dict) -> str | None:
     commit, changed = environment.get("git_commit"), environment.get("git_changed_files")
-    return commit and commit[:10] + (f", {changed} files changed" if changed else "")
+    return commit and commit[:10] + (f", {count(changed, 'file')} changed" if changed else "")
 
 
 def describe_projector(earlier: dict, log_history: list[dict]) -> dict[str, str]:

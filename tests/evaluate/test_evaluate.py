@@ -314,7 +314,7 @@ def test_an_image_that_cannot_be_read_stops_with_its_name(world, served_model, a
         evaluate.main(["--model", str(served_model), *flags])
     assert stop.value.code == 2
     printed = capsys.readouterr().err
-    assert "1 of 1 images cannot be read" in printed and "broken.png" in printed
+    assert "1 of 1 image cannot be read" in printed and "broken.png" in printed
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 

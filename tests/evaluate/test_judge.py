@@ -150,7 +150,7 @@ def test_what_cannot_be_judged_is_refused(judge_with, tmp_path, capsys):
         (tmp_path / "2.png").rename(tmp_path / "elsewhere.png")
         with pytest.raises(SystemExit):
             judge_with(server)
-        assert "1 of the images that were evaluated are not there, e.g. 2.png" in capsys.readouterr().err
+        assert "lacks 1 evaluated image, e.g. 2.png" in capsys.readouterr().err
         (tmp_path / "elsewhere.png").rename(tmp_path / "2.png")
         with pytest.raises(SystemExit):
             judge_with(server, "--task", "nothing")

@@ -1,5 +1,6 @@
 """Asking: only the answer, the same before and after merging, and a sentence for what cannot be asked."""
 
+import io
 import json
 
 import pytest
@@ -80,6 +81,16 @@ def test_json_has_one_object_an_image(world, merged, capsys):
     assert set(first) == {"image", "question", "answer", "tokens", "stopped"}
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "gbk", "utf-8"])
+def test_json_loses_no_character_on_any_console(monkeypatch, encoding):
+    console = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(console, encoding, errors="replace"))
+    infer.print_json({"answer": "好😂"})
+    written = console.getvalue().decode(encoding)
+    assert json.loads(written) == {"answer": "好😂"}
+    assert ("好" in written) == (encoding == "utf-8")
+
+
 def test_an_answer_that_is_cut_off_says_so(world, merged, capsys):
     image = ("--image", world.image_folder / "p0.png")
     result = ask(capsys, "--model", merged, *image, *QUESTION, "--max_new_tokens", 2)
@@ -93,8 +104,8 @@ def test_records_are_asked_their_own_question_beside_the_truth(world, merged, ca
     result = ask(capsys, "--model", merged, *flags)
     # r2 shows two images and r3 none; the other six begin with one.
     assert result.out.count("[right]") == 6 and result.out.count("reference:") == 6
-    assert "2 records do not begin with one image and are not asked" in result.err
-    assert "6 of 6 answers match the reference exactly" in result.err
+    assert "not asked: 2 records without one image at the beginning" in result.err
+    assert "exactly as the reference: 6 of 6 answers" in result.err
     assert (
         "\n  question: 图里写了什么？\n  answer:   写着“我太难了”。\n  reference:    写着“我太难了”。\n" in result.out
     )
@@ -110,7 +121,7 @@ def test_records_that_training_left_out_are_not_asked(world, merged, tmp_path, c
     result = ask(capsys, "--model", merged, *flags)
     assert result.out.count("[right]") == 4
     assert "p0.png" not in result.out and "p4.png" not in result.out
-    assert "2 quarantined records are not asked" in result.err
+    assert "not asked: 2 quarantined records" in result.err
 
 
 def test_system_turn_reaches_the_prompt(world, merged):
@@ -162,6 +173,7 @@ def test_wrong_settings_stop_with_a_sentence(world, learned, merged, tmp_path, c
     assert "is a 'qwen2' model, expected 'llava'" in error("--model", world.language_model, *image)
     assert "--base_model has no use" in error("--model", merged, *image, "--base_model", world.base)
     assert "is not the base model" in error("--model", learned, *image, "--base_model", merged, code=4)
-    assert "--device warp" in error("--model", merged, *image, "--device", "warp")
+    for device in ("warp", "meta"):
+        assert f"--device {device}: cannot be used here (" in error("--model", merged, *image, "--device", device)
     assert "--max_new_tokens is 0" in error("--model", merged, *image, "--max_new_tokens", 0)
     assert "go together" in error("--model", merged, "--annotations", world.annotations)
