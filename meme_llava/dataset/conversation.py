@@ -22,6 +22,7 @@ TURN_END = "<|im_end|>"
 # What Qwen2-Instruct was trained with when a conversation brings no system turn.
 DEFAULT_SYSTEM = "You are a helpful assistant."
 CONTROL_TOKENS = (TURN_START, TURN_END, "<|endoftext|>", IMAGE_PLACEHOLDER)  # of every model that we build
+HALF_CHARACTER = "\ufffd"  # what a tokenizer makes of bytes that are no whole character
 IGNORED_LABEL = -100
 CONVERSATIONS_AT_ONCE = 4096  # bounds the memory of what the tokenizer returns
 # Categories of characters that show nothing by themselves, and letters without ink (fillers of Hangul and Braille).
@@ -184,7 +185,11 @@ class ConversationEncoder:
         start, length = answers[possible[-1]]
         if self.image_token_id in ids[start + length :]:
             raise DoesNotFit(f"an image lies beyond model_max_length {max_length}; images are never cut")
-        return start + min(length + 1, max_length - starts[possible[-1]])
+        kept = min(length, max_length - starts[possible[-1]] - 1)
+        # An end token between the tokens of one character would teach to end there.
+        while 1 < kept < length and self._text_tokenizer.decode(ids[start : start + kept]).endswith(HALF_CHARACTER):
+            kept -= 1
+        return start + kept + 1
 
     def _encode_content(self, turn: Turn, encode: Callable[[str], list[int]]) -> list[int]:
         first, *rest = map(encode, _split(turn))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from rapidfuzz.distance import Indel, Levenshtein
 
+from meme_llava.dataset.conversation import HALF_CHARACTER
 from meme_llava.dataset.inspection import find_loop, normalise_text
 from meme_llava.inference.questions import Prediction, Question
 
@@ -20,7 +21,6 @@ NO_TEXT = "没有文字"  # how an answer says that an image holds no words
 CAPTION_CHARACTERS = 10
 # A shorter piece of the text stands in a long answer by chance.
 FOUND_PIECE = 3
-HALF_CHARACTER = "\ufffd"  # what a tokenizer writes for bytes that are no whole character
 QUOTED = re.compile('“([^”]+)”|「([^」]+)」|『([^』]+)』|"([^"]+)"')
 LONGEST_SHOWN = 60  # characters of the most frequent answer
 RESAMPLES = 1000

@@ -173,6 +173,18 @@ def test_too_long_a_conversation_loses_the_tail_of_an_answer_only(word_encoder, 
     assert example.cut_tokens == 38 - len(ids)
 
 
+def test_a_cut_is_made_between_characters(word_encoder, word_tokenizer):
+    """The word takes one token, each 太 behind it three."""
+    chat = [CHAT[0], CHAT[1], Turn("assistant", "我太难太太")]
+    whole = len(encode_example(word_encoder, chat).input_ids)
+    kept = []
+    for left_out in range(7):
+        ids = encode_example(word_encoder, chat, whole - left_out).input_ids
+        assert ids[-1] == END
+        kept.append(word_tokenizer.decode(ids[21:-1]))
+    assert kept == ["我太难太太", *["我太难太"] * 3, *["我太难"] * 3]
+
+
 def test_no_room_for_an_answer_is_refused(word_encoder):
     with pytest.raises(DoesNotFit, match="needs 23 positions to begin its first answer, model_max_length is 22"):
         encode_example(word_encoder, CHAT, 22)
