@@ -63,7 +63,7 @@ def test_a_preference_that_the_order_decides_is_a_tie():
 def write_evaluation(folder, title, answers):
     """A finished evaluation; the images are as wide as their place tells, by which the server knows them."""
     folder.mkdir()
-    record = {"stage": "evaluate", "title": title, "asked": {}, "settings": {}, "scores": {}}
+    record = {"stage": "evaluate", "title": title, "asked": {"annotations_sha256": "0"}, "settings": {}, "scores": {}}
     record["image_folder"] = str(folder.parent)
     lines = []
     for place, text in enumerate(answers):
