@@ -431,7 +431,7 @@ def test_html_is_shown_as_text_and_loads_nothing(open_tab, world, answerer, base
     assert read_columns(tab, 1) == [[answer(model, path, question)] for model in (answerer, base_answerer)]
     assert question in tab.locator("#chat .user.message").all_inner_texts()[-1]
     assert tab.locator("#chat b").count() == 0
-    tab.get_by_label("撤消").click()
+    tab.get_by_label("撤销").click()
     tab.wait_for_function("text => document.querySelector('textarea').value == text", arg=question)
 
 
