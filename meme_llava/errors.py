@@ -114,6 +114,8 @@ class Stopped(UserError):
     is_common = True
 
 
+# The number of this process among those that train together; meme_llava.distributed.environment says it.
+rank = 0
 # Between a process and its launcher: it failed because another one did.
 PEER_FAILED = 81
 # Nobody reads what a script prints; the code of a process that SIGPIPE ends.
@@ -197,10 +199,9 @@ def stop_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
                 main(argv)
         except UserError as error:
             # With several processes a fault of one must say whose it is; a wrong setting stops all of them alike.
-            rank = os.environ.get("RANK", "0")
             word = "stopped" if isinstance(error, Stopped) else "error"
-            if str(error) and (rank == "0" or not error.is_common):
-                place = "" if rank == "0" else f"[process {rank}] "
+            if str(error) and (rank == 0 or not error.is_common):
+                place = "" if rank == 0 else f"[process {rank}] "
                 print(f"{place}{word}: {printable(str(error))}", file=sys.stderr, flush=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:

@@ -184,7 +184,7 @@ def test_training_is_evaluated_on_the_memes_that_are_kept_out_of_it(call, dry_ru
 
 
 def test_several_nodes(dry_run):
-    node = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "2950"}
+    node = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "2950", "WORLD_SIZE": "2"}
     (train,) = dry_run("train", GPUS="4", **node)
     assert train.startswith(
         f"{LAUNCHER} 4 --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --start_timeout 7200 --master_port 2950 train.py"
@@ -234,6 +234,9 @@ def test_every_engine_is_one_word(dry_run, engine):
         ([], {"GPUS": "08"}, "GPUS is '08'"),
         ([], {"GPUS": "many"}, "GPUS is 'many', expected auto, a count, a list such as 0,3, cpu or cpu:2"),
         ([], {"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK is 2, expected 0 to 1, below NNODES"),
+        ([], {"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2 says that run.sh was started several times at once"),
+        ([], {"SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS=8 says that run.sh was started several times"),
+        ([], {"OMPI_COMM_WORLD_SIZE": "2", "WORLD_SIZE": "1"}, "OMPI_COMM_WORLD_SIZE=2 says that run.sh was started"),
         (["merge"], {"NODE_RANK": "1"}, "NODE_RANK is 1, expected 0 to 0, below NNODES"),
         ([], {"MASTER_PORT": "99999", "GPUS": "cpu:2"}, "MASTER_PORT is 99999, expected 0 to 65535"),
         ([], {"GPUS": "0,x"}, "GPUS is '0,x'"),

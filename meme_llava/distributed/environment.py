@@ -1,36 +1,29 @@
-"""One process of a run: what its environment tells it, its engine, its sign of life, its end. Without torch.
+"""One process of a run: its place among the others, its engine, its sign of life, its end. Without torch.
 
-Our launcher, torchrun, `accelerate launch` and `deepspeed` set what torch reads: RANK, WORLD_SIZE, MASTER_ADDR, ….
 An engine is one word: `single`, `ddp`, or the name of a file in configs/deepspeed or configs/fsdp.
 """
 
 import atexit
 import contextlib
-import ctypes
 import faulthandler
 import json
 import os
-import re
-import signal
-import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from meme_llava import CONFIGS
-from meme_llava.errors import PEER_FAILED, UserError
+from meme_llava import CONFIGS, errors
+from meme_llava.distributed.launchers import settle_environment
+from meme_llava.errors import PEER_FAILED, UserError, stop_on_user_error
 
 AUTO, SINGLE, DDP = "auto", "single", "ddp"
 DEEPSPEED, FSDP = "deepspeed", "fsdp"
-PR_SET_PDEATHSIG = 1
 # A scheduler's signal comes by several ways at once; one that comes later is another.
 REPEATED_SIGNAL_SECONDS = 2
-# Settings of `accelerate launch`, which accelerate would follow in place of ours.
-FOREIGN_PREFIXES = ("ACCELERATE_", "FSDP_")
 # Before the first step a file of many gigabytes may be read in one go.
 START_PATIENCE = 6
 STANDARD_ERROR = 2
@@ -61,70 +54,6 @@ def find_local_rank() -> int:
 def is_local_main_process() -> bool:
     """Whether this process does what once on each node is enough."""
     return find_local_rank() == 0
-
-
-def settle_environment(variables: MutableMapping[str, str] = os.environ) -> None:
-    """Prepare the environment for a process that trains, whoever started it."""
-    read_slurm(variables)
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & variables.keys():
-        # Every packed row has another length. Segments that can grow leave no gaps between blocks of all those lengths.
-        variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    foreign = sorted(name for name in variables if name.startswith(FOREIGN_PREFIXES))
-    for name in foreign:
-        del variables[name]
-    if foreign and is_main_process():
-        print(f"ignored: {', '.join(foreign)}; --engine and --precision count", flush=True)
-    if "RANK" in variables:
-        die_with_parent()
-        choose_interface(variables)
-
-
-def read_slurm(variables: MutableMapping[str, str]) -> None:
-    """Take the process's numbers from srun where it started several and no other launcher said any."""
-    # In a batch script, which srun did not start, SLURM_PROCID is there, too, but no step.
-    if "RANK" in variables or int(variables.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
-        return
-    # Such as node[03-05,09], host-a,host-b.
-    first = re.match(r"([^\[,]+)(?:\[(\d+))?", variables["SLURM_STEP_NODELIST"])
-    port = 20000 + (int(variables["SLURM_JOB_ID"]) * 100 + int(variables.get("SLURM_STEP_ID", "0"))) % 20000
-    variables |= {
-        "RANK": variables["SLURM_PROCID"],
-        "LOCAL_RANK": variables["SLURM_LOCALID"],
-        "WORLD_SIZE": variables["SLURM_STEP_NUM_TASKS"],
-        # Such as 4(x2),3: tasks on each node.
-        "LOCAL_WORLD_SIZE": re.match(r"\d+", variables["SLURM_STEP_TASKS_PER_NODE"])[0],
-        "MASTER_ADDR": variables.get("MASTER_ADDR", "".join(filter(None, first.groups()))),
-        "MASTER_PORT": variables.get("MASTER_PORT", str(port)),
-    }
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, however that ends; see prctl(2), PR_SET_PDEATHSIG."""
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before this line
-            os._exit(1)
-
-
-def choose_interface(variables: MutableMapping[str, str]) -> None:
-    """Have gloo and NCCL talk where the other processes are: on one node nothing listens to the network.
-
-    Left to themselves, they may take an interface by which other nodes do not reach this one.
-    """
-    import psutil  # a bare Python, with which run.sh checks its settings, has none
-
-    is_alone = variables["WORLD_SIZE"] == variables.get("LOCAL_WORLD_SIZE")
-    other = "127.0.0.1" if is_alone else variables["MASTER_ADDR"]
-    family, *_, place = socket.getaddrinfo(other, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(place)  # which tells this node's own address towards the other; nothing is sent
-        address = probe.getsockname()[0]
-    for interface, entries in psutil.net_if_addrs().items():
-        if any(entry.address.partition("%")[0] == address for entry in entries):
-            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-                variables.setdefault(name, interface)
-            return
 
 
 @dataclass(frozen=True)
@@ -248,7 +177,8 @@ def run_and_leave(main: Callable[[], None]) -> NoReturn:
     Where several processes trained, torch's communication threads can abort one whose interpreter is taken down, after
     all its work was done; so what Python has to see to at exit is seen to, and the rest left out.
     """
-    settle_environment()
+    stop_on_user_error(lambda _: settle_environment())()
+    errors.rank = find_rank()
     code = 0
     try:
         main()

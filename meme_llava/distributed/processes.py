@@ -10,7 +10,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -41,8 +40,6 @@ from meme_llava.distributed.environment import (
 )
 from meme_llava.errors import ProcessError, Stopped, UserError
 
-# torch's own limit for waiting is the second line of defence, behind the heartbeat's.
-COLLECTIVE_MARGIN_SECONDS = 60
 Value = TypeVar("Value")
 
 
@@ -59,24 +56,6 @@ def take_own_gpu() -> None:
             "give Slurm no --gpus-per-task"
         )
     torch.cuda.set_device(local_rank)
-
-
-def start_process_group(engine: Engine, patience: float) -> None:
-    """Meet the other processes of the run. DeepSpeed and FSDP ask for a process group even where there is one process.
-
-    Args:
-        patience: the longest time that a process may take between two beats of its heart, in seconds.
-    """
-    if distributed.is_initialized() or (count_processes() == 1 and engine.kind in (SINGLE, DDP)):
-        return
-    # What the processes tell each other about the run is not business of the GPU's.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    timeout = timedelta(seconds=patience + COLLECTIVE_MARGIN_SECONDS)
-    if "RANK" in os.environ:
-        distributed.init_process_group(backend, timeout=timeout)
-        return
-    distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1, timeout=timeout)
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
 def leave_process_group() -> None:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from meme_llava.distributed.launchers import check_started_once
 from meme_llava.errors import UserError, stop_on_user_error
 from meme_llava.pipeline.checks import check_gpus, check_settings, check_start
 from meme_llava.pipeline.commands import run_command
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     variables = {name: os.environ.get(name, "") for name in list_settings()}
     check_names(os.environ, list(variables))
+    if variables["NNODES"] == "1":
+        check_started_once(os.environ)
     processes, environment = choose_devices(variables["GPUS"], os.environ.get("CUDA_VISIBLE_DEVICES"))
     stages, chosen = plan_stages(declared, names, train_flags, variables, processes)
     is_dry, looks = variables["DRY_RUN"] != "0", LOOKS & train_flags.keys()

@@ -6,8 +6,9 @@ import subprocess
 import sys
 import time
 
-from meme_llava.distributed.environment import REPEATED_SIGNAL_SECONDS, die_with_parent
+from meme_llava.distributed.environment import REPEATED_SIGNAL_SECONDS
 from meme_llava.distributed.launch import choose_stop, describe_end
+from meme_llava.distributed.launchers import die_with_parent
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

@@ -23,13 +23,13 @@ from meme_llava.distributed.environment import (
     count_processes,
     is_main_process,
 )
+from meme_llava.distributed.meeting import start_process_group
 from meme_llava.distributed.processes import (
     StopRequest,
     any_process,
     gather,
     handle_stop_signals,
     leave_process_group,
-    start_process_group,
     take_own_gpu,
 )
 from meme_llava.errors import NonFiniteError, OutOfMemoryError, UserError, first_line

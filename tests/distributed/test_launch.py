@@ -192,7 +192,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
 
 
 def test_no_process_outlives_a_launcher_that_is_killed(tmp_path):
-    script = "from meme_llava.distributed.environment import die_with_parent; die_with_parent()" + WITH_CHILD
+    script = "from meme_llava.distributed.launchers import die_with_parent; die_with_parent()" + WITH_CHILD
     process = start(make_command(tmp_path, script, tmp_path, processes=2), quiet=True)
     wait_for(lambda: all((tmp_path / str(rank)).exists() for rank in range(2)))
     ranks = psutil.Process(process.pid).children()
