@@ -28,7 +28,7 @@ class BatchSettings:
     model_max_length: int = setting("positions a record may take, image tokens counted", expected="greater than 0")
     global_batch_size: int = setting("records per optimizer step, over all processes", expected="at least 1")
     device_batch_size: int = setting("records a device computes at once", free=True, expected="at least 1")
-    seed: int = setting("order of the records, LoRA start values, dropout", 42, expected="0 or more")
+    seed: int = setting("order of the records, LoRA start values, dropout", 42, expected="0 to 18446744073709551615")
     loss_average: LossAverage = setting(
         "what weighs the same in an optimizer step: every token, or every caption", "token"
     )

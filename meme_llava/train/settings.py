@@ -7,6 +7,7 @@ uses it. Command line > recipe > default; an unknown or contradictory setting is
 
 import argparse
 import dataclasses
+import re
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -16,15 +17,21 @@ from typing import Literal
 import yaml
 
 from meme_llava import CONFIGS
-from meme_llava.cli import list_free_settings, make_parser, setting
+from meme_llava.cli import list_free_settings, make_parser, refuse_repeated_keys, setting, suggest
 from meme_llava.dataset.check import RecordPolicy
+from meme_llava.dataset.records import read_text
 from meme_llava.dataset.sampling import BatchSettings
 from meme_llava.distributed.environment import check_engine_name
-from meme_llava.errors import UserError
+from meme_llava.errors import UserError, first_line
 from meme_llava.model.accelerators import CPU, name_accelerator
 from meme_llava.model.settings import LearningRates, LoraRecipe
 
 RECIPE_FOLDER = CONFIGS / "train"
+# What every recipe says; nothing else does.
+RECIPE_FIELDS = (
+    *("vision_tower_training", "language_model_training"),
+    *("lora_vision_modules", "lora_language_modules"),
+)
 TRACKERS = TENSORBOARD, WANDB, SWANLAB, MLFLOW = "tensorboard", "wandb", "swanlab", "mlflow"
 NO_TRACKER = "none"
 free = partial(setting, free=True)  # what may differ when a run continues, see `describe` in meme_llava/cli.py
@@ -168,6 +175,13 @@ class TrainArguments(RecordPolicy, LoraRecipe, LearningRates, BatchSettings, Run
             unused.append("warmup_ratio")
         return unused
 
+    def list_defaults(self) -> set[str]:
+        """Settings that are as they are where nobody gives them."""
+        makers = {one.name: one.default_factory for one in dataclasses.fields(self)}
+        defaults = {one.name: one.default for one in dataclasses.fields(self)}
+        defaults |= {name: make() for name, make in makers.items() if make is not dataclasses.MISSING}
+        return {name for name, default in defaults.items() if getattr(self, name) == default}
+
 
 def free_settings() -> frozenset[str]:
     """Settings that may differ when a run continues: they change neither which records a step trains on nor its
@@ -185,34 +199,56 @@ def parse_train_arguments(argv: list[str] | None, description: str, prog: str | 
     finder.error = parser.error
     finder.add_argument("--train_type", "--train-type")
     train_type = finder.parse_known_args(argv)[0].train_type
-    if train_type is not None:
-        _set_defaults(parser, read_recipe(train_type))
+    # Without one, what a recipe says is not what the user lacks.
+    _set_defaults(parser, dict.fromkeys(RECIPE_FIELDS) if train_type is None else read_recipe(train_type))
     return TrainArguments(**vars(parser.parse_args(argv)))
 
 
+class _RecipeLoader(yaml.SafeLoader):
+    def construct_mapping(self, node, deep=False):
+        refuse_repeated_keys([(str(key.value).replace("-", "_"), None) for key, _ in node.value])
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe(train_type: str) -> dict:
-    """The settings of configs/train/<train_type>.yaml, read by the parser of the command line. Raises UserError where
-    there is none, or it holds an unknown or malformed setting; the message begins with its path then."""
+    """The settings of configs/train/<train_type>.yaml, their values read by the parser of the command line. Raises
+    UserError where there is none, or it holds an unknown, repeated or malformed setting; the message begins with its
+    path then."""
     path = RECIPE_FOLDER / f"{train_type}.yaml"
     available = sorted(file.stem for file in RECIPE_FOLDER.glob("*.yaml"))
     if train_type not in available:
         known = ", ".join(available)
         raise UserError(f"--train_type {train_type}: no such recipe in {RECIPE_FOLDER}; there are {known}")
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({error})") from error
+        recipe = yaml.load(read_text(path), _RecipeLoader)
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"{path}: not YAML at line {error.problem_mark.line + 1}: {error.problem}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path}: {first_line(error)}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"{path}: expected 'setting: value' lines, found {type(recipe).__name__}")
+    recipe = {str(name).replace("-", "_"): value for name, value in recipe.items()}
+    known = [one.name for one in dataclasses.fields(TrainArguments)]
+    for name in recipe.keys() - known:
+        if name.removeprefix("no_") in known:
+            raise UserError(f"{path}: {name} is a flag of the command line; write {name.removeprefix('no_')}: false")
+        raise UserError(f"{path}: unknown setting {name}{suggest(name, known)}; docs/settings.md lists all")
     if "train_type" in recipe:
         raise UserError(f"{path}: train_type is the name of this file; leave it out")
+    parser = make_parser(TrainArguments, "", prog=str(path))
+    _set_defaults(parser, dict.fromkeys(known))
+    lists = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
     words = []
     for name, value in recipe.items():
-        words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
-    parser = make_parser(TrainArguments, "", prog=str(path))
-    _set_defaults(parser, {one.name: None for one in dataclasses.fields(TrainArguments)})
-    settings = vars(parser.parse_args(words))
-    return {name: settings[name] for name in (str(name).replace("-", "_") for name in recipe)}
+        is_list = name in lists and isinstance(value, list)
+        words += [f"--{name}", *map(str, value)] if is_list else [f"--{name}={value}"]
+    try:
+        settings = vars(parser.parse_args(words))
+    except UserError as error:
+        # About a line of the file, not about flags.
+        message = re.sub(r"(argument )?(?<!\S)--(?=\w)", "", str(error).partition(". --help")[0])
+        raise UserError(message) from error
+    return {name: settings[name] for name in recipe}
 
 
 def _set_defaults(parser: argparse.ArgumentParser, defaults: dict) -> None:
