@@ -31,12 +31,14 @@ def main(argv: list[str] | None = None) -> None:
     from meme_llava.train.prepared_run import prepare_run
     from meme_llava.train.run_plan import is_nothing_left, load_plan
     from meme_llava.train.session import explain_out_of_memory, join_processes
+    from meme_llava.train.start import check_unchanged
 
     with join_processes(arguments) as session:
         plan = load_plan(arguments, session)
         if is_nothing_left(plan):
             return
         with hold_output_dir(arguments.output_dir), explain_out_of_memory(arguments, session):
+            check_unchanged(arguments.output_dir, plan.start)
             if plan.start.step < plan.steps:
                 fit(prepare_run(plan, session.heartbeat), session)
             finish(plan, session.heartbeat)

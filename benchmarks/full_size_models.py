@@ -41,12 +41,9 @@ from meme_llava.storage.files import write_json  # noqa: E402
 from meme_llava.storage.folders import write_directory  # noqa: E402
 from meme_llava.storage.run_record import describe_file, write_manifest  # noqa: E402
 from meme_llava.train.prepared_run import write_sidecars  # noqa: E402
-from meme_llava.train.run_plan import (  # noqa: E402
-    StartPoint,  # noqa: E402
-    load_training_records,
-    plan_run,  # noqa: E402
-)
+from meme_llava.train.run_plan import load_training_records, plan_run  # noqa: E402
 from meme_llava.train.settings import parse_train_arguments  # noqa: E402
+from meme_llava.train.start import StartPoint  # noqa: E402
 
 SCALE_RECORD = "benchmark_scale.json"
 ANNOTATIONS = ROOT / "data" / "annotations.json"

@@ -13,10 +13,11 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from meme_llava.distributed.processes import any_process, broadcast_from_main, gather
-from meme_llava.errors import CheckpointError, DiskFullError, UserError, is_disk_full
+from meme_llava.errors import CheckpointError, DiskFullError, UserError, count, is_disk_full
 from meme_llava.storage.files import fsync_path, lock
 from meme_llava.storage.run_record import MANIFEST, describe_file, verify_directory, write_manifest
 from meme_llava.storage.tensor_files import check_free_space
+from meme_llava.terminal import format_bytes
 
 INCOMPLETE = ".checkpoint-{}.incomplete"
 FINAL_INCOMPLETE = ".final.incomplete"
@@ -58,6 +59,27 @@ def archive_newer_checkpoints(output_dir: Path, step: int) -> None:
             shutil.rmtree(aside, ignore_errors=True)
             newer.rename(aside)
             print(f"{newer.name} is kept as {aside.name}; delete it when you need it no more", flush=True)
+
+
+def check_room(output_dir: Path, tensor_bytes: int, saves: int, keep: int) -> None:
+    """Raise DiskFullError unless the checkpoints that a run is still to write, and its result, find room.
+
+    Args:
+        tensor_bytes: what a checkpoint's tensors take.
+        saves: how many checkpoints are to come.
+        keep: how many of the newest checkpoints stay.
+    """
+    there = len(list_checkpoints(output_dir))
+    # The oldest goes only after a new one was read back. The result is a checkpoint without moments, at most half.
+    most, kept = min(max(keep, there) + 1, there + saves), min(keep, there + saves)
+    needed = max(most * tensor_bytes, kept * tensor_bytes + tensor_bytes // 2) - there * tensor_bytes + SIDECAR_BYTES
+    try:
+        check_free_space(output_dir, needed)
+    except DiskFullError as error:
+        raise DiskFullError(
+            f"no room for the run: {count(most, 'checkpoint')} of {format_bytes(tensor_bytes)} are there at one time, "
+            f"{there} of them now, and the result is added. {error}"
+        ) from error
 
 
 def write_checkpoint(

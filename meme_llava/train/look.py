@@ -15,9 +15,10 @@ from meme_llava.model.llava import Processing, load_processing
 from meme_llava.train.planning.memory import StepEstimator
 from meme_llava.train.planning.plan import find_accelerator, plan_training, print_plan
 from meme_llava.train.prepared_run import make_order
-from meme_llava.train.run_plan import StartPoint, load_training_records, outline_run
+from meme_llava.train.run_plan import load_training_records, outline_run
 from meme_llava.train.session import derive_accumulation
 from meme_llava.train.settings import TrainArguments
+from meme_llava.train.start import StartPoint
 
 SAMPLED_RECORDS = 256  # whose batches are made to know the average one
 # Real control tokens; text that merely looks like one keeps the colour of text.

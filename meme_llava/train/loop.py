@@ -21,7 +21,13 @@ from meme_llava.errors import NonFiniteError, Stopped
 from meme_llava.model.flops import RECORD_IDS, ThroughputMeter
 from meme_llava.model.trainable import save_trained_weights
 from meme_llava.storage.run_record import RATE_PREFIX, RUN_RECORD, read_manifest, read_training_log, write_training_log
-from meme_llava.train.checkpoints import archive_newer_checkpoints, list_checkpoints, write_checkpoint, write_final
+from meme_llava.train.checkpoints import (
+    archive_newer_checkpoints,
+    check_room,
+    list_checkpoints,
+    write_checkpoint,
+    write_final,
+)
 from meme_llava.train.optimizer_state import OPTIMIZER_PREFIX, TrainingState
 from meme_llava.train.prepared_run import PreparedRun, make_loader, make_optimizer, write_sidecars
 from meme_llava.train.run_plan import RunPlan
@@ -49,6 +55,10 @@ class TrainingLoop:
         # Of the steps since the last log line: their losses, and how many were skipped.
         self._losses, self._skipped = [], 0
         self._prepare()
+        first, last, every = self.step, plan.steps, self._arguments.save_steps
+        saves = last // every - first // every + (last % every > 0)
+        room = self._arguments.output_dir, self._state.nbytes, saves, self._arguments.save_total_limit
+        broadcast_from_main(lambda: check_room(*room))
         self._evaluation = None
         if plan.validation is not None:
             from meme_llava.train.evaluation import TrainingEvaluation

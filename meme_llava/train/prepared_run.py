@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from meme_llava.cli import to_plain
-from meme_llava.dataset.check import print_findings, write_quarantine
+from meme_llava.dataset.check import describe_findings, write_quarantine
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import TrainingOrder
 from meme_llava.dataset.sampling import BatchShape
@@ -24,6 +24,7 @@ from meme_llava.distributed.processes import (
     leave_signals_to_parent,
     make_deepspeed_plugin,
 )
+from meme_llava.errors import count
 from meme_llava.model.flops import collate_and_count
 from meme_llava.model.lean_layers import find_liger, use_liger
 from meme_llava.model.llava import Processing, quiet_transformers
@@ -43,7 +44,7 @@ from meme_llava.model.trainable import (
 from meme_llava.storage.files import raise_os_errors, write_json
 from meme_llava.storage.run_record import RUN_RECORD
 from meme_llava.terminal import print_table
-from meme_llava.train.run_plan import RunPlan
+from meme_llava.train.run_plan import RunPlan, list_warnings
 from meme_llava.train.session import PREFETCHED_BATCHES, check_shared_memory, choose_bf16, count_workers
 from meme_llava.train.settings import TrainArguments
 
@@ -224,33 +225,38 @@ def write_sidecars(folder: Path, processing: Processing, record: Mapping) -> Non
 
 
 def print_run(run: PreparedRun) -> None:
-    """Print settings, data, schedule and parameter groups; write down which records do not train."""
+    """Print chosen settings, data, schedule and parameter groups; write down which records do not train."""
     plan, arguments, data = run.plan, run.plan.arguments, run.plan.facts["data"]
-    unused, settings = arguments.list_unused(), to_plain(arguments)
-    if arguments.muon_lr is None:
-        del settings["muon_lr"]  # --help does not list it either
-    notes = {name: f"{value}" + "   (not used by this run)" * (name in unused) for name, value in settings.items()}
-    print_table("Settings", ("setting", "value"), list(notes.items()))
+    unused, others = arguments.list_unused(), arguments.list_defaults()
+    rows = [
+        (name, f"{value}" + "   (not used by this run)" * (name in unused))
+        for name, value in to_plain(arguments).items()
+        if name not in others
+    ]
+    print_table("Settings", ("setting", "value"), rows)
+    print(f"{len(others)} other settings have their defaults; docs/settings.md and run_record.json list them\n")
     shown = [(name, str(value)) for name, value in data.items() if name not in ("cut_records", "findings")]
     print_table("Data", ("", "value"), shown)
     for cut in data["cut_records"][:MAX_LISTED_CUTS]:
         print(f"cut to model_max_length: {cut}")
     if data["cut_records"]:
-        print(f"{len(data['cut_records'])} answers are cut to model_max_length; run_record.json lists all of them")
+        print(f"{count(len(data['cut_records']), 'answer')} cut to model_max_length; run_record.json lists all of them")
     groups = [
         (g["role"], g["kind"], g["tensors"], g["parameters"], f"{g['learning_rate']:g}", f"{g['weight_decay']:g}")
         for g in (group.describe() for group in run.groups)
     ]
     print_table("What learns", ("role", "kind", "tensors", "parameters", "peak rate", "decay"), groups)
     print(
-        f"{plan.steps} steps of {arguments.global_batch_size} records ({arguments.device_batch_size} a device x "
-        f"{plan.processes} process(es) x {plan.accumulation} accumulated), {plan.warmup_steps} of them warmup; engine "
-        f"{plan.engine.name}"
+        f"{count(plan.steps, 'step')} of {count(arguments.global_batch_size, 'record')} "
+        f"({arguments.device_batch_size} a device x {plan.processes} process(es) x {plan.accumulation} accumulated), "
+        f"{plan.warmup_steps} of them warmup; engine {plan.engine.name}"
     )
-    print(run.computation.line, flush=True)
-    print_findings(plan.data.checked)
+    warnings = list_warnings(arguments, len(plan.data.dataset), plan.steps)
+    print(run.computation.line, *warnings, sep="\n", flush=True)
+    if findings := describe_findings(plan.data.checked):
+        print(findings)
     if path := write_quarantine(arguments.output_dir, plan.data.checked):
-        print(f"{len(plan.data.checked.bad)} bad records are left out; they are listed in {path}")
+        print(f"{count(len(plan.data.checked.bad), 'bad record')} left out and listed in {path}")
 
 
 def make_optimizer(groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""The plan of a run: where it starts, what it trains on, how long it is, and what is recorded of it."""
+"""The plan of a run: what it trains on, how long it is, and what is recorded of it."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -7,10 +7,9 @@ from typing import Any
 
 from meme_llava.cli import to_plain
 from meme_llava.dataset.dataset import LoadedData, load_records
-from meme_llava.dataset.records import QUARANTINE
 from meme_llava.distributed.environment import Engine, is_local_main_process, is_main_process
 from meme_llava.distributed.processes import broadcast_from_main, gather
-from meme_llava.errors import CheckpointError, UserError
+from meme_llava.errors import CheckpointError, UserError, count
 from meme_llava.model.llava import Processing, load_processing
 from meme_llava.storage.files import hash_file
 from meme_llava.storage.run_record import (
@@ -19,34 +18,17 @@ from meme_llava.storage.run_record import (
     list_library_versions,
     read_run_record,
     read_trained_record,
-    verify_directory,
 )
 from meme_llava.storage.tensor_files import fingerprint_folder, identify_weights
-from meme_llava.train.checkpoints import CORRUPT_SUFFIX, find_newest, list_checkpoints
 from meme_llava.train.session import Session, derive_accumulation
-from meme_llava.train.settings import TrainArguments, free_settings
-from meme_llava.train.trackers import ANSWERS, FOLDERS, check_trackers
+from meme_llava.train.settings import TrainArguments
+from meme_llava.train.start import StartPoint, check_continues, choose_start
+from meme_llava.train.trackers import check_trackers
 
-LATEST = "latest"
-# What an interrupted start leaves behind before its first checkpoint is not a result.
-LEFTOVERS = {QUARANTINE, ANSWERS, *FOLDERS.values()}
-# Where a run's input and output lie may change; what lies there is compared.
-PLACES = {"model", "annotations", "image_folder", "output_dir", "projector_from"}
-# Settings that decide which tensors learn; no permission lets a checkpoint fit others.
-FIXED_SETTINGS = {
-    *("train_type", "lora_r", "vision_tower_training", "language_model_training"),
-    *("lora_vision_modules", "lora_language_modules"),
-}
-
-
-@dataclass(frozen=True)
-class StartPoint:
-    """Where a run starts: optimizer steps and records that a checkpoint has done, and its run record."""
-
-    checkpoint: Path | None = None
-    step: int = 0
-    records: int = 0
-    record: dict | None = None
+# The order of all of them is made before the first step. A number beyond that is a slip.
+MOST_RECORDS = 100_000_000
+# A new projector needs a few hundred; so few show nothing.
+FEW_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -201,17 +183,39 @@ def fingerprint_base(folder: Path) -> str:
 
 
 def count_steps(arguments: TrainArguments, records: int, first_step: int = 0, first_record: int = 0) -> tuple[int, int]:
-    """Optimizer steps and warmup steps of the run. Raises UserError when --warmup_steps fill the run.
+    """Optimizer steps and warmup steps of the run. Raises UserError when --warmup_steps fill the run, or it has no end.
 
     A checkpoint has done `first_step` steps on `first_record` records, in batches that may have been of another size.
     """
-    left = records * arguments.num_train_epochs - first_record
-    steps = arguments.max_steps or first_step + max(0, math.ceil(left / arguments.global_batch_size))
+    batch, max_steps, epochs = arguments.global_batch_size, arguments.max_steps, arguments.num_train_epochs
+    trained = records * epochs if max_steps is None else max_steps * batch
+    if trained > MOST_RECORDS:
+        flag = f"--num_train_epochs {epochs:g}" if max_steps is None else f"--max_steps {max_steps}"
+        raise UserError(
+            f"{flag}: trains on {trained:.2g} records, expected at most {MOST_RECORDS:,}, those of all passes counted"
+        )
+    steps = max_steps or first_step + max(0, math.ceil((trained - first_record) / batch))
     if arguments.warmup_steps is None:
         return steps, min(math.ceil(steps * arguments.warmup_ratio), steps - 1)
     if arguments.warmup_steps >= steps:
         raise UserError(f"warmup takes {arguments.warmup_steps} of {steps} steps; lower --warmup_steps or train longer")
     return steps, arguments.warmup_steps
+
+
+def list_warnings(arguments: TrainArguments, records: int, steps: int) -> list[str]:
+    """What is allowed and can hardly be meant."""
+    batch, warnings = arguments.global_batch_size, []
+    if batch > records:
+        warnings.append(
+            f"warning: a step takes {count(batch, 'record')}, and the run has {records:,}, so it takes some of them "
+            "several times; lower --global_batch_size (GLOBAL_BATCH)"
+        )
+    if steps < FEW_STEPS and arguments.max_steps is None:
+        warnings.append(
+            f"warning: the whole run has {count(steps, 'step')}, and a new projector needs a few hundred; raise "
+            "--num_train_epochs (EPOCHS), or lower --global_batch_size (GLOBAL_BATCH)"
+        )
+    return warnings
 
 
 def describe_data(arguments: TrainArguments, data: LoadedData) -> dict:
@@ -247,37 +251,6 @@ def describe_earlier_projector(folder: Path | None, base_fingerprint: str) -> di
     return {"folder": str(folder.resolve()), "weights": identify_weights(folder), "run_record": record}
 
 
-def choose_start(arguments: TrainArguments) -> StartPoint:
-    """Find the checkpoint to continue from, and read every byte of it. Raises UserError where the one asked for is
-    missing, damaged or none, or the run would write into another run's directory."""
-    output_dir, wanted = arguments.output_dir, arguments.resume_from_checkpoint
-    checkpoint = None if wanted in (None, LATEST) else Path(wanted)
-    if checkpoint is not None and "updates" not in (manifest := verify_directory(checkpoint)):
-        raise CheckpointError(
-            f"--resume_from_checkpoint {wanted}: is a run's result, which has no optimizer state; expected a "
-            f"checkpoint, such as {checkpoint / manifest.get('copied_from', 'checkpoint-N')}, or {LATEST}"
-        )
-    if wanted != LATEST and (checkpoint is None or checkpoint.resolve().parent != output_dir.resolve()):
-        names = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
-        if any(not name.startswith(".") and not name.endswith(CORRUPT_SUFFIX) for name in names - LEFTOVERS):
-            raise UserError(
-                f"{output_dir}: is not empty. Choose another --output_dir, or continue the run in it with "
-                f"--resume_from_checkpoint {LATEST}."
-            )
-    if wanted is None:
-        return StartPoint()
-    if wanted == LATEST and (checkpoint := find_newest(output_dir)) is None:
-        damaged = ", ".join(path.name for path in list_checkpoints(output_dir))
-        raise CheckpointError(
-            f"{output_dir}: none of {damaged} is whole, for the reasons above. To train from the beginning, delete "
-            "them or choose another --output_dir."
-            if damaged
-            else f"--resume_from_checkpoint {LATEST}: {output_dir} holds no checkpoint"
-        )
-    record = read_run_record(checkpoint)
-    return StartPoint(checkpoint, record["position"]["step"], record["position"]["records"], record)
-
-
 def is_nothing_left(plan: RunPlan) -> bool:
     """Whether the run was finished before. Prints how one that continues a checkpoint goes on. Raises CheckpointError
     where the checkpoint belongs to another run."""
@@ -301,40 +274,3 @@ def is_nothing_left(plan: RunPlan) -> bool:
     if is_main_process():
         print(f"nothing left to train: {output_dir}" if is_finished else "\n".join(lines), flush=True)
     return is_finished
-
-
-def check_continues(start: StartPoint, ours: dict, allow_changes: bool) -> list[str]:
-    """What differs between a checkpoint and the run that is to continue it, whose run record `ours` is. Raises
-    CheckpointError naming what differs and was not allowed to."""
-    theirs, steps = start.record, ours["schedule"]["steps"]
-    settings, own_settings = theirs["settings"], ours["settings"]
-    changed = {
-        name: f"{name} was {settings.get(name)!r}, is {own_settings.get(name)!r}"
-        for name in sorted((settings.keys() | own_settings.keys()) - free_settings() - PLACES)
-        if settings.get(name) != own_settings.get(name)
-    }
-    if theirs["data"]["sha256"] != ours["data"]["sha256"]:
-        changed["data"] = "the annotations' contents changed"
-    if theirs["data"]["records"] != ours["data"]["records"]:
-        changed["records"] = f"records that train were {theirs['data']['records']}, are {ours['data']['records']}"
-    if theirs["base"]["fingerprint"] != ours["base"]["fingerprint"]:
-        changed["base"] = "the base model is another one"
-    before, now = (record["projector"] and record["projector"]["weights"] for record in (theirs, ours))
-    if before != now:
-        changed["projector"] = "the projector of --projector_from is another one"
-    if theirs["step"] >= steps and not theirs["finished"]:
-        raise CheckpointError(
-            f"{start.checkpoint} has done {theirs['step']} steps, and this run is to have {steps}; raise "
-            "--num_train_epochs or --max_steps, or continue an earlier checkpoint"
-        )
-    if fixed := [text for name, text in changed.items() if name in FIXED_SETTINGS]:
-        raise CheckpointError(
-            f"{start.checkpoint} cannot be continued: {'; '.join(fixed)}. Other tensors would learn; start again in "
-            "another --output_dir."
-        )
-    if changed and not allow_changes:
-        raise CheckpointError(
-            f"{start.checkpoint} cannot be continued: {'; '.join(changed.values())}. Restore what changed, start again "
-            "in another --output_dir, or pass --allow_changes to go on with it."
-        )
-    return list(changed.values())

@@ -25,6 +25,7 @@ from meme_llava.dataset.images import open_image
 from meme_llava.distributed.environment import is_main_process
 from meme_llava.distributed.processes import broadcast_from_main
 from meme_llava.errors import Stopped, UserError, first_line
+from meme_llava.storage.proxy import check_proxy
 from meme_llava.storage.run_record import RATE_PREFIX
 from meme_llava.train.settings import MLFLOW, NO_TRACKER, SWANLAB, TENSORBOARD, WANDB
 
@@ -42,6 +43,7 @@ ANSWERS = "answers.jsonl"  # in output_dir: what the model said at each evaluati
 REACH_SECONDS = 10
 OFFLINE_MODES = ("offline", "local", "disabled", "dryrun")
 SECONDS_BETWEEN_LINES = 5  # of progress, where the output is a file
+STEPS_BEFORE_ESTIMATE = 3  # the first one is slow: memory is taken, kernels are chosen
 LONGEST_SIDE = 448  # pixels of an image beside an answer
 
 
@@ -80,9 +82,14 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def _check_reachable(name: str, address: str, remedy: str) -> None:
-    """Raise UserError unless something answers there, whatever it says."""
+    """Raise UserError unless something answers there, whatever it says, or a SOCKS proxy leads there: urllib has none,
+    and the tracker's own library says what is wrong."""
+    check_proxy()
     parts = urllib.parse.urlsplit(address)
     address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # without a user's name and password
+    proxies = urllib.request.getproxies()
+    if proxies.get(parts.scheme, proxies.get("all", "")).lower().startswith("socks"):
+        return
     try:
         with contextlib.suppress(urllib.error.HTTPError):
             urllib.request.urlopen(address, timeout=REACH_SECONDS).close()
@@ -252,8 +259,10 @@ class ProgressBar:
         left_out = figures.get("quarantined_records")
         left_out = f", {left_out:,} records quarantined" if left_out else ""
         if self._bar.disable:
-            left = tqdm.format_interval(seconds / (step - self._first_step) * (self._steps - step))
-            print(f"step {step}/{self._steps}  {loss}  {speed}  {left} left{left_out}", flush=True)
+            done, left = step - self._first_step, ""
+            if done >= STEPS_BEFORE_ESTIMATE:
+                left = f"  {tqdm.format_interval(seconds / done * (self._steps - step))} left"
+            print(f"step {step}/{self._steps}  {loss}  {speed}{left}{left_out}", flush=True)
         else:
             self._bar.set_postfix_str(f"{loss}, {speed}{left_out}")
 
@@ -283,7 +292,8 @@ def draw_training_curves(log_history: list[dict], path: Path) -> None:
         rate_axes.plot(steps, rates, style, label=label, linewidth=1.8)
     rate_axes.set_yscale("symlog", linthresh=1e-6)
     rate_axes.set(ylabel="learning rate", xlabel="optimizer step", ylim=(0, None))
-    rate_axes.legend()
+    if roles:
+        rate_axes.legend()
     for axes in (loss_axes, rate_axes):
         axes.grid(alpha=0.3)
     figure.tight_layout()

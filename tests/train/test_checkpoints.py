@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent: damage of any kind is found, named and passed over, and two are always kept."""
 
+import contextlib
 import json
 import os
 import resource
@@ -24,8 +25,8 @@ from meme_llava.model.trainable import save_trained_weights
 from meme_llava.storage import tensor_files
 from meme_llava.storage.run_record import read_manifest, read_run_record, verify_directory, write_manifest
 from meme_llava.train import checkpoints, prepared_run
-from meme_llava.train.checkpoints import find_newest, hold_output_dir, list_checkpoints, write_checkpoint
-from meme_llava.train.run_plan import count_steps
+from meme_llava.train.checkpoints import check_room, find_newest, hold_output_dir, list_checkpoints, write_checkpoint
+from meme_llava.train.run_plan import count_steps, list_warnings
 from meme_llava.train.settings import parse_train_arguments
 
 CHECKPOINT_FILES = (
@@ -284,6 +285,34 @@ def test_room_is_asked_for_before_the_first_byte(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("there", "saves", "keep", "checkpoints_of_room"),
+    # Beside those that are there: a new one before the oldest goes, and the result, which is at most half of one.
+    [
+        *[(0, 1, 2, 1.5), (0, 2, 2, 2.5), (0, 3, 2, 3), (0, 99, 2, 3), (0, 99, 5, 6)],
+        *[(2, 99, 2, 1), (1, 1, 2, 1.5), (4, 9, 2, 1)],
+    ],
+)
+def test_a_run_asks_for_the_room_of_all_its_checkpoints(tmp_path, monkeypatch, there, saves, keep, checkpoints_of_room):
+    for step in range(there):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    needed = int(checkpoints_of_room * 10**9) + 50_000_000
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
+    check_room(tmp_path, 10**9, saves, keep)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(DiskFullError, match=rf"no room for the run: \d checkpoints? of 1.0 GB .*, {there} of them now"):
+        check_room(tmp_path, 10**9, saves, keep)
+
+
+def test_a_run_without_room_for_its_end_does_not_begin(world, tmp_path, monkeypatch, capsys):
+    """Six checkpoints are to be written, of which two stay; there is room for the sidecars and for no tensor."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=50_000_000))
+    flags = {"resume_from_checkpoint": None, "save_steps": 1, "save_total_limit": 2}
+    error = fail(capsys, world, tmp_path / "out", 7, **flags)
+    assert "\nerror: no room for the run: 3 checkpoints of 85.2 KB are there at one time, 0 of them now" in error
+    assert list_checkpoints(tmp_path / "out") == []
+
+
 def test_a_real_full_disk(world, tmp_path):
     """A file system of 64 MiB, filled by somebody else."""
     disk = tmp_path / "disk"
@@ -315,6 +344,28 @@ def test_two_runs_do_not_write_one_directory(tmp_path, monkeypatch):
             pass
     with hold_output_dir(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_what_another_run_wrote_before_the_lock_was_free_stays(world, finished, tmp_path, monkeypatch, capsys, resumes):
+    output_dir, hold = tmp_path / "out", checkpoints.hold_output_dir
+    if resumes:
+        interrupt(finished, output_dir)
+
+    @contextlib.contextmanager
+    def hold_later(folder):
+        shutil.copytree(finished, output_dir, dirs_exist_ok=True)
+        with hold(folder):
+            yield
+
+    monkeypatch.setattr(checkpoints, "hold_output_dir", hold_later)
+    error = fail(capsys, world, output_dir, 2, **({} if resumes else {"resume_from_checkpoint": None}))
+    assert f"{output_dir}: another run wrote there while this one was being prepared" in error
+    assert read_tree(output_dir) == read_tree(finished)
+
+
+def read_tree(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_result_that_was_not_put_in_place_whole_is_put_there_without_training(world, finished, tmp_path, monkeypatch):
@@ -404,6 +455,40 @@ def test_steps_are_counted_from_the_records_behind_a_checkpoint(world):
     # 10 steps of 4, and the 80 that are left by 8.
     larger = parse_train_arguments(train_flags(world, Path("out"), num_train_epochs=5, global_batch_size=8), "")
     assert count_steps(larger, 24, first_step=10, first_record=40)[0] == 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_train_epochs": "1e9"}, "--num_train_epochs 1e+09: trains on 2.4e+10 records, expected at most"),
+        ({"num_train_epochs": "1e308"}, "--num_train_epochs 1e+308: trains on inf records"),
+        ({"max_steps": 10**23}, "--max_steps 100000000000000000000000: trains on 4e+23 records"),
+        ({"max_steps": 25_000_001}, "--max_steps 25000001: trains on 1e+08 records"),
+    ],
+)  # fmt: skip
+def test_a_run_without_end_is_refused(world, changes, message):
+    arguments = parse_train_arguments(train_flags(world, Path("out"), **changes), "")
+    with pytest.raises(UserError) as caught:
+        count_steps(arguments, 24)
+    assert str(caught.value).startswith(message)
+    longest = parse_train_arguments(train_flags(world, Path("out"), max_steps=25_000_000), "")
+    assert count_steps(longest, 24)[0] == 25_000_000
+
+
+@pytest.mark.parametrize(
+    ("records", "steps", "changes", "expected"),
+    [
+        (64, 20, {}, []),
+        (64, 2, {"max_steps": 2}, []),
+        (63, 20, {}, ["warning: a step takes 64 records, and the run has 63, so it takes some of them "]),
+        (64, 1, {}, ["warning: the whole run has 1 step, and a new projector needs a few hundred; "]),
+        (63, 19, {}, ["warning: a step takes 64 records", "warning: the whole run has 19 steps"]),
+    ],
+)  # fmt: skip
+def test_what_can_hardly_be_meant_is_said(world, records, steps, changes, expected):
+    arguments = parse_train_arguments(train_flags(world, Path("out"), global_batch_size=64, **changes), "")
+    said = list_warnings(arguments, records, steps)
+    assert len(said) == len(expected) and all(map(str.startswith, said, expected))
 
 
 def test_an_empty_manifest_lists_nothing_and_still_verifies(tmp_path):

@@ -17,8 +17,8 @@ from meme_llava.errors import UserError
 from meme_llava.evaluate.settings import EvaluateArguments, JudgeArguments, ReportArguments
 from meme_llava.inference.settings import DEFAULT_QUESTION, DemoArguments, InferArguments
 from meme_llava.train import settings
-from meme_llava.train.run_plan import PLACES
 from meme_llava.train.settings import TrainArguments, free_settings, parse_train_arguments, read_recipe
+from meme_llava.train.start import PLACES
 
 REPOSITORY = ROOT
 RECIPES = ["freeze_vision", "full", "lora", "projector"]
@@ -199,7 +199,8 @@ VALUE_CHECKS = [
     *[("save_total_limit", value, "at least 2") for value in ("0", "1")],
     *[(name, value, "0 or more") for name in ("weight_decay", "max_grad_norm") for value in ("-0.1", "nan")],
     ("weight_decay", "inf", "0 or more"),
-    *[(name, "-1", "0 or more") for name in ("dataloader_workers", "warmup_steps", "seed", "eval_images")],
+    *[(name, "-1", "0 or more") for name in ("dataloader_workers", "warmup_steps", "eval_images")],
+    *[("seed", value, "0 to 18446744073709551615") for value in ("-1", "18446744073709551616")],
     *[
         (name, value, "0 or more and below 1")
         for name in ("warmup_ratio", "lora_dropout")
@@ -304,7 +305,7 @@ def test_settings_that_another_one_replaces_are_listed():
 def test_the_command_line_overrides_the_recipe_and_the_recipe_the_default(recipe_folder):
     write_recipe(recipe_folder, "")
     assert parse(train_type="mine").seed == 42
-    write_recipe(recipe_folder, "seed: 7\nlora_vision_modules: [fc1]")
+    write_recipe(recipe_folder, "seed: 7")
     assert parse(train_type="mine").seed == 7
     assert parse("--seed", "9", train_type="mine").seed == 9
     # Also against a value that happens to be the default.
@@ -344,31 +345,51 @@ def test_a_recipe_may_have_an_empty_list(recipe_folder):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("save_step: 5", "unknown setting --save_step (did you mean --save_steps?)"),
-        ("optimizer: muon", "unknown setting --optimizer"),
+        ("save_step: 5", "unknown setting save_step (did you mean save_steps?); docs/settings.md lists all"),
+        ("shared_pictures: false", "unknown setting shared_pictures (did you mean shared_images?); docs/"),
+        ("optimizer: muon", "unknown setting optimizer; docs/settings.md lists all"),
+        ("help: true", "unknown setting help; docs/settings.md lists all"),
+        ("3: 5", "unknown setting 3; docs/settings.md lists all"),
+        ("no_shared_images: true", "no_shared_images is a flag of the command line; write shared_images: false"),
         ("train_type: full", "train_type is the name of this file; leave it out"),
-        ("help: true", "ignored explicit argument 'True'"),
-        ("3: 5", "unknown setting --3"),
-        ("lora_r: many", "invalid int value: 'many'"),
-        ("lora_r: 1.5", "invalid int value: '1.5'"),
-        ("seed:", "invalid int value: "),
-        ("seed: [1, 2]", "2"),
-        ("torch_compile: maybe", "is 'maybe', expected true or false"),
-        ("vision_tower_training: froze", "invalid choice: 'froze'"),
-        ("lora_r: []", "expected one argument"),
-        ("lora_r: [", "not YAML"),
+        ("seed: 1\nlora_dropout: 0.3\nseed: 2", "the key 'seed' stands twice"),
+        ("save-steps: 1\nsave_steps: 2", "the key 'save_steps' stands twice"),
+        ("lora_r: many", "lora_r: invalid int value: 'many'"),
+        ("lora_r: 1.5", "lora_r: invalid int value: '1.5'"),
+        ("seed:", "seed: invalid int value: 'None'"),
+        ("seed: [1, 2]", "seed: invalid int value: '[1, 2]'"),
+        ("torch_compile: maybe", "torch_compile: is 'maybe', expected true or false"),
+        ("vision_tower_training: froze", "vision_tower_training: invalid choice: 'froze'"),
+        ("lora_r: []", "lora_r: invalid int value: '[]'"),
+        ("lora_r: [", "not YAML at line 1: expected the node content, but found '<stream end>'"),
+        ("a: b\nlora_r: 5: 6", "not YAML at line 2: mapping values are not allowed here"),
         ("- lora_r", "expected 'setting: value' lines, found list"),
         ("lora", "expected 'setting: value' lines, found str"),
         ("", "expected 'setting: value' lines, found NoneType"),
+        ("\ufeff", "expected 'setting: value' lines, found NoneType"),
+        ("seed: 1 # \x07", "unacceptable character #x0007: special characters are not allowed"),
     ],
-)
+)  # fmt: skip
 def test_a_faulty_recipe_stops_with_its_path_and_the_setting(recipe_folder, content, message):
     path = recipe_folder / "mine.yaml"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError) as caught:
         parse(train_type="mine")
-    assert str(caught.value).startswith(f"{path}: ")
-    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: {message}")
+    assert "\n" not in str(caught.value) and "--" not in str(caught.value)
+
+
+def test_a_recipe_in_another_encoding_is_named(recipe_folder):
+    write_recipe(recipe_folder, "")
+    path = recipe_folder / "mine.yaml"
+    path.write_bytes("# 注释\n".encode("gb18030") + path.read_bytes())
+    with pytest.raises(UserError, match="^.*mine.yaml: not UTF-8 .*iconv -f GB18030"):
+        parse(train_type="mine")
+
+
+def test_without_a_train_type_only_what_the_user_gives_is_missed():
+    with pytest.raises(UserError, match=r"the following arguments are required: --train_type\. --help"):
+        parse_train_arguments(command_line(without="train_type"), description="Train.")
 
 
 @pytest.mark.parametrize("train_type", ["lroa", "lora.yaml", "../train/lora", "", "LORA"])

@@ -1,5 +1,6 @@
 """A run can be reported to each tracker: its curves and its run record are in the run's own folder, and no secret."""
 
+import contextlib
 import http.server
 import importlib.util
 import json
@@ -7,14 +8,16 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 from conftest import ROOT, train_flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from meme_llava.errors import UserError
 from meme_llava.pipeline import precheck
-from meme_llava.train import run_plan
+from meme_llava.train import run_plan, trackers
 from meme_llava.train.trackers import check_trackers
 
 RATES = ("train/learning_rate/vision_tower", "train/learning_rate/multi_modal_projector")
@@ -32,10 +35,13 @@ def train_apart(world, output_dir, tracker: str, folder, **variables) -> str:
     """Train in a process and a working directory of its own; what it printed."""
     pytest.importorskip(tracker, reason=f"{tracker} is not installed; configs/requirements/trackers.txt has it")
     folder.mkdir()
-    evaluation = {"eval_every": 2, "eval_annotations": world.annotations, "eval_image_folder": world.image_folder}
-    evaluation |= {"eval_limit": 2, "eval_images": 1, "eval_max_new_tokens": 4}
-    trackers = ["tensorboard", tracker]
-    flags = train_flags(world, output_dir, report_to=trackers, max_steps=2, run_name="a name", **evaluation)
+    validation = folder.with_suffix(".json")
+    validation.write_text(json.dumps(world.records[:2]))
+    evaluation = {"eval_every": 2, "eval_annotations": validation, "eval_image_folder": world.image_folder}
+    evaluation |= {"eval_images": 1, "eval_max_new_tokens": 4}
+    flags = train_flags(
+        world, output_dir, report_to=["tensorboard", tracker], max_steps=2, run_name="a name", **evaluation
+    )
     keys = {"WANDB_API_KEY": "CANARY" * 7, "SWANLAB_API_KEY": "CANARY" * 4, "HF_TOKEN": "CANARY_TOKEN"}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **keys, **variables}
     command = [sys.executable, str(ROOT / "train.py"), *flags]
@@ -211,3 +217,41 @@ def test_offline_asks_for_no_login_and_no_server(monkeypatch, tmp_path):
     installed = [name for name in ("wandb", "swanlab", "mlflow") if importlib.util.find_spec(name)]
     check_trackers(["tensorboard", *installed])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_curves_of_a_run_that_skipped_every_step_need_no_legend(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trackers.draw_training_curves([{"step": 1, "skipped_steps": 1}], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").is_file()
+
+
+def test_the_time_left_is_known_after_three_steps(monkeypatch, capsys):
+    monkeypatch.setattr(trackers, "SECONDS_BETWEEN_LINES", 0)
+    bar = trackers.ProgressBar(4, 9)
+    figures = {"loss": 1.0, "captions_per_second": 2.0, "tokens_per_second": 300.0, "data_wait_share": 0.0}
+    for step in range(5, 10):
+        bar.show(step, figures)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith(" left") for line in lines] == [False, False, True, True, True]
+    assert lines[0] == "step 5/9  loss 1.0000  2.0 captions/s, 300 tokens/s, waiting for data 0%"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"ALL_PROXY": "socks5://127.0.0.1:9"}, None),
+        ({"HTTP_PROXY": "socks5h://127.0.0.1:9"}, None),
+        ({"HTTP_PROXY": "http://127.0.0.1:9"}, "does not answer"),
+        ({"ALL_PROXY": "socks://127.0.0.1:9"}, "write socks5://127.0.0.1:9"),
+    ],
+)
+def test_behind_a_socks_proxy_the_trackers_own_library_looks(monkeypatch, variables, message):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)  # socksio is installed
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        trackers._check_reachable("mlflow", "http://example.invalid", "set another")

@@ -472,7 +472,7 @@ def test_left_out_records_are_counted_in_every_line_and_log(world, tmp_path, cap
     printed = capsys.readouterr().out
     lines = [line for line in printed.splitlines() if line.startswith("step ")]
     assert lines and all(line.endswith(", 2 records quarantined") for line in lines)
-    assert f"2 bad records are left out; they are listed in {tmp_path / 'out' / 'quarantine.jsonl'}" in printed
+    assert f"2 bad records left out and listed in {tmp_path / 'out' / 'quarantine.jsonl'}" in printed
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert [entry["quarantined_records"] for entry in state["log_history"]] == [2] * len(state["log_history"])
     data = json.loads((tmp_path / "out" / "run_record.json").read_text())["data"]
@@ -525,7 +525,7 @@ def test_after_the_precheck_a_damaged_image_stops_the_run_before_the_model_is_lo
         assert "annotations.json record 5 (id 'r5'): " in fail(capsys, flags)
     train.main([*flags, "--bad_records", "quarantine", "--max_steps", "1"])
     printed = capsys.readouterr().out
-    assert "1 bad records are left out" in printed and "never decoded" not in printed
+    assert "1 bad record left out" in printed and "never decoded" not in printed
     # The file is fixed: nothing that was found before holds it back.
     Image.new("RGB", (40, 30)).save(images / "p5.png")
     precheck.main(flags)
@@ -631,8 +631,11 @@ def test_show_batch_prints_what_is_supervised_and_reads_no_weights(world, tmp_pa
 def test_tables_are_printed_before_the_first_step(world, tmp_path, capsys):
     train.main(train_flags(world, tmp_path / "out", train_type="projector", max_steps=1))
     printed = capsys.readouterr().out
-    assert printed.index("What learns") < printed.index("1 steps of 4 records") < printed.index("step 1/1")
+    assert printed.index("What learns") < printed.index("1 step of 4 records") < printed.index("step 1/1")
     assert re.search(r"low_lr +0\.005 +\(not used by this run\)", printed)
+    # Of the settings only those that are not as they would be by themselves.
+    assert re.search(r"dataloader_workers +0", printed) and "weight_decay" not in printed
+    assert re.search(r"^\d\d other settings have their defaults; docs/settings.md and run_record.json", printed, re.M)
     assert re.search(r"multi_modal_projector +matrices +2 +1,536 +0\.01 +0", printed)
 
 

@@ -19,7 +19,7 @@ from meme_llava.model.flops import StepCounts, TrainingCosts
 from meme_llava.model.packing import describe_rows
 from meme_llava.terminal import format_number, format_seconds, print_table
 from meme_llava.train.planning.memory import MemoryPlan, StepEstimator, StepMemory
-from meme_llava.train.run_plan import RunPlan
+from meme_llava.train.run_plan import RunPlan, list_warnings
 
 GIB = 2**30
 # Shares of a device's peak that training is assumed to reach: a GPU's of its datasheet, a CPU's of what was measured.
@@ -195,7 +195,7 @@ def print_plan(plan: TrainingPlan, run: RunPlan) -> None:
     print_table("Plan: data and schedule", ("what", "value"), list_data_rows(plan, run))
     print_memory(plan)
     print_table("Plan: time", ("what", "value"), list_time_rows(plan, run.steps))
-    print(NOTE)
+    print(NOTE, *list_warnings(plan.estimator.arguments, len(run.data.dataset), run.steps), sep="\n")
     if plan.chosen.fits:
         return
     over = (plan.chosen.memory.total - plan.chosen.usable) / GIB
