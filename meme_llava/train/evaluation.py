@@ -17,12 +17,12 @@ from torch import nn
 from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
-from meme_llava.dataset.check import CheckedData, check_records
+from meme_llava.dataset.check import CheckedData, check_records, count_shared
 from meme_llava.dataset.dataset import MemeDataset, load_records
 from meme_llava.dataset.records import RecordFault
 from meme_llava.distributed.environment import DEEPSPEED, Heartbeat, count_processes, find_rank
 from meme_llava.distributed.processes import broadcast_from_main, gather
-from meme_llava.errors import UserError
+from meme_llava.errors import UserError, count
 from meme_llava.evaluate.scores import compute_scores, describe_measure, name_figure
 from meme_llava.inference.generation import Answerer, choose_stops
 from meme_llava.inference.questions import Prediction, Question, find_question
@@ -53,14 +53,14 @@ class ValidationData:
 
 
 def check_validation(arguments: TrainArguments) -> None:
-    """See without a model that the validation records can be asked. Raises UserError where a record or image is bad, or
-    no record asks about an image."""
+    """See without a model that the validation records can be asked. Raises UserError where a record or image is bad, no
+    record asks about an image, or the file is a copy of what trains."""
     _list_questions(arguments, _read(arguments, check_records))
 
 
-def load_validation(arguments: TrainArguments, processing: Processing) -> ValidationData:
-    """The validation records, checked. Raises UserError where a record does not fit into model_max_length, and for the
-    reasons of `check_validation`."""
+def load_validation(arguments: TrainArguments, processing: Processing, training: CheckedData) -> ValidationData:
+    """The validation records, checked; prints how much of them is among the records that train. Raises UserError where
+    a record does not fit into model_max_length, and for the reasons of `check_validation`."""
     length, image_policy = arguments.model_max_length, processing.image_policy
     loaded = _read(arguments, load_records, processing.encoder, length, image_policy)
     questions = _list_questions(arguments, loaded.checked)
@@ -72,15 +72,29 @@ def load_validation(arguments: TrainArguments, processing: Processing) -> Valida
         "records": records,
         "questions": len(questions),
     }
+    asked = [(question.image, question.reference) for question in questions]
+    images, answers = count_shared(training, asked, loaded.checked.facts)
+    if images:
+        description |= {"images_trained_on": images, "answers_trained_on": answers}
+        print(
+            f"warning: training also sees {count(images, 'image')} of the validation, with the answers to "
+            f"{answers:,} of its {count(len(questions), 'question')}; scores are better than on unseen images"
+        )
     shown = choose_shown(questions, arguments.eval_images)
     return ValidationData(loaded.dataset, records, questions, shown, description)
 
 
 def _read(arguments: TrainArguments, read: Callable, *given):
     try:
-        return read(arguments.eval_annotations, arguments.eval_image_folder, arguments, *given)
+        found = read(arguments.eval_annotations, arguments.eval_image_folder, arguments, *given)
     except UserError as error:
         raise UserError(f"--eval_annotations {error}") from error
+    if hash_file(arguments.eval_annotations) == hash_file(arguments.annotations):
+        raise UserError(
+            f"--eval_annotations {arguments.eval_annotations}: holds the records that are trained on "
+            f"({arguments.annotations}); give others"
+        )
+    return found
 
 
 def _list_questions(arguments: TrainArguments, checked: CheckedData) -> list[Question]:

@@ -110,7 +110,7 @@ def load_plan(arguments: TrainArguments, session: Session) -> RunPlan:
     if arguments.eval_every is not None:
         from meme_llava.train.evaluation import load_validation
 
-        validation = broadcast_from_main(lambda: load_validation(arguments, processing))
+        validation = broadcast_from_main(lambda: load_validation(arguments, processing, data.checked))
     return plan_run(arguments, session.engine, session.processes, start, processing, data, validation)
 
 

@@ -198,6 +198,28 @@ def test_the_run_record_names_the_validation_records(validation, evaluated):
     assert len(evaluation["sha256"]) == 64
 
 
+def test_what_is_trained_on_is_counted(world, validation, tmp_path, capsys):
+    """Of three questions about three images all images are trained on, and after a change the answer to one of them."""
+    records = json.loads(validation.read_text(encoding="utf-8"))
+    records[0]["conversations"][1]["value"] = world.records[0]["conversations"][1]["value"]
+    path = tmp_path / "validation.json"
+    path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    train.main(train_flags(world, tmp_path / "out", max_steps=1, **eval_settings(world, path)))
+    printed = capsys.readouterr().out
+    assert "warning: training also sees 3 images of the validation, with the answers to 1 of its 3 questions" in printed
+    evaluation = json.loads((tmp_path / "out" / "run_record.json").read_text())["evaluation"]
+    assert (evaluation["images_trained_on"], evaluation["answers_trained_on"]) == (3, 1)
+
+
+def test_a_copy_of_what_trains_is_no_validation(world, tmp_path, capsys):
+    path = tmp_path / "copy.json"
+    path.write_bytes(world.annotations.read_bytes())
+    flags = train_flags(world, tmp_path / "out", **eval_settings(world, path))
+    for main in (train.main, precheck.main):
+        error = fail(capsys, flags, main)
+        assert f"--eval_annotations {path}: holds the records that are trained on ({world.annotations})" in error
+
+
 def test_the_curves_show_the_validation_loss(tmp_path, monkeypatch):
     monkeypatch.setattr(plt, "close", lambda figure: None)
     log = [{"step": step, "loss": 3.0 - step, "learning_rate/projector": 0.1} for step in (1, 2)]
