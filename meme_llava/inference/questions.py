@@ -10,10 +10,8 @@ from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
 from meme_llava.dataset.image_files import describe_left_out, find_images
 from meme_llava.dataset.images import MAX_PIXELS, resolve_image_path
 from meme_llava.dataset.inspection import ImageFacts, inspect_images
-from meme_llava.dataset.records import Record, read_quarantined_places, read_records
-from meme_llava.errors import UserError, count, join_first
-
-MAX_LISTED = 10  # images that cannot be read
+from meme_llava.dataset.records import KINDS, Record, read_quarantined_places, read_records
+from meme_llava.errors import UserError, count, list_by_cause
 
 
 @dataclass(frozen=True)
@@ -127,13 +125,14 @@ def list_record_questions(
 
 
 def check_images(questions: Sequence[Question], annotations: Path, image_folder: Path) -> dict[Path, ImageFacts]:
-    """Decode every image. Raises UserError with those that no model can be shown."""
+    """Decode every image. Raises UserError with those that no model can be shown, by cause."""
     found = inspect_images([question.image for question in questions], MAX_PIXELS)
-    bad = [f"  {path}: {facts.fault[1]}" for path, facts in found.items() if facts.fault is not None]
+    faults = [(path, *facts.fault) for path, facts in found.items() if facts.fault is not None]
+    bad = [(f"{KINDS[kind]} [{kind}]", f"{path}: {detail}") for path, kind, detail in faults]
     if bad:
         advice = f"give the right --image_folder ({image_folder}; EVAL_IMAGE_FOLDER in run.sh)."
         raise UserError(
             f"{annotations}: {len(bad)} of {count(len(found), 'image')} cannot be read:\n"
-            f"{join_first(bad[:MAX_LISTED], len(bad))}\nFix them or leave out their records, or {advice}"
+            f"{list_by_cause('image', bad)}\nFix them or leave out their records, or {advice}"
         )
     return found

@@ -63,7 +63,6 @@ def _read_experiment(run: str) -> Experiment:
             f"{evaluation / METRICS}: its model's run record cannot be read ({error!r}); evaluate the model anew"
         ) from error
     predictions = read_predictions(evaluation)
-    facts["most frequent answer"] = describe_most_frequent(list(predictions.values()))
     default_name = metrics["title"] if evaluation == folder else folder.resolve().name
     return Experiment(
         name=given_name or default_name,
@@ -71,7 +70,7 @@ def _read_experiment(run: str) -> Experiment:
         predictions=predictions,
         image_folder=Path(metrics["image_folder"]),
         asked=metrics["asked"],
-        facts=facts,
+        facts={"most frequent answer": describe_most_frequent(list(predictions.values())), **facts},
         log_history=log_history,
         warning=warning,
     )

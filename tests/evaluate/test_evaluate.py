@@ -324,6 +324,8 @@ def test_a_wrong_folder_is_named_before_any_model_is_made(world, annotations, tm
     assert stop.value.code == 2
     printed = capsys.readouterr().err
     assert f"give the right --image_folder ({tmp_path}; EVAL_IMAGE_FOLDER in run.sh)" in printed
+    assert "6 of 6 images cannot be read:\n  6 images: there is no such file [missing_image], e.g.\n" in printed
+    assert printed.count(".png: ") == 3
     precheck.main([str(annotations), str(world.image_folder)])
     assert capsys.readouterr().out == "6 questions can be asked for the evaluation\n"
 
