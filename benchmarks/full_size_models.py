@@ -35,7 +35,8 @@ from transformers import (  # noqa: E402
 from meme_llava.dataset.records import read_records  # noqa: E402
 from meme_llava.distributed.environment import SINGLE, choose_engine  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
-from meme_llava.model.llava import load_processing, quiet_transformers  # noqa: E402
+from meme_llava.model.llava import load_processing  # noqa: E402
+from meme_llava.model.loading import LOCALLY, quiet_transformers  # noqa: E402
 from meme_llava.model.trainable import plan_parameter_groups, prepare_trainable, save_trained_weights  # noqa: E402
 from meme_llava.storage.files import write_json  # noqa: E402
 from meme_llava.storage.folders import write_directory  # noqa: E402
@@ -222,7 +223,7 @@ def _write_tokenizer(folder: Path, source: Path | None):
         for path in source.glob(pattern):
             shutil.copyfile(path, folder / path.name)
     with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCALLY)
     if not {"<|im_end|>", "<|endoftext|>"} <= set(tokenizer.get_added_vocab()):
         raise UserError(f"{source}: lacks <|im_end|> or <|endoftext|>; expected the tokenizer files of a Qwen model")
     return tokenizer

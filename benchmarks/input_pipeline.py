@@ -37,6 +37,7 @@ from meme_llava.dataset.records import read_records  # noqa: E402
 from meme_llava.dataset.sampling import BatchShape  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.model.llava import load_processing  # noqa: E402
+from meme_llava.model.loading import LOCALLY  # noqa: E402
 from meme_llava.terminal import print_table  # noqa: E402
 
 # Chinese-CLIP ViT-L/14-336.
@@ -104,7 +105,7 @@ def load_encoder_and_policy(arguments: argparse.Namespace) -> tuple[Conversation
     if arguments.model is not None:
         processing = load_processing(arguments.model)
         return processing.encoder, processing.image_policy
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer, **LOCALLY)
     tokenizer.add_tokens([IMAGE_PLACEHOLDER], special_tokens=True)
     encoder = ConversationEncoder(tokenizer, TOKENS_PER_IMAGE, str(arguments.tokenizer))
     return encoder, ImagePolicy(SIZE, MEAN, STD)

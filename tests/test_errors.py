@@ -1,5 +1,6 @@
 """How a script ends: one sentence for what the user can mend, silence for a closed pipe, a traceback for our faults."""
 
+import importlib
 import os
 import socket
 import subprocess
@@ -7,10 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, train_flags
 
 from meme_llava.errors import UserError, count, printable, stop_on_user_error
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_main(body: str, command: str = '"$0" -c "$1"', **environment) -> subprocess.CompletedProcess:
@@ -132,3 +132,26 @@ def test_a_word_that_is_not_utf8_is_named():
         r"'\udcba\udcc3.jpg' is not UTF-8; rename the file (convmv -f gbk -t utf-8), or set the terminal to UTF-8"
     )
     assert done.returncode == 2 and sentence in done.stderr.decode()
+
+
+OUTPUTS = {
+    "build_base_model": ["--language_model", "{language_model}", "--vision_model", "{vision_tower}"],
+    "merge_lora": ["--adapter", "{trained}"],
+    "check": ["--annotations", "{annotations}", "--image_folder", "{image_folder}"],
+    "evaluate": ["--model", "{base}", "--annotations", "{annotations}", "--image_folder", "{image_folder}"],
+    "train": [],
+}
+
+
+@pytest.mark.parametrize("script", OUTPUTS)
+def test_an_output_below_a_file_is_one_sentence(world, trained, tmp_path, capsys, script):
+    (tmp_path / "file").touch()
+    output_dir = tmp_path / "file" / "output"
+    places = {**vars(world), "trained": trained}
+    flags = [flag.format(**places) for flag in OUTPUTS[script]] or train_flags(world, output_dir)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).main([*flags, "--output_dir", str(output_dir)])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(said) == 1
+    assert said[0].endswith(": a part of this path is a file, expected a folder")

@@ -1,7 +1,7 @@
 """Assembly of a language model and a vision tower into one LLaVA directory, tensor by tensor."""
 
 import copy
-import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,8 +17,11 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from meme_llava.convert.towers import EMBEDDING, HEAD, Source, open_language_model, open_vision_tower
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, TURN_END, TURN_START, make_chat_template
 from meme_llava.dataset.images import Resize
-from meme_llava.model.llava import count_image_tokens, has_class_token, quiet_transformers
+from meme_llava.errors import UserError
+from meme_llava.model.llava import PADDING_SIDE, count_image_tokens, has_class_token
+from meme_llava.model.loading import explain_unloadable, quiet_transformers
 from meme_llava.storage.files import write_json
+from meme_llava.storage.json_files import DAMAGED, read_json
 from meme_llava.storage.tensor_files import PlannedTensor, Rounding, StoredTensor, count_bytes, write_tensors
 from meme_llava.terminal import show_bytes
 
@@ -115,6 +118,8 @@ def write_llava(parts: Parts, folder: Path, seed: int, dtype: torch.dtype | None
         write_tensors(planned, folder, max_shard_size, advance)
     if dtype is not None:
         rounding.check()
+        if vanished := rounding.underflow.total():
+            print(f"{vanished:,} values are too small for {str(dtype).removeprefix('torch.')} and became 0")
     parts.config.dtype = parts.config.text_config.dtype = dtype or parts.language_model.dtype
     parts.config.vision_config.dtype = dtype or parts.vision_tower.dtype
     with quiet_transformers():
@@ -123,7 +128,7 @@ def write_llava(parts: Parts, folder: Path, seed: int, dtype: torch.dtype | None
         make_processor(parts).save_pretrained(folder)
         # Readers before transformers 5 look for the image processor in a file of its own.
         parts.image_processor.save_pretrained(folder)
-    _write_for_transformers_4(folder)
+    _write_for_other_readers(folder)
 
 
 def plan_llava(parts: Parts, seed: int) -> dict[str, PlannedTensor | StoredTensor]:
@@ -184,7 +189,6 @@ def _make_image_processor(
 ) -> CLIPImageProcessorPil | LlavaImageProcessorPil:
     """The transformers class that does what `images.ImagePolicy` does; the folder's own class may cut words off."""
     path = vision_folder / "preprocessor_config.json"
-    source = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     mean, std = CLIP_NORMALISATION if has_class_token(vision_config) else SIGLIP_NORMALISATION
     side = vision_config.image_size
     square = {"height": side, "width": side}
@@ -194,11 +198,22 @@ def _make_image_processor(
         size={"shortest_edge": side} if crops else square,
         crop_size=square,
         do_center_crop=crops,
-        image_mean=source.get("image_mean", mean),
-        image_std=source.get("image_std", std),
-        resample=source.get("resample", Image.Resampling.BICUBIC),
+        **{"image_mean": mean, "image_std": std, "resample": Image.Resampling.BICUBIC} | _read_pixel_settings(path),
         **({"do_pad": True} if pads else {}),
     )
+
+
+def _read_pixel_settings(path: Path) -> dict:
+    """What a preprocessor_config.json, if there is one, says of pixels. Raises UserError for what makes no images."""
+    source = read_json(path) if path.is_file() else {}
+    found = {name: source[name] for name in ("image_mean", "image_std", "resample") if name in source}
+    for name in found.keys() & {"image_mean", "image_std"}:
+        values = found[name] if isinstance(found[name], list) else []
+        if [type(value) in (int, float) and math.isfinite(value) for value in values] != [True] * 3:
+            raise UserError(f"{path}: {name} is {found[name]}, expected three finite numbers. {DAMAGED}")
+    if found.get("resample", 0) not in list(Image.Resampling):
+        raise UserError(f"{path}: resample is {found['resample']}, expected 0 to 5. {DAMAGED}")
+    return found
 
 
 def _make_generation_config(parts: Parts) -> GenerationConfig:
@@ -207,9 +222,12 @@ def _make_generation_config(parts: Parts) -> GenerationConfig:
     A repetition penalty, which Qwen2 ships, would garble memes that repeat a character on purpose (哈哈哈哈).
     """
     source, tokenizer = parts.language_model, parts.tokenizer
-    has_own = (source.folder / "generation_config.json").is_file()
-    own = (GenerationConfig.from_pretrained(source.folder) if has_own else source.config).eos_token_id
-    stops = [tokenizer.convert_tokens_to_ids(TURN_END), *(own if isinstance(own, list) else [own])]
+    own = source.config
+    if (source.folder / "generation_config.json").is_file():
+        with explain_unloadable(source.folder, "generation_config.json cannot be used"):
+            own = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    stops = [tokenizer.convert_tokens_to_ids(TURN_END), *ends]
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=[stop for stop in dict.fromkeys([*stops, tokenizer.eos_token_id]) if stop is not None],
@@ -218,10 +236,11 @@ def _make_generation_config(parts: Parts) -> GenerationConfig:
     )
 
 
-def _write_for_transformers_4(folder: Path) -> None:
-    """Say what transformers 5 says in words of its own once more in those of 4.x; both versions read the result."""
+def _write_for_other_readers(folder: Path) -> None:
+    """Say what transformers 5 says in words of its own once more in those of 4.x, and on which side a batch is padded,
+    which it leaves to its readers' own default. All of them read the result."""
     config_file, tokenizer_file = folder / "config.json", folder / "tokenizer_config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = read_json(config_file)
     rope = dict(config["text_config"].get("rope_parameters") or {})
     if "rope_theta" in rope:
         # 4.x does not read rope_parameters: it would silently take a theta of 10,000 and positions without scaling.
@@ -230,7 +249,7 @@ def _write_for_transformers_4(folder: Path) -> None:
             config["text_config"]["rope_scaling"] = rope
     write_json(config_file, config)
 
-    tokenizer = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+    tokenizer = read_json(tokenizer_file) | {"padding_side": PADDING_SIDE}
     if isinstance(tokenizer.get("extra_special_tokens"), list):
         # Under the new name 4.x expects a dict and stops.
         tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")

@@ -1,6 +1,5 @@
 """Merging of a base and trained weights into one standalone model, tensor by tensor; its name for serving engines."""
 
-import json
 import math
 import shutil
 from collections import Counter
@@ -10,13 +9,21 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from meme_llava.errors import UserError
-from meme_llava.model.llava import PROJECTOR, to_disk_name
+from meme_llava.errors import CheckpointError, UserError
+from meme_llava.model.llava import PADDING_SIDE, PROJECTOR, open_llava_tensors, to_disk_name
+from meme_llava.model.trainable import PEFT_PREFIX, read_adapter_config
 from meme_llava.storage.files import hash_file, write_json
-from meme_llava.storage.run_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS, read_run_record
+from meme_llava.storage.json_files import check_fields, read_json
+from meme_llava.storage.run_record import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    RUN_RECORD,
+    TRAINED_WEIGHTS,
+    read_run_record,
+)
 from meme_llava.storage.tensor_files import (
     WEIGHTS,
     WEIGHTS_INDEX,
@@ -24,13 +31,11 @@ from meme_llava.storage.tensor_files import (
     Rounding,
     StoredTensor,
     count_bytes,
-    open_model_tensors,
     read_tensors,
     write_tensors,
 )
 from meme_llava.terminal import show_bytes
 
-PEFT_PREFIX = "base_model.model."
 # float32 elements of a piece: a few such pieces fit in a processor's cache.
 PIECE_ELEMENTS = 4_000_000
 # What peft can store and a plain W + scale * B A would get wrong.
@@ -46,14 +51,16 @@ UNMERGED_KINDS = (
 )
 # Ways to start LoRA that change the base's weights, so the stored base is not what the adapter belongs to.
 BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq")
+# Of a base that we built all but the last two lines, of another LLaVA those that it has; the configurations are edited.
 COPIED_FILES = (
     "chat_template.jinja",
-    "config.json",
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
     "tokenizer.json",
-    "tokenizer_config.json",
+    "chat_template.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
 )
 # vLLM, SGLang and LMDeploy take CLIP, SigLIP and Pixtral towers in a LLaVA and refuse Chinese-CLIP's, which is CLIP's
 # in all but name: the same settings, layers and tensor names.
@@ -94,12 +101,14 @@ class TrainedWeights:
         path = folder / (ADAPTER_WEIGHTS if has_adapter else TRAINED_WEIGHTS)
         tensors = read_tensors([path])
         run_record = read_run_record(folder)
+        for group in run_record["parameter_groups"]:
+            check_fields(folder / RUN_RECORD, group, {"tensors": int}, error=CheckpointError)
         learned = sum(group["tensors"] for group in run_record["parameter_groups"])
         if len(tensors) != learned:
             raise UserError(f"{path}: holds {len(tensors)} tensors, but {learned} learned; copy or train it again")
         if not has_adapter:
             return cls(folder, run_record, tensors, {}, dict(tensors))
-        config = PeftConfig.from_pretrained(folder)
+        config = read_adapter_config(folder)
         _check_lora_kind(config, folder)
         lora, replaced = {}, {}
         for name, stored in tensors.items():
@@ -186,7 +195,7 @@ def write_merged(
     Raises UserError where a trained tensor has no counterpart, a value would not be finite in `dtype`, or the disk is
     full.
     """
-    rounding, base = Rounding(dtype), open_model_tensors(base_folder)
+    rounding, base = Rounding(dtype), open_llava_tensors(base_folder)
     trained.check_fits(base, base_folder)
     planned = plan_merged(base, trained, rounding)
     with show_bytes("merging", count_bytes(planned)) as advance:
@@ -194,11 +203,14 @@ def write_merged(
     rounding.check()
     trained.check_used(base)
     for file_name in COPIED_FILES:
-        shutil.copyfile(base_folder / file_name, folder / file_name)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if (base_folder / file_name).is_file():
+            shutil.copyfile(base_folder / file_name, folder / file_name)
+    config = read_json(base_folder / "config.json")
     for part in (config, config["text_config"], config["vision_config"]):
         part["dtype"] = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", config)
+    tokenizer = read_json(base_folder / "tokenizer_config.json")
+    write_json(folder / "tokenizer_config.json", tokenizer | {"padding_side": PADDING_SIDE})
     most_changed = max(trained.relative_change, key=trained.relative_change.get, default=None)
     identity = folder / (WEIGHTS_INDEX if (folder / WEIGHTS_INDEX).is_file() else WEIGHTS)
     return {
@@ -208,14 +220,17 @@ def write_merged(
         "replaced": len(trained.replaced),
         "largest_relative_lora_change": round(trained.relative_change.get(most_changed, 0.0), 4),
         "most_changed": most_changed,
-        "overflow_count": sum(rounding.overflow.values()),
+        "overflow_count": rounding.overflow.total(),
+        "underflow_count": rounding.underflow.total(),
         f"sha256 of {identity.name}": hash_file(identity),
     }
 
 
 def check_exportable(base_folder: Path) -> None:
     """Raise UserError unless `--export clip` has something to do for this base."""
-    config = json.loads((base_folder / "config.json").read_text(encoding="utf-8"))
+    path = base_folder / "config.json"
+    config = read_json(path)
+    check_fields(path, config, {"vision_config.model_type": str})
     model_type = config["vision_config"]["model_type"]
     if model_type != CHINESE_CLIP:
         raise UserError(
@@ -226,15 +241,13 @@ def check_exportable(base_folder: Path) -> None:
 
 def export_clip_tower(folder: Path) -> None:
     """Name the Chinese-CLIP tower of a merged model as the CLIP tower it is. Tensors and processor stay as they are."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     config["vision_config"]["model_type"] = CLIP
     write_json(folder / "config.json", config)
 
 
-def _check_lora_kind(config: PeftConfig, folder: Path) -> None:
+def _check_lora_kind(config: LoraConfig, folder: Path) -> None:
     path = folder / ADAPTER_CONFIG
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"{path}: is a {config.peft_type} adapter, expected LoRA")
     used = [name for name in UNMERGED_KINDS if getattr(config, name, None)]
     if config.bias != "none":
         used.append("bias")

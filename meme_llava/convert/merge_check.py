@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from meme_llava import DATA
-from meme_llava.convert.merge import PEFT_PREFIX, TrainedWeights
+from meme_llava.convert.merge import TrainedWeights
 from meme_llava.dataset.collator import to_pixel_values
 from meme_llava.dataset.images import MAX_PIXELS, open_image, resolve_image_path
 from meme_llava.dataset.records import RecordFault, iterate_values, parse_record
@@ -32,15 +32,15 @@ from meme_llava.model.llava import (
     fits_in_memory,
     load_llava,
     load_processing,
-    load_strictly,
     make_empty_model,
     offload_weights,
-    quiet_transformers,
+    open_llava_tensors,
     report_layers,
     to_disk_name,
 )
-from meme_llava.model.trainable import add_adapter, apply_trained_weights
-from meme_llava.storage.tensor_files import StoredTensor, open_model_tensors
+from meme_llava.model.loading import LOCALLY, load_strictly, quiet_transformers
+from meme_llava.model.trainable import PEFT_PREFIX, add_adapter, apply_trained_weights
+from meme_llava.storage.tensor_files import StoredTensor
 from meme_llava.terminal import show_count
 
 # Merged and unmerged weights round differently; in float32 a model of any size stays below, measured in units of its
@@ -48,6 +48,7 @@ from meme_llava.terminal import show_count
 MAX_LOGIT_DIFFERENCE = 1e-4
 # In peft's name of a parameter that learned in full; the adapter's file leaves it out.
 MODULES_TO_SAVE = ".modules_to_save.default."
+MAX_STORED_DIFFERENCE = 0.1  # of the largest logit
 VERIFIED_RECORDS = 2
 VERIFIED_NEW_TOKENS = 32
 # Offloaded, each token reads the whole model from the disk again.
@@ -70,17 +71,18 @@ class Generation:
 def verify_merged(base_folder: Path, trained: TrainedWeights, folder: Path) -> list[tuple[str, str]]:
     """Compare base + trained weights with the merged ones, in float32 and as stored, on records with images.
 
-    The float32 comparison can fail. What rounding to the stored dtype changes is measured and shown, without a limit.
+    Rounding to the stored dtype may turn a close choice of a token: how many answers stay the same is only shown.
 
     Returns:
         (check, finding) rows.
 
     Raises:
-        UserError: in float32 a logit differs by more than 1e-4 of the largest one, or a greedy answer differs.
+        UserError: in float32 a logit differs by more than 1e-4 of the largest one, or a greedy answer differs; or as
+            stored a logit differs by more than a tenth of the largest one.
     """
     processing = load_processing(base_folder)
     prompts, prompts_source = _load_prompts(trained.run_record, processing)
-    fits = fits_in_memory(open_model_tensors(base_folder), torch.float32)
+    fits = fits_in_memory(open_llava_tensors(base_folder), torch.float32)
     # Each token of an answer is a pass of the unmerged model; the other two are given the answer and take one each.
     passed_layers = len(prompts) * (OFFLOADED_NEW_TOKENS + 2) * processing.config.text_config.num_hidden_layers
     ignore, findings = contextlib.nullcontext(lambda count: None), []
@@ -94,11 +96,18 @@ def verify_merged(base_folder: Path, trained: TrainedWeights, folder: Path) -> l
             gc.collect()
             findings.append(_compare(next(models), expected))
     (difference, same), (stored_difference, stored_same) = findings
-    limit = MAX_LOGIT_DIFFERENCE * max(1.0, *(reply.logits.abs().max().item() for reply in expected))
+    largest = max(reply.logits.abs().max().item() for reply in expected)
+    limit, stored_limit = MAX_LOGIT_DIFFERENCE * max(1.0, largest), MAX_STORED_DIFFERENCE * largest
     if not difference <= limit or same < len(prompts):
         raise UserError(
             f"merged weights answer differently from base + {trained.folder}: logits differ by {difference:g} (limit "
             f"{limit:.2g}), greedy answers {'agree' if same == len(prompts) else 'differ'}"
+        )
+    if not stored_difference <= stored_limit:
+        raise UserError(
+            f"the weights as they are stored answer differently from base + {trained.folder}: logits of up to "
+            f"{largest:.3g} differ by {stored_difference:.3g} (limit {stored_limit:.2g}), {stored_same} of "
+            f"{len(prompts)} answers are the same. Store them with --dtype bfloat16 or float32."
         )
     return [
         ("compared on", prompts_source),
@@ -106,14 +115,14 @@ def verify_merged(base_folder: Path, trained: TrainedWeights, folder: Path) -> l
         ("answer tokens compared", str(sum(len(reply.tokens) for reply in expected))),
         ("float32: largest logit difference", f"{difference:.2e} (limit {limit:.2g})"),
         ("float32: greedy answers", "same"),
-        ("as stored: largest logit difference", f"{stored_difference:.2e}"),
+        ("as stored: largest logit difference", f"{stored_difference:.2e} (limit {stored_limit:.2g})"),
         ("as stored: greedy answers", f"{stored_same} of {len(prompts)} the same"),
     ]
 
 
 def _load_models(base_folder: Path, trained: TrainedWeights, folder: Path) -> Iterator[nn.Module]:
     """Base + adapter, merged in float32, and as stored, each loaded when the one before is gone."""
-    base = open_model_tensors(base_folder)
+    base = open_llava_tensors(base_folder)
     yield apply_trained_weights(load_llava(base_folder, torch.float32), trained.folder).eval()
     yield fill_weights(_make_empty(base_folder), lambda name: _merge_whole(trained, base[find_stored(base, name)]))
     # What was written is loaded as its readers will load it.
@@ -124,7 +133,7 @@ def _offload_models(
     base_folder: Path, trained: TrainedWeights, folder: Path, advance: Callable[[int], None]
 ) -> Iterator[nn.Module]:
     """The same three models, their weights read module by module."""
-    base, stored = open_model_tensors(base_folder), open_model_tensors(folder)
+    base, stored = open_llava_tensors(base_folder), open_llava_tensors(folder)
 
     def offload(model: nn.Module, tensors: dict[str, StoredTensor], load: Callable) -> nn.Module:
         def read(name: str) -> torch.Tensor:
@@ -248,7 +257,7 @@ def verify_exported(base_folder: Path, folder: Path) -> list[tuple[str, str]]:
     """
     policy = load_processing(base_folder).image_policy
     with quiet_transformers():
-        image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        image_processor = AutoImageProcessor.from_pretrained(folder, **LOCALLY)
     images = [open_image(path) for path in sorted(SAMPLE_IMAGES.iterdir())[:COMPARED_IMAGES]]
     trained_pixels = torch.stack([to_pixel_values(image, policy) for image in images])  # (images, 3, size, size)
     exported_pixels = image_processor(images, return_tensors="pt")["pixel_values"]
@@ -268,7 +277,7 @@ def _list_hidden_states(
     model_class: type, config_folder: Path, weights_folder: Path, pixel_values: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     config = LlavaConfig.from_pretrained(config_folder, local_files_only=True).vision_config
-    tensors = open_model_tensors(weights_folder)
+    tensors = open_llava_tensors(weights_folder)
     tower = make_empty_model(model_class, config)
     tower = offload_weights(tower, lambda name: tensors[to_disk_name(f"model.vision_tower.{name}")].load())
     return tower(pixel_values, output_hidden_states=True).hidden_states  # layers + 1 of (images, positions, hidden)

@@ -18,7 +18,7 @@ class BuildArguments:
     image_policy: Resize = setting(
         "how images become square: squash the whole, pad it, or crop it (cuts words off)", "squash"
     )
-    seed: int = setting("draws the fresh multi_modal_projector", 0)
+    seed: int = setting("draws the fresh multi_modal_projector", 0, expected="0 to 18446744073709551615")
     dtype: Literal["source", "float16", "bfloat16", "float32"] = setting(
         "source: every part keeps the dtype of its files", "source"
     )

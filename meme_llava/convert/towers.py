@@ -1,5 +1,6 @@
 """The folders a LLaVA is assembled from: which models they may hold, and that every tensor is there and fits."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from transformers import (
 )
 
 from meme_llava.errors import UserError
-from meme_llava.model.llava import check_same_names, check_same_shapes, make_empty_model, quiet_transformers
+from meme_llava.model.llava import check_same_names, check_same_shapes, check_vocabulary, make_empty_model
+from meme_llava.model.loading import LOCALLY, explain_unloadable
 from meme_llava.storage.tensor_files import StoredTensor, open_model_tensors
 
 # By model type; that of a vision-only checkpoint ends with VISION_ONLY.
@@ -76,23 +78,21 @@ def open_language_model(folder: Path) -> tuple[Source, object]:
     # Without it transformers falls back to a Llama tokenizer and a wrong prompt, without an error.
     if not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"{folder}: has no tokenizer_config.json; download the complete model folder")
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+    check_vocabulary(folder)
+    with explain_unloadable(folder, "its tokenizer cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCALLY)
     return _check_source(Source(folder, AutoModelForCausalLM, config, open_model_tensors(folder))), tokenizer
 
 
 def _check_source(source: Source) -> Source:
     """Hold names, shapes and dtypes against the model that transformers makes of the configuration."""
-    try:
+    with explain_unloadable(source.folder, "config.json makes no model"):
         expected = make_empty_model(source.model_class, source.config).state_dict()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{source.folder}: config.json makes no model: {error}") from error
+    if source.model_class is AutoModelForCausalLM:
+        _check_supported(source, expected)
     if source.has_tied_head:
-        for names in (expected, source.tensors):
-            names.pop(HEAD, None)
+        expected.pop(HEAD, None)
+        _drop_tied_head(source)
     for name in [name for name in source.tensors if name.endswith(COMPUTED_BUFFERS) and name not in expected]:
         del source.tensors[name]
     check_same_names(expected, source.tensors, str(source.folder))
@@ -103,10 +103,36 @@ def _check_source(source: Source) -> Source:
     return source
 
 
+def _check_supported(source: Source, expected: Iterable[str]) -> None:
+    """Raise UserError for a language model whose tensors have other names and meanings than the rest of us takes."""
+    if EMBEDDING not in expected:
+        reason = f"without {EMBEDDING}"
+    elif not any(".self_attn." in name for name in expected):
+        reason = "without attention"
+    elif any(".experts." in name for name in expected):
+        reason = "with experts"
+    else:
+        return
+    raise UserError(
+        f"{source.folder}: a {source.config.model_type!r} language model is not supported ({reason}); expected one "
+        "with the layers of Llama and Qwen2, such as llama, qwen2, qwen3 or mistral"
+    )
+
+
+def _drop_tied_head(source: Source) -> None:
+    """Leave out a head that repeats the embedding to which it is tied. Raises UserError where it is another one."""
+    head, embedding = source.tensors.pop(HEAD, None), source.tensors.get(EMBEDDING)
+    if head is None or embedding is None:
+        return
+    if head.shape != embedding.shape or not all(map(torch.equal, head.make_pieces(), embedding.make_pieces())):
+        raise UserError(
+            f"{head.path}: holds a {HEAD} other than the embedding, to which config.json ties the head. Set "
+            "tie_word_embeddings to false in config.json, or take the tensor out"
+        )
+
+
 def _load_config(folder: Path):
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: has no config.json, so it is not a model folder")
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: config.json cannot be used: {error}") from error
+    with explain_unloadable(folder, "config.json cannot be used"):
+        return AutoConfig.from_pretrained(folder, **LOCALLY)

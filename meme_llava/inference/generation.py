@@ -23,7 +23,8 @@ from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.dataset.images import ImagePolicy, open_image
 from meme_llava.errors import UserError, first_line
 from meme_llava.inference.questions import Prediction, Question
-from meme_llava.model.llava import PROJECTOR, Processing, load_llava, load_processing, quiet_transformers
+from meme_llava.model.llava import PROJECTOR, Processing, load_llava, load_processing
+from meme_llava.model.loading import LOCALLY, explain_unloadable
 from meme_llava.model.packed_attention import gpu_multiplies_bf16
 from meme_llava.model.trainable import apply_trained_weights
 from meme_llava.storage.run_record import holds_trained_weights
@@ -257,15 +258,10 @@ class TransformersModel:
 def load_transformers_model(folder: Path, device: str, dtype: str) -> TransformersModel:
     """Load a model folder, without any code of its own. Raises UserError where that or the chat template is missing."""
     chosen_device = choose_device(device)
-    options = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        with quiet_transformers():
-            processor = AutoProcessor.from_pretrained(folder, **options)
-            chosen_dtype = choose_dtype(dtype, chosen_device)
-            model = AutoModelForImageTextToText.from_pretrained(folder, dtype=chosen_dtype, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        what = "an image-text-to-text model of transformers"
-        raise UserError(f"{folder}: cannot be loaded as {what}: {first_line(error)}") from error
+    chosen_dtype = choose_dtype(dtype, chosen_device)
+    with explain_unloadable(folder, "cannot be loaded as an image-text-to-text model of transformers"):
+        processor = AutoProcessor.from_pretrained(folder, **LOCALLY)
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=chosen_dtype, **LOCALLY)
     if not getattr(processor, "chat_template", None):
         raise UserError(
             f"{folder}: has no chat template, so how to ask it is not known; take a release of the model with one, "

@@ -2,32 +2,31 @@
 
 Roles, not key prefixes, name the parts: "vision_tower", "multi_modal_projector", "language_model".
 
-Files use the classic LLaVA layout, which old and new transformers read:
+Files are written in the classic LLaVA layout, which old and new transformers read, and read in all layouts:
 `vision_tower.vision_model.*`, `multi_modal_projector.*`, `language_model.model.*`, `language_model.lm_head.*`.
 Modules in memory are named as transformers 5 names them: `model.vision_tower.*`, … and `lm_head.*`.
 """
 
-import contextlib
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 
 import psutil
 import torch
 from accelerate import init_empty_weights
 from accelerate.hooks import attach_align_device_hook
 from accelerate.utils import set_module_tensor_to_device
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoProcessor, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
-from transformers.utils import logging as transformers_logging
 
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, ConversationEncoder
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
+from meme_llava.model.loading import LOCALLY, NO_CODE, explain_unloadable, quiet_transformers
+from meme_llava.storage.json_files import read_json
+from meme_llava.storage.run_record import holds_trained_weights
 from meme_llava.storage.tensor_files import StoredTensor, open_model_tensors
 
 VISION_TOWER = "vision_tower"
@@ -45,6 +44,8 @@ CGROUP_LIMITS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
 )
+# Prompts of a batch end together, where their answers begin; readers of our folders take the side from it.
+PADDING_SIDE = "left"
 # How a comparison says where its models ran.
 IN_MEMORY, OFFLOADED = "in memory", "layer by layer from the disk"
 # Activations, logits over a large vocabulary, the libraries themselves.
@@ -115,6 +116,34 @@ def to_disk_name(name: str) -> str:
     raise ValueError(f"tensor {name!r} belongs to no part of a LLaVA")
 
 
+def to_classic_name(name: str) -> str:
+    """A tensor's name in any layout that a release of transformers has written → its name in ours."""
+    name = name.removeprefix("model.")
+    role, _, rest = name.partition(".")
+    if role == "lm_head":
+        return f"{LANGUAGE_MODEL}.{name}"
+    if role == VISION_TOWER:
+        return f"{role}.vision_model.{rest.removeprefix('vision_model.')}"
+    if role == LANGUAGE_MODEL and not rest.startswith("lm_head."):
+        return f"{role}.model.{rest.removeprefix('model.')}"
+    return name
+
+
+def open_llava_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The weights of a LLaVA folder by their classic names, whichever release of transformers wrote it.
+
+    Raises UserError like `open_model_tensors`, and where two tensors would have the same name.
+    """
+    tensors = {}
+    for stored in open_model_tensors(folder).values():
+        name = to_classic_name(stored.name)
+        if name in tensors:
+            both = f"{tensors[name].name_in_file} and {stored.name}"
+            raise UserError(f"{stored.path}: holds {both}, which are one tensor of a LLaVA; keep only one of them")
+        tensors[name] = replace(stored, name=name, name_in_file=stored.name)
+    return tensors
+
+
 def find_stored(tensors: Iterable[str], name: str) -> str:
     """The name on disk of a LLaVA's parameter in memory; a tied head is stored as the embedding."""
     disk_name = to_disk_name(name)
@@ -138,62 +167,47 @@ def check_same_shapes(expected: Mapping[str, torch.Tensor], found: Mapping[str, 
             raise UserError(f"{stored.path}: {name} is {stored.shape}, config.json asks for {tuple(outline.shape)}")
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and load reports; whatever they would say is checked and raised by us."""
-    verbosity, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if had_bars:
-            transformers_logging.enable_progress_bar()
-
-
-def load_strictly(model_class, folder: Path, allowed_unexpected: tuple[str, ...] = (), **options):
-    """`model_class.from_pretrained(folder)` that refuses a missing, unexpected or mismatched tensor; those that begin
-    with `allowed_unexpected` may be in the folder without being used."""
-    try:
-        with quiet_transformers():
-            model, report = model_class.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True, **options
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
-        raise UserError(f"{folder}: cannot be loaded as {model_class.__name__}: {error}") from error
-    unexpected = [key for key in report["unexpected_keys"] if not key.startswith(allowed_unexpected)]
-    for kind, keys in (
-        ("missing", report["missing_keys"]),
-        ("unexpected", unexpected),
-        ("of another shape", report["mismatched_keys"]),
-    ):
-        if keys:
-            shown = ", ".join(str(key) for key in sorted(keys, key=str)[:3])
-            raise UserError(f"{folder}: {len(keys)} tensors are {kind} for {model_class.__name__}, e.g. {shown}")
-    return model
-
-
 def check_llava_folder(folder: Path) -> None:
     """Raise UserError unless `folder` looks like a LLaVA's."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder")
     config_file = folder / "config.json"
     if not config_file.is_file():
+        if holds_trained_weights(folder):
+            raise UserError(
+                f"{folder}: holds trained weights, not a whole model; merge them: python merge_lora.py --adapter "
+                f"{folder} --output_dir …"
+            )
+        models = [folder / name for name in ("merged", "base") if (folder / name / "config.json").is_file()]
+        if models:
+            raise UserError(
+                f"{folder}: is no model folder, but holds some; did you mean {' or '.join(map(str, models))}?"
+            )
         raise UserError(f"{folder}: has no config.json, so it is not a model folder")
-    try:
-        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
-    except ValueError as error:
-        raise UserError(f"{config_file}: not JSON ({error})") from error
+    model_type = read_json(config_file).get("model_type")
     if model_type != "llava":
         raise UserError(f"{folder}: is a {model_type!r} model, expected 'llava'. Build one with build_base_model.py.")
+
+
+def check_vocabulary(folder: Path) -> None:
+    """Raise UserError for a folder without the words of its tokenizer; transformers may make an empty one of it."""
+    names = {path.name for path in folder.iterdir()}
+    if not (
+        names & {"tokenizer.json", "tekken.json", "vocab.txt"}
+        or names >= {"vocab.json", "merges.txt"}
+        or any(name.endswith((".model", ".tiktoken")) for name in names)
+    ):
+        raise UserError(
+            f"{folder}: has no vocabulary; expected tokenizer.json (or vocab.json and merges.txt, or tokenizer.model). "
+            "Download the complete model folder"
+        )
 
 
 def make_empty_model(model_class, config, dtype: torch.dtype = torch.float32) -> nn.Module:
     """`model_class` with frozen parameters that have shape and dtype but no storage; buffers are real."""
     with init_empty_weights(include_buffers=False), quiet_transformers():
-        model = getattr(model_class, "_from_config", None) or model_class.from_config
-        return model(config, dtype=dtype).eval().requires_grad_(False)
+        make = getattr(model_class, "_from_config", None) or partial(model_class.from_config, **NO_CODE)
+        return make(config, dtype=dtype).eval().requires_grad_(False)
 
 
 def fill_weights(model: nn.Module, read: Callable[[str], torch.Tensor]) -> nn.Module:
@@ -251,7 +265,7 @@ def load_llava(
     model_class: type[LlavaForConditionalGeneration] = LlavaForConditionalGeneration,
     maps_weights: bool = False,
 ) -> LlavaForConditionalGeneration:
-    """Load a LLaVA that build_base_model.py or merge_lora.py wrote, in `dtype`, on the CPU; `model_class` may be
+    """Load a LLaVA, such as build_base_model.py and merge_lora.py write, in `dtype`, on the CPU; `model_class` may be
     another one with the same parameters. Raises UserError where a tensor is missing, unexpected, or of another shape.
 
     Every tensor is read and converted on its own, so that loading takes no more memory than the model; and next to none
@@ -259,15 +273,13 @@ def load_llava(
     until then, where all processes of a machine share them.
     """
     check_llava_folder(folder)
-    try:
+    with explain_unloadable(folder, "cannot be loaded"):
         config = LlavaConfig.from_pretrained(folder, local_files_only=True)
         config._name_or_path = str(folder)  # peft notes it in an adapter's configuration
         model = make_empty_model(model_class, config, dtype)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: cannot be loaded: {error}") from error
-    tensors = open_model_tensors(folder)
+    tensors = open_llava_tensors(folder)
     expected = {find_stored(tensors, name): outline for name, outline in model.named_parameters()}
     check_same_names(expected, tensors, str(folder))
     check_same_shapes(expected, tensors)
@@ -283,12 +295,10 @@ def load_processing(folder: Path) -> Processing:
     """Tokenizer, image policy and prompt encoder of a model folder, checked against its config. Raises UserError where
     a file is missing, or the ids of `<image>` in config, tokenizer and processor disagree."""
     check_llava_folder(folder)
-    try:
-        with quiet_transformers():
-            processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-            config = LlavaConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: its processor cannot be loaded: {error}") from error
+    check_vocabulary(folder)
+    with explain_unloadable(folder, "its processor cannot be loaded"):
+        processor = AutoProcessor.from_pretrained(folder, **LOCALLY)
+        config = LlavaConfig.from_pretrained(folder, local_files_only=True)
     if type(processor).__name__ != "LlavaProcessor":
         raise UserError(f"{folder}: processor_config.json gives {type(processor).__name__}, expected LlavaProcessor")
     tokens_per_image = count_image_tokens(config)

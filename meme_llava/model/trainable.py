@@ -4,6 +4,7 @@ Also how the trained part alone is written and put back on its base, and which l
 backward pass, which recompute them to save memory. Nothing about how much memory there is.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -31,9 +32,13 @@ from meme_llava.model.llava import (
     role_of,
     to_disk_name,
 )
+from meme_llava.model.loading import explain_unloadable
 from meme_llava.model.settings import LearningRates, LoraRecipe
+from meme_llava.storage.json_files import DAMAGED, check_fields, read_json
 from meme_llava.storage.run_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS
-from meme_llava.storage.tensor_files import PlannedTensor, write_file
+from meme_llava.storage.tensor_files import PlannedTensor, read_tensors, write_file
+
+PEFT_PREFIX = "base_model.model."  # of every name in an adapter's file
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def prepare_trainable(model: nn.Module, recipe: LoraRecipe, seed: int) -> nn.Mod
         torch.manual_seed(seed)
         model = get_peft_model(model, lora_config)
         adapted = {name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A")}
-        check_same_names({f"base_model.model.{name}" for name in targets}, adapted, "LoRA targets")
+        check_same_names({f"{PEFT_PREFIX}{name}" for name in targets}, adapted, "LoRA targets")
         use_lean_lora(model)
     else:
         training = {VISION_TOWER: recipe.vision_tower_training, LANGUAGE_MODEL: recipe.language_model_training}
@@ -230,11 +235,39 @@ def apply_trained_weights(model: nn.Module, folder: Path) -> nn.Module:
 
 def add_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """Base model → base with the modules of the adapter in `folder`, its weights not yet loaded."""
-    config = PeftConfig.from_pretrained(folder)
+    config = read_adapter_config(folder)
     # The run record knows the base and its fingerprint; peft would only warn that the folder's name changed.
     config.base_model_name_or_path = None
-    # The adapter learned as float32; in the model's own dtype a forward pass needs no autocast.
-    return get_peft_model(model, config, autocast_adapter_dtype=False)
+    with explain_unloadable(folder, "its adapter does not fit the base"):
+        # The adapter learned as float32; in the model's own dtype a forward pass needs no autocast.
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """The configuration of the adapter in `folder`, for the modules that its weights name.
+
+    No regular expression of the file is matched, as one can be made to take for ever.
+
+    Raises UserError for other kinds of adapters, and for a value that makes no LoRA.
+    """
+    path = folder / ADAPTER_CONFIG
+    values = read_json(path)
+    check_fields(path, values, {"peft_type": str, "r": int, "lora_alpha": float})
+    if values["peft_type"] != "LORA":
+        raise UserError(f"{path}: is a {values['peft_type']} adapter, expected LORA")
+    patterns = [values.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
+    numbers = [values["r"], values["lora_alpha"], *(number for pattern in patterns for number in pattern.values())]
+    if not all(isinstance(number, int | float) and 0 < number < math.inf for number in numbers):
+        raise UserError(f"{path}: r, lora_alpha or a pattern of them is not above 0 and finite. {DAMAGED}")
+    if used := [name for name in ("exclude_modules", "layers_to_transform", "layers_pattern") if values.get(name)]:
+        raise UserError(f"{path}: uses {', '.join(used)}, expected LoRA as train.py writes it")
+    if not all(re.fullmatch(r"[\w.]+", module) for pattern in patterns for module in pattern):
+        raise UserError(f"{path}: a pattern is no name of a module, expected LoRA as train.py writes it")
+    with explain_unloadable(folder, f"{ADAPTER_CONFIG} cannot be used"):
+        config = PeftConfig.from_pretrained(folder)
+    weights, end = read_tensors([folder / ADAPTER_WEIGHTS]), ".lora_A.weight"
+    config.target_modules = {name.removeprefix(PEFT_PREFIX).removesuffix(end) for name in weights if name.endswith(end)}
+    return config
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def _read_log_history(places: Sequence[Path], training: dict) -> list[dict]:
     """The log of just this training, from the first of the places that has it."""
     for place in (*places, Path(training["settings"]["output_dir"])):
         if _is_same_training(_read_record(place), training):
-            with contextlib.suppress(OSError, ValueError, KeyError):
+            with contextlib.suppress(UserError, KeyError, TypeError):
                 # It may have gone on since.
                 return [entry for entry in read_training_log(place) if entry["step"] <= training["step"]]
     return []

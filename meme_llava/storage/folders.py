@@ -12,6 +12,7 @@ from pathlib import Path
 
 from meme_llava.errors import UserError, first_line
 from meme_llava.storage.files import explain_full_disk, fsync_path, lock, raise_os_errors
+from meme_llava.storage.proxy import check_proxy
 from meme_llava.storage.run_record import RUN_RECORD
 
 MODELSCOPE_PREFIX = "modelscope:"
@@ -123,6 +124,7 @@ def _download_from_hub(model_id: str) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HTTPError
 
+    check_proxy()
     # Subfolders hold other formats (onnx, original) that nothing here reads.
     download = partial(snapshot_download, model_id, ignore_patterns=["*/*"])
     try:

@@ -18,6 +18,7 @@ from pathlib import Path
 from meme_llava import ROOT
 from meme_llava.errors import CheckpointError, UserError
 from meme_llava.storage.files import hash_file, write_json, write_whole
+from meme_llava.storage.json_files import DAMAGED, check_fields, read_json
 
 RUN_RECORD = "run_record.json"
 TRAINING_LOG = "trainer_state.json"  # where Hugging Face's Trainer has it, too: an entry a logged step
@@ -28,6 +29,15 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What learned in full, for train types without LoRA: the classic names of design, only trained tensors.
 TRAINED_WEIGHTS = "trained_weights.safetensors"
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "tokenizers", "pillow")
+# What those who read a run record of train.py rely on.
+TRAINED_FIELDS = {
+    "base.folder": str,
+    "base.fingerprint": str,
+    "data.annotations": str,
+    "data.image_folder": str,
+    "settings.max_pixels": int,
+    "parameter_groups": list,
+}
 RATE_PREFIX = "learning_rate/"  # in front of a parameter group's name in a training log
 
 
@@ -53,15 +63,18 @@ def read_manifest(folder: Path) -> dict:
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{folder}: has no {MANIFEST}, so it was not written to its end, or not copied whole")
-    try:
-        text = path.read_bytes().decode("utf-8")
-        content = json.loads(text)
-        own_hash = content.pop(_OWN_HASH)
-        whole = _to_text({**content, _OWN_HASH: own_hash}) == text
-        if not whole or own_hash != hashlib.sha256(_to_text(content).encode()).hexdigest():
-            raise ValueError("its own checksum differs")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path}: is damaged ({error})") from error
+    content = read_json(path, error=CheckpointError)
+    check_fields(path, content, {_OWN_HASH: str, "files": dict}, error=CheckpointError)
+    own_hash, text = content.pop(_OWN_HASH), path.read_bytes().decode()
+    if (
+        text != _to_text({**content, _OWN_HASH: own_hash})
+        or own_hash != hashlib.sha256(_to_text(content).encode()).hexdigest()
+    ):
+        raise CheckpointError(f"{path}: is damaged (its own checksum differs)")
+    for name, file in content["files"].items():
+        if Path(name).name != name:
+            raise CheckpointError(f"{path}: lists {name!r}, expected a file of its own folder. {DAMAGED}")
+        check_fields(path, file, {"size": int, "sha256": str}, error=CheckpointError)
     return content
 
 
@@ -128,10 +141,7 @@ def read_run_record(directory: Path) -> dict:
         raise UserError(f"{directory}: no such directory")
     if not path.is_file():
         raise UserError(f"{directory}: has no {RUN_RECORD}, so it is not a finished output of our scripts")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is damaged ({error})") from error
+    return read_json(path)
 
 
 def holds_trained_weights(directory: Path) -> bool:
@@ -152,6 +162,7 @@ def read_trained_record(folder: Path) -> dict:
             "of train.py"
         )
     verify_directory(folder)
+    check_fields(folder / RUN_RECORD, record, TRAINED_FIELDS, error=CheckpointError)
     return record
 
 
@@ -161,5 +172,8 @@ def write_training_log(folder: Path, step: int, entries: list[dict]) -> None:
 
 
 def read_training_log(folder: Path) -> list[dict]:
-    """The entries that a checkpoint or a finished run keeps. Raises OSError where there are none."""
-    return json.loads((folder / TRAINING_LOG).read_text(encoding="utf-8"))["log_history"]
+    """The entries that a checkpoint or a finished run keeps. Raises UserError where there are none."""
+    path = folder / TRAINING_LOG
+    log = read_json(path)
+    check_fields(path, log, {"log_history": list})
+    return log["log_history"]

@@ -23,7 +23,15 @@ from safetensors import SafetensorError, safe_open
 from meme_llava import count_cores
 from meme_llava.errors import CheckpointError, DiskFullError, UserError, is_disk_full
 from meme_llava.storage.files import hash_file, write_whole
-from meme_llava.storage.run_record import MANIFEST, holds_trained_weights, read_trained_record
+from meme_llava.storage.json_files import DAMAGED, read_json
+from meme_llava.storage.run_record import (
+    MANIFEST,
+    RUN_RECORD,
+    holds_trained_weights,
+    read_run_record,
+    read_trained_record,
+)
+from meme_llava.terminal import format_bytes
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -31,7 +39,6 @@ PICKLED_WEIGHTS = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 PIECE_BYTES = 16_000_000
 HASHING_THREADS = 4
-DAMAGED = "Delete it and download or make it again."
 WRITTEN_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # by their names in a header
 
 
@@ -40,10 +47,11 @@ class StoredTensor:
     """A tensor in a file."""
 
     path: Path
-    name: str
+    name: str  # under which it is known here
     dtype: torch.dtype
     shape: tuple[int, ...]
     pickled: torch.Tensor | None = None  # of a `.bin` file: mapped
+    name_in_file: str | None = None  # where it is another
 
     @property
     def nbytes(self) -> int:
@@ -54,7 +62,7 @@ class StoredTensor:
         if self.pickled is not None:
             return self.pickled
         with _open(self.path) as file:
-            return file.get_tensor(self.name)
+            return file.get_tensor(self.name_in_file or self.name)
 
     def load(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A copy in memory, in `dtype` or the file's own."""
@@ -103,11 +111,10 @@ def open_model_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _open_indexed(index: Path) -> dict[str, StoredTensor]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted({index.parent / shard for shard in weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: is not an index of weights ({type(error).__name__}: {error}). {DAMAGED}") from error
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise UserError(f"{index}: is not an index of weights; expected {{name: file}} under weight_map. {DAMAGED}")
+    shards = sorted({index.parent / shard for shard in weight_map.values()})
     for shard in shards:
         if shard.parent != index.parent or not shard.is_file():
             raise UserError(f"{index}: names shard {shard.name}, which is not in the folder; download it again")
@@ -194,14 +201,31 @@ def _hash_tensor(stored: StoredTensor) -> str:
     return digest.hexdigest()
 
 
+def check_weights(folder: Path) -> str:
+    """The fingerprint of a model folder, which is that of its run record if it has one with a fingerprint.
+
+    Raises:
+        CheckpointError: the weights are not those that the folder was written with.
+        UserError: the folder holds no weights, or a file of them is damaged.
+    """
+    fingerprint = fingerprint_folder(folder)
+    record = read_run_record(folder) if (folder / RUN_RECORD).is_file() else {}
+    if record.get("fingerprint", fingerprint) != fingerprint:
+        raise CheckpointError(
+            f"{folder}: its weights are not those that it was written with (the fingerprint of {RUN_RECORD} differs). "
+            f"Copy or make it again; if they were changed on purpose, delete its {RUN_RECORD}"
+        )
+    return fingerprint
+
+
 def identify_weights(folder: Path) -> str:
     """64 hexadecimal digits that are others whenever the weights are: of a whole model, or of trained weights and base.
 
     Raises:
-        UserError: the folder holds neither.
+        UserError: the folder holds neither, or damaged ones.
     """
     # The manifest of trained weights lists their hash and that of their run record, which names the base.
-    return hash_file(folder / MANIFEST) if holds_trained_weights(folder) else fingerprint_folder(folder)
+    return hash_file(folder / MANIFEST) if holds_trained_weights(folder) else check_weights(folder)
 
 
 def find_base(adapter: Path, base_model: Path | None) -> Path:
@@ -218,7 +242,7 @@ def find_base(adapter: Path, base_model: Path | None) -> Path:
     folder = base_model or Path(record["base"]["folder"])
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: the base model of {adapter} is not there; say where it is with --base_model")
-    if fingerprint_folder(folder) != record["base"]["fingerprint"]:
+    if check_weights(folder) != record["base"]["fingerprint"]:
         raise CheckpointError(
             f"{folder}: is not the base model that {adapter} was trained on (their weights differ); give the right "
             "one with --base_model"
@@ -249,7 +273,8 @@ class Rounding:
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
-        self.overflow = Counter()  # tensor name: values that are not finite in `dtype`
+        # Tensor name: values that are not finite in `dtype`, and those that it makes 0.
+        self.overflow, self.underflow = Counter(), Counter()
         self._examples = {}
 
     def apply(self, name: str, values: torch.Tensor) -> torch.Tensor:
@@ -261,6 +286,8 @@ class Rounding:
             unstorable = ~rounded.isfinite()
             self.overflow[name] += int(unstorable.sum())
             self._examples.setdefault(name, values[unstorable][0].item())
+        if vanished := int(values.count_nonzero() - rounded.count_nonzero()):
+            self.underflow[name] += vanished
         return rounded
 
     def plan(self, name: str, tensor: PlannedTensor | StoredTensor) -> PlannedTensor:
@@ -295,7 +322,7 @@ def check_free_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DiskFullError(
-            f"{folder.parent}: needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free. Free some, or "
+            f"{folder.parent}: needs {format_bytes(needed)}, the disk has {format_bytes(free)} free. Free some, or "
             "choose another --output_dir."
         )
 

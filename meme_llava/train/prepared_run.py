@@ -27,7 +27,8 @@ from meme_llava.distributed.processes import (
 from meme_llava.errors import count
 from meme_llava.model.flops import collate_and_count
 from meme_llava.model.lean_layers import find_liger, use_liger
-from meme_llava.model.llava import Processing, quiet_transformers
+from meme_llava.model.llava import Processing
+from meme_llava.model.loading import quiet_transformers
 from meme_llava.model.packed_attention import VARLEN, choose_attention, find_flash_attention
 from meme_llava.model.packed_llava import compile_layers, load_packed_llava
 from meme_llava.model.packing import describe_rows, find_obstacle

@@ -6,7 +6,8 @@ from pathlib import Path
 from meme_llava.dataset.records import QUARANTINE
 from meme_llava.distributed.processes import broadcast_from_main
 from meme_llava.errors import CheckpointError, UserError
-from meme_llava.storage.run_record import read_run_record, verify_directory
+from meme_llava.storage.json_files import check_fields
+from meme_llava.storage.run_record import RUN_RECORD, read_run_record, verify_directory
 from meme_llava.train.checkpoints import CORRUPT_SUFFIX, find_newest, list_checkpoints
 from meme_llava.train.settings import TrainArguments, free_settings
 from meme_llava.train.trackers import ANSWERS, FOLDERS
@@ -20,6 +21,19 @@ PLACES = {"model", "annotations", "image_folder", "output_dir", "projector_from"
 FIXED_SETTINGS = {
     *("train_type", "lora_r", "vision_tower_training", "language_model_training"),
     *("lora_vision_modules", "lora_language_modules"),
+}
+# What a run record must hold for its checkpoint to be continued.
+CONTINUED_FIELDS = {
+    "position.step": int,
+    "position.records": int,
+    "step": int,
+    "finished": bool,
+    "settings": dict,
+    "base.fingerprint": str,
+    "data.sha256": str,
+    "data.records": int,
+    "schedule.processes": int,
+    "schedule.engine": str,
 }
 
 
@@ -62,6 +76,7 @@ def choose_start(arguments: TrainArguments) -> StartPoint:
             else f"--resume_from_checkpoint {LATEST}: {output_dir} holds no checkpoint"
         )
     record = read_run_record(checkpoint)
+    check_fields(checkpoint / RUN_RECORD, record, CONTINUED_FIELDS, error=CheckpointError)
     return StartPoint(checkpoint, record["position"]["step"], record["position"]["records"], record, left)
 
 

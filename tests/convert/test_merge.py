@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import LANGUAGE_DIMENSIONS, ROOT, train_flags
+from conftest import LANGUAGE_DIMENSIONS, ROOT, reseal, train_flags
 from conversions import BASE_FILES, Bars, build, fail, make_clip, merge, save_language_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -28,11 +28,14 @@ from meme_llava.convert import merge_check
 from meme_llava.convert.merge import TrainedWeights
 from meme_llava.dataset.collator import to_pixel_values
 from meme_llava.dataset.images import open_image
+from meme_llava.errors import CheckpointError
 from meme_llava.inference.generation import load_answerer
 from meme_llava.model import llava
 from meme_llava.model.llava import load_llava, load_processing, to_disk_name
 from meme_llava.model.trainable import apply_trained_weights, save_trained_weights
 from meme_llava.storage import tensor_files
+from meme_llava.storage.run_record import verify_directory, write_manifest
+from meme_llava.storage.tensor_files import Rounding
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +255,145 @@ def test_a_dropped_lora_pair_is_noticed(trained, tmp_path, capsys):
 
     adapter = change_adapter(trained, tmp_path, drop_pair)
     assert "holds 54 tensors, but 56 learned" in fail(capsys, "--adapter", adapter, "--output_dir", tmp_path / "out")
+
+
+def test_values_too_small_for_float16_are_counted(trained, tmp_path):
+    """Half of the smallest subnormal, 2^-24, is rounded to the even 0; what is above it is not."""
+
+    def set_values(tensors):
+        tensors["base_model.model.model.multi_modal_projector.linear_2.bias"][:4] = torch.tensor(
+            [2.0**-25, 1e-9, 0.0, 3.1e-8]
+        )
+
+    adapter = change_adapter(trained, tmp_path, set_values)
+    merge(["--adapter", str(adapter), "--output_dir", str(tmp_path / "out"), "--no_verify"])
+    merge(["--adapter", str(trained), "--output_dir", str(tmp_path / "before"), "--no_verify"])
+    counts = [
+        json.loads((tmp_path / name / "run_record.json").read_text())["summary"]["underflow_count"]
+        for name in ("out", "before")
+    ]
+    assert counts[0] - counts[1] == 2
+
+
+def test_a_merge_that_float16_breaks_is_refused(trained, tmp_path, monkeypatch, capsys):
+    """The weights in the file are not those of the comparison in float32, as if rounding had harmed them."""
+    apply = Rounding.apply
+    monkeypatch.setattr(Rounding, "apply", lambda self, name, values: apply(self, name, values * 0.5))
+    error = fail(capsys, "--adapter", trained, "--output_dir", tmp_path / "out")
+    assert "the weights as they are stored answer differently from base" in error
+    assert error.endswith("answers are the same. Store them with --dtype bfloat16 or float32.\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+CRAFTED = [
+    ("adapter_config.json", {"lora_alpha": float("nan")}, "lora_alpha is nan, expected a finite number"),
+    ("adapter_config.json", {"lora_alpha": None}, "lora_alpha is null, expected a number"),
+    ("adapter_config.json", {"lora_alpha": "32"}, 'lora_alpha is "32", expected a number'),
+    ("adapter_config.json", {"r": 0}, "r, lora_alpha or a pattern of them is not above 0 and finite"),
+    ("adapter_config.json", {"r": 4.0}, "r is 4.0, expected a whole number"),
+    ("adapter_config.json", {"rank_pattern": {"q_proj": None}}, "a pattern of them is not above 0 and finite"),
+    ("adapter_config.json", {"alpha_pattern": {"(a|a)*": 2}}, "a pattern is no name of a module"),
+    ("adapter_config.json", {"exclude_modules": "(a|a)*b"}, "uses exclude_modules"),
+    ("adapter_config.json", {"peft_type": "IA3"}, "is a IA3 adapter, expected LORA"),
+    ("adapter_config.json", [], "holds a list, expected an object {…}"),
+    ("run_record.json", [], "holds a list, expected an object {…}"),
+    ("run_record.json", {"base": None}, "has no base.folder"),
+    ("run_record.json", {"base": {"folder": None, "fingerprint": ""}}, "base.folder is null, expected text"),
+    ("run_record.json", {"parameter_groups": 5}, "parameter_groups is 5, expected a list"),
+    ("run_record.json", {"parameter_groups": [5]}, "has no tensors"),
+    ("run_record.json", {"data": "x"}, "has no data.annotations"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "fault"), CRAFTED, ids=[f"{one[0]}-{one[2]}" for one in CRAFTED])
+def test_a_crafted_file_of_an_adapter_is_one_sentence(trained, tmp_path, capsys, name, change, fault):
+    adapter = copy_adapter(trained, tmp_path)
+    content = json.loads((adapter / name).read_text())
+    (adapter / name).write_text(json.dumps(content | change if change else change))
+    reseal(adapter)
+    with pytest.raises(SystemExit) as stop:
+        merge_lora.main(["--adapter", str(adapter), "--output_dir", str(tmp_path / "out")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code in (2, 4)
+    assert line.startswith(f"error: {adapter / name}: ") and fault in line
+
+
+@pytest.mark.parametrize(
+    ("manifest", "fault"),
+    [
+        ("", "is empty"),
+        ("[]", "holds a list, expected an object {…}"),
+        ('{"files": 5}', "has no manifest_sha256"),
+        ('{"files": 5, "manifest_sha256": ""}', "files is 5, expected an object"),
+        ('{"files": {}, "manifest_sha256": ""}', "is damaged (its own checksum differs)"),
+    ],
+)
+def test_a_crafted_manifest_is_one_sentence(trained, tmp_path, capsys, manifest, fault):
+    adapter = copy_adapter(trained, tmp_path)
+    (adapter / "manifest.json").write_text(manifest)
+    with pytest.raises(SystemExit) as stop:
+        merge_lora.main(["--adapter", str(adapter), "--output_dir", str(tmp_path / "out")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 4 and line.startswith(f"error: {adapter / 'manifest.json'}: {fault}")
+
+
+@pytest.mark.parametrize("files", [{"../x": {"size": 1, "sha256": ""}}, {"x": 5}, {"x": {"size": "1", "sha256": ""}}])
+def test_a_manifest_of_odd_files_is_damaged(tmp_path, files):
+    write_manifest(tmp_path, files, {})
+    with pytest.raises(CheckpointError, match="manifest.json: (lists '../x'|has no size|size is \"1\")"):
+        verify_directory(tmp_path)
+
+
+@pytest.mark.parametrize("target_modules", [5, None, "(a|a)" * 40 + "b"])
+def test_target_modules_of_an_adapter_are_not_matched(world, trained, tmp_path, target_modules):
+    """The weights say which modules are adapted; a regular expression of the file could take for ever."""
+    adapter = copy_adapter(trained, tmp_path)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"target_modules": target_modules}))
+    reseal(adapter)
+    found, expected = (
+        apply_trained_weights(load_llava(world.base, torch.float32), one).state_dict() for one in (adapter, trained)
+    )
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_damaged_base_is_no_base(world, trained, tmp_path, capsys):
+    """One bit; the fingerprint of its run record tells, whatever the adapter was trained on."""
+    shutil.copytree(world.base, tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    flags = ("--adapter", trained, "--output_dir", tmp_path / "out", "--base_model", tmp_path / "base")
+    error = fail(capsys, *flags, code=4)
+    assert f"error: {tmp_path / 'base'}: its weights are not those that it was written with" in error
+
+
+def test_prompts_of_unequal_length_are_answered_together_as_alone(world, trained, merged, tmp_path):
+    """By the stock classes, which pad on the side that our files name."""
+    base = tmp_path / "base"
+    shutil.copytree(world.base, base)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    del config["padding_side"]  # as earlier versions wrote it
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    merge(["--adapter", str(trained), "--output_dir", str(tmp_path / "out"), "--base_model", str(base), "--no_verify"])
+    ours, theirs = (json.loads((one / "tokenizer_config.json").read_text()) for one in (tmp_path / "out", merged))
+    assert ours == theirs and ours["padding_side"] == "left"
+    model = LlavaForConditionalGeneration.from_pretrained(merged, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(merged)
+    image = open_image(world.image_folder / "p0.png")
+    prompts = [f"<image>\n{'图里写了什么？' * times}" for times in (1, 3)]
+    prompts = [
+        processor.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        for text in prompts
+    ]
+
+    def answer(texts):
+        inputs = processor(images=[image] * len(texts), text=texts, padding=True, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+    assert answer(prompts) == [*answer(prompts[:1]), *answer(prompts[1:])]
 
 
 @pytest.mark.parametrize(
@@ -485,7 +627,7 @@ def make_adapter(world, trained, folder, **settings):
         ),
         # 2 / 4, 8 / 4, 16 / 4
         pytest.param(
-            {"alpha_pattern": {"down_proj": 2, r"layers\.[01]\.self_attn\.o_proj": 16}},
+            {"alpha_pattern": {"down_proj": 2, "layers.0.self_attn.o_proj": 16, "layers.1.self_attn.o_proj": 16}},
             [0.5, 2.0, 4.0],
             id="alpha_pattern",
             marks=pytest.mark.long,
@@ -634,6 +776,9 @@ def test_the_summary_is_true(world, trained, merged, tmp_path):
         "largest_relative_lora_change": pytest.approx(changes[most_changed], abs=1e-4),
         "most_changed": most_changed,
         "overflow_count": 0,
+        "underflow_count": sum(
+            int((tensor != 0).sum() - (tensor.half() != 0).sum()) for tensor in load_float32(trained, tmp_path)
+        ),
         "sha256 of model.safetensors": hash_file(merged / "model.safetensors"),
     }
     assert summary["largest_relative_lora_change"] > 0
@@ -643,6 +788,11 @@ def test_the_summary_is_true(world, trained, merged, tmp_path):
     index = "model.safetensors.index.json"
     assert sharded.pop(f"sha256 of {index}") == hash_file(tmp_path / "out" / index)
     assert sharded == {name: value for name, value in summary.items() if not name.startswith("sha256")}
+
+
+def load_float32(trained, folder):
+    merge(["--adapter", str(trained), "--output_dir", str(folder / "float32"), "--dtype", "float32", "--no_verify"])
+    return load_file(folder / "float32" / "model.safetensors").values()
 
 
 def hash_file(path):

@@ -1,5 +1,6 @@
 """One fault a row: what the run says, how it ends, what is on the disk, and what the same command does next."""
 
+import ast
 import re
 from dataclasses import dataclass, field
 
@@ -205,3 +206,17 @@ def test_our_code_never_runs_what_it_loads():
     assert len(files) > 100
     forbidden = ["weights_only" + "=False", "trust_remote_code" + "=True"]
     assert [path for path in files for text in forbidden if text in path.read_text(encoding="utf-8")] == []
+
+
+def test_no_folder_is_loaded_without_a_word_about_its_code():
+    """Without one transformers asks on a terminal, and runs it after a `y`."""
+    files = [path for pattern in ("*.py", "[!.t]*/**/*.py") for path in ROOT.glob(pattern)]
+    calls = [
+        (path.name, ast.unparse(call))
+        for path in files
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and re.fullmatch(r"Auto\w+\.from_(pretrained|config)", ast.unparse(call.func))
+    ]
+    assert len(calls) > 10
+    said = re.compile(r"\*\*(LOCALLY|NO_CODE)|trust_remote_code=False")
+    assert [call for call in calls if not said.search(call[1])] == []

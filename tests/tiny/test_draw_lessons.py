@@ -17,7 +17,7 @@ from meme_pages import MOOD_MARKS, Letter, Page, RowKind, plan_scene  # noqa: E4
 from PIL import Image
 from transformers import AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
 
-from meme_llava.model.llava import load_strictly
+from meme_llava.model.loading import load_strictly
 from meme_llava.storage.run_record import read_run_record
 
 HALVES = (slice(0, 80), slice(80, 160))

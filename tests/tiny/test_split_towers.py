@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
 import build_base_model
 import merge_lora
 import train
-from meme_llava.model.llava import load_llava, load_strictly
+from meme_llava.model.llava import load_llava
+from meme_llava.model.loading import load_strictly
 
 
 @pytest.fixture(scope="module")

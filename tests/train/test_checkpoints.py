@@ -108,7 +108,7 @@ def test_every_byte_of_a_manifest_counts(finished, tmp_path):
         changed = bytearray(text)
         changed[place] ^= 1
         (folder / "manifest.json").write_bytes(changed)
-        with pytest.raises(CheckpointError, match=r"manifest.json: is damaged|is missing|says|differs"):
+        with pytest.raises(CheckpointError, match=r"manifest.json: |is missing|says|differs"):
             verify_directory(folder)
     (folder / "manifest.json").write_bytes(text.replace(b"\n", b"\r\n"))
     with pytest.raises(CheckpointError, match="its own checksum differs"):

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from meme_llava.cli import parse_arguments, setting, to_plain  # noqa: E402
 from meme_llava.dataset.conversation import DEFAULT_SYSTEM  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
-from meme_llava.model.llava import quiet_transformers  # noqa: E402
+from meme_llava.model.loading import quiet_transformers  # noqa: E402
 from meme_llava.storage.folders import write_directory  # noqa: E402
 from meme_llava.storage.run_record import write_run_record  # noqa: E402
 

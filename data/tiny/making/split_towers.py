@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 from meme_llava.cli import parse_arguments, setting, to_plain  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
-from meme_llava.model.llava import load_llava, load_strictly, quiet_transformers  # noqa: E402
+from meme_llava.model.llava import load_llava  # noqa: E402
+from meme_llava.model.loading import LOCALLY, load_strictly, quiet_transformers  # noqa: E402
 from meme_llava.storage.folders import write_directory  # noqa: E402
 from meme_llava.storage.run_record import write_run_record  # noqa: E402
 from meme_llava.storage.tensor_files import Rounding  # noqa: E402
@@ -86,9 +87,9 @@ def main(argv: list[str] | None = None) -> None:
     rounding.check()
     with write_directory(arguments.output_dir, arguments.overwrite) as folder, quiet_transformers():
         language_model.to(dtype).save_pretrained(folder / "language_model")
-        AutoTokenizer.from_pretrained(language_folder).save_pretrained(folder / "language_model")
+        AutoTokenizer.from_pretrained(language_folder, **LOCALLY).save_pretrained(folder / "language_model")
         two_towers.to(dtype).save_pretrained(folder / "vision_tower")
-        AutoImageProcessor.from_pretrained(vision_folder).save_pretrained(folder / "vision_tower")
+        AutoImageProcessor.from_pretrained(vision_folder, **LOCALLY).save_pretrained(folder / "vision_tower")
         write_run_record(folder, "split_towers", settings=to_plain(arguments))
     print(f"language model and vision tower: {arguments.output_dir}")
 

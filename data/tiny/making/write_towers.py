@@ -21,7 +21,7 @@ from make_towers import make_vision_tower  # noqa: E402
 from networks import Sizes, make_language_config  # noqa: E402
 from split_towers import scale_features  # noqa: E402
 
-from meme_llava.model.llava import load_strictly, quiet_transformers  # noqa: E402
+from meme_llava.model.loading import LOCALLY, load_strictly, quiet_transformers  # noqa: E402
 from meme_llava.storage.folders import write_directory  # noqa: E402
 from meme_llava.storage.run_record import write_run_record  # noqa: E402
 
@@ -42,7 +42,7 @@ def write_vision_tower(weights: dict[str, torch.Tensor], sizes: Sizes, scale: fl
             initializer_factor=1.0,
         )
         model = load_strictly(ChineseCLIPModel, random_folder, dtype=torch.float32)
-        AutoImageProcessor.from_pretrained(random_folder).save_pretrained(folder)
+        AutoImageProcessor.from_pretrained(random_folder, **LOCALLY).save_pretrained(folder)
     left = model.vision_model.load_state_dict({name: weight.float() for name, weight in weights.items()}, strict=False)
     unused = f"encoder.layers.{sizes.vision_layers}."
     assert not left.unexpected_keys and all(name.startswith(unused) for name in left.missing_keys), left
@@ -52,7 +52,7 @@ def write_vision_tower(weights: dict[str, torch.Tensor], sizes: Sizes, scale: fl
 
 def write_language_model(weights: dict[str, torch.Tensor], sizes: Sizes, start: Path, folder: Path) -> None:
     """A Qwen2 with tied embeddings and its tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(start)
+    tokenizer = AutoTokenizer.from_pretrained(start, **LOCALLY)
     config = make_language_config(sizes)
     config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     config.bos_token_id = tokenizer.convert_tokens_to_ids("<|endoftext|>")
