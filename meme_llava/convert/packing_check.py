@@ -9,7 +9,7 @@ from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
 from meme_llava.model.llava import make_empty_model, offload_weights, to_disk_name
-from meme_llava.model.packed_attention import SDPA, Packing
+from meme_llava.model.packed_attention import ADVICE, SDPA, Packing
 from meme_llava.model.packed_llava import PackedLlava, prepare_packed_llava
 from meme_llava.storage.tensor_files import StoredTensor
 
@@ -22,7 +22,6 @@ SCALE = 0.02  # of the row, about that of embeddings, so that what attention add
 MAX_DIFFERENCE = 1e-4
 
 
-@torch.inference_mode()
 def prove_packing(config, tensors: Mapping[str, StoredTensor], image_policy: ImagePolicy, source: str) -> str:
     """Compare a packed row with its records one by one through transformers' own model, in float32, by the first layer
     of every type with the weights of `tensors`. Records are longer than the window, where there is one. Returns the
@@ -32,16 +31,36 @@ def prove_packing(config, tensors: Mapping[str, StoredTensor], image_policy: Ima
     kernels, the one that runs everywhere. Raises UserError, naming `source`, where the results differ, or the language
     model cannot be packed.
     """
-    config = copy.deepcopy(config)
+    text = config.text_config
+    kinds = list(getattr(text, "layer_types", None) or ("attention",))
+    name = f"{source}: its language model ({text.model_type}, layers: {', '.join(sorted(set(kinds)))})"
+    try:
+        worst = _measure_difference(copy.deepcopy(config), kinds, tensors, image_policy, source)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{name} does not run as others do ({what}); {ADVICE}") from error
+    if not worst <= MAX_DIFFERENCE:
+        raise UserError(
+            f"{name} computes something else in a packed row than record by record (largest difference {worst:.2g}, "
+            f"limit {MAX_DIFFERENCE:g}), so records would learn from each other; {ADVICE}"
+        )
+    return f"largest difference {worst:.1g}"
+
+
+@torch.inference_mode()
+def _measure_difference(config, kinds: list[str], tensors, image_policy: ImagePolicy, source: str) -> float:
+    """The largest relative difference of a position's hidden state."""
     text = config.text_config
     for name in ("sliding_window", "attention_chunk_size"):
         if getattr(text, name, None):
             setattr(text, name, WINDOW)
-    kinds = list(getattr(text, "layer_types", None) or ("attention",))
     model = make_empty_model(PackedLlava, config)
     language_model = model.model.language_model
-    language_model.layers = language_model.layers[: 1 + max(map(kinds.index, kinds))]
-    offload_weights(language_model, lambda name: tensors[to_disk_name(f"model.language_model.{name}")].load())
+    language_model.layers = layers = language_model.layers[: 1 + max(map(kinds.index, kinds))]
+    # Layer by layer: some models use their experts' weights without calling them.
+    offload_weights(language_model, lambda name: tensors[to_disk_name(f"model.language_model.{name}")].load(), layers)
 
     collate = PackingCollator(image_token_id=0, tokens_per_image=1, image_size=1, shared_images=not model.obstacle)
     batch = collate(_make_examples())
@@ -51,22 +70,9 @@ def prove_packing(config, tensors: Mapping[str, StoredTensor], image_policy: Ima
     alone = [language_model(inputs_embeds=row[:, path], use_cache=False).last_hidden_state for path in paths]
     prepare_packed_llava(model, image_policy, SDPA, source)
     bounds = (batch[name] for name in ("cu_seqlens_q", "kv_index", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"))
-    try:
-        packed = model.run_language_model(row, positions, Packing(*bounds))  # (1, positions, width)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
-    differences = [
-        (packed[:, path] - one).norm(dim=-1) / one.norm(dim=-1) for path, one in zip(paths, alone, strict=True)
-    ]
-    worst = torch.cat(differences, dim=1).max().item()
-    if not worst <= MAX_DIFFERENCE:
-        raise UserError(
-            f"{source}: its language model ({text.model_type}, layers: {', '.join(sorted(set(kinds)))}) computes "
-            f"something else in a packed row than record by record (largest difference {worst:.2g}, limit "
-            f"{MAX_DIFFERENCE:g}), so records would learn from each other; take a model of plain causal attention, "
-            "such as Qwen2, Qwen3, Llama or Mistral"
-        )
-    return f"largest difference {worst:.1g}"
+    packed = model.run_language_model(row, positions, Packing(*bounds))  # (1, positions, width)
+    pairs = [(packed[:, path], one) for path, one in zip(paths, alone, strict=True)]
+    return max(((found - one).norm(dim=-1) / one.norm(dim=-1)).max().item() for found, one in pairs)
 
 
 def _make_examples() -> list[dict]:

@@ -218,8 +218,11 @@ def fill_weights(model: nn.Module, read: Callable[[str], torch.Tensor]) -> nn.Mo
     return model
 
 
-def offload_weights(model: nn.Module, read: Callable[[str], torch.Tensor]) -> nn.Module:
-    """Let every module of an empty model read its weights when it is called, and drop them after."""
+def offload_weights(
+    model: nn.Module, read: Callable[[str], torch.Tensor], layers: Iterable[nn.Module] = ()
+) -> nn.Module:
+    """Let every module of an empty model read its weights when it is called, and drop them after; modules of the kinds
+    of `layers` read those of all their parts at once."""
 
     class Weights:
         def __getitem__(self, name: str) -> torch.Tensor:
@@ -227,7 +230,7 @@ def offload_weights(model: nn.Module, read: Callable[[str], torch.Tensor]) -> nn
 
     # Attention of torch's own never calls its output projection, and mixers of state spaces not their convolution; they
     # use the weights themselves.
-    whole = {nn.MultiheadAttention.__name__}
+    whole = {nn.MultiheadAttention.__name__, *(type(layer).__name__ for layer in layers)}
     whole |= {type(one).__name__ for one in model.modules() if any(isinstance(c, nn.Conv1d) for c in one.children())}
     attach_align_device_hook(model, "cpu", offload=True, weights_map=Weights(), preload_module_classes=[*whole])
     return model

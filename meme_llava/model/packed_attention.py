@@ -24,6 +24,7 @@ from meme_llava.errors import UserError
 # What --attention calls them. transformers has its own under some of these names, so ours get a prefix there.
 SDPA, MATMUL, VARLEN, FLASH_ATTENTION_2 = "sdpa", "matmul", "varlen", "flash_attention_2"
 PACKED = "packed_"
+ADVICE = "take a language model of plain causal attention, such as Qwen2, Qwen3, Llama or Mistral"
 # What models hand their attention beside what ours computes: caps and biases of scores, sinks, a choice of keys.
 UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
 
@@ -186,17 +187,16 @@ def _as_transformers_calls_it(attend: Callable) -> Callable:
         if packing is None or lacks:
             what = f"asks for {', '.join(lacks)}" if lacks else "is not told how its row is packed"
             raise UserError(
-                f"the language model's {type(module).__name__} {what}, so its records cannot share a row; take a model "
-                "of plain causal attention, such as Qwen2, Qwen3, Llama or Mistral"
+                f"the language model's {type(module).__name__} {what}, so its records cannot share a row; {ADVICE}"
             )
         window = sliding_window if sliding_window is not None and sliding_window < packing.max_seqlen_k else None
-        return attend(module, query, key, value, packing, window, scaling, dropout), None
+        return attend(query, key, value, packing, window, scaling, dropout), None
 
     return call
 
 
 @_as_transformers_calls_it
-def attend_with_sdpa(module, query, key, value, packing: Packing, window: int | None, scaling: float, dropout: float):
+def attend_with_sdpa(query, key, value, packing: Packing, window: int | None, scaling: float, dropout: float):
     """Attention over a packed row, segment by segment.
 
     Args:
@@ -212,11 +212,11 @@ def attend_with_sdpa(module, query, key, value, packing: Packing, window: int | 
             own_query, own_key, own_value, mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
         )
 
-    return _attend_by_segment(module, query, key, value, packing, window, attend)
+    return _attend_by_segment(query, key, value, packing, window, attend)
 
 
 @_as_transformers_calls_it
-def attend_with_matmul(module, query, key, value, packing: Packing, window: int | None, scaling: float, dropout: float):
+def attend_with_matmul(query, key, value, packing: Packing, window: int | None, scaling: float, dropout: float):
     """Like `attend_with_sdpa`, in plain matrix products."""
 
     def attend(own_query, own_key, own_value, mask):
@@ -226,13 +226,14 @@ def attend_with_matmul(module, query, key, value, packing: Packing, window: int 
         weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
         return functional.dropout(weights, dropout) @ own_value
 
-    return _attend_by_segment(module, query, key, value, packing, window, attend)
+    return _attend_by_segment(query, key, value, packing, window, attend)
 
 
-def _attend_by_segment(module, query, key, value, packing: Packing, window: int | None, attend: Callable):
+def _attend_by_segment(query, key, value, packing: Packing, window: int | None, attend: Callable):
     """Call `attend` for every segment with its queries, the keys and values of its path, and its mask, if any."""
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # (1, heads, positions, head_dim)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    groups = query.shape[1] // key.shape[1]
+    key = key.repeat_interleave(groups, dim=1)  # (1, heads, positions, head_dim)
+    value = value.repeat_interleave(groups, dim=1)
     # Splitting costs one concatenation in the backward pass; slicing would fill a whole row with zeros per segment.
     queries = query.split([segment.length for segment in packing.segments], dim=2)
     keys = key.split(packing.tree_lengths, dim=2)
@@ -244,19 +245,20 @@ def _attend_by_segment(module, query, key, value, packing: Packing, window: int 
             own_key, own_value = own_key[:, :, : segment.length], own_value[:, :, : segment.length]
         else:
             own_key, own_value = own_key.index_select(2, segment.path), own_value.index_select(2, segment.path)
-        outputs.append(attend(own_query, own_key, own_value, mask))
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+        # (1, length, heads, head_dim); models go on with the positions in order, so they are joined that way.
+        outputs.append(attend(own_query, own_key, own_value, mask).transpose(1, 2))
+    return torch.cat(outputs, dim=1)
 
 
 @_as_transformers_calls_it
-def attend_with_varlen(module, query, key, value, packing: Packing, window: int | None, scaling: float, dropout: float):
+def attend_with_varlen(query, key, value, packing: Packing, window: int | None, scaling: float, dropout: float):
     """Like `attend_with_sdpa`, in one call of torch.nn.attention.varlen.varlen_attn, which has no dropout."""
     attend, takes_groups = find_varlen_attention()
     query, key, value = _lay_out_for_kernel(query, key, value, packing)
     options = {"enable_gqa": True} if takes_groups else {}
     if not takes_groups:
-        key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-        value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     # Causal, aligned at the ends; the kernel counts what is seen on the left of a position, -1 is all.
     sees = (-1 if window is None else window - 1, 0)
     return attend(query, key, value, *packing.kernel_bounds, scale=scaling, window_size=sees, **options)[None]
@@ -264,7 +266,7 @@ def attend_with_varlen(module, query, key, value, packing: Packing, window: int 
 
 @_as_transformers_calls_it
 def attend_with_flash_attention_2(
-    module, query, key, value, packing: Packing, window: int | None, scaling: float, dropout: float
+    query, key, value, packing: Packing, window: int | None, scaling: float, dropout: float
 ):
     """Like `attend_with_sdpa`, in one call of the flash-attn package, version 2.1 or newer."""
     attend, _ = find_flash_attention()

@@ -8,6 +8,7 @@ SINKS, OWN = "attention sinks", "attention layers that are not told how a row is
 OTHER_ATTENTION = {
     **dict.fromkeys(("deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"), SINKS),
     **dict.fromkeys(("nemotron", "stablelm"), OWN),
+    "doge": "a mask of its own",
 }
 
 

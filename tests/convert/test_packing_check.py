@@ -62,6 +62,15 @@ def test_a_leak_is_refused_with_its_layers(world, tmp_path, monkeypatch, capsys,
     assert [path.name for path in tmp_path.iterdir()] == [model_type]
 
 
+def test_a_model_that_does_not_run_is_refused(world, tmp_path, monkeypatch, capsys):
+    def fail(*arguments):
+        raise RuntimeError("an odd layer\nand more")
+
+    monkeypatch.setattr(packed_llava.PackedLlava, "run_language_model", fail)
+    error = run_and_read_error(capsys, world.language_model, world.vision_tower, tmp_path / "base")
+    assert "does not run as others do (RuntimeError: an odd layer); take a language model of plain causal" in error
+
+
 def test_a_window_of_another_length_is_refused(world, tmp_path, monkeypatch, capsys):
     make_mask = packed_attention._make_mask
     longer = lambda length, keys, window, device: make_mask(length, keys, window and window + 1, device)  # noqa: E731

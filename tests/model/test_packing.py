@@ -19,6 +19,7 @@ from meme_llava.model.packing import find_obstacle
         ("llama4_text", "layers of type chunked_attention"),
         ("gemma2", "capped attention scores"),
         ("gpt_oss", "attention sinks"),
+        ("doge", "a mask of its own"),
         ("stablelm", "attention layers that are not told how a row is packed"),
         ("nemotron", "attention layers that are not told how a row is packed"),
     ],
