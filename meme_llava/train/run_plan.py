@@ -19,7 +19,7 @@ from meme_llava.storage.run_record import (
     read_run_record,
     read_trained_record,
 )
-from meme_llava.storage.tensor_files import fingerprint_folder, identify_weights
+from meme_llava.storage.tensor_files import check_weights, identify_weights
 from meme_llava.train.session import Session, derive_accumulation
 from meme_llava.train.settings import TrainArguments
 from meme_llava.train.start import StartPoint, check_continues, choose_start
@@ -175,8 +175,18 @@ def describe_environments(start: StartPoint) -> dict:
 
 def fingerprint_base(folder: Path) -> str:
     """The fingerprint of the base's weights; one process of each node reads them, for they are many gigabytes. Raises
-    UserError where nodes hold different ones."""
-    found = {found for found in gather(fingerprint_folder(folder) if is_local_main_process() else None) if found}
+    UserError where a node's are not those that were written, or nodes hold different ones."""
+
+    def read() -> str | UserError:
+        try:
+            return check_weights(folder)
+        except UserError as error:
+            return error
+
+    found = {one for one in gather(read() if is_local_main_process() else None) if one is not None}
+    # All processes raise it, so that none waits for one that has.
+    if damaged := next((one for one in found if isinstance(one, UserError)), None):
+        raise damaged
     if len(found) > 1:
         raise UserError(f"{folder}: holds other weights on some nodes than on others; copy the folder to all of them")
     return found.pop()

@@ -446,6 +446,8 @@ def test_another_base_is_refused(world, finished, tmp_path, capsys):
     content[len(content) // 2] ^= 1  # one value somewhere
     weights.write_bytes(content)
     output_dir = interrupt(finished, tmp_path / "out")
+    assert "its weights are not those that it was written with" in fail(capsys, world, output_dir, 4, model=other)
+    (other / "run_record.json").unlink()  # which says what it was written with
     assert "the base model is another one" in fail(capsys, world, output_dir, 4, model=other)
 
 

@@ -622,7 +622,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(world, tmp_path):
 
 
 def test_show_batch_prints_what_is_supervised_and_reads_no_weights(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run_plan, "fingerprint_folder", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(run_plan, "check_weights", lambda *_: pytest.fail("weights were read"))
     train.main([*train_flags(world, tmp_path / "out"), "--show_batch"])
     printed = capsys.readouterr().out
     assert "<image: 4 tokens at " in printed
