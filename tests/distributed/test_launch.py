@@ -44,6 +44,12 @@ def make_command(tmp_path, script: str, *arguments, processes=1, flags=()) -> li
     return [*launcher, str(path), *map(str, arguments)]
 
 
+def hear_signals():
+    """Tests that run under nohup, or in the background of a shell, would hand on that signals are ignored."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(command, quiet=False, **variables) -> subprocess.Popen:
     """Start a command. What a killed one started may keep its output open, so it should be `quiet`."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
@@ -54,8 +60,7 @@ def start(command, quiet=False, **variables) -> subprocess.Popen:
         env=environment,
         text=True,
         start_new_session=True,
-        # Tests that run under nohup would hand on that it is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        preexec_fn=hear_signals,
         **streams,
     )
 
