@@ -182,7 +182,7 @@ def check_data(
                 continue
             checked.tokens = tokens
             if tokens.cut_tokens:
-                checked.add(("cut_answer", f"{tokens.cut_tokens} positions cut"))
+                checked.add(("cut_answer", f"{count(tokens.cut_tokens, 'position')} cut"))
     checked_data = CheckedData(annotations, policy, checked_records, malformed, facts)
     _find_duplicates(checked_data)
     return checked_data

@@ -13,7 +13,7 @@ from meme_llava.cli import RepeatedKey, refuse_repeated_keys
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn, is_blank
 from meme_llava.dataset.image_files import has_image_name
 from meme_llava.dataset.user_files import read_text
-from meme_llava.errors import UserError
+from meme_llava.errors import UserError, count
 
 QUARANTINE = "quarantine.jsonl"
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
@@ -176,7 +176,7 @@ def parse_record(value, place: str) -> Record:
     if placeholders != len(images):
         raise RecordFault(
             "placeholder_mismatch",
-            f"has {len(images)} image(s) but {placeholders} {IMAGE_PLACEHOLDER} in its human turns; "
+            f"has {count(len(images), 'image')} but {placeholders} {IMAGE_PLACEHOLDER} in its human turns; "
             + (stray_image or f"write one {IMAGE_PLACEHOLDER} for every image"),
         )
     text, repeat, sources = value.get("text"), value.get("repeat"), value.get("sources")

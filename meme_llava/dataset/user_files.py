@@ -89,9 +89,12 @@ def describe_near_name(path: Path, listings: dict[Path, dict[str, str]]) -> str:
 
 def _reduce_name(name: str) -> str:
     """What is left of a name without case, outer white space and Unicode form; bytes that are no UTF-8 read as GBK."""
-    if re.search("[\ud800-\udfff]", name):
-        name = os.fsencode(name).decode("gb18030", "replace")
-    return normalize("NFC", name).casefold().strip()
+    return normalize("NFC", _read_name(name)).casefold().strip()
+
+
+def _read_name(name: str) -> str:
+    is_utf8 = re.search("[\ud800-\udfff]", name) is None
+    return name if is_utf8 else os.fsencode(name).decode("gb18030", "replace")
 
 
 def check_file_names(flag: str, folder: Path, images: Sequence[Path]) -> None:
@@ -101,5 +104,6 @@ def check_file_names(flag: str, folder: Path, images: Sequence[Path]) -> None:
     if broken := [name for name in names if re.search("[\ud800-\udfff]", name)]:
         raise UserError(
             f"{flag} {folder}: {count(len(broken), 'file name is', 'file names are')} not UTF-8, the first is "
-            f"{broken[0]!r}; rename them (for names from a Chinese Windows: convmv -f gbk -t utf-8)"
+            f"{broken[0]!r} ({_read_name(broken[0])} in GBK); rename them (for names from a Chinese Windows: "
+            "convmv -f gbk -t utf-8)"
         )

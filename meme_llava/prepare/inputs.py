@@ -23,7 +23,7 @@ from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.inspection import normalise_text
 from meme_llava.dataset.records import Record, RecordFault, iterate_values, parse_record
 from meme_llava.dataset.user_files import check_file_names, read_text
-from meme_llava.errors import UserError
+from meme_llava.errors import UserError, count
 from meme_llava.prepare.writer import AnnotationWriter, ImagesSettings
 from meme_llava.storage.files import hash_file
 
@@ -137,7 +137,7 @@ def read_table_rows(path: Path, writer: AnnotationWriter, columns: list[str | No
         if len(row.value) == len(names):
             yield Row(row.position, dict(zip(names, row.value, strict=True)))
         else:
-            reason = f"has {len(row.value)} cells, the first line has {len(names)}"
+            reason = f"has {count(len(row.value), 'cell')}, the first line has {len(names)}"
             writer.report_problem(BROKEN, row.place, reason, ",".join(row.value))
 
 

@@ -18,7 +18,7 @@ from meme_llava.dataset.conversation import is_blank
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.inspection import normalise_text
 from meme_llava.dataset.records import RecordFault
-from meme_llava.errors import UserError
+from meme_llava.errors import UserError, count
 from meme_llava.prepare.inputs import (
     BROKEN,
     NO_IMAGE,
@@ -45,7 +45,8 @@ class CaptionsSettings(ImagesSettings):
         """Stop at values that cannot be meant."""
         if self.annotators and len(self.annotators) != len(self.captions):
             raise UserError(
-                f"--annotators has {len(self.annotators)} names, --captions {len(self.captions)} files; give one each"
+                f"--annotators has {count(len(self.annotators), 'name')}, --captions "
+                f"{count(len(self.captions), 'file')}; give one each"
             )
 
 
@@ -132,7 +133,9 @@ def prepare_llava(settings: LlavaSettings) -> None:
             writer.add(record, row.place)
         rows, missing = writer.inputs[0]["rows"], writer.left_out["missing image"]
         if missing > rows / 2:
-            writer.hint = f"{missing:,} of {rows:,} records found no image: are --image_folder and --images right?"
+            writer.hint = (
+                f"{missing:,} of {count(rows, 'record')} found no image: are --image_folder and --images right?"
+            )
         writer.finish()
 
 
@@ -178,7 +181,7 @@ def _join_captions(
             writer.add(record, place)
         if (missing := writer.left_out[NO_IMAGE]) > joined:
             writer.hint = (
-                f"{missing:,} of {missing + joined:,} captions found no image among the {index.count:,} in "
+                f"{missing:,} of {count(missing + joined, 'caption')} found no image among the {index.count:,} in "
                 f"{index.places}: are --image_folder and --images the folders of these captions' images, "
                 "unpacked in full?"
             )

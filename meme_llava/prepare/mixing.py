@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from meme_llava.cli import setting
-from meme_llava.errors import UserError
+from meme_llava.errors import UserError, count
 from meme_llava.prepare.inputs import read_record_rows
 from meme_llava.prepare.writer import AnnotationWriter, OutputSettings, make_unique
 
@@ -32,7 +32,8 @@ class MixSettings(OutputSettings):
         self.weights = self.weights or [1.0] * len(self.annotations)
         if len(self.weights) != len(self.annotations):
             raise UserError(
-                f"--weights has {len(self.weights)} numbers, --annotations {len(self.annotations)} files; give one each"
+                f"--weights has {count(len(self.weights), 'number')}, --annotations "
+                f"{count(len(self.annotations), 'file')}; give one each"
             )
         if wrong := [weight for weight in self.weights if not math.isfinite(weight) or weight < 0]:
             raise UserError(f"--weights has {wrong[0]}, expected 0 or more")

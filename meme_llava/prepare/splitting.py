@@ -20,7 +20,7 @@ from meme_llava import count_cores
 from meme_llava.cli import check_setting, setting
 from meme_llava.dataset.check import check_image_folder
 from meme_llava.dataset.images import open_image, resolve_image_path
-from meme_llava.errors import UserError
+from meme_llava.errors import UserError, count
 from meme_llava.prepare.inputs import read_record_rows
 from meme_llava.prepare.mixing import draw_groups
 from meme_llava.prepare.writer import AnnotationWriter, SourceSettings
@@ -106,9 +106,9 @@ def prepare_split(settings: SplitSettings) -> None:
     share = validation.records / (training.records + validation.records)
     nearest = between["nearest_distance"]
     print(
-        f"{share:.2%} of the records are for validation. {len(sizes):,} groups stay together, the largest has "
-        f"{max(sizes.values()):,} records; {near_pairs:,} pairs of images are near-duplicates. No image is on both "
-        f"sides, by path or bytes; the nearest two of them differ in {'–' if nearest is None else nearest} of 64 bits."
+        f"{share:.2%} of the records are for validation. Groups that stay together: {len(sizes):,}, the largest of "
+        f"{count(max(sizes.values()), 'record')}; pairs of near-duplicates: {near_pairs:,}. No image is on both sides, "
+        f"by path or bytes; the nearest two of them differ in {'–' if nearest is None else nearest} of 64 bits."
     )
 
 

@@ -56,7 +56,8 @@ def test_subfolders_are_looked_into_but_for_hidden_ones_and_links(folder):
 def test_names_that_are_not_utf8_are_named(tmp_path):
     broken = tmp_path / os.fsdecode("我说的对吧".encode("gbk") + b".png")
     with pytest.raises(
-        UserError, match=r"--images .*: 1 file name is not UTF-8, the first is '.*convmv -f gbk -t utf-8"
+        UserError,
+        match=r"--images .*: 1 file name is not UTF-8, the first is '.*我说的对吧.png in GBK.*convmv -f gbk -t utf-8",
     ):
         check_file_names("--images", tmp_path, [tmp_path / "好.png", broken])
     check_file_names("--images", tmp_path, [tmp_path / "好.png"])

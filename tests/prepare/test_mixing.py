@@ -197,7 +197,7 @@ def test_images_and_their_near_duplicates_stay_on_one_side(images, seed):
 
 def test_split_reports_groups_and_that_nothing_leaks(images, capsys):
     split(images, "--validation", 0.3)
-    assert "22 groups stay together, the largest has 5 records" in capsys.readouterr().out
+    assert "Groups that stay together: 22, the largest of 5 records; " in capsys.readouterr().out
     for name, other in (("train", "validation_output"), ("val", "training_output")):
         manifest = read(images / f"{name}.manifest.json")
         assert manifest["division"] == {"validation": 0.3, "near_distance": 6, "seed": 0}

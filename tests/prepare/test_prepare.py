@@ -288,7 +288,7 @@ SETTINGS_FAULTS = {
     "missing flag": ("mix", "--output"),
     "fewer annotators": (
         "captions --image_folder . --output o.json --captions a b --images . --annotators x",
-        "--annotators has 1 names, --captions 2 files",
+        "--annotators has 1 name, --captions 2 files",
     ),
     "negative weight": ("mix --output o.json --annotations a --weights -0.5", "0 or more"),
     "infinite weight": ("mix --output o.json --annotations a --weights inf", "0 or more"),
@@ -612,7 +612,7 @@ def test_llava_keeps_the_text_and_leads_paths_from_the_image_folder(world):
 
 
 BAD_LLAVA = {
-    "no image tag": (llava_record(question="Describe."), "has 1 image(s) but 0 <image>"),
+    "no image tag": (llava_record(question="Describe."), "has 1 image but 0 <image>"),
     "no conversations": ({"id": "1", "image": "b.png"}, "no list 'conversations'"),
     "missing image": (llava_record(image="c.png"), "no image 'emo/c.png'"),
     "outside": (llava_record(image="../../c.png"), "leaves the image folder"),
