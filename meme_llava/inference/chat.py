@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
+from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, is_blank
 from meme_llava.dataset.images import MAX_PIXELS, open_image
 from meme_llava.dataset.records import RecordFault
 from meme_llava.inference.generation import Answerer, PromptTooLong
@@ -107,7 +107,7 @@ class Chat:
         path, earlier = self._read_history(history)
         if message["files"]:
             path, earlier = Path(message["files"][-1]), [[] for _ in self._answerers]
-        question = message["text"].strip() or DEFAULT_QUESTION
+        question = _read_question(message["text"])
         problem = NO_IMAGE if path is None else HOLDS_PLACEHOLDER if IMAGE_PLACEHOLDER in question else None
         try:
             # Each model opens it for its own square, as infer.py does.
@@ -152,7 +152,7 @@ class Chat:
             text = "".join(part["text"] for part in parts if part["type"] == "text")
             if message["role"] == "user":
                 paths = [part["file"]["path"] for part in parts if part["type"] == "file"]
-                turns.append((paths[-1] if paths else None, text.strip() or DEFAULT_QUESTION, []))
+                turns.append((paths[-1] if paths else None, _read_question(text), []))
             elif turns:
                 turns[-1][2].append(text)
         path, earlier = None, [[] for _ in self._answerers]
@@ -172,3 +172,7 @@ class Chat:
 
 def make_reply(text: str) -> dict:
     return {"role": "assistant", "content": text}
+
+
+def _read_question(text: str) -> str:
+    return DEFAULT_QUESTION if is_blank(text) else text.strip()

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from meme_llava.errors import UserError
-from meme_llava.inference.questions import list_file_questions
+from meme_llava.inference.questions import Question, check_images, list_file_questions
 
 
 def test_a_folder_gives_its_images_and_says_what_it_leaves_out(tmp_path, capsys):
@@ -24,3 +24,18 @@ def test_a_folder_without_an_image_says_what_it_holds(tmp_path):
     (tmp_path / "notes.txt").unlink()
     with pytest.raises(UserError, match=r"holds no image \(nothing\)"):
         list_file_questions([tmp_path], "写了什么？")
+
+
+def test_images_that_cannot_be_read_are_listed_by_cause(tmp_path):
+    (tmp_path / "page.jpg").write_text("<html>")
+    questions = [Question(tmp_path / name, "写了什么？") for name in ("1.jpg", "2.jpg", "page.jpg", "3.jpg", "4.jpg")]
+    with pytest.raises(UserError) as caught:
+        check_images(questions, tmp_path / "val.json", tmp_path)
+    assert str(caught.value).splitlines() == [
+        f"{tmp_path / 'val.json'}: 5 of 5 images cannot be read:",
+        "  4 images: there is no such file [missing_image], e.g.",
+        *(f"    {tmp_path / name}: No such file or directory" for name in ("1.jpg", "2.jpg", "3.jpg")),
+        f"  {tmp_path / 'page.jpg'}: not a JPEG/PNG/GIF/WEBP/BMP image but a web page: a failed download",
+        f"Fix them or leave out their records, or give the right --image_folder ({tmp_path}; EVAL_IMAGE_FOLDER in "
+        "run.sh).",
+    ]
