@@ -22,8 +22,6 @@ def read_proof(base):
         pytest.param("qwen3_5_text", "layers of type linear_attention", marks=pytest.mark.long),
         pytest.param("bamba", "layers of type linear_attention", marks=pytest.mark.long),
         pytest.param("granitemoehybrid", "layers of type linear_attention", marks=pytest.mark.long),
-        pytest.param("llama4_text", "layers of type chunked_attention", marks=pytest.mark.long),
-        pytest.param("gpt_oss", "attention sinks", marks=pytest.mark.long),
     ],
 )
 def test_packing_is_proved_and_what_cannot_be_packed_is_said(world, tmp_path, capsys, model_type, words):
@@ -48,7 +46,6 @@ def test_convolutions_are_compared_layer_by_layer_too(world, tmp_path, monkeypat
     ("model_type", "message"),
     [
         ("lfm2", "its language model (lfm2, layers: conv, full_attention) computes something else in a packed row"),
-        ("llama4_text", "its language model (llama4_text, layers: chunked_attention) computes something else in"),
         ("stablelm", "the language model's StableLmAttention is not told how its row is packed"),
         ("gemma2", "the language model's Gemma2Attention asks for softcap"),
     ],
