@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from meme_llava import CONFIGS, errors
+from meme_llava.cli import refuse_repeated_keys
 from meme_llava.distributed.launchers import settle_environment
 from meme_llava.errors import PEER_FAILED, UserError, stop_on_user_error
 
@@ -124,9 +125,11 @@ def choose_engine(name: str, processes: int, on_gpu: bool, muon_lr: float | None
             "leave --muon_lr out"
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_repeated_keys)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not sound JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds a {type(config).__name__}, expected an object {{…}}")
     for key in ("optimizer", "scheduler"):
         if key in config:
             raise UserError(f"{path}: remove its key {key!r}, which would replace the two learning rates")
