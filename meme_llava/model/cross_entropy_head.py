@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 # Logits that exist at the same time, positions times words. On CPUs they stay in the cache, which is worth a third of
-# the time; GPUs want large matrix products: 134 MB in float32.
+# the time; GPUs want large matrix products: up to 340 MB with their probabilities.
 LOGITS_ON_CPU = 3 * 2**20
 LOGITS = 2**25
 # Words at a time are a multiple of this: matrix products like round numbers.
@@ -16,7 +16,7 @@ WORDS_STEP = 128
 
 
 class CrossEntropyHead(nn.Linear):
-    """An LM head that turns hidden states straight into a loss. Called with hidden states alone it gives logits.
+    """An LM head without bias that turns hidden states straight into a loss. Called with them alone it gives logits.
 
     The loss is computed inside the module's own forward pass, where engines that split weights have them at hand.
     """
@@ -29,13 +29,13 @@ class CrossEntropyHead(nn.Linear):
         Args:
             hidden: (positions, width).
             targets: int64 (positions,).
-            weights: float32 (positions,); `PackingCollator` sets them.
+            weights: float32 (positions,), wherever targets are given; `PackingCollator` sets them.
         """
         if targets is None:
             return super().forward(hidden)
         device_type = hidden.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
-        return TiledCrossEntropy.apply(hidden, self.weight, targets, weights, dtype)
+        return TiledCrossEntropy.apply(hidden, self.weight, targets, weights, dtype, torch.is_grad_enabled())
 
 
 class TiledCrossEntropy(torch.autograd.Function):
@@ -52,8 +52,10 @@ class TiledCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, weights, dtype):
+    def forward(ctx, hidden, weight, targets, weights, dtype, makes_gradients):
         """hidden (positions, width), weight (vocabulary, width), targets and weights (positions,) → scalar"""
+        # What needs a gradient by itself needs none under no_grad, which is not seen from here.
+        needs_hidden, needs_weight = (makes_gradients and needs for needs in ctx.needs_input_grad[:2])
         positions = len(hidden)
         states, targets, weights = hidden.to(dtype), targets[:, None], weights[:, None]
         with torch.autocast(hidden.device.type, enabled=False):
@@ -69,7 +71,7 @@ class TiledCrossEntropy(torch.autograd.Function):
                 probabilities = logits.softmax(dim=1, dtype=torch.float32)
                 # Where a probability is largest its logarithm is most exact.
                 tile_totals = logits.amax(1, keepdim=True).float() - probabilities.amax(1, keepdim=True).log()
-                if ctx.needs_input_grad[0]:
+                if needs_hidden:
                     probabilities.scatter_(1, place, probabilities.gather(1, place) * ~is_here)
                     means.lerp_((probabilities.to(dtype) @ rows).float(), torch.sigmoid(tile_totals - log_totals))
                 log_totals = torch.logaddexp(log_totals, tile_totals)
@@ -77,10 +79,10 @@ class TiledCrossEntropy(torch.autograd.Function):
                 del logits, probabilities
             loss = (weights * (log_totals - target_logits)).sum()
             grad_hidden = grad_weight = None
-            if ctx.needs_input_grad[0]:
+            if needs_hidden:
                 excess = (target_logits - log_totals).expm1()
                 grad_hidden = (weights * (means + excess * weight[targets[:, 0]])).to(hidden.dtype)
-            if ctx.needs_input_grad[1]:
+            if needs_weight:
                 weighted = (weights * hidden).to(dtype)
                 grad_weight = torch.empty_like(weight)
                 for words in _divide_words(positions, weight):
@@ -93,8 +95,9 @@ class TiledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        gradients = [None if made is None else (made * grad_loss).to(made.dtype) for made in ctx.saved_tensors]
-        return *gradients, None, None, None
+        # In place: the matrix's gradient may be gigabytes, and nobody else reads it.
+        gradients = [None if made is None else made.mul_(grad_loss) for made in ctx.saved_tensors]
+        return *gradients, None, None, None, None
 
 
 def _divide_words(positions: int, weight: torch.Tensor) -> list[slice]:

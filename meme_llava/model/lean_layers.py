@@ -5,6 +5,7 @@ size; results differ by rounding alone. Modules keep their parameters.
 """
 
 import inspect
+from functools import cache
 from importlib.metadata import version
 
 import torch
@@ -40,7 +41,11 @@ class AddingLinear(nn.Linear):
 
 
 class LeanLora(lora.Linear):
-    """peft's LoRA of a linear layer, with one adapter that is always active (https://arxiv.org/abs/2106.09685)."""
+    """peft's LoRA of a linear layer, with one adapter that is always active (https://arxiv.org/abs/2106.09685).
+
+    Not for an adapter that is disabled or merged, and not for backward hooks on the base layer, whose output is written
+    to.
+    """
 
     adapter = "default"  # peft's name for it
 
@@ -57,7 +62,12 @@ def use_lean_norms(model: nn.Module) -> None:
     """Let every norm of a language model that is of a known kind compute as `LeanRMSNorm` does."""
     for module in model.modules():
         if type(module).__name__ in RMS_NORMS and not isinstance(module, LeanRMSNorm):
-            module.__class__ = type(type(module).__name__, (LeanRMSNorm, type(module)), {})
+            module.__class__ = _make_lean(type(module))
+
+
+@cache  # one for all layers: torch.compile compiles anew for every class
+def _make_lean(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (LeanRMSNorm, kind), {})
 
 
 def use_lean_lora(model: nn.Module) -> None:

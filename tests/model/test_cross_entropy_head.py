@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from meme_llava.model import cross_entropy_head
 from meme_llava.model.cross_entropy_head import CrossEntropyHead
@@ -54,3 +55,33 @@ def test_a_sure_answer_still_has_its_gradient_in_half_precision(monkeypatch):
     others = 255 / (255 + 2.718281828**14)  # 2.12e-4
     expected = [-14 * others, 1 / (255 + 2.718281828**14)]
     assert hidden.grad[0].tolist() == pytest.approx(expected, rel=1e-2)
+
+
+def test_a_head_that_learns_in_half_precision(monkeypatch):
+    """Under autocast: gradients as near to those of float32 as bfloat16 allows."""
+    monkeypatch.setattr(cross_entropy_head, "LOGITS_ON_CPU", 20 * 130)
+    torch.manual_seed(0)
+    head, targets = CrossEntropyHead(8, 300, bias=False), torch.randint(300, (20,))
+    hidden, gradients = torch.randn(20, 8, requires_grad=True), []
+    for half in (True, False):
+        hidden.grad = head.weight.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            (3 * head(hidden, targets, torch.ones(20))).backward()
+        gradients.append((hidden.grad, head.weight.grad))
+    for near, exact in zip(*gradients, strict=True):
+        assert near.dtype == torch.float32 and (near - exact).norm() < 1e-2 * exact.norm()
+
+
+def test_without_gradients_only_the_loss_is_computed():
+    head = CrossEntropyHead(8, 300, bias=False)  # learns
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        head(torch.randn(20, 8), torch.randint(300, (20,)), torch.ones(20))
+    assert counter.get_total_flops() == 2 * 20 * 8 * 300
+
+
+def test_a_batch_without_supervised_positions():
+    head = CrossEntropyHead(8, 300, bias=False)
+    hidden = torch.empty(0, 8, requires_grad=True)
+    loss = head(hidden, torch.empty(0, dtype=torch.int64), torch.empty(0))
+    loss.backward()
+    assert loss.item() == 0 and hidden.grad.shape == (0, 8) and not head.weight.grad.any()

@@ -44,6 +44,25 @@ def test_lora_adds_as_it_multiplies(dropout, bias):
     assert lean[""].abs().max() > 0.1
 
 
+@pytest.mark.parametrize("wants_gradient", [True, False])
+def test_lora_in_float32_on_a_half_precision_base(wants_gradient):
+    """As on one GPU, under autocast; the first layer's input has no gradient."""
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(12, 20).bfloat16()), config)
+    x, outputs, gradients = torch.randn(2, 5, 12, dtype=torch.bfloat16, requires_grad=wants_gradient), [], []
+    for prepare in (lambda model: None, use_lean_lora):
+        prepare(model)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(model(x))
+        outputs[-1].float().square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+    assert outputs[1].dtype == torch.bfloat16 and torch.allclose(*outputs, atol=3e-2, rtol=2e-2)
+    for stock, lean in zip(*gradients, strict=True):
+        assert lean.dtype == torch.float32 and torch.allclose(stock, lean, atol=0.2, rtol=3e-2)
+
+
 @pytest.mark.parametrize("kind", [Qwen2RMSNorm, LlamaRMSNorm])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norms_agree(kind, dtype):
@@ -61,6 +80,13 @@ def test_under_autocast_norms_stay_in_half_precision():
     use_lean_norms(model)
     with torch.autocast("cpu", torch.bfloat16):
         assert model(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_norms_of_all_layers_are_of_one_class():
+    """torch.compile compiles a layer anew for every class, and gives up after eight."""
+    model = nn.Sequential(Qwen2RMSNorm(8), Qwen2RMSNorm(8))
+    use_lean_norms(model)
+    assert type(model[0]) is type(model[1]) is not Qwen2RMSNorm
 
 
 def test_norms_of_another_formula_stay():

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import LlavaConfig
 
 from meme_llava.dataset.images import ImagePolicy
+from meme_llava.model import cross_entropy_head
 from meme_llava.model.llava import count_used_vision_layers, make_empty_model
 from meme_llava.model.packed_attention import FLASH_ATTENTION_2, VARLEN, choose_attention
 from meme_llava.model.packed_llava import PackedLlava, prepare_packed_llava
@@ -171,7 +172,9 @@ def _like_a_gpu() -> Iterator[None]:
 
     functional.dropout, functional.layer_norm = keep_mask, normalise_in_float32
     functional.rms_norm = lambda hidden, shape, weight, eps: _KernelOfNorm.apply(hidden, weight)
+    logits_on_cpu, cross_entropy_head.LOGITS_ON_CPU = cross_entropy_head.LOGITS_ON_CPU, cross_entropy_head.LOGITS
     try:
         yield
     finally:
         functional.dropout, functional.layer_norm, functional.rms_norm = dropout, layer_norm, rms_norm
+        cross_entropy_head.LOGITS_ON_CPU = logits_on_cpu
