@@ -28,7 +28,7 @@ from meme_llava.model.loading import LOCALLY, explain_unloadable
 from meme_llava.model.packed_attention import gpu_multiplies_bf16
 from meme_llava.model.trainable import apply_trained_weights
 from meme_llava.storage.run_record import holds_trained_weights
-from meme_llava.storage.tensor_files import find_base
+from meme_llava.storage.tensor_files import check_weights, find_base
 
 
 class PromptTooLong(UserError):
@@ -166,7 +166,8 @@ def _read_answers(
 
 
 def load_answerer(folder: Path, base_model: Path | None = None, device: str = "auto", dtype: str = "auto") -> Answerer:
-    """Load a merged or base model, or base + trained weights. Raises UserError for other folders, or another base."""
+    """Load a merged or base model, or base + trained weights. Raises UserError for other folders or another base, and
+    CheckpointError for weights that are not those of their run record."""
     chosen_device = choose_device(device)
     is_adapter = holds_trained_weights(folder)
     if base_model is not None and not is_adapter:
@@ -177,6 +178,8 @@ def load_answerer(folder: Path, base_model: Path | None = None, device: str = "a
     generation_config = choose_stops(model.generation_config, processing)
     if is_adapter:
         model = apply_trained_weights(model, folder)
+    else:
+        check_weights(folder)
     return Answerer(model.to(chosen_device).eval(), processing, generation_config)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -153,6 +154,22 @@ def test_one_unreadable_image_does_not_cost_the_others(world, merged, tmp_path, 
     assert "1 of 2 images could not be read" in result.err
     result = fail(capsys, "--model", merged, "--image", tmp_path, *QUESTION, "--json")
     assert "a.jpg" in json.loads(result.out.splitlines()[0])["error"]
+
+
+def test_damaged_weights_do_not_answer(world, merged, tmp_path, capsys):
+    """One bit of a copy; any answer would look like one."""
+    copy = tmp_path / "copy"
+    shutil.copytree(merged, copy)
+    path = copy / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    image = ("--image", world.image_folder / "p0.png", *QUESTION)
+    result = fail(capsys, "--model", copy, *image, code=4)
+    assert result.err.startswith(f"error: {copy}: its weights are not those that it was written with")
+    assert result.out == ""
+    (copy / "run_record.json").unlink()  # as for a model of others
+    assert ask(capsys, "--model", copy, *image).out == "写着“我太难了”。\n"
 
 
 def test_wrong_settings_stop_with_a_sentence(world, learned, merged, tmp_path, capsys):
