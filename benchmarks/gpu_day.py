@@ -219,12 +219,15 @@ def describe_machine(arguments: argparse.Namespace) -> dict[str, str]:
     if shutil.which("nvidia-smi"):
         devices = subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()
     cores = len(os.sched_getaffinity(0))
+    # All that decides what is measured, given or not; folders do not.
+    flags = ["--minutes", f"{arguments.minutes:g}", "--scale", arguments.scale, "--device", arguments.device]
+    flags += ["--only", *arguments.only]
     return {
         "device": "; ".join(devices) or "CPU",
-        "accelerator": f"{cores} CPU cores, Linux {platform.release()}, Python {platform.python_version()}",
+        "machine": f"{cores} CPU cores, Linux {platform.release()}, Python {platform.python_version()}",
         "libraries": ", ".join(libraries),
         "date": f"{datetime.now():%Y-%m-%d %H:%M}",
-        "command": f"bash benchmarks/gpu_day.sh --minutes {arguments.minutes:g} --scale {arguments.scale}",
+        "command": " ".join(["bash benchmarks/gpu_day.sh", *flags]),
     }
 
 

@@ -93,7 +93,7 @@ class Chain:
             time.sleep(POLL_SECONDS)
         if process.poll() is not None:
             raise RuntimeError(f"training ended with exit code {process.returncode} before its first checkpoint")
-        # A step more, so that what the signal saves is a checkpoint of its own.
+        # A moment for the run to begin its next step, so that what the signal saves is a checkpoint of its own.
         time.sleep(POLL_SECONDS)
         parent = psutil.Process(process.pid)
         family = [parent, *parent.children(recursive=True)]

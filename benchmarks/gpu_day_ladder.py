@@ -82,7 +82,7 @@ def report(bench: Bench, turns: dict, ceiling: float, source: str) -> None:
     """A result for each way: medians over the steps."""
     platform = bench.platform
     accelerator = recognise_accelerator(torch.cuda.get_device_name()) if platform.is_gpu else None
-    published = statistics.median(turn.seconds for turn in turns[PUBLISHED, True])
+    published = turns.get((PUBLISHED, True))  # absent where it did not fit
     first_losses = [own[0].loss for own in turns.values()]
     for (way, recomputes), own in turns.items():
         with reporting(describe(way, recomputes)) as result:
@@ -90,7 +90,6 @@ def report(bench: Bench, turns: dict, ceiling: float, source: str) -> None:
             speed = statistics.median(turn.flops / turn.seconds for turn in own)
             result.figures = {
                 "captions_per_second": GLOBAL_BATCH / seconds,
-                "times_published": published / seconds,
                 "tflop_per_second": speed / 1e12,
                 "share_of_measured_ceiling": speed / ceiling,
                 "positions_per_caption": statistics.mean(turn.positions for turn in own) / GLOBAL_BATCH,
@@ -99,6 +98,8 @@ def report(bench: Bench, turns: dict, ceiling: float, source: str) -> None:
                 "losses": [turn.loss for turn in own],
                 "caption_lengths": [source],
             }
+            if published is not None:
+                result.figures["times_published"] = statistics.median(turn.seconds for turn in published) / seconds
             if accelerator is not None and accelerator.peak_tflops:
                 result.figures["mfu"] = speed / accelerator.peak_tflops / 1e12
             if own[0].peak_bytes is not None:

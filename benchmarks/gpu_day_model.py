@@ -20,7 +20,15 @@ from meme_llava.train.planning.plan import GIB, measure_ceiling
 
 WARM_UPS, REPEATS = 2, 4
 THIN = 64  # a side of LoRA's matrices is no larger
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::cudnn_convolution")
+PRODUCTS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::addmm_",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::convolution",
+    "aten::cudnn_convolution",
+)
 LISTED_OPERATIONS = 25
 
 

@@ -10,7 +10,7 @@ sys.path.insert(0, str(ROOT))
 from gpu_day_batches import make_batch, make_estimator, plan_bytes  # noqa: E402
 from gpu_day_model import StepBench  # noqa: E402
 from gpu_day_results import Result, parse_row_arguments, reporting  # noqa: E402
-from gpu_day_variants import run_variants  # noqa: E402
+from gpu_day_variants import run_liger, run_variants  # noqa: E402
 from throughput_models import SHAPES  # noqa: E402
 
 from meme_llava.train.planning.plan import GIB, GPU_UTILISATION  # noqa: E402
@@ -52,6 +52,7 @@ def main() -> None:
         if result.figures and times == LARGER[0][0]:
             planned = plan_bytes(make_estimator(shapes, larger, bench.platform.is_gpu), recomputes) / GIB
             Result(f"the plan for {times * CAPTIONS} captions", figures={"planned_gib": planned}).print()
+    run_liger(bench, batch, end)
 
 
 def measure(bench: StepBench, batch: dict, captions: int, recomputes: bool) -> Result:

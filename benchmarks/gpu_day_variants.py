@@ -35,7 +35,7 @@ CAPTIONS = 8
 
 
 def run_variants(bench: StepBench, batch: dict, end: float) -> None:
-    """Report every variant, as far as the time until `end` goes."""
+    """Report every variant that can be undone, as far as the time until `end` goes."""
     variants = {
         "as train.py has it": (keep,),
         "peft's LoRA": (stock_lora,),
@@ -45,8 +45,16 @@ def run_variants(bench: StepBench, batch: dict, end: float) -> None:
         "LoRA in bf16, no autocast": (half_lora,),
         "as train.py has it, again": (keep,),
     }
+    _run_in_time(variants, bench, batch, end)
+
+
+def run_liger(bench: StepBench, batch: dict, end: float) -> None:
+    """Report the batch with liger-kernel, where it is installed. The last of a process: it cannot be undone."""
     if find_liger("qwen2")[0]:
-        variants["with liger-kernel"] = (liger,)
+        _run_in_time({"with liger-kernel": (liger,)}, bench, batch, end)
+
+
+def _run_in_time(variants: dict[str, tuple[Callable, ...]], bench: StepBench, batch: dict, end: float) -> None:
     for name, changes in variants.items():
         if end - time.monotonic() < NEEDED_SECONDS:
             Result(f"variant: {name}", NOT_RUN, note="no time was left").print()
@@ -81,8 +89,10 @@ def stock_lora(bench: StepBench) -> Iterator[None]:
         if isinstance(module, LeanLora):
             module.__class__, module.cast_input_dtype_enabled = lora.Linear, False
             module.lora_B["default"].__class__ = nn.Linear
-    yield
-    use_lean_lora(bench.models.packed)
+    try:
+        yield
+    finally:
+        use_lean_lora(bench.models.packed)
 
 
 @contextlib.contextmanager
@@ -91,8 +101,10 @@ def stock_norms(bench: StepBench) -> Iterator[None]:
     for module in bench.models.packed.modules():
         if isinstance(module, LeanRMSNorm):
             module.__class__ = type(module).__bases__[1]
-    yield
-    use_lean_norms(bench.models.packed)
+    try:
+        yield
+    finally:
+        use_lean_norms(bench.models.packed)
 
 
 @contextlib.contextmanager
@@ -110,28 +122,32 @@ def without_dropout(bench: StepBench) -> Iterator[None]:
     for layer in layers:
         for name in layer.lora_dropout:
             layer.lora_dropout[name] = torch.nn.Identity()
-    yield
-    for layer, dropouts in zip(layers, before, strict=True):
-        for name, module in dropouts.items():
-            layer.lora_dropout[name] = module
+    try:
+        yield
+    finally:
+        for layer, dropouts in zip(layers, before, strict=True):
+            for name, module in dropouts.items():
+                layer.lora_dropout[name] = module
 
 
 @contextlib.contextmanager
 def half_lora(bench: StepBench) -> Iterator[None]:
     """What learns in bf16, as under DeepSpeed, which keeps float32 masters of its own."""
     masters = [parameter.data for parameter in bench.learning]
-    for parameter in bench.learning:
-        parameter.grad = None
-        parameter.data = parameter.data.to(bench.platform.dtype)
-    yield
-    for parameter, master in zip(bench.learning, masters, strict=True):
-        parameter.grad = None
-        parameter.data = master
+    try:
+        for parameter in bench.learning:
+            parameter.grad = None
+            parameter.data = parameter.data.to(bench.platform.dtype)
+        yield
+    finally:
+        for parameter, master in zip(bench.learning, masters, strict=True):
+            parameter.grad = None
+            parameter.data = master
 
 
 @contextlib.contextmanager
 def compiling(bench: StepBench) -> Iterator[None]:
-    """The layers that repeat compiled, as --torch_compile does."""
+    """The layers that repeat compiled, as --torch_compile does, for the rest of the process."""
     check_compiler(bench.platform.device)
     compile_layers(bench.models.packed)
     yield

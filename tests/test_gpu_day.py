@@ -3,6 +3,8 @@
 import json
 import sys
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +14,14 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_day  # noqa: E402
 from gpu_day_batches import make_batch  # noqa: E402
 from gpu_day_kernels import attend, draw_inputs, measure_error  # noqa: E402
+from gpu_day_ladder import OURS, PUBLISHED, report  # noqa: E402
 from gpu_day_model import StepBench, name_kind  # noqa: E402
-from gpu_day_results import FAIL, NOT_RUN, PASS  # noqa: E402
-from gpu_day_variants import keep, stock_lora, stock_norms, without_dropout  # noqa: E402
+from gpu_day_results import FAIL, NOT_RUN, PASS, read_results  # noqa: E402
+from gpu_day_variants import half_lora, keep, stock_lora, stock_norms, without_dropout  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
+from throughput_devices import Platform  # noqa: E402
 from throughput_models import SHAPES  # noqa: E402
+from throughput_rounds import Turn  # noqa: E402
 
 from meme_llava.model.packed_attention import attend_with_matmul, attend_with_sdpa  # noqa: E402
 
@@ -68,6 +73,10 @@ def test_no_row_stops_another_and_every_result_is_kept(rows, tmp_path):
     assert "| captions | pass | ms 12.3 |  |" in table
     assert r"| a sum | fail |  | ValueError: no \| such luck |" in table
     assert not (output / "work").exists()
+    header = json.loads((output / "gpu_day.json").read_text())
+    assert "CPU cores" in header["machine"]
+    flags = "--minutes 0.5 --scale tiny --device cpu --only good bad crashing hanging late"
+    assert header["command"] == f"bash benchmarks/gpu_day.sh {flags}"
 
 
 def test_an_interruption_ends_what_runs_and_keeps_what_was_measured(rows, tmp_path, monkeypatch):
@@ -133,8 +142,38 @@ def test_a_device_batch_is_measured_and_its_variants_compute_the_same():
         assert measure_error(changed, gradients[0]) < 1e-4
 
 
+def list_parts(bench):
+    """What a variant may change of the model."""
+    parts = [[kind.__name__ for kind in type(module).__mro__] for module in bench.models.packed.modules()]
+    return parts, [parameter.dtype for parameter in bench.learning]
+
+
+@pytest.mark.parametrize("change", [stock_lora, stock_norms, without_dropout, half_lora])
+def test_a_variant_that_fails_leaves_the_model_as_it_was(change):
+    bench = StepBench.make("tiny", "cpu")
+    bench.platform = replace(bench.platform, dtype=torch.bfloat16)
+    for module in bench.models.packed.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.05)
+    before = list_parts(bench)
+    with pytest.raises(RuntimeError), change(bench):
+        assert list_parts(bench) != before
+        raise RuntimeError("out of memory")
+    assert list_parts(bench) == before
+
+
+def test_the_ladder_is_reported_without_a_published_way_that_did_not_fit(capsys):
+    bench, turn = SimpleNamespace(platform=Platform.choose("cpu")), Turn(1.0, 2.0, 10**12, 300, None)
+    for turns, times in (({(OURS, False): [turn]}, None), ({(PUBLISHED, True): [turn], (OURS, False): [turn]}, 1)):
+        report(bench, turns, ceiling=1e12, source="a histogram")
+        results = read_results(capsys.readouterr().out)
+        assert [result.status for result in results] == [PASS] * len(turns)
+        assert results[-1].figures.get("times_published") == times
+
+
 def test_products_with_loras_rank_are_thin():
     assert name_kind("aten::mm", [[3312, 3584], [3584, 32]]) == "thin_gemm"
+    assert name_kind("aten::addmm_", [[3312, 3584], [3312, 32], [32, 3584]]) == "thin_gemm"
     assert name_kind("aten::addmm", [[1024], [2308, 1024], [1024, 4096]]) == "gemm"
     assert name_kind("aten::_flash_attention_backward", []) == "attention"
     assert name_kind("aten::mul", [[3312, 32], [3312, 32]]) == "elementwise"
