@@ -27,23 +27,15 @@ GPU = "fakegpu"
 THIN = 64  # a matrix product with a side of at most this is limited by memory
 GEMM, THIN_GEMM, ATTENTION, ELEMENTWISE = KINDS = ("gemm", "thin gemm", "attention", "elementwise")
 # Operations that only look at the same memory in another way, or take some without writing it.
-_VIEWS = {
-    *("view", "_unsafe_view", "t", "transpose", "detach", "expand", "slice", "select", "unsqueeze", "squeeze", "split"),
-    *(
-        "split_with_sizes",
-        "alias",
-        "permute",
-        "as_strided",
-        "lift_fresh",
-        "unbind",
-        "_reshape_alias",
-        "narrow",
-        "empty",
-    ),
-    *("empty_like", "new_empty", "new_empty_strided", "empty_strided", "unfold", "chunk", "view_as"),
-}
+_VIEWS = set(
+    "_reshape_alias _unsafe_view alias as_strided chunk detach empty empty_like empty_strided expand lift_fresh narrow "
+    "new_empty new_empty_strided permute select slice split split_with_sizes squeeze t transpose unbind unfold "
+    "unsqueeze view view_as".split()
+)
 # They touch no more of their first tensor than what is picked from it.
 _PICKS = {"embedding", "gather", "index", "index_select", "scatter_"}
+# They take shape, dtype or device of their first tensor, and read nothing of it.
+_BLANKS = {"full_like", "new_zeros", "ones_like", "zeros_like"}
 
 
 class _Backend(_DummyBackendModule):
@@ -206,7 +198,7 @@ class Traffic(TorchDispatchMode):
             self.in_main_memory.add(str(func))
         if name in _VIEWS or func.namespace == "prim":
             return result
-        sizes = [tensor.nbytes for tensor in tensors if name not in _PICKS or tensor is not args[0]]
+        sizes = [tensor.nbytes for tensor in tensors if name not in _PICKS | _BLANKS or tensor is not args[0]]
         size = sum(sizes) + (max(sizes) if name in _PICKS else 0)
         if "attention" in name or "attn" in name:
             kind = ATTENTION

@@ -21,12 +21,14 @@ CAPTION_IMAGES = (0, 0, 0, 1, 1, 2, 2, 3)
 IMAGES = 4
 
 
-def make_batch(shapes: Shapes, times: int = 1, shared_images: bool = True, seed: int = 0) -> dict:
-    """Eight captions about four images, so many times over, as train.py packs them."""
+def make_batch(
+    shapes: Shapes, times: int = 1, shared_images: bool = True, seed: int = 0, has_images: bool = True
+) -> dict:
+    """Eight captions about four images, so many times over, as train.py packs them; or without their images."""
     generator = np.random.default_rng(seed)
     size, tokens = shapes.image_policy.size, count_image_tokens(shapes.config)
     last_id = min(shapes.image_token_id, shapes.config.text_config.vocab_size) - 1
-    prompt = [1] * TOKENS_BEFORE_IMAGE + [shapes.image_token_id] * tokens + [2] * TOKENS_BEHIND_IMAGE
+    prompt = [1] * TOKENS_BEFORE_IMAGE + [shapes.image_token_id] * tokens * has_images + [2] * TOKENS_BEHIND_IMAGE
     shown = generator.integers(0, 256, (times * IMAGES, 3, size, size), dtype=np.uint8)
     examples = []
     for number in range(times):
@@ -38,8 +40,8 @@ def make_batch(shapes: Shapes, times: int = 1, shared_images: bool = True, seed:
                     "record_id": str(len(examples)),
                     "input_ids": torch.tensor(prompt + caption),
                     "labels": torch.tensor([IGNORED_LABEL] * len(prompt) + caption),
-                    "image_paths": (Path(f"p{image}"),),
-                    "pixel_values": [torch.from_numpy(shown[image])],
+                    "image_paths": (Path(f"p{image}"),) * has_images,
+                    "pixel_values": [torch.from_numpy(shown[image])] * has_images,
                 }
             )
     return PackingCollator(shapes.image_token_id, tokens, size, shared_images=shared_images)(examples)

@@ -20,46 +20,23 @@ sys.path.insert(0, str(ROOT))
 import fake_gpu  # noqa: E402
 import torch  # noqa: E402
 from fake_gpu import GEMM, KINDS, Traffic  # noqa: E402
+from gpu_day_batches import CAPTION_LENGTHS, IMAGES, make_batch  # noqa: E402
 from throughput_models import SHAPES, Shapes, make_arguments  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
-from meme_llava.dataset.collator import PackingCollator  # noqa: E402
 from meme_llava.model import packed_llava, trainable  # noqa: E402
 from meme_llava.model.accelerators import recognise_accelerator  # noqa: E402
 from meme_llava.model.flops import TrainingCosts, count_batch  # noqa: E402
-from meme_llava.model.llava import count_image_tokens, make_empty_model  # noqa: E402
+from meme_llava.model.llava import make_empty_model  # noqa: E402
 from meme_llava.model.packed_attention import VARLEN  # noqa: E402
 from meme_llava.model.packed_llava import PackedLlava, prepare_packed_llava  # noqa: E402
 from meme_llava.model.trainable import CheckpointedLayers, prepare_trainable, recompute_layers  # noqa: E402
 from meme_llava.terminal import print_table  # noqa: E402
 from meme_llava.train.planning.trace import set_depths  # noqa: E402
 
-# Captions of a device batch, in tokens, and the image that each is about.
-CAPTIONS, IMAGES = (110, 95, 130, 100, 120, 107, 90, 140), (0, 0, 0, 1, 1, 2, 2, 3)
-QUESTION_TOKENS = (14, 15)  # before and after the image
 # Of an A800: the share of its peak that large matrix products reach, and bytes a second.
 DEVICE, GEMM_SHARE, BANDWIDTH = "A800-SXM4-80GB", 0.72, 1.7e12
 FEW = 2
-
-
-def make_batch(shapes: Shapes, has_images: bool = True) -> dict:
-    """The device batch, as `PackingCollator` packs it; or the same captions without their images."""
-    tokens, size = count_image_tokens(shapes.config), shapes.image_policy.size
-    image, before, after = shapes.image_token_id, *QUESTION_TOKENS
-    examples = []
-    for number, (length, shown) in enumerate(zip(CAPTIONS, IMAGES, strict=True)):
-        prompt = [1] * before + [image] * tokens * has_images + [2] * after
-        answer = [3 + (number + place) % 100 for place in range(length)]  # captions of an image share nothing
-        examples.append(
-            {
-                "record_id": str(number),
-                "input_ids": torch.tensor(prompt + answer),
-                "labels": torch.tensor([-100] * len(prompt) + answer),
-                "image_paths": (Path(f"{shown}.png"),) * has_images,
-                "pixel_values": [torch.zeros((3, size, size), dtype=torch.uint8)] * has_images,
-            }
-        )
-    return PackingCollator(image, tokens, size)(examples)
 
 
 def make_model(
@@ -144,7 +121,11 @@ def main(argv: list[str] | None = None) -> None:
     rows.append(
         ("all", f"{sum(traffic.kernels.values()):,}", f"{sum(traffic.bytes.values()) / 1e9:.1f}", f"{total:.1f}")
     )
-    print_table(f"{len(CAPTIONS)} captions on 4 images, planned for {DEVICE}", ("kind", "kernels", "GB", "ms"), rows)
+    print_table(
+        f"{len(CAPTION_LENGTHS)} captions on {IMAGES} images, planned for {DEVICE}",
+        ("kind", "kernels", "GB", "ms"),
+        rows,
+    )
     most = [
         (name, f"{traffic.kernels_of[name]:,}", f"{size / 1e9:.1f}") for name, size in traffic.bytes_of.most_common(15)
     ]

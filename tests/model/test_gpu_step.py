@@ -16,7 +16,7 @@ from throughput_models import SHAPES
 found = []
 shapes = SHAPES["tiny"]
 for has_images in (True, False):
-    batch = step_traffic.make_batch(shapes, has_images)
+    batch = step_traffic.make_batch(shapes, has_images=has_images)
     for recomputes in (True, False):
         # Torch's autocast for devices written in Python ends the process where layers are computed again.
         for autocast in (False,) if recomputes else (True, False):
