@@ -9,6 +9,7 @@ turns, and each round measures the machine's matrix products anew.
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -16,6 +17,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +34,13 @@ ALONE = "ours, every caption with an image of its own"
 MANY = {OURS: 26, ALONE: 20, LLAMA_FACTORY: 8, TRL: 8}
 
 
+def call_apart(function: Callable, *arguments):
+    """A function's result, from a process of its own: one that is measured starts with the peak RSS of the one that
+    starts it, so this one must stay small, without torch."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def make_inputs(folder: Path) -> None:
     """Write the model, built by build_base_model.py, and the records in the forms that the three read."""
     import torch
@@ -38,7 +48,9 @@ def make_inputs(folder: Path) -> None:
 
     tiny = ROOT / "data" / "tiny"
     torch.manual_seed(0)
-    language, vision = folder / "language_model", folder / "vision_tower"
+    language, vision, base = (folder / name for name in ("language_model", "vision_tower", "base"))
+    for half in (language, vision, base):  # of a call that was ended
+        shutil.rmtree(half, ignore_errors=True)
     shutil.copytree(tiny / "language_model", language)
     known = json.loads((language / "config.json").read_text())
     config = Qwen2Config(
@@ -57,7 +69,7 @@ def make_inputs(folder: Path) -> None:
     size = {"height": 336, "width": 336}
     ChineseCLIPImageProcessor(size=size, do_center_crop=False).save_pretrained(vision)
     command = [sys.executable, ROOT / "build_base_model.py", "--language_model", language, "--vision_model", vision]
-    subprocess.run([*command, "--output_dir", folder / "base"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, "--output_dir", base], check=True, stdout=subprocess.DEVNULL)
 
     samples = json.loads((ROOT / "data" / "annotations.json").read_text(encoding="utf-8"))
     images = list(dict.fromkeys(record["image"] for record in samples))[: CAPTIONS // 2]
@@ -143,7 +155,7 @@ def make_command(who: str, folder: Path, steps: int, pythons: dict[str, Path]) -
 
 
 def measure(command: list, folder: Path, threads: int) -> tuple[float, float, float]:
-    """Wall seconds, CPU seconds with children, and peak RSS in GB of a run. Raises CalledProcessError if it fails."""
+    """Wall seconds, CPU seconds with children, and peak RSS in GB of a run. One that fails ends this program."""
     shutil.rmtree(folder / "output", ignore_errors=True)
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
@@ -211,14 +223,14 @@ def main() -> None:
     folder = arguments.work_dir.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "dataset_info.json").is_file():
-        make_inputs(folder)
+        call_apart(make_inputs, folder)
     pythons = {LLAMA_FACTORY: arguments.llamafactory, TRL: arguments.trl}
     everyone = [OURS, ALONE, *(who for who, python in pythons.items() if python is not None)]
     found: dict[str, list] = {who: [] for who in everyone}
     flops: dict[str, float] = {}
     ceilings = []
     for turn in range(arguments.rounds):
-        ceilings.append(measure_multiplication(arguments.threads))
+        ceilings.append(call_apart(measure_multiplication, arguments.threads))
         for who in everyone:
             few, many = (
                 measure(make_command(who, folder, number, pythons), folder, arguments.threads)

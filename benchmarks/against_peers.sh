@@ -14,6 +14,7 @@ here=$(dirname "$(readlink -f "$0")")
 
 make_environment() { # folder, packages …
     [[ -e $1/ready ]] && return
+    rm -rf "$1" # half of one, of a call that was ended
     if command -v uv > /dev/null; then # pip may look for LLaMA-Factory's versions for a quarter of an hour
         uv venv --quiet "$1"
         uv pip install --quiet --python "$1/bin/python" "${@:2}"

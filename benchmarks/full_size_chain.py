@@ -84,7 +84,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work_dir", type=Path, required=True, help="gets the models; its results are kept")
+    parser.add_argument("--work_dir", type=Path, required=True, help="gets a folder for each scale: models and results")
     parser.add_argument("--scale", choices=("full", "wide", "tiny"), default="full")
     return parser.parse_args(argv)
 
@@ -92,14 +92,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    work_dir = arguments.work_dir.absolute()
+    work_dir = arguments.work_dir.absolute() / arguments.scale
     work_dir.mkdir(parents=True, exist_ok=True)
-    record = work_dir / f"chain_{arguments.scale}.json"
+    record = work_dir / "chain.json"
     done: dict[str, dict] = json.loads(record.read_text()) if record.is_file() else {}
     bench = Bench(work_dir)
     for step, command in list_commands(work_dir, arguments.scale).items():
         if step in done:
             continue
+        # What a call that was ended left of the step. `resumed` goes on in the folder of `trained`.
+        bench.remove(work_dir / step)
         run: Run = bench.run_script(step, *command, may_fail=True)
         if run.exit_code:
             raise UserError(f"{step}: {run.note}; its output ends with\n{run.output[-TAIL:]}")
