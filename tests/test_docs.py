@@ -373,7 +373,13 @@ def test_variables_in_other_tables_have_their_defaults():
 
 
 def test_quoted_messages_are_in_the_code():
-    sources = [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("meme_llava/**/*.py"), *ROOT.glob("scripts/*.sh")]
+    sources = [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("data/*.py"),
+        *ROOT.glob("*.sh"),
+        *ROOT.glob("meme_llava/**/*.py"),
+        *ROOT.glob("scripts/*.sh"),
+    ]
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     code = re.sub(r'"\s*\n\s*f?"', "", code)  # a message that spans two literals is one
     code = code.replace("{RUN_RECORD}", RUN_RECORD).replace("{MANIFEST}", MANIFEST)
