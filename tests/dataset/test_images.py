@@ -306,7 +306,7 @@ REFUSED_BY_HEADER = {
     "PostScript": (make_postscript, "not a JPEG/PNG/GIF/WEBP/BMP image but PostScript"),
     "SVG": (lambda path: path.write_bytes(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), "image but SVG"),
     "ZIP": (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(40)), "not a JPEG/PNG/GIF/WEBP/BMP image"),
-    "TIFF": (lambda path: Image.new("L", (4, 4)).save(path, "TIFF"), "a TIFF image; convert it to one of"),
+    "TIFF": (lambda path: Image.new("L", (4, 4)).save(path, "TIFF"), "an image in TIFF format; convert it to one of"),
     "JPEG cut in its header": (
         lambda path: path.write_bytes(encode(make_noise(96, 64), "JPEG")[:200]),
         "cannot be read",
