@@ -43,7 +43,7 @@ def explain_unloadable(folder: Path, what: str) -> Iterator[None]:
         reason = first_line(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
         if "trust_remote_code" in str(error):
             reason = (
-                f"{' and '.join(_list_with_code(folder))} name Python code of the model's own (auto_map), which is "
+                f"Python code of the model's own, named by {' and '.join(_list_with_code(folder))} (auto_map), is "
                 "never run here. Take a model that transformers itself knows, such as its -hf release"
             )
         raise UserError(f"{folder}: {what}: {reason}") from error

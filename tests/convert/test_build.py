@@ -773,7 +773,7 @@ def test_python_code_of_a_model_folder_is_never_run(world, tmp_path, capsys, mon
     folders = {"language_model": world.language_model, "vision_tower": world.vision_tower, part: copy}
     error = run_and_read_error(capsys, folders["language_model"], folders["vision_tower"], tmp_path / "out")
     assert error == (
-        f"error: {copy}: config.json cannot be used: config.json name Python code of the model's own (auto_map), which "
+        f"error: {copy}: config.json cannot be used: Python code of the model's own, named by config.json (auto_map), "
         "is never run here. Take a model that transformers itself knows, such as its -hf release\n"
     )
     assert not (tmp_path / "ran").exists()
