@@ -16,7 +16,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from meme_llava.errors import UserError
+from meme_llava.errors import UserError, is_utf8
 
 Arguments = TypeVar("Arguments")
 
@@ -96,7 +96,7 @@ class Parser(argparse.ArgumentParser):
         # argparse reports what is missing before what is misspelt, although the one explains the other.
         words = sys.argv[1:] if args is None else list(args)
         for word in words:
-            if re.search("[\ud800-\udfff]", word):
+            if not is_utf8(word):
                 self.error(
                     f"{word!r} is not UTF-8; rename the file (convmv -f gbk -t utf-8), or set the terminal to UTF-8"
                 )

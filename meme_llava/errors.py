@@ -91,6 +91,11 @@ def count(number: int, thing: str, things: str | None = None) -> str:
     return f"{number:,} {thing if number == 1 else things or f'{thing}s'}"
 
 
+def is_utf8(word: str) -> bool:
+    """Whether a name or argument is UTF-8 on the system: Python reads other bytes as halves of surrogate pairs."""
+    return re.search("[\ud800-\udfff]", word) is None
+
+
 def printable(text: str) -> str:
     """Text as a terminal may show it: control characters, which could rewrite the screen, spelled out as `\\x1b`."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)

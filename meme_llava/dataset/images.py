@@ -8,7 +8,6 @@ import base64
 import io
 import math
 import os
-import re
 import stat
 import struct
 import sys
@@ -23,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from meme_llava.dataset.image_files import ACCEPTED_FORMATS, START_LENGTH, identify_file_type
 from meme_llava.dataset.records import RecordFault
-from meme_llava.errors import UserError
+from meme_llava.errors import UserError, is_utf8
 
 # A header can promise more pixels than memory holds; real memes stay far below.
 MAX_PIXELS = 50_000_000
@@ -101,7 +100,7 @@ def resolve_image_path(image: str, image_folder: Path) -> Path:
         os.fsencode(image)
     except UnicodeEncodeError as error:
         why = "holds half a character, as no name does"
-        if not re.search("[\ud800-\udfff]", image):
+        if is_utf8(image):
             why = f"has no name in {sys.getfilesystemencoding()}, in which this system writes names; set PYTHONUTF8=1"
         raise RecordFault("missing_image", f"image {image!r} {why}") from error
     root = image_folder.resolve()

@@ -2,12 +2,11 @@
 
 import contextlib
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from unicodedata import normalize
 
-from meme_llava.errors import UserError, count
+from meme_llava.errors import UserError, count, is_utf8
 
 _CONVERT = "iconv -f {encoding} -t UTF-8 {name} > converted"
 # What a file is by its first bytes, and how it becomes UTF-8 text.
@@ -76,7 +75,7 @@ def describe_near_name(path: Path, listings: dict[Path, dict[str, str]]) -> str:
     near = listings[path.parent].get(_reduce_name(path.name))
     if near in (None, path.name):  # a link that leads nowhere has the very name
         return ""
-    if re.search("[\ud800-\udfff]", near):
+    if not is_utf8(near):
         difference = "whose bytes are GBK; rename it, e.g. by convmv -f gbk -t utf-8"
     elif normalize("NFC", near) == normalize("NFC", path.name):
         difference = "which differs in its Unicode form, as names from macOS do"
@@ -93,15 +92,13 @@ def _reduce_name(name: str) -> str:
 
 
 def _read_name(name: str) -> str:
-    is_utf8 = re.search("[\ud800-\udfff]", name) is None
-    return name if is_utf8 else os.fsencode(name).decode("gb18030", "replace")
+    return name if is_utf8(name) else os.fsencode(name).decode("gb18030", "replace")
 
 
 def check_file_names(flag: str, folder: Path, images: Sequence[Path]) -> None:
     """Raise UserError where names of a folder cannot stand in a file of ours."""
     names = (str(path.relative_to(folder)) for path in images)
-    # Python reads bytes that are not UTF-8 as halves of surrogate pairs.
-    if broken := [name for name in names if re.search("[\ud800-\udfff]", name)]:
+    if broken := [name for name in names if not is_utf8(name)]:
         raise UserError(
             f"{flag} {folder}: {count(len(broken), 'file name is', 'file names are')} not UTF-8, the first is "
             f"{broken[0]!r} ({_read_name(broken[0])} in GBK); rename them (for names from a Chinese Windows: "

@@ -229,11 +229,15 @@ def attend_with_matmul(query, key, value, packing: Packing, window: int | None, 
     return _attend_by_segment(query, key, value, packing, window, attend)
 
 
+def _repeat_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values, once for each query head that shares them; heads are the second dimension."""
+    groups = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+
 def _attend_by_segment(query, key, value, packing: Packing, window: int | None, attend: Callable):
     """Call `attend` for every segment with its queries, the keys and values of its path, and its mask, if any."""
-    groups = query.shape[1] // key.shape[1]
-    key = key.repeat_interleave(groups, dim=1)  # (1, heads, positions, head_dim)
-    value = value.repeat_interleave(groups, dim=1)
+    key, value = _repeat_heads(query, key, value)  # (1, heads, positions, head_dim)
     # Splitting costs one concatenation in the backward pass; slicing would fill a whole row with zeros per segment.
     queries = query.split([segment.length for segment in packing.segments], dim=2)
     keys = key.split(packing.tree_lengths, dim=2)
@@ -257,8 +261,7 @@ def attend_with_varlen(query, key, value, packing: Packing, window: int | None, 
     query, key, value = _lay_out_for_kernel(query, key, value, packing)
     options = {"enable_gqa": True} if takes_groups else {}
     if not takes_groups:
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        key, value = _repeat_heads(query, key, value)
     # Causal, aligned at the ends; the kernel counts what is seen on the left of a position, -1 is all.
     sees = (-1 if window is None else window - 1, 0)
     return attend(query, key, value, *packing.kernel_bounds, scale=scaling, window_size=sees, **options)[None]
