@@ -16,5 +16,5 @@ if [[ "${1:-}" == --all ]]; then
     shift
     set -- -m "long or not long" "$@"
 fi
-# Two tests at once, of different files; torch computes each on one core.
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} python -m pytest --numprocesses 2 --dist loadfile "$@"
+# Three tests at once, of different files; torch computes each on one core, and some tests wait for processes.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} python -m pytest --numprocesses 3 --dist loadfile "$@"

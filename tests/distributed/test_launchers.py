@@ -82,6 +82,7 @@ def test_mpirun_trains_the_same(world, losses, tmp_path):
     assert read_losses(tmp_path / "out") == pytest.approx(losses, abs=1e-5)
 
 
+@pytest.mark.long
 def test_srun_trains_the_same(world, losses, tmp_path):
     """Without a Slurm here: two processes with the variables that srun sets (srun(1), OUTPUT ENVIRONMENT VARIABLES)."""
     flags = train_flags(world, tmp_path / "out", engine="ddp", report_to="tensorboard", **CHANGES)
@@ -214,7 +215,10 @@ def test_what_says_that_there_are_others_and_not_where_is_refused(monkeypatch, g
     assert reason in str(caught.value)
 
 
-@pytest.mark.parametrize(("rank", "number", "code"), [(0, signal.SIGTERM, 75), (1, signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    ("rank", "number", "code"),
+    [(0, signal.SIGTERM, 75), pytest.param(1, signal.SIGTERM, 75, marks=pytest.mark.long)],
+)
 def test_a_process_whose_others_do_not_come_says_so_and_heeds_the_first_signal(world, tmp_path, rank, number, code):
     words = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(find_free_port())}
     process = start([sys.executable, "train.py", *train_flags(world, tmp_path / "out", **CHANGES)], **words)
