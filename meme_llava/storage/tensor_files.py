@@ -279,16 +279,27 @@ class Rounding:
 
     def apply(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """`values` in the file's dtype."""
+        if values.dtype == self.dtype:
+            # Nothing is rounded, and a sum that is finite has finite terms.
+            if not values.sum().isfinite():
+                self._count_overflow(name, values, values)
+            return values
         values = values.float()
         rounded = values.to(self.dtype)
         # The extremes alone tell, and NaN is passed on; a mask over all values takes many times as long.
         if values.numel() and not torch.stack(torch.aminmax(values)).to(self.dtype).isfinite().all():
-            unstorable = ~rounded.isfinite()
-            self.overflow[name] += int(unstorable.sum())
-            self._examples.setdefault(name, values[unstorable][0].item())
-        if vanished := int(values.count_nonzero() - rounded.count_nonzero()):
+            self._count_overflow(name, values, rounded)
+        # Most tensors hold no 0 at all, and then nothing vanished.
+        kept = int(rounded.count_nonzero())
+        if kept < rounded.numel() and (vanished := int(values.count_nonzero()) - kept):
             self.underflow[name] += vanished
         return rounded
+
+    def _count_overflow(self, name: str, values: torch.Tensor, rounded: torch.Tensor) -> None:
+        unstorable = ~rounded.isfinite()
+        if count := int(unstorable.sum()):
+            self.overflow[name] += count
+            self._examples.setdefault(name, values[unstorable][0].item())
 
     def plan(self, name: str, tensor: PlannedTensor | StoredTensor) -> PlannedTensor:
         """A tensor whose pieces are rounded on their way into the file."""
