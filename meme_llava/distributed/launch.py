@@ -29,7 +29,7 @@ from meme_llava.errors import EXIT_MEANINGS, PEER_FAILED, ProcessError, Stopped,
 
 SAVE_SECONDS = 24 * 3600  # whoever does not want to wait for a save sends a second signal
 POLL_SECONDS = 0.2
-LINGER_SECONDS = 10
+LONGEST_START, LINGER_SECONDS = 1e6, 10
 LAST_LINES = 12
 TERM_SECONDS = 20  # torch's launcher kills what has not heeded SIGTERM for thirty seconds
 INTERRUPTED = 130  # as a shell answers for a program that Ctrl-C ended
@@ -61,6 +61,12 @@ def parse_launch_arguments(argv: list[str] | None) -> argparse.Namespace:
     least = 0 if arguments.nnodes == 1 else 1
     if not least <= arguments.master_port < 65536:
         parser.error(f"--master_port is {arguments.master_port}, expected {least} to 65535")
+    if not 0 < arguments.start_timeout <= LONGEST_START:
+        parser.error(f"--start_timeout is {arguments.start_timeout:g}, expected above 0 and at most {LONGEST_START:g}")
+    try:
+        arguments.master_addr.encode("idna")
+    except UnicodeError:
+        parser.error(f"--master_addr is {arguments.master_addr!r}, expected a host's name or address")
     return arguments
 
 

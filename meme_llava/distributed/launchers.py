@@ -5,6 +5,7 @@ MASTER_ADDR, …. What srun and mpirun say becomes that. What none of them means
 """
 
 import ctypes
+import ipaddress
 import os
 import re
 import signal
@@ -27,6 +28,12 @@ MPI_WORDS = (
     ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS"),
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
 )
+# What srun tells each of several processes, and how.
+SLURM_WORDS = {
+    **dict.fromkeys(("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID"), r"[0-9]+"),
+    "SLURM_STEP_TASKS_PER_NODE": r"[0-9]+.*",  # such as 4(x2),3
+    "SLURM_STEP_NODELIST": r"[^\[,]+.*",  # such as node[03-05,09] or host-a,host-b
+}
 PR_SET_PDEATHSIG = 1
 
 
@@ -54,22 +61,34 @@ def settle_environment(variables: MutableMapping[str, str] = os.environ) -> None
 
 
 def read_slurm(variables: MutableMapping[str, str]) -> None:
-    """Take the process's numbers from srun where it started several and no other launcher said any."""
+    """Take the process's numbers from srun where it started several and no other launcher said any. Raises UserError
+    where it said only a part."""
     # In a batch script, which srun did not start, SLURM_PROCID is there, too, but no step.
-    if "RANK" in variables or int(variables.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+    tasks = variables.get("SLURM_STEP_NUM_TASKS")
+    if "RANK" in variables or tasks in (None, "", "1"):
         return
-    # Such as node[03-05,09], host-a,host-b.
-    first = re.match(r"([^\[,]+)(?:\[(\d+))?", variables["SLURM_STEP_NODELIST"])
-    port = 20000 + (int(variables["SLURM_JOB_ID"]) * 100 + int(variables.get("SLURM_STEP_ID", "0"))) % 20000
+    wrong = [name for name, form in SLURM_WORDS.items() if not re.fullmatch(form, variables.get(name, ""))]
+    if wrong:
+        found = f"is {variables[wrong[0]]!r}" if wrong[0] in variables else "is not set"
+        raise UserError(
+            f"SLURM_STEP_NUM_TASKS={tasks} says that srun started this process as one of several, but {wrong[0]} "
+            f"{found}. Let srun start it with all that it sets, or unset SLURM_STEP_NUM_TASKS"
+        )
+    first = re.match(r"(\[.*?\]|[^,])+", variables["SLURM_STEP_NODELIST"])[0]
+    on_nodes = re.findall(r"(?:^|,)(\d+)", variables["SLURM_STEP_TASKS_PER_NODE"])
     variables |= {
         "RANK": variables["SLURM_PROCID"],
         "LOCAL_RANK": variables["SLURM_LOCALID"],
-        "WORLD_SIZE": variables["SLURM_STEP_NUM_TASKS"],
-        # Such as 4(x2),3: tasks on each node.
-        "LOCAL_WORLD_SIZE": re.match(r"\d+", variables["SLURM_STEP_TASKS_PER_NODE"])[0],
-        "MASTER_ADDR": variables.get("MASTER_ADDR", "".join(filter(None, first.groups()))),
-        "MASTER_PORT": variables.get("MASTER_PORT", str(port)),
+        "WORLD_SIZE": tasks,
+        "LOCAL_WORLD_SIZE": max(on_nodes, key=int),  # of the fullest node
     }
+    variables.setdefault("MASTER_ADDR", re.sub(r"\[(\w+).*?\]", r"\1", first))
+    variables.setdefault("MASTER_PORT", choose_port(f"{variables['SLURM_JOB_ID']}.{variables.get('SLURM_STEP_ID')}"))
+
+
+def choose_port(job: str) -> str:
+    """Where the processes of a job meet: jobs that share a node must not meet at one port."""
+    return str(20000 + zlib.crc32(job.encode()) % 20000)
 
 
 def read_mpi(variables: MutableMapping[str, str]) -> set[str]:
@@ -85,9 +104,8 @@ def read_mpi(variables: MutableMapping[str, str]) -> set[str]:
             variables |= zip(RANK_WORDS, said, strict=True)
             if said[2] == said[3]:  # all on this node
                 variables.setdefault("MASTER_ADDR", "127.0.0.1")
-                # Jobs that share a node must not meet at one port; those of one job have one parent there.
-                job = variables.get("PMIX_NAMESPACE", str(os.getppid()))
-                variables.setdefault("MASTER_PORT", str(20000 + zlib.crc32(job.encode()) % 20000))
+                # Those of one job have one parent there.
+                variables.setdefault("MASTER_PORT", choose_port(variables.get("PMIX_NAMESPACE", str(os.getppid()))))
     return left
 
 
@@ -102,6 +120,8 @@ def check_ranks(variables: Mapping[str, str]) -> None:
         wrong.append("RANK counts from 0 to below WORLD_SIZE")
     if not wrong and int(counts["LOCAL_RANK"]) >= int(variables.get("LOCAL_WORLD_SIZE", counts["WORLD_SIZE"])):
         wrong.append("LOCAL_RANK counts from 0 to below LOCAL_WORLD_SIZE")
+    if not wrong and not 0 < int(counts["MASTER_PORT"]) < 65536:
+        wrong.append("MASTER_PORT is no port from 1 to 65535")
     if wrong:
         said = [
             f"{name}={variables[name]}" for name in (*RANK_WORDS, "MASTER_ADDR", "MASTER_PORT") if name in variables
@@ -116,7 +136,7 @@ def check_ranks(variables: Mapping[str, str]) -> None:
 def check_started_once(variables: Mapping[str, str]) -> None:
     """Raise UserError where a launcher or scheduler started several of run.sh, which starts processes itself."""
     for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", *(names[2] for names in MPI_WORDS)):
-        if variables.get(name, "1") != "1":
+        if variables.get(name) not in (None, "", "1"):
             raise UserError(
                 f"{name}={variables[name]} says that run.sh was started several times at once, and it starts the "
                 "processes of a node itself. Start it once on every node, with NNODES, NODE_RANK and MASTER_ADDR (in a "
@@ -134,7 +154,7 @@ def die_with_parent() -> None:
 
 
 def choose_interface(variables: MutableMapping[str, str]) -> None:
-    """Have gloo and NCCL talk where the other processes are: on one node nothing listens to the network. Raises
+    """Have gloo and NCCL talk where the other processes are; on one node that is the loopback interface. Raises
     UserError where MASTER_ADDR cannot be reached.
 
     Left to themselves, they may take an interface by which other nodes do not reach this one.
@@ -148,10 +168,13 @@ def choose_interface(variables: MutableMapping[str, str]) -> None:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(place)  # which tells this node's own address towards the other; nothing is sent
             address = probe.getsockname()[0]
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of a name that can be none
         raise UserError(
-            f"MASTER_ADDR={other}: {error.strerror}; expected the address by which this node reaches process 0"
+            f"MASTER_ADDR={other}: {getattr(error, 'strerror', None) or error}; expected the address by which this "
+            "node reaches process 0"
         ) from error
+    if not is_alone and variables["RANK"] == "0" and ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        return  # operators tell process 0 that it is at localhost, and the others where they reach it
     for interface, entries in psutil.net_if_addrs().items():
         if any(entry.address.partition("%")[0] == address for entry in entries):
             for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):

@@ -50,7 +50,8 @@ def meet_processes(patience: float) -> distributed.Store:
     Python hears no signal.
 
     Raises:
-        ProcessError: some have not come after `patience` seconds, or the port is taken.
+        ProcessError: some have not come after `patience` seconds, the port is taken, or what the processes were told
+            does not agree.
     """
     rank, processes = find_rank(), count_processes()
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -63,7 +64,8 @@ def meet_processes(patience: float) -> distributed.Store:
             if seconds > patience:
                 raise ProcessError(
                     f"{place}: not all {processes} processes met within {patience:g} s. Start all of them at the same "
-                    "time, and let the port through; if nothing has started several, unset RANK and WORLD_SIZE"
+                    "time, and let the port through; if nothing has started several, unset RANK and WORLD_SIZE (or "
+                    "SLURM_STEP_NUM_TASKS)"
                 )
             if seconds > QUIET_SECONDS and not is_told:
                 is_told = True
@@ -80,9 +82,16 @@ def meet_processes(patience: float) -> distributed.Store:
     if rank > 0:
         wait_until(can_connect)
     try:
-        store = distributed.TCPStore(address, port, processes, is_master=rank == 0, wait_for_workers=False)
+        options = {"is_master": rank == 0, "wait_for_workers": False, "timeout": timedelta(seconds=patience)}
+        store = distributed.TCPStore(address, port, processes, **options)
     except RuntimeError as error:
         raise ProcessError(f"{place}: {first_line(error)}; process 0 needs a port that is free") from error
+    if (there := store.compare_set("processes", "", str(processes)).decode()) != str(processes):
+        raise ProcessError(f"{place}: WORLD_SIZE is {processes} here and {there} in another process; give all the same")
+    if store.add(f"process {rank}", 1) > 1:
+        raise ProcessError(
+            f"{place}: two processes came with RANK={rank}; give each another, from 0 to {processes - 1}"
+        )
     store.add("come", 1)
     wait_until(lambda: store.add("come", 0) == processes)
     return store

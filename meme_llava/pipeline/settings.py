@@ -73,7 +73,7 @@ def check_flag_names(variables: Mapping[str, str], known: Sequence[str], flags: 
 
 def name_settings(message: str, train_type: str | None, train_flags: Container[str]) -> str:
     """A message about flags as one about the settings that gave them; what the user typed as a flag stays one."""
-    given = map_flags() | {"master_port": "MASTER_PORT", "node_rank": "NODE_RANK", "nnodes": "NNODES"}
+    given = map_flags() | {name.lower(): name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "NNODES")}
     if train_type == "projector":
         given |= {"num_train_epochs": "PROJECTOR_EPOCHS", "high_lr": "PROJECTOR_LR"}
     message = re.sub(r"^.*?: argument (--\w+): (.*?)(\. --help lists.*)?$", r"\1: \2", message)

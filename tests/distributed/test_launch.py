@@ -239,6 +239,9 @@ def test_a_port_in_use_is_one_line(tmp_path):
          "MASTER_ADDR=192.0.2.1, MASTER_PORT=29511: Cannot assign requested address"),
         (["--nnodes", "2", "--master_port", "29511", "--master_addr", "no.such.host.invalid"], 8,
          "MASTER_ADDR=no.such.host.invalid, MASTER_PORT=29511: "),
+        (["--nnodes", "2", "--master_port", "29511", "--master_addr", "node..a"], 2,
+         "--master_addr is 'node..a', expected a host's name or address"),
+        (["--start_timeout", "nan"], 2, "--start_timeout is nan, expected above 0 and at most 1e+06"),
         (["--nproces", "2"], 2, "error: "),
     ],
 )  # fmt: skip

@@ -11,7 +11,7 @@ from conftest import ROOT, find_free_port, read_losses, train_flags
 
 import train
 from meme_llava.distributed import launchers, meeting
-from meme_llava.distributed.launchers import read_slurm, settle_environment
+from meme_llava.distributed.launchers import check_started_once, read_slurm, settle_environment
 from meme_llava.errors import ProcessError, UserError
 
 CHANGES = {"global_batch_size": 4, "device_batch_size": 1, "max_steps": 4, "save_steps": 4, "lora_dropout": 0}
@@ -107,7 +107,8 @@ def test_srun_trains_the_same(world, losses, tmp_path):
     ("nodes", "tasks", "master", "local"),
     [
         ("node[03-05,09]", "8(x4)", "node03", "8"),
-        ("gpu-a,gpu-b", "4,3", "gpu-a", "4"),
+        ("gpu-a,gpu-b", "3,4", "gpu-a", "4"),
+        ("rack[1-2]-n[04,06]-ib,gpu-b", "8(x4)", "rack1-n04-ib", "8"),
         ("10.0.0.7", "2", "10.0.0.7", "2"),
     ],
 )
@@ -130,7 +131,7 @@ def test_where_processes_of_srun_meet(nodes, tasks, master, local):
         "WORLD_SIZE": "32",
         "LOCAL_WORLD_SIZE": local,
         "MASTER_ADDR": master,
-        "MASTER_PORT": "36701",
+        "MASTER_PORT": "30179",
     }
 
 
@@ -139,12 +140,21 @@ def test_a_batch_script_and_another_launcher_are_not_srun():
         {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"},
         {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
         {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "RANK": "3"},
+        {"SLURM_STEP_NUM_TASKS": "", "SLURM_PROCID": "1"},
     ):
         before = dict(variables)
         read_slurm(variables)
         assert variables == before
 
 
+SLURM = {
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+}
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "23457"}
 MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
 BOTH = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -206,6 +216,14 @@ def test_what_no_launcher_set_is_ignored_by_name(monkeypatch, capsys, given, exp
         # On several nodes nobody but the user knows where process 0 is.
         ({**MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "but MASTER_ADDR is not set"),
         ({**JOB, **MEETING, "MASTER_ADDR": "no.such.host.invalid"}, "MASTER_ADDR=no.such.host.invalid: "),
+        ({**JOB, **MEETING, "MASTER_ADDR": "node..a"}, "MASTER_ADDR=node..a: "),
+        ({**JOB, **MEETING, "MASTER_PORT": "0"}, "but MASTER_PORT is no port from 1 to 65535"),
+        ({**JOB, **MEETING, "MASTER_PORT": "65536"}, "but MASTER_PORT is no port from 1 to 65535"),
+        # srun sets all of it; a container may let only a part through.
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "srun started this process as one of several, but SLURM_PROCID is not set"),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "x"}, "SLURM_STEP_NUM_TASKS is 'x'"),
+        ({**SLURM, "SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST is ''"),
+        ({**SLURM, "SLURM_JOB_ID": "7_1"}, "SLURM_JOB_ID is '7_1'"),
     ],
 )  # fmt: skip
 def test_what_says_that_there_are_others_and_not_where_is_refused(monkeypatch, given, reason):
@@ -213,6 +231,16 @@ def test_what_says_that_there_are_others_and_not_where_is_refused(monkeypatch, g
     with pytest.raises(UserError) as caught:
         settle_environment({**given})
     assert reason in str(caught.value)
+
+
+def test_a_process_that_is_told_of_localhost_is_reached_elsewhere_where_it_is_process_0(monkeypatch):
+    """Of a PyTorchJob's processes; on the loopback interface, the others would never reach it."""
+    monkeypatch.setattr(launchers, "die_with_parent", lambda: None)
+    local = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for given, interface in (({**JOB, "RANK": "0"}, None), (JOB, "lo"), ({**JOB, **local, "RANK": "0"}, "lo")):
+        variables = {**given, **MEETING}
+        settle_environment(variables)
+        assert variables.get("GLOO_SOCKET_IFNAME") == variables.get("NCCL_SOCKET_IFNAME") == interface
 
 
 @pytest.mark.parametrize(
@@ -231,15 +259,49 @@ def test_a_process_whose_others_do_not_come_says_so_and_heeds_the_first_signal(w
     assert output in ("", "stopped: by SIGTERM before the first step; there was nothing to save\n")
 
 
-def test_others_that_do_not_come_end_the_waiting(monkeypatch):
-    words = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(find_free_port())}
-    for name, value in words.items():
-        monkeypatch.setenv(name, value)
+@pytest.fixture
+def told(monkeypatch):
+    """A function that tells this process where the others are."""
+
+    def tell(rank: int, processes: int, port: int):
+        words = {"RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        for name, value in words.items():
+            monkeypatch.setenv(name, str(value))
+
+    return tell
+
+
+def test_others_that_do_not_come_end_the_waiting(told):
+    told(0, 2, port := find_free_port())
     with pytest.raises(ProcessError, match="not all 2 processes met within 0.3 s. Start all of them at the same time"):
         meeting.meet_processes(0.3)
-    with socket.create_server(("localhost", int(words["MASTER_PORT"]))):
+    with socket.create_server(("localhost", port)):
         with pytest.raises(ProcessError, match="process 0 needs a port that is free"):
             meeting.meet_processes(0.3)
+
+
+@pytest.mark.parametrize(
+    ("rank", "processes", "reason"),
+    [
+        (1, 3, "two processes came with RANK=1; give each another, from 0 to 2"),
+        (2, 4, "WORLD_SIZE is 4 here and 3 in another process; give all the same"),
+    ],
+)
+def test_processes_that_were_told_what_does_not_agree_do_not_wait(told, rank, processes, reason):
+    """Process 0 and one with the number 1 are there; torch would wait for the third without a word."""
+    port = find_free_port()
+    store = meeting.distributed.TCPStore("localhost", port, 3, is_master=True, wait_for_workers=False)
+    store.set("processes", "3")
+    store.add("process 1", 1)
+    told(rank, processes, port)
+    with pytest.raises(ProcessError, match=f"MASTER_ADDR=localhost, MASTER_PORT={port}: {reason}"):
+        meeting.meet_processes(30)
+
+
+def test_a_variable_without_a_value_says_nothing_of_several():
+    check_started_once({"WORLD_SIZE": "", "SLURM_STEP_NUM_TASKS": "1"})
+    with pytest.raises(UserError, match="PMI_SIZE=2 says that run.sh was started several times at once"):
+        check_started_once({"WORLD_SIZE": "", "PMI_SIZE": "2"})
 
 
 @pytest.mark.parametrize("mode", ["leftover rank", "incomplete"])
