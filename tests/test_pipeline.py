@@ -238,6 +238,7 @@ def test_every_engine_is_one_word(dry_run, engine):
         ([], {"SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS=8 says that run.sh was started several times"),
         ([], {"OMPI_COMM_WORLD_SIZE": "2", "WORLD_SIZE": "1"}, "OMPI_COMM_WORLD_SIZE=2 says that run.sh was started"),
         (["merge"], {"NODE_RANK": "1"}, "NODE_RANK is 1, expected 0 to 0, below NNODES"),
+        ([], {"NNODES": "2", "MASTER_ADDR": "node..a"}, "MASTER_ADDR is 'node..a', expected a host's name or address"),
         ([], {"MASTER_PORT": "99999", "GPUS": "cpu:2"}, "MASTER_PORT is 99999, expected 0 to 65535"),
         ([], {"GPUS": "0,x"}, "GPUS is '0,x'"),
         (
@@ -765,6 +766,9 @@ def test_an_evaluation_that_is_partly_trained_on_is_warned_of(training, tmp_path
         f"\nwarning: 2 of 3 images of {tmp_path}/unseen.json are trained on, 1 of 3 answers too; leave these records "
         "out of one of both files, or the scores after training say too much\n"
     )
+    # Once: train.py says it of the records that it evaluates.
+    precheck.check_evaluation(tmp_path / "unseen.json", tmp_path, checked, tmp_path / "unseen.json")
+    assert "warning" not in capsys.readouterr().err
     (tmp_path / "unseen.json").write_text(json.dumps(asked[2:]))
     precheck.check_evaluation(tmp_path / "unseen.json", tmp_path, checked)
     assert "warning" not in capsys.readouterr().err

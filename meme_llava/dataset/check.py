@@ -5,7 +5,6 @@ replaced silently: every bad record is listed with its place, kind and reason. N
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -236,30 +235,6 @@ def _make_caption_key(checked: CheckedRecord) -> tuple:
     questions = tuple(turn.text for turn in turns if turn.role != "assistant")
     is_long = bool(checked.image_paths) and all(len(answer) >= SHORT_ANSWER for answer in answers)
     return checked.image_paths, answers, () if is_long else questions
-
-
-def count_shared(
-    training: CheckedData, asked: Iterable[tuple[Path, str]], facts: Mapping[Path, ImageFacts]
-) -> tuple[int, int]:
-    """How much of an evaluation is trained on: the images, by their contents, and the answers about them.
-
-    Args:
-        asked: the image and the reference answer of every question.
-        facts: of these images and of those of `training`, decoded.
-
-    Returns:
-        how many different images of `asked` are trained on, and to how many of its questions the answer is, too.
-    """
-    taught = {
-        (training.facts[path].sha256, normalise_text(turn.text) or turn.text)
-        for one in training.usable
-        for path in one.image_paths
-        for turn in one.record.turns
-        if turn.role == "assistant"
-    }
-    asked = [(facts[path].sha256, normalise_text(answer) or answer) for path, answer in asked]
-    images = {sha256 for sha256, _ in asked} & {sha256 for sha256, _ in taught}
-    return len(images), sum(one in taught for one in asked)
 
 
 def stop_on_bad_records(checked: CheckedData) -> None:

@@ -1,15 +1,16 @@
 """Questions about images, of files or of an annotation file, and what is predicted for them, whoever does."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from meme_llava.dataset.check import CheckedData
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
 from meme_llava.dataset.image_files import describe_left_out, find_images
 from meme_llava.dataset.images import MAX_PIXELS, resolve_image_path
-from meme_llava.dataset.inspection import ImageFacts, inspect_images
+from meme_llava.dataset.inspection import ImageFacts, inspect_images, normalise_text
 from meme_llava.dataset.records import KINDS, Record, read_quarantined_places, read_records
 from meme_llava.errors import UserError, count, list_by_cause
 
@@ -136,3 +137,35 @@ def check_images(questions: Sequence[Question], annotations: Path, image_folder:
             f"{list_by_cause('image', bad)}\nFix them or leave out their records, or {advice}"
         )
     return found
+
+
+def warn_of_trained(
+    annotations: Path, questions: Sequence[Question], facts: Mapping[Path, ImageFacts], training: CheckedData
+) -> dict[str, int]:
+    """Say on standard error how much of an evaluation is trained on: images, by their contents, and answers about them.
+
+    Args:
+        facts: of the questions' images, decoded as those of `training` were.
+
+    Returns:
+        how many different images are trained on, and to how many questions the answer is, too; empty without any.
+    """
+    taught = {
+        (training.facts[path].sha256, normalise_text(turn.text) or turn.text)
+        for one in training.usable
+        for path in one.image_paths
+        for turn in one.record.turns
+        if turn.role == "assistant"
+    }
+    asked = [(facts[one.image].sha256, normalise_text(one.reference) or one.reference) for one in questions]
+    images, answers = {image for image, _ in asked}, sum(one in taught for one in asked)
+    shared = len(images & {image for image, _ in taught})
+    if not shared:
+        return {}
+    print(
+        f"warning: {shared:,} of {count(len(images), 'image')} of {annotations} are trained on, {answers:,} of "
+        f"{count(len(asked), 'answer')} too; leave these records out of one of both files, or the scores after "
+        "training say too much",
+        file=sys.stderr,
+    )
+    return {"images_trained_on": shared, "answers_trained_on": answers}

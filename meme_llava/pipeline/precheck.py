@@ -7,9 +7,9 @@ import sys
 from itertools import takewhile
 from pathlib import Path
 
-from meme_llava.dataset.check import CheckedData, check_records, count_shared, print_findings
+from meme_llava.dataset.check import CheckedData, check_records, print_findings
 from meme_llava.errors import UserError, count, stop_on_user_error
-from meme_llava.inference.questions import check_images, list_record_questions
+from meme_llava.inference.questions import check_images, list_record_questions, warn_of_trained
 from meme_llava.storage.files import hash_file
 
 
@@ -19,13 +19,14 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     evaluation = list(takewhile(lambda word: not word.startswith("--"), words))
     flags = words[len(evaluation) :]
-    training = check_training(flags) if flags else None
+    training, validation = check_training(flags) if flags else (None, None)
     if evaluation:
-        check_evaluation(*map(Path, evaluation), training)
+        check_evaluation(*map(Path, evaluation), training, validation)
 
 
-def check_training(flags: list[str]) -> CheckedData:
-    """The records of a training. Raises UserError for what would stop train.py before it loads a model."""
+def check_training(flags: list[str]) -> tuple[CheckedData, Path | None]:
+    """The records of a training, and the file of which it evaluates all records while it trains, if it does. Raises
+    UserError for what would stop train.py before it loads a model."""
     # An evaluation alone needs no torch.
     from meme_llava.train.session import check_device
     from meme_llava.train.settings import parse_train_arguments
@@ -42,11 +43,14 @@ def check_training(flags: list[str]) -> CheckedData:
     print_findings(checked)
     usable = count(len(checked.usable), "record")
     print(f"settings are sound, {usable} can be trained on as far as seen without a model")
-    return checked
+    return checked, arguments.eval_annotations if arguments.eval_limit is None else None
 
 
-def check_evaluation(annotations: Path, image_folder: Path, training: CheckedData | None) -> None:
-    """Raise UserError where records or images cannot be asked about, or are those of the training; warn of some."""
+def check_evaluation(
+    annotations: Path, image_folder: Path, training: CheckedData | None, validation: Path | None = None
+) -> None:
+    """Raise UserError where records or images cannot be asked about, or are those of the training; warn of some, unless
+    they are those of `validation`: train.py warns of these."""
     if training and hash_file(annotations) == hash_file(training.annotations):
         raise UserError(
             f"EVAL_ANNOTATIONS={annotations} holds what {training.annotations} holds; give memes that are not trained "
@@ -55,16 +59,8 @@ def check_evaluation(annotations: Path, image_folder: Path, training: CheckedDat
     questions = list_record_questions(annotations, image_folder, limit=None)
     facts = check_images(questions, annotations, image_folder)
     print(f"{count(len(questions), 'question')} can be asked for the evaluation")
-    asked = [(question.image, question.reference) for question in questions]
-    images, answers = count_shared(training, asked, facts) if training else (0, 0)
-    if images:
-        total = len({one.sha256 for one in facts.values()})
-        print(
-            f"warning: {images:,} of {count(total, 'image')} of {annotations} are trained on, {answers:,} of "
-            f"{count(len(asked), 'answer')} too; leave these records out of one of both files, or the scores after "
-            "training say too much",
-            file=sys.stderr,
-        )
+    if training and (validation is None or hash_file(validation) != hash_file(annotations)):
+        warn_of_trained(annotations, questions, facts, training)
 
 
 if __name__ == "__main__":

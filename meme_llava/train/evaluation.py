@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
-from meme_llava.dataset.check import CheckedData, check_records, count_shared
+from meme_llava.dataset.check import CheckedData, check_records
 from meme_llava.dataset.dataset import MemeDataset, load_records
 from meme_llava.dataset.records import RecordFault
 from meme_llava.distributed.environment import DEEPSPEED, Heartbeat, count_processes, find_rank
@@ -25,7 +25,7 @@ from meme_llava.distributed.processes import broadcast_from_main, gather
 from meme_llava.errors import UserError, count
 from meme_llava.evaluate.scores import compute_scores, describe_measure, name_figure
 from meme_llava.inference.generation import Answerer, choose_stops
-from meme_llava.inference.questions import Prediction, Question, find_question
+from meme_llava.inference.questions import Prediction, Question, find_question, warn_of_trained
 from meme_llava.model.llava import Processing
 from meme_llava.model.packed_llava import answer_unpacked
 from meme_llava.storage.files import hash_file, read_lines, write_lines
@@ -59,7 +59,7 @@ def check_validation(arguments: TrainArguments) -> None:
 
 
 def load_validation(arguments: TrainArguments, processing: Processing, training: CheckedData) -> ValidationData:
-    """The validation records, checked; prints how much of them is among the records that train. Raises UserError where
+    """The validation records, checked; says how much of them is among the records that train. Raises UserError where
     a record does not fit into model_max_length, and for the reasons of `check_validation`."""
     length, image_policy = arguments.model_max_length, processing.image_policy
     loaded = _read(arguments, load_records, processing.encoder, length, image_policy)
@@ -72,14 +72,7 @@ def load_validation(arguments: TrainArguments, processing: Processing, training:
         "records": records,
         "questions": len(questions),
     }
-    asked = [(question.image, question.reference) for question in questions]
-    images, answers = count_shared(training, asked, loaded.checked.facts)
-    if images:
-        description |= {"images_trained_on": images, "answers_trained_on": answers}
-        print(
-            f"warning: training also sees {count(images, 'image')} of the validation, with the answers to "
-            f"{answers:,} of its {count(len(questions), 'question')}; scores are better than on unseen images"
-        )
+    description |= warn_of_trained(arguments.eval_annotations, questions, loaded.checked.facts, training)
     shown = choose_shown(questions, arguments.eval_images)
     return ValidationData(loaded.dataset, records, questions, shown, description)
 
@@ -103,8 +96,8 @@ def _list_questions(arguments: TrainArguments, checked: CheckedData) -> list[Que
     questions = [question for question in found if question is not None]
     if not questions:
         raise UserError(
-            f"--eval_annotations {arguments.eval_annotations}: none of its {len(found)} records begins with <image>, a "
-            "line break and a question, so there is nothing to ask"
+            f"--eval_annotations {arguments.eval_annotations}: none of {count(len(found), 'record')} begins with "
+            "<image>, a line break and a question, so there is nothing to ask"
         )
     return questions
 

@@ -20,7 +20,6 @@ from meme_llava.dataset.check import (
     CheckedData,
     RecordPolicy,
     check_data,
-    count_shared,
     stop_on_bad_records,
     write_quarantine,
 )
@@ -867,31 +866,6 @@ def test_doubled_images_are_named_by_their_first_file(tmp_path, image_folder):
         finding.detail.endswith(f"has the bytes of {image_folder / 'first.png'}") for finding in checked.findings
     )
     assert len(checked.usable) == 5
-
-
-# ---- An evaluation that was trained on ----
-
-
-def test_images_and_answers_of_an_evaluation_are_counted_by_their_contents(tmp_path, image_folder):
-    for name, seed in (("moved/a.png", 1), ("b.png", 2), ("only here.png", 3)):
-        (image_folder / name).parent.mkdir(exist_ok=True)
-        (image_folder / name).write_bytes(encode(make_noise(seed=seed), "PNG"))
-    (image_folder / "a.png").write_bytes((image_folder / "moved/a.png").read_bytes())
-    refused = make_record("refused", "blue.png", "抱歉，我无法回答。")  # not trained on
-    training = check(
-        tmp_path, [make_record("a", "a.png", "写着“好耶”。"), make_record("b", "b.png", "小朋友"), refused]
-    )
-    asked = [
-        ("moved/a.png", "写着好耶"),
-        ("moved/a.png", "写着别的"),
-        ("b.png", "写着“好耶”。"),
-        ("only here.png", "小朋友"),
-        ("blue.png", "抱歉，我无法回答。"),
-    ]
-    asked = [(image_folder / name, answer) for name, answer in asked]
-    facts = {path: inspect_image(path, 10_000) for path, _ in asked}
-    assert count_shared(training, asked, facts) == (2, 1)
-    assert count_shared(training, asked[3:], facts) == (0, 0)
 
 
 # ---- Which findings keep a record from training ----

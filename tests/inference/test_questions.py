@@ -1,10 +1,13 @@
-"""Which images of a folder are asked about, and what is said of the others."""
+"""Which images are asked about, what is said of the others, and of those that were trained on."""
+
+import json
 
 import pytest
 from PIL import Image
 
+from meme_llava.dataset.check import RecordPolicy, check_records
 from meme_llava.errors import UserError
-from meme_llava.inference.questions import Question, check_images, list_file_questions
+from meme_llava.inference.questions import Question, check_images, list_file_questions, warn_of_trained
 
 
 def test_a_folder_gives_its_images_and_says_what_it_leaves_out(tmp_path, capsys):
@@ -39,3 +42,38 @@ def test_images_that_cannot_be_read_are_listed_by_cause(tmp_path):
         f"Fix them or leave out their records, or give the right --image_folder ({tmp_path}; EVAL_IMAGE_FOLDER in "
         "run.sh).",
     ]
+
+
+def test_images_and_answers_that_are_trained_on_are_counted_by_their_contents(tmp_path, capsys):
+    for name, colour in (("a", "red"), ("moved", "red"), ("b", "blue"), ("refused", "green"), ("new", "white")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
+    records = [
+        {"id": name, "image": f"{name}.png", "conversations": [{"from": "human", "value": "<image>\n这是什么？"}, turn]}
+        for name, turn in (
+            ("a", {"from": "gpt", "value": "写着“好耶”。"}),
+            ("b", {"from": "gpt", "value": "小朋友"}),
+            ("refused", {"from": "gpt", "value": "抱歉，我无法回答。"}),  # not trained on
+        )
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    training = check_records(tmp_path / "train.json", tmp_path, RecordPolicy(bad_records="quarantine"))
+    asked = [
+        Question(tmp_path / f"{name}.png", "这是什么？", reference)
+        for name, reference in (
+            ("moved", "写着好耶"),
+            ("moved", "写着别的"),
+            ("b", "写着“好耶”。"),
+            ("new", "小朋友"),
+            ("refused", "抱歉，我无法回答。"),
+        )
+    ]
+    annotations = tmp_path / "val.json"
+    facts = check_images(asked, annotations, tmp_path)
+    counts = warn_of_trained(annotations, asked, facts, training)
+    assert counts == {"images_trained_on": 2, "answers_trained_on": 1}
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"warning: 2 of 4 images of {annotations} are trained on, 1 of 5 answers too; leave these records out of one "
+        "of both files, or the scores after training say too much"
+    )
+    assert warn_of_trained(annotations, asked[3:], facts, training) == {}
+    assert capsys.readouterr().err == ""

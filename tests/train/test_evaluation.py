@@ -205,8 +205,7 @@ def test_what_is_trained_on_is_counted(world, validation, tmp_path, capsys):
     path = tmp_path / "validation.json"
     path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
     train.main(train_flags(world, tmp_path / "out", max_steps=1, **eval_settings(world, path)))
-    printed = capsys.readouterr().out
-    assert "warning: training also sees 3 images of the validation, with the answers to 1 of its 3 questions" in printed
+    assert f"warning: 3 of 3 images of {path} are trained on, 1 of 3 answers too; leave" in capsys.readouterr().err
     evaluation = json.loads((tmp_path / "out" / "run_record.json").read_text())["evaluation"]
     assert (evaluation["images_trained_on"], evaluation["answers_trained_on"]) == (3, 1)
 
@@ -372,7 +371,7 @@ def test_records_without_an_image_leave_nothing_to_ask(world, tmp_path, capsys):
     path = tmp_path / "text.json"
     path.write_text(json.dumps([world.records[3]], ensure_ascii=False))
     flags = train_flags(world, tmp_path / "out", **eval_settings(world, path))
-    assert "none of its 1 records begins with <image>, a line break and a question" in fail(capsys, flags)
+    assert "none of 1 record begins with <image>, a line break and a question" in fail(capsys, flags)
 
 
 def test_a_limit_takes_the_first_records(world, validation, tmp_path):
