@@ -138,6 +138,7 @@ class TrainingOrder(Dataset):
             what they have in common; else every record is drawn, and takes positions, for itself.
         first_step: steps that a checkpoint has done; their places hold record 0 and are never read.
         first_record: records that those steps trained on.
+        own_rows: records are computed one by one, filled up to the longest of their device batch.
     """
 
     def __init__(
@@ -149,8 +150,9 @@ class TrainingOrder(Dataset):
         shared_images: bool,
         first_step: int = 0,
         first_record: int = 0,
+        own_rows: bool = False,
     ):
-        self._dataset, self._shape = dataset, shape
+        self._dataset, self._shape, self._own_rows = dataset, shape, own_rows
         self._sharing = dataset.sharing if shared_images else None
         if shared_images:
             to_come = plan_shared_order(dataset.lengths, dataset.sharing, steps - first_step, shape, seed, first_record)
@@ -176,13 +178,13 @@ class TrainingOrder(Dataset):
         return self.__getitems__(list(range(number * size, (number + 1) * size)))
 
     def fetch_largest_batch(self) -> list[dict]:
-        """The items of the device batch to come with the most positions; it needs the most memory."""
+        """The items of the device batch to come that is computed on the most positions; it needs the most memory."""
         batches_before = self._first_record_to_come // self._shape.device_batch_size
         return self.fetch_batch(batches_before + int(self.count_batch_positions().argmax()))
 
     def count_batch_positions(self) -> np.ndarray:
-        """Positions of every device batch to come: int64 (steps, rounds, processes)."""
-        packed = PackedLengths(self._dataset.lengths, self._sharing)
+        """Positions that every device batch to come is computed on: int64 (steps, rounds, processes)."""
+        packed = PackedLengths(self._dataset.lengths, self._sharing, self._own_rows)
         batches = self.order[self._first_record_to_come :].reshape(-1, self._shape.device_batch_size).tolist()
         counts = np.array([packed.count(batch) for batch in batches], np.int64)
         return counts.reshape(-1, self._shape.rounds, self._shape.processes)

@@ -113,9 +113,11 @@ class PackedLengths:
     Args:
         positions: of every record alone, int64 (records,).
         sharing: None if nothing is shared.
+        own_rows: every record gets a row of its own, filled up to the longest.
     """
 
-    def __init__(self, positions: np.ndarray, sharing: PrefixSharing | None):
+    def __init__(self, positions: np.ndarray, sharing: PrefixSharing | None, own_rows: bool = False):
+        self._own_rows = own_rows
         # Python's own lists: element by element they are several times faster than arrays.
         self._positions, self._shares = positions.tolist(), sharing is not None
         if sharing is not None:
@@ -124,7 +126,9 @@ class PackedLengths:
             self._shared_by_rank = sharing.prefix_lengths[np.argsort(sharing.order)].tolist()
 
     def count(self, records: Sequence[int]) -> int:
-        """Positions of a packed row of these records."""
+        """Positions that these records are computed on."""
+        if self._own_rows:
+            return len(records) * max(self._positions[record] for record in records)
         total = sum(self._positions[record] for record in records)
         if not self._shares:
             return total

@@ -27,8 +27,9 @@ from meme_llava.model.llava import (
     has_class_token,
     role_of,
 )
+from meme_llava.model.packing import count_computed
 
-COUNTS, USEFUL, RECORD_IDS = "counts", "useful_positions", "record_ids"
+COUNTS, RECORD_IDS = "counts", "record_ids"
 # The order in which a vision layer uses its projections; a gradient flows back only to where something learns.
 VISION_LAYER_ORDER = ({"q_proj", "k_proj", "v_proj"}, {"out_proj"}, {"fc1"}, {"fc2"})
 
@@ -157,11 +158,10 @@ def _cost_vision_tower(model: nn.Module) -> np.ndarray:
 
 
 def collate_and_count(examples: list[dict], collate: Callable[[list[dict]], dict]) -> dict:
-    """The batch that `collate` makes, with its `StepCounts`, the number of positions that belong to a record, and the
-    ids of its records: counted where reading a tensor back costs no waiting."""
+    """The batch that `collate` makes, with its `StepCounts` and the ids of its records: counted where reading a tensor
+    back costs no waiting."""
     batch = collate(examples)
-    useful, ids = len(batch["kv_index"].unique()), [str(example["record_id"]) for example in examples]
-    return {**batch, COUNTS: count_batch(batch), USEFUL: useful, RECORD_IDS: ids}
+    return {**batch, COUNTS: count_batch(batch), RECORD_IDS: [str(example["record_id"]) for example in examples]}
 
 
 class ThroughputMeter:
@@ -170,6 +170,7 @@ class ThroughputMeter:
 
     def __init__(self, model: nn.Module, accelerator: accelerate.Accelerator, records_per_step: int):
         self._costs, self._accelerator = TrainingCosts.of_model(model), accelerator
+        self._text_config = model.config.text_config
         self._records_per_step, device = records_per_step, accelerator.device
         known = recognise_accelerator(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         # Of all devices; None where it is unknown, as a CPU's is.
@@ -177,7 +178,7 @@ class ThroughputMeter:
         self._reset()
 
     def _reset(self) -> None:
-        self._counts, self._useful, self._steps, self._start, self._waited = StepCounts(), 0, 0, 0.0, 0.0
+        self._counts, self._computed, self._steps, self._start, self._waited = StepCounts(), 0, 0, 0.0, 0.0
 
     def fetch(self, batches: Iterator[dict], count: int) -> list[dict]:
         """Take the device batches of an optimizer step from the loader, and note how long that took."""
@@ -188,7 +189,7 @@ class ThroughputMeter:
         fetched = list(itertools.islice(batches, count))
         self._waited += time.perf_counter() - start
         self._counts = sum((batch.pop(COUNTS) for batch in fetched), self._counts)
-        self._useful += sum(batch.pop(USEFUL) for batch in fetched)
+        self._computed += sum(count_computed(batch, self._text_config) for batch in fetched)
         self._steps += 1
         return fetched
 
@@ -203,15 +204,16 @@ class ThroughputMeter:
         """Figures since the last call, for the log; empty if no step was measured.
 
         captions_per_second, tokens_per_second and model_tflops_per_second are over all devices; a token is a position
-        that was computed. data_wait_share is the share of the time in which this process waited for its batches;
-        useful_token_share the share of computed positions that belong to a record and are not padding. mfu, the model
+        of a record. data_wait_share is the share of the time in which this process waited for its batches;
+        useful_token_share that of computed positions which belong to a record and do not fill up a row. mfu, the model
         FLOPs utilisation, is the share of the devices' bf16 peak that the model's own arithmetic makes up.
         """
         if not self._steps:
             return {}
         seconds = time.perf_counter() - self._start
-        own = torch.tensor([*astuple(self._counts), self._useful], dtype=torch.float64, device=self._accelerator.device)
-        *totals, useful = (int(value) for value in self._accelerator.reduce(own, "sum").tolist())
+        own = [*astuple(self._counts), self._computed]
+        own = torch.tensor(own, dtype=torch.float64, device=self._accelerator.device)
+        *totals, computed = (int(value) for value in self._accelerator.reduce(own, "sum").tolist())
         counts, captions = StepCounts(*totals), self._steps * self._records_per_step
         teraflops = self._costs.flops(counts) / seconds / 1e12
         figures = {
@@ -219,7 +221,7 @@ class ThroughputMeter:
             "tokens_per_second": counts.positions / seconds,
             "positions_per_caption": counts.positions / captions,
             "images_per_caption": counts.images / captions,
-            "useful_token_share": useful / counts.positions,
+            "useful_token_share": counts.positions / computed,
             "data_wait_share": self._waited / seconds,
             "model_tflops_per_second": teraflops,
         }

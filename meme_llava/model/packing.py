@@ -1,5 +1,7 @@
 """Which language models train in packed rows and which in a row for each record, as their configuration tells."""
 
+from collections.abc import Mapping
+
 # Types of layers, in transformers' words, whose attention packed_attention.py computes.
 PACKED_LAYERS = {"full_attention", "sliding_attention"}
 # Attention of other kinds, of models whose layer types do not tell: sinks beside the keys, or layers that do not hand
@@ -21,6 +23,14 @@ def find_obstacle(text_config) -> str:
     if getattr(text_config, "attn_logit_softcapping", None):
         return "capped attention scores"
     return OTHER_ATTENTION.get(text_config.model_type, "")
+
+
+def count_computed(batch: Mapping, text_config) -> int:
+    """Positions that a batch of `PackingCollator` is computed on: those of its row, or of a row for each record, filled
+    up to the longest."""
+    if not find_obstacle(text_config):
+        return batch["input_ids"].numel()
+    return (len(batch["cu_seqlens_q"]) - 1) * batch["max_seqlen_q"]
 
 
 def describe_rows(text_config) -> str:

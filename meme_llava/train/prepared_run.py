@@ -31,7 +31,7 @@ from meme_llava.model.llava import Processing
 from meme_llava.model.loading import quiet_transformers
 from meme_llava.model.packed_attention import VARLEN, choose_attention, find_flash_attention
 from meme_llava.model.packed_llava import compile_layers, load_packed_llava
-from meme_llava.model.packing import describe_rows, find_obstacle
+from meme_llava.model.packing import count_computed, describe_rows, find_obstacle
 from meme_llava.model.trainable import (
     CheckpointedLayers,
     ParameterGroup,
@@ -123,9 +123,11 @@ def prepare_run(plan: RunPlan, heartbeat: Heartbeat) -> PreparedRun:
 def make_order(plan: RunPlan) -> tuple[TrainingOrder, PackingCollator]:
     """The records in the order of training, and what makes a batch of some."""
     arguments, start, processing = plan.arguments, plan.start, plan.processing
-    shared = arguments.shared_images and not find_obstacle(processing.config.text_config)
+    own_rows = bool(find_obstacle(processing.config.text_config))
+    shared = arguments.shared_images and not own_rows
     shape = BatchShape(arguments.global_batch_size, arguments.device_batch_size, plan.processes)
-    order = TrainingOrder(plan.data.dataset, plan.steps, shape, arguments.seed, shared, start.step, start.records)
+    done = start.step, start.records
+    order = TrainingOrder(plan.data.dataset, plan.steps, shape, arguments.seed, shared, *done, own_rows)
     tokens = processing.encoder.image_token_id, processing.tokens_per_image
     return order, PackingCollator(*tokens, processing.image_policy.size, arguments.loss_average, shared)
 
@@ -139,9 +141,9 @@ def plan_computation(
     processes: int,
     memory: int,
 ) -> Computation:
-    """Choose what the settings leave open, before the model is loaded; `largest_batch` has the most positions
-    of all, `memory` is what each process has, in bytes. Raises UserError where the attention asked for cannot run
-    here."""
+    """Choose what the settings leave open, before the model is loaded; `largest_batch` is computed on the
+    most positions of all, `memory` is what each process has, in bytes. Raises UserError where the attention asked for
+    cannot run here."""
     attention = choose_attention(arguments.attention, device, uses_bf16)
     on_gpu, config = device.type == "cuda", processing.config
     most = count_layers(config, vision_trainable=arguments.vision_tower_training != "frozen")
@@ -154,7 +156,7 @@ def plan_computation(
         estimator = StepEstimator(config, policy, arguments, largest_batch, processes, on_gpu)
         planned = estimator.plan("auto", memory)
         recomputed, needed = planned.recomputed, planned.memory.total
-        positions = largest_batch["input_ids"].numel()
+        positions = count_computed(largest_batch, config.text_config)
         note = f"; the largest batch, {positions:,} positions, takes about {needed / GIB:.1f} GiB"
         if not planned.fits:
             note += (
@@ -189,7 +191,7 @@ def bound_memory(arguments: TrainArguments, config, batch: Mapping) -> int:
     patches = len(batch["pixel_values"]) * ((vision.image_size // vision.patch_size) ** 2 + 1)
     kept = sum(
         rows * tower.num_hidden_layers * (KEPT_WIDTHS * tower.hidden_size + KEPT_MLP_WIDTHS * tower.intermediate_size)
-        for rows, tower in ((batch["input_ids"].numel(), text), (patches, vision))
+        for rows, tower in ((count_computed(batch, text), text), (patches, vision))
     )
     # Every segment's mask over its path, in every layer.
     masks = batch["max_seqlen_q"] * len(batch["kv_index"]) * text.num_hidden_layers

@@ -60,6 +60,11 @@ def test_a_packed_batch_counts_what_neighbours_share_once():
     assert PackedLengths(np.array([10, 20]), None).count([0, 1, 1]) == 50
 
 
+def test_records_with_rows_of_their_own_are_filled_up_to_the_longest():
+    packed = PackedLengths(np.array([10, 20, 18]), None, own_rows=True)
+    assert [packed.count(records) for records in ([0, 1], [0, 2], [1, 2], [0, 0])] == [40, 36, 40, 20]
+
+
 # ---- Which records a step shows ----
 
 

@@ -32,4 +32,6 @@ def test_records_train_one_by_one_and_it_is_said(world, tmp_path, capsys, model_
     # No image was shared: as many were encoded as records have.
     log = json.loads((out / "trainer_state.json").read_text())["log_history"]
     assert log[0]["images_per_caption"] == pytest.approx(1, abs=0.5)
+    # The shorter ones of a device batch were filled up to the longest.
+    assert 0.3 < log[0]["useful_token_share"] < 1
     merge_lora.main(["--adapter", str(out), "--output_dir", str(tmp_path / "merged")])

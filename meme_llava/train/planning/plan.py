@@ -16,7 +16,7 @@ from meme_llava.distributed.environment import choose_engine
 from meme_llava.errors import UserError
 from meme_llava.model.accelerators import ACCELERATORS, CPU, Accelerator, name_accelerator
 from meme_llava.model.flops import StepCounts, TrainingCosts
-from meme_llava.model.packing import describe_rows
+from meme_llava.model.packing import count_computed, describe_rows
 from meme_llava.terminal import format_number, format_seconds, print_table
 from meme_llava.train.planning.memory import MemoryPlan, StepEstimator, StepMemory
 from meme_llava.train.run_plan import RunPlan, list_warnings
@@ -213,9 +213,9 @@ def list_data_rows(plan: TrainingPlan, run: RunPlan) -> list[tuple[str, str]]:
     """What a step computes on."""
     arguments, step = plan.estimator.arguments, plan.step
     devices, captions, size = plan.estimator.processes, arguments.global_batch_size, arguments.device_batch_size
-    rows = describe_rows(plan.estimator.config.text_config)
-    padded = captions * arguments.model_max_length
-    mean, largest = step.positions * size / captions, plan.estimator.batch["input_ids"].numel()
+    text_config, padded = plan.estimator.config.text_config, captions * arguments.model_max_length
+    rows, mean = describe_rows(text_config), step.positions * size / captions
+    largest, filled = count_computed(plan.estimator.batch, text_config), ", all as long as its longest" if rows else ""
     # The last step is evaluated, too.
     evaluations = 0 if arguments.eval_every is None else math.ceil(run.steps / arguments.eval_every)
     return [
@@ -231,7 +231,7 @@ def list_data_rows(plan: TrainingPlan, run: RunPlan) -> list[tuple[str, str]]:
         ("the same padded to model_max_length", f"{padded:,}, {padded / step.positions:.1f} times as many"),
         ("positions that carry loss", f"{step.supervised:,.0f} per step, {step.supervised / step.positions:.0%}"),
         ("images encoded per step", f"{step.images:,.0f}, {step.images / captions:.2f} per caption"),
-        ("positions of a device batch", f"{mean:,.0f} on average, {largest:,} in the largest"),
+        ("positions of a device batch", f"{mean:,.0f} on average, {largest:,} in the largest{filled}"),
     ]
 
 
