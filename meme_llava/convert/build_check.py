@@ -13,19 +13,9 @@ from meme_llava.convert.packing_check import prove_packing
 from meme_llava.convert.towers import EMBEDDING, OTHER_TOWER_PREFIXES, Source
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.errors import UserError
-from meme_llava.model.llava import (
-    IN_MEMORY,
-    OFFLOADED,
-    Processing,
-    check_same_names,
-    find_stored,
-    fits_in_memory,
-    load_processing,
-    make_empty_model,
-    offload_weights,
-    report_layers,
-)
+from meme_llava.model.llava import Processing, check_same_names, find_stored, load_processing, make_empty_model
 from meme_llava.model.loading import load_strictly
+from meme_llava.model.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights, report_layers
 from meme_llava.storage.tensor_files import open_model_tensors
 from meme_llava.terminal import show_count
 

@@ -24,21 +24,17 @@ from meme_llava.dataset.images import MAX_PIXELS, open_image, resolve_image_path
 from meme_llava.dataset.records import RecordFault, iterate_values, parse_record
 from meme_llava.errors import UserError
 from meme_llava.model.llava import (
-    IN_MEMORY,
-    OFFLOADED,
     Processing,
     fill_weights,
     find_stored,
-    fits_in_memory,
     load_llava,
     load_processing,
     make_empty_model,
-    offload_weights,
     open_llava_tensors,
-    report_layers,
     to_disk_name,
 )
 from meme_llava.model.loading import LOCALLY, load_strictly, quiet_transformers
+from meme_llava.model.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights, report_layers
 from meme_llava.model.trainable import PEFT_PREFIX, add_adapter, apply_trained_weights
 from meme_llava.storage.tensor_files import StoredTensor
 from meme_llava.terminal import show_count

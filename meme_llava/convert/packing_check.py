@@ -8,7 +8,8 @@ import torch
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
-from meme_llava.model.llava import make_empty_model, offload_weights, to_disk_name
+from meme_llava.model.llava import make_empty_model, to_disk_name
+from meme_llava.model.offloading import offload_weights
 from meme_llava.model.packed_attention import ADVICE, SDPA, Packing
 from meme_llava.model.packed_llava import PackedLlava, prepare_packed_llava
 from meme_llava.storage.tensor_files import StoredTensor

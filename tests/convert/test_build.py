@@ -30,7 +30,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from meme_llava.convert import build as assembly
 from meme_llava.convert import build_check
 from meme_llava.errors import UserError
-from meme_llava.model import llava
+from meme_llava.model import offloading
 from meme_llava.model.llava import load_processing
 
 
@@ -484,7 +484,7 @@ def test_no_verify_writes_the_same_files_without_checks(world, tmp_path, monkeyp
 @pytest.fixture
 def no_memory(monkeypatch):
     """No model fits any more, so comparisons run layer by layer."""
-    monkeypatch.setattr(llava, "measure_available_memory", lambda: 0)
+    monkeypatch.setattr(offloading, "measure_available_memory", lambda: 0)
 
 
 def make_tied(world, folder):
@@ -569,7 +569,7 @@ def test_comparison_layer_by_layer(world, tmp_path, monkeypatch, no_memory, caps
 def test_a_swapped_tensor_is_noticed(world, tmp_path, monkeypatch, capsys, memory, first, second, check):
     """Of a Llama with new rows; in memory and layer by layer."""
     if memory == "layer by layer":
-        monkeypatch.setattr(llava, "measure_available_memory", lambda: 0)
+        monkeypatch.setattr(offloading, "measure_available_memory", lambda: 0)
     plan = assembly.plan_llava
 
     def swap(*arguments):

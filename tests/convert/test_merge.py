@@ -30,7 +30,7 @@ from meme_llava.dataset.collator import to_pixel_values
 from meme_llava.dataset.images import open_image
 from meme_llava.errors import CheckpointError
 from meme_llava.inference.generation import load_answerer
-from meme_llava.model import llava
+from meme_llava.model import offloading
 from meme_llava.model.llava import load_llava, load_processing, to_disk_name
 from meme_llava.model.trainable import apply_trained_weights, save_trained_weights
 from meme_llava.storage import tensor_files
@@ -482,7 +482,7 @@ def read_checks(folder):
 @pytest.fixture
 def no_memory(monkeypatch):
     """No model fits any more, so comparisons run layer by layer."""
-    monkeypatch.setattr(llava, "measure_available_memory", lambda: 0)
+    monkeypatch.setattr(offloading, "measure_available_memory", lambda: 0)
 
 
 @pytest.fixture(scope="module")
@@ -544,7 +544,7 @@ def test_both_ways_of_comparing_run_the_same_model(trained, tmp_path, monkeypatc
     monkeypatch.setattr(merge_check, "_reply", remember)
     monkeypatch.setattr(merge_check, "VERIFIED_NEW_TOKENS", 4)
     merge(["--adapter", str(trained), "--output_dir", str(tmp_path / "in memory")])
-    monkeypatch.setattr(llava, "measure_available_memory", lambda: 0)
+    monkeypatch.setattr(offloading, "measure_available_memory", lambda: 0)
     merge(["--adapter", str(trained), "--output_dir", str(tmp_path / "layer by layer")])
     assert len(replies) == 4
     for loaded, offloaded in zip(replies[:2], replies[2:], strict=True):

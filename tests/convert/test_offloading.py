@@ -19,14 +19,9 @@ from transformers import (
 
 from meme_llava.convert.merge import TrainedWeights
 from meme_llava.convert.merge_check import _offload_models
-from meme_llava.model import llava
-from meme_llava.model.llava import (
-    fits_in_memory,
-    load_llava,
-    make_empty_model,
-    measure_available_memory,
-    offload_weights,
-)
+from meme_llava.model import offloading
+from meme_llava.model.llava import load_llava, make_empty_model
+from meme_llava.model.offloading import fits_in_memory, measure_available_memory, offload_weights
 from meme_llava.model.trainable import apply_trained_weights
 from meme_llava.storage.tensor_files import open_model_tensors
 
@@ -216,8 +211,8 @@ def set_limits(monkeypatch, folder, *pairs, available=10**12):
             if content is not None:
                 path.write_text(f"{content}\n")
         files.append(paths)
-    monkeypatch.setattr(llava, "CGROUP_LIMITS", tuple(files))
-    monkeypatch.setattr(llava.psutil, "virtual_memory", lambda: type("Memory", (), {"available": available}))
+    monkeypatch.setattr(offloading, "CGROUP_LIMITS", tuple(files))
+    monkeypatch.setattr(offloading.psutil, "virtual_memory", lambda: type("Memory", (), {"available": available}))
 
 
 @pytest.mark.parametrize(
@@ -257,5 +252,5 @@ def test_available_memory_of_this_machine_is_plausible():
 def test_a_model_fits_where_its_weights_and_working_room_do(tmp_path, monkeypatch, dtype, available, fits):
     """1,000 values, some stored as float16, some as float32: what counts is the dtype they are loaded in."""
     save_file({"a": torch.zeros(300), "b": torch.zeros(70, 10).half()}, tmp_path / "model.safetensors")
-    monkeypatch.setattr(llava, "measure_available_memory", lambda: available)
+    monkeypatch.setattr(offloading, "measure_available_memory", lambda: available)
     assert fits_in_memory(open_model_tensors(tmp_path), dtype) is fits

@@ -5,7 +5,7 @@ import json
 import pytest
 from conversions import build, run_and_read_error, save_language_model_of
 
-from meme_llava.model import llava, packed_attention, packed_llava
+from meme_llava.model import offloading, packed_attention, packed_llava
 
 
 def read_proof(base):
@@ -35,7 +35,7 @@ def test_packing_is_proved_and_what_cannot_be_packed_is_said(world, tmp_path, ca
 
 
 def test_convolutions_are_compared_layer_by_layer_too(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(llava, "measure_available_memory", lambda: 0)
+    monkeypatch.setattr(offloading, "measure_available_memory", lambda: 0)
     folder = save_language_model_of(world, tmp_path / "lfm2", "lfm2")
     base = build(folder, world.vision_tower, tmp_path / "base")
     checks = json.loads((base / "run_record.json").read_text())["checks"]
