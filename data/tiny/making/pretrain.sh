@@ -7,9 +7,14 @@
 # stages are skipped, a broken one goes on from its newest checkpoint. WORK_DIR=… puts everything elsewhere; VENV as in
 # run.sh.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+caller=$PWD # relative paths of the user start there
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../../.."
+for name in WORK_DIR VENV; do
+    [[ ${!name:-} == @(|/*|active) ]] || printf -v "$name" %s "${caller%/}/${!name}"
+done
 WORK_DIR=${WORK_DIR:-output/pretrain}
 export VENV=${VENV:-.venv}
+unset PYTHONSAFEPATH # with it Python would not find our modules
 
 source scripts/environment.sh
 activate_environment requirements.txt data/requirements.txt
