@@ -73,7 +73,10 @@ def call(monkeypatch, capsys, tmp_path_factory):
 
 
 @pytest.fixture
-def dry_run(call):
+def dry_run(call, monkeypatch):
+    """The commands of a dry run, where there are as many GPUs as it asks for."""
+    monkeypatch.setattr("meme_llava.pipeline.__main__.check_gpus", lambda *given: None)
+
     def dry_run(*words, **variables):
         code, out, errors = call(*words, **variables)
         assert code == 0 and "error:" not in errors
@@ -288,6 +291,13 @@ def test_what_is_not_there_stops_before_anything_runs(call, arguments, variables
     # The commands of a run elsewhere are shown all the same.
     code, out, errors = call(*arguments, **variables)
     assert code == 0 and out.startswith("python ") and errors.startswith(f"the run would stop: {message}")
+
+
+def test_a_dry_run_says_that_there_are_too_few_gpus(call, tmp_path):
+    asked = {"OUTPUT_DIR": f"{tmp_path}/output", "GPUS": "4", "CUDA_VISIBLE_DEVICES": ""}
+    code, out, errors = call(**asked)
+    assert code == 0 and out.startswith("python ")
+    assert errors.startswith("the run would stop: GPUS=4 asks for 4 GPUs, torch sees 0 (CUDA_VISIBLE_DEVICES=, torch")
 
 
 def test_what_a_stage_does_not_read_may_be_missing(call):

@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> None:
             check_results([] if looks else chosen)
             if "help" not in train_flags:
                 check_base(chosen, stages)
+            if not looks and "DS_ACCELERATOR" not in environment:
+                check_gpus(variables["GPUS"], processes, os.environ | environment)
     except UserError as error:
         if not is_dry:
             raise
@@ -75,8 +77,6 @@ def main(argv: list[str] | None = None) -> None:
     if looks:
         run_command(*chosen[0].command)
         return
-    if "DS_ACCELERATOR" not in environment:
-        check_gpus(variables["GPUS"], processes)
     run_stages(chosen, variables)
 
 

@@ -88,14 +88,15 @@ def check_needs(chosen: Sequence[Stage], stages: Sequence[Stage]) -> None:
                 )
 
 
-def check_gpus(gpus: str, processes: int) -> None:
-    """Stop where fewer GPUs can be used than are asked for."""
+def check_gpus(gpus: str, processes: int, environment: Mapping[str, str]) -> None:
+    """Stop where fewer GPUs can be used than are asked for, by commands with these variables."""
     # A driver too old for torch shows GPUs that torch cannot use.
     program = "import torch, torch.cuda as c; print(c.device_count() if c.is_available() else 0, torch.version.cuda)"
-    answer = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True).stdout
-    found, cuda = int(answer.split()[0]), answer.split()[1]
+    command, options = [sys.executable, "-c", program], {"stdout": subprocess.PIPE, "text": True, "check": True}
+    answer = subprocess.run(command, env=environment, **options).stdout.split()
+    found, cuda = int(answer[0]), answer[1]
     if processes > found:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
+        visible = environment.get("CUDA_VISIBLE_DEVICES", "unset")
         raise UserError(
             f"GPUS={gpus} asks for {processes} GPUs, torch sees {found} (CUDA_VISIBLE_DEVICES={visible}, torch made "
             f"for CUDA {cuda}; nvidia-smi shows whether the driver is older); set GPUS={found or 'cpu'}"
