@@ -6,7 +6,6 @@ An engine is one word: `single`, `ddp`, or the name of a file in configs/deepspe
 import atexit
 import contextlib
 import faulthandler
-import json
 import os
 import sys
 import time
@@ -17,12 +16,13 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from meme_llava import CONFIGS, errors
-from meme_llava.cli import refuse_repeated_keys
 from meme_llava.distributed.launchers import settle_environment
 from meme_llava.errors import PEER_FAILED, UserError, stop_on_user_error
+from meme_llava.storage.json_files import check_fields, read_json
 
 AUTO, SINGLE, DDP = "auto", "single", "ddp"
 DEEPSPEED, FSDP = "deepspeed", "fsdp"
+ENGINE_ADVICE = "Correct it, or choose another --engine."
 # A scheduler's signal comes by several ways at once; one that comes later is another.
 REPEATED_SIGNAL_SECONDS = 2
 # Before the first step a file of many gigabytes may be read in one go.
@@ -124,18 +124,26 @@ def choose_engine(name: str, processes: int, on_gpu: bool, muon_lr: float | None
             f"--muon_lr: Muon needs whole matrices, and --engine {name} divides them; pass --engine single or ddp, or "
             "leave --muon_lr out"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_repeated_keys)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not sound JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: holds a {type(config).__name__}, expected an object {{…}}")
+    return Engine(name, kind, path, read_engine(path))
+
+
+def read_engine(path: Path) -> dict:
+    """The content of an engine's file. Raises UserError where it is damaged, or says what it cannot."""
+    config = read_json(path, ENGINE_ADVICE)
     for key in ("optimizer", "scheduler"):
         if key in config:
             raise UserError(f"{path}: remove its key {key!r}, which would replace the two learning rates")
-    if kind == FSDP and config.get("version") != 2:
-        raise UserError(f'{path}: expected "version": 2; FSDP1 flattens what learns together with what does not')
-    return Engine(name, kind, path, config)
+    if path.parent.name == FSDP:
+        if config.get("version") != 2:
+            raise UserError(f'{path}: expected "version": 2; FSDP1 flattens what learns together with what does not')
+        return config
+    check_fields(path, config, {"zero_optimization.stage": int}, ENGINE_ADVICE)
+    options = config["zero_optimization"]
+    if options["stage"] not in (1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage is {options['stage']}, expected 1, 2 or 3. {ENGINE_ADVICE}")
+    offloaded = [name for name in ("offload_optimizer", "offload_param") if options.get(name) is not None]
+    check_fields(path, options, dict.fromkeys(offloaded, dict), ENGINE_ADVICE)
+    return config
 
 
 class Heartbeat:

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from meme_llava.distributed.environment import (
     DDP,
     DEEPSPEED,
+    ENGINE_ADVICE,
     FSDP,
     REPEATED_SIGNAL_SECONDS,
     SINGLE,
@@ -186,6 +187,7 @@ def make_accelerator(
 
     Raises:
         ProcessError: the libraries see another number of processes than the launcher started.
+        UserError: FSDP does not know an option of the engine's file.
     """
     on_gpu, plugins = torch.cuda.is_available(), {}
     if on_gpu:
@@ -200,9 +202,12 @@ def make_accelerator(
             # ZeRO; in float32 FSDP stumbles over the vision layer that is not computed.
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)
             options["mixed_precision_policy"] = policy
-        plugins["fsdp_plugin"] = FullyShardedDataParallelPlugin(
-            fsdp_version=engine.config["version"], auto_wrap_policy="transformer_based_wrap", **options
-        )
+        try:
+            plugins["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+                fsdp_version=engine.config["version"], auto_wrap_policy="transformer_based_wrap", **options
+            )
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{engine.path}: {error}. {ENGINE_ADVICE}") from error
         if not on_gpu:
             # accelerate knows FSDP on GPUs only and would train copies on CPUs.
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -231,8 +236,11 @@ def make_deepspeed_plugin(
         width: the language model's hidden size, by which buffers are measured.
 
     Raises:
-        UserError: nothing here says what another "auto" is.
+        UserError: nothing here says what another "auto" is, or DeepSpeed does not know an option of ZeRO.
     """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
     plugin = DeepSpeedPlugin(
         hf_ds_config=engine.config,
         gradient_accumulation_steps=accumulation,
@@ -250,6 +258,11 @@ def make_deepspeed_plugin(
     }
     try:
         plugin.deepspeed_config_process(must_match=False, **values)
+        DeepSpeedZeroConfig(**plugin.deepspeed_config["zero_optimization"])
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        option = ".".join(map(str, ("zero_optimization", *wrong["loc"])))
+        raise UserError(f"{engine.path}: {option}: {wrong['msg']}. {ENGINE_ADVICE}") from error
     except ValueError as error:
         raise UserError(f"{engine.path}: {error}") from error
     return plugin

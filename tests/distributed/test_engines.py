@@ -175,12 +175,20 @@ def test_an_engine_is_chosen_by_one_word():
     [
         ('{"optimizer": {"type": "AdamW"}}', "remove its key 'optimizer', which would replace the two learning rates"),
         ('{"scheduler": {}}', "remove its key 'scheduler'"),
-        ("{", "not sound JSON (Expecting property name"),
-        ('{"bf16": {"enabled": true, "enabled": false}}', "not sound JSON (the key 'enabled' stands twice)"),
-        ("[]", "holds a list, expected an object {…}"),
+        ("{", "ends in the middle. Correct it, or choose another --engine."),
+        ('{"bf16": {"enabled": true, "enabled": false}}', "the key 'enabled' stands twice. Correct it"),
+        ("[]", "holds a list, expected an object {…}. Correct it"),
+        ("{}", "has no zero_optimization.stage. Correct it"),
+        ('{"zero_optimization": null}', "has no zero_optimization.stage. Correct it"),
+        (
+            '{"zero_optimization": {"stage": "3"}}',
+            'zero_optimization.stage is "3", expected a whole number. Correct it',
+        ),
+        ('{"zero_optimization": {"stage": 0}}', "zero_optimization.stage is 0, expected 1, 2 or 3. Correct it"),
+        ('{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}', 'offload_optimizer is "cpu", expected an'),
     ],
 )
-def test_a_deepspeed_file_that_would_overrule_the_learning_rates_is_refused(tmp_path, monkeypatch, content, message):
+def test_a_deepspeed_file_that_cannot_be_followed_is_refused(tmp_path, monkeypatch, content, message):
     (tmp_path / "deepspeed").mkdir()
     (tmp_path / "deepspeed" / "mine.json").write_text(content)
     monkeypatch.setattr(environment, "CONFIGS", tmp_path)

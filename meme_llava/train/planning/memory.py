@@ -184,7 +184,7 @@ class StepEstimator:
 
     def _offloads(self, name: str) -> bool:
         """Whether "offload_optimizer" or "offload_param" takes that part off the device."""
-        return self.engine.zero_options.get(name, {}).get("device", "none") != "none"
+        return (self.engine.zero_options.get(name) or {}).get("device", "none") != "none"
 
     def _add_state(self, activations: int, logits: int, temporaries: int) -> StepMemory:
         parameters = list(self.model.parameters())
