@@ -1,7 +1,7 @@
 """Whether a model fits into this process's memory, and how it runs layer by layer from the disk where it does not."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -56,11 +56,20 @@ def fits_in_memory(tensors: dict[str, StoredTensor], dtype: torch.dtype) -> bool
 
 def measure_available_memory() -> int:
     """Bytes that this process may still take, a container's limit included."""
-    available = psutil.virtual_memory().available
+    # The usage counts cached files, which give way, so this errs on the careful side.
+    left = [limit - usage for limit, usage in _read_limits()]
+    return max(min([psutil.virtual_memory().available, *left]), 0)
+
+
+def measure_machine_memory() -> int:
+    """Bytes that all processes here may take together: the machine's memory, or a container's limit."""
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _read_limits())])
+
+
+def _read_limits() -> Iterator[tuple[int, int]]:
+    """Limit and usage, in bytes, of the container in which this process runs, if it runs in one."""
     for limit_file, usage_file in CGROUP_LIMITS:
         if limit_file.is_file() and usage_file.is_file():
             limit = limit_file.read_text().strip()
             if limit.isdigit():
-                # The usage counts cached files, which give way, so this errs on the careful side.
-                available = min(available, int(limit) - int(usage_file.read_text()))
-    return max(available, 0)
+                yield int(limit), int(usage_file.read_text())

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 from accelerate import DeepSpeedPlugin
 from torch import nn
@@ -29,6 +28,7 @@ from meme_llava.model.flops import collate_and_count
 from meme_llava.model.lean_layers import find_liger, use_liger
 from meme_llava.model.llava import Processing
 from meme_llava.model.loading import quiet_transformers
+from meme_llava.model.offloading import measure_machine_memory
 from meme_llava.model.packed_attention import VARLEN, choose_attention, find_flash_attention
 from meme_llava.model.packed_llava import compile_layers, load_packed_llava
 from meme_llava.model.packing import count_computed, describe_rows, find_obstacle
@@ -177,11 +177,11 @@ def plan_computation(
 
 
 def measure_memory(device: torch.device, processes: int) -> int:
-    """Bytes that this process can have; the processes of a CPU run share the machine's memory."""
+    """Bytes that this process can have; the processes of a CPU run share the machine's memory, or the container's."""
     if device.type == "cuda":
         # What others hold on the same card is not there for us.
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().total // processes
+    return measure_machine_memory() // processes
 
 
 def bound_memory(arguments: TrainArguments, config, batch: Mapping) -> int:

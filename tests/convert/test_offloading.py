@@ -1,6 +1,7 @@
 """Running a model layer by layer: the same bits as a loaded model, and no more weights in memory than one module's."""
 
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,12 @@ from meme_llava.convert.merge import TrainedWeights
 from meme_llava.convert.merge_check import _offload_models
 from meme_llava.model import offloading
 from meme_llava.model.llava import load_llava, make_empty_model
-from meme_llava.model.offloading import fits_in_memory, measure_available_memory, offload_weights
+from meme_llava.model.offloading import (
+    fits_in_memory,
+    measure_available_memory,
+    measure_machine_memory,
+    offload_weights,
+)
 from meme_llava.model.trainable import apply_trained_weights
 from meme_llava.storage.tensor_files import open_model_tensors
 
@@ -202,7 +208,7 @@ def test_empty_models_hold_no_weights_but_real_buffers(case):
     assert not empty.training
 
 
-def set_limits(monkeypatch, folder, *pairs, available=10**12):
+def set_limits(monkeypatch, folder, *pairs, **memory):
     """Fake files of one control group version after the other, (limit, usage), None for a file that is not there."""
     files = []
     for number, pair in enumerate(pairs):
@@ -212,7 +218,7 @@ def set_limits(monkeypatch, folder, *pairs, available=10**12):
                 path.write_text(f"{content}\n")
         files.append(paths)
     monkeypatch.setattr(offloading, "CGROUP_LIMITS", tuple(files))
-    monkeypatch.setattr(offloading.psutil, "virtual_memory", lambda: type("Memory", (), {"available": available}))
+    monkeypatch.setattr(offloading.psutil, "virtual_memory", lambda: SimpleNamespace(**memory))
 
 
 @pytest.mark.parametrize(
@@ -233,6 +239,15 @@ def set_limits(monkeypatch, folder, *pairs, available=10**12):
 def test_a_containers_limit_counts(tmp_path, monkeypatch, pairs, expected):
     set_limits(monkeypatch, tmp_path, *pairs, available=1000)
     assert measure_available_memory() == expected
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [([], 1000), ([("max", 400)], 1000), ([(700, 600)], 700), ([(9223372036854771712, 400)], 1000)],
+)
+def test_a_containers_limit_is_all_the_memory_there_is(tmp_path, monkeypatch, pairs, expected):
+    set_limits(monkeypatch, tmp_path, *pairs, total=1000)
+    assert measure_machine_memory() == expected
 
 
 def test_available_memory_of_this_machine_is_plausible():

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-import psutil
 import torch
 from torch.utils.benchmark import Timer
 
@@ -16,6 +15,7 @@ from meme_llava.distributed.environment import choose_engine
 from meme_llava.errors import UserError
 from meme_llava.model.accelerators import ACCELERATORS, CPU, Accelerator, name_accelerator
 from meme_llava.model.flops import StepCounts, TrainingCosts
+from meme_llava.model.offloading import measure_machine_memory
 from meme_llava.model.packing import count_computed, describe_rows
 from meme_llava.terminal import format_number, format_seconds, print_table
 from meme_llava.train.planning.memory import MemoryPlan, StepEstimator, StepMemory
@@ -41,7 +41,7 @@ def find_accelerator(name: str) -> Accelerator:
     Raises UserError where none of that name is known."""
     if name.lower() == CPU:
         # All of this machine's memory, and its fp32 ceiling as measured now with the threads torch uses.
-        speed, memory = measure_ceiling(torch.device(CPU), torch.float32), psutil.virtual_memory().total
+        speed, memory = measure_ceiling(torch.device(CPU), torch.float32), measure_machine_memory()
         return Accelerator(CPU, CPU, speed / 1e12, memory / GIB)
     return name_accelerator(name)
 
