@@ -174,8 +174,9 @@ class TrackerRuns:
             f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
             for name, value in figures.items()
         }
-        for tracker in self.trackers.values():
-            tracker.log(named, step=step)
+        for name, tracker in self.trackers.items():
+            with explain_failure(name):
+                tracker.log(named, step=step)
 
     def report_answers(self, step: int, answers: Sequence) -> None:
         """Show images in TensorBoard with what the model says of them, each a `Prediction`, after an optimizer step."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, train_flags
@@ -18,7 +19,7 @@ import train
 from meme_llava.errors import UserError
 from meme_llava.pipeline import precheck
 from meme_llava.train import run_plan, trackers
-from meme_llava.train.trackers import check_trackers
+from meme_llava.train.trackers import TrackerRuns, check_trackers
 
 RATES = ("train/learning_rate/vision_tower", "train/learning_rate/multi_modal_projector")
 # What a user may have set, and one process of the tests leaves behind for the next test.
@@ -255,3 +256,14 @@ def test_behind_a_socks_proxy_the_trackers_own_library_looks(monkeypatch, variab
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)  # socksio is installed
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
         trackers._check_reachable("mlflow", "http://example.invalid", "set another")
+
+
+def test_a_tracker_that_fails_while_the_model_trains_is_named():
+    def fail(*given, **options):
+        raise ConnectionError("the server is gone")
+
+    runs = TrackerRuns({"mlflow": SimpleNamespace(log=fail)})
+    with pytest.raises(
+        UserError, match=r"--report_to mlflow: cannot be used here \(the server is gone\); check MLFLOW"
+    ):
+        runs.log({"loss": 1.0}, step=1)
