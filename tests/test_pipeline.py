@@ -655,9 +655,10 @@ def test_a_command_ends_the_chain_with_its_code(program, code):
 
 def test_a_command_that_ends_without_a_word_is_named(tmp_path, capfd):
     (tmp_path / "merge.py").write_text("import os, time; os.kill(os.getppid(), 15); time.sleep(30)")
-    with pytest.raises(SystemExit):
-        run_command("python", str(tmp_path / "merge.py"))
-    assert capfd.readouterr() == ("", f"stopped by SIGTERM: {tmp_path}/merge.py\n")
+    for flags in ([], ["-u"]):
+        with pytest.raises(SystemExit):
+            run_command("python", *flags, str(tmp_path / "merge.py"))
+        assert capfd.readouterr() == ("", f"stopped by SIGTERM: {tmp_path}/merge.py\n")
 
 
 COUNTS_SIGNALS = """

@@ -45,12 +45,13 @@ def run_command(*command: str) -> None:
     if signals:
         running[0].send_signal(choose_stop(signals[0][0]))
     code = running[0].wait()
+    script = next((word for word in command if word.endswith(".py")), command[1])  # behind a launcher's flags
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if code < 0 and signals:
-        print(f"stopped by {signal.Signals(signals[0][0]).name}: {command[1]}", file=sys.stderr)
+        print(f"stopped by {signal.Signals(signals[0][0]).name}: {script}", file=sys.stderr)
         sys.exit(128 + signals[0][0])
     if code < 0:
-        print(f"error: {describe_end(command[1], code)}", file=sys.stderr)
+        print(f"error: {describe_end(script, code)}", file=sys.stderr)
     if code:
         sys.exit(code if code > 0 else 128 - code)
