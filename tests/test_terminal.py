@@ -66,7 +66,7 @@ def test_a_batch_shows_images_as_one_word_and_what_is_learnt_in_brackets():
     # Two answers in one row; a square bracket in a text is not a command to the terminal.
     second = [("[b]", False), ("x", True), ("END", True), ("y", False), ("z", True)]
     assert show(first, second) == (
-        "one packed row of 17 positions, 1 images, 6 supervised positions\n"
+        "a device batch of 17 positions, 1 image, 6 supervised positions\n"
         "\n"
         "positions 0 to 9: 3 supervised\n"
         "ab<image: 3 tokens at 2>cd【ef<|im_end|>】\n"
@@ -78,7 +78,7 @@ def test_a_batch_shows_images_as_one_word_and_what_is_learnt_in_brackets():
 
 def test_a_batch_without_images_does_not_show_the_blank_one():
     assert show([("a", False), ("b", True)]) == (
-        "one packed row of 2 positions, 0 images, 1 supervised positions\n\npositions 0 to 1: 1 supervised\na【b】\n"
+        "a device batch of 2 positions, 0 images, 1 supervised position\n\npositions 0 to 1: 1 supervised\na【b】\n"
     )
 
 
@@ -87,7 +87,7 @@ def test_of_a_second_caption_only_what_it_adds_is_shown():
     first = [("IMAGE", False), ("q", False), ("xa", True), ("END", True)]
     second = [("IMAGE", False), ("q", False), ("xbb", True), ("END", True)]
     assert show(first, second) == (
-        "one packed row of 10 positions, 1 images, 7 supervised positions\n"
+        "a device batch of 10 positions, 1 image, 7 supervised positions\n"
         "\n"
         "positions 0 to 6: 3 supervised\n"
         "<image: 3 tokens at 0>q【xa<|im_end|>】\n"

@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.text import Text
 
 from meme_llava.distributed.environment import choose_engine, count_processes
-from meme_llava.errors import UserError
+from meme_llava.errors import UserError, count
 from meme_llava.model.accelerators import CPU
 from meme_llava.model.flops import count_batch
 from meme_llava.model.llava import Processing, load_processing
+from meme_llava.model.packing import describe_rows
 from meme_llava.train.planning.memory import StepEstimator
 from meme_llava.train.planning.plan import find_accelerator, plan_training, print_plan
 from meme_llava.train.prepared_run import make_order
@@ -37,15 +38,17 @@ def look_at_run(arguments: TrainArguments) -> None:
     run = outline_run(arguments, engine, processes, StartPoint(), processing, data)
     order, collate = make_order(run)
     if arguments.show_batch:
+        if rows := describe_rows(processing.config.text_config):
+            print(rows)
         print_batch(collate(order.fetch_batch(0)), processing)
         return
     own = torch.cuda.get_device_name() if torch.cuda.is_available() else CPU
     if processes > 1 and arguments.accelerator is None and own == CPU:
         raise UserError(f"this plan is for {processes} GPUs, and there is none here; name one with --accelerator")
     size = arguments.device_batch_size
-    count = min(len(order) // size, max(1, SAMPLED_RECORDS // size))
-    sample = np.linspace(0, len(order) // size - 1, count, dtype=np.int64)
-    read = (count + 1) * size
+    batches = min(len(order) // size, max(1, SAMPLED_RECORDS // size))
+    sample = np.linspace(0, len(order) // size - 1, batches, dtype=np.int64)
+    read = (batches + 1) * size
     print(f"planning: reads {read:,} records, then follows the largest batch through the model", flush=True)
     counts = [count_batch(collate(order.fetch_batch(int(number)))) for number in sample]
     largest, accelerator = order.fetch_largest_batch(), find_accelerator(arguments.accelerator or own)
@@ -60,7 +63,10 @@ def print_batch(batch: dict[str, torch.Tensor], processing: Processing, console:
     console = console or Console(highlight=False, soft_wrap=True)
     segments, paths, kv_index = (batch[name].tolist() for name in ("cu_seqlens_q", "cu_seqlens_k", "kv_index"))
     ids, images, supervised = batch["input_ids"][0].tolist(), batch["image_runs"].unique(), len(batch["loss_targets"])
-    console.print(f"one packed row of {len(ids)} positions, {len(images)} images, {supervised} supervised positions")
+    console.print(
+        f"a device batch of {count(len(ids), 'position')}, {count(len(images), 'image')}, "
+        f"{count(supervised, 'supervised position')}"
+    )
     learnt = set(zip(batch["loss_positions"].tolist(), batch["loss_targets"].tolist(), strict=True))
     for (start, end), (path_start, path_end) in zip(pairwise(segments), pairwise(paths), strict=True):
         path = kv_index[path_start:path_end]
@@ -87,8 +93,8 @@ def _describe_tokens(ids: list[int], learns: list[bool], processing: Processing,
         is_image, is_supervised, is_control = kind
         if is_image:
             # Images that stand side by side are one run of tokens.
-            count = len(tokens) // processing.tokens_per_image
-            name = "image" if count == 1 else f"{count} images"
+            images = len(tokens) // processing.tokens_per_image
+            name = "image" if images == 1 else f"{images} images"
             text.append(f"<{name}: {len(tokens)} tokens at {position}>", style=IMAGE_STYLE)
         else:
             opens, closes = (is_supervised and not (other and other[0][1]) for other in (before, after))

@@ -27,6 +27,8 @@ def test_records_train_one_by_one_and_it_is_said(world, tmp_path, capsys, model_
     capsys.readouterr()
     train.main([*flags, "--plan", "--accelerator", "a800-80gb", "--gpus", "1"])
     assert said in " ".join(capsys.readouterr().out.split())
+    train.main([*flags, "--show_batch"])
+    assert capsys.readouterr().out.startswith(f"{said}\na device batch of ")
     train.main(flags)
     assert said in " ".join(capsys.readouterr().out.split())
     # No image was shared: as many were encoded as records have.
