@@ -7,7 +7,7 @@ from typing import Any
 
 from meme_llava.cli import to_plain
 from meme_llava.dataset.dataset import LoadedData, load_records
-from meme_llava.distributed.environment import Engine, is_local_main_process, is_main_process
+from meme_llava.distributed.environment import Engine, is_local_main_process
 from meme_llava.distributed.processes import broadcast_from_main, gather
 from meme_llava.errors import CheckpointError, UserError, count
 from meme_llava.model.llava import Processing, load_processing
@@ -262,11 +262,14 @@ def describe_earlier_projector(folder: Path | None, base_fingerprint: str) -> di
 
 
 def is_nothing_left(plan: RunPlan) -> bool:
-    """Whether the run was finished before. Prints how one that continues a checkpoint goes on. Raises CheckpointError
-    where the checkpoint belongs to another run."""
+    """Whether the run was finished before; all processes ask it together. Prints how one that continues a checkpoint
+    goes on. Raises CheckpointError where the checkpoint belongs to another run."""
+    # One process looks: where a node sees another output_dir, some would leave and the others wait for them.
+    return plan.start.checkpoint is not None and broadcast_from_main(lambda: _announce_rest(plan))
+
+
+def _announce_rest(plan: RunPlan) -> bool:
     start, output_dir = plan.start, plan.arguments.output_dir
-    if start.checkpoint is None:
-        return False
     ours = plan.to_record(start.step)
     changes = check_continues(start, ours, plan.arguments.allow_changes)
     lines = [f"continuing from {start.checkpoint}, after {start.step} steps and {start.records:,} records"]
@@ -281,6 +284,5 @@ def is_nothing_left(plan: RunPlan) -> bool:
     lines += [f"changed since, as allowed: {change}" for change in changes]
     has_result = (output_dir / RUN_RECORD).is_file() and read_run_record(output_dir).get("finished") is True
     is_finished = start.step == plan.steps and has_result
-    if is_main_process():
-        print(f"nothing left to train: {output_dir}" if is_finished else "\n".join(lines), flush=True)
+    print(f"nothing left to train: {output_dir}" if is_finished else "\n".join(lines), flush=True)
     return is_finished
