@@ -25,6 +25,7 @@ Arguments = TypeVar("Arguments")
 EXPECTATIONS: dict[str, Callable[[Any], Any]] = {
     "at least 1": lambda value: value >= 1,
     "at least 2": lambda value: value >= 2,
+    "1 to 1000000": lambda value: 1 <= value <= 1_000_000,
     "0 or more": lambda value: value >= 0,
     "greater than 0": lambda value: value > 0,
     "0 or more and below 1": lambda value: 0 <= value < 1,

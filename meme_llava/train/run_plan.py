@@ -199,8 +199,10 @@ def count_steps(arguments: TrainArguments, records: int, first_step: int = 0, fi
     """
     batch, max_steps, epochs = arguments.global_batch_size, arguments.max_steps, arguments.num_train_epochs
     trained = records * epochs if max_steps is None else max_steps * batch
-    if trained > MOST_RECORDS:
+    if max(trained, batch) > MOST_RECORDS:
         flag = f"--num_train_epochs {epochs:g}" if max_steps is None else f"--max_steps {max_steps}"
+        if batch > MOST_RECORDS:  # a single step is filled from pass after pass
+            flag, trained = f"--global_batch_size {batch}", batch
         raise UserError(
             f"{flag}: trains on {trained:.2g} records, expected at most {MOST_RECORDS:,}, those of all passes counted"
         )

@@ -81,7 +81,7 @@ class TrainArguments(RecordPolicy, LoraRecipe, LearningRates, BatchSettings, Run
         "single for one process, zero2 on several GPUs, ddp on several CPU processes",
         "auto",
     )
-    hang_timeout: int = free("seconds without progress in a process that end the run", 600, expected="at least 1")
+    hang_timeout: int = free("seconds without progress in a process that end the run", 600, expected="1 to 1000000")
     dataloader_workers: int | None = free(
         "processes a device that decode images; else 2 a GPU, none on a CPU", None, expected="0 or more"
     )
@@ -191,8 +191,8 @@ def free_settings() -> frozenset[str]:
 
 def parse_train_arguments(argv: list[str] | None, description: str, prog: str | None = None) -> TrainArguments:
     """Like `parse_arguments`, with the recipe of `--train_type` between command line and defaults."""
-    # deepspeed's launcher gives it to every process; the variable LOCAL_RANK says the same.
-    argv = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank=")]
+    # deepspeed's launcher, or torch's old one, gives it to every process; the variable LOCAL_RANK says the same.
+    argv = [word for word in (sys.argv[1:] if argv is None else argv) if not re.match("--local[-_]rank=", word)]
     parser = make_parser(TrainArguments, description, prog)
     # The train type decides which recipe is read, so it is looked up before everything else.
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

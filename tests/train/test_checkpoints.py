@@ -24,7 +24,7 @@ from meme_llava.model.llava import load_processing
 from meme_llava.model.trainable import save_trained_weights
 from meme_llava.storage import tensor_files
 from meme_llava.storage.run_record import read_manifest, read_run_record, verify_directory, write_manifest
-from meme_llava.train import checkpoints, prepared_run
+from meme_llava.train import checkpoints, prepared_run, run_plan
 from meme_llava.train.checkpoints import check_room, find_newest, hold_output_dir, list_checkpoints, write_checkpoint
 from meme_llava.train.run_plan import count_steps, list_warnings
 from meme_llava.train.settings import parse_train_arguments
@@ -451,6 +451,13 @@ def test_another_base_is_refused(world, finished, tmp_path, capsys):
     assert "the base model is another one" in fail(capsys, world, output_dir, 4, model=other)
 
 
+def test_one_process_decides_for_all_whether_anything_is_left(monkeypatch):
+    """Where a node saw another folder, it would train while the others leave, and wait for them."""
+    monkeypatch.setattr(run_plan, "broadcast_from_main", lambda look: "as the main process found")
+    plan = SimpleNamespace(start=SimpleNamespace(checkpoint=Path("not on this node")))
+    assert run_plan.is_nothing_left(plan) == "as the main process found"
+
+
 def test_steps_are_counted_from_the_records_behind_a_checkpoint(world):
     arguments = parse_train_arguments(train_flags(world, Path("out"), num_train_epochs=5, global_batch_size=4), "")
     assert count_steps(arguments, 24)[0] == 30  # 120 records, 4 a step
@@ -466,6 +473,8 @@ def test_steps_are_counted_from_the_records_behind_a_checkpoint(world):
         ({"num_train_epochs": "1e308"}, "--num_train_epochs 1e+308: trains on inf records"),
         ({"max_steps": 10**23}, "--max_steps 100000000000000000000000: trains on 4e+23 records"),
         ({"max_steps": 25_000_001}, "--max_steps 25000001: trains on 1e+08 records"),
+        ({"global_batch_size": 10**9, "max_steps": 1}, "--global_batch_size 1000000000: trains on 1e+09 records"),
+        ({"global_batch_size": 10**9}, "--global_batch_size 1000000000: trains on 1e+09 records"),
     ],
 )  # fmt: skip
 def test_a_run_without_end_is_refused(world, changes, message):

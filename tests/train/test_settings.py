@@ -193,13 +193,14 @@ VALUE_CHECKS = [
       for value in ("0", "-1", "nan", "inf")],
     *[(name, value, "greater than 0") for name in ("lora_r", "model_max_length") for value in ("0", "-1")],
     *[(name, value, "at least 1") for name in
-      ("global_batch_size", "device_batch_size", "logging_steps", "save_steps", "hang_timeout", "max_steps",
-       "eval_every", "eval_limit", "eval_max_new_tokens")
+      ("global_batch_size", "device_batch_size", "logging_steps", "save_steps", "max_steps", "eval_every",
+       "eval_limit", "eval_max_new_tokens")
       for value in ("0", "-1")],
     *[("save_total_limit", value, "at least 2") for value in ("0", "1")],
     *[(name, value, "0 or more") for name in ("weight_decay", "max_grad_norm") for value in ("-0.1", "nan")],
     ("weight_decay", "inf", "0 or more"),
     *[(name, "-1", "0 or more") for name in ("dataloader_workers", "warmup_steps", "eval_images")],
+    *[("hang_timeout", value, "1 to 1000000") for value in ("0", "1000001")],
     *[("seed", value, "0 to 18446744073709551615") for value in ("-1", "18446744073709551616")],
     *[
         (name, value, "0 or more and below 1")
