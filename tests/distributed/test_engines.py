@@ -17,7 +17,7 @@ import merge_lora
 import train
 from meme_llava.distributed import environment
 from meme_llava.distributed.environment import choose_engine, list_engines
-from meme_llava.distributed.processes import check_engine_runs
+from meme_llava.distributed.processes import check_engine_runs, make_accelerator, make_deepspeed_plugin
 from meme_llava.errors import ProcessError, UserError
 
 DIVIDED = ("ddp", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2")
@@ -194,6 +194,26 @@ def test_a_deepspeed_file_that_cannot_be_followed_is_refused(tmp_path, monkeypat
     monkeypatch.setattr(environment, "CONFIGS", tmp_path)
     with pytest.raises(UserError, match=re.escape(f"mine.json: {message}")):
         choose_engine("mine", 2, on_gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "option", "message"),
+    [
+        ("zero2", "deepspeed", {"zero_optimization": {"stage": 2, "overlap": True}}, "zero_optimization.overlap: "),
+        ("fsdp2", "fsdp", {"reshard_after": True}, "FullyShardedDataParallelPlugin.__init__() got an "),
+    ],
+)  # fmt: skip
+def test_an_option_that_the_library_does_not_know_is_named(tmp_path, monkeypatch, name, kind, option, message):
+    content = json.loads((ROOT / "configs" / kind / f"{name}.json").read_text())
+    (tmp_path / kind).mkdir()
+    (tmp_path / kind / "mine.json").write_text(json.dumps({**content, **option}))
+    monkeypatch.setattr(environment, "CONFIGS", tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    engine = choose_engine("mine", 2, on_gpu=False)
+    with pytest.raises(UserError, match=re.escape(f"mine.json: {message}")):
+        if kind == "deepspeed":
+            make_deepspeed_plugin(engine, 1, 1, 1.0, False, 64)
+        make_accelerator(engine, 1, False, None)
 
 
 def test_a_library_that_fell_back_to_another_engine_is_noticed():
