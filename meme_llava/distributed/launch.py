@@ -105,19 +105,23 @@ def meet(nodes: int, node: int, processes: int, address: str, port: int, timeout
     if nodes > 1:
         print(f"node {node} waits for the other {nodes - 1}, at most {timeout:g} s", flush=True)
     try:
-        store = TCPStore(
-            address,
-            port,
-            world_size=nodes,
-            is_master=node == 0,
-            timeout=timedelta(seconds=timeout),
-            master_listen_fd=listener.detach() if listener else None,
-        )
-        store.set(f"processes/{node}", str(processes))
-        counts = [int(store.get(f"processes/{other}")) for other in range(nodes)]
-    except RuntimeError as error:
+        if node > 0:
+            _await_listener(address, port, timeout)
+        with _end_on_ctrl_c():
+            store = TCPStore(
+                address,
+                port,
+                world_size=nodes,
+                is_master=node == 0,
+                timeout=timedelta(seconds=timeout),
+                master_listen_fd=listener.detach() if listener else None,
+            )
+            store.set(f"processes/{node}", str(processes))
+            counts = [int(store.get(f"processes/{other}")) for other in range(nodes)]
+    except (RuntimeError, OSError) as error:
+        why = f" ({error.strerror or error})" if isinstance(error, OSError) else ""
         raise ProcessError(
-            f"{place}: not all {nodes} nodes met within {timeout:g} s. Start run.sh on each of them with the same "
+            f"{place}: not all {nodes} nodes met within {timeout:g} s{why}. Start run.sh on each of them with the same "
             "NNODES, MASTER_ADDR and MASTER_PORT and its own NODE_RANK, and let the port through node 0's firewall."
         ) from error
     if len(set(counts)) > 1:
@@ -127,6 +131,31 @@ def meet(nodes: int, node: int, processes: int, address: str, port: int, timeout
         store.set(f"left/{node}", "")
         if node == 0:
             store.wait([f"left/{other}" for other in range(nodes)], timedelta(seconds=LINGER_SECONDS))
+
+
+def _await_listener(address: str, port: int, timeout: float) -> None:
+    """Wait until node 0 listens; torch would write its errors meanwhile, a page each. Raises OSError after a time."""
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=LINGER_SECONDS).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _end_on_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C end this process where torch waits, in which Python hears no signal."""
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _listen(address: str, port: int, place: str) -> socket.socket:

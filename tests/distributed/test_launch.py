@@ -9,7 +9,7 @@ import time
 
 import psutil
 import pytest
-from conftest import ROOT
+from conftest import ROOT, find_free_port
 
 from meme_llava.distributed.launch import meet
 from meme_llava.errors import ProcessError
@@ -250,20 +250,43 @@ def test_what_cannot_work_is_said_before_anything_starts(tmp_path, flags, code, 
     assert (found, out) == (code, "") and message in err and "Traceback" not in err
 
 
-def test_a_node_that_does_not_come_ends_the_others():
-    addresses = [
-        entry.address
-        for entries in psutil.net_if_addrs().values()
-        for entry in entries
-        if entry.family == socket.AF_INET and not entry.address.startswith("127.")
-    ]
-    if not addresses:
-        pytest.skip("this machine has no address but its own loopback")
+@pytest.fixture
+def own_address():
+    """This machine's, as another node would know it."""
+    entries = [entry for entries in psutil.net_if_addrs().values() for entry in entries]
+    found = [one.address for one in entries if one.family == socket.AF_INET and not one.address.startswith("127.")]
+    return found[0] if found else pytest.skip("this machine has no address but its own loopback")
+
+
+def test_a_node_that_does_not_come_ends_the_others(own_address):
     with (
         pytest.raises(ProcessError, match="not all 2 nodes met within 1 s. Start run.sh on each of them"),
-        meet(2, 0, 1, addresses[0], 0, timeout=1),
+        meet(2, 0, 1, own_address, 0, timeout=1),
     ):
         pass
+
+
+def test_a_node_0_that_is_not_found_is_said_without_torchs_pages(tmp_path):
+    flags = ["--nnodes", "2", "--node_rank", "1", "--master_addr", "no.such.host.invalid", "--master_port", "29511"]
+    code, _, err = launch(tmp_path, REPORT_ENVIRONMENT, flags=[*flags, "--start_timeout", "1"])
+    assert code == 8 and err.count("\n") == 1
+    assert "MASTER_PORT=29511: not all 2 nodes met within 1 s (" in err
+
+
+def test_ctrl_c_ends_the_waiting_for_other_nodes(own_address):
+    """As from a terminal: in the background of a shell it is ignored."""
+    flags = ["--nnodes", "2", "--master_addr", own_address, "--master_port", str(find_free_port())]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "meme_llava.distributed.launch", *flags, "train.py"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout.readline() == "node 0 waits for the other 1, at most 600 s\n"
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == -signal.SIGINT
 
 
 def test_a_process_that_shows_no_progress_prints_its_stacks_and_ends_all(tmp_path):
