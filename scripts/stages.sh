@@ -24,22 +24,28 @@ run_stages() {
     exec python -m meme_llava.pipeline run "$caller" "${declared[@]}" 0 "$@"
 }
 
-# Say of a slip in run.sh what bash would not, or only in its own words.
+# Say of a slip in a page of settings what bash would not, or only in its own words.
 check_page() {
-    local line name number=0
+    local file=$1 line name number=0
     while IFS= read -r line || [[ -n $line ]]; do
         number=$((number + 1))
         [[ $line =~ ^[[:space:]]*([A-Z][A-Z0-9_]*)[[:space:]]*= ]] || continue
         name=${BASH_REMATCH[1]}
         # Plain NAME=value would win over what stands in front of the command, and over presets.
         [[ $line == "$name=\${$name:-"*"}"* ]] ||
-            fail "run.sh: line $number is '${line%%  *}', expected $name=\${$name:-VALUE}"
-    done <run.sh
+            fail "$file: line $number is '${line%%  *}', expected $name=\${$name:-VALUE}"
+    done <"$file"
+}
+check_page run.sh
+check_page scripts/more_settings.sh
+
+check_names() {
+    local name
     name=$(comm -23 <(grep -oE '"\$[A-Z_]+' run.sh | tr -d '"$' | sort -u) \
         <(grep -ohE '^[A-Z_]+=' run.sh scripts/more_settings.sh | tr -d = | sort -u) | head -n 1)
     [[ -z $name ]] || fail "run.sh: a stage takes $name, and no line sets it; expected $name=\${$name:-VALUE}"
 }
-check_page
+check_names
 
 # Paths in front of the command start from the folder where it was typed; those in run.sh and presets, from the checkout.
 start_paths_from_caller() {
@@ -57,7 +63,7 @@ start_paths_from_caller() {
 # read_preset NAME: set what configs/presets/NAME.yaml sets, but for variables that are set already.
 # A preset is flat YAML: lines of "NAME: value", and comments on lines of their own.
 read_preset() {
-    local LC_ALL=C file=configs/presets/$1.yaml line number=0 # comments may be in any encoding
+    local LC_ALL=C file=configs/presets/$1.yaml line number=0 seen=" " # comments may be in any encoding
     [[ -f $file ]] ||
         fail "PRESET is '$1', expected one of $(basename -s .yaml configs/presets/*.yaml | paste -sd ' '), or nothing"
     while IFS= read -r line || [[ -n $line ]]; do
@@ -68,6 +74,9 @@ read_preset() {
             fail "$file: line $number is '$line', expected NAME: value"
         grep -q "^${BASH_REMATCH[1]}=" run.sh scripts/more_settings.sh ||
             fail "$file: line $number sets ${BASH_REMATCH[1]}, which is no setting of run.sh"
+        [[ $seen != *" ${BASH_REMATCH[1]} "* ]] ||
+            fail "$file: line $number sets ${BASH_REMATCH[1]} a second time; delete one of the lines"
+        seen+="${BASH_REMATCH[1]} "
         [[ -n ${!BASH_REMATCH[1]:-} ]] || printf -v "${BASH_REMATCH[1]}" %s "${BASH_REMATCH[2]}"
     done <"$file"
 }

@@ -24,6 +24,7 @@ from meme_llava.dataset.check import RecordPolicy, check_records
 from meme_llava.errors import UserError
 from meme_llava.pipeline import precheck
 from meme_llava.pipeline.__main__ import check_input, main, run_stages
+from meme_llava.pipeline.checks import check_gpus
 from meme_llava.pipeline.commands import run_command
 from meme_llava.pipeline.plan import (
     PATH_FLAGS,
@@ -34,7 +35,7 @@ from meme_llava.pipeline.plan import (
     split_flags,
 )
 from meme_llava.pipeline.results import describe_making, make_result, read_note
-from meme_llava.pipeline.settings import SETTING, list_settings
+from meme_llava.pipeline.settings import FILES, SETTING, read_settings
 from meme_llava.train.settings import TrainArguments, free_settings
 
 LAUNCHER = "python -m meme_llava.distributed.launch --nproc_per_node"
@@ -194,6 +195,10 @@ def test_several_nodes(dry_run):
     )
 
 
+def test_no_projector_alone_in_any_spelling(dry_run):
+    assert len(dry_run("train", PROJECTOR_EPOCHS="0.0")) == 1
+
+
 def test_nodes_but_the_first_only_train(dry_run):
     """Node 0 checks, builds and merges."""
     node = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
@@ -242,6 +247,16 @@ def test_every_engine_is_one_word(dry_run, engine):
         ([], {"OMPI_COMM_WORLD_SIZE": "2", "WORLD_SIZE": "1"}, "OMPI_COMM_WORLD_SIZE=2 says that run.sh was started"),
         (["merge"], {"NODE_RANK": "1"}, "NODE_RANK is 1, expected 0 to 0, below NNODES"),
         ([], {"NNODES": "2", "MASTER_ADDR": "node..a"}, "MASTER_ADDR is 'node..a', expected a host's name or address"),
+        ([], {"NODE_RANK": "00", "NNODES": "2"}, "NODE_RANK is '00', expected a whole number from 0 to below NNODES"),
+        ([], {"DRY_RUN": "false"}, "DRY_RUN is 'false', expected 1 (print the commands, run nothing) or 0"),
+        (["infer", "--limit", "5"], {}, "--limit goes to train.py, and train is not among the stages; leave it out"),
+        (["evaluate", "--help"], {}, "--help goes to train.py, and train is not among the stages"),
+        (["--output_dir", "b"], {}, "--output_dir reaches train alone, and other stages take OUTPUT_DIR; set that in"),
+        (["train", "merge", "--model=b"], {}, "--model reaches train alone, and other stages take BASE_DIR"),
+        ([], {"PROJECTOR_LR": "5e-4"}, "PROJECTOR_LR=5e-4 has no use without PROJECTOR_EPOCHS; the projector's rate"),
+        ([], {"EVAL_ANNOTATIONS": "none", "EVAL_IMAGE_FOLDER": "data"}, "EVAL_IMAGE_FOLDER=data has no use without"),
+        ([], {"TRAIN_TYPE": "projector", "HIGH_LR": "-1"}, "error: HIGH_LR is -1.0, expected greater than 0"),
+        ([], {"PROJECTOR_EPOCHS": "-1"}, "error: PROJECTOR_EPOCHS is -1.0, expected greater than 0"),
         ([], {"MASTER_PORT": "99999", "GPUS": "cpu:2"}, "MASTER_PORT is 99999, expected 0 to 65535"),
         ([], {"GPUS": "0,x"}, "GPUS is '0,x'"),
         (
@@ -281,6 +296,7 @@ UNDER_A_FILE = "run.sh/{}: run.sh is a file, expected a folder; set another {}"
         (["train", "--plan"], {"IMAGE_FOLDER": "missing"}, "IMAGE_FOLDER=missing: no such file or folder"),
         (["train", "--image-folder", "missing"], {}, "--image_folder missing: no such file or folder"),
         (["train"], {"OUTPUT_DIR": "new"}, "train needs new/base, which is not there; run first, with the same"),
+        ([], {"LANGUAGE_MODEL": "/missing"}, "LANGUAGE_MODEL=/missing: no such folder"),
         (["build"], {"OUTPUT_DIR": "run.sh"}, UNDER_A_FILE.format("base", "BASE_DIR or OUTPUT_DIR")),
         (["build", "train"], {"OUTPUT_DIR": "run.sh", "BASE_DIR": "new"}, UNDER_A_FILE.format("train", "OUTPUT_DIR")),
     ],
@@ -369,8 +385,10 @@ def test_warmup_in_steps_takes_the_place_of_the_share(dry_run):
 
 
 def test_every_setting_is_known_once():
-    names = list_settings()
+    names = [found[1] for path in FILES for found in SETTING.finditer(path.read_text(encoding="utf-8"))]
     assert len(names) == len(set(names)) == 30
+    with pytest.raises(UserError, match="^run.sh: no line sets GPU, which is needed; expected GPU=\\${GPU:-VALUE}$"):
+        read_settings({})["GPU"]
     assert {"EPOCHS", "OUTPUT_DIR", "PROJECTOR_LR", "MASTER_PORT", "PRESET", "DRY_RUN"} <= set(names)
 
 
@@ -416,6 +434,24 @@ def test_processes_see_the_gpus_that_are_meant(monkeypatch):
     assert choose_devices("1", "5,6") == (1, {"CUDA_VISIBLE_DEVICES": "5"})
     assert choose_devices("0,3", None) == (2, {"CUDA_VISIBLE_DEVICES": "0,3"})
     assert choose_devices("3,", None) == (1, {"CUDA_VISIBLE_DEVICES": "3"})
+    assert choose_devices("5,6", "4,5,6") == (2, {"CUDA_VISIBLE_DEVICES": "5,6"})
+    with pytest.raises(UserError, match="^GPUS=0,1 names GPUs that CUDA_VISIBLE_DEVICES=4,5 leaves out"):
+        choose_devices("0,1", "4,5")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "code", "printed", "message"),
+    [
+        ("1", 1, "", "torch cannot be imported by "),
+        ("1", 0, "0 None", "asks for 1 GPU, torch sees 0 (CUDA_VISIBLE_DEVICES=0, torch made without CUDA); set GPUS"),
+        ("2", 0, "1 12.8", "asks for 2 GPUs, torch sees 1 (CUDA_VISIBLE_DEVICES=0, torch made for CUDA 12.8; nvidia"),
+    ],
+)
+def test_what_torch_says_of_gpus_is_one_sentence(monkeypatch, gpus, code, printed, message):
+    monkeypatch.setattr("subprocess.run", lambda *words, **options: subprocess.CompletedProcess([], code, printed))
+    with pytest.raises(UserError) as error:
+        check_gpus(gpus, int(gpus), {"CUDA_VISIBLE_DEVICES": "0"})
+    assert message in str(error.value)
 
 
 def test_flags_in_every_spelling():

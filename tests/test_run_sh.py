@@ -413,9 +413,9 @@ def test_python_finds_our_modules_whatever_is_set():
 
 @pytest.mark.long
 def test_a_failing_stage_stops_the_chain(tmp_path):
-    result = run(OUTPUT_DIR=str(tmp_path / "out"), LANGUAGE_MODEL="./nowhere")
+    result = run(OUTPUT_DIR=str(tmp_path / "out"), LANGUAGE_MODEL="nobody/nowhere", HF_HUB_OFFLINE="1")
     assert result.returncode == 2
-    assert "./nowhere: no such folder" in result.stderr
+    assert "nobody/nowhere: is not a local folder, HF_HUB_OFFLINE is set" in result.stderr
     assert "merge" not in result.stdout
 
 
@@ -443,6 +443,27 @@ def test_a_slip_in_run_sh_is_said_in_one_sentence(tmp_path, right, wrong, messag
     number = text[: text.index(EPOCHS)].count("\n") + 1
     result = run(script=tmp_path / "run.sh", cwd=tmp_path, DRY_RUN="1")
     assert (result.returncode, result.stderr) == (2, f"error: run.sh: {message.replace('{}', str(number))}\n")
+
+
+def test_a_slip_in_the_other_settings_is_said_too(tmp_path):
+    for name in ("run.sh", "meme_llava", "configs", "data"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    page = tmp_path / "scripts" / "more_settings.sh"
+    text = page.read_text(encoding="utf-8").replace("EVAL_ANNOTATIONS=${EVAL_ANNOTATIONS:-auto}", "EVAL_ANNOTATIONS=my")
+    page.write_text(text, encoding="utf-8")
+    shutil.copy(ROOT / "run.sh", tmp_path / "copy.sh")  # a link would lead to the checkout
+    result = run(script=tmp_path / "copy.sh", cwd=tmp_path, DRY_RUN="1")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: scripts/more_settings.sh: line ")
+    assert result.stderr.endswith(" is 'EVAL_ANNOTATIONS=my', expected EVAL_ANNOTATIONS=${EVAL_ANNOTATIONS:-VALUE}\n")
+
+
+def test_a_preset_sets_a_value_once(tmp_path):
+    (tmp_path / "mine.yaml").write_text("EPOCHS: 9\nEPOCHS: 3\n")
+    result = run(PRESET=os.path.relpath(tmp_path / "mine", ROOT / "configs" / "presets"), DRY_RUN="1")
+    assert result.returncode == 2
+    assert result.stderr.endswith("mine.yaml: line 2 sets EPOCHS a second time; delete one of the lines\n")
 
 
 def test_shell_scripts_have_no_syntax_error():

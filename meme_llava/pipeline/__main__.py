@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from meme_llava.distributed.launchers import check_started_once
-from meme_llava.errors import UserError, stop_on_user_error
+from meme_llava.errors import UserError, printable, stop_on_user_error
 from meme_llava.pipeline.checks import check_gpus, check_settings, check_start
 from meme_llava.pipeline.commands import run_command
 from meme_llava.pipeline.plan import (
@@ -29,11 +29,7 @@ from meme_llava.pipeline.plan import (
     start_paths,
 )
 from meme_llava.pipeline.results import ONCE, check_base, check_results, make_result
-from meme_llava.pipeline.settings import (
-    check_names,
-    describe_settings,
-    list_settings,
-)
+from meme_llava.pipeline.settings import check_names, describe_settings, read_settings
 
 
 @stop_on_user_error
@@ -45,13 +41,15 @@ def main(argv: list[str] | None = None) -> None:
     if not names and train_flags == {"help": []}:
         print(describe_settings())
         return
-    variables = {name: os.environ.get(name, "") for name in list_settings()}
+    variables = read_settings(os.environ)
     check_names(os.environ, list(variables))
     if variables["NNODES"] == "1":
         check_started_once(os.environ)
+    if variables["DRY_RUN"] not in ("0", "1"):
+        raise UserError(f"DRY_RUN is '{variables['DRY_RUN']}', expected 1 (print the commands, run nothing) or 0")
     processes, environment = choose_devices(variables["GPUS"], os.environ.get("CUDA_VISIBLE_DEVICES"))
     stages, chosen = plan_stages(declared, names, train_flags, variables, processes)
-    is_dry, looks = variables["DRY_RUN"] != "0", LOOKS & train_flags.keys()
+    is_dry, looks = variables["DRY_RUN"] == "1", LOOKS & train_flags.keys()
     has_libraries = importlib.util.find_spec("transformers") is not None
     if mode == "run" and not has_libraries:
         raise UserError("the active Python environment lacks our libraries: pip install -r requirements.txt")
@@ -70,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         if not is_dry:
             raise
-        print(f"the run would stop: {error}", file=sys.stderr)
+        print(printable(f"the run would stop: {error}"), file=sys.stderr)
     if mode == "check":
         return
     os.environ.update(environment)
@@ -110,8 +108,8 @@ def check_input(chosen: Sequence[Stage], training: Sequence[Stage]) -> None:
     """Check records and images of training and evaluation, before anything is built for them."""
     if len(training) == 2 and not training[0].is_finished and (training[1].is_finished or training[1].resume_flags):
         raise UserError(
-            f"{training[1].folder} was trained without the projector of {training[0].folder}, which is not there; set "
-            "another OUTPUT_DIR"
+            f"{training[1].folder} holds a training, but {training[0].folder}, from which it would start, is not "
+            "there; set another OUTPUT_DIR"
         )
     evaluations = [stage.flags for stage in chosen if stage.name == "evaluate"]
     words = [flags[name][0] for flags in evaluations[:1] for name in ("annotations", "image_folder")]
@@ -131,7 +129,7 @@ def describe_results(variables: Mapping[str, str]) -> str:
     lines["standalone model"] = f"{output}/merged"
     if Path(output, "report.html").is_file():
         lines["scores, answers"] = f"{output}/scores, before training {output}/scores_before"
-        lines["page to look at"] = f"{output}/report.html (others beside it: python report.py {output} OTHER_DIR)"
+        lines["page to look at"] = f"{output}/report.html (others beside it: {python} report.py {output} OTHER_DIR)"
     model = shlex.quote(f"{output}/merged")
     lines["ask it yourself"] = f"{python} infer.py --model {model} --image FILE"
     return "\n" + "\n".join(f"{name:<20}{place}" for name, place in lines.items())

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from meme_llava.cli import parse_arguments
-from meme_llava.errors import UserError
+from meme_llava.errors import UserError, count
 from meme_llava.pipeline.plan import LOOKS, Flags, Stage
 from meme_llava.pipeline.results import ONCE
 from meme_llava.pipeline.settings import check_flag_names, list_settings, name_settings
@@ -24,6 +24,7 @@ def check_settings(stages: Sequence[Stage], train_flags: Flags) -> None:
 
     check_flag_names(os.environ, list_settings(), (one.name for one in dataclasses.fields(TrainArguments)))
     classes = {"build": BuildArguments, "merge": MergeArguments, "infer": InferArguments, "evaluate": EvaluateArguments}
+    trainings = [stage for stage in stages if stage.name == "train"]
     for stage in stages:
         try:
             if stage.name in classes:
@@ -33,8 +34,8 @@ def check_settings(stages: Sequence[Stage], train_flags: Flags) -> None:
                     parse_launch_arguments(stage.program[3:])
                 parse_train_arguments([*stage.arguments, *stage.resume_flags], "", prog=stage.program[-1])
         except UserError as error:
-            train_type = stage.flags.get("train_type", [None])[0]
-            raise UserError(name_settings(str(error), train_type, train_flags)) from error
+            of_projector = len(trainings) == 2 and stage is trainings[0]
+            raise UserError(name_settings(str(error), of_projector, train_flags)) from error
 
 
 def check_start(
@@ -47,6 +48,7 @@ def check_start(
     if variables["NODE_RANK"] == "0":
         check_needs(chosen, stages)
         if not LOOKS & train_flags.keys():
+            check_towers(chosen)
             check_folders(chosen)
 
 
@@ -62,6 +64,15 @@ def check_paths(names: set[str], train_flags: Flags, variables: Mapping[str, str
     for name, path in given.items():
         if path not in ("auto", "none") and not Path(path).exists():
             raise UserError(f"{name}{path}: no such file or folder")
+
+
+def check_towers(chosen: Sequence[Stage]) -> None:
+    """Stop where a base would be built from a folder that is not there; what else is not there may be on a hub."""
+    for stage in (stage for stage in chosen if stage.name == "build" and not stage.is_made):
+        for flag in ("language_model", "vision_model"):
+            path = stage.flags[flag][0]
+            if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+                raise UserError(f"{flag.upper()}={path}: no such folder")
 
 
 def check_folders(chosen: Sequence[Stage]) -> None:
@@ -92,12 +103,15 @@ def check_gpus(gpus: str, processes: int, environment: Mapping[str, str]) -> Non
     """Stop where fewer GPUs can be used than are asked for, by commands with these variables."""
     # A driver too old for torch shows GPUs that torch cannot use.
     program = "import torch, torch.cuda as c; print(c.device_count() if c.is_available() else 0, torch.version.cuda)"
-    command, options = [sys.executable, "-c", program], {"stdout": subprocess.PIPE, "text": True, "check": True}
-    answer = subprocess.run(command, env=environment, **options).stdout.split()
-    found, cuda = int(answer[0]), answer[1]
-    if processes > found:
+    command, options = [sys.executable, "-c", program], {"stdout": subprocess.PIPE, "text": True, "check": False}
+    answer = subprocess.run(command, env=environment, **options)
+    if answer.returncode:
+        raise UserError(f"torch cannot be imported by {sys.executable}, for the reason above; install it anew")
+    found, cuda = answer.stdout.split()
+    if processes > int(found):
         visible = environment.get("CUDA_VISIBLE_DEVICES", "unset")
+        made = f"for CUDA {cuda}; nvidia-smi shows whether the driver is older" if cuda != "None" else "without CUDA"
         raise UserError(
-            f"GPUS={gpus} asks for {processes} GPUs, torch sees {found} (CUDA_VISIBLE_DEVICES={visible}, torch made "
-            f"for CUDA {cuda}; nvidia-smi shows whether the driver is older); set GPUS={found or 'cpu'}"
+            f"GPUS={gpus} asks for {count(processes, 'GPU')}, torch sees {found} (CUDA_VISIBLE_DEVICES={visible}, "
+            f"torch made {made}); set GPUS={'cpu' if found == '0' else found}"
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meme_llava.errors import UserError
-from meme_llava.pipeline.settings import read_count
+from meme_llava.pipeline.settings import list_settings, read_count
 from meme_llava.storage.run_record import RUN_RECORD, read_run_record
 
 SAMPLES, UNSEEN = "data/annotations.json", "data/unseen/annotations.json"
@@ -20,6 +20,13 @@ LOOKS = {"plan", "show_batch", "help"}  # flags with which train.py trains nothi
 OF_BOTH_STAGES = {"train_type", "num_train_epochs", "high_lr", "output_dir"}  # what the projector's own stage replaces
 PATH_FLAGS = {"model", "annotations", "image_folder", "output_dir", "projector_from", "resume_from_checkpoint"}
 PATH_FLAGS |= {"eval_annotations", "eval_image_folder"}
+# Flags of train.py whose settings other stages take, too.
+SHARED_SETTINGS = {
+    "model": "BASE_DIR",
+    "annotations": "ANNOTATIONS",
+    "image_folder": "IMAGE_FOLDER",
+    "output_dir": "OUTPUT_DIR",
+}
 SECONDS_TO_MEET = "7200"  # node 0 may have to download and build the base model before it meets the others
 
 Flags = dict[str, list[str]]
@@ -133,10 +140,21 @@ def plan_stages(
     # The first value may be a name that a flag gives.
     if late := [value for values in train_flags.values() for value in values[1:] if value in known]:
         raise UserError(f"{late[0]} stands after the flags of train.py; put stages first")
+    looks = LOOKS & train_flags.keys()
+    if train_flags and names and "train" not in names:
+        raise UserError(
+            f"--{next(iter(train_flags))} goes to train.py, and train is not among the stages; leave it out, or start "
+            "the script itself (DRY_RUN=1 shows its command)"
+        )
+    if not looks and set(names) != {"train"} and (shared := SHARED_SETTINGS.keys() & train_flags.keys()):
+        flag = min(shared)
+        raise UserError(
+            f"--{flag} reaches train alone, and other stages take {SHARED_SETTINGS[flag]}; set that in its place"
+        )
     evaluation = choose_evaluation(variables)
     if "evaluate" in names and evaluation is None:
         raise UserError("evaluate needs EVAL_ANNOTATIONS, an annotation file of memes that are not trained on")
-    if LOOKS & train_flags.keys() or variables["NODE_RANK"] != "0":
+    if looks or variables["NODE_RANK"] != "0":
         # The other nodes wait for node 0, which checks and builds.
         names = ["train"]
     names = names or [name for name in known if evaluation or name not in ("evaluate", "report")]
@@ -155,6 +173,8 @@ def plan_training(
 ) -> list[Stage]:
     """The train stage, one process a GPU; with PROJECTOR_EPOCHS, the stage of the projector before it."""
     nodes, rank, port = read_count(variables, "NNODES"), variables["NODE_RANK"], variables["MASTER_PORT"]
+    if not re.fullmatch(r"0|[1-9]\d*", rank):  # 00 would be a node that waits for another 0
+        raise UserError(f"NODE_RANK is '{rank}', expected a whole number from 0 to below NNODES")
     batches = (read_count(variables, name) for name in ("GLOBAL_BATCH", "DEVICE_BATCH"))
     flags = stage.flags | {"device_batch_size": [str(choose_device_batch(*batches, processes * nodes))]}
     if "warmup_steps" in train_flags:
@@ -175,7 +195,12 @@ def plan_training(
     python, *script = stage.program
     stage = Stage(stage.name, [python, *launcher, *script], flags | train_flags)
     epochs = variables["PROJECTOR_EPOCHS"]
-    if epochs == "0":
+    if is_same(epochs, "0"):
+        if not is_same(variables["PROJECTOR_LR"], list_settings()["PROJECTOR_LR"]):
+            raise UserError(
+                f"PROJECTOR_LR={variables['PROJECTOR_LR']} has no use without PROJECTOR_EPOCHS; the projector's rate "
+                "in the training is HIGH_LR"
+            )
         return [stage]
     if twice := sorted(OF_BOTH_STAGES & train_flags.keys()):
         raise UserError(
@@ -196,6 +221,8 @@ def choose_evaluation(variables: Mapping[str, str]) -> dict[str, str] | None:
     if annotations == "auto":
         annotations = UNSEEN if is_same(variables["ANNOTATIONS"], SAMPLES) else "none"
     if annotations == "none":
+        if folder != "auto":
+            raise UserError(f"EVAL_IMAGE_FOLDER={folder} has no use without EVAL_ANNOTATIONS; set that, too")
         return None
     if folder == "auto":
         folder = str(Path(UNSEEN).parent) if is_same(annotations, UNSEEN) else variables["IMAGE_FOLDER"]
@@ -208,13 +235,21 @@ def choose_devices(gpus: str, visible: str | None) -> tuple[int, dict[str, str]]
     """Processes of this node for a value of GPUS, and variables that tell libraries what they compute on.
 
     Args:
-        visible: CUDA_VISIBLE_DEVICES as the user has set it.
+        visible: CUDA_VISIBLE_DEVICES as the user or a scheduler has set it.
+
+    Raises:
+        UserError: GPUS is none of what it can be, or lists GPUs that are not `visible`.
     """
     if not re.fullmatch(r"auto|cpu(:[1-9])?|0|[1-9]\d*|\d+(,\d+)*,|\d+(,\d+)+", gpus):
         raise UserError(f"GPUS is '{gpus}', expected auto, a count, a list such as 0,3, cpu or cpu:2 (up to cpu:9)")
     if "," in gpus:
-        listed = gpus.rstrip(",")
-        return listed.count(",") + 1, {"CUDA_VISIBLE_DEVICES": listed}
+        listed = gpus.rstrip(",").split(",")
+        if visible and not set(listed) <= set(visible.split(",")):
+            raise UserError(
+                f"GPUS={gpus} names GPUs that CUDA_VISIBLE_DEVICES={visible} leaves out, which may be another job's; "
+                "set GPUS to some of these or to a count, or unset CUDA_VISIBLE_DEVICES"
+            )
+        return len(listed), {"CUDA_VISIBLE_DEVICES": ",".join(listed)}
     if count := _count_gpus(visible) if gpus == "auto" else 0 if gpus.startswith("cpu") else int(gpus):
         # A single process must see a single GPU, or torch splits its batches over all of them.
         return count, {"CUDA_VISIBLE_DEVICES": (visible or "0").partition(",")[0]} if count == 1 else {}

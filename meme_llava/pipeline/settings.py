@@ -24,8 +24,21 @@ SYNONYMS = {
 }
 
 
-def list_settings() -> list[str]:
-    return [found[1] for path in FILES for found in SETTING.finditer(path.read_text(encoding="utf-8"))]
+def list_settings() -> dict[str, str]:
+    """The settings with their defaults, as run.sh has them."""
+    return dict(found.groups() for path in FILES for found in SETTING.finditer(path.read_text(encoding="utf-8")))
+
+
+class Settings(dict):
+    """The value of each setting by its name."""
+
+    def __missing__(self, name: str) -> str:
+        raise UserError(f"run.sh: no line sets {name}, which is needed; expected {name}=${{{name}:-VALUE}}")
+
+
+def read_settings(variables: Mapping[str, str]) -> Settings:
+    """The values that run.sh has exported."""
+    return Settings((name, variables.get(name, "")) for name in list_settings())
 
 
 def describe_settings() -> str:
@@ -71,10 +84,14 @@ def check_flag_names(variables: Mapping[str, str], known: Sequence[str], flags: 
             )
 
 
-def name_settings(message: str, train_type: str | None, train_flags: Container[str]) -> str:
-    """A message about flags as one about the settings that gave them; what the user typed as a flag stays one."""
+def name_settings(message: str, of_projector: bool, train_flags: Container[str]) -> str:
+    """A message about flags as one about the settings that gave them; what the user typed as a flag stays one.
+
+    Args:
+        of_projector: the flags are those of the stage that PROJECTOR_EPOCHS adds.
+    """
     given = map_flags() | {name.lower(): name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "NNODES")}
-    if train_type == "projector":
+    if of_projector:
         given |= {"num_train_epochs": "PROJECTOR_EPOCHS", "high_lr": "PROJECTOR_LR"}
     message = re.sub(r"^.*?: argument (--\w+): (.*?)(\. --help lists.*)?$", r"\1: \2", message)
     for flag in (flag for flag in given if flag not in train_flags):

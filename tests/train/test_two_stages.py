@@ -121,7 +121,7 @@ def test_run_sh_runs_both_stages(world, tmp_path):
     # What is gone would be trained anew, only to find that the second stage began with another one.
     (tmp_path / "projector.command").unlink()
     lost = run("train", **variables)
-    assert lost.returncode == 2 and "was trained without the projector of" in lost.stderr
+    assert lost.returncode == 2 and "/projector, from which it would start, is not there" in lost.stderr
     (tmp_path / "projector.command").write_text(noted)
     # Another first stage would make another second one.
     changed = run("train", **variables | {"PROJECTOR_LR": "2e-2"})
