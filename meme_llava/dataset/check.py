@@ -12,7 +12,14 @@ from typing import Literal
 from meme_llava.cli import check_settings, setting, suggest
 from meme_llava.dataset.conversation import CONTROL_TOKENS, ConversationEncoder, DoesNotFit, Tokens
 from meme_llava.dataset.images import MAX_PIXELS, resolve_image_path
-from meme_llava.dataset.inspection import ImageFacts, check_image, check_texts, inspect_images, normalise_text
+from meme_llava.dataset.inspection import (
+    ImageFacts,
+    check_image,
+    check_texts,
+    inspect_images,
+    measure_recall,
+    normalise_text,
+)
 from meme_llava.dataset.records import (
     BAD_KINDS,
     KINDS,
@@ -32,6 +39,7 @@ from meme_llava.terminal import print_table
 
 # Short answers ("有", "图片里没有文字。") may well answer two questions about one image.
 SHORT_ANSWER = 10  # characters that are letters or digits
+SMALLEST_RECALL = 0.5  # of the characters known to stand in an image; a caption may quote them in part
 
 
 @dataclass(kw_only=True)
@@ -170,9 +178,10 @@ def check_data(
     control_tokens = CONTROL_TOKENS if encoder is None else encoder.control_tokens
     for checked in checked_records:
         checked.add(*(one for path in checked.image_paths for one in found[path]))
-        checked.add(*check_texts(checked.record.turns, checked.record.text, control_tokens))
+        checked.add(*check_texts(checked.record.turns, control_tokens))
         if stray_image := checked.record.stray_image:
             checked.add(("image_elsewhere", stray_image))
+    _compare_texts(checked_records)
     if encoder is not None:
         encoded = encoder.encode_many([checked.record.turns for checked in checked_records], max_length)
         for checked, tokens in zip(checked_records, encoded, strict=True):
@@ -209,6 +218,20 @@ def _resolve_images(record: Record, image_folder: Path) -> CheckedRecord:
         return CheckedRecord(record, tuple(resolve_image_path(image, image_folder) for image in record.images))
     except RecordFault as fault:
         return CheckedRecord(record, (), [Finding(fault.kind, record.place, record.record_id, str(fault))])
+
+
+def _compare_texts(records: Iterable[CheckedRecord]) -> None:
+    """Note answers that lack the text known to stand in their image, but for short ones, as about its mood, where
+    another answer about the image has it."""
+    compared = []
+    for checked in (checked for checked in records if checked.record.text):
+        answer = "".join(turn.text for turn in checked.record.turns if turn.role == "assistant")
+        compared.append((checked, len(normalise_text(answer)), measure_recall(checked.record.text, answer)))
+    read = {checked.image_paths for checked, _, recall in compared if recall >= SMALLEST_RECALL}
+    for checked, length, recall in compared:
+        if recall < SMALLEST_RECALL and (length >= SHORT_ANSWER or checked.image_paths not in read):
+            detail = f"{recall:.0%} of the characters of {checked.record.text!r} are in the answer"
+            checked.add(("text_disagrees", detail))
 
 
 def _find_duplicates(data: CheckedData) -> None:

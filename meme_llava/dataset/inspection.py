@@ -30,7 +30,6 @@ LOW_RESOLUTION = 64  # pixels; a line of words needs more
 EXTREME_RATIO = 50  # of the sides
 STRETCHED_RATIO = 4
 FILES_PER_TASK = 16
-SMALLEST_RECALL = 0.5  # of the characters known to stand in an image; a caption may quote them in part
 # What a meme says stands in quotes, and memes do say "I cannot": only the speaker's own words count.
 _QUOTED = re.compile(r"“[^”]*”|‘[^’]*’|「[^」]*」|『[^』]*』|《[^》]*》|\"[^\"\n]*\"|\*\*[^*\n]*\*\*")
 _UNABLE = "(?:无法|不能|没法|没有办法|不可以|不便|不会|拒绝)"
@@ -120,8 +119,8 @@ def find_loop(text: str) -> str | None:
     return None
 
 
-def check_texts(turns: Sequence[Turn], text: str | None, control_tokens: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The findings about what a record says, as (kind, detail); `text` is what is known to stand in its image."""
+def check_texts(turns: Sequence[Turn], control_tokens: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The findings about what a record says, as (kind, detail)."""
     for number, turn in enumerate(turns, start=1):
         spelt = [
             token
@@ -135,10 +134,6 @@ def check_texts(turns: Sequence[Turn], text: str | None, control_tokens: Sequenc
                 yield "refusal", f"turn {number} refuses: {refusal!r}"
             if (loop := find_loop(turn.text)) is not None:
                 yield "loop", f"turn {number} repeats {loop[:30]!r}"
-    if text:
-        recall = measure_recall(text, "".join(turn.text for turn in turns if turn.role == "assistant"))
-        if recall < SMALLEST_RECALL:
-            yield "text_disagrees", f"{recall:.0%} of the characters of {text!r} are in the answer"
 
 
 @dataclass(frozen=True)

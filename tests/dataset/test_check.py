@@ -1016,3 +1016,15 @@ def test_every_real_odd_file_is_found_out(tmp_path):
     found = {name: set(list_kinds(checked, line)) for line, name in enumerate(ODD_FILES, start=1)}
     assert found == ODD_FILES
     assert len(checked.usable) == 44
+
+
+def test_an_answer_about_the_mood_need_not_hold_the_text(tmp_path):
+    """Where no answer has the text, or a caption has other words, something is amiss."""
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (64, 64), "red").save(tmp_path / name)
+    said = [("a.png", "别催了马上到"), ("a.png", "着急"), ("a.png", ANSWER), ("b.png", "着急")]
+    records = [make_record(f"r{place}", *one, text="别催了马上到") for place, one in enumerate(said)]
+    (tmp_path / "memes.json").write_text(json.dumps(records))
+    checked = check_data(tmp_path / "memes.json", tmp_path, RecordPolicy(), workers=1)
+    found = [finding.record_id for finding in checked.findings if finding.kind == "text_disagrees"]
+    assert found == ["r2", "r3"]
