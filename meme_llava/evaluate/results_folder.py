@@ -62,7 +62,10 @@ class EvaluationFolder:
                 cut_torn_line(self._file)
                 self.lines = _read_lines(self._file, stage)
             except ValueError as error:
-                raise UserError(f"{self._file}: is damaged ({error}); --overwrite asks everything again") from error
+                raise UserError(
+                    f"{self._file}: is damaged ({error}). Cut it off there, and the same command goes on, or "
+                    "pass --overwrite to ask everything again"
+                ) from error
         # None if the evaluation is not finished.
         self.metrics = _read_metrics(folder / METRICS, stage) if (folder / METRICS).is_file() else None
 
@@ -141,7 +144,7 @@ def _check_same(folder: Path, before: dict, asked: dict) -> None:
 def _read_asked(folder: Path, stage: str) -> dict:
     """What was asked of whom. Raises UserError if the folder is not one of this stage."""
     path = folder / RUN_RECORD
-    advice = f"If this was an output_dir of {stage}.py, delete it; else choose another folder."
+    advice = "Choose another folder; the answers in this one stay."
     record = read_json(path, advice)
     if record.get("stage") != stage:
         raise UserError(

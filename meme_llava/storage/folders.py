@@ -96,7 +96,7 @@ def check_output_dir(output_dir: Path, overwrite: bool) -> None:
     if not (output_dir / RUN_RECORD).is_file():
         raise UserError(
             f"{output_dir}: has no {RUN_RECORD}, so it is not an output of ours and --overwrite leaves it alone. "
-            "Choose another --output_dir, or delete it yourself."
+            "Choose another --output_dir."
         )
 
 

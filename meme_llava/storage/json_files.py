@@ -9,7 +9,7 @@ from typing import Any
 from meme_llava.cli import refuse_repeated_keys
 from meme_llava.errors import UserError
 
-DAMAGED = "Delete it and download or make it again."
+DAMAGED = "Download, copy or make it again."
 # What a model folder may hold, in the order in which libraries read it.
 MODEL_FILES = (
     "config.json",

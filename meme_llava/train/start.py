@@ -70,8 +70,8 @@ def choose_start(arguments: TrainArguments) -> StartPoint:
     if wanted == LATEST and (checkpoint := find_newest(output_dir)) is None:
         damaged = ", ".join(path.name for path in list_checkpoints(output_dir))
         raise CheckpointError(
-            f"{output_dir}: none of {damaged} is whole, for the reasons above. To train from the beginning, delete "
-            "them or choose another --output_dir."
+            f"{output_dir}: none of {damaged} is whole, for the reasons above. To train from the beginning, move "
+            "them elsewhere or choose another --output_dir."
             if damaged
             else f"--resume_from_checkpoint {LATEST}: {output_dir} holds no checkpoint"
         )

@@ -731,7 +731,7 @@ def test_a_damaged_file_of_the_language_model_is_named(world, tmp_path, capsys, 
     shutil.copytree(world.language_model, copy)
     (copy / name).write_bytes(content)
     error = run_and_read_error(capsys, copy, world.vision_tower, tmp_path / "out", "--no_verify")
-    assert error.splitlines()[-1] == f"error: {copy / name}: {fault}. Delete it and download or make it again."
+    assert error.splitlines()[-1] == f"error: {copy / name}: {fault}. Download, copy or make it again."
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from meme_llava.errors import CheckpointError, UserError
 from meme_llava.storage.json_files import check_fields, check_json_files, read_json
 
-ADVICE = "Delete it and download or make it again."
+ADVICE = "Download, copy or make it again."
 WHOLE = '{"name": "好", "step": 3}'
 
 

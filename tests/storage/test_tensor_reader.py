@@ -208,7 +208,7 @@ def test_damaged_bin_files_are_named(tmp_path, damage):
             "last_byte": whole[:-1],
         }[damage]
     )
-    with pytest.raises(UserError, match=f"{path}: {NO_PLAIN_FILE}.*Delete it and download or make it again."):
+    with pytest.raises(UserError, match=f"{path}: {NO_PLAIN_FILE}.*Download, copy or make it again."):
         read_tensors([path])
 
 
@@ -258,7 +258,7 @@ def test_damaged_safetensors_files_are_named(tmp_path, damage):
         read_tensors([path])
     size = f"{path.stat().st_size:,} bytes"
     assert str(error.value).startswith(f"{path}: is not a safetensors file, or an incomplete one ({size}; ")
-    assert str(error.value).endswith("Delete it and download or make it again.")
+    assert str(error.value).endswith("Download, copy or make it again.")
 
 
 def test_the_metadata_of_a_header_is_no_tensor(tmp_path):

@@ -420,9 +420,7 @@ def test_wrong_settings_stop_before_the_model_loads(world, trained, tmp_path, mo
     assert "no such model folder" in message(model=tmp_path / "nowhere")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "config.json").write_text('{"model_type": ')
-    assert "config.json: ends in the middle. Delete it and download or make it again." in message(
-        model=tmp_path / "damaged"
-    )
+    assert "config.json: ends in the middle. Download, copy or make it again." in message(model=tmp_path / "damaged")
     assert "nowhere.json: No such file or directory" in message(annotations=tmp_path / "nowhere.json")
     assert "no such image folder" in message(image_folder=tmp_path / "nowhere")
     assert "is not empty" in fail(capsys, train_flags(world, trained))
