@@ -122,7 +122,7 @@ def print_problems(predictions: Sequence[Prediction]) -> None:
     without = [prediction for prediction in predictions if prediction.problem is not None]
     if without:
         print(f"{len(without)} of {count(len(predictions), 'question')} not answered, which counts as an empty answer:")
-        lines = (f"  {one.question.image}: {printable(one.problem)}" for one in without[:MAX_LISTED])
+        lines = (printable(f"  {one.question.image}: {one.problem}") for one in without[:MAX_LISTED])
         print(join_first(lines, len(without)))
 
 

@@ -220,7 +220,7 @@ def _resolve_images(record: Record, image_folder: Path) -> CheckedRecord:
         return CheckedRecord(record, (), [Finding(fault.kind, record.place, record.record_id, str(fault))])
 
 
-def _compare_texts(records: Iterable[CheckedRecord]) -> None:
+def _compare_texts(records: list[CheckedRecord]) -> None:
     """Note answers that lack the text known to stand in their image, but for short ones, as about its mood, where
     another answer about the image has it."""
     compared = []

@@ -15,13 +15,14 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
+    TextStreamer,
 )
 from transformers.generation.streamers import BaseStreamer
 
 from meme_llava.dataset.collator import to_pixel_values
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.dataset.images import ImagePolicy, open_image
-from meme_llava.errors import UserError, first_line
+from meme_llava.errors import UserError, first_line, printable
 from meme_llava.inference.questions import Prediction, Question
 from meme_llava.model.llava import PROJECTOR, Processing, load_llava, load_processing
 from meme_llava.model.loading import LOCALLY, explain_unloadable
@@ -33,6 +34,13 @@ from meme_llava.storage.tensor_files import check_weights, find_base
 
 class PromptTooLong(UserError):
     """A prompt that leaves the model no position for an answer."""
+
+
+class PrintableStreamer(TextStreamer):
+    """Prints an answer as it grows, as a terminal may show it."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(printable(text), stream_end)
 
 
 @dataclass(frozen=True)

@@ -214,8 +214,8 @@ class CaptionRun:
             line = {"set_aside": reason, "detail": detail, "answer": answer}
             self._set_aside += 1
             if self._set_aside <= MAX_LISTED:
-                shown = printable(" ".join(detail.split()))[:LONGEST_LISTED]
-                print(f"set aside {name}: {reason} ({shown})", file=sys.stderr)
+                shown = " ".join(detail.split())[:LONGEST_LISTED]
+                print(printable(f"set aside {name}: {reason} ({shown})"), file=sys.stderr)
         self._ledger.append({"picName": name, **line, **origin, **cost, "sha256": digest})
         self._advance(1)
         if reason != "unreadable":

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from meme_llava.distributed.environment import choose_engine, count_processes
-from meme_llava.errors import UserError, count
+from meme_llava.errors import UserError, count, printable
 from meme_llava.model.accelerators import CPU
 from meme_llava.model.flops import count_batch
 from meme_llava.model.llava import Processing, load_processing
@@ -98,7 +98,7 @@ def _describe_tokens(ids: list[int], learns: list[bool], processing: Processing,
             text.append(f"<{name}: {len(tokens)} tokens at {position}>", style=IMAGE_STYLE)
         else:
             opens, closes = (is_supervised and not (other and other[0][1]) for other in (before, after))
-            words = processing.tokenizer.decode(tokens, skip_special_tokens=False)
+            words = printable(processing.tokenizer.decode(tokens, skip_special_tokens=False))
             style = CONTROL_STYLE if is_control else SUPERVISED_STYLE if is_supervised else ""
             text.append("【" * opens + words, style)
             text.append("】" * closes, SUPERVISED_STYLE)

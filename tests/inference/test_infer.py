@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ import infer
 import merge_lora
 import train
 from meme_llava.dataset.images import open_image
-from meme_llava.inference.generation import load_answerer
+from meme_llava.inference.generation import PrintableStreamer, load_answerer
+from meme_llava.inference.questions import Prediction, Question
+from meme_llava.inference.settings import InferArguments
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,30 @@ def test_json_loses_no_character_on_any_console(monkeypatch, encoding):
     assert ("好" in written) == (encoding == "utf-8")
 
 
+def test_control_characters_are_shown_and_not_obeyed(capsys):
+    """A model trained on others' texts may say what rewrites the screen."""
+    said = "好\x1b[2J耶\x9b1m"
+    arguments = InferArguments(Path("m"), image=[Path("a.png")])
+    infer.report(Question(Path("a\x1b.png"), "写\x1b了？", said), Prediction(None, said), arguments)
+    assert capsys.readouterr().out == (
+        "a\\x1b.png  [right]\n  question:  写\\x1b了？\n  answer:    好\\x1b[2J耶\\x9b1m\n"
+        "  reference: 好\\x1b[2J耶\\x9b1m\n"
+    )
+    streamer = PrintableStreamer(tokenizer=None)
+    streamer.on_finalized_text(said[:3])
+    streamer.on_finalized_text(said[3:], stream_end=True)
+    assert capsys.readouterr().out == "好\\x1b[2J耶\\x9b1m\n"
+    infer.print_json({"answer": said})
+    line = capsys.readouterr().out
+    assert json.loads(line) == {"answer": said} and line.strip().isprintable()
+
+
+def test_punctuation_is_no_mistake_here_as_in_the_scores(capsys):
+    arguments = InferArguments(Path("m"), image=[Path("a.png")])
+    infer.report(Question(Path("a.png"), "写了？", "我太难了！"), Prediction(None, "我太难了"), arguments)
+    assert "[right]" in capsys.readouterr().out
+
+
 def test_an_answer_that_is_cut_off_says_so(world, merged, capsys):
     image = ("--image", world.image_folder / "p0.png")
     result = ask(capsys, "--model", merged, *image, *QUESTION, "--max_new_tokens", 2)
@@ -106,10 +133,8 @@ def test_records_are_asked_their_own_question_beside_the_truth(world, merged, ca
     # r2 shows two images and r3 none; the other six begin with one.
     assert result.out.count("[right]") == 6 and result.out.count("reference:") == 6
     assert "not asked: 2 records without one image at the beginning" in result.err
-    assert "exactly as the reference: 6 of 6 answers" in result.err
-    assert (
-        "\n  question: 图里写了什么？\n  answer:   写着“我太难了”。\n  reference:    写着“我太难了”。\n" in result.out
-    )
+    assert "as the reference, punctuation aside: 6 of 6 answers" in result.err
+    assert "\n  question:  图里写了什么？\n  answer:    写着“我太难了”。\n  reference: 写着“我太难了”。\n" in result.out
     result = ask(capsys, "--model", merged, *flags, "--limit", 1, "--json")
     assert json.loads(result.out)["reference"] == "写着“我太难了”。"
 
