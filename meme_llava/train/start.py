@@ -29,6 +29,7 @@ CONTINUED_FIELDS = {
     "step": int,
     "finished": bool,
     "settings": dict,
+    "environment": dict,
     "base.fingerprint": str,
     "data.sha256": str,
     "data.records": int,
@@ -114,7 +115,7 @@ def check_continues(start: StartPoint, ours: dict, allow_changes: bool) -> list[
         changed["records"] = f"records that train were {theirs['data']['records']}, are {ours['data']['records']}"
     if theirs["base"]["fingerprint"] != ours["base"]["fingerprint"]:
         changed["base"] = "the base model is another one"
-    before, now = (record["projector"] and record["projector"]["weights"] for record in (theirs, ours))
+    before, now = ((record.get("projector") or {}).get("weights") for record in (theirs, ours))
     if before != now:
         changed["projector"] = "the projector of --projector_from is another one"
     if theirs["step"] >= steps and not theirs["finished"]:

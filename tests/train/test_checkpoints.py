@@ -28,6 +28,7 @@ from meme_llava.train import checkpoints, prepared_run, run_plan
 from meme_llava.train.checkpoints import check_room, find_newest, hold_output_dir, list_checkpoints, write_checkpoint
 from meme_llava.train.run_plan import count_steps, list_warnings
 from meme_llava.train.settings import parse_train_arguments
+from meme_llava.train.start import StartPoint, check_continues
 
 CHECKPOINT_FILES = (
     "adapter_config.json",
@@ -456,6 +457,16 @@ def test_one_process_decides_for_all_whether_anything_is_left(monkeypatch):
     monkeypatch.setattr(run_plan, "broadcast_from_main", lambda look: "as the main process found")
     plan = SimpleNamespace(start=SimpleNamespace(checkpoint=Path("not on this node")))
     assert run_plan.is_nothing_left(plan) == "as the main process found"
+
+
+def test_a_run_record_that_names_no_projector_had_none():
+    theirs = {"settings": {}, "data": {"sha256": "d", "records": 4}, "base": {"fingerprint": "b"}, "step": 1}
+    theirs |= {"finished": False}
+    ours = {**theirs, "projector": None, "schedule": {"steps": 2}}
+    start = StartPoint(Path("checkpoint-1"), 1, 4, theirs)
+    assert check_continues(start, ours, allow_changes=False) == []
+    with pytest.raises(CheckpointError, match="the projector of --projector_from is another one"):
+        check_continues(start, ours | {"projector": {"weights": "w"}}, allow_changes=False)
 
 
 def test_steps_are_counted_from_the_records_behind_a_checkpoint(world):
