@@ -32,11 +32,12 @@ def write_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
     """
     if output_dir.is_symlink():
         output_dir = output_dir.resolve()  # to a larger disk; the link stays
+    check_output_dir(output_dir, overwrite)
     temporary = output_dir.with_name(f".{output_dir.name}.incomplete")
     replaced = output_dir.with_name(f".{output_dir.name}.replaced")
     if replaced.exists() and not output_dir.exists():
         replaced.rename(output_dir)
-    check_output_dir(output_dir, overwrite)
+        check_output_dir(output_dir, overwrite)
     temporary.mkdir(parents=True, exist_ok=True)
     with lock(temporary), explain_full_disk(temporary, "Free some, or choose another --output_dir."):
         empty_directory(temporary)

@@ -112,17 +112,21 @@ def list_library_versions() -> dict[str, str | None]:
 
 def describe_environment() -> dict:
     """Library versions, Python and the git commit of this code, for a run record."""
-
-    def ask_git(*words: str) -> str:
-        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=False).stdout
-
+    changed = _ask_git("status", "--porcelain")
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "libraries": list_library_versions(),
-        "git_commit": ask_git("rev-parse", "HEAD").strip() or None,
-        "git_changed_files": len(ask_git("status", "--porcelain").splitlines()),
+        "git_commit": _ask_git("rev-parse", "HEAD"),
+        "git_changed_files": None if changed is None else len(changed.splitlines()),
     }
+
+
+def _ask_git(*words: str) -> str | None:
+    """What git says of this code; None where there is no git, or no checkout that it may read."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
+    return None
 
 
 def write_run_record(folder: Path, stage: str, **facts) -> None:

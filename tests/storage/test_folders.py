@@ -153,6 +153,15 @@ def test_nothing_is_replaced_without_being_told(tmp_path):
     assert names_of(tmp_path) == ["empty", "file", "out"]
 
 
+@pytest.mark.parametrize("name", [".", "..", "/", "old/.."])
+def test_a_path_without_a_name_of_its_own_is_refused(tmp_path, monkeypatch, name):
+    fill(tmp_path / "old", OLD)
+    monkeypatch.chdir(tmp_path / "old")
+    with pytest.raises(UserError, match="is not a name for a new directory; give --output_dir one of its own"):
+        write_new(Path(name), overwrite=True)
+    assert read_files(tmp_path / "old") == OLD
+
+
 def test_files_that_came_meanwhile_are_not_lost(tmp_path):
     """Merging takes minutes; what another program put at the place meanwhile is not a leftover of ours."""
     out = tmp_path / "out"
