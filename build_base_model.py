@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     from meme_llava.convert.build import open_parts, write_llava
     from meme_llava.convert.build_check import verify_assembled
     from meme_llava.model.packing import describe_rows
-    from meme_llava.storage.tensor_files import fingerprint_folder
+    from meme_llava.storage.fingerprint import fingerprint_folder
 
     check_output_dir(arguments.output_dir, arguments.overwrite)
     language_folder = resolve_model_folder(arguments.language_model)

@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from meme_llava.convert.merge import TrainedWeights, check_exportable, export_clip_tower, write_merged
     from meme_llava.convert.merge_check import verify_exported, verify_merged
-    from meme_llava.storage.tensor_files import find_base, fingerprint_folder
+    from meme_llava.storage.fingerprint import find_base, fingerprint_folder
 
     check_output_dir(arguments.output_dir, arguments.overwrite)
     base_folder = find_base(arguments.adapter, arguments.base_model)

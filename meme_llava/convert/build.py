@@ -22,7 +22,8 @@ from meme_llava.model.llava import PADDING_SIDE, count_image_tokens, has_class_t
 from meme_llava.model.loading import explain_unloadable, quiet_transformers
 from meme_llava.storage.files import write_json
 from meme_llava.storage.json_files import DAMAGED, read_json
-from meme_llava.storage.tensor_files import PlannedTensor, Rounding, StoredTensor, count_bytes, write_tensors
+from meme_llava.storage.tensor_files import StoredTensor
+from meme_llava.storage.tensor_writer import PlannedTensor, Rounding, count_bytes, write_tensors
 from meme_llava.terminal import show_bytes
 
 # The features of the last layer but one, as LLaVA takes them: the last one is tuned for the contrastive loss.

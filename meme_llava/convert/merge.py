@@ -24,16 +24,8 @@ from meme_llava.storage.run_record import (
     TRAINED_WEIGHTS,
     read_run_record,
 )
-from meme_llava.storage.tensor_files import (
-    WEIGHTS,
-    WEIGHTS_INDEX,
-    PlannedTensor,
-    Rounding,
-    StoredTensor,
-    count_bytes,
-    read_tensors,
-    write_tensors,
-)
+from meme_llava.storage.tensor_files import WEIGHTS, WEIGHTS_INDEX, StoredTensor, read_tensors
+from meme_llava.storage.tensor_writer import PlannedTensor, Rounding, count_bytes, write_tensors
 from meme_llava.terminal import show_bytes
 
 # float32 elements of a piece: a few such pieces fit in a processor's cache.

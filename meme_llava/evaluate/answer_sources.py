@@ -51,7 +51,7 @@ def choose_source(arguments: EvaluateArguments) -> AnswerSource:
         identity = {"endpoint": endpoint.host, "model": endpoint.model, "temperature": arguments.temperature}
         return AnswerSource(f"{endpoint.model} at {endpoint.host}", identity, None, lambda: ask)
     # Not on top, since torch takes seconds to load and a wrong flag is answered before.
-    from meme_llava.storage.tensor_files import fingerprint_folder, identify_weights
+    from meme_llava.storage.fingerprint import fingerprint_folder, identify_weights
 
     record = None
     if arguments.answer_with == "transformers":

@@ -28,8 +28,8 @@ from meme_llava.model.llava import PROJECTOR, Processing, load_llava, load_proce
 from meme_llava.model.loading import LOCALLY, explain_unloadable
 from meme_llava.model.packed_attention import gpu_multiplies_bf16
 from meme_llava.model.trainable import apply_trained_weights
+from meme_llava.storage.fingerprint import check_weights, find_base
 from meme_llava.storage.run_record import holds_trained_weights
-from meme_llava.storage.tensor_files import check_weights, find_base
 
 
 class PromptTooLong(UserError):

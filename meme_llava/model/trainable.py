@@ -36,7 +36,8 @@ from meme_llava.model.loading import explain_unloadable
 from meme_llava.model.settings import LearningRates, LoraRecipe
 from meme_llava.storage.json_files import DAMAGED, check_fields, read_json
 from meme_llava.storage.run_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS
-from meme_llava.storage.tensor_files import PlannedTensor, read_tensors, write_file
+from meme_llava.storage.tensor_files import read_tensors
+from meme_llava.storage.tensor_writer import PlannedTensor, write_file
 
 PEFT_PREFIX = "base_model.model."  # of every name in an adapter's file
 

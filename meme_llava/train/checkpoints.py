@@ -16,7 +16,7 @@ from meme_llava.distributed.processes import any_process, broadcast_from_main, g
 from meme_llava.errors import CheckpointError, DiskFullError, UserError, count, is_disk_full
 from meme_llava.storage.files import fsync_path, lock
 from meme_llava.storage.run_record import MANIFEST, describe_file, verify_directory, write_manifest
-from meme_llava.storage.tensor_files import check_free_space
+from meme_llava.storage.tensor_writer import check_free_space
 from meme_llava.terminal import format_bytes
 
 INCOMPLETE = ".checkpoint-{}.incomplete"

@@ -15,7 +15,7 @@ from torch.nn import functional
 from meme_llava.distributed.environment import DEEPSPEED, FSDP, Engine, count_processes, find_rank, is_main_process
 from meme_llava.errors import CheckpointError
 from meme_llava.model.trainable import ParameterGroup
-from meme_llava.storage.tensor_files import PlannedTensor, write_file
+from meme_llava.storage.tensor_writer import PlannedTensor, write_file
 
 MOMENTS, MUON_MOMENTS = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 OPTIMIZER_PREFIX = "optimizer-"

@@ -12,6 +12,7 @@ from meme_llava.distributed.processes import broadcast_from_main, gather
 from meme_llava.errors import CheckpointError, UserError, count
 from meme_llava.model.llava import Processing, load_processing
 from meme_llava.storage.files import hash_file
+from meme_llava.storage.fingerprint import check_weights, identify_weights
 from meme_llava.storage.run_record import (
     RUN_RECORD,
     describe_environment,
@@ -19,7 +20,6 @@ from meme_llava.storage.run_record import (
     read_run_record,
     read_trained_record,
 )
-from meme_llava.storage.tensor_files import check_weights, identify_weights
 from meme_llava.train.session import Session, derive_accumulation
 from meme_llava.train.settings import TrainArguments
 from meme_llava.train.start import StartPoint, check_continues, choose_start

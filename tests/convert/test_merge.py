@@ -35,7 +35,7 @@ from meme_llava.model.llava import load_llava, load_processing, to_disk_name
 from meme_llava.model.trainable import apply_trained_weights, save_trained_weights
 from meme_llava.storage import tensor_files
 from meme_llava.storage.run_record import verify_directory, write_manifest
-from meme_llava.storage.tensor_files import Rounding
+from meme_llava.storage.tensor_writer import Rounding
 
 
 @pytest.fixture(scope="module")

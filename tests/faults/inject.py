@@ -25,7 +25,7 @@ from meme_llava.distributed.environment import (
     find_rank,  # noqa: E402
     run_and_leave,  # noqa: E402
 )
-from meme_llava.storage import tensor_files  # noqa: E402
+from meme_llava.storage import tensor_writer  # noqa: E402
 from meme_llava.train import (
     checkpoints,  # noqa: E402
     optimizer_state,  # noqa: E402
@@ -181,7 +181,7 @@ def save_slowly(save: int, seconds: float) -> None:
 def report_little_room(save: int) -> None:
     """The disk's owner says that there is no room before the `save`-th checkpoint."""
     asked = [0]
-    original = tensor_files.shutil.disk_usage
+    original = tensor_writer.shutil.disk_usage
 
     def disk_usage(path):
         asked[0] += 1
@@ -189,7 +189,7 @@ def report_little_room(save: int) -> None:
         # It is asked once for all of them before the first step.
         return usage if asked[0] <= save else usage._replace(free=1000)
 
-    tensor_files.shutil = SimpleNamespace(disk_usage=disk_usage)
+    tensor_writer.shutil = SimpleNamespace(disk_usage=disk_usage)
 
 
 def kill_in_final() -> None:

@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration
 import train
 from meme_llava.errors import UserError
 from meme_llava.model.llava import load_llava, open_llava_tensors
-from meme_llava.storage.tensor_files import fingerprint_folder
+from meme_llava.storage.fingerprint import fingerprint_folder
 
 VISION, PROJECTOR = "vision_tower.vision_model.", "multi_modal_projector."
 LANGUAGE, HEAD = "language_model.model.", "language_model.lm_head."

@@ -8,9 +8,9 @@ import torch
 from conversions import build
 from safetensors.torch import load_file, save_file
 
-from meme_llava.storage import tensor_files
+from meme_llava.storage import fingerprint
+from meme_llava.storage.fingerprint import fingerprint_folder
 from meme_llava.storage.run_record import read_run_record
-from meme_llava.storage.tensor_files import fingerprint_folder
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_dtype_and_shape_count(world, folder):
 def test_what_was_found_is_remembered_until_a_file_changes(folder, monkeypatch):
     first = fingerprint_folder(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(tensor_files, "_hash_tensor", lambda *_: pytest.fail("it was hashed again"))
+        patch.setattr(fingerprint, "_hash_tensor", lambda *_: pytest.fail("it was hashed again"))
         assert fingerprint_folder(folder) == first
     tensors = load_file(folder / "model.safetensors")
     save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, folder / "model.safetensors")
@@ -57,7 +57,7 @@ def test_what_was_found_is_remembered_until_a_file_changes(folder, monkeypatch):
 def test_what_build_found_counts_where_it_puts_the_folder(world, tmp_path, monkeypatch):
     """It hashes a folder under another name, which is renamed when it is whole."""
     base = build(world.language_model, world.vision_tower, tmp_path / "base")
-    monkeypatch.setattr(tensor_files, "_hash_tensor", lambda *_: pytest.fail("it was hashed again"))
+    monkeypatch.setattr(fingerprint, "_hash_tensor", lambda *_: pytest.fail("it was hashed again"))
     assert fingerprint_folder(base) == read_run_record(base)["fingerprint"]
 
 

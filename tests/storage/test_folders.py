@@ -18,7 +18,7 @@ from conversions import BASE_FILES
 import build_base_model
 import merge_lora
 from meme_llava.errors import UserError
-from meme_llava.storage import tensor_files
+from meme_llava.storage import tensor_writer
 from meme_llava.storage.folders import write_directory
 
 OLD = {
@@ -323,8 +323,8 @@ def check_second_start(script, flags, out, expected):
 
 
 WRITING = [
-    (tensor_files, "_write_bytes", 1),
-    (tensor_files, "_write_bytes", 30),
+    (tensor_writer, "_write_bytes", 1),
+    (tensor_writer, "_write_bytes", 30),
     (os, "fsync", 1, True),
     (shutil, "copyfile", 3),
     (os, "fsync", 6),
@@ -357,13 +357,13 @@ def test_a_merge_killed_while_replacing_is_whole_after_the_next(world, trained, 
 
 def slow_down(seconds):
     """In this process, take so long for every piece that is written."""
-    write = tensor_files._write_bytes
+    write = tensor_writer._write_bytes
 
     def write_slowly(file, view):
         time.sleep(seconds)
         write(file, view)
 
-    tensor_files._write_bytes = write_slowly
+    tensor_writer._write_bytes = write_slowly
 
 
 def run_slowly(script, flags):
@@ -390,12 +390,12 @@ def test_kills_at_any_time_leave_the_old_result_and_are_no_obstacle(world, train
 # A script as the user starts it, with slow writing.
 SLOW_PROGRAM = """
 import runpy, sys, time
-from meme_llava.storage import tensor_files
-write = tensor_files._write_bytes
+from meme_llava.storage import tensor_writer
+write = tensor_writer._write_bytes
 def write_slowly(file, view):
     time.sleep(0.2)
     write(file, view)
-tensor_files._write_bytes = write_slowly
+tensor_writer._write_bytes = write_slowly
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -19,8 +19,9 @@ from transformers import LlavaForConditionalGeneration
 
 import merge_lora
 from meme_llava.errors import UserError
-from meme_llava.storage import tensor_files
-from meme_llava.storage.tensor_files import PlannedTensor, count_bytes, open_model_tensors, write_tensors
+from meme_llava.storage import tensor_writer
+from meme_llava.storage.tensor_files import open_model_tensors
+from meme_llava.storage.tensor_writer import PlannedTensor, count_bytes, write_tensors
 
 INDEX = "model.safetensors.index.json"
 
@@ -45,7 +46,7 @@ def names_of(folder):
 @pytest.mark.parametrize("pieces", [1, 3, 100])
 def test_other_libraries_read_the_same_bits(tmp_path, pieces):
     """Every dtype and shape, 100 pieces of which most are empty; read by safetensors and by our own reader."""
-    expected = {name: tensor for name, tensor in draw_all().items() if tensor.dtype in tensor_files.WRITTEN_DTYPES}
+    expected = {name: tensor for name, tensor in draw_all().items() if tensor.dtype in tensor_writer.WRITTEN_DTYPES}
     advances = []
     write_tensors(plan_all(expected, pieces), tmp_path, advance=advances.append)
     assert names_of(tmp_path) == ["model.safetensors"]
@@ -232,7 +233,7 @@ def test_a_failing_write_is_not_lost_in_the_writing_thread(tmp_path, monkeypatch
         while len(view):
             view = view[file.write(view) :]
 
-    monkeypatch.setattr("meme_llava.storage.tensor_files._write_bytes", refuse)
+    monkeypatch.setattr("meme_llava.storage.tensor_writer._write_bytes", refuse)
     with pytest.raises(UserError) as error:
         write_tensors(plan_all({"a": floats(100), "b": floats(2)}), tmp_path)
     assert str(error.value) == f"{tmp_path / 'model.safetensors'}: cannot be written (No space left on device)"

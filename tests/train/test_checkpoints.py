@@ -22,7 +22,7 @@ import train
 from meme_llava.errors import CheckpointError, DiskFullError, UserError
 from meme_llava.model.llava import load_processing
 from meme_llava.model.trainable import save_trained_weights
-from meme_llava.storage import tensor_files
+from meme_llava.storage import tensor_writer
 from meme_llava.storage.run_record import read_manifest, read_run_record, verify_directory, write_manifest
 from meme_llava.train import checkpoints, prepared_run, run_plan
 from meme_llava.train.checkpoints import check_room, find_newest, hold_output_dir, list_checkpoints, write_checkpoint
@@ -325,7 +325,7 @@ def test_a_real_full_disk(world, tmp_path):
         (disk / "other").write_bytes(b"x" * (60 << 20))
         with pytest.raises(DiskFullError, match="no room for a checkpoint"):
             write_small(disk, 2)
-        tensor_writer_check = tensor_files.check_free_space
+        tensor_writer_check = tensor_writer.check_free_space
         checkpoints.check_free_space = lambda folder, needed: None
         try:
             with pytest.raises(DiskFullError, match="No space left on device"):

@@ -24,7 +24,7 @@ from meme_llava.model.llava import load_llava  # noqa: E402
 from meme_llava.model.loading import LOCALLY, load_strictly, quiet_transformers  # noqa: E402
 from meme_llava.storage.folders import write_directory  # noqa: E402
 from meme_llava.storage.run_record import write_run_record  # noqa: E402
-from meme_llava.storage.tensor_files import Rounding  # noqa: E402
+from meme_llava.storage.tensor_writer import Rounding  # noqa: E402
 
 
 @dataclass
