@@ -39,7 +39,7 @@ def fingerprint_folder(folder: Path) -> str:
         (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
         for state in (path.stat() for path in paths)
     ]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meme_llava" / "fingerprints"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "meme_llava", "fingerprints")
     remembered = cache / hashlib.sha256(json.dumps(states).encode()).hexdigest()
     with contextlib.suppress(OSError, UnicodeDecodeError):
         return remembered.read_text(encoding="ascii")
@@ -48,9 +48,11 @@ def fingerprint_folder(folder: Path) -> str:
         for name, digest in zip(tensors, pool.map(_hash_tensor, tensors.values()), strict=True):
             whole.update(f"{name} {digest}\n".encode())
     fingerprint = whole.hexdigest()
-    with contextlib.suppress(OSError):  # a home that cannot be written costs time alone
-        cache.mkdir(parents=True, exist_ok=True)
-        write_whole(remembered, fingerprint)
+    # A home that cannot be written, or of which the system knows nothing (then ~ stays), costs time alone.
+    with contextlib.suppress(OSError):
+        if cache.is_absolute():
+            cache.mkdir(parents=True, exist_ok=True)
+            write_whole(remembered, fingerprint)
     return fingerprint
 
 

@@ -1,6 +1,7 @@
 """A model's fingerprint: of its tensors, not of its files, and never of what was there before."""
 
 import os
+import pwd
 import shutil
 
 import pytest
@@ -52,6 +53,17 @@ def test_what_was_found_is_remembered_until_a_file_changes(folder, monkeypatch):
     tensors = load_file(folder / "model.safetensors")
     save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, folder / "model.safetensors")
     assert fingerprint_folder(folder) != first
+
+
+def test_a_user_without_a_home_gets_a_fingerprint_and_no_folder_of_that_name(folder, tmp_path, monkeypatch):
+    """As in a container that runs under the number of a user whom it does not know."""
+    expected = fingerprint_folder(folder)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
+    monkeypatch.chdir(tmp_path)
+    assert fingerprint_folder(folder) == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_what_build_found_counts_where_it_puts_the_folder(world, tmp_path, monkeypatch):
