@@ -28,10 +28,10 @@ from torch.utils.data import DataLoader  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
 from meme_llava.dataset import images  # noqa: E402
-from meme_llava.dataset.check import RecordPolicy  # noqa: E402
 from meme_llava.dataset.collator import PackingCollator  # noqa: E402
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, ConversationEncoder  # noqa: E402
 from meme_llava.dataset.dataset import LoadedData, TrainingOrder, load_records  # noqa: E402
+from meme_llava.dataset.findings import RecordPolicy  # noqa: E402
 from meme_llava.dataset.images import ImagePolicy  # noqa: E402
 from meme_llava.dataset.records import read_records  # noqa: E402
 from meme_llava.dataset.sampling import BatchShape  # noqa: E402

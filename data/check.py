@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from meme_llava.cli import parse_arguments, to_plain  # noqa: E402
 from meme_llava.dataset.check import check_data, suggest_folder, write_quarantine  # noqa: E402
-from meme_llava.dataset.records import QUARANTINE  # noqa: E402
+from meme_llava.dataset.findings import QUARANTINE  # noqa: E402
 from meme_llava.errors import UserError, count, stop_on_user_error  # noqa: E402
 from meme_llava.model.llava import load_processing  # noqa: E402
 from meme_llava.report.data_check import (  # noqa: E402

@@ -16,7 +16,7 @@ import prepare  # noqa: E402
 
 from meme_llava.cli import make_parser  # noqa: E402
 from meme_llava.convert.settings import BuildArguments, MergeArguments  # noqa: E402
-from meme_llava.dataset.records import BAD_KINDS, KINDS  # noqa: E402
+from meme_llava.dataset.findings import BAD_KINDS, KINDS  # noqa: E402
 from meme_llava.evaluate.settings import EvaluateArguments, JudgeArguments, ReportArguments  # noqa: E402
 from meme_llava.inference.settings import DemoArguments, InferArguments  # noqa: E402
 from meme_llava.prepare.describing import DescribeArguments  # noqa: E402

@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT
 
 from meme_llava import cli
-from meme_llava.dataset.records import ALLOWABLE, KINDS, parse_record
+from meme_llava.dataset.findings import ALLOWABLE, KINDS
+from meme_llava.dataset.records import parse_record
 from meme_llava.errors import UserError
 from meme_llava.evaluate.settings import parse_report_arguments
 from meme_llava.inference.endpoints import PRESETS

@@ -20,7 +20,8 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from meme_llava.dataset.check import RecordPolicy, check_records
+from meme_llava.dataset.check import check_records
+from meme_llava.dataset.findings import RecordPolicy
 from meme_llava.errors import UserError
 from meme_llava.pipeline import precheck
 from meme_llava.pipeline.__main__ import check_input, main, run_stages

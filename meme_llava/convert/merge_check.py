@@ -20,8 +20,9 @@ from transformers import (
 from meme_llava import DATA
 from meme_llava.convert.merge import TrainedWeights
 from meme_llava.dataset.collator import to_pixel_values
+from meme_llava.dataset.findings import RecordFault
 from meme_llava.dataset.images import MAX_PIXELS, open_image, resolve_image_path
-from meme_llava.dataset.records import RecordFault, iterate_values, parse_record
+from meme_llava.dataset.records import iterate_values, parse_record
 from meme_llava.errors import UserError
 from meme_llava.model.llava import (
     Processing,

@@ -7,11 +7,10 @@ replaced silently: every bad record is listed with its place, kind and reason. N
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-from meme_llava.cli import check_settings, setting, suggest
 from meme_llava.dataset.conversation import CONTROL_TOKENS, ConversationEncoder, DoesNotFit, Tokens
-from meme_llava.dataset.images import MAX_PIXELS, resolve_image_path
+from meme_llava.dataset.findings import KINDS, QUARANTINE, Finding, RecordFault, RecordPolicy
+from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.inspection import (
     ImageFacts,
     check_image,
@@ -20,18 +19,7 @@ from meme_llava.dataset.inspection import (
     measure_recall,
     normalise_text,
 )
-from meme_llava.dataset.records import (
-    BAD_KINDS,
-    KINDS,
-    NOTED_KINDS,
-    QUARANTINE,
-    UNTRAINABLE,
-    Finding,
-    Record,
-    RecordFault,
-    iterate_values,
-    read_records,
-)
+from meme_llava.dataset.records import Record, iterate_values, read_records
 from meme_llava.dataset.user_files import describe_near_name
 from meme_llava.errors import UserError, count, list_by_cause
 from meme_llava.storage.files import write_lines
@@ -40,48 +28,6 @@ from meme_llava.terminal import print_table
 # Short answers ("有", "图片里没有文字。") may well answer two questions about one image.
 SHORT_ANSWER = 10  # characters that are letters or digits
 SMALLEST_RECALL = 0.5  # of the characters known to stand in an image; a caption may quote them in part
-
-
-@dataclass(kw_only=True)
-class RecordPolicy:
-    """What becomes of records with findings; the data check and training take the same settings."""
-
-    bad_records: Literal["error", "quarantine"] = setting(
-        "bad records stop the run, or go to quarantine.jsonl and are counted", "error"
-    )
-    allow: list[str] = setting("kinds of findings that make no record bad, such as duplicate_id", [])
-    refuse: list[str] = setting("kinds that make a record bad though they need not, such as cut_answer", [])
-    max_pixels: int = setting("images with more pixels are not decoded", MAX_PIXELS, expected="at least 1")
-
-    def __post_init__(self) -> None:
-        """Stop at values that cannot be meant."""
-        check_settings(self)
-        if both := set(self.allow) & set(self.refuse):
-            raise UserError(f"{', '.join(sorted(both))}: both in --allow and in --refuse; choose one")
-        # A flag without effect would leave its user believing that it had one.
-        for flag, names, without_effect, anyway in (
-            ("--allow", self.allow, NOTED_KINDS, "trained on"),
-            ("--refuse", self.refuse, BAD_KINDS, "bad"),
-        ):
-            for name in names:
-                if name not in KINDS:
-                    there = f"there are {', '.join(KINDS)}"
-                    raise UserError(f"{flag} {name}: no such kind of finding{suggest(name, KINDS)}; {there}")
-                if name in without_effect:
-                    raise UserError(f"{flag} {name}: such records are {anyway} anyway; leave it out")
-        if impossible := [name for name in self.allow if name in UNTRAINABLE]:
-            raise UserError(
-                f"--allow {impossible[0]}: such a record cannot be trained on; fix it, or leave it out with "
-                "--bad_records quarantine"
-            )
-
-    def is_bad(self, kind: str) -> bool:
-        """Whether a finding of this kind keeps its record from training."""
-        return kind in self.refuse or (kind in BAD_KINDS and kind not in self.allow)
-
-    def severity_of(self, kind: str) -> str:
-        """`bad`, or `noted` for what is trained on, counted and listed."""
-        return "bad" if self.is_bad(kind) else "noted"
 
 
 @dataclass

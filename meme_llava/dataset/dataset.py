@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from meme_llava.dataset.check import CheckedData, CheckedRecord, RecordPolicy, check_data, stop_on_bad_records
+from meme_llava.dataset.check import CheckedData, CheckedRecord, check_data, stop_on_bad_records
 from meme_llava.dataset.collator import read_pixels
 from meme_llava.dataset.conversation import ConversationEncoder
+from meme_llava.dataset.findings import RecordPolicy
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.dataset.sampling import BatchShape, PackedLengths, find_sharing, plan_shared_order, shuffle_records
 from meme_llava.errors import UserError

@@ -20,12 +20,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from meme_llava.dataset.findings import MAX_PIXELS, RecordFault
 from meme_llava.dataset.image_files import ACCEPTED_FORMATS, START_LENGTH, identify_file_type
-from meme_llava.dataset.records import RecordFault
 from meme_llava.errors import UserError, is_utf8
 
-# A header can promise more pixels than memory holds; real memes stay far below.
-MAX_PIXELS = 50_000_000
 # Our own limit stands in front of every decoding; Pillow's would only warn up to twice its own.
 Image.MAX_IMAGE_PIXELS = None
 ORIENTATION_TAG = 0x0112

@@ -19,9 +19,9 @@ import numpy as np
 
 from meme_llava import count_cores
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
+from meme_llava.dataset.findings import RecordFault
 from meme_llava.dataset.image_files import EXTENSIONS
 from meme_llava.dataset.images import PARSER_ERRORS, list_header_notes, open_header, open_image
-from meme_llava.dataset.records import RecordFault
 from meme_llava.storage.files import hash_file
 from meme_llava.terminal import show_count
 

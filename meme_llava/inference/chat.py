@@ -16,8 +16,8 @@ from PIL import Image
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, is_blank
+from meme_llava.dataset.findings import RecordFault
 from meme_llava.dataset.images import MAX_PIXELS, open_image
-from meme_llava.dataset.records import RecordFault
 from meme_llava.inference.generation import Answerer, PromptTooLong
 from meme_llava.inference.questions import Prediction
 from meme_llava.inference.settings import DEFAULT_QUESTION

@@ -8,10 +8,11 @@ from typing import Self
 
 from meme_llava.dataset.check import CheckedData
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
+from meme_llava.dataset.findings import KINDS
 from meme_llava.dataset.image_files import describe_left_out, find_images
 from meme_llava.dataset.images import MAX_PIXELS, resolve_image_path
 from meme_llava.dataset.inspection import ImageFacts, inspect_images, normalise_text
-from meme_llava.dataset.records import KINDS, Record, read_quarantined_places, read_records
+from meme_llava.dataset.records import Record, read_quarantined_places, read_records
 from meme_llava.errors import UserError, count, list_by_cause
 
 

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 from unicodedata import normalize
 
 from meme_llava.dataset.check import check_image_folder
+from meme_llava.dataset.findings import RecordFault
 from meme_llava.dataset.image_files import find_images
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.inspection import normalise_text
-from meme_llava.dataset.records import Record, RecordFault, iterate_values, parse_record
+from meme_llava.dataset.records import Record, iterate_values, parse_record
 from meme_llava.dataset.user_files import check_file_names, read_text
 from meme_llava.errors import UserError, count
 from meme_llava.prepare.writer import AnnotationWriter, ImagesSettings

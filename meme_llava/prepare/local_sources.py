@@ -15,9 +15,9 @@ from pathlib import Path, PurePosixPath
 from meme_llava.cli import setting
 from meme_llava.dataset.check import check_image_folder
 from meme_llava.dataset.conversation import is_blank
+from meme_llava.dataset.findings import RecordFault
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.inspection import normalise_text
-from meme_llava.dataset.records import RecordFault
 from meme_llava.errors import UserError, count
 from meme_llava.prepare.inputs import (
     BROKEN,

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from meme_llava.cli import setting
-from meme_llava.dataset.check import CheckedData, CheckedRecord, RecordPolicy, print_findings
+from meme_llava.dataset.check import CheckedData, CheckedRecord, print_findings
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
-from meme_llava.dataset.records import KINDS, Finding
+from meme_llava.dataset.findings import KINDS, Finding, RecordPolicy
 from meme_llava.report.html_page import draw_bars, make_thumbnails, render_page
 from meme_llava.terminal import print_table
 

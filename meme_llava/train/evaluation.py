@@ -19,7 +19,7 @@ from transformers import StoppingCriteriaList
 
 from meme_llava.dataset.check import CheckedData, check_records
 from meme_llava.dataset.dataset import MemeDataset, load_records
-from meme_llava.dataset.records import RecordFault
+from meme_llava.dataset.findings import RecordFault
 from meme_llava.distributed.environment import DEEPSPEED, Heartbeat, count_processes, find_rank
 from meme_llava.distributed.processes import broadcast_from_main, gather
 from meme_llava.errors import UserError, count

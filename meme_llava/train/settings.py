@@ -18,9 +18,9 @@ import yaml
 
 from meme_llava import CONFIGS
 from meme_llava.cli import list_free_settings, make_parser, refuse_repeated_keys, setting, suggest
-from meme_llava.dataset.check import RecordPolicy
-from meme_llava.dataset.records import read_text
+from meme_llava.dataset.findings import RecordPolicy
 from meme_llava.dataset.sampling import BatchSettings
+from meme_llava.dataset.user_files import read_text
 from meme_llava.distributed.environment import check_engine_name
 from meme_llava.errors import UserError, first_line
 from meme_llava.model.accelerators import CPU, name_accelerator

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from meme_llava.dataset.records import QUARANTINE
+from meme_llava.dataset.findings import QUARANTINE
 from meme_llava.distributed.processes import broadcast_from_main
 from meme_llava.errors import CheckpointError, UserError
 from meme_llava.storage.json_files import check_fields

@@ -16,16 +16,10 @@ from conftest import SHARED_DATA
 from make_towers import train_tokenizer
 from PIL import Image
 
-from meme_llava.dataset.check import (
-    CheckedData,
-    RecordPolicy,
-    check_data,
-    stop_on_bad_records,
-    write_quarantine,
-)
+from meme_llava.dataset.check import CheckedData, check_data, stop_on_bad_records, write_quarantine
 from meme_llava.dataset.conversation import ConversationEncoder
+from meme_llava.dataset.findings import BAD_KINDS, KINDS, UNTRAINABLE, RecordPolicy
 from meme_llava.dataset.inspection import check_image, inspect_image
-from meme_llava.dataset.records import BAD_KINDS, KINDS, UNTRAINABLE
 from meme_llava.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")

@@ -14,10 +14,11 @@ from make_towers import train_tokenizer
 from PIL import Image
 
 from meme_llava.dataset import dataset as dataset_module
-from meme_llava.dataset.check import RecordPolicy, write_quarantine
+from meme_llava.dataset.check import write_quarantine
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.conversation import ConversationEncoder, Turn
 from meme_llava.dataset.dataset import MemeDataset, TrainingOrder, load_records
+from meme_llava.dataset.findings import RecordPolicy
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.dataset.records import read_records
 from meme_llava.dataset.sampling import BatchShape

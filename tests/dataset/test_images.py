@@ -17,9 +17,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 import build_base_model
-from meme_llava.dataset.check import RecordPolicy
 from meme_llava.dataset.collator import make_normalisation, normalise, read_pixels, to_pixel_values
 from meme_llava.dataset.dataset import load_records
+from meme_llava.dataset.findings import RecordPolicy
 from meme_llava.dataset.images import ImagePolicy, open_header, open_image, resolve_image_path
 from meme_llava.errors import UserError
 from meme_llava.inference.generation import load_answerer

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from meme_llava.dataset.check import CheckedData, CheckedRecord, RecordPolicy
+from meme_llava.dataset.check import CheckedData, CheckedRecord
 from meme_llava.dataset.conversation import Tokens, Turn
-from meme_llava.dataset.records import Finding, Record
+from meme_llava.dataset.findings import Finding, RecordPolicy
+from meme_llava.dataset.records import Record
 from meme_llava.report.data_check import CheckArguments, Histogram, render_check_page
 
 ATTACK = (

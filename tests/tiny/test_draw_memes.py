@@ -13,9 +13,9 @@ from meme_characters import MOODS  # noqa: E402
 from meme_lines import LINES, LineSource, is_unseen, list_alphabet, list_readable  # noqa: E402
 from PIL import Image
 
-from meme_llava.dataset.check import RecordPolicy
 from meme_llava.dataset.conversation import ConversationEncoder
 from meme_llava.dataset.dataset import load_records
+from meme_llava.dataset.findings import RecordPolicy
 from meme_llava.dataset.images import ImagePolicy
 
 DATA = ROOT / "data"

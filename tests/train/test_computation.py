@@ -8,9 +8,9 @@ from conftest import train_flags
 from transformers import LlavaConfig
 
 import train
-from meme_llava.dataset.check import RecordPolicy
 from meme_llava.dataset.collator import PackingCollator
 from meme_llava.dataset.dataset import TrainingOrder, load_records
+from meme_llava.dataset.findings import RecordPolicy
 from meme_llava.dataset.sampling import BatchShape
 from meme_llava.errors import UserError
 from meme_llava.model import packed_attention
