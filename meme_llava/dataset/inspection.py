@@ -30,8 +30,9 @@ LOW_RESOLUTION = 64  # pixels; a line of words needs more
 EXTREME_RATIO = 50  # of the sides
 STRETCHED_RATIO = 4
 FILES_PER_TASK = 16
-# What a meme says stands in quotes, and memes do say "I cannot": only the speaker's own words count.
-_QUOTED = re.compile(r"“[^”]*”|‘[^’]*’|「[^」]*」|『[^』]*』|《[^》]*》|\"[^\"\n]*\"|\*\*[^*\n]*\*\*")
+# What a meme says stands in quotes, and memes do say "I cannot": only the speaker's own words count. A mark that opens
+# ends the search for one that closes: in a text of nothing but opening marks it would take for ever.
+_QUOTED = re.compile(r"“[^“”]*”|‘[^‘’]*’|「[^「」]*」|『[^『』]*』|《[^《》]*》|\"[^\"\n]*\"|\*\*[^*\n]*\*\*")
 _UNABLE = "(?:无法|不能|没法|没有办法|不可以|不便|不会|拒绝)"
 _DO = (
     "(?:提供|解读|描述|回答|回应|回复|生成|看到|看见|查看|访问|识别|辨认|处理|满足|协助|帮助?|参与|分析|讨论|传播|评论|接受"

@@ -30,7 +30,7 @@ _KEYS_OF_IMAGES = set(
 )
 # How other tools mark the place of an image: <img>, <|image_1|>, <ImageHere>, ![](a.jpg), [图片].
 _MARK_OF_IMAGE = re.compile(
-    r"(?i)<\|?(?!(?-i:image>))(?:img|image)[^<>\n]{0,200}>|!\[[^\]\n]*\]\(|\[(?:img|image|图片)\]"
+    r"(?i)<\|?(?!(?-i:image>))(?:img|image)[^<>\n]{0,200}>|!\[[^\]\n]{0,200}\]\(|\[(?:img|image|图片)\]"
 )
 
 

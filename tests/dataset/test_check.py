@@ -7,6 +7,7 @@ import random
 import signal
 import struct
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -801,6 +802,12 @@ def test_an_image_that_is_elsewhere_is_named_with_what_to_do(tmp_path, image_fol
     ]
     # Such texts may be nothing but texts.
     assert len(check(tmp_path, values[1:2], allow=["image_elsewhere"]).usable) == 1
+
+
+def test_looking_for_marks_of_images_takes_no_time_in_a_long_question(tmp_path, image_folder):
+    begun = time.process_time()
+    check(tmp_path, [asked_without_image("![" * 50_000)])
+    assert time.process_time() - begun < 5, "it took 20 seconds, and half an hour at the longest text"
 
 
 # ---- Doubles ----

@@ -1,6 +1,7 @@
 """Refusals, loops and repeated words are found in captions; what memes themselves say is not."""
 
 import json
+import time
 
 import pytest
 from conftest import SHARED_DATA
@@ -25,6 +26,13 @@ from meme_llava.dataset.inspection import find_loop, find_refusal, measure_recal
 )
 def test_normal_texts_hold_letters_and_digits_alone(text, normal):
     assert normalise_text(text) == normal
+
+
+@pytest.mark.parametrize("mark", ["“", "‘", "「", "『", "《", '"', "**", "* ", "我无法", "抱歉，", "作为"])
+def test_a_long_text_of_nothing_but_one_mark_takes_no_longer_than_others(mark):
+    begun = time.process_time()
+    find_refusal(mark * 100_000)
+    assert time.process_time() - begun < 5, "it took a quarter of a minute, and half an hour at the longest text"
 
 
 @pytest.mark.parametrize(
