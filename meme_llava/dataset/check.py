@@ -19,7 +19,7 @@ from meme_llava.dataset.inspection import (
     measure_recall,
     normalise_text,
 )
-from meme_llava.dataset.records import Record, iterate_values, read_records
+from meme_llava.dataset.records import Record, iterate_values, read_records, show
 from meme_llava.dataset.user_files import describe_near_name
 from meme_llava.errors import UserError, count, list_by_cause
 from meme_llava.storage.files import write_lines
@@ -176,7 +176,7 @@ def _compare_texts(records: list[CheckedRecord]) -> None:
     read = {checked.image_paths for checked, _, recall in compared if recall >= SMALLEST_RECALL}
     for checked, length, recall in compared:
         if recall < SMALLEST_RECALL and (length >= SHORT_ANSWER or checked.image_paths not in read):
-            detail = f"{recall:.0%} of the characters of {checked.record.text!r} are in the answer"
+            detail = f"{recall:.0%} of the characters of {show(checked.record.text)} are in the answer"
             checked.add(("text_disagrees", detail))
 
 

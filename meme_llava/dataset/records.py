@@ -15,13 +15,15 @@ from meme_llava.dataset.findings import Finding, RecordFault
 from meme_llava.dataset.image_files import has_image_name
 from meme_llava.dataset.user_files import read_text
 from meme_llava.errors import UserError, count
+from meme_llava.storage.json_files import KIND_NAMES
 
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 FORMAT_HELP = "See data/README.md for the record format."
 CAPTIONS_HELP = "A line of a caption file: python data/prepare.py captions turns those into records."
-LONGEST_TURN = 1_000_000  # characters; nothing that is said of an image is near it, and the check would take for ever
+LONGEST_TEXT = 1_000_000  # characters; nothing that is said of an image is near it, and the check would take for ever
 LONGEST_SHOWN = 200  # characters of a value in a message
-KNOWN_KEYS = {"id", "image", "conversations", "text", "task", "sources", "repeat"}
+OPTIONAL_KEYS = {"text": str, "task": str, "sources": list, "repeat": int}
+KNOWN_KEYS = {"id", "image", "conversations", *OPTIONAL_KEYS}
 KNOWN_TURN_KEYS = {"from", "value"}
 # Where other tools have the images of a record or a turn, in lower case; our own key counts there, too.
 _KEYS_OF_IMAGES = set(
@@ -76,12 +78,17 @@ def read_records(annotations: Path) -> tuple[list[Record], list[Finding]]:
 def parse_record(value, place: str) -> Record:
     """Check one record's structure. Raises RecordFault with the reason."""
     if not isinstance(value, dict):
-        raise RecordFault("malformed", f"is {type(value).__name__}, expected an object. {FORMAT_HELP}")
+        raise RecordFault("malformed", f"is {KIND_NAMES[type(value)]}, expected an object. {FORMAT_HELP}")
+    for key, kind in OPTIONAL_KEYS.items():
+        if value.get(key) is not None and type(value[key]) is not kind:
+            expected = f"{KIND_NAMES[kind]}, or no {key!r} at all"
+            raise RecordFault("malformed", f"{key!r} is {show(value[key])}, expected {expected}")
+    check_length("'text'", value.get("text") or "")
     images = value.get("image", [])
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
         raise RecordFault(
-            "malformed", f"'image' is {_show(images)}, expected a file name, a list of file names, or no 'image' at all"
+            "malformed", f"'image' is {show(images)}, expected a file name, a list of file names, or no 'image' at all"
         )
     conversations = value.get("conversations")
     if not isinstance(conversations, list) or not conversations:
@@ -105,16 +112,15 @@ def parse_record(value, place: str) -> Record:
             f"has {count(len(images), 'image')} but {placeholders} {IMAGE_PLACEHOLDER} in its human turns; "
             + (stray_image or f"write one {IMAGE_PLACEHOLDER} for every image"),
         )
-    text, repeat, sources = value.get("text"), value.get("repeat"), value.get("sources")
     return Record(
         record_id=_read_id(value, place),
         place=place,
         images=tuple(images),
         turns=turns,
-        text=text if isinstance(text, str) else None,
-        repeat=repeat if isinstance(repeat, int) else 1,
-        source=name_source(sources[0]) if isinstance(sources, list) and sources else "",
-        task=value["task"] if isinstance(value.get("task"), str) else "",
+        text=value.get("text"),
+        repeat=value.get("repeat") or 1,
+        source=name_source(value["sources"][0]) if value.get("sources") else "",
+        task=value.get("task") or "",
         stray_image=stray_image,
     )
 
@@ -131,7 +137,7 @@ def _find_stray_image(value: dict, turns: tuple[Turn, ...]) -> str:
                 first = next(iter(first.values() if isinstance(first, dict) else first))
             is_image = isinstance(first, str) and has_image_name(first)
             if is_image or (key.lower() in _KEYS_OF_IMAGES and content):
-                return f"{key!r} holds {_show(content)}: {advice}"
+                return f"{key!r} holds {show(content)}: {advice}"
     for turn in turns:
         if turn.role == "user" and (mark := _MARK_OF_IMAGE.search(turn.text)):
             return f"a question holds {mark[0]!r}: {advice}"
@@ -151,15 +157,14 @@ def name_source(source) -> str:
 
 def _parse_turn(turn, where: str) -> Turn:
     if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
-        raise RecordFault("malformed", f"{where} is {_show(turn)}, expected an object with 'from' and 'value'")
+        raise RecordFault("malformed", f"{where} is {show(turn)}, expected an object with 'from' and 'value'")
     if not isinstance(turn["from"], str) or turn["from"] not in ROLES:
-        raise RecordFault("malformed", f"{where}.from is {_show(turn['from'])}, expected one of {', '.join(ROLES)}")
+        raise RecordFault("malformed", f"{where}.from is {show(turn['from'])}, expected one of {', '.join(ROLES)}")
     if not isinstance(turn["value"], str):
-        raise RecordFault("malformed", f"{where}.value is {_show(turn['value'])}, expected text")
-    if (length := len(turn["value"])) > LONGEST_TURN:
-        raise RecordFault("malformed", f"{where}.value has {length:,} characters, expected at most {LONGEST_TURN:,}")
+        raise RecordFault("malformed", f"{where}.value is {show(turn['value'])}, expected text")
+    check_length(f"{where}.value", turn["value"])
     if is_blank(turn["value"]):
-        raise RecordFault("empty_text", f"{where}.value is {_show(turn['value'], ascii)}, expected text to be seen")
+        raise RecordFault("empty_text", f"{where}.value is {show(turn['value'], ascii)}, expected text to be seen")
     try:
         turn["value"].encode()
     except UnicodeEncodeError as error:
@@ -169,7 +174,14 @@ def _parse_turn(turn, where: str) -> Turn:
     return Turn(ROLES[turn["from"]], turn["value"])
 
 
-def _show(value, spell: Callable[[object], str] = repr) -> str:
+def check_length(where: str, text: str) -> None:
+    """Raise RecordFault for a text that is too long to be meant, before anything slow is done with it."""
+    if len(text) > LONGEST_TEXT:
+        raise RecordFault("malformed", f"{where} has {len(text):,} characters, expected at most {LONGEST_TEXT:,}")
+
+
+def show(value, spell: Callable[[object], str] = repr) -> str:
+    """A value as a message shows it: its beginning, where it is long."""
     text = spell(value)
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
@@ -210,9 +222,7 @@ def iterate_values(annotations: Path) -> Iterator[tuple[str, object]]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{annotations}: not JSON ({error})") from error
     if not isinstance(values, list):
-        raise UserError(
-            f"{annotations}: is a JSON {type(values).__name__}, expected an array of records. {FORMAT_HELP}"
-        )
+        raise UserError(f"{annotations}: holds {KIND_NAMES[type(values)]}, expected an array of records. {FORMAT_HELP}")
     for index, value in enumerate(values):
         yield f"{annotations.name} record {index}", value
 

@@ -88,8 +88,6 @@ def read_record_rows(path: Path, writer: AnnotationWriter) -> Iterator[tuple[Row
     for row in read_json_rows(path, writer, "not a record"):
         try:
             record = parse_record(row.value, row.place)
-            if not isinstance(sources := row.value.get("sources", []), list):
-                raise RecordFault("malformed", f"'sources' is {sources!r}, expected a list, or no 'sources' at all")
         except RecordFault as fault:
             writer.report_problem("not a record", row.place, str(fault), row.value)
             continue

@@ -18,6 +18,7 @@ from meme_llava.dataset.conversation import is_blank
 from meme_llava.dataset.findings import RecordFault
 from meme_llava.dataset.images import resolve_image_path
 from meme_llava.dataset.inspection import normalise_text
+from meme_llava.dataset.records import LONGEST_SHOWN, check_length, show
 from meme_llava.errors import UserError, count
 from meme_llava.prepare.inputs import (
     BROKEN,
@@ -32,6 +33,7 @@ from meme_llava.prepare.inputs import (
     read_table_rows,
 )
 from meme_llava.prepare.writer import AnnotationWriter, ImagesSettings, SourceSettings, make_record, make_unique
+from meme_llava.storage.json_files import KIND_NAMES
 
 COPIES = "images that lie at several places with equal bytes"
 
@@ -120,7 +122,7 @@ def prepare_llava(settings: LlavaSettings) -> None:
         for row, parsed in read_record_rows(settings.annotations, writer):
             images = [str(PurePosixPath(settings.images, image)) for image in parsed.images]
             source = {"set": settings.annotations.stem, **row.position}
-            record = {**row.value, "sources": [*row.value.get("sources", []), source]}
+            record = {**row.value, "sources": [*(row.value.get("sources") or []), source]}
             if "image" in record:
                 record["image"] = images[0] if isinstance(record["image"], str) else images
             try:
@@ -229,15 +231,16 @@ def _parse_caption(
     """
     keys = (image_key, caption_key)
     if not isinstance(value, dict):
-        raise RecordFault(BROKEN, f"is {type(value).__name__}, expected an object with {', '.join(keys)}")
+        raise RecordFault(BROKEN, f"is {KIND_NAMES[type(value)]}, expected an object with {', '.join(keys)}")
     if missing := [key for key in keys if key not in value]:
-        raise RecordFault(BROKEN, f"has no {', '.join(missing)} (keys: {', '.join(value)})")
+        raise RecordFault(BROKEN, f"has no {', '.join(missing)} (keys: {', '.join(value)[:LONGEST_SHOWN]})")
     image, answer, text, question = (value.get(key) for key in (*keys, text_key, question_key))
     if not isinstance(image, str) or is_blank(image):
-        raise RecordFault(BROKEN, f"the image is {image!r}, expected a file name")
+        raise RecordFault(BROKEN, f"the image is {show(image)}, expected a file name")
     for key, words in ((caption_key, answer), (text_key, text), (question_key, question)):
         if words is not None and not isinstance(words, str):
-            raise RecordFault(BROKEN, f"{image}: {key} is {words!r}, expected text")
+            raise RecordFault(BROKEN, f"{image}: {key} is {show(words)}, expected text")
+        check_length(f"{image}: {key}", words or "")
     if is_blank(answer or ""):
         raise RecordFault("no caption", f"{image}: {caption_key} is empty")
     return image.strip(), answer.strip(), text if text is None else text.strip(), (question or "").strip()

@@ -78,7 +78,8 @@ def _read(path: Path, writer: AnnotationWriter) -> list[_Record]:
     records = []
     for row, parsed in read_record_rows(path, writer):
         *_, number = row.position.values()
-        value = {"id": f"{path.stem}_{number}", "sources": [{"set": path.stem, **row.position}], **row.value}
+        defaults = {"id": f"{path.stem}_{number}", "sources": [{"set": path.stem, **row.position}]}
+        value = defaults | {key: found for key, found in row.value.items() if key not in defaults or found is not None}
         value["id"] = str(value["id"])
         records.append(_Record(value, row.place, parsed.images or (row.place, str(path))))
     return records

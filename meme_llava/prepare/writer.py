@@ -194,7 +194,7 @@ class AnnotationWriter:
         self.records += 1
         # A set of paths would take hundreds of megabytes for large sets.
         self._images.update(map(hash, images))
-        self.by_source.update({name_source(source) for source in record.get("sources", [])})
+        self.by_source.update({name_source(source) for source in record.get("sources") or []})
 
     def report_problem(self, kind: str, place: str, reason: str, original) -> None:
         """Something that should have become a record and cannot."""

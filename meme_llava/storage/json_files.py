@@ -21,7 +21,7 @@ MODEL_FILES = (
     "preprocessor_config.json",
     "adapter_config.json",
 )
-_KINDS = {
+KIND_NAMES = {  # what a value of JSON is, for messages
     dict: "an object",
     list: "a list",
     str: "text",
@@ -46,7 +46,7 @@ def read_json(path: Path, advice: str = DAMAGED, error: type[UserError] = UserEr
     except (ValueError, RecursionError) as found:
         raise error(f"{path}: {_explain(found)}. {advice}") from found
     if not isinstance(value, dict):
-        raise error(f"{path}: holds {_KINDS[type(value)]}, expected an object {{…}}. {advice}")
+        raise error(f"{path}: holds {KIND_NAMES[type(value)]}, expected an object {{…}}. {advice}")
     return value
 
 
@@ -86,13 +86,13 @@ def check_fields(
                 raise error(f"{path}: has no {name}. {advice}")
             found = found[part]
         if type(found) not in ((int, float) if kind is float else (kind,)):
-            raise error(f"{path}: {name} is {_show(found)}, expected {_KINDS[kind]}. {advice}")
+            raise error(f"{path}: {name} is {_show(found)}, expected {KIND_NAMES[kind]}. {advice}")
         if kind is float and not math.isfinite(found):
             raise error(f"{path}: {name} is {found}, expected a finite number. {advice}")
 
 
 def _show(value) -> str:
-    return _KINDS[type(value)] if isinstance(value, dict | list) else json.dumps(value, ensure_ascii=False)
+    return KIND_NAMES[type(value)] if isinstance(value, dict | list) else json.dumps(value, ensure_ascii=False)
 
 
 def check_json_files(folder: Path) -> None:

@@ -57,6 +57,13 @@ def test_records_of_an_image_are_adjacent_and_ids_told_apart(files):
     assert noted["ids that stood in several files, now with the file's name in front"] == 2
 
 
+def test_null_for_an_id_or_for_sources_is_as_good_as_none(tmp_path):
+    path = write(tmp_path / "a.json", [make_record(None, "x.png", sources=None), make_record(None, "y.png", task=None)])
+    records = mix(tmp_path, "--annotations", path)
+    assert [record["id"] for record in records] == ["a_0", "a_1"], "both were called None"
+    assert records[0]["sources"] == [{"set": "a", "file": "a.json", "row": 0}]
+
+
 def test_a_mixture_without_end_is_refused_before_it_is_copied(files, capsys):
     with pytest.raises(SystemExit):
         mix(files, "--annotations", files / "a.json", files / "b.json", "--weights", 1, 1e9)
