@@ -116,9 +116,7 @@ def check_data(
     facts = inspect_images(paths, policy.max_pixels, decode, workers)
     found, first_of, listings = {}, {}, {}  # findings by path; the first path by sha256; names by folder
     for path, fact in facts.items():
-        found[path] = check_image(path, fact, policy.max_pixels)
-        if fact.fault is not None and fact.fault[0] == "missing_image":
-            found[path] = [("missing_image", f"{path}: {fact.fault[1]}{describe_near_name(path, listings)}")]
+        found[path] = check_image(path, fact, listings)
         if fact.sha256 is not None and (first := first_of.setdefault(fact.sha256, path)) != path:
             found[path].append(("duplicate_image", f"{path}: has the bytes of {first}"))
     control_tokens = CONTROL_TOKENS if encoder is None else encoder.control_tokens

@@ -34,7 +34,7 @@ BAD_KINDS = {
     "not_an_image": "the file is not an image, such as a web page saved under an image's name",
     "unaccepted_format": "an image in a format that is not accepted",
     "damaged_image": "the image is truncated or damaged",
-    "too_many_pixels": "the image has more pixels than the limit",
+    "too_many_pixels": "the image has more pixels than the limit (--max_pixels of check.py and train.py)",
     "too_small": "a side of the image has less than 4 pixels",
     "extreme_shape": "one side of the image is more than 50 times the other",
 }

@@ -190,7 +190,9 @@ def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if math.prod(image.size) > max_pixels:
         width, height = image.size
         image.close()
-        raise RecordFault("too_many_pixels", f"{path}: {width}x{height} pixels, more than the limit of {max_pixels:,}")
+        raise RecordFault(
+            "too_many_pixels", f"{path}: {width}x{height} pixels, more than the limit of {max_pixels:,}; scale it down"
+        )
     return image
 
 

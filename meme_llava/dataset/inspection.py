@@ -4,7 +4,6 @@ whole, many in parallel.
 
 import multiprocessing
 import re
-import sys
 import unicodedata
 import warnings
 from collections import Counter
@@ -22,6 +21,7 @@ from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.dataset.findings import RecordFault
 from meme_llava.dataset.image_files import EXTENSIONS
 from meme_llava.dataset.images import PARSER_ERRORS, list_header_notes, open_header, open_image
+from meme_llava.dataset.user_files import describe_near_name
 from meme_llava.storage.files import hash_file
 from meme_llava.terminal import show_count
 
@@ -139,7 +139,7 @@ def check_texts(turns: Sequence[Turn], control_tokens: Sequence[str]) -> Iterato
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What the contents of one file are, whatever its name and whatever limits a run has.
+    """What the contents of one file are, whatever its name.
 
     `fault` is (kind of finding, detail) if it cannot be used. `sha256` is None where only the header was read.
     """
@@ -153,18 +153,16 @@ class ImageFacts:
 
 
 def inspect_image(path: Path, max_pixels: int, decode: bool = True) -> ImageFacts:
-    """Open a file and say what it is, after decoding it whole unless it has more than `max_pixels`.
+    """Open a file and say what it is, after decoding it whole; one of more than `max_pixels` stays closed.
 
     Without `decode` only the header is read: its format and size are known then, nothing else.
     """
     try:
-        with warnings.catch_warnings(record=True, action="always") as caught, open_header(path, sys.maxsize) as image:
+        with warnings.catch_warnings(record=True, action="always") as caught, open_header(path, max_pixels) as image:
             width, height = image.size
             if not decode:
                 return ImageFacts(None, image.format, width, height)
             sha256 = hash_file(path)
-            if width * height > max_pixels:
-                return ImageFacts(sha256, image.format, width, height)
             try:
                 notes = list(list_header_notes(image))
             except PARSER_ERRORS as error:
@@ -183,14 +181,14 @@ def inspect_image(path: Path, max_pixels: int, decode: bool = True) -> ImageFact
         return ImageFacts(hash_file(path) if has_contents else None, fault=(fault.kind, detail))
 
 
-def check_image(path: Path, facts: ImageFacts, max_pixels: int) -> list[tuple[str, str]]:
-    """The findings about a file, as (kind, detail), under this run's limits."""
+def check_image(path: Path, facts: ImageFacts, listings: dict[Path, dict[str, str]]) -> list[tuple[str, str]]:
+    """The findings about a file, as (kind, detail); `listings` are those of `describe_near_name`."""
     if facts.fault is not None:
-        return [(facts.fault[0], f"{path}: {facts.fault[1]}")]
+        kind, detail = facts.fault
+        near = describe_near_name(path, listings) if kind == "missing_image" else ""
+        return [(kind, f"{path}: {detail}{near}")]
     width, height = facts.width, facts.height
     shape = f"{path}: {width}x{height} pixels"
-    if width * height > max_pixels:
-        return [("too_many_pixels", f"{shape}, more than the limit of {max_pixels:,} (--max_pixels)")]
     found = [(kind, f"{path}: {detail}") for kind, detail in facts.notes]
     if path.suffix.lower() not in EXTENSIONS[facts.format]:
         found.append(("wrong_extension", f"{path}: holds a {facts.format}"))

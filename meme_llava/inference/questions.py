@@ -11,8 +11,9 @@ from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER
 from meme_llava.dataset.findings import KINDS
 from meme_llava.dataset.image_files import describe_left_out, find_images
 from meme_llava.dataset.images import MAX_PIXELS, resolve_image_path
-from meme_llava.dataset.inspection import ImageFacts, inspect_images, normalise_text
+from meme_llava.dataset.inspection import ImageFacts, check_image, inspect_images, normalise_text
 from meme_llava.dataset.records import Record, read_quarantined_places, read_records
+from meme_llava.dataset.user_files import describe_near_name
 from meme_llava.errors import UserError, count, list_by_cause
 
 
@@ -78,7 +79,7 @@ def list_file_questions(paths: list[Path], text: str) -> list[Question]:
         elif path.exists():
             images.append(path)
         else:
-            raise UserError(f"{path}: no such file or folder")
+            raise UserError(f"{path}: no such file or folder{describe_near_name(path, {})}")
     return [Question(image, text) for image in images]
 
 
@@ -129,9 +130,9 @@ def list_record_questions(
 def check_images(questions: Sequence[Question], annotations: Path, image_folder: Path) -> dict[Path, ImageFacts]:
     """Decode every image. Raises UserError with those that no model can be shown, by cause."""
     found = inspect_images([question.image for question in questions], MAX_PIXELS)
-    faults = [(path, *facts.fault) for path, facts in found.items() if facts.fault is not None]
-    bad = [(f"{KINDS[kind]} [{kind}]", f"{path}: {detail}") for path, kind, detail in faults]
-    if bad:
+    listings = {}
+    faults = [check_image(path, facts, listings) for path, facts in found.items() if facts.fault is not None]
+    if bad := [(f"{KINDS[kind]} [{kind}]", detail) for [(kind, detail)] in faults]:
         advice = f"give the right --image_folder ({image_folder}; EVAL_IMAGE_FOLDER in run.sh)."
         raise UserError(
             f"{annotations}: {len(bad)} of {count(len(found), 'image')} cannot be read:\n"

@@ -1,7 +1,6 @@
 """What is found in image files: in parallel as alone."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,7 +43,9 @@ def test_facts_written_out(folder):
 def test_too_many_pixels_are_not_decoded(tmp_path, monkeypatch):
     Image.new("RGB", (100, 80)).save(tmp_path / "a.png")
     monkeypatch.setattr(images, "open_image", lambda *_, **__: pytest.fail("was decoded"))
-    assert inspect_image(tmp_path / "a.png", 7999).fault is None
+    facts = inspect_image(tmp_path / "a.png", 7999)
+    assert facts.fault == ("too_many_pixels", "100x80 pixels, more than the limit of 7,999; scale it down")
+    assert inspect_image(tmp_path / "a.png", 7999, decode=False).fault == facts.fault and facts.sha256 is not None
 
 
 def test_a_glance_reads_the_header_alone(folder, monkeypatch):
@@ -83,7 +84,7 @@ def test_the_suffixes_are_those_of_the_formats():
 def test_shapes_are_judged_by_their_sides():
     def judge(width: int, height: int) -> list[str]:
         facts = ImageFacts("0", "PNG", width, height)
-        return [kind for kind, _ in check_image(Path("a.png"), facts, sys.maxsize)]
+        return [kind for kind, _ in check_image(Path("a.png"), facts, {})]
 
     assert judge(64, 256) == judge(64, 64) == judge(3000, 3000) == []
     assert judge(3, 3) == ["too_small"]

@@ -29,6 +29,22 @@ def test_a_folder_without_an_image_says_what_it_holds(tmp_path):
         list_file_questions([tmp_path], "写了什么？")
 
 
+def test_an_image_that_is_too_large_to_be_shown_stops_before_a_model_is_loaded(tmp_path, monkeypatch):
+    Image.new("RGB", (100, 80)).save(tmp_path / "a.png")
+    monkeypatch.setattr("meme_llava.inference.questions.MAX_PIXELS", 7_999)
+    with pytest.raises(UserError, match=r"a.png: 100x80 pixels, more than the limit of 7,999; scale it down"):
+        check_images([Question(tmp_path / "a.png", "写了什么？")], tmp_path / "val.json", tmp_path)
+
+
+def test_a_name_that_is_spelt_nearly_so_is_shown(tmp_path):
+    (tmp_path / "A.PNG").touch()
+    near = r"; there is 'A.PNG', which differs in case"
+    with pytest.raises(UserError, match=f"a.png: no such file or folder{near}"):
+        list_file_questions([tmp_path / "a.png"], "写了什么？")
+    with pytest.raises(UserError, match=f"a.png: No such file or directory{near}"):
+        check_images([Question(tmp_path / "a.png", "写了什么？")], tmp_path / "val.json", tmp_path)
+
+
 def test_images_that_cannot_be_read_are_listed_by_cause(tmp_path):
     (tmp_path / "page.jpg").write_text("<html>")
     questions = [Question(tmp_path / name, "写了什么？") for name in ("1.jpg", "2.jpg", "page.jpg", "3.jpg", "4.jpg")]
