@@ -98,11 +98,11 @@ WRONG_IMAGE = "expected a file name, a list of file names, or no 'image' at all"
 NOT_RELATIVE = "is not a path relative to the image folder"
 
 UNUSABLE_RECORDS = {
-    "a string": ("hello", "is str, expected an object"),
-    "a number": (7, "is int, expected an object"),
-    "not a number": (float("nan"), "is float, expected an object"),
-    "null": (None, "is NoneType, expected an object"),
-    "a list": ([make_record()], "is list, expected an object"),
+    "a string": ("hello", "is text, expected an object"),
+    "a number": (7, "is a whole number, expected an object"),
+    "not a number": (float("nan"), "is a number, expected an object"),
+    "null": (None, "is null, expected an object"),
+    "a list": ([make_record()], "is a list, expected an object"),
     "empty": ({"id": "bad"}, "has no list 'conversations' (keys: id)"),
     "a caption file's record": (
         {"id": "bad", "picName": "a.jpg", "description": "一只猫"},
@@ -228,7 +228,7 @@ def test_an_unusable_record_is_listed_with_its_own_place_and_reason(
         ('{"id": "a"} {"id": "b"}', "is not JSON"),
         ('{"id": "bad"', "is not JSON"),
         ("id,image,text", "is not JSON"),
-        ("NaN", "is float, expected an object"),
+        ("NaN", "is a number, expected an object"),
         ("[" * 100_000, "is not JSON"),  # deeper than the parser can follow
         ("1" * 5000, "is not JSON"),  # longer than Python reads a number
     ],
@@ -324,8 +324,8 @@ def test_every_allowed_kind_of_record_is_read(tmp_path):
 GOOD_LINE = json.dumps(make_record("a"), ensure_ascii=False)
 UNUSABLE_FILES = {
     "empty": ("memes.json", b"", "memes.json: not JSON at line 1 column 1: ''"),
-    "an object": ("memes.json", GOOD_LINE.encode(), "memes.json: is a JSON dict, expected an array of records"),
-    "a string": ("memes.json", b'"hi"', "memes.json: is a JSON str, expected an array of records"),
+    "an object": ("memes.json", GOOD_LINE.encode(), "memes.json: holds an object, expected an array of records"),
+    "a string": ("memes.json", b'"hi"', "memes.json: holds text, expected an array of records"),
     "a trailing comma": ("memes.json", b'[\n {"id": 1},\n]', "memes.json: not JSON at line 3 column 1: "),
     "an unclosed array": ("memes.json", b'[{"id": 1}', "memes.json: not JSON at line 1 column 11: "),
     "JSONL called .json": (
@@ -410,7 +410,7 @@ def test_a_key_that_stands_twice_in_an_array_is_found_in_its_record(tmp_path, im
     path = write_quarantine(tmp_path / "output", left.checked)
     assert json.loads(path.read_text(encoding="utf-8"))["record"] == twice
     for content, message in (
-        (f'{{"a": 1, {twice[1:]}', "is a JSON dict"),
+        (f'{{"a": 1, {twice[1:]}', "holds an object, expected an array of records"),
         (f"[{twice}, nonsense]", "not JSON at line 1"),
     ):
         (tmp_path / "memes.json").write_text(content, encoding="utf-8")

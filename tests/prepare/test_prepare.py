@@ -209,7 +209,7 @@ def test_a_picname_with_a_folder_tells_namesakes_apart(world):
 
 BAD_CAPTION_LINES = {
     "broken JSON": ('{"picName": "b.png", "desc', "is not JSON"),
-    "an array": ("[1]", "is list, expected an object with picName"),
+    "an array": ("[1]", "is a list, expected an object with picName"),
     "no picName": ({"description": "x"}, "has no picName (keys: description)"),
     "picName is a number": ({"picName": 3, "description": "x"}, "the image is 3, expected a file name"),
     "no description": ({"picName": "b.png"}, "has no description (keys: picName)"),
@@ -478,7 +478,7 @@ def test_emo_visual_reads_json_and_csv_alike(world):
 
 BAD_EMO = {
     "other keys": ('[{"picName": "b.png"}]', "data.json", "has no filename, content (keys: picName)"),
-    "an object": ('{"b.png": "x"}', "data.json", "is a JSON dict"),
+    "an object": ('{"b.png": "x"}', "data.json", "holds an object, expected an array"),
     "one cell": ("b.png\n", "data.csv", "has 1 cell"),
     "GBK": ("b.png,你好吗\n".encode("gbk"), "data.csv", "iconv -f GB18030 -t UTF-8"),
 }

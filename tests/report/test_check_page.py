@@ -278,7 +278,7 @@ def test_a_long_answer_unfolds_and_folds(open_page, tmp_path):
 
 def test_long_conversations_and_malformed_records_are_shown(open_page, tmp_path):
     turns = tuple(Turn("user" if index % 2 == 0 else "assistant", f"turn {index}") for index in range(6))
-    malformed = [Finding("malformed", "train.json record 7", "m", "is list, expected an object")]
+    malformed = [Finding("malformed", "train.json record 7", "m", "is a list, expected an object")]
     page = open_page([change(make_records(tmp_path)[1], turns=turns)], malformed=malformed)
     assert "no conversation" in page.locator(".card").first.inner_text()
     assert not page.get_by_text("turn 5").is_visible()
