@@ -16,7 +16,6 @@ from meme_llava.cli import parse_arguments, to_plain  # noqa: E402
 from meme_llava.dataset.check import check_data, suggest_folder, write_quarantine  # noqa: E402
 from meme_llava.dataset.findings import QUARANTINE  # noqa: E402
 from meme_llava.errors import UserError, count, stop_on_user_error  # noqa: E402
-from meme_llava.model.llava import load_processing  # noqa: E402
 from meme_llava.report.data_check import (  # noqa: E402
     FINDINGS,
     REPORT,
@@ -27,14 +26,20 @@ from meme_llava.report.data_check import (  # noqa: E402
     render_check_page,
 )
 from meme_llava.storage.files import hash_file, write_lines, write_whole  # noqa: E402
-from meme_llava.storage.folders import write_directory  # noqa: E402
+from meme_llava.storage.folders import check_output_dir, write_directory  # noqa: E402
 from meme_llava.storage.run_record import write_run_record  # noqa: E402
 
 
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(CheckArguments, argv, description=__doc__)
-    processing = load_processing(arguments.model) if arguments.model is not None else None
+    check_output_dir(arguments.output_dir, overwrite=True)
+    processing = None
+    if arguments.model is not None:
+        # Loads torch and transformers, which take longer than the check of a few thousand records.
+        from meme_llava.model.llava import load_processing
+
+        processing = load_processing(arguments.model)
     checked = check_data(
         arguments.annotations,
         arguments.image_folder,

@@ -153,6 +153,8 @@ def check_records(annotations: Path, image_folder: Path, policy: RecordPolicy) -
 
 def check_image_folder(image_folder: Path) -> None:
     """Raise UserError unless the folder exists."""
+    if image_folder.is_file():
+        raise UserError(f"{image_folder}: is a file, expected the folder that the records' image paths start from")
     if not image_folder.is_dir():
         raise UserError(f"{image_folder}: no such image folder{describe_near_name(image_folder, {})}")
 
@@ -255,7 +257,7 @@ def write_quarantine(output_dir: Path, checked: CheckedData) -> Path | None:
 
 def suggest_folder(checked: CheckedData) -> str:
     """A line that asks about the image folder if most images are missing, else nothing."""
-    missing = sum(finding.kind == "missing_image" for finding in checked.findings)
+    missing = len({finding.place for finding in checked.findings if finding.kind == "missing_image"})
     if missing * 2 <= len(checked.records):
         return ""
     question = "is --image_folder the folder that the records' paths start from?"

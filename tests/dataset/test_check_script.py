@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,19 @@ def test_a_wrong_image_folder_is_asked_about(folder, capsys):
     assert "Images of 3 records are missing; is --image_folder the folder that the records' paths start from?" in error
 
 
+def test_without_a_model_neither_torch_nor_transformers_is_loaded():
+    """They take ten times as long as the check of the samples."""
+    script = "import sys, check; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT / "data", check=False).returncode == 0
+
+
+def test_a_record_that_lacks_several_images_is_one_record(folder, capsys):
+    records = make_records()
+    records[0] |= {"image": ["1.png", "2.png", "3.png"]}
+    records[0]["conversations"][0]["value"] = "<image><image><image>\n？"
+    assert "Images of" not in fail(capsys, folder, records)
+
+
 def test_bad_records_end_in_an_error_after_the_report_is_written(folder, capsys):
     error = fail(capsys, folder, spoil(make_records()))
     output_dir = folder.parent / "out"
@@ -180,10 +195,11 @@ def test_a_second_check_replaces_the_first(folder, capsys):
     assert (output_dir / "findings.jsonl").read_bytes() == b""
 
 
-def test_a_strangers_folder_is_left_alone(folder, capsys):
+def test_a_strangers_folder_is_left_alone(folder, capsys, monkeypatch):
     output_dir = folder.parent / "out"
     output_dir.mkdir()
     (output_dir / "thesis.txt").write_text("mine")
+    monkeypatch.setattr(check_script, "check_data", lambda *_, **__: pytest.fail("it took minutes to say so"))
     error = fail(capsys, folder, make_records())
     assert f"{output_dir}: has no run_record.json, so it is not an output of ours" in error
     assert [path.name for path in output_dir.iterdir()] == ["thesis.txt"]
@@ -299,6 +315,8 @@ def test_records_beyond_the_length_are_found_with_a_model(world: World, tmp_path
         (("--report_records", "-1"), "--report_records is -1, expected 0 or more"),
         (("--model", "/nowhere"), "/nowhere: no such model folder"),
         (("--image_folder", "/nowhere"), "/nowhere: no such image folder"),
+        (("--image_folder", __file__), f"{__file__}: is a file, expected the folder"),
+        (("--output_dir", "."), ".: is not a name for a new directory"),
         (("--annotations", "/nowhere.json"), "/nowhere.json: No such file or directory"),
     ],
 )
