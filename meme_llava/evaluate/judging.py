@@ -12,6 +12,7 @@ from pathlib import Path
 
 from meme_llava.cli import to_plain
 from meme_llava.dataset.images import resolve_image_path
+from meme_llava.dataset.user_files import describe_near_name
 from meme_llava.errors import UserError, count, printable
 from meme_llava.evaluate.results_folder import JUDGE, PREDICTIONS, read_predictions
 from meme_llava.evaluate.scores import Score, estimate_mean, show_score
@@ -120,8 +121,9 @@ def check_images_are_there(pairs: list[Pair], image_folder: Path) -> None:
     """Raise UserError where images that were evaluated are gone, before a verdict is paid for."""
     images = {pair.image for pair in pairs}
     if gone := sorted(image for image in images if not (image_folder / image).is_file()):
+        near = describe_near_name(image_folder / gone[0], {})
         raise UserError(
-            f"{image_folder}: lacks {count(len(gone), 'evaluated image')}, e.g. {gone[0]}; bring "
+            f"{image_folder}: lacks {count(len(gone), 'evaluated image')}, e.g. {gone[0]}{near}; bring "
             "them back, or evaluate both models anew where the images are now"
         )
 
