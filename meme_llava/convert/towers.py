@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from meme_llava.errors import UserError
-from meme_llava.model.llava import check_same_names, check_same_shapes, check_vocabulary, make_empty_model
+from meme_llava.model.llava import check_same_names, check_same_shapes, check_vocabulary, check_words, make_empty_model
 from meme_llava.model.loading import LOCALLY, explain_unloadable
 from meme_llava.storage.tensor_files import StoredTensor, open_model_tensors
 
@@ -81,6 +81,11 @@ def open_language_model(folder: Path) -> tuple[Source, object]:
     check_vocabulary(folder)
     with explain_unloadable(folder, "its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **LOCALLY)
+    check_words(tokenizer, folder)
+    # A tokenizer may have been saved in the middle of somebody's work. Programs that read its file would cut prompts.
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        backend.no_truncation()
+        backend.no_padding()
     return _check_source(Source(folder, AutoModelForCausalLM, config, open_model_tensors(folder))), tokenizer
 
 

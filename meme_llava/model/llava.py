@@ -22,7 +22,7 @@ from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, ConversationEncod
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
 from meme_llava.model.loading import LOCALLY, NO_CODE, explain_unloadable, quiet_transformers
-from meme_llava.storage.json_files import read_json
+from meme_llava.storage.json_files import DAMAGED, read_json
 from meme_llava.storage.run_record import holds_trained_weights
 from meme_llava.storage.tensor_files import StoredTensor, open_model_tensors
 
@@ -192,6 +192,12 @@ def check_vocabulary(folder: Path) -> None:
         )
 
 
+def check_words(tokenizer, folder: Path) -> None:
+    """Raise UserError for a loaded tokenizer of which nothing but added tokens is left."""
+    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
+        raise UserError(f"{folder}: the vocabulary of its tokenizer is empty. {DAMAGED}")
+
+
 def make_empty_model(model_class, config, dtype: torch.dtype = torch.float32) -> nn.Module:
     """`model_class` with frozen parameters that have shape and dtype but no storage; buffers are real."""
     with init_empty_weights(include_buffers=False), quiet_transformers():
@@ -247,6 +253,7 @@ def load_processing(folder: Path) -> Processing:
     with explain_unloadable(folder, "its processor cannot be loaded"):
         processor = AutoProcessor.from_pretrained(folder, **LOCALLY)
         config = LlavaConfig.from_pretrained(folder, local_files_only=True)
+    check_words(processor.tokenizer, folder)
     if type(processor).__name__ != "LlavaProcessor":
         raise UserError(f"{folder}: processor_config.json gives {type(processor).__name__}, expected LlavaProcessor")
     tokens_per_image = count_image_tokens(config)

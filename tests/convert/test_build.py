@@ -11,6 +11,7 @@ import torch
 from conftest import LANGUAGE_DIMENSIONS, SHARED_DATA, VISION_DIMENSIONS
 from conversions import BASE_FILES, TEXT_TOWER, Bars, build, make_clip, run_and_read_error, save_language_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
@@ -708,10 +709,43 @@ def test_a_tokenizer_without_words_is_refused(world, tmp_path, capsys, left, fla
     assert f"error: {copy}: has no vocabulary; expected tokenizer.json (or vocab.json and" in error
 
 
+@pytest.mark.parametrize("flags", [(), ("--no_verify",)])
+def test_an_empty_vocabulary_is_refused(world, tmp_path, capsys, flags):
+    copy = tmp_path / "copy"
+    shutil.copytree(world.language_model, copy)
+    empty_vocabulary(copy)
+    error = run_and_read_error(capsys, copy, world.vision_tower, tmp_path / "out", *flags)
+    assert error.endswith(
+        f"error: {copy}: the vocabulary of its tokenizer is empty. Delete it and download or make it again.\n"
+    )
+
+
+def empty_vocabulary(folder):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"] |= {"vocab": {}, "merges": []}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def test_truncation_and_padding_of_the_source_are_not_handed_on(world, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(world.language_model, copy)
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer.enable_truncation(4, stride=1, direction="left")
+    tokenizer.enable_padding(length=64, direction="right", pad_to_multiple_of=8)
+    tokenizer.save(str(copy / "tokenizer.json"))
+    base = build(copy, world.vision_tower, tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((base / name).read_text()) == json.loads((world.base / name).read_text())
+
+
 def test_a_base_without_a_vocabulary_is_refused(world, tmp_path):
     shutil.copytree(world.base, tmp_path / "base")
     (tmp_path / "base" / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="has no vocabulary; expected tokenizer.json"):
+        load_processing(tmp_path / "base")
+    shutil.copy(world.base / "tokenizer.json", tmp_path / "base")
+    empty_vocabulary(tmp_path / "base")
+    with pytest.raises(UserError, match="the vocabulary of its tokenizer is empty"):
         load_processing(tmp_path / "base")
 
 
