@@ -15,7 +15,7 @@ from meme_llava.dataset.findings import Finding, RecordFault
 from meme_llava.dataset.image_files import has_image_name
 from meme_llava.dataset.user_files import read_text
 from meme_llava.errors import UserError, count
-from meme_llava.storage.json_files import KIND_NAMES
+from meme_llava.storage.json_files import KIND_NAMES, explain_json
 
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 FORMAT_HELP = "See data/README.md for the record format."
@@ -211,16 +211,15 @@ def iterate_values(annotations: Path) -> Iterator[tuple[str, object]]:
         except RepeatedKey:
             # Parsed value by value the text says which record it is, if it is sound otherwise.
             values = _parse_one_by_one(text) if isinstance(json.loads(text), list) else {}
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and isinstance(_parse_json(text.lstrip().partition("\n")[0]), dict):
+    except (ValueError, RecursionError) as error:
+        if isinstance(_parse_json(text.lstrip().partition("\n")[0]), dict):
             raise UserError(
                 f"{annotations}: holds one record a line, expected an array of records; rename it to "
                 f"{annotations.stem}.jsonl"
             ) from error
-        around = text[max(error.pos - 20, 0) : error.pos + 20]
-        raise UserError(f"{annotations}: not JSON at line {error.lineno} column {error.colno}: {around!r}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{annotations}: not JSON ({error})") from error
+        place = getattr(error, "pos", 0)
+        around = text[max(place - 20, 0) : place + 20]
+        raise UserError(f"{annotations}: {explain_json(error)}" + (f", at {around!r}" if around else "")) from error
     if not isinstance(values, list):
         raise UserError(f"{annotations}: holds {KIND_NAMES[type(values)]}, expected an array of records. {FORMAT_HELP}")
     for index, value in enumerate(values):
@@ -234,7 +233,7 @@ def _parse_json(text: str):
     except RepeatedKey as error:
         return RecordFault("repeated_key", f"{error}; leave one of the two", text)
     except (ValueError, RecursionError) as error:
-        return RecordFault("not_json", f"is not JSON ({error})", text)
+        return RecordFault("not_json", explain_json(error), text)
 
 
 def _parse_one_by_one(array: str) -> list:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from meme_llava.cli import refuse_repeated_keys
+from meme_llava.cli import RepeatedKey, refuse_repeated_keys
 from meme_llava.errors import UserError
 
 DAMAGED = "Download, copy or make it again."
@@ -44,20 +44,23 @@ def read_json(path: Path, advice: str = DAMAGED, error: type[UserError] = UserEr
     except FileNotFoundError as found:
         raise error(f"{path}: no such file. {advice}") from found
     except (ValueError, RecursionError) as found:
-        raise error(f"{path}: {_explain(found)}. {advice}") from found
+        raise error(f"{path}: {explain_json(found)}. {advice}") from found
     if not isinstance(value, dict):
         raise error(f"{path}: holds {KIND_NAMES[type(value)]}, expected an object {{…}}. {advice}")
     return value
 
 
-def _explain(error: ValueError | RecursionError) -> str:
+def explain_json(error: ValueError | RecursionError) -> str:
+    """What is wrong with a text that `json.loads` refuses, or `bytes.decode` before it."""
     if isinstance(error, RecursionError):
         return "is nested too deep"
     if isinstance(error, UnicodeDecodeError):
         is_utf16 = error.object.startswith((b"\xff\xfe", b"\xfe\xff"))
         return "is in UTF-16, expected UTF-8" if is_utf16 else f"is not UTF-8 ({error.reason})"
-    if not isinstance(error, json.JSONDecodeError):
+    if isinstance(error, RepeatedKey):
         return str(error)
+    if not isinstance(error, json.JSONDecodeError):
+        return "holds a number of more than 4,300 digits"
     if not error.doc.strip():
         return "is empty"
     if error.doc.startswith("\ufeff"):

@@ -886,7 +886,7 @@ def test_error_stops_and_lists_quarantine_leaves_out_and_keeps_the_records(tmp_p
         stop_on_bad_records(checked)
     first, *listed, advice = str(caught.value).splitlines()
     assert first == f"{tmp_path / 'memes.jsonl'}: 3 of 5 records cannot be trained on:"
-    assert listed[0].startswith("  memes.jsonl line 2 (id '?'): is not JSON (") and listed[0].endswith(" [not_json]")
+    assert listed[0] == "  memes.jsonl line 2 (id '?'): ends in the middle [not_json]"
     assert listed[1] == "  memes.jsonl line 3 (id 'sorry'): turn 2 refuses: '抱歉，我无法' [refusal]"
     assert listed[2].startswith("  memes.jsonl line 5 (id 'gone'): ") and listed[2].count("[") == 2
     assert "--bad_records quarantine" in advice

@@ -222,15 +222,15 @@ def test_an_unusable_record_is_listed_with_its_own_place_and_reason(
 @pytest.mark.parametrize(
     "line, reason",
     [
-        ('{"id": "bad", "conversations": [', "is not JSON"),
+        ('{"id": "bad", "conversations": [', "ends in the middle"),
         ('{"id": "bad",}', "is not JSON"),
         ("{'id': 'bad'}", "is not JSON"),
         ('{"id": "a"} {"id": "b"}', "is not JSON"),
-        ('{"id": "bad"', "is not JSON"),
+        ('{"id": "bad"', "ends in the middle"),
         ("id,image,text", "is not JSON"),
         ("NaN", "is a number, expected an object"),
-        ("[" * 100_000, "is not JSON"),  # deeper than the parser can follow
-        ("1" * 5000, "is not JSON"),  # longer than Python reads a number
+        ("[" * 100_000, "is nested too deep"),
+        ("1" * 5000, "holds a number of more than 4,300 digits"),
     ],
 )
 def test_a_broken_jsonl_line_does_not_touch_its_neighbours(tmp_path, image_folder, encoder, line, reason):
@@ -323,11 +323,11 @@ def test_every_allowed_kind_of_record_is_read(tmp_path):
 
 GOOD_LINE = json.dumps(make_record("a"), ensure_ascii=False)
 UNUSABLE_FILES = {
-    "empty": ("memes.json", b"", "memes.json: not JSON at line 1 column 1: ''"),
+    "empty": ("memes.json", b"", "memes.json: is empty"),
     "an object": ("memes.json", GOOD_LINE.encode(), "memes.json: holds an object, expected an array of records"),
     "a string": ("memes.json", b'"hi"', "memes.json: holds text, expected an array of records"),
-    "a trailing comma": ("memes.json", b'[\n {"id": 1},\n]', "memes.json: not JSON at line 3 column 1: "),
-    "an unclosed array": ("memes.json", b'[{"id": 1}', "memes.json: not JSON at line 1 column 11: "),
+    "a trailing comma": ("memes.json", b'[\n {"id": 1},\n]', "memes.json: is not JSON (line 3, column 1: "),
+    "an unclosed array": ("memes.json", b'[{"id": 1}', "memes.json: ends in the middle, at "),
     "JSONL called .json": (
         "memes.json",
         f"{GOOD_LINE}\n{GOOD_LINE}".encode(),
@@ -338,9 +338,13 @@ UNUSABLE_FILES = {
         f" [\n{GOOD_LINE}]".encode(),
         "memes.jsonl: is a JSON array, and the ending .jsonl means one record a line; rename it to memes.json",
     ),
-    "two records on one line": ("memes.json", f"{GOOD_LINE} {GOOD_LINE}".encode(), "memes.json: not JSON at line 1"),
-    "nested too deep": ("memes.json", b"[" * 100_000, "memes.json: not JSON"),
-    "a number too long": ("memes.json", b"[" + b"1" * 5000 + b"]", "memes.json: not JSON"),
+    "two records on one line": ("memes.json", f"{GOOD_LINE} {GOOD_LINE}".encode(), "memes.json: is not JSON (line 1, "),
+    "nested too deep": ("memes.json", b"[" * 100_000, "memes.json: is nested too deep"),
+    "a number too long": (
+        "memes.json",
+        b"[" + b"1" * 5000 + b"]",
+        "memes.json: holds a number of more than 4,300 digits",
+    ),
     "GBK": ("memes.json", f"[{GOOD_LINE}]".encode("gbk"), "memes.json: not UTF-8 ("),
     "GBK lines": ("memes.jsonl", GOOD_LINE.encode("gbk"), "Convert it, e.g. iconv -f GB18030 -t UTF-8"),
     **{
@@ -411,7 +415,7 @@ def test_a_key_that_stands_twice_in_an_array_is_found_in_its_record(tmp_path, im
     assert json.loads(path.read_text(encoding="utf-8"))["record"] == twice
     for content, message in (
         (f'{{"a": 1, {twice[1:]}', "holds an object, expected an array of records"),
-        (f"[{twice}, nonsense]", "not JSON at line 1"),
+        (f"[{twice}, nonsense]", r"is not JSON \(line 1, "),
     ):
         (tmp_path / "memes.json").write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match=message):

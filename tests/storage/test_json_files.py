@@ -25,6 +25,7 @@ WHOLE = '{"name": "好", "step": 3}'
         (b'{"a": 1, "a": 2}', "the key 'a' stands twice"),
         (b'{"b": {"a": 1, "a": 2}}', "the key 'a' stands twice"),
         (b"[" * 100_000, "is nested too deep"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "holds a number of more than 4,300 digits"),
         (b"[1]", "holds a list, expected an object {…}"),
         (b"null", "holds null, expected an object {…}"),
         (b"3", "holds a whole number, expected an object {…}"),
