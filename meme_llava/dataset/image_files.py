@@ -111,6 +111,12 @@ def _raise(error: OSError) -> None:
     raise error
 
 
+def read_start(path: Path) -> bytes:
+    """The first bytes of a file, which tell what it is."""
+    with path.open("rb") as file:
+        return file.read(START_LENGTH)
+
+
 def _find_reason(path: Path, subfolders: bool) -> str:
     """Why a file is no image to be opened, or a folder is not looked into; empty if it is."""
     if path.name.startswith("."):
@@ -119,11 +125,11 @@ def _find_reason(path: Path, subfolders: bool) -> str:
         return "in a subfolder" if not subfolders else "behind a link" if path.is_symlink() else ""
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return ""
-    # A pipe would block for ever.
-    start = b""
-    if path.is_file():
-        with path.open("rb") as file:
-            start = file.read(START_LENGTH)
+    try:
+        # A pipe would block for ever.
+        start = read_start(path) if path.is_file() else b""
+    except OSError:
+        return "unreadable"
     if find_accepted_format(start):
         return ""
     name = _find_closed_format(start)

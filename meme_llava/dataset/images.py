@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from meme_llava.dataset.findings import MAX_PIXELS, RecordFault
-from meme_llava.dataset.image_files import ACCEPTED_FORMATS, START_LENGTH, identify_file_type
+from meme_llava.dataset.image_files import ACCEPTED_FORMATS, identify_file_type, read_start
 from meme_llava.errors import UserError, is_utf8
 
 # Our own limit stands in front of every decoding; Pillow's would only warn up to twice its own.
@@ -93,7 +93,8 @@ def resolve_image_path(image: str, image_folder: Path) -> Path:
         RecordFault: the path is absolute, a URL, leaves the folder, or is not a name that a file can have.
     """
     if "\0" in image or "://" in image or "\\" in image or os.path.isabs(image):
-        raise RecordFault("unsafe_path", f"image {image!r} is not a path relative to the image folder")
+        advice = "; write / in place of \\" if "\\" in image else ""
+        raise RecordFault("unsafe_path", f"image {image!r} is not a path relative to the image folder{advice}")
     try:
         os.fsencode(image)
     except UnicodeEncodeError as error:
@@ -177,8 +178,7 @@ def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         image = Image.open(path, formats=ACCEPTED_FORMATS)
     except UnidentifiedImageError as error:
-        with path.open("rb") as file:
-            kind, what = identify_file_type(file.read(START_LENGTH))
+        kind, what = identify_file_type(read_start(path))
         raise RecordFault(kind, f"{path}: {what}") from error
     except PARSER_ERRORS as error:
         # Pillow's own errors about a header have no errno; those of the file system do.

@@ -53,6 +53,18 @@ def test_subfolders_are_looked_into_but_for_hidden_ones_and_links(folder):
     assert "in a subfolder" not in left_out
 
 
+def test_a_file_that_may_not_be_read_is_counted_and_stops_nothing(folder, monkeypatch):
+    def read(path):
+        if path.name == "notes.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return path.read_bytes()[:32]
+
+    monkeypatch.setattr("meme_llava.dataset.image_files.read_start", read)
+    images, left_out = find_images(folder, subfolders=False)
+    assert [path.name for path in images] == NAMES
+    assert "1 unreadable, e.g. notes.txt" in describe_left_out(left_out).split("; ")
+
+
 def test_names_that_are_not_utf8_are_named(tmp_path):
     broken = tmp_path / os.fsdecode("我说的对吧".encode("gbk") + b".png")
     with pytest.raises(
