@@ -397,9 +397,9 @@ def test_missing_files_and_folders_are_named(tmp_path, image_folder, encoder):
         load(tmp_path / "Memes.json", image_folder, encoder)
     with pytest.raises(UserError, match="Images: no such image folder; there is 'images', which differs in case"):
         load(annotations, tmp_path / "Images", encoder)
-    for folder in (tmp_path / "gone", annotations):
-        with pytest.raises(UserError, match=f"{folder.name}: no such image folder"):
-            load(annotations, folder, encoder)
+    for folder, message in (("gone", "no such image folder"), ("memes.json", "is a file, expected the folder")):
+        with pytest.raises(UserError, match=f"{folder}: {message}"):
+            load(annotations, tmp_path / folder, encoder)
 
 
 def test_a_key_that_stands_twice_in_an_array_is_found_in_its_record(tmp_path, image_folder, encoder):
