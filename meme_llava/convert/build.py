@@ -251,6 +251,9 @@ def _write_for_other_readers(folder: Path) -> None:
     write_json(config_file, config)
 
     tokenizer = read_json(tokenizer_file) | {"padding_side": PADDING_SIDE}
+    # transformers copies these from the source's tokenizer.json, whose truncation and padding are cleared.
+    for name in ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "pad_token_type_id"):
+        tokenizer.pop(name, None)
     if isinstance(tokenizer.get("extra_special_tokens"), list):
         # Under the new name 4.x expects a dict and stops.
         tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
