@@ -5,7 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from meme_llava.dataset.check import RecordPolicy, check_records
+from meme_llava.dataset.check import check_records
+from meme_llava.dataset.findings import RecordPolicy
 from meme_llava.errors import UserError
 from meme_llava.inference.questions import Question, check_images, list_file_questions, warn_of_trained
 
