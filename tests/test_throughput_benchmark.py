@@ -60,6 +60,7 @@ def make_bench(workload, platform):
     return Bench(models, workload, platform, TrainingCosts.of_model(models.packed))
 
 
+@pytest.mark.long
 def test_the_gpu_form_computes_in_bf16_and_reports_every_step(workload):
     # The GPU form's code but for CUDA itself: frozen weights in bf16, autocast, learning parameters in float32.
     bench = make_bench(workload, Platform(torch.device("cpu"), torch.bfloat16))
@@ -88,6 +89,7 @@ def recomputes(model):
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
+@pytest.mark.long
 def test_a_way_that_does_not_fit_is_measured_with_gradient_checkpointing_and_says_so(workload, monkeypatch, capsys):
     bench = make_bench(workload, CPU)
     step = Training.step

@@ -716,7 +716,7 @@ def test_an_empty_vocabulary_is_refused(world, tmp_path, capsys, flags):
     empty_vocabulary(copy)
     error = run_and_read_error(capsys, copy, world.vision_tower, tmp_path / "out", *flags)
     assert error.endswith(
-        f"error: {copy}: the vocabulary of its tokenizer is empty. Delete it and download or make it again.\n"
+        f"error: {copy}: the vocabulary of its tokenizer is empty. Download, copy or make it again.\n"
     )
 
 
@@ -785,7 +785,7 @@ def test_pixel_settings_that_make_no_image_are_named(world, tmp_path, capsys, se
     path = copy / "preprocessor_config.json"
     path.write_text(json.dumps(settings))
     error = run_and_read_error(capsys, world.language_model, copy, tmp_path / "out")
-    assert f"error: {path}: {fault}. Delete it" in error
+    assert f"error: {path}: {fault}. Download" in error
 
 
 CODE = """

@@ -243,10 +243,8 @@ def test_a_process_that_is_told_of_localhost_is_reached_elsewhere_where_it_is_pr
         assert variables.get("GLOO_SOCKET_IFNAME") == variables.get("NCCL_SOCKET_IFNAME") == interface
 
 
-@pytest.mark.parametrize(
-    ("rank", "number", "code"),
-    [(0, signal.SIGTERM, 75), pytest.param(1, signal.SIGTERM, 75, marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("rank", "number", "code"), [(0, signal.SIGTERM, 75), (1, signal.SIGTERM, 75)])
 def test_a_process_whose_others_do_not_come_says_so_and_heeds_the_first_signal(world, tmp_path, rank, number, code):
     words = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(find_free_port())}
     process = start([sys.executable, "train.py", *train_flags(world, tmp_path / "out", **CHANGES)], **words)
@@ -304,7 +302,7 @@ def test_a_variable_without_a_value_says_nothing_of_several():
         check_started_once({"WORLD_SIZE": "", "PMI_SIZE": "2"})
 
 
-@pytest.mark.parametrize("mode", ["leftover rank", "incomplete"])
+@pytest.mark.parametrize("mode", [pytest.param("leftover rank", marks=pytest.mark.long), "incomplete"])
 def test_leftover_ranks_do_not_reach_a_run(world, losses, tmp_path, mode):
     words = {"RANK": "1", "LOCAL_RANK": "0"} if mode == "leftover rank" else {"RANK": "1", "WORLD_SIZE": "2"}
     process = start([sys.executable, "train.py", *train_flags(world, tmp_path / "out", **CHANGES)], **words)

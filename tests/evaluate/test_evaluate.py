@@ -285,9 +285,9 @@ def test_what_cannot_be_compared_is_refused(flags, tmp_path, capsys, change, mes
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("run_record.json", "[]", "run_record.json: holds a list, expected an object {…}. If this was an output_dir"),
+        ("run_record.json", "[]", "run_record.json: holds a list, expected an object {…}. Choose another folder"),
         ("run_record.json", '{"stage": "merge"}', "is not an output_dir of evaluate.py (run_record.json: its stage is"),
-        ("run_record.json", '{"stage": "evaluate"}', "run_record.json: has no asked. If this was an output_dir of"),
+        ("run_record.json", '{"stage": "evaluate"}', "run_record.json: has no asked. Choose another folder"),
         ("metrics.json", "", "metrics.json: is empty. Delete it, and the same evaluate.py command makes it anew."),
         ("metrics.json", '{"title": "a', "metrics.json: ends in the middle. Delete it"),
         ("predictions.jsonl", "5\n", "predictions.jsonl: is damaged (line 1 has no image that evaluate.py wrote)"),

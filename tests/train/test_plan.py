@@ -111,6 +111,7 @@ def projector_estimator(world):
     return make_estimator(world, on_gpu=True, train_type="projector")
 
 
+@pytest.mark.long
 def test_muon_keeps_one_moment_of_the_matrices_it_updates(world):
     memory = [
         make_estimator(world, train_type="full", muon_lr=muon_lr).estimate(CheckpointedLayers()).optimizer

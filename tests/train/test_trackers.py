@@ -182,6 +182,7 @@ def test_without_a_login_nothing_waits_for_an_answer(tmp_path, tracker, remedy):
     assert remedy in said and f"--report_to {tracker}: " in said
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("tracker", "variables"),
     [
