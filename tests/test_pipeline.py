@@ -254,6 +254,7 @@ def test_every_engine_is_one_word(dry_run, engine):
         (["evaluate", "--help"], {}, "--help goes to train.py, and train is not among the stages"),
         (["--output_dir", "b"], {}, "--output_dir reaches train alone, and other stages take OUTPUT_DIR; set that in"),
         (["train", "merge", "--model=b"], {}, "--model reaches train alone, and other stages take BASE_DIR"),
+        (["train", "--plan=false"], {}, "--plan false: write --plan alone, or leave it out"),
         ([], {"PROJECTOR_LR": "5e-4"}, "PROJECTOR_LR=5e-4 has no use without PROJECTOR_EPOCHS; the projector's rate"),
         ([], {"EVAL_ANNOTATIONS": "none", "EVAL_IMAGE_FOLDER": "data"}, "EVAL_IMAGE_FOLDER=data has no use without"),
         ([], {"TRAIN_TYPE": "projector", "HIGH_LR": "-1"}, "error: HIGH_LR is -1.0, expected greater than 0"),

@@ -141,6 +141,8 @@ def plan_stages(
     if late := [value for values in train_flags.values() for value in values[1:] if value in known]:
         raise UserError(f"{late[0]} stands after the flags of train.py; put stages first")
     looks = LOOKS & train_flags.keys()
+    if valued := [flag for flag in looks if train_flags[flag]]:
+        raise UserError(f"--{valued[0]} {train_flags[valued[0]][0]}: write --{valued[0]} alone, or leave it out")
     if train_flags and names and "train" not in names:
         raise UserError(
             f"--{next(iter(train_flags))} goes to train.py, and train is not among the stages; leave it out, or start "
