@@ -144,6 +144,7 @@ _OS_ADVICE = {
     errno.EROFS: "its disk can only be read; choose another place",
     errno.ENAMETOOLONG: "a name has at most 255 bytes; choose a shorter one",
     errno.ENOTDIR: "a part of this path is a file, expected a folder",
+    errno.EEXIST: "a file or a link to nothing has this name; remove it, or choose another place",
     errno.ELOOP: "its links lead back to themselves; remove one of them",
 }
 
@@ -186,6 +187,11 @@ def _explain_os_errors() -> Iterator[None]:
         if explained is None:
             raise
         raise explained from error
+    except RuntimeError as error:
+        # pathlib's words for ELOOP, before Python 3.13.
+        if match := re.fullmatch("Symlink loop from ['\"](.*)['\"]", str(error)):
+            raise UserError(f"{match[1]}: {_OS_ADVICE[errno.ELOOP]}") from error
+        raise
 
 
 def stop_on_user_error(main: Callable[..., None]) -> Callable[..., None]:

@@ -63,6 +63,16 @@ def follow_a_circle(folder: Path) -> None:
     (folder / "circle").open()
 
 
+def resolve_a_circle(folder: Path) -> None:
+    (folder / "circle").symlink_to("circle")
+    (folder / "circle").resolve(strict=True)
+
+
+def write_at_a_dangling_link(folder: Path) -> None:
+    (folder / "link").symlink_to("nothing")
+    (folder / "link").mkdir(exist_ok=True)
+
+
 def refuse(number: int):
     # Root, as which tests often run, may write everywhere.
     def write(folder: Path) -> None:
@@ -76,6 +86,12 @@ def refuse(number: int):
     [
         (write_below_a_file, "file/output: a part of this path is a file, expected a folder", 2),
         (follow_a_circle, "circle: its links lead back to themselves; remove one of them", 2),
+        (resolve_a_circle, "circle: its links lead back to themselves; remove one of them", 2),
+        (
+            write_at_a_dangling_link,
+            "link: a file or a link to nothing has this name; remove it, or choose another place",
+            2,
+        ),
         (lambda folder: (folder / ("x" * 300)).mkdir(), "a name has at most 255 bytes; choose a shorter one", 2),
         (refuse(13), "output: this user may not read or write it; see `ls -ld`, or choose another place", 2),
         (refuse(1), "output: this user may not read or write it; see `ls -ld`, or choose another place", 2),
