@@ -167,7 +167,7 @@ def describe_training(training: dict, log_history: list[dict]) -> dict[str, str]
         "data": settings["annotations"],
         "data sha256": data["sha256"][:12],
         "records": f"{data['records']:,}",
-        "precision": settings["precision"],
+        "precision": training.get("computation", {}).get("precision", settings["precision"]),
         "seed": str(settings["seed"]),
         "devices": f"{schedule['processes']} ({schedule['engine']})",
     }

@@ -61,6 +61,7 @@ MAX_LISTED_CUTS = 20
 class Computation:
     """How steps are computed; it changes memory and time, and results by no more than rounding."""
 
+    precision: str  # bf16 or fp32
     attention: str  # of the language model, as --attention spells it
     recomputed: CheckpointedLayers  # in the backward pass
     uses_liger: bool = False
@@ -71,8 +72,8 @@ class Computation:
     def to_record(self) -> dict:
         """What the run record keeps."""
         estimate = {} if self.step_bytes is None else {"estimated_step_bytes": self.step_bytes}
-        layers = asdict(self.recomputed)
-        return {"attention": self.attention, "liger": self.uses_liger, "recomputed_layers": layers, **estimate}
+        chosen = {"precision": self.precision, "attention": self.attention, "liger": self.uses_liger}
+        return {**chosen, "recomputed_layers": asdict(self.recomputed), **estimate}
 
 
 @dataclass(frozen=True)
@@ -166,14 +167,15 @@ def plan_computation(
     layers = "no layer computed twice"
     if recomputed != CheckpointedLayers():
         layers = f"{recomputed.language} language and {recomputed.vision} vision layers computed twice"
-    parts, uses_liger = [describe_rows(config.text_config) or f"attention {attention}"], False
+    precision, uses_liger = "bf16" if uses_bf16 else "fp32", False
+    parts = [f"computes in {precision}", describe_rows(config.text_config) or f"attention {attention}"]
     if on_gpu and attention == VARLEN and (why := find_flash_attention()[1]):
         parts.append(f"flash-attn is installed and cannot be loaded ({why})")
     # A compiler makes kernels of its own.
     if on_gpu and arguments.fused_kernels == "auto" and not arguments.torch_compile:
         uses_liger, words = find_liger(config.text_config.model_type)
         parts += [words] * bool(words)
-    return Computation(attention, recomputed, uses_liger, needed, "; ".join([*parts, layers]) + note)
+    return Computation(precision, attention, recomputed, uses_liger, needed, "; ".join([*parts, layers]) + note)
 
 
 def measure_memory(device: torch.device, processes: int) -> int:

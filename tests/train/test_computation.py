@@ -56,7 +56,7 @@ def test_a_small_run_on_a_cpu_needs_no_estimate(world, processing, largest_batch
     monkeypatch.setattr(StepEstimator, "choose_recomputed", lambda *_: pytest.fail("the step was traced"))
     chosen = plan(world, processing, largest_batch, tmp_path)
     assert chosen.recomputed == CheckpointedLayers(0, 0) and chosen.step_bytes is None
-    assert chosen.line == "attention sdpa; no layer computed twice"
+    assert chosen.line == "computes in fp32; attention sdpa; no layer computed twice"
 
 
 @pytest.mark.parametrize(("setting", "language", "vision"), [("none", 0, 0), ("full", 2, 2)])
@@ -117,7 +117,7 @@ def test_layers_run_as_often_as_was_asked(world, tmp_path, monkeypatch, setting,
     assert sorted(calls) == ["ChineseCLIPVisionMLP"] * times + ["Qwen2MLP"] * times
     record = json.loads((tmp_path / "out" / "run_record.json").read_text())["computation"]
     layers = {"language": 2, "vision": 2} if times == 2 else {"language": 0, "vision": 0}
-    assert record == {"attention": "sdpa", "liger": False, "recomputed_layers": layers}
+    assert record == {"precision": "fp32", "attention": "sdpa", "liger": False, "recomputed_layers": layers}
 
 
 def test_a_plan_is_printed_and_nothing_is_trained(world, tmp_path, monkeypatch, capsys):
