@@ -21,8 +21,7 @@ import psutil  # noqa: E402
 from gpu_day_results import FAIL, LAST_WORDS, NOT_RUN, Result, parse_row_arguments, reporting  # noqa: E402
 
 from meme_llava.errors import Stopped  # noqa: E402
-from meme_llava.storage.run_record import verify_directory  # noqa: E402
-from meme_llava.train.checkpoints import list_checkpoints, read_step  # noqa: E402
+from meme_llava.storage.run_record import list_checkpoints, read_step, verify_directory  # noqa: E402
 
 BENCHMARKS = ROOT / "benchmarks"
 IMAGE = ROOT / "data" / "images" / "meme_000000.jpg"

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -146,6 +147,17 @@ def read_run_record(directory: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{directory}: has no {RUN_RECORD}, so it is not a finished output of our scripts")
     return read_json(path)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The run's checkpoints, oldest first; whether they are whole is not looked at."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=read_step)
+
+
+def read_step(checkpoint: Path) -> int:
+    """The optimizer step in a checkpoint's name."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def holds_trained_weights(directory: Path) -> bool:

@@ -6,7 +6,6 @@ one whole.
 """
 
 import contextlib
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,14 @@ from tempfile import NamedTemporaryFile
 from meme_llava.distributed.processes import any_process, broadcast_from_main, gather
 from meme_llava.errors import CheckpointError, DiskFullError, UserError, count, is_disk_full
 from meme_llava.storage.files import fsync_path, lock
-from meme_llava.storage.run_record import MANIFEST, describe_file, verify_directory, write_manifest
+from meme_llava.storage.run_record import (
+    MANIFEST,
+    describe_file,
+    list_checkpoints,
+    read_step,
+    verify_directory,
+    write_manifest,
+)
 from meme_llava.storage.tensor_writer import check_free_space
 from meme_llava.terminal import format_bytes
 
@@ -26,17 +32,6 @@ CORRUPT_SUFFIX = ".passed_over"
 SIDECAR_BYTES = 50_000_000
 # Worker processes of a killed run live on for a few seconds, and its lock with them.
 LOCK_PATIENCE_SECONDS = 15
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The run's checkpoints, oldest first; whether they are whole is not looked at."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=read_step)
-
-
-def read_step(checkpoint: Path) -> int:
-    """The optimizer step in a checkpoint's name."""
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def find_newest(output_dir: Path) -> Path | None:

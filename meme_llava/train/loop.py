@@ -20,14 +20,15 @@ from meme_llava.distributed.processes import (
 from meme_llava.errors import NonFiniteError, Stopped
 from meme_llava.model.flops import RECORD_IDS, ThroughputMeter
 from meme_llava.model.trainable import save_trained_weights
-from meme_llava.storage.run_record import RATE_PREFIX, RUN_RECORD, read_manifest, read_training_log, write_training_log
-from meme_llava.train.checkpoints import (
-    archive_newer_checkpoints,
-    check_room,
+from meme_llava.storage.run_record import (
+    RATE_PREFIX,
+    RUN_RECORD,
     list_checkpoints,
-    write_checkpoint,
-    write_final,
+    read_manifest,
+    read_training_log,
+    write_training_log,
 )
+from meme_llava.train.checkpoints import archive_newer_checkpoints, check_room, write_checkpoint, write_final
 from meme_llava.train.optimizer_state import OPTIMIZER_PREFIX, TrainingState
 from meme_llava.train.prepared_run import PreparedRun, make_loader, make_optimizer, write_sidecars
 from meme_llava.train.run_plan import RunPlan

@@ -7,8 +7,8 @@ from meme_llava.dataset.findings import QUARANTINE
 from meme_llava.distributed.processes import broadcast_from_main
 from meme_llava.errors import CheckpointError, UserError
 from meme_llava.storage.json_files import check_fields
-from meme_llava.storage.run_record import RUN_RECORD, read_run_record, verify_directory
-from meme_llava.train.checkpoints import CORRUPT_SUFFIX, find_newest, list_checkpoints
+from meme_llava.storage.run_record import RUN_RECORD, list_checkpoints, read_run_record, verify_directory
+from meme_llava.train.checkpoints import CORRUPT_SUFFIX, find_newest
 from meme_llava.train.settings import TrainArguments, free_settings
 from meme_llava.train.trackers import ANSWERS, FOLDERS
 

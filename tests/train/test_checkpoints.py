@@ -23,9 +23,15 @@ from meme_llava.errors import CheckpointError, DiskFullError, UserError
 from meme_llava.model.llava import load_processing
 from meme_llava.model.trainable import save_trained_weights
 from meme_llava.storage import tensor_writer
-from meme_llava.storage.run_record import read_manifest, read_run_record, verify_directory, write_manifest
+from meme_llava.storage.run_record import (
+    list_checkpoints,
+    read_manifest,
+    read_run_record,
+    verify_directory,
+    write_manifest,
+)
 from meme_llava.train import checkpoints, prepared_run, run_plan
-from meme_llava.train.checkpoints import check_room, find_newest, hold_output_dir, list_checkpoints, write_checkpoint
+from meme_llava.train.checkpoints import check_room, find_newest, hold_output_dir, write_checkpoint
 from meme_llava.train.run_plan import count_steps, list_warnings
 from meme_llava.train.settings import parse_train_arguments
 from meme_llava.train.start import StartPoint, check_continues
