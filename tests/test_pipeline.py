@@ -37,6 +37,7 @@ from meme_llava.pipeline.plan import (
 )
 from meme_llava.pipeline.results import describe_making, make_result, read_note
 from meme_llava.pipeline.settings import FILES, SETTING, read_settings
+from meme_llava.storage.run_record import read_run_record
 from meme_llava.train.settings import TrainArguments, free_settings
 
 LAUNCHER = "python -m meme_llava.distributed.launch --nproc_per_node"
@@ -321,6 +322,17 @@ def test_a_dry_run_says_that_there_are_too_few_gpus(call, tmp_path):
 def test_what_a_stage_does_not_read_may_be_missing(call):
     *_, errors = call("merge", ANNOTATIONS="missing.json", EVAL_ANNOTATIONS="lost.json", DRY_RUN="0")
     assert errors.startswith("error: merge needs output/train, which is not there")
+
+
+def test_a_training_without_result_is_not_merged(call, tmp_path):
+    (tmp_path / "train" / "checkpoint-10").mkdir(parents=True)
+    (tmp_path / "train" / "checkpoint-5").mkdir()
+    assert call("merge", OUTPUT_DIR=str(tmp_path), DRY_RUN="0")[2] == (
+        f"error: merge needs {tmp_path}/train, whose training has not finished (there is checkpoint-10 and no "
+        "run_record.json); wait if it still runs, else continue it, with the same variables: bash run.sh train\n"
+    )
+    with pytest.raises(UserError, match=rf"^{tmp_path}/train: its training has not finished .* or give \\S+-10$"):
+        read_run_record(tmp_path / "train")
 
 
 def test_a_folder_that_cannot_be_written_to_is_said_before_anything_runs(call, monkeypatch, tmp_path):

@@ -23,7 +23,7 @@ from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
 from meme_llava.model.loading import LOCALLY, NO_CODE, explain_unloadable, quiet_transformers
 from meme_llava.storage.json_files import DAMAGED, read_json
-from meme_llava.storage.run_record import holds_trained_weights
+from meme_llava.storage.run_record import check_not_unfinished, holds_trained_weights
 from meme_llava.storage.tensor_files import StoredTensor, open_model_tensors
 
 VISION_TOWER = "vision_tower"
@@ -167,6 +167,7 @@ def check_llava_folder(folder: Path) -> None:
                 f"{folder}: holds trained weights, not a whole model; merge them: python merge_lora.py --adapter "
                 f"{folder} --output_dir …"
             )
+        check_not_unfinished(folder)
         models = [folder / name for name in ("merged", "base") if (folder / name / "config.json").is_file()]
         if models:
             raise UserError(

@@ -144,6 +144,7 @@ def read_run_record(directory: Path) -> dict:
     path = directory / RUN_RECORD
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory")
+    check_not_unfinished(directory)
     if not path.is_file():
         raise UserError(f"{directory}: has no {RUN_RECORD}, so it is not a finished output of our scripts")
     return read_json(path)
@@ -158,6 +159,22 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 def read_step(checkpoint: Path) -> int:
     """The optimizer step in a checkpoint's name."""
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def find_unfinished(directory: Path) -> Path | None:
+    """The newest checkpoint of a training that has no result yet; None in any other folder."""
+    checkpoints = [] if (directory / RUN_RECORD).is_file() else list_checkpoints(directory)
+    return checkpoints[-1] if checkpoints else None
+
+
+def check_not_unfinished(directory: Path) -> None:
+    """Raise UserError for the folder of a training that has no result yet."""
+    if (checkpoint := find_unfinished(directory)) is not None:
+        raise UserError(
+            f"{directory}: its training has not finished (there is {checkpoint.name} and no {RUN_RECORD}). Wait if it "
+            "still runs, else continue it (bash run.sh train, or train.py --resume_from_checkpoint latest), or give "
+            f"{checkpoint}"
+        )
 
 
 def holds_trained_weights(directory: Path) -> bool:

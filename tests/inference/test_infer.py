@@ -211,6 +211,8 @@ def test_wrong_settings_stop_with_a_sentence(world, learned, merged, tmp_path, c
     )
     assert "no such file or folder" in error("--model", merged, "--image", tmp_path / "gone.jpg")
     assert "holds no image" in error("--model", merged, "--image", tmp_path)
+    (tmp_path / "train" / "checkpoint-5").mkdir(parents=True)
+    assert "its training has not finished" in error("--model", tmp_path / "train", *image)
     assert "no such model folder" in error("--model", tmp_path / "gone", *image)
     assert "is a 'qwen2' model, expected 'llava'" in error("--model", world.language_model, *image)
     assert "--base_model has no use" in error("--model", merged, *image, "--base_model", world.base)
