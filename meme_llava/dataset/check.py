@@ -217,7 +217,7 @@ def stop_on_bad_records(checked: CheckedData) -> None:
     if bad and checked.policy.bad_records == "error":
         raise UserError(
             f"{checked.annotations}: {len(bad):,} of {count(checked.total, 'record')} cannot be trained on:\n{listed}\n"
-            "Fix them, or pass --bad_records quarantine to train without them."
+            + ("Fix them, or pass --bad_records quarantine to train without them." if checked.usable else "Fix them.")
         )
     if not checked.usable:
         why = f"; all {checked.total:,} are unusable:\n{listed}" if checked.total else ""
@@ -260,7 +260,7 @@ def suggest_folder(checked: CheckedData) -> str:
     missing = len({finding.place for finding in checked.findings if finding.kind == "missing_image"})
     if missing * 2 <= len(checked.records):
         return ""
-    question = "is --image_folder the folder that the records' paths start from?"
+    question = "is --image_folder (IMAGE_FOLDER of run.sh) the folder that their paths start from?"
     return f"\nImages of {count(missing, 'record')} are missing; {question}"
 
 

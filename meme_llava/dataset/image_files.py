@@ -122,7 +122,7 @@ def _find_reason(path: Path, subfolders: bool) -> str:
     if path.name.startswith("."):
         return "hidden"
     if path.is_dir():
-        return "in a subfolder" if not subfolders else "behind a link" if path.is_symlink() else ""
+        return "subfolder(s) not looked into" if not subfolders else "behind a link" if path.is_symlink() else ""
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return ""
     try:

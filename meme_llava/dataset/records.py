@@ -127,7 +127,9 @@ def parse_record(value, place: str) -> Record:
 
 def _find_stray_image(value: dict, turns: tuple[Turn, ...]) -> str:
     """Where a record without 'image' seems to have one, and what to do about it; empty if nowhere."""
-    advice = f"name the file under 'image' and write one {IMAGE_PLACEHOLDER} into the question"
+    advice = "name the file under 'image'"
+    if not any(IMAGE_PLACEHOLDER in turn.text for turn in turns if turn.role == "user"):
+        advice += f" and write one {IMAGE_PLACEHOLDER} into the question"
     for where, known in ((value, KNOWN_KEYS), *((turn, KNOWN_TURN_KEYS) for turn in value["conversations"])):
         for key, content in where.items():
             if key in known:

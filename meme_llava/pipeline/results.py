@@ -33,7 +33,7 @@ def make_result(stage: Stage, is_first_node: bool) -> None:
     # Of its own: the script locks its folder, and a note is replaced when it is written.
     lock_file = stage.folder.parent / f".{stage.folder.name}.lock"
     lock_file.touch()
-    with lock(lock_file, LOCK_PATIENCE_SECONDS):
+    with lock(lock_file, LOCK_PATIENCE_SECONDS, stage.folder):
         if is_there(stage, making):  # another run has just made it
             return
         was_made = stage.is_made

@@ -131,7 +131,7 @@ class AnnotationWriter:
         self._temporary = self.output.with_name(f".{self.output.name}.incomplete")
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open_alone(self._temporary)
+            self._file = open_alone(self._temporary, self.output)
         except OSError as error:
             raise UserError(f"--output {self.output}: cannot be written there ({error.strerror or error})") from error
         self._is_published = False
@@ -217,9 +217,10 @@ class AnnotationWriter:
         lines = filter(None, (list_by_cause("problem", self.problems), self.hint))
         listed = "".join(f"\n{line}" for line in lines)
         if self.problems and self._settings.bad_records == "error":
+            without = f", or pass --bad_records quarantine to leave them out (listed in {self.left_out_file.name})"
             raise UserError(
                 f"{count(len(self.problems), 'problem')}, nothing was written:{listed}\n"
-                f"Fix them, or pass --bad_records quarantine to leave them out (listed in {self.left_out_file.name})."
+                f"Fix them{without if records else ''}."
             )
         if not records:
             counts = ", ".join(f"{number:,} {kind}" for kind, number in self.left_out.items()) or "nothing was found"

@@ -18,6 +18,8 @@ from typing import BinaryIO
 
 from meme_llava.errors import DiskFullError, UserError, is_disk_full
 
+BEING_WRITTEN = "{}: is being written by another process; wait for it or stop it"
+
 
 def write_whole(path: Path, content: str | bytes, fsync: bool = True) -> None:
     """Write a file in one step: it is whole or what it was before. Text is written as UTF-8.
@@ -108,11 +110,12 @@ def read_lines(path: Path) -> list:
 
 
 @contextlib.contextmanager
-def lock(path: Path, patience: float = 0) -> Iterator[None]:
+def lock(path: Path, patience: float = 0, result: Path | None = None) -> Iterator[None]:
     """Keep other processes off a folder or file; the kernel lets go of it when this process ends, however it does.
 
     Args:
         patience: seconds to wait for a lock that another process holds.
+        result: what is made under the lock, where the user knows that by another name than `path`.
 
     Raises:
         UserError: another process still holds it.
@@ -122,15 +125,15 @@ def lock(path: Path, patience: float = 0) -> Iterator[None]:
     try:
         while not _try_lock(descriptor):
             if time.monotonic() > end:
-                raise UserError(f"{path}: is being written by another process; wait for it or stop it")
+                raise UserError(BEING_WRITTEN.format(result or path))
             time.sleep(0.2)
         yield
     finally:
         os.close(descriptor)
 
 
-def open_alone(path: Path) -> BinaryIO:
-    """An empty file to write, which keeps other processes off until it is closed.
+def open_alone(path: Path, result: Path) -> BinaryIO:
+    """An empty file to write, which becomes `result` and keeps other processes off until it is closed.
 
     Raises:
         OSError: it cannot be written.
@@ -140,7 +143,7 @@ def open_alone(path: Path) -> BinaryIO:
         file = path.open("ab")
         if not _try_lock(file.fileno()):
             file.close()
-            raise UserError(f"{path}: is being written by another process; wait for it or stop it")
+            raise UserError(BEING_WRITTEN.format(result))
         # Between opening and locking, the process that wrote it may have given it its final name.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):

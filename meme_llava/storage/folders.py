@@ -39,7 +39,7 @@ def write_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
         replaced.rename(output_dir)
         check_output_dir(output_dir, overwrite)
     temporary.mkdir(parents=True, exist_ok=True)
-    with lock(temporary), explain_full_disk(temporary, "Free some, or choose another --output_dir."):
+    with lock(temporary, result=output_dir), explain_full_disk(temporary, "Free some, or choose another --output_dir."):
         empty_directory(temporary)
         _remove(replaced)
         try:

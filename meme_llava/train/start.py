@@ -126,11 +126,11 @@ def check_continues(start: StartPoint, ours: dict, allow_changes: bool) -> list[
     if fixed := [text for name, text in changed.items() if name in FIXED_SETTINGS]:
         raise CheckpointError(
             f"{start.checkpoint} cannot be continued: {'; '.join(fixed)}. Other tensors would learn; start again in "
-            "another --output_dir."
+            "another --output_dir (OUTPUT_DIR)."
         )
     if changed and not allow_changes:
         raise CheckpointError(
             f"{start.checkpoint} cannot be continued: {'; '.join(changed.values())}. Restore what changed, start again "
-            "in another --output_dir, or pass --allow_changes to go on with it."
+            "in another --output_dir (OUTPUT_DIR), or pass --allow_changes to go on with it."
         )
     return list(changed.values())

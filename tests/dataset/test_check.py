@@ -804,7 +804,7 @@ def test_an_image_that_is_elsewhere_is_named_with_what_to_do(tmp_path, image_fol
     assert [finding.detail for finding in check(tmp_path, values).findings] == [
         f"'images' holds ['im/a.jpg']: {advice}",
         f"a question holds '<img>': {advice}",
-        f"has 0 images but 1 <image> in its human turns; 'images' holds ['im/a.jpg']: {advice}",
+        "has 0 images but 1 <image> in its human turns; 'images' holds ['im/a.jpg']: name the file under 'image'",
     ]
     # Such texts may be nothing but texts.
     assert len(check(tmp_path, values[1:2], allow=["image_elsewhere"]).usable) == 1

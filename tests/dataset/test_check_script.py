@@ -111,7 +111,7 @@ def test_a_wrong_image_folder_is_asked_about(folder, capsys):
         record["image"] = f"elsewhere/{record['image']}"
     error = fail(capsys, folder, records)
     assert "holds no record that can be trained on, e.g. memes.json record 0 (id 'r0'): " in error
-    assert "Images of 3 records are missing; is --image_folder the folder that the records' paths start from?" in error
+    assert "Images of 3 records are missing; is --image_folder (IMAGE_FOLDER of run.sh) the folder" in error
 
 
 def test_without_a_model_neither_torch_nor_transformers_is_loaded():

@@ -41,7 +41,7 @@ def test_contents_decide_where_the_ending_does_not(folder):
         "in AVIF format, to be converted": ["b.avif"],
         "in HEIF format, to be converted": ["IMG_1"],
         "not an image": ["empty", "notes.txt", "pipe", "sound"],
-        "in a subfolder": ["linked", "猫"],
+        "subfolder(s) not looked into": ["linked", "猫"],
     }
     assert "1 in AVIF format, to be converted, e.g. b.avif" in describe_left_out(left_out).split("; ")
 
@@ -50,7 +50,7 @@ def test_subfolders_are_looked_into_but_for_hidden_ones_and_links(folder):
     images, left_out = find_images(folder)
     assert sorted(str(path.relative_to(folder)) for path in images) == sorted([*NAMES, "猫/e.png"])
     assert [path.name for path in left_out["behind a link"]] == ["linked"]
-    assert "in a subfolder" not in left_out
+    assert "subfolder(s) not looked into" not in left_out
 
 
 def test_a_file_that_may_not_be_read_is_counted_and_stops_nothing(folder, monkeypatch):

@@ -396,7 +396,7 @@ def test_names_that_are_not_utf8_stop_the_run(world, capsys):
 def test_two_runs_with_one_output_do_not_mix_their_lines(tmp_path):
     settings = OutputSettings(output=tmp_path / "out.json")
     with AnnotationWriter(settings) as first:
-        with pytest.raises(UserError, match=r"\.out\.json\.incomplete: is being written by another process"):
+        with pytest.raises(UserError, match=r"/out\.json: is being written by another process"):
             AnnotationWriter(settings)
         first.add(make_record("a", "a.png", "好", {}, 0), "a.jsonl line 1")
         first.finish()
@@ -404,9 +404,9 @@ def test_two_runs_with_one_output_do_not_mix_their_lines(tmp_path):
 
 
 def test_an_output_that_another_run_finishes_meanwhile_is_not_replaced(tmp_path, monkeypatch):
-    def finish_another(path):
+    def finish_another(path, result):
         (tmp_path / "out.json").write_text("[]")
-        return open_alone(path)
+        return open_alone(path, result)
 
     open_alone = writer.open_alone
     monkeypatch.setattr(writer, "open_alone", finish_another)

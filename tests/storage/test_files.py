@@ -101,8 +101,8 @@ def test_a_file_that_got_its_final_name_meanwhile_is_left_alone(tmp_path, monkey
         return try_lock(descriptor)
 
     monkeypatch.setattr(files, "_try_lock", finish_it_first)
-    with files.open_alone(unfinished) as file:
+    with files.open_alone(unfinished, final) as file:
         file.write(b"another")
         with pytest.raises(UserError, match="is being written by another process"):
-            files.open_alone(unfinished)
+            files.open_alone(unfinished, final)
     assert final.read_bytes() == b"whole" and unfinished.read_bytes() == b"another"

@@ -245,9 +245,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
     for overwrite in (False, True):
         with pytest.raises(UserError) as error:
             write_new(out, overwrite)
-        assert str(error.value) == (
-            f"{tmp_path / '.out.incomplete'}: is being written by another process; wait for it or stop it"
-        )
+        assert str(error.value) == f"{out}: is being written by another process; wait for it or stop it"
     assert read_files(tmp_path / ".out.incomplete") == OLD, "what the first has written so far must stay"
     write_new(tmp_path / "other")
     kill(first)
