@@ -110,9 +110,10 @@ def print_scores(columns: Sequence[tuple[str, dict[str, Score]]]) -> None:
     rows = []
     for name in list_measures([scores for _, scores in columns]):
         measure, present = describe_measure(name), [scores.get(name) for _, scores in columns]
+        shown = [("–", "") if score is None else show_score(score, measure.is_share) for score in present]
         # On one line, as "7.0% (5.1–9.2)", where nothing stands beside it.
         form = "{} ({})" if len(columns) == 1 else "{}\n{}"
-        cells = ["–" if score is None else form.format(*show_score(score, measure.is_share)) for score in present]
+        cells = [form.format(value, interval) if interval else value for value, interval in shown]
         rows.append((measure.title, *cells, show_counts(present)))
     print_table("Answers (95 % interval)", ("score", *(head for head, _ in columns), "answers"), rows)
 

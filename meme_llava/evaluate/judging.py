@@ -207,8 +207,8 @@ def print_comparison(metrics: dict, judgements: list[dict]) -> None:
     without = [judgement for judgement in judgements if judgement["verdict"] is None]
     rows = []
     for criterion, shares in metrics["scores"].items():
-        preferred = show_score(Score(**shares["second_preferred"]))
-        cells = [*(f"{shares[name]:.1%}" for name in OUTCOMES), "\n".join(preferred), len(judgements) - len(without)]
+        preferred = "\n".join(filter(None, show_score(Score(**shares["second_preferred"]))))
+        cells = [*(f"{shares[name]:.1%}" for name in OUTCOMES), preferred, len(judgements) - len(without)]
         rows.append((f"{CRITERIA[criterion]} {criterion}", *cells))
     columns = ("criterion", "first", "tie", "second", "order decided", "second preferred", "pairs")
     print_table(f"Verdicts of {metrics['asked']['model']} (95 % interval)", columns, rows)

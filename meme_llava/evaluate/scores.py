@@ -24,6 +24,8 @@ FOUND_PIECE = 3
 QUOTED = re.compile('“([^”]+)”|「([^」]+)」|『([^』]+)』|"([^"]+)"')
 LONGEST_SHOWN = 60  # characters of the most frequent answer
 RESAMPLES = 1000
+# Drawn from fewer, an interval looks more certain than it is: one answer gives 100.0–100.0.
+FEWEST_ANSWERS = 5
 RIGHT = "right: "  # in front of a task's name: its exact matches
 FIGURE, RIGHT_FIGURE = "eval_", "eval_right/"  # the same and RIGHT in a training's log
 
@@ -103,10 +105,10 @@ def read_scores(metrics: dict) -> dict[str, Score]:
 
 
 def show_score(score: Score, is_share: bool = True) -> tuple[str, str]:
-    """The score and its interval, as "7.0%" and "5.1–9.2"."""
+    """The score and its interval, as "7.0%" and "5.1–9.2"; "" for the interval of too few answers to draw from."""
     factor, sign = (100, "%") if is_share else (1, "")
     value, low, high = (f"{factor * number:.1f}" for number in (score.value, score.low, score.high))
-    return f"{value}{sign}", f"{low}–{high}"
+    return f"{value}{sign}", f"{low}–{high}" if score.count >= FEWEST_ANSWERS else ""
 
 
 def show_counts(scores: Sequence[Score | None]) -> str:

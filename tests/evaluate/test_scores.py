@@ -6,12 +6,14 @@ import pytest
 
 from meme_llava.dataset.inspection import normalise_text
 from meme_llava.evaluate.scores import (
+    Score,
     asks_for_text,
     compute_scores,
     describe_measure,
     describe_most_frequent,
     is_right,
     score_predictions,
+    show_score,
 )
 from meme_llava.inference.questions import Prediction, Question
 
@@ -161,6 +163,10 @@ def test_how_answers_end():
     assert scores["looping"].value == 0.5
     assert scores["stopped"].value == 0.5
     assert scores["tokens"].value == 65
+
+
+def test_few_answers_have_no_interval():
+    assert [show_score(Score(1.0, 1.0, 1.0, count)) for count in (4, 5)] == [("100.0%", ""), ("100.0%", "100.0–100.0")]
 
 
 def test_intervals_come_from_drawing_images():
