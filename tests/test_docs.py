@@ -341,6 +341,7 @@ def test_other_commands_are_known():
         "export HF_ENDPOINT=https://hf-mirror.com",
         "hf download REILX/chinese-meme-description-dataset --repo-type dataset --local-dir /data/memes/captions "
         '--exclude "*gemini-1_0*"',
+        "cp -r data/images /data/memes",
         "hf download SWHL/ChineseOCRBench --repo-type dataset --local-dir /data/parquet/ChineseOCRBench",
         "git clone --depth 1 https://github.com/LLM-Red-Team/emo-visual-data /data/memes/emo-visual-data",
         "git clone --depth 1 https://github.com/zhaoolee/ChineseBQB /data/memes/ChineseBQB",

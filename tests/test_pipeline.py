@@ -331,7 +331,7 @@ def test_a_training_without_result_is_not_merged(call, tmp_path):
         f"error: merge needs {tmp_path}/train, whose training has not finished (there is checkpoint-10 and no "
         "run_record.json); wait if it still runs, else continue it, with the same variables: bash run.sh train\n"
     )
-    with pytest.raises(UserError, match=rf"^{tmp_path}/train: its training has not finished .* or give \\S+-10$"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}/train: its training has not finished .* or give \S+-10$"):
         read_run_record(tmp_path / "train")
 
 

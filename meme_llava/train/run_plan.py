@@ -29,6 +29,8 @@ from meme_llava.train.trackers import check_trackers
 MOST_RECORDS = 100_000_000
 # A new projector needs a few hundred; so few show nothing.
 FEW_STEPS = 20
+# A trained model that is shown fewer records, each as often or more, learns them by heart and forgets others.
+FEW_RECORDS, MANY_PASSES = 100, 5
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,16 @@ def list_warnings(arguments: TrainArguments, records: int, steps: int) -> list[s
             f"warning: a step takes {count(batch, 'record')}, and the run has {records:,}, so it takes some of them "
             "several times; lower --global_batch_size (GLOBAL_BATCH)"
         )
-    if steps < FEW_STEPS and arguments.max_steps is None:
+    record_file = arguments.model / RUN_RECORD
+    if record_file.is_file() and read_run_record(arguments.model).get("stage") == "merge":
+        passes = steps * batch / records
+        if records < FEW_RECORDS and passes >= MANY_PASSES:
+            warnings.append(
+                f"warning: {arguments.model} is a trained model; it is shown {count(records, 'record')} about "
+                f"{passes:.0f} times each, and may forget what it knows; mix in records of its training "
+                "(data/prepare.py mix), or lower --num_train_epochs (EPOCHS)"
+            )
+    elif steps < FEW_STEPS and arguments.max_steps is None:
         warnings.append(
             f"warning: the whole run has {count(steps, 'step')}, and a new projector needs a few hundred; raise "
             "--num_train_epochs (EPOCHS), or lower --global_batch_size (GLOBAL_BATCH)"

@@ -519,6 +519,21 @@ def test_what_can_hardly_be_meant_is_said(world, records, steps, changes, expect
     assert len(said) == len(expected) and all(map(str.startswith, said, expected))
 
 
+@pytest.mark.parametrize(
+    ("records", "steps", "expected"),
+    [
+        (24, 30, "is a trained model; it is shown 24 records about 10 times each, and may forget what it knows;"),
+        (24, 9, ""),  # a trained model needs no few hundred steps
+        (100, 125, ""),
+    ],
+)
+def test_few_records_over_a_trained_model_are_said(world, tmp_path, records, steps, expected):
+    (tmp_path / "run_record.json").write_text('{"stage": "merge"}')
+    arguments = parse_train_arguments(train_flags(world, Path("out"), global_batch_size=8, model=tmp_path), "")
+    said = list_warnings(arguments, records, steps)
+    assert len(said) == bool(expected) and all(expected in line for line in said)
+
+
 def test_an_empty_manifest_lists_nothing_and_still_verifies(tmp_path):
     write_manifest(tmp_path, {}, {"fact": "事实"})
     assert verify_directory(tmp_path) == {"fact": "事实", "files": {}}
