@@ -3,7 +3,7 @@
 
 # --- how run.sh runs ---
 PRESET=${PRESET:-}                            # a file of configs/presets; its values replace the defaults
-BASE_DIR=${BASE_DIR:-$OUTPUT_DIR/base}        # base model; name it to share one between several OUTPUT_DIRs
+BASE_DIR=${BASE_DIR:-$OUTPUT_DIR/base}        # base model, built there if there is none; name it to share one
 VENV=${VENV:-.venv}                           # Python environment, made on first use; active: the active one
 DRY_RUN=${DRY_RUN:-0}                         # 1: print the commands, run nothing
 

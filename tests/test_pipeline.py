@@ -29,6 +29,7 @@ from meme_llava.pipeline.checks import check_gpus
 from meme_llava.pipeline.commands import run_command
 from meme_llava.pipeline.plan import (
     PATH_FLAGS,
+    RECORD_FLAGS,
     Stage,
     choose_device_batch,
     choose_devices,
@@ -110,6 +111,14 @@ def dry_run(call, monkeypatch):
         ("MAX_SEQ_LENGTH", "MODEL_MAX_LENGTH"),
         ("LEARNING_RATE", "HIGH_LR (projector) and LOW_LR (all else)"),
         ("LR", "HIGH_LR (projector) and LOW_LR (all else)"),
+        ("OUTPUT", "OUTPUT_DIR"),
+        ("OUT_DIR", "OUTPUT_DIR"),
+        ("OUTDIR", "OUTPUT_DIR"),
+        ("BATCH", "GLOBAL_BATCH"),
+        # Of several stages that take such a flag, it is the training's that is meant.
+        ("image_folder", "IMAGE_FOLDER"),
+        ("output_dir", "OUTPUT_DIR"),
+        ("annotations", "ANNOTATIONS"),
     ],
 )
 def test_a_misspelt_variable_stops_the_run(call, written, meant):
@@ -128,12 +137,13 @@ def test_a_hostfile_of_earlier_versions_is_not_ignored(call):
     )
 
 
-def test_a_flag_of_train_py_is_no_variable(call):
-    code, out, errors = call(SAVE_STEPS="100")
+@pytest.mark.parametrize("flag", ["save_steps", "seed"])
+def test_a_flag_of_train_py_is_no_variable(call, flag):
+    code, out, errors = call(**{flag.upper(): "100"})
     assert (code, out) == (2, "")
     assert errors == (
-        "error: the variable SAVE_STEPS is set, which run.sh does not know; it is a flag of train.py: "
-        "bash run.sh --save_steps 100 (else: unset SAVE_STEPS)\n"
+        f"error: the variable {flag.upper()} is set, which run.sh does not know; it is a flag of train.py: "
+        f"bash run.sh --{flag} 100 (else: unset {flag.upper()})\n"
     )
 
 
@@ -393,6 +403,35 @@ def test_a_trained_model_is_a_base_as_it_is(call, base, record, capsys):
     assert capsys.readouterr().out == (f"base model: {base}, as it is (LANGUAGE_MODEL and VISION_MODEL are not used)\n")
 
 
+def test_a_misspelt_base_is_not_built(call, base):
+    """Without a word it would be, and trained in place of the model that was meant."""
+    (base / "run_record.json").write_text('{"stage": "merge"}')
+    base.rename(merged := base.with_name("merged"))
+    for name, meant in (("merge", merged), (f"../{merged.parent.name}_/merged", merged)):
+        asked = merged.parent / name
+        for words in ([], ["train"]):
+            *_, errors = call(*words, BASE_DIR=str(asked), OUTPUT_DIR=f"{base}/../new", DRY_RUN="0")
+            assert errors.startswith(f"error: BASE_DIR={asked}: no such folder; did you mean ")
+            assert errors.endswith(f"? (to build a new base there: mkdir -p {asked})\n")
+            assert os.path.samefile(errors.partition("did you mean ")[2].partition("?")[0], meant)
+    # A name of its own is built, and so is a folder beside one that run.sh built.
+    assert call(BASE_DIR=f"{merged.parent}/another", OUTPUT_DIR=f"{base}/../new")[2] == ""
+    (merged / "run_record.json").write_text('{"stage": "build"}')
+    assert call(BASE_DIR=f"{merged.parent}/merge", OUTPUT_DIR=f"{base}/../new")[2] == ""
+
+
+def test_an_adapter_is_no_base(call, tmp_path):
+    adapter = tmp_path / "train"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "run_record.json").write_text('{"stage": "train"}')
+    *_, errors = call(BASE_DIR=str(adapter), OUTPUT_DIR=f"{tmp_path}/new", DRY_RUN="0")
+    assert errors == (
+        f"error: BASE_DIR={adapter}: is an adapter, expected a whole model: give what it was merged into, such as "
+        f"BASE_DIR={tmp_path}/merged (bash run.sh merge)\n"
+    )
+
+
 def test_warmup_in_steps_takes_the_place_of_the_share(dry_run):
     (train,) = dry_run("train", "--warmup_steps", "5")
     assert "--warmup_ratio" not in train and train.endswith(" --warmup_steps 5")
@@ -527,6 +566,11 @@ def test_a_result_is_made_once(stage, capsys):
     assert capsys.readouterr().out == ""
     make_result(stage, is_first_node=True)
     assert capsys.readouterr().out == "finished already: out\n"
+
+
+def test_a_new_base_is_said_to_be_one(stage, tmp_path, capsys):
+    make_result(dataclasses.replace(stage, name="build"), is_first_node=True)
+    assert capsys.readouterr().out == "out is not there yet: building it from LANGUAGE_MODEL and VISION_MODEL\n"
 
 
 def test_a_kill_right_after_the_result_is_in_place_leaves_a_finished_stage(stage, tmp_path, capsys):
@@ -786,8 +830,10 @@ def test_the_input_is_checked_once_however_many_stages_read_it(tmp_path, monkeyp
     asked = {"annotations": ["memes.json"], "image_folder": ["memes"]}
     evaluations = [Stage("evaluate", ["python"], {"output_dir": [name], **asked}) for name in ("before", "after")]
     check_input([*trainings, *evaluations], trainings)
-    precheck = ("python", "-m", "meme_llava.pipeline.precheck")
-    assert commands == [(*precheck, "memes.json", "memes", "--output_dir", f"{tmp_path}/train")]
+    # Before a base is built on its own, the records of the training are checked that it is for.
+    check_input([Stage("build", ["python"], {"output_dir": [f"{tmp_path}/base"]})], trainings)
+    precheck, flags = ("python", "-m", "meme_llava.pipeline.precheck"), ("--output_dir", f"{tmp_path}/train")
+    assert commands == [(*precheck, "memes.json", "memes", *flags), (*precheck, *flags)]
 
 
 @pytest.fixture
@@ -840,9 +886,26 @@ def test_infer_says_whether_its_memes_were_trained_on(monkeypatch, capsys):
     monkeypatch.setattr("meme_llava.pipeline.__main__.run_command", lambda *words: commands.append(words))
     variables = {"OUTPUT_DIR": "none", "NODE_RANK": "0", "ANNOTATIONS": "memes.json"}
     for annotations in ("memes.json", "unseen.json"):
-        run_stages([Stage("infer", ["python", "infer.py"], {"annotations": [annotations]})], variables)
+        stage = Stage("infer", ["python", "infer.py"], {"annotations": [annotations]})
+        run_stages([stage], [stage], variables)
     assert [words[-1] for words in commands] == ["memes.json", "unseen.json"]
     assert capsys.readouterr().out == "\nthe model was trained on these memes; EVAL_ANNOTATIONS names others\n"
+
+
+def test_several_stages_have_headings(monkeypatch, capsys):
+    monkeypatch.setattr("meme_llava.pipeline.__main__.run_command", lambda *words: None)
+    asked = {"annotations": ["memes.json"], "image_folder": ["memes"]}
+    before, after = (Stage("evaluate", ["python"], {"output_dir": [name], **asked}) for name in ("before", "after"))
+    stages = [before, after, Stage("report", ["python"], {})]
+    run_stages(stages, stages, {"OUTPUT_DIR": "none", "NODE_RANK": "0"})
+    headings = ["=== 1 of 3: evaluate before ===", "=== 2 of 3: evaluate after ===", "=== 3 of 3: report ==="]
+    assert capsys.readouterr().out.split("\n") == ["", headings[0], "", headings[1], "", headings[2], ""]
+
+
+def test_flags_for_records_go_with_a_build(dry_run, call):
+    assert {field.name for field in dataclasses.fields(RecordPolicy)} == RECORD_FLAGS
+    assert len(dry_run("build", "--bad_records", "quarantine")) == 1
+    assert "goes to train.py, and train is not among" in call("build", "--save_steps", "5")[2]
 
 
 def test_a_command_that_ends_well_is_followed_by_the_next():

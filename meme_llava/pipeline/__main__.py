@@ -75,19 +75,17 @@ def main(argv: list[str] | None = None) -> None:
     if looks:
         run_command(*chosen[0].command)
         return
-    run_stages(chosen, variables)
+    run_stages(chosen, stages, variables)
 
 
-def run_stages(chosen: Sequence[Stage], variables: Mapping[str, str]) -> None:
+def run_stages(chosen: Sequence[Stage], stages: Sequence[Stage], variables: Mapping[str, str]) -> None:
     """Check records and images, then run the chosen stages in their order, and say where the results are."""
     output, is_first_node = Path(variables["OUTPUT_DIR"]), variables["NODE_RANK"] == "0"
-    training = [stage for stage in chosen if stage.name == "train"]
     if is_first_node:
-        check_input(chosen, training)
-    for stage in chosen:
-        if len(training) == 2 and stage in training:
-            which = "1 of 2: the projector alone" if stage is training[0] else "2 of 2: with that projector"
-            print(f"\n=== train {which} ===", flush=True)
+        check_input(chosen, stages)
+    for number, stage in enumerate(chosen, 1):
+        if len(chosen) > 1:
+            print(f"\n=== {number} of {len(chosen)}: {stage.title} ===", flush=True)
         left_out = output / "train" / "quarantine.jsonl"
         if stage.name in ONCE:
             make_result(stage, is_first_node)
@@ -104,8 +102,11 @@ def run_stages(chosen: Sequence[Stage], variables: Mapping[str, str]) -> None:
         print(describe_results(variables))
 
 
-def check_input(chosen: Sequence[Stage], training: Sequence[Stage]) -> None:
+def check_input(chosen: Sequence[Stage], stages: Sequence[Stage]) -> None:
     """Check records and images of training and evaluation, before anything is built for them."""
+    # A base is built for a training, whether that follows at once or not.
+    is_asked = any(stage.name == "train" or (stage.name == "build" and not stage.is_made) for stage in chosen)
+    training = [stage for stage in stages if stage.name == "train" and is_asked]
     if len(training) == 2 and not training[0].is_finished and (training[1].is_finished or training[1].resume_flags):
         raise UserError(
             f"{training[1].folder} holds a training, but {training[0].folder}, from which it would start, is not "

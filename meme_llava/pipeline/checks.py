@@ -1,6 +1,7 @@
 """What would stop a stage, found before the first one runs."""
 
 import dataclasses
+import difflib
 import os
 import subprocess
 import sys
@@ -9,10 +10,10 @@ from pathlib import Path
 
 from meme_llava.cli import parse_arguments
 from meme_llava.errors import UserError, count
-from meme_llava.pipeline.plan import LOOKS, Flags, Stage
+from meme_llava.pipeline.plan import LOOKS, Flags, Stage, is_same
 from meme_llava.pipeline.results import ONCE
 from meme_llava.pipeline.settings import check_flag_names, list_settings, name_settings
-from meme_llava.storage.run_record import RUN_RECORD, find_unfinished
+from meme_llava.storage.run_record import ADAPTER_CONFIG, RUN_RECORD, find_unfinished
 
 
 def check_settings(stages: Sequence[Stage], train_flags: Flags) -> None:
@@ -47,6 +48,7 @@ def check_start(
         return
     check_paths({stage.name for stage in chosen}, train_flags, variables)
     if variables["NODE_RANK"] == "0":
+        check_base_dir(chosen, stages, variables)
         check_needs(chosen, stages)
         if not LOOKS & train_flags.keys():
             check_towers(chosen)
@@ -74,6 +76,37 @@ def check_towers(chosen: Sequence[Stage]) -> None:
             path = stage.flags[flag][0]
             if path.startswith((".", "/", "~")) and not Path(path).is_dir():
                 raise UserError(f"{flag.upper()}={path}: no such folder")
+
+
+def check_base_dir(chosen: Sequence[Stage], stages: Sequence[Stage], variables: Mapping[str, str]) -> None:
+    """Stop where BASE_DIR is an adapter, or not there while a trained model lies beside it under nearly its name: from
+    a misspelt one a new base would be trained without a word."""
+    build = next(stage for stage in stages if stage.name == "build")
+    folder = build.folder
+    if not any(build.flags["output_dir"][0] in stage.command for stage in chosen):
+        return
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"BASE_DIR={folder}: is an adapter, expected a whole model: give what it was merged into, such as "
+            f"BASE_DIR={folder.parent / 'merged'} (bash run.sh merge)"
+        )
+    is_default = is_same(str(folder), f"{variables['OUTPUT_DIR']}/base")
+    if near := [] if is_default or folder.exists() else find_near_models(build):
+        raise UserError(
+            f"BASE_DIR={folder}: no such folder; did you mean {near[0]}? (to build a new base there: mkdir -p {folder})"
+        )
+
+
+def find_near_models(build: Stage) -> list[Path]:
+    """Models that were not built whose path differs from that of the base by a slip in one name, nearest first."""
+    missing = build.folder
+    while not missing.parent.exists():
+        missing = missing.parent
+    readable = missing.parent.is_dir() and os.access(missing.parent, os.R_OK)
+    there = [path.name for path in missing.parent.iterdir() if path.is_dir()] if readable else []
+    names = difflib.get_close_matches(missing.name, there, cutoff=0.8)
+    paths = [missing.parent / name / build.folder.relative_to(missing) for name in names]
+    return [path for path in paths if build.change(output_dir=str(path)).is_given]
 
 
 def check_folders(chosen: Sequence[Stage]) -> None:

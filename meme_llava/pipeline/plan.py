@@ -20,6 +20,7 @@ LOOKS = {"plan", "show_batch", "help"}  # flags with which train.py trains nothi
 OF_BOTH_STAGES = {"train_type", "num_train_epochs", "high_lr", "output_dir"}  # what the projector's own stage replaces
 PATH_FLAGS = {"model", "annotations", "image_folder", "output_dir", "projector_from", "resume_from_checkpoint"}
 PATH_FLAGS |= {"eval_annotations", "eval_image_folder"}
+RECORD_FLAGS = {"bad_records", "allow", "refuse", "max_pixels"}
 # Flags of train.py whose settings other stages take, too.
 SHARED_SETTINGS = {
     "model": "BASE_DIR",
@@ -52,6 +53,11 @@ class Stage:
     def folder(self) -> Path:
         """Where the result goes."""
         return Path(self.flags["output_dir"][0])
+
+    @property
+    def title(self) -> str:
+        """What tells it from the other stages, two of which may run one script."""
+        return f"{self.name} {self.folder}" if "output_dir" in self.flags else self.name
 
     @property
     def note(self) -> Path:
@@ -143,7 +149,8 @@ def plan_stages(
     looks = LOOKS & train_flags.keys()
     if valued := [flag for flag in looks if train_flags[flag]]:
         raise UserError(f"--{valued[0]} {train_flags[valued[0]][0]}: write --{valued[0]} alone, or leave it out")
-    if train_flags and names and "train" not in names:
+    # Before a base is built, the records are checked that it is to be trained on.
+    if train_flags and names and "train" not in names and not ("build" in names and train_flags.keys() <= RECORD_FLAGS):
         raise UserError(
             f"--{next(iter(train_flags))} goes to train.py, and train is not among the stages; leave it out, or start "
             "the script itself (DRY_RUN=1 shows its command)"

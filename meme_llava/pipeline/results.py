@@ -36,6 +36,8 @@ def make_result(stage: Stage, is_first_node: bool) -> None:
     with lock(lock_file, LOCK_PATIENCE_SECONDS, stage.folder):
         if is_there(stage, making):  # another run has just made it
             return
+        if stage.name == "build":
+            print(f"{stage.folder} is not there yet: building it from LANGUAGE_MODEL and VISION_MODEL", flush=True)
         was_made = stage.is_made
         if not was_made:
             # Before it runs: a kill right after the result is in place must not leave one without a note.

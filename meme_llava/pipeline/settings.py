@@ -16,12 +16,15 @@ SYNONYMS = {
     "HIGH_LR": "PROJECTOR_LEARNING_RATE MM_PROJECTOR_LR",
     "LORA_R": "LORA_RANK",
     "MODEL_MAX_LENGTH": "MAX_LENGTH MAX_SEQ_LENGTH MAX_SEQ_LEN CUTOFF_LEN",
-    "GLOBAL_BATCH": "BATCH_SIZE TRAIN_BATCH_SIZE TOTAL_BATCH_SIZE",
+    "GLOBAL_BATCH": "BATCH BATCH_SIZE TRAIN_BATCH_SIZE TOTAL_BATCH_SIZE",
     "DEVICE_BATCH": "PER_DEVICE_BATCH_SIZE PER_DEVICE_TRAIN_BATCH_SIZE MICRO_BATCH_SIZE",
     "GPUS": "NUM_GPUS N_GPUS NGPUS NPROC_PER_NODE",
     "NNODES": "NUM_NODES",
     "IMAGE_FOLDER": "IMAGE_DIR IMAGES_DIR",
+    "OUTPUT_DIR": "OUTPUT OUT_DIR OUTDIR",
 }
+# Flags of train.py that are single words and yet stand for nothing else.
+TELLING_FLAGS = {"attention", "precision", "seed"}
 
 
 def list_settings() -> dict[str, str]:
@@ -53,7 +56,10 @@ def describe_settings() -> str:
 
 def map_flags() -> dict[str, str]:
     """Flag → the setting that gives it in run.sh."""
-    return dict(re.findall(r'--(\w+) "\$([A-Z][A-Z0-9_]*)"', FILES[0].read_text(encoding="utf-8")))
+    given = dict(re.findall(r'--(\w+) "\$([A-Z][A-Z0-9_]*)"', FILES[0].read_text(encoding="utf-8")))
+    # Several stages take --image_folder; that of the training is meant.
+    known = list_settings()
+    return given | {flag: flag.upper() for flag in given if flag.upper() in known}
 
 
 def check_names(variables: Mapping[str, str], known: Sequence[str]) -> None:
@@ -76,7 +82,7 @@ def check_names(variables: Mapping[str, str], known: Sequence[str]) -> None:
 
 def check_flag_names(variables: Mapping[str, str], known: Sequence[str], flags: Iterable[str]) -> None:
     """Stop at a variable that is named as a flag of train.py: it would change nothing."""
-    for flag in sorted(flag for flag in flags if "_" in flag and flag.upper() not in known):
+    for flag in sorted(flag for flag in flags if ("_" in flag or flag in TELLING_FLAGS) and flag.upper() not in known):
         if value := variables.get(flag.upper()):
             raise UserError(
                 f"the variable {flag.upper()} is set, which run.sh does not know; it is a flag of train.py: "

@@ -117,7 +117,7 @@ def test_run_sh_runs_both_stages(world, tmp_path):
     noted = (tmp_path / "projector.command").read_text()
     again = run("train", **variables)
     assert again.stdout.count("finished already: ") == 2
-    assert result.stdout.count("=== train 1 of 2: the projector alone ===") == 1
+    assert result.stdout.count(f"=== 1 of 2: train {tmp_path}/projector ===") == 1
     # What is gone would be trained anew, only to find that the second stage began with another one.
     (tmp_path / "projector.command").unlink()
     lost = run("train", **variables)
