@@ -383,7 +383,7 @@ def test_a_run_on_gpus_is_planned_without_them(chain):
     variables = {**variables, "GPUS": "4", "GLOBAL_BATCH": "16", "DEVICE_BATCH": "2"}
     result = run("train", "--plan", "--accelerator", "a800-80gb", **variables)
     assert result.returncode == 0, result.stderr
-    assert "16 = 4 device(s) x 2 x 2 in turn" in result.stdout
+    assert "16 = 4 devices x 2 x 2 in turn" in result.stdout
     assert "4 x a800-80gb, engine zero2" in result.stdout
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from meme_llava.dataset.conversation import IGNORED_LABEL
 from meme_llava.dataset.images import MAX_PIXELS, ImagePolicy, fit_to_square, open_image
 from meme_llava.dataset.sampling import LossAverage, count_common_prefix
+from meme_llava.errors import count
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ class PackingCollator:
         # Only the totals of a batch would be compared: two wrong records can cancel out and swap their images.
         if (found := int(is_image.sum())) != len(numbers) * self.tokens_per_image:
             raise ValueError(
-                f"record {example['record_id']!r} has {found} image tokens for {len(numbers)} image(s) of "
-                f"{self.tokens_per_image}"
+                f"record {example['record_id']!r} has {found} image tokens for {count(len(numbers), 'image')} "
+                f"of {self.tokens_per_image}"
             )
         key[is_image] = -1 - np.repeat(np.array(numbers, np.int64), self.tokens_per_image)
         return key

@@ -253,8 +253,8 @@ def print_run(run: PreparedRun) -> None:
     print_table("What learns", ("role", "kind", "tensors", "parameters", "peak rate", "decay"), groups)
     print(
         f"{count(plan.steps, 'step')} of {count(arguments.global_batch_size, 'record')} "
-        f"({arguments.device_batch_size} a device x {plan.processes} process(es) x {plan.accumulation} accumulated), "
-        f"{plan.warmup_steps} of them warmup; engine {plan.engine.name}"
+        f"({arguments.device_batch_size} a device x {count(plan.processes, 'process', 'processes')} x "
+        f"{plan.accumulation} accumulated), {plan.warmup_steps} of them warmup; engine {plan.engine.name}"
     )
     warnings = list_warnings(arguments, len(plan.data.dataset), plan.steps)
     print(run.computation.line, *warnings, sep="\n", flush=True)

@@ -289,8 +289,9 @@ def _announce_rest(plan: RunPlan) -> bool:
     before, now = start.record["schedule"], ours["schedule"]
     if before["processes"] != now["processes"]:
         lines.append(
-            f"{before['processes']} process(es) wrote it, {now['processes']} continue(s): the same records come next, "
-            "but dropout draws other numbers and sums have another order, so losses agree without being the same bits"
+            f"{count(before['processes'], 'process', 'processes')} wrote it, and it goes on with {now['processes']}: "
+            "the same records come next, but dropout draws other numbers and sums have another order, so losses agree "
+            "without being the same bits"
         )
     if before["engine"] != now["engine"]:
         lines.append(f"the engine was {before['engine']}, is {now['engine']}; weights and optimizer state are the same")

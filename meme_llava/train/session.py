@@ -32,7 +32,7 @@ from meme_llava.distributed.processes import (
     leave_process_group,
     take_own_gpu,
 )
-from meme_llava.errors import NonFiniteError, OutOfMemoryError, UserError, first_line
+from meme_llava.errors import NonFiniteError, OutOfMemoryError, UserError, count, first_line
 from meme_llava.model.packed_attention import choose_attention, gpu_multiplies_bf16, multiplies_bf16
 from meme_llava.train.settings import TrainArguments
 
@@ -63,7 +63,7 @@ def check_device(arguments: TrainArguments) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and torch.cuda.device_count():  # else a run would go on on the CPU
         raise UserError(
-            f"this machine has {torch.cuda.device_count()} GPU(s), but torch {torch.__version__}, made for CUDA "
+            f"this machine has {count(torch.cuda.device_count(), 'GPU')}, but torch {torch.__version__}, made for CUDA "
             f"{torch.version.cuda}, cannot use them; most often the driver is older than that (nvidia-smi shows it). "
             "Install a newer driver, or a torch for an older CUDA; with CUDA_VISIBLE_DEVICES= (run.sh: GPUS=cpu) the "
             "CPU is used."
@@ -99,8 +99,8 @@ def check_shared_memory(largest_batch: Mapping, workers: int) -> None:
     needed = batch * workers * PREFETCHED_BATCHES * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if workers and SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(SHARED_MEMORY).free) < needed:
         raise UserError(
-            f"{SHARED_MEMORY}: has {free / 1e6:,.0f} MB free, and the batches that {workers} worker(s) a process hold "
-            f"ready there take up to {needed / 1e6:,.0f} MB. Start the container with --ipc=host or a larger "
+            f"{SHARED_MEMORY}: has {free / 1e6:,.0f} MB free, and the batches that data workers hold ready there "
+            f"take up to {needed / 1e6:,.0f} MB. Start the container with --ipc=host or a larger "
             "--shm-size, or pass --dataloader_workers 0."
         )
 
@@ -111,7 +111,7 @@ def derive_accumulation(arguments: TrainArguments, processes: int) -> int:
     if arguments.global_batch_size % per_round:
         raise UserError(
             f"--global_batch_size {arguments.global_batch_size} is not a multiple of --device_batch_size "
-            f"{arguments.device_batch_size} x {processes} process(es) = {per_round}"
+            f"{arguments.device_batch_size} x {count(processes, 'process', 'processes')} = {per_round}"
         )
     return arguments.global_batch_size // per_round
 

@@ -98,7 +98,7 @@ def test_a_checkpoint_of_any_engine_goes_on_in_one_process(world, single, divide
     train.main(flags)
     said = capsys.readouterr().out
     assert f"continuing from {output_dir}/checkpoint-10, after 10 steps and 40 records" in said
-    assert "2 process(es) wrote it, 1 continue(s): the same records come next" in said
+    assert "2 processes wrote it, and it goes on with 1: the same records come next" in said
     assert f"the engine was {name}, is single; weights and optimizer state are the same" in said
     assert read_losses(tmp_path / "out") == pytest.approx(read_losses(single), abs=1e-5)
 
@@ -120,7 +120,7 @@ def test_more_processes_continue_what_one_began(world, single, tmp_path):
     """One process to two, and from no engine to ZeRO-2: the same records, so the same losses but for rounding."""
     result = run(world, tmp_path / "out", 2, engine="zero2", **CHANGES, resume_from_checkpoint=single / "checkpoint-10")
     assert result.code == 0, result.output
-    assert "1 process(es) wrote it, 2 continue(s)" in result.output
+    assert "1 process wrote it, and it goes on with 2" in result.output
     assert read_losses(tmp_path / "out") == pytest.approx(read_losses(single), abs=1e-5)
 
 

@@ -56,7 +56,7 @@ def test_other_launchers_train_the_same(world, losses, tmp_path, launcher, engin
     process = start([sys.executable, "-m", *launcher, ROOT / "train.py", *flags])
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
-    assert "(1 a device x 2 process(es) x 2 accumulated)" in output
+    assert "(1 a device x 2 processes x 2 accumulated)" in output
     assert read_losses(tmp_path / "out") == pytest.approx(losses, abs=1e-5)
     # What accelerate's own configuration says does not count, and that is said.
     assert ("ACCELERATE_MIXED_PRECISION" in output) == ("accelerate" in launcher[0])
@@ -78,7 +78,7 @@ def test_mpirun_trains_the_same(world, losses, tmp_path):
     ]
     outputs = [process.communicate(timeout=180)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    assert "(1 a device x 2 process(es) x 2 accumulated)" in outputs[0] and outputs[1] == ""
+    assert "(1 a device x 2 processes x 2 accumulated)" in outputs[0] and outputs[1] == ""
     assert read_losses(tmp_path / "out") == pytest.approx(losses, abs=1e-5)
 
 
@@ -99,7 +99,7 @@ def test_srun_trains_the_same(world, losses, tmp_path):
     ]
     outputs = [process.communicate(timeout=180)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    assert "(1 a device x 2 process(es) x 2 accumulated)" in outputs[0] and outputs[1] == ""
+    assert "(1 a device x 2 processes x 2 accumulated)" in outputs[0] and outputs[1] == ""
     assert read_losses(tmp_path / "out") == pytest.approx(losses, abs=1e-5)
 
 

@@ -115,7 +115,7 @@ def test_a_cut_cable_ends_both_and_the_one_that_is_left_goes_on(world, hosts, tm
         assert f"process {rank} made no progress for --hang_timeout seconds" in result.output
     again = go_on(world, out, 1)
     assert again.code == 0, again.output
-    assert "2 process(es) wrote it, 1 continue(s)" in again.output
+    assert "2 processes wrote it, and it goes on with 1" in again.output
     assert len(read_losses(out)) == 6
 
 
@@ -173,7 +173,7 @@ def test_a_loop_over_ssh_starts_run_sh_on_every_node(hosts, tmp_path):
     )
     result = finish(start(["bash", "-c", loop], **variables), time.monotonic())
     assert result.code == 0, result.output
-    assert "(4 a device x 2 process(es) x 1 accumulated)" in result.output
+    assert "(4 a device x 2 processes x 1 accumulated)" in result.output
     assert "node 1 is done; node 0 goes on" in result.output
 
 

@@ -233,7 +233,7 @@ def test_a_printed_plan_says_what_a_run_takes(a800_plan, capsys):
 
     printed = capsys.readouterr().out
     for expected in (
-        "16 = 2 device(s) x 4 x 2 in turn",
+        "16 = 2 devices x 4 x 2 in turn",
         "100, 10 of them warmup",
         "112, 7 per caption",  # four batches of 28
         "3,200, 28.6 times as many",  # 16 captions of 200

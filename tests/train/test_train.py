@@ -246,7 +246,7 @@ def test_torchrun_starts_it_too_and_two_processes_average_captions_as_one_does(w
     train.main(train_flags(world, tmp_path / "one", device_batch_size=8, **changes))
     result = run_with_torchrun(["train.py", *train_flags(world, tmp_path / "two", device_batch_size=2, **changes)])
     assert result.returncode == 0, result.stderr
-    assert "2 process(es) x 2 accumulated" in result.stdout
+    assert "2 processes x 2 accumulated" in result.stdout
     assert read_losses(tmp_path / "two") == pytest.approx(read_losses(tmp_path / "one"), abs=5e-6)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from meme_llava.distributed.environment import choose_engine
-from meme_llava.errors import UserError
+from meme_llava.errors import UserError, count
 from meme_llava.model.accelerators import ACCELERATORS, CPU, Accelerator, name_accelerator
 from meme_llava.model.flops import StepCounts, TrainingCosts
 from meme_llava.model.offloading import measure_machine_memory
@@ -225,7 +225,7 @@ def list_data_rows(plan: TrainingPlan, run: RunPlan) -> list[tuple[str, str]]:
         *([("evaluations", f"{evaluations:,}, which are not in the time")] if evaluations else []),
         (
             "captions per step",
-            f"{captions:,} = {devices} device(s) x {size} x {captions // (size * devices)} in turn",
+            f"{captions:,} = {count(devices, 'device')} x {size} x {captions // (size * devices)} in turn",
         ),
         ("positions per step", f"{step.positions:,.0f}, {step.positions / captions:,.0f} per caption"),
         ("the same padded to model_max_length", f"{padded:,}, {padded / step.positions:.1f} times as many"),
