@@ -504,7 +504,10 @@ def trained_tied(world, tmp_path_factory):
     return folder / "trained"
 
 
-@pytest.mark.parametrize(("adapter", "tensors"), [("trained", 86), ("trained_full", 86), ("trained_tied", 85)])
+@pytest.mark.parametrize(
+    ("adapter", "tensors"),
+    [("trained", 86), pytest.param("trained_full", 86, marks=pytest.mark.long), ("trained_tied", 85)],
+)
 def test_comparison_layer_by_layer(request, tmp_path, monkeypatch, no_memory, capsys, adapter, tensors):
     """Where memory is short the same comparison passes with four tokens a record; a tied head has no tensor."""
     adapter, bars = request.getfixturevalue(adapter), Bars()

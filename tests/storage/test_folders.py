@@ -369,7 +369,10 @@ def run_slowly(script, flags):
     script.main(flags)
 
 
-@pytest.mark.parametrize("script", [merge_lora, build_base_model], ids=["merge", "build"])
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(merge_lora, marks=pytest.mark.long, id="merge"), pytest.param(build_base_model, id="build")],
+)
 def test_kills_at_any_time_leave_the_old_result_and_are_no_obstacle(world, trained, tmp_path, results, script):
     """From outside, later and later, each time followed by a start that finds the leftovers."""
     out = tmp_path / "out"

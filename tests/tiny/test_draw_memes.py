@@ -159,6 +159,7 @@ def test_what_a_transparent_meme_says_stands_on_nothing(drawn):
     assert ("JPEG", "RGB") in kinds and ("PNG", "RGBA") in kinds
 
 
+@pytest.mark.long
 def test_seen_and_unseen_lines_have_nothing_in_common(tmp_path):
     texts = {}
     for lines in ("seen", "unseen"):

@@ -43,7 +43,7 @@ def plan(world, processing, largest_batch, folder, memory=2**40, **changes):
     return plan_computation(arguments, processing, largest_batch, torch.device("cpu"), False, 1, memory)
 
 
-@pytest.mark.parametrize("train_type", ["lora", "full"])
+@pytest.mark.parametrize("train_type", [pytest.param("lora", marks=pytest.mark.long), "full"])
 def test_the_rough_bound_is_never_below_the_estimate(world, processing, largest_batch, tmp_path, train_type):
     arguments = parse_train_arguments(train_flags(world, tmp_path, train_type=train_type), "")
     config = LlavaConfig.from_pretrained(world.base)

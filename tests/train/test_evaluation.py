@@ -119,8 +119,8 @@ def test_answers_are_those_of_the_checkpoint_of_that_step(world, evaluated):
     "changes",
     [
         {"gradient_checkpointing": "full"},
-        {"train_type": "projector"},
-        {"train_type": "full"},
+        pytest.param({"train_type": "projector"}, marks=pytest.mark.long),
+        pytest.param({"train_type": "full"}, marks=pytest.mark.long),
     ],
 )
 def test_so_it_is_however_a_step_is_computed(world, validation, tmp_path, changes):

@@ -62,8 +62,7 @@ def count_kept_bytes(model, batch) -> int:
     ("train_type", "dropout"),
     [
         ("lora", 0.1),
-        ("full", 0.0),
-        *(pytest.param(name, 0.0, marks=pytest.mark.long) for name in ("lora", "projector", "freeze_vision")),
+        *(pytest.param(name, 0.0, marks=pytest.mark.long) for name in ("lora", "full", "projector", "freeze_vision")),
     ],
 )
 def test_activations_are_what_the_real_model_keeps(world, train_type, dropout):
@@ -277,6 +276,7 @@ def test_a_run_that_does_not_fit_gets_advice_that_was_tried(world, projector_est
     assert "This run does not fit" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_when_the_state_alone_is_too_much_more_devices_are_tried(world):
     plan = make_plan(world, make_machine(1000), processes=2, global_batch_size=16, gradient_checkpointing="none")
 
