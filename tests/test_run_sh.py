@@ -138,7 +138,9 @@ def test_a_stage_names_the_one_it_needs(tmp_path, stage, earlier):
         ({"EPOCHS": "five"}, [], "error: EPOCHS: invalid float value: 'five'"),
         ({"TRAIN_TYPE": "loar"}, [], "no such recipe"),
         ({"ANNOTATIONS": "nowhere.json"}, [], "error: ANNOTATIONS=nowhere.json: no such file or folder"),
-        ({"IMAGE_FOLDER": "tests"}, [], "1,500 of 1,500 records cannot be trained on"),
+        pytest.param(
+            *({"IMAGE_FOLDER": "tests"}, [], "1,500 of 1,500 records cannot be trained on"), marks=pytest.mark.long
+        ),
         ({}, ["--save_step", "5"], "did you mean --save_steps?"),
     ],
 )
@@ -169,6 +171,7 @@ def test_a_base_of_other_towers_is_not_taken(tmp_path):
     assert "/base was made from other settings or input" in result.stderr
 
 
+@pytest.mark.long
 def test_more_gpus_than_there_are(tmp_path):
     result = run(OUTPUT_DIR=str(tmp_path), GPUS="9", GLOBAL_BATCH="9", DEVICE_BATCH="1")
     assert result.returncode == 2

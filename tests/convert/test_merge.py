@@ -716,7 +716,7 @@ def test_a_trained_tensor_that_is_not_merged_is_an_error(trained, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("piece_elements", "tolerance"), [(500, 0.0), (7, 1e-6)])
+@pytest.mark.parametrize(("piece_elements", "tolerance"), [(500, 0.0), pytest.param(7, 1e-6, marks=pytest.mark.long)])
 def test_pieces_of_rows_give_the_same_as_one_piece(trained, tmp_path, monkeypatch, piece_elements, tolerance):
     """The same bits from eight rows on; up to three rows are multiplied by another routine, with other last bits.
 

@@ -171,9 +171,9 @@ def test_image_tokens_that_are_wrong_in_two_records_but_right_in_sum_are_refused
         make_example([A, IMAGE, B], [NONE, NONE, B], 1, record_id="too few"),
         make_example([IMAGE, IMAGE, IMAGE], [NONE, NONE, NONE], 2, record_id="too many"),
     ]
-    with pytest.raises(ValueError, match=r"record 'too few' has 1 image tokens for 1 image\(s\) of 2"):
+    with pytest.raises(ValueError, match=r"record 'too few' has 1 image tokens for 1 image of 2"):
         collator(records)
-    with pytest.raises(ValueError, match=r"record 'too many' has 3 image tokens for 1 image\(s\) of 2"):
+    with pytest.raises(ValueError, match=r"record 'too many' has 3 image tokens for 1 image of 2"):
         collator(records[::-1])
 
 

@@ -277,6 +277,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.long
 def test_on_gpus_deepspeed_takes_what_the_run_says():
     """As far as a machine without one can tell: its configuration for CUDA and NCCL, of 7B's width, in bf16."""
     environment = os.environ | {"DS_ACCELERATOR": "cuda", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}

@@ -169,8 +169,8 @@ def test_a_tracker_that_is_not_installed_stops_before_data_is_read(world, tmp_pa
 @pytest.mark.parametrize(
     ("tracker", "remedy"),
     [
-        ("wandb", "wandb login, or set WANDB_MODE=offline"),
-        pytest.param("swanlab", "or set SWANLAB_MODE=offline", marks=pytest.mark.long),
+        pytest.param("wandb", "wandb login, or set WANDB_MODE=offline", marks=pytest.mark.long),
+        ("swanlab", "or set SWANLAB_MODE=offline"),
     ],
 )
 def test_without_a_login_nothing_waits_for_an_answer(tmp_path, tracker, remedy):
