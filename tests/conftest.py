@@ -269,6 +269,16 @@ def reseal(folder: Path, facts: dict | None = None) -> None:
         write_manifest(folder, {name: describe_file(folder / name) for name in names}, facts or {})
 
 
+@pytest.fixture
+def eight_gpus(tmp_path) -> Path:
+    """A folder with a torch that sees the eight GPUs of the published run, for PYTHONPATH: the real one is slow."""
+    package = tmp_path / "packages" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("from types import SimpleNamespace\nversion = SimpleNamespace(cuda='12.8')\n")
+    (package / "cuda.py").write_text("is_available = lambda: True\ndevice_count = lambda: 8\n")
+    return package.parent
+
+
 def read_losses(output_dir: Path) -> list[float]:
     """The loss of every logged step of a finished run."""
     state = json.loads((output_dir / "trainer_state.json").read_text())

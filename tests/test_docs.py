@@ -199,16 +199,6 @@ def ssh(tmp_path) -> Path:
     return stand_in.parent
 
 
-@pytest.fixture
-def eight_gpus(tmp_path) -> Path:
-    """A folder with a torch that sees the eight GPUs of the published run."""
-    package = tmp_path / "packages" / "torch"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("from types import SimpleNamespace\nversion = SimpleNamespace(cuda='12.8')\n")
-    (package / "cuda.py").write_text("is_available = lambda: True\ndevice_count = lambda: 8\n")
-    return package.parent
-
-
 def test_pages_are_found():
     assert len([document for document in DOCUMENTS if document.startswith("docs/")]) >= 15
     assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md", "data/tiny/README.md"} <= set(DOCUMENTS)

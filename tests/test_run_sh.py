@@ -54,8 +54,8 @@ def test_dry_run_prints_the_whole_chain():
     ]
 
 
-def test_dry_run_of_the_published_run():
-    build, train, *_ = dry_run(**REAL_RUN)
+def test_dry_run_of_the_published_run(eight_gpus):
+    build, train, *_ = dry_run(**REAL_RUN, PYTHONPATH=str(eight_gpus))
     assert build == (
         "python build_base_model.py --language_model Qwen/Qwen2-7B-Instruct "
         "--vision_model OFA-Sys/chinese-clip-vit-large-patch14-336px --image_policy squash --output_dir output/base"
@@ -68,8 +68,9 @@ def test_dry_run_of_the_published_run():
     )
 
 
-def test_one_base_serves_several_outputs():
-    build, train = dry_run("build", "train", OUTPUT_DIR="b", BASE_DIR="shared/base", **REAL_RUN)
+def test_one_base_serves_several_outputs(eight_gpus):
+    shared = {"OUTPUT_DIR": "b", "BASE_DIR": "shared/base", "PYTHONPATH": str(eight_gpus)}
+    build, train = dry_run("build", "train", **shared, **REAL_RUN)
     assert build.endswith("--output_dir shared/base")
     assert "--model shared/base" in train and "--output_dir b/train" in train
 

@@ -166,10 +166,11 @@ def test_a_tracker_that_is_not_installed_stops_before_data_is_read(world, tmp_pa
     assert expected in fail(capsys, flags, precheck.main)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("tracker", "remedy"),
     [
-        pytest.param("wandb", "wandb login, or set WANDB_MODE=offline", marks=pytest.mark.long),
+        ("wandb", "wandb login, or set WANDB_MODE=offline"),
         ("swanlab", "or set SWANLAB_MODE=offline"),
     ],
 )
