@@ -150,16 +150,20 @@ def _complete(folder: Path, checkpoint: Path, files: Mapping, facts: Mapping, ke
     folder.rename(checkpoint)
     fsync_path(checkpoint.parent)
     verify_directory(checkpoint)
-    for older in list_checkpoints(checkpoint.parent)[:-keep]:
+    _delete_older(checkpoint.parent, keep)
+
+
+def _delete_older(output_dir: Path, keep: int) -> None:
+    for older in list_checkpoints(output_dir)[:-keep]:
         # Under another name first: half of a checkpoint must not look like one.
         removed = older.with_name(INCOMPLETE.format(read_step(older)))
         older.rename(removed)
         shutil.rmtree(removed, ignore_errors=True)
 
 
-def write_final(output_dir: Path, checkpoint: Path, names: Sequence[str], last: str) -> None:
+def write_final(output_dir: Path, checkpoint: Path, names: Sequence[str], last: str, keep: int) -> None:
     """Put the final files of a run, `names` of its last checkpoint, beside its checkpoints; only the main process. The
-    one called `last`, which says that all are there, appears last."""
+    one called `last`, which says that all are there, appears last. The `keep` newest checkpoints stay."""
     folder = output_dir / FINAL_INCOMPLETE
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -175,6 +179,8 @@ def write_final(output_dir: Path, checkpoint: Path, names: Sequence[str], last: 
     for name in (*(name for name in names if name != last), MANIFEST, last):
         (folder / name).replace(output_dir / name)
     folder.rmdir()
+    # A run that was killed right after its last checkpoint has not come to it.
+    _delete_older(output_dir, keep)
     fsync_path(output_dir)
 
 

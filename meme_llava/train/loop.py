@@ -293,7 +293,7 @@ def finish(plan: RunPlan, heartbeat: Heartbeat) -> None:
         checkpoint = plan.start.checkpoint if plan.start.step == plan.steps else list_checkpoints(output_dir)[-1]
         draw_training_curves(read_training_log(checkpoint), output_dir / "training_curves.png")
         names = [name for name in read_manifest(checkpoint)["files"] if not name.startswith(OPTIMIZER_PREFIX)]
-        write_final(output_dir, checkpoint, names, last=RUN_RECORD)
+        write_final(output_dir, checkpoint, names, RUN_RECORD, plan.arguments.save_total_limit)
         print(f"trained weights, run record and curves: {output_dir}", flush=True)
 
     with heartbeat.wait_longer():

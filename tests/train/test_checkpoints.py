@@ -75,6 +75,14 @@ def resume(world, output_dir, **changes):
     train.main(resume_flags(world, output_dir, **changes))
 
 
+def test_a_run_that_was_killed_after_its_last_checkpoint_keeps_no_more_than_asked_for(world, finished, tmp_path):
+    output_dir = interrupt(finished, tmp_path / "out")
+    shutil.copytree(finished / "checkpoint-6", output_dir / "checkpoint-6")
+    resume(world, output_dir, save_total_limit=2)
+    assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-4", "checkpoint-6"]
+    assert (output_dir / "run_record.json").is_file()
+
+
 def fail(capsys, world, output_dir, code, **changes) -> str:
     with pytest.raises(SystemExit) as stop:
         resume(world, output_dir, **changes)
