@@ -508,7 +508,7 @@ def test_stop_ends_an_answer_in_the_page(open_tab, world):
     ask(tab, QUESTION)
     tab.wait_for_function(
         "remark => document.querySelector('#chat').textContent.endsWith(remark) || "
-        "[...document.querySelectorAll('#chat .bot.message')].at(-1).textContent.includes(remark)",
+        "[...document.querySelectorAll('#chat .bot.message')].at(-1)?.textContent.includes(remark)",
         arg=CUT_OFF,
     )
 

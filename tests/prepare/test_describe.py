@@ -740,7 +740,9 @@ def test_a_real_server_gives_the_captions_of_infer(world, server, served_model, 
         shutil.copy(world.image_folder / name, folder)
     output = tmp_path / "captions.jsonl"
     flags = ["--images", str(folder), "--output", str(output), "--preset", "local", "--base_url", server]
-    describe_script.main([*flags, "--model", str(served_model), "--max_new_tokens", str(NEW_TOKENS)])
+    # A model of two training steps never ends an answer by itself, so that no image has a caption.
+    with pytest.raises(SystemExit):
+        describe_script.main([*flags, "--model", str(served_model), "--max_new_tokens", str(NEW_TOKENS)])
     lines = read_lines(output)
     assert sorted(lines) == names
     answers = []
