@@ -300,13 +300,13 @@ class RunningDemo:
 
 
 @pytest.fixture(scope="module")
-def running(served_model, world, tmp_path_factory):
-    """demo.py as a user starts it, with two models."""
+def running(request, served_model, world, tmp_path_factory):
+    """demo.py as a user starts it, with two models; a test may ask for longer answers."""
     pytest.importorskip("gradio", reason="needs the packages of configs/requirements/demo.txt")
     folder = tmp_path_factory.mktemp("demo")
     port = find_free_port()
     command = [sys.executable, str(ROOT / "demo.py"), "--model", str(served_model), "--compare_with", str(world.base)]
-    command += ["--port", str(port), "--device", "cpu", "--max_new_tokens", str(NEW_TOKENS)]
+    command += ["--port", str(port), "--device", "cpu", "--max_new_tokens", str(getattr(request, "param", NEW_TOKENS))]
     (folder / "temporary").mkdir()
     # A proxy that the user set for the rest of the world must not stand between gradio and its own server.
     environment = {**os.environ, "TMPDIR": str(folder / "temporary"), "OMP_NUM_THREADS": "1"}
@@ -499,10 +499,11 @@ def test_a_file_that_is_too_big_is_not_sent(open_tab):
 
 
 @pytest.mark.long
-def test_stop_ends_an_answer_in_the_page(open_tab, world):
+@pytest.mark.parametrize("running", [300], indirect=True)  # an answer that lasts until the button is found
+def test_stop_ends_an_answer_in_the_page(open_tab, running, world):
     tab = open_tab()
     give_image(tab, world.image_folder / "p0.png")
-    ask(tab, "困" * 200)
+    ask(tab, QUESTION)
     tab.locator("#question button.stop-button").click()
     tab.locator("textarea:enabled").wait_for()
     ask(tab, QUESTION)
