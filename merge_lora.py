@@ -19,24 +19,26 @@ def main(argv: list[str] | None = None) -> None:
     # Torch takes seconds to load; a wrong flag is answered before.
     import torch
 
-    from meme_llava.convert.merge import TrainedWeights, check_exportable, export_clip_tower, write_merged
-    from meme_llava.convert.merge_check import verify_exported, verify_merged
+    from meme_llava.convert import export_clip
+    from meme_llava.convert.merge import TrainedWeights, write_merged
+    from meme_llava.convert.merge_check import verify_merged
     from meme_llava.storage.fingerprint import find_base, fingerprint_folder
 
     check_output_dir(arguments.output_dir, arguments.overwrite)
     base_folder = find_base(arguments.adapter, arguments.base_model)
     check_apart(arguments.output_dir, {"adapter": arguments.adapter, "base model": base_folder})
-    if arguments.export == "clip":
-        check_exportable(base_folder)
+    export = {"clip": export_clip}.get(arguments.export)
+    if export:
+        export.check_base(base_folder)
     trained = TrainedWeights.read(arguments.adapter)
     with write_directory(arguments.output_dir, arguments.overwrite) as folder:
         summary = write_merged(base_folder, trained, folder, getattr(torch, arguments.dtype), arguments.max_shard_size)
-        if arguments.export == "clip":
-            export_clip_tower(folder)
+        if export:
+            export.write(folder)
         checks = []
         if arguments.verify:
             checks += verify_merged(base_folder, trained, folder)
-            checks += verify_exported(base_folder, folder) if arguments.export == "clip" else []
+            checks += export.verify(base_folder, folder) if export else []
         fingerprint = fingerprint_folder(folder)
         facts = {"summary": summary, "checks": dict(checks), "training": trained.run_record}
         write_run_record(folder, "merge", settings=to_plain(arguments), fingerprint=fingerprint, **facts)

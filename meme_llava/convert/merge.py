@@ -1,4 +1,4 @@
-"""Merging of a base and trained weights into one standalone model, tensor by tensor; its name for serving engines."""
+"""Merging of a base and trained weights into one standalone model, tensor by tensor."""
 
 import math
 import shutil
@@ -54,9 +54,6 @@ COPIED_FILES = (
     "added_tokens.json",
     "special_tokens_map.json",
 )
-# vLLM, SGLang and LMDeploy take CLIP, SigLIP and Pixtral towers in a LLaVA and refuse Chinese-CLIP's, which is CLIP's
-# in all but name: the same settings, layers and tensor names.
-CHINESE_CLIP, CLIP = "chinese_clip_vision_model", "clip_vision_model"
 
 
 @dataclass(frozen=True)
@@ -216,26 +213,6 @@ def write_merged(
         "underflow_count": rounding.underflow.total(),
         f"sha256 of {identity.name}": hash_file(identity),
     }
-
-
-def check_exportable(base_folder: Path) -> None:
-    """Raise UserError unless `--export clip` has something to do for this base."""
-    path = base_folder / "config.json"
-    config = read_json(path)
-    check_fields(path, config, {"vision_config.model_type": str})
-    model_type = config["vision_config"]["model_type"]
-    if model_type != CHINESE_CLIP:
-        raise UserError(
-            f"--export clip: the vision tower of {base_folder} is a {model_type!r}, expected {CHINESE_CLIP!r}. Serving "
-            "engines take CLIP and SigLIP towers as they are; leave --export out."
-        )
-
-
-def export_clip_tower(folder: Path) -> None:
-    """Name the Chinese-CLIP tower of a merged model as the CLIP tower it is. Tensors and processor stay as they are."""
-    config = read_json(folder / "config.json")
-    config["vision_config"]["model_type"] = CLIP
-    write_json(folder / "config.json", config)
 
 
 def _check_lora_kind(config: LoraConfig, folder: Path) -> None:

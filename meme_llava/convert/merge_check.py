@@ -1,4 +1,4 @@
-"""The proofs that a merged model answers like base + adapter, also where memory is short, and an export sees alike."""
+"""The proof that a merged model answers like base + adapter, also where memory is short."""
 
 import contextlib
 import gc
@@ -10,9 +10,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
-    AutoImageProcessor,
-    ChineseCLIPVisionModel,
-    CLIPVisionModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
@@ -32,9 +29,8 @@ from meme_llava.model.llava import (
     load_processing,
     make_empty_model,
     open_llava_tensors,
-    to_disk_name,
 )
-from meme_llava.model.loading import LOCALLY, load_strictly, quiet_transformers
+from meme_llava.model.loading import load_strictly
 from meme_llava.model.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights, report_layers
 from meme_llava.model.trainable import PEFT_PREFIX, add_adapter, apply_trained_weights
 from meme_llava.storage.tensor_files import StoredTensor
@@ -51,8 +47,6 @@ VERIFIED_NEW_TOKENS = 32
 # Offloaded, each token reads the whole model from the disk again.
 OFFLOADED_NEW_TOKENS = 4
 SAMPLES = DATA / "annotations.json"
-SAMPLE_IMAGES = DATA / "images"
-COMPARED_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -241,40 +235,3 @@ def _compare(model: nn.Module, expected: list[Generation]) -> tuple[float, int]:
         difference = max(difference, (logits.float() - reply.logits).abs().max().item())
         same += torch.equal(logits.argmax(dim=-1), reply.tokens)
     return difference, same
-
-
-@torch.inference_mode()
-def verify_exported(base_folder: Path, folder: Path) -> list[tuple[str, str]]:
-    """Compare what the exported directory sees with what the model was trained to see, on sample memes.
-
-    Pixels: the exported image processor, as transformers loads it, against training's own. Features: CLIP's tower
-    against Chinese-CLIP's, both with the exported weights, after every layer.
-
-    Returns (check, finding) rows. Raises UserError where a pixel or a feature differs in a single bit.
-    """
-    policy = load_processing(base_folder).image_policy
-    with quiet_transformers():
-        image_processor = AutoImageProcessor.from_pretrained(folder, **LOCALLY)
-    images = [open_image(path) for path in sorted(SAMPLE_IMAGES.iterdir())[:COMPARED_IMAGES]]
-    trained_pixels = torch.stack([to_pixel_values(image, policy) for image in images])  # (images, 3, size, size)
-    exported_pixels = image_processor(images, return_tensors="pt")["pixel_values"]
-    if not torch.equal(trained_pixels, exported_pixels):
-        raise UserError(f"{folder}: its image processor gives other pixels than training; report this as a bug")
-    trained = _list_hidden_states(ChineseCLIPVisionModel, base_folder, folder, trained_pixels)
-    exported = _list_hidden_states(CLIPVisionModel, folder, folder, exported_pixels)
-    if len(trained) != len(exported) or not all(map(torch.equal, trained, exported)):
-        raise UserError(f"{folder}: CLIP's tower gives other features than Chinese-CLIP's; report this as a bug")
-    return [
-        ("export: pixel values", f"same bits on {len(images)} sample memes"),
-        ("export: vision features", f"same bits after each of {len(exported) - 1} layers"),
-    ]
-
-
-def _list_hidden_states(
-    model_class: type, config_folder: Path, weights_folder: Path, pixel_values: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    config = LlavaConfig.from_pretrained(config_folder, local_files_only=True).vision_config
-    tensors = open_llava_tensors(weights_folder)
-    tower = make_empty_model(model_class, config)
-    tower = offload_weights(tower, lambda name: tensors[to_disk_name(f"model.vision_tower.{name}")].load())
-    return tower(pixel_values, output_hidden_states=True).hidden_states  # layers + 1 of (images, positions, hidden)

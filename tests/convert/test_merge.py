@@ -23,8 +23,8 @@ from transformers import (
 import build_base_model
 import merge_lora
 import train
+from meme_llava.convert import export_clip, merge_check
 from meme_llava.convert import merge as merging
-from meme_llava.convert import merge_check
 from meme_llava.convert.merge import TrainedWeights
 from meme_llava.dataset.collator import to_pixel_values
 from meme_llava.dataset.images import open_image
@@ -579,7 +579,7 @@ def test_a_wrong_replacement_is_noticed_layer_by_layer_too(trained_full, tmp_pat
 
 def test_no_verify_writes_the_same_files_without_checks(trained, merged, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("meme_llava.convert.merge_check.verify_merged", None)
-    monkeypatch.setattr("meme_llava.convert.merge_check.verify_exported", None)
+    monkeypatch.setattr("meme_llava.convert.export_clip.verify", None)
     out = tmp_path / "out"
     merge(["--adapter", str(trained), "--output_dir", str(out), "--no_verify"])
     printed = capsys.readouterr().out
@@ -867,17 +867,17 @@ def test_an_export_that_sees_something_else_is_an_error(trained, tmp_path, monke
             pixels = to_pixel_values(image, policy)
             return pixels.nextafter(torch.tensor(9.0))
 
-        monkeypatch.setattr(merge_check, "to_pixel_values", nudge)
+        monkeypatch.setattr(export_clip, "to_pixel_values", nudge)
     else:
-        export_tower = merging.export_clip_tower
+        write = export_clip.write
 
         def export_wrongly(folder):
-            export_tower(folder)
+            write(folder)
             config = json.loads((folder / "config.json").read_text())
             config["vision_config"]["hidden_act"] = "gelu"
             (folder / "config.json").write_text(json.dumps(config))
 
-        monkeypatch.setattr(merging, "export_clip_tower", export_wrongly)
+        monkeypatch.setattr(export_clip, "write", export_wrongly)
     error = fail(capsys, "--adapter", trained, "--output_dir", tmp_path / "out", "--export", "clip")
     assert f"gives other {part if part == 'features' else 'pixels'} than" in error
     assert list(tmp_path.iterdir()) == []
