@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     # Torch takes seconds to load; a wrong flag is answered before.
     import torch
 
-    from meme_llava.convert import export_clip
+    from meme_llava.convert import export_clip, export_gguf
     from meme_llava.convert.merge import TrainedWeights, write_merged
     from meme_llava.convert.merge_check import verify_merged
     from meme_llava.storage.fingerprint import find_base, fingerprint_folder
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     check_output_dir(arguments.output_dir, arguments.overwrite)
     base_folder = find_base(arguments.adapter, arguments.base_model)
     check_apart(arguments.output_dir, {"adapter": arguments.adapter, "base model": base_folder})
-    export = {"clip": export_clip}.get(arguments.export)
+    export = {"clip": export_clip, "gguf": export_gguf}.get(arguments.export)
     if export:
         export.check_base(base_folder)
     trained = TrainedWeights.read(arguments.adapter)

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LANGUAGE_DIMENSIONS, VISION_DIMENSIONS, reseal
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, CLIPConfig, CLIPModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    SiglipConfig,
+    SiglipModel,
+)
 
 import build_base_model
 import merge_lora
@@ -116,6 +124,11 @@ def make_clip(folder, size=28):
     model = CLIPModel(CLIPConfig(vision_config=vision, text_config=TEXT_TOWER, projection_dim=8))
     model.save_pretrained(folder)
     return model
+
+
+def make_siglip(folder, size=28):
+    vision = {**VISION_DIMENSIONS, "image_size": size, "patch_size": 14}
+    SiglipModel(SiglipConfig(vision_config=vision, text_config=TEXT_TOWER)).save_pretrained(folder)
 
 
 def run_and_read_error(capsys, *arguments, code=2):

@@ -38,11 +38,12 @@ MAKING = tuple(
     for name in ("draw_memes", "draw_lessons", "prepare_towers", "train_towers", "write_towers")
 )
 BENCHMARKS = tuple(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("benchmarks/*.py")))
-# Flags of tests/run.sh, pip, docker, tensorboard, mlflow, transformers and vllm serve, hf download, git clone, data.
+# Flags of tests/run.sh, pip, docker, tensorboard, mlflow, three servers, hf download, git clone, data.
 FOREIGN_FLAGS = {
     *("--help", "--all", "--check", "--index-url", "--ipc", "--shm-size"),
     *("--logdir", "--backend-store-uri"),
     *("--host", "--port", "--chat-template-kwargs", "--chat-template-content-format", "--max-model-len"),
+    *("--mmproj", "--chat-template"),
     *("--repo-type", "--local-dir", "--exclude", "--depth"),
     "--gpus-per-node",
 }
@@ -334,6 +335,7 @@ def test_other_commands_are_known():
         "source .venv/bin/activate",
         "pip install -r data/requirements.txt",
         "pip install -r requirements.txt",
+        "pip install -r configs/requirements/gguf.txt",
         "pip install -r configs/requirements/other_models.txt",
         "pip install -r configs/requirements/trackers.txt",
         "pip install -r requirements.txt -r configs/requirements/demo.txt",
@@ -354,6 +356,9 @@ def test_other_commands_are_known():
         "--chat-template-kwargs '{\"sanitize_control_tokens\": true}'",
         "vllm serve output/served --host 127.0.0.1 --port 8000 --dtype bfloat16 --max-model-len 4096 "
         "--chat-template-content-format openai",
+        "llama-server -m output/served/language.gguf --mmproj output/served/mmproj.gguf --host 127.0.0.1 --port 8000",
+        "ollama create memes -f output/served/Modelfile",
+        "ollama run memes '这张表情包写了什么，是什么意思？ data/images/meme_000000.jpg'",
     }
 
 

@@ -33,8 +33,9 @@ class MergeArguments:
     output_dir: Path = setting("where the standalone model goes")
     dtype: Literal["float16", "bfloat16", "float32"] = setting("how it is stored", "float16")
     base_model: Path | None = setting("the base model, only if it moved since training", None)
-    export: Literal["none", "clip"] = setting(
-        "clip: name a Chinese-CLIP tower as the CLIP tower it is, for serving engines", "none"
+    export: Literal["none", "clip", "gguf"] = setting(
+        "clip: name a Chinese-CLIP tower as the CLIP tower it is, for vLLM; gguf: add files for llama.cpp and Ollama",
+        "none",
     )
     max_shard_size: str = setting(SHARD_HELP, "5GB", expected=SHARD_SIZE)
     verify: bool = setting("compare the merged model with base + adapter", True)

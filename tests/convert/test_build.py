@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import LANGUAGE_DIMENSIONS, SHARED_DATA, VISION_DIMENSIONS
-from conversions import BASE_FILES, TEXT_TOWER, Bars, build, make_clip, run_and_read_error, save_language_model
+from conftest import LANGUAGE_DIMENSIONS, SHARED_DATA
+from conversions import BASE_FILES, Bars, build, make_clip, make_siglip, run_and_read_error, save_language_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import (
@@ -23,8 +23,6 @@ from transformers import (
     LlavaForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
-    SiglipConfig,
-    SiglipModel,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -223,11 +221,6 @@ def test_a_model_without_begin_and_end_tokens_gets_zero_rows(world, tmp_path):
     base = build(tmp_path / "llama", world.vision_tower, tmp_path / "base")
     embedding = load_file(base / "model.safetensors")["language_model.model.embed_tokens.weight"]
     assert embedding[rows:].count_nonzero() == 0 and len(embedding) > rows + 3
-
-
-def make_siglip(folder):
-    vision = {**VISION_DIMENSIONS, "image_size": 28, "patch_size": 14}
-    SiglipModel(SiglipConfig(vision_config=vision, text_config=TEXT_TOWER)).save_pretrained(folder)
 
 
 @pytest.mark.parametrize(
