@@ -158,7 +158,8 @@ def _describe(folder: Path) -> list[GgufFile]:
             vision[number] = stored, dtype
         else:
             vision[_rename(vision_names, name)] = stored, dtype
-    kind = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}[WRITTEN_DTYPES[text.dtype]]
+    # All tensors of a merged model have one dtype.
+    kind = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}[WRITTEN_DTYPES[stored.dtype]]
     shared = {
         "general.file_type": int(gguf.LlamaFileType[kind]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
