@@ -109,41 +109,44 @@ def choose_engine(name: str, processes: int, on_gpu: bool, muon_lr: float | None
     """
     if name == AUTO:
         name = SINGLE if processes == 1 else "zero2" if on_gpu else DDP
-    check_engine_name(name)
+    engine = read_engine(name)
     if name == SINGLE and processes > 1:
         raise UserError(f"--engine {SINGLE} is for one process, and there are {processes}; choose another")
-    path = list_engines()[name]
-    if path is None:
+    if engine.path is None:
         # Copies on one device are one copy.
-        return Engine(SINGLE, SINGLE) if processes == 1 else Engine(name, name)
-    kind = path.parent.name
-    if kind == FSDP and processes == 1:
+        return Engine(SINGLE, SINGLE) if processes == 1 else engine
+    if engine.kind == FSDP and processes == 1:
         raise UserError(f"--engine {name} divides state among several processes, and there is one; choose {SINGLE}")
     if muon_lr is not None:
         raise UserError(
             f"--muon_lr: Muon needs whole matrices, and --engine {name} divides them; pass --engine single or ddp, or "
             "leave --muon_lr out"
         )
-    return Engine(name, kind, path, read_engine(path))
+    return engine
 
 
-def read_engine(path: Path) -> dict:
-    """The content of an engine's file. Raises UserError where it is damaged, or says what it cannot."""
+def read_engine(name: str) -> Engine:
+    """The engine of that name, which is not auto. Raises UserError where there is none, or its file is wrong."""
+    check_engine_name(name)
+    path = list_engines()[name]
+    if path is None:
+        return Engine(name, name)
     config = read_json(path, ENGINE_ADVICE)
+    engine = Engine(name, path.parent.name, path, config)
     for key in ("optimizer", "scheduler"):
         if key in config:
             raise UserError(f"{path}: remove its key {key!r}, which would replace the two learning rates")
-    if path.parent.name == FSDP:
+    if engine.kind == FSDP:
         if config.get("version") != 2:
             raise UserError(f'{path}: expected "version": 2; FSDP1 flattens what learns together with what does not')
-        return config
+        return engine
     check_fields(path, config, {"zero_optimization.stage": int}, ENGINE_ADVICE)
     options = config["zero_optimization"]
     if options["stage"] not in (1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage is {options['stage']}, expected 1, 2 or 3. {ENGINE_ADVICE}")
     offloaded = [name for name in ("offload_optimizer", "offload_param") if options.get(name) is not None]
     check_fields(path, options, dict.fromkeys(offloaded, dict), ENGINE_ADVICE)
-    return config
+    return engine
 
 
 class Heartbeat:

@@ -58,10 +58,10 @@ ACCELERATORS = (
 
 def name_accelerator(name: str) -> Accelerator:
     """The accelerator of a short name such as a800-80gb, or of a device's own. Raises UserError where there is none."""
-    known = {accelerator.name: accelerator for accelerator in ACCELERATORS}
-    accelerator = known.get(name.lower()) or recognise_accelerator(name)
+    known = {accelerator.name.replace("-", ""): accelerator for accelerator in ACCELERATORS}
+    accelerator = known.get(name.lower().replace("-", "")) or recognise_accelerator(name)
     if accelerator is None:
-        names = ", ".join([*known, CPU])
+        names = ", ".join([*(one.name for one in ACCELERATORS), CPU])
         raise UserError(f"--accelerator {name}: no known accelerator; there are {names}. Take the nearest one.")
     return accelerator
 
