@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> None:
         print_table("Compared with base + adapter", ("check", "finding"), checks)
     else:
         print("not compared with base + adapter (--no_verify)")
+    if trained.learned_on_four_bits:
+        print("it learned on a base in four bits (--load_in_4bit) and was merged onto the base as it is stored")
     print(f"standalone model: {arguments.output_dir}")
 
 

@@ -42,11 +42,13 @@ def make_batch(image_token_id: int, records: int = 4) -> dict:
     return PackingCollator(image_token_id, TOKENS_PER_IMAGE, IMAGE_SIZE)(examples[:records])
 
 
-def load_prepared(world, **changes):
-    """The tiny world's model as train.py prepares it, in float32, without dropout; LoRA is no longer at its start."""
+def load_prepared(world, four_bit_on=None, change=lambda model: None, **changes):
+    """The tiny world's model as train.py prepares it, in float32, without dropout; LoRA is no longer at its start.
+    `change` is done to the base before."""
     flags = train_flags(world, world.folder / "unused", **{"lora_dropout": 0.0, **changes})
     processing = load_processing(world.base)
-    model = load_packed_llava(world.base, torch.float32, processing.image_policy, SDPA)
+    model = load_packed_llava(world.base, torch.float32, processing.image_policy, SDPA, four_bit_on=four_bit_on)
+    change(model)
     model = prepare_trainable(model, parse_train_arguments(flags, description=""), seed=0).train()
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():

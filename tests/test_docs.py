@@ -338,6 +338,7 @@ def test_other_commands_are_known():
         "pip install -r configs/requirements/gguf.txt",
         "pip install -r configs/requirements/other_models.txt",
         "pip install -r configs/requirements/trackers.txt",
+        "pip install -r configs/requirements/four_bit.txt",
         "pip install -r requirements.txt -r configs/requirements/demo.txt",
         "bash data/tiny/making/pretrain.sh",
         # Downloads, which no test runs.

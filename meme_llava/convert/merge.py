@@ -30,9 +30,10 @@ from meme_llava.terminal import show_bytes
 
 # float32 elements of a piece: a few such pieces fit in a processor's cache.
 PIECE_ELEMENTS = 4_000_000
+MAGNITUDES = "lora_magnitude_vector"  # as peft ends the names of what DoRA adds
+SMALLEST = torch.finfo(torch.float32).tiny  # so that a row of zeros stays one
 # What peft can store and a plain W + scale * B A would get wrong.
 UNMERGED_KINDS = (
-    "use_dora",
     "fan_in_fan_out",
     "lora_bias",
     "layer_replication",
@@ -58,11 +59,13 @@ COPIED_FILES = (
 
 @dataclass(frozen=True)
 class LoraPair:
-    """The two matrices in the adapter's file, A (r, in) and B (out, r), and the factor of their product."""
+    """The two matrices in the adapter's file, A (r, in) and B (out, r), the factor of their product, and for DoRA the
+    lengths (out,) that the rows of W + scale * B A get (https://arxiv.org/abs/2402.09353)."""
 
     first: StoredTensor
     second: StoredTensor
     scale: float
+    magnitudes: StoredTensor | None = None
 
 
 @dataclass
@@ -78,7 +81,12 @@ class TrainedWeights:
     lora: dict[str, LoraPair]
     replaced: dict[str, StoredTensor]
     used: Counter = field(default_factory=Counter)  # tensors of base and adapter
-    relative_change: dict[str, float] = field(default_factory=dict)  # |scale * B A| / |W|, Frobenius norms
+    relative_change: dict[str, float] = field(default_factory=dict)  # |merged - W| / |W|, Frobenius norms
+
+    @property
+    def learned_on_four_bits(self) -> bool:
+        """Whether the base's language model stood in four bits while this was learned."""
+        return self.run_record["settings"].get("load_in_4bit") is True
 
     @classmethod
     def read(cls, folder: Path) -> "TrainedWeights":
@@ -108,7 +116,13 @@ class TrainedWeights:
                 if second is None:
                     raise UserError(f"{path}: {module} has lora_A but no lora_B")
                 scale = _find_scale(config, module, stored.shape[0], path)
-                lora[to_disk_name(f"{module}.weight")] = LoraPair(stored, second, scale)
+                magnitudes = tensors.get(name.removesuffix("lora_A.weight") + MAGNITUDES)
+                if config.use_dora and magnitudes is None:
+                    raise UserError(f"{path}: {module} has lora_A but no {MAGNITUDES}, and {ADAPTER_CONFIG} says DoRA")
+                lora[to_disk_name(f"{module}.weight")] = LoraPair(stored, second, scale, magnitudes)
+            elif config.use_dora and module.endswith(f".{MAGNITUDES}"):
+                if name.removesuffix(MAGNITUDES) + "lora_A.weight" not in tensors:
+                    raise UserError(f"{path}: {name} has no lora_A")
             elif module.endswith(".lora_B.weight"):
                 if name.replace(".lora_B.", ".lora_A.") not in tensors:
                     raise UserError(f"{path}: {name} has no lora_A")
@@ -128,12 +142,15 @@ class TrainedWeights:
             if len(first) != 2 or len(second) != 2 or first[0] != second[1]:
                 raise UserError(f"{name}: lora_A is {first}, lora_B {second}; expected (r, in) and (out, r)")
             shapes[name] = (second[0], first[1])
+            if pair.magnitudes is not None and pair.magnitudes.shape != second[:1]:
+                raise UserError(f"{name}: {MAGNITUDES} is {pair.magnitudes.shape}, expected {second[:1]}")
         for name, shape in shapes.items():
             if base[name].shape != shape:
                 raise UserError(f"{name}: is {base[name].shape} in the base, {shape} in the trained weights")
 
     def merge(self, stored: StoredTensor) -> Iterator[torch.Tensor]:
-        """A tensor of the merged model as float32 pieces in order: W + scale * B A, or what replaces W, or W."""
+        """A tensor of the merged model as float32 pieces in order: W + scale * B A (for DoRA with other lengths of its
+        rows), or what replaces W, or W."""
         self.used[stored] += 1
         if stored.name in self.lora:
             yield from self._merge_lora(stored, self.lora[stored.name])
@@ -144,8 +161,9 @@ class TrainedWeights:
         yield from (piece.float() for piece in stored.make_pieces())
 
     def _merge_lora(self, stored: StoredTensor, pair: LoraPair) -> Iterator[torch.Tensor]:
-        self.used.update([pair.first, pair.second])
-        first, second = pair.first.load(torch.float32), pair.second.load(torch.float32)
+        parts = [part for part in (pair.first, pair.second, pair.magnitudes) if part is not None]
+        self.used.update(parts)
+        first, second, *magnitudes = (part.load(torch.float32) for part in parts)
         rows, columns = stored.shape
         before, change = 0.0, 0.0  # squared norms
         # Equal shares: a last piece of up to three rows would be multiplied by another routine, with other last bits.
@@ -153,10 +171,17 @@ class TrainedWeights:
         for index in range(count):
             piece = slice(rows * index // count, rows * (index + 1) // count)
             weight = stored.map()[piece].float()  # (rows of the piece, in)
-            update = (second[piece] @ first).mul_(pair.scale)  # (rows of the piece, in)
+            merged = (second[piece] @ first).mul_(pair.scale)  # (rows of the piece, in)
             before += torch.linalg.vector_norm(weight).item() ** 2
-            change += torch.linalg.vector_norm(update).item() ** 2
-            yield update.add_(weight)
+            if magnitudes:
+                merged.add_(weight)
+                lengths = torch.linalg.vector_norm(merged, dim=1, keepdim=True).clamp_min(SMALLEST)
+                merged.mul_(magnitudes[0][piece, None] / lengths)
+                change += torch.linalg.vector_norm(merged - weight).item() ** 2
+            else:
+                change += torch.linalg.vector_norm(merged).item() ** 2
+                merged.add_(weight)
+            yield merged
         self.relative_change[stored.name] = math.sqrt(change / max(before, 1e-24))
 
     def check_used(self, base: dict[str, StoredTensor]) -> None:

@@ -8,6 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
     LlavaConfig,
@@ -15,23 +16,28 @@ from transformers import (
 )
 
 from meme_llava import DATA
-from meme_llava.convert.merge import TrainedWeights
+from meme_llava.convert.merge import MAGNITUDES, TrainedWeights
 from meme_llava.dataset.collator import to_pixel_values
 from meme_llava.dataset.findings import RecordFault
 from meme_llava.dataset.images import MAX_PIXELS, open_image, resolve_image_path
 from meme_llava.dataset.records import iterate_values, parse_record
 from meme_llava.errors import UserError
+from meme_llava.model.four_bit import BITSANDBYTES, round_to_four_bit
 from meme_llava.model.llava import (
+    LANGUAGE_MODEL,
     Processing,
     fill_weights,
     find_stored,
+    list_linears,
     load_llava,
     load_processing,
     make_empty_model,
     open_llava_tensors,
+    to_disk_name,
 )
 from meme_llava.model.loading import load_strictly
 from meme_llava.model.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights, report_layers
+from meme_llava.model.packed_attention import find_optional
 from meme_llava.model.trainable import PEFT_PREFIX, add_adapter, apply_trained_weights
 from meme_llava.storage.tensor_files import StoredTensor
 from meme_llava.terminal import show_count
@@ -62,7 +68,9 @@ class Generation:
 def verify_merged(base_folder: Path, trained: TrainedWeights, folder: Path) -> list[tuple[str, str]]:
     """Compare base + trained weights with the merged ones, in float32 and as stored, on records with images.
 
-    Rounding to the stored dtype may turn a close choice of a token: how many answers stay the same is only shown.
+    Rounding to the stored dtype may turn a close choice of a token: how many answers stay the same is only shown. So is
+    how far base + trained weights are from it with the base in four bits, where that is what learned: the merged model
+    is made of the base as it is stored.
 
     Returns:
         (check, finding) rows.
@@ -74,8 +82,10 @@ def verify_merged(base_folder: Path, trained: TrainedWeights, folder: Path) -> l
     processing = load_processing(base_folder)
     prompts, prompts_source = _load_prompts(trained.run_record, processing)
     fits = fits_in_memory(open_llava_tensors(base_folder), torch.float32)
-    # Each token of an answer is a pass of the unmerged model; the other two are given the answer and take one each.
-    passed_layers = len(prompts) * (OFFLOADED_NEW_TOKENS + 2) * processing.config.text_config.num_hidden_layers
+    # Each token of an answer is a pass of the unmerged model; the others are given the answer and take one each.
+    rounds = trained.learned_on_four_bits and find_optional(*BITSANDBYTES)[0] is not None
+    passes = OFFLOADED_NEW_TOKENS + 2 + rounds
+    passed_layers = len(prompts) * passes * processing.config.text_config.num_hidden_layers
     ignore, findings = contextlib.nullcontext(lambda count: None), []
     with ignore if fits else show_count("comparing layers", passed_layers) as advance:
         sources = (base_folder, trained, folder)
@@ -83,10 +93,10 @@ def verify_merged(base_folder: Path, trained: TrainedWeights, folder: Path) -> l
         unmerged, new_tokens = next(models), VERIFIED_NEW_TOKENS if fits else OFFLOADED_NEW_TOKENS
         expected = [_reply(unmerged, prompt, new_tokens, processing) for prompt in prompts]
         del unmerged
-        for _ in range(2):
+        for _ in range(2 + rounds):
             gc.collect()
             findings.append(_compare(next(models), expected))
-    (difference, same), (stored_difference, stored_same) = findings
+    (difference, same), (stored_difference, stored_same), *rounded = findings
     largest = max(reply.logits.abs().max().item() for reply in expected)
     limit, stored_limit = MAX_LOGIT_DIFFERENCE * max(1.0, largest), MAX_STORED_DIFFERENCE * largest
     if not difference <= limit or same < len(prompts):
@@ -100,6 +110,12 @@ def verify_merged(base_folder: Path, trained: TrainedWeights, folder: Path) -> l
             f"{largest:.3g} differ by {stored_difference:.3g} (limit {stored_limit:.2g}), {stored_same} of "
             f"{len(prompts)} answers are the same. Store them with --dtype bfloat16 or float32."
         )
+    rows = [("base in four bits", "not compared: bitsandbytes is not there")] * trained.learned_on_four_bits
+    for rounded_difference, rounded_same in rounded:
+        rows = [
+            ("base in four bits: largest logit difference", f"{rounded_difference:.2e} of {largest:.3g} (no limit)"),
+            ("base in four bits: greedy answers", f"{rounded_same} of {len(prompts)} the same"),
+        ]
     return [
         ("compared on", prompts_source),
         ("the models ran", IN_MEMORY if fits else OFFLOADED),
@@ -108,44 +124,67 @@ def verify_merged(base_folder: Path, trained: TrainedWeights, folder: Path) -> l
         ("float32: greedy answers", "same"),
         ("as stored: largest logit difference", f"{stored_difference:.2e} (limit {stored_limit:.2g})"),
         ("as stored: greedy answers", f"{stored_same} of {len(prompts)} the same"),
+        *rows,
     ]
 
 
 def _load_models(base_folder: Path, trained: TrainedWeights, folder: Path) -> Iterator[nn.Module]:
-    """Base + adapter, merged in float32, and as stored, each loaded when the one before is gone."""
+    """Base + adapter, merged in float32, as stored, and base in four bits + adapter, each loaded when the one before is
+    gone."""
     base = open_llava_tensors(base_folder)
     yield apply_trained_weights(load_llava(base_folder, torch.float32), trained.folder).eval()
     yield fill_weights(_make_empty(base_folder), lambda name: _merge_whole(trained, base[find_stored(base, name)]))
     # What was written is loaded as its readers will load it.
     yield load_strictly(LlavaForConditionalGeneration, folder, dtype=torch.float32)
+    read_rounded = _read_in_four_bits(base_folder)
+    rounded = fill_weights(_make_empty(base_folder), lambda name: read_rounded(base[find_stored(base, name)]))
+    yield apply_trained_weights(rounded, trained.folder).eval()
 
 
 def _offload_models(
     base_folder: Path, trained: TrainedWeights, folder: Path, advance: Callable[[int], None]
 ) -> Iterator[nn.Module]:
-    """The same three models, their weights read module by module."""
+    """The same models, their weights read module by module."""
     base, stored = open_llava_tensors(base_folder), open_llava_tensors(folder)
 
     def offload(model: nn.Module, tensors: dict[str, StoredTensor], load: Callable) -> nn.Module:
         def read(name: str) -> torch.Tensor:
             if ".lora_" in name:
-                return trained.tensors[name.replace(".default.", ".")].load(torch.float32)
+                # peft writes DoRA's magnitudes without an ending.
+                name = name.replace(".default.", ".").replace(f"{MAGNITUDES}.weight", MAGNITUDES)
+                return trained.tensors[name].load(torch.float32)
             # peft moves parameters into wrappers.
             name = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".").replace(MODULES_TO_SAVE, ".")
             return load(tensors[find_stored(tensors, name)])
 
         report_layers(model, advance)
-        return offload_weights(model, read)
+        # DoRA reads the weights of its parts itself.
+        return offload_weights(model, read, [module for module in model.modules() if isinstance(module, LoraLayer)])
 
     def load(tensor: StoredTensor) -> torch.Tensor:
         return tensor.load(torch.float32)
 
-    unmerged = _make_empty(base_folder)
-    if trained.lora:
-        unmerged = add_adapter(unmerged, trained.folder).eval()
-    yield offload(unmerged, base, lambda tensor: load(trained.replaced.get(tensor.name, tensor)))
+    def make_unmerged() -> nn.Module:
+        empty = _make_empty(base_folder)
+        return add_adapter(empty, trained.folder).eval() if trained.lora else empty
+
+    yield offload(make_unmerged(), base, lambda tensor: load(trained.replaced.get(tensor.name, tensor)))
     yield offload(_make_empty(base_folder), base, lambda tensor: _merge_whole(trained, tensor))
     yield offload(_make_empty(base_folder), stored, load)
+    read_rounded = _read_in_four_bits(base_folder)
+    yield offload(make_unmerged(), base, lambda tensor: read_rounded(trained.replaced.get(tensor.name, tensor)))
+
+
+def _read_in_four_bits(base_folder: Path) -> Callable[[StoredTensor], torch.Tensor]:
+    """What reads a tensor of the base as it is, in float32, after those that --load_in_4bit quantises were."""
+    linears = list_linears(_make_empty(base_folder), LANGUAGE_MODEL)
+    quantised = {to_disk_name(f"{name}.weight") for name in linears}
+
+    def read(stored: StoredTensor) -> torch.Tensor:
+        weight = stored.load(torch.float32)
+        return round_to_four_bit(weight) if stored.name in quantised else weight
+
+    return read
 
 
 def _make_empty(base_folder: Path) -> nn.Module:

@@ -13,6 +13,7 @@ from peft.tuners import lora
 from torch import nn
 from torch.nn import functional
 
+from meme_llava.model.four_bit import read_weight
 from meme_llava.model.packed_attention import find_optional
 
 # Their forward passes are all the one of `LeanRMSNorm`; others' add one to the weight, or have none.
@@ -58,6 +59,33 @@ class LeanLora(lora.Linear):
         return output.unflatten(0, x.shape[:-1])
 
 
+class LeanDora(LeanLora):
+    """DoRA (https://arxiv.org/abs/2402.09353): LoRA whose every row of W + scale * B A has a length that learns.
+
+    Dropout falls on LoRA's own product, not on the base layer's, which would be computed twice. No matrix of the base
+    layer's size is made, where peft makes one of its width squared.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, width in) to (…, width out)."""
+        output, bias = super().forward(x), self.base_layer.bias
+        factors = self.lora_magnitude_vector[self.adapter].weight / self.measure_rows()  # (width out,)
+        # Half precision is exact near 0; near 1 it would lose what is learned.
+        excess = (factors - 1).to(output.dtype)
+        return torch.addcmul(output, excess, output if bias is None else output - bias.to(output.dtype))
+
+    @torch.no_grad()
+    def measure_rows(self) -> torch.Tensor:
+        """The lengths of the rows of W + scale * B A, float32 (width out); to the gradient they are constants."""
+        weight, scale = read_weight(self.base_layer), self.scaling[self.adapter]
+        first, second = (matrices[self.adapter].weight.float() for matrices in (self.lora_A, self.lora_B))
+        with torch.autocast(weight.device.type, enabled=False):
+            products = (weight @ first.t().to(weight.dtype)).float()  # (width out, rank)
+            squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+            squares += (second * (2 * scale * products + scale**2 * (second @ (first @ first.t())))).sum(1)
+        return squares.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+
 def use_lean_norms(model: nn.Module) -> None:
     """Let every norm of a language model that is of a known kind compute as `LeanRMSNorm` does."""
     for module in model.modules():
@@ -71,12 +99,16 @@ def _make_lean(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def use_lean_lora(model: nn.Module) -> None:
-    """Let every linear layer with LoRA of a model that trains compute as `LeanLora` does."""
+    """Let every linear layer with LoRA of a model that begins to train compute as `LeanLora` or `LeanDora` does."""
     for module in model.modules():
-        if isinstance(module, lora.Linear):
-            module.__class__ = LeanLora
-            for matrix in module.lora_B.values():
-                matrix.__class__ = AddingLinear
+        if not isinstance(module, lora.LoraLayer):
+            continue
+        is_dora = bool(module.lora_magnitude_vector)
+        module.__class__ = LeanDora if is_dora else LeanLora
+        module.lora_B[LeanLora.adapter].__class__ = AddingLinear
+        if is_dora and not module.base_layer.weight.is_meta:
+            # peft measures in the base layer's dtype; in bfloat16 rows would begin with other lengths.
+            module.lora_magnitude_vector[LeanLora.adapter].weight.data = module.measure_rows()
 
 
 def find_liger(model_type: str) -> tuple[bool, str]:

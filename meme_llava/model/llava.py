@@ -21,6 +21,7 @@ from transformers import AutoProcessor, GenerationConfig, LlavaConfig, LlavaForC
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, ConversationEncoder
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.errors import UserError
+from meme_llava.model.four_bit import use_four_bit
 from meme_llava.model.loading import LOCALLY, NO_CODE, explain_unloadable, quiet_transformers
 from meme_llava.storage.json_files import DAMAGED, read_json
 from meme_llava.storage.run_record import check_not_unfinished, holds_trained_weights
@@ -65,6 +66,15 @@ def role_of(name: str) -> str:
     if "lm_head" in parts:
         return LANGUAGE_MODEL
     raise ValueError(f"{name!r} belongs to no part of a LLaVA")
+
+
+def list_linears(model: nn.Module, role: str) -> dict[str, nn.Linear]:
+    """The linear layers of a role's transformer layers, by name: not the language model's head."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in name and role_of(name) == role
+    }
 
 
 def has_class_token(vision_config) -> bool:
@@ -206,10 +216,14 @@ def make_empty_model(model_class, config, dtype: torch.dtype = torch.float32) ->
         return make(config, dtype=dtype).eval().requires_grad_(False)
 
 
-def fill_weights(model: nn.Module, read: Callable[[str], torch.Tensor]) -> nn.Module:
-    """Give an empty model its parameters; `read` gives one by its name in `model`, in any float dtype."""
+def fill_weights(
+    model: nn.Module, read: Callable[[str], torch.Tensor], devices: Mapping[str, torch.device] | None = None
+) -> nn.Module:
+    """Give an empty model its parameters; `read` gives one by its name in `model`, in any float dtype. They stand in
+    main memory, but for those that `devices` names."""
     for name, _ in list(model.named_parameters()):
-        set_module_tensor_to_device(model, name, "cpu", value=read(name))
+        device = (devices or {}).get(name, "cpu")
+        set_module_tensor_to_device(model, name, device, value=read(name), clear_cache=False)
     model.tie_weights()
     return model
 
@@ -219,13 +233,15 @@ def load_llava(
     dtype: torch.dtype,
     model_class: type[LlavaForConditionalGeneration] = LlavaForConditionalGeneration,
     maps_weights: bool = False,
+    four_bit_on: torch.device | None = None,
 ) -> LlavaForConditionalGeneration:
     """Load a LLaVA, such as build_base_model.py and merge_lora.py write, in `dtype`, on the CPU; `model_class` may be
     another one with the same parameters. Raises UserError where a tensor is missing, unexpected, or of another shape.
 
     Every tensor is read and converted on its own, so that loading takes no more memory than the model; and next to none
     with `maps_weights`, for a model that goes to another device at once: weights stored in `dtype` stay in their file
-    until then, where all processes of a machine share them.
+    until then, where all processes of a machine share them. With `four_bit_on`, the linear layers of the language model
+    are quantised to four bits there, each as it is read.
     """
     check_llava_folder(folder)
     with explain_unloadable(folder, "cannot be loaded"):
@@ -243,7 +259,10 @@ def load_llava(
         stored = tensors[find_stored(tensors, name)]
         return stored.map() if maps_weights and stored.dtype == dtype else stored.load(dtype)
 
-    return fill_weights(model, read)
+    linears = {} if four_bit_on is None else list_linears(model, LANGUAGE_MODEL)
+    if linears:
+        use_four_bit(model, linears, dtype)
+    return fill_weights(model, read, {f"{name}.weight": four_bit_on for name in linears})
 
 
 def load_processing(folder: Path) -> Processing:

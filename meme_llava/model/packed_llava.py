@@ -112,12 +112,12 @@ class PackedLlava(LlavaForConditionalGeneration):
 
 
 def load_packed_llava(
-    folder: Path, dtype: torch.dtype, image_policy: ImagePolicy, attention: str, maps_weights: bool = False
+    folder: Path, dtype: torch.dtype, image_policy: ImagePolicy, attention: str, **options
 ) -> PackedLlava:
-    """Load a LLaVA folder for training on packed rows, with an attention that `choose_attention` returned;
-    `maps_weights` as in `load_llava`. Raises UserError where a tensor is missing, unexpected or of another shape, or
+    """Load a LLaVA folder for training on packed rows, with an attention that `choose_attention` returned; more
+    `options` are those of `load_llava`. Raises UserError where a tensor is missing, unexpected or of another shape, or
     the model cannot be packed."""
-    model = load_llava(folder, dtype, PackedLlava, maps_weights)
+    model = load_llava(folder, dtype, PackedLlava, **options)
     prepare_packed_llava(model, image_policy, attention, str(folder))
     return model
 

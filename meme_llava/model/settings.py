@@ -22,6 +22,12 @@ class LoraRecipe:
     lora_r: int = setting("rank of the LoRA matrices", expected="greater than 0")
     lora_alpha: float = setting("LoRA updates are scaled by lora_alpha / lora_r", expected="greater than 0")
     lora_dropout: float = setting("dropout in front of the LoRA matrices", 0.05, expected="0 or more and below 1")
+    lora_variant: Literal["lora", "rslora", "dora"] = setting(
+        "rslora: scaled by lora_alpha / sqrt(lora_r); dora: the length of each row of a weight learns by itself", "lora"
+    )
+    load_in_4bit: bool = setting(
+        "keep the language model's frozen linear layers in four bits (QLoRA); needs bitsandbytes", False
+    )
 
     def __post_init__(self) -> None:
         """Stop at values that contradict each other or cannot be meant."""
@@ -34,6 +40,11 @@ class LoraRecipe:
         ):
             if getattr(self, training) == "lora" and not getattr(self, modules):
                 raise UserError(f"--{training} is lora, but --{modules} names no module")
+        if self.load_in_4bit and self.language_model_training == "full":
+            raise UserError(
+                f"--load_in_4bit: the language model learns in full (--train_type {self.train_type}), and weights in "
+                "four bits cannot learn; choose lora or projector, or leave --load_in_4bit out"
+            )
 
     @property
     def uses_lora(self) -> bool:

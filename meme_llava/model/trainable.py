@@ -29,6 +29,7 @@ from meme_llava.model.llava import (
     check_same_names,
     count_used_vision_layers,
     is_unused_vision_parameter,
+    list_linears,
     role_of,
     to_disk_name,
 )
@@ -60,11 +61,12 @@ class ParameterGroup:
 
     def describe(self) -> dict:
         """What the run record keeps of the group."""
-        is_lora = any("lora_" in name for name in self.names)
-        matrices = "matrices by Muon" if self.uses_muon else "matrices"
+        kind = "vectors" if self.parameters[0].dim() < 2 else "matrices by Muon" if self.uses_muon else "matrices"
+        if any("lora_" in name for name in self.names):
+            kind = "LoRA" if kind == "matrices" else "DoRA magnitudes"
         return {
             "role": self.role,
-            "kind": "LoRA" if is_lora else "vectors" if self.parameters[0].dim() < 2 else matrices,
+            "kind": kind,
             "tensors": len(self.names),
             "parameters": sum(parameter.numel() for parameter in self.parameters),
             "learning_rate": self.learning_rate,
@@ -88,6 +90,8 @@ def prepare_trainable(model: nn.Module, recipe: LoraRecipe, seed: int) -> nn.Mod
             r=recipe.lora_r,
             lora_alpha=recipe.lora_alpha,
             lora_dropout=recipe.lora_dropout,
+            use_rslora=recipe.lora_variant == "rslora",
+            use_dora=recipe.lora_variant == "dora",
             target_modules=_to_pattern(targets),
             modules_to_save=[PROJECTOR],
         )
@@ -115,14 +119,7 @@ def find_lora_targets(model: nn.Module, recipe: LoraRecipe) -> list[str]:
         (VISION_TOWER, recipe.vision_tower_training, recipe.lora_vision_modules),
         (LANGUAGE_MODEL, recipe.language_model_training, recipe.lora_language_modules),
     ):
-        linear = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear)
-            and ".layers." in name
-            and role_of(name) == role
-            and not is_unused_vision_parameter(name, model.config)
-        ]
+        linear = [name for name in list_linears(model, role) if not is_unused_vision_parameter(name, model.config)]
         for leaf_name in leaf_names if training == "lora" else ():
             matches = [name for name in linear if name.endswith(f".{leaf_name}")]
             if not matches:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -171,6 +172,8 @@ def plan_computation(
     parts = [f"computes in {precision}", describe_rows(config.text_config) or f"attention {attention}"]
     if on_gpu and attention == VARLEN and (why := find_flash_attention()[1]):
         parts.append(f"flash-attn is installed and cannot be loaded ({why})")
+    if arguments.load_in_4bit:
+        parts.append(f"language model's linear layers in four bits by bitsandbytes {version('bitsandbytes')}")
     # A compiler makes kernels of its own.
     if on_gpu and arguments.fused_kernels == "auto" and not arguments.torch_compile:
         uses_liger, words = find_liger(config.text_config.model_type)
@@ -203,12 +206,12 @@ def bound_memory(arguments: TrainArguments, config, batch: Mapping) -> int:
 
 def prepare_model(plan: RunPlan, computation: Computation, uses_bf16: bool, device: torch.device) -> nn.Module:
     """The base with what is trainable, as it is at the start point, and how its layers compute; in main memory, from
-    where it goes to `device`."""
+    where it goes to `device`, but for layers in four bits, which are there already."""
     arguments = plan.arguments
     # bf16, half the memory, where training computes in it; what is trainable becomes float32.
     dtype = torch.bfloat16 if uses_bf16 else torch.float32
-    policy, maps_weights = plan.processing.image_policy, device.type == "cuda"
-    model = load_packed_llava(arguments.model, dtype, policy, computation.attention, maps_weights)
+    options = {"maps_weights": device.type == "cuda", "four_bit_on": device if arguments.load_in_4bit else None}
+    model = load_packed_llava(arguments.model, dtype, plan.processing.image_policy, computation.attention, **options)
     if computation.uses_liger:
         use_liger(model.model.language_model)
     model = prepare_trainable(model, arguments, arguments.seed)

@@ -11,6 +11,7 @@ from meme_llava.distributed.environment import Engine, is_local_main_process
 from meme_llava.distributed.processes import broadcast_from_main, gather
 from meme_llava.errors import CheckpointError, UserError, count
 from meme_llava.model.llava import Processing, load_processing
+from meme_llava.model.packing import find_obstacle
 from meme_llava.storage.files import hash_file
 from meme_llava.storage.fingerprint import check_weights, identify_weights
 from meme_llava.storage.run_record import (
@@ -160,7 +161,13 @@ def outline_run(
     data: LoadedData,
 ) -> RunPlan:
     """The plan of a run without its facts, for which every weight of the base would be read. Raises UserError where the
-    batches do not divide or warmup fills the run."""
+    batches do not divide, warmup fills the run, or the language model is not for four bits."""
+    obstacle = find_obstacle(processing.config.text_config)
+    if arguments.load_in_4bit and obstacle:
+        raise UserError(
+            f"--load_in_4bit: the language model of {arguments.model} has {obstacle}, and layers beside attention and "
+            "MLP are not known to work in four bits; leave --load_in_4bit out, or take one such as Qwen2 or Llama"
+        )
     accumulation = derive_accumulation(arguments, processes)
     steps, warmup_steps = count_steps(arguments, len(data.dataset), start.step, start.records)
     return RunPlan(arguments, engine, processes, start, processing, data, steps, warmup_steps, accumulation)

@@ -33,6 +33,7 @@ from meme_llava.distributed.processes import (
     take_own_gpu,
 )
 from meme_llava.errors import NonFiniteError, OutOfMemoryError, UserError, count, first_line
+from meme_llava.model.four_bit import check_four_bit
 from meme_llava.model.packed_attention import choose_attention, gpu_multiplies_bf16, multiplies_bf16
 from meme_llava.train.settings import TrainArguments
 
@@ -71,6 +72,8 @@ def check_device(arguments: TrainArguments) -> None:
     choose_attention(arguments.attention, device, choose_bf16(arguments))
     if arguments.torch_compile:
         check_compiler(device)
+    if arguments.load_in_4bit:
+        check_four_bit(device)
 
 
 def check_compiler(device: torch.device) -> None:

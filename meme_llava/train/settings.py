@@ -21,7 +21,7 @@ from meme_llava.cli import list_free_settings, make_parser, refuse_repeated_keys
 from meme_llava.dataset.findings import RecordPolicy
 from meme_llava.dataset.sampling import BatchSettings
 from meme_llava.dataset.user_files import read_text
-from meme_llava.distributed.environment import check_engine_name
+from meme_llava.distributed.environment import AUTO, read_engine
 from meme_llava.errors import UserError, first_line
 from meme_llava.model.accelerators import CPU, name_accelerator
 from meme_llava.model.settings import LearningRates, LoraRecipe
@@ -120,9 +120,27 @@ class TrainArguments(RecordPolicy, LoraRecipe, LearningRates, BatchSettings, Run
         """Stop at values that contradict each other or cannot be meant."""
         LoraRecipe.__post_init__(self)  # which holds the values of all fields against what they expect
         RecordPolicy.__post_init__(self)
-        check_engine_name(self.engine)
+        self._check_engine()
         self._check_training()
         self._check_companions()
+
+    def _check_engine(self) -> None:
+        """Stop at an engine that divides weights which must be whole, or at a compiler that cannot read them."""
+        if self.load_in_4bit and self.torch_compile:
+            raise UserError("--load_in_4bit and --torch_compile: layers in four bits do not compile; leave one out")
+        engine = None if self.engine == AUTO else read_engine(self.engine)
+        if engine is not None and engine.shards_weights and (flag := self.whole_weights_for):
+            raise UserError(
+                f"{flag} needs whole weights on every device, and --engine {self.engine} divides them; choose single, "
+                f"ddp or zero2, or leave {flag} out"
+            )
+
+    @property
+    def whole_weights_for(self) -> str:
+        """The flag for which no engine may divide the weights; empty where there is none."""
+        if self.load_in_4bit:
+            return "--load_in_4bit"
+        return "--lora_variant dora" if self.uses_lora and self.lora_variant == "dora" else ""
 
     def _check_training(self) -> None:
         """Stop at a length, an optimizer or trackers that cannot be meant."""
@@ -162,7 +180,7 @@ class TrainArguments(RecordPolicy, LoraRecipe, LearningRates, BatchSettings, Run
 
     def list_unused(self) -> list[str]:
         """Settings that this train type does not use, so that none is without effect in silence."""
-        unused = [] if self.uses_lora else ["lora_r", "lora_alpha", "lora_dropout"]
+        unused = [] if self.uses_lora else ["lora_r", "lora_alpha", "lora_dropout", "lora_variant"]
         if self.vision_tower_training == self.language_model_training == "frozen":
             unused.append("low_lr")
         if self.vision_tower_training != "lora":

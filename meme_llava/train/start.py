@@ -19,7 +19,7 @@ LEFTOVERS = {QUARANTINE, ANSWERS, *FOLDERS.values()}
 PLACES = {"model", "annotations", "image_folder", "output_dir", "projector_from"}
 # Settings that decide which tensors learn; no permission lets a checkpoint fit others.
 FIXED_SETTINGS = {
-    *("train_type", "lora_r", "vision_tower_training", "language_model_training"),
+    *("train_type", "lora_r", "lora_variant", "vision_tower_training", "language_model_training"),
     *("lora_vision_modules", "lora_language_modules"),
 }
 # What a run record must hold for its checkpoint to be continued.
@@ -123,7 +123,8 @@ def check_continues(start: StartPoint, ours: dict, allow_changes: bool) -> list[
             f"{start.checkpoint} has done {theirs['step']} steps, and this run is to have {steps}; raise "
             "--num_train_epochs or --max_steps, or continue an earlier checkpoint"
         )
-    if fixed := [text for name, text in changed.items() if name in FIXED_SETTINGS]:
+    # A setting that came later than the checkpoint decided nothing there.
+    if fixed := [text for name, text in changed.items() if name in FIXED_SETTINGS & settings.keys()]:
         raise CheckpointError(
             f"{start.checkpoint} cannot be continued: {'; '.join(fixed)}. Other tensors would learn; start again in "
             "another --output_dir (OUTPUT_DIR)."

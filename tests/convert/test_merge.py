@@ -417,7 +417,7 @@ def test_a_value_that_float16_cannot_hold_names_its_tensor(trained, tmp_path, ca
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("use_dora", True, "uses use_dora"),
+        ("lora_bias", True, "uses lora_bias"),
         # It changes the base before training, so the stored base is another one.
         ("init_lora_weights", "pissa_niter_4", "uses init_lora_weights=pissa_niter_4"),
     ],
@@ -607,7 +607,10 @@ def make_adapter(world, trained, folder, **settings):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.normal_(std=0.1 if "lora_" in name else 0.02)
+                if "magnitude" in name:  # lengths of rows
+                    parameter.mul_(torch.rand_like(parameter).add_(0.5))
+                else:
+                    parameter.normal_(std=0.1 if "lora_" in name else 0.02)
     save_trained_weights(model, folder)
     record = json.loads((trained / "run_record.json").read_text())
     record["parameter_groups"] = [{"role": "all", "tensors": len(load_file(folder / "adapter_model.safetensors"))}]
@@ -641,6 +644,10 @@ def make_adapter(world, trained, folder, **settings):
             [8 / 3, 4.0, 6.0],
             id="all",
         ),
+        pytest.param({"use_dora": True}, [2.0], id="dora", marks=pytest.mark.long),
+        pytest.param(
+            {"use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 9}}, [8 / 3, 4.0], id="all, dora"
+        ),
     ],
 )
 def test_adapters_of_pefts_own_kinds_merge_as_peft_merges_them(world, trained, tmp_path, settings, scales):
@@ -670,9 +677,31 @@ def test_a_rank_that_the_config_does_not_know_is_refused(world, trained, tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors, name: tensors.pop(name),
+            "has lora_A but no lora_magnitude_vector, and adapter_config.json says",
+        ),
+        (lambda tensors, name: tensors.update({name: torch.ones(3)}), "lora_magnitude_vector is (3,), expected (32,)"),
+        (lambda tensors, name: tensors.update({f"x.{name}": torch.ones(3)}), "has no lora_A"),
+    ],
+)
+def test_a_dora_adapter_without_its_parts_is_refused(world, trained, tmp_path, capsys, change, message):
+    make_adapter(world, trained, tmp_path / "adapter", use_dora=True)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors, next(name for name in tensors if name.endswith("q_proj.lora_magnitude_vector")))
+    save_file(tensors, path)
+    record = json.loads((tmp_path / "adapter" / "run_record.json").read_text())
+    record["parameter_groups"][0]["tensors"] = len(tensors)
+    (tmp_path / "adapter" / "run_record.json").write_text(json.dumps(record))
+    assert message in fail(capsys, "--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_dora": True}, "uses use_dora"),
         ({"bias": "lora_only"}, "uses bias"),
         ({"lora_bias": True}, "uses lora_bias"),
     ],

@@ -12,7 +12,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from meme_llava.model.lean_layers import find_liger, use_lean_lora, use_lean_norms, use_liger
+from meme_llava.model.lean_layers import AddingLinear, find_liger, use_lean_lora, use_lean_norms, use_liger
 from meme_llava.model.packed_attention import find_optional
 
 
@@ -61,6 +61,32 @@ def test_lora_in_float32_on_a_half_precision_base(wants_gradient):
     assert outputs[1].dtype == torch.bfloat16 and torch.allclose(*outputs, atol=3e-2, rtol=2e-2)
     for stock, lean in zip(*gradients, strict=True):
         assert lean.dtype == torch.float32 and torch.allclose(stock, lean, atol=0.2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_dora_computes_what_pefts_does(bias):
+    """Without dropout, which peft also lets fall on the base layer's input."""
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["0"], use_dora=True, use_rslora=True)
+    model = get_peft_model(nn.Sequential(nn.Linear(12, 20, bias=bias)), config)
+    use_lean_lora(model)
+    layer = model.base_model.model[0]
+    lean, stock = type(layer), type(layer).__mro__[2]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter).mul_(0.3))
+
+    def set_kind(kind):
+        layer.__class__ = kind
+        layer.lora_B["default"].__class__ = AddingLinear if kind is lean else nn.Linear
+
+    set_kind(stock)
+    found, expected = run_twice(model, lambda model: set_kind(lean), torch.randn(2, 5, 12))[::-1]
+    assert stock.__module__.startswith("peft.") and expected.keys() == found.keys() and len(found) == 5
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, atol=1e-4, rtol=1e-4), name
+    assert any("magnitude" in name and value.abs().max() > 0.1 for name, value in found.items())
 
 
 @pytest.mark.parametrize("kind", [Qwen2RMSNorm, LlamaRMSNorm])

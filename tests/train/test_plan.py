@@ -276,6 +276,17 @@ def test_a_run_that_does_not_fit_gets_advice_that_was_tried(world, projector_est
     assert "This run does not fit" in capsys.readouterr().out
 
 
+def test_one_device_is_advised_to_take_four_bits(world):
+    whole = make_plan(world, make_machine(1000), gradient_checkpointing="none")
+    change, planned = whole.advice[0]
+    assert change == "--load_in_4bit"
+    assert planned.memory.weights < whole.chosen.memory.weights
+    rounded = make_plan(world, make_machine(1000), gradient_checkpointing="none", load_in_4bit="true")
+    assert rounded.chosen.memory == planned.memory
+    changes = [change for change, _ in rounded.advice]
+    assert "--load_in_4bit" not in changes and not any("zero3" in change for change in changes)
+
+
 @pytest.mark.long
 def test_when_the_state_alone_is_too_much_more_devices_are_tried(world):
     plan = make_plan(world, make_machine(1000), processes=2, global_batch_size=16, gradient_checkpointing="none")

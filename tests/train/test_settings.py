@@ -21,7 +21,7 @@ from meme_llava.train.settings import TrainArguments, free_settings, parse_train
 from meme_llava.train.start import PLACES
 
 REPOSITORY = ROOT
-RECIPES = ["freeze_vision", "full", "lora", "projector"]
+RECIPES = ["freeze_vision", "full", "lora", "projector", "qlora"]
 # What run.sh gives; a command line without it is not complete.
 GIVEN = {
     "model": "base",
@@ -93,6 +93,8 @@ def test_a_complete_command_line_written_out():
         "lora_language_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         "projector_from": None,
         "lora_dropout": 0.05,
+        "lora_variant": "lora",
+        "load_in_4bit": False,
         "warmup_steps": None,
         "lr_scheduler_type": "cosine",
         "muon_lr": None,
@@ -221,7 +223,7 @@ def test_a_value_that_cannot_be_meant_stops_with_its_name(name, value, expected)
 def test_an_unknown_accelerator_stops_before_anything_is_loaded():
     with pytest.raises(UserError, match="^--accelerator a100: no known accelerator; there are a800-80gb, .* Take the"):
         parse("--plan", "--accelerator", "a100")
-    for name in ("a800-80gb", "NVIDIA A100-SXM4-80GB", "CPU"):
+    for name in ("a800-80gb", "NVIDIA A100-SXM4-80GB", "CPU", "rtx4090", "RTX-4090"):
         assert parse("--plan", "--accelerator", name).accelerator == name
 
 
@@ -266,6 +268,7 @@ def test_there_are_exactly_these_recipes():
     "train_type, vision, language",
     [
         ("lora", "lora", "lora"),
+        ("qlora", "lora", "lora"),
         ("projector", "frozen", "frozen"),
         ("freeze_vision", "frozen", "full"),
         ("full", "full", "full"),
@@ -274,20 +277,23 @@ def test_there_are_exactly_these_recipes():
 def test_every_recipe_loads_and_says_what_learns(train_type, vision, language):
     arguments = parse(train_type=train_type)
     assert (arguments.vision_tower_training, arguments.language_model_training) == (vision, language)
-    assert arguments.uses_lora == (train_type == "lora")
-    assert bool(arguments.lora_vision_modules) == bool(arguments.lora_language_modules) == (train_type == "lora")
+    assert arguments.uses_lora == (language == "lora")
+    assert bool(arguments.lora_vision_modules) == bool(arguments.lora_language_modules) == (language == "lora")
+    assert arguments.load_in_4bit == (train_type == "qlora")
+
+
+UNUSED_WITHOUT_LORA = [
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_variant"),
+    *("lora_vision_modules", "lora_language_modules"),
+]
 
 
 @pytest.mark.parametrize(
     "train_type, unused",
     [
         ("lora", []),
-        (
-            "projector",
-            ["lora_r", "lora_alpha", "lora_dropout", "low_lr", "lora_vision_modules", "lora_language_modules"],
-        ),
-        ("freeze_vision", ["lora_r", "lora_alpha", "lora_dropout", "lora_vision_modules", "lora_language_modules"]),
-        ("full", ["lora_r", "lora_alpha", "lora_dropout", "lora_vision_modules", "lora_language_modules"]),
+        ("projector", [*UNUSED_WITHOUT_LORA[:4], "low_lr", *UNUSED_WITHOUT_LORA[4:]]),
+        *((name, UNUSED_WITHOUT_LORA) for name in ("freeze_vision", "full")),
     ],
 )
 def test_settings_without_effect_are_listed(train_type, unused):
@@ -397,7 +403,7 @@ def test_without_a_train_type_only_what_the_user_gives_is_missed():
 def test_an_unknown_train_type_lists_the_known_ones(train_type):
     with pytest.raises(UserError, match=f"^--train_type {re.escape(train_type)}: no such recipe") as caught:
         parse(train_type=train_type)
-    assert str(caught.value).endswith("there are freeze_vision, full, lora, projector")
+    assert str(caught.value).endswith("there are freeze_vision, full, lora, projector, qlora")
 
 
 @pytest.mark.parametrize("vision, language", [("lora", "full"), ("full", "lora")])
@@ -440,6 +446,9 @@ def test_every_train_setting_has_exactly_one_home():
         if field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
     ]
 
+    # What has a default of its own.
+    assert recipes["qlora"].pop("load_in_4bit") is True
+    assert recipes["qlora"] == recipes["lora"]
     # Every recipe answers the same questions, so that none inherits another's answer.
     assert all(set(recipe) == set(in_recipes) for recipe in recipes.values())
     # Either of the two warmup settings may stand alone, so neither is demanded; run.sh gives the published one.
@@ -453,6 +462,7 @@ def test_what_a_continued_run_may_not_change_written_out():
     assert {field.name for field in dataclasses.fields(TrainArguments)} - free_settings() - PLACES == {
         *("train_type", "vision_tower_training", "language_model_training"),
         *("lora_r", "lora_alpha", "lora_dropout", "lora_vision_modules", "lora_language_modules"),
+        *("lora_variant", "load_in_4bit"),
         *("high_lr", "low_lr", "muon_lr", "weight_decay", "max_grad_norm"),
         *("num_train_epochs", "max_steps", "warmup_ratio", "warmup_steps", "lr_scheduler_type"),
         *("global_batch_size", "model_max_length", "loss_average", "shared_images", "seed", "precision"),

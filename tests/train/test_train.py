@@ -406,7 +406,7 @@ def test_resuming_on_other_data_is_refused(world, trained, tmp_path, capsys):
 
 
 def test_wrong_settings_stop_before_the_model_loads(world, trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepared_run, "load_packed_llava", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(prepared_run, "load_packed_llava", lambda *given, **options: pytest.fail("was loaded"))
     out = tmp_path / "out"
 
     def message(**changes):
@@ -415,7 +415,7 @@ def test_wrong_settings_stop_before_the_model_loads(world, trained, tmp_path, mo
     assert "--learning_rate" in fail(capsys, [*train_flags(world, out), "--learning_rate", "1"])
     assert "did you mean --high_lr?" in fail(capsys, [*train_flags(world, out), "--hihg_lr", "1"])
     assert "not a multiple of --device_batch_size 3" in message(device_batch_size=3)
-    assert "no such recipe" in message(train_type="qlora")
+    assert "no such recipe" in message(train_type="galore")
     assert "warmup takes 2 of 2 steps" in message(warmup_steps=2)
     assert "no such model folder" in message(model=tmp_path / "nowhere")
     (tmp_path / "damaged").mkdir()

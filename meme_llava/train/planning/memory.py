@@ -15,6 +15,8 @@ from transformers import LlavaConfig
 
 from meme_llava.dataset.images import ImagePolicy
 from meme_llava.distributed.environment import DDP, DEEPSPEED, FSDP, SINGLE, Engine, choose_engine
+from meme_llava.model.four_bit import count_four_bit_bytes
+from meme_llava.model.llava import LANGUAGE_MODEL, list_linears
 from meme_llava.model.trainable import (
     CheckpointedLayers,
     count_layers,
@@ -190,6 +192,12 @@ class StepEstimator:
         parameters = list(self.model.parameters())
         learning = [parameter for parameter in parameters if parameter.requires_grad]
         weights = sum(parameter.nbytes for parameter in parameters)
+        if self.arguments.load_in_4bit:
+            linears = list_linears(self.model, LANGUAGE_MODEL).values()
+            frozen = [linear.weight for linear in linears if not linear.weight.requires_grad]
+            weights += count_four_bit_bytes(one.numel() for one in frozen) - sum(one.nbytes for one in frozen)
+            # While a layer runs, its weight stands beside in the precision of the step.
+            temporaries += max(one.nbytes for one in frozen)
         adds_in_float32 = self.engine.config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
         gradients = sum(4 * one.numel() if adds_in_float32 else one.nbytes for one in learning)
         trainable = sum(parameter.numel() for parameter in learning)

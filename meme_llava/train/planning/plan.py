@@ -6,7 +6,7 @@ Time is FLOPs over an assumed speed; waiting for data, for other devices and for
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch.utils.benchmark import Timer
@@ -150,7 +150,7 @@ def list_changes(
     estimator: StepEstimator, accelerator: Accelerator, make_batch: Callable[[int], Mapping]
 ) -> Iterator[tuple[str, StepEstimator, str, Accelerator]]:
     """Changes that keep the global batch, each with the step and --gradient_checkpointing and device that it means; in
-    the order of what they ask for: settings, engines that divide more, more devices, larger ones.
+    the order of what they ask for: settings, four bits, engines that divide more, more devices, larger ones.
 
     Args:
         make_batch: the largest batch of the run with only so many of its records.
@@ -171,9 +171,16 @@ def list_changes(
                 yield full + flags, smallest, "full", accelerator
     if accelerator.is_cpu:
         return
-    stages = [stage for stage in (2, 3) if processes > 1 and stage > estimator.stage]
+    can_round = arguments.language_model_training != "full" and not arguments.torch_compile
+    can_round = can_round and not describe_rows(estimator.config.text_config) and not estimator.engine.shards_weights
+    # Several devices can divide the weights without rounding them.
+    if processes == 1 and can_round and not arguments.load_in_4bit:
+        rounded = smallest.with_changes(arguments=replace(arguments, load_in_4bit=True))
+        yield f"--load_in_4bit{flags}", rounded, setting, accelerator
+    most = 2 if arguments.whole_weights_for else 3
+    stages = [stage for stage in (2, 3) if processes > 1 and estimator.stage < stage <= most]
     engines = [(f"--engine zero{stage}", stage, processes) for stage in stages]
-    engines += [(f"{times * processes} GPUs with --engine zero3", 3, times * processes) for times in (2, 4)]
+    engines += [(f"{times * processes} GPUs with --engine zero{most}", most, times * processes) for times in (2, 4)]
     for change, stage, devices in engines:
         if arguments.global_batch_size % (devices * fewest) == 0:
             engine = choose_engine(f"zero{stage}", devices, on_gpu=True)
