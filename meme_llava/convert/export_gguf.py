@@ -24,7 +24,7 @@ from meme_llava.model.llava import (
 )
 from meme_llava.storage.files import write_whole
 from meme_llava.storage.gguf_files import ARCHITECTURE, GgufFile, import_gguf
-from meme_llava.storage.tensor_files import WRITTEN_DTYPES, check_free_space
+from meme_llava.storage.tensor_writer import WRITTEN_DTYPES, check_free_space
 from meme_llava.terminal import show_bytes
 
 LANGUAGE_FILE, VISION_FILE, MODELFILE = "language.gguf", "mmproj.gguf", "Modelfile"

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from meme_llava.errors import UserError
-from meme_llava.storage.tensor_files import WRITTEN_DTYPES, StoredTensor, view_bytes
+from meme_llava.storage.tensor_files import StoredTensor, view_bytes
+from meme_llava.storage.tensor_writer import WRITTEN_DTYPES
 
 ARCHITECTURE = "general.architecture"
 
