@@ -59,7 +59,7 @@ def test_a_checkpoint_goes_on_to_the_last_bit(world, variant, tmp_path):
 def test_it_merges_and_answers_unmerged_as_merged(world, variant, tmp_path, capsys, monkeypatch, offloaded):
     changes, output_dir = variant
     if offloaded:
-        monkeypatch.setattr("meme_llava.model.llava.measure_available_memory", lambda: 0)
+        monkeypatch.setattr("meme_llava.model.offloading.measure_available_memory", lambda: 0)
     merge_lora.main(["--adapter", str(output_dir), "--output_dir", str(tmp_path / "merged"), "--dtype", "float32"])
     said, checks = capsys.readouterr().out, json.loads((tmp_path / "merged" / "run_record.json").read_text())["checks"]
     assert float(checks["float32: largest logit difference"].split()[0]) < 1e-4
