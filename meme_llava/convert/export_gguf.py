@@ -24,10 +24,11 @@ from meme_llava.model.llava import (
 )
 from meme_llava.storage.files import write_whole
 from meme_llava.storage.gguf_files import ARCHITECTURE, GgufFile, import_gguf
-from meme_llava.storage.tensor_writer import WRITTEN_DTYPES, check_free_space
+from meme_llava.storage.tensor_writer import check_free_space
 from meme_llava.terminal import show_bytes
 
 LANGUAGE_FILE, VISION_FILE, MODELFILE = "language.gguf", "mmproj.gguf", "Modelfile"
+FILE_KINDS = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
 TOWERS = ("chinese_clip_vision_model", "clip_vision_model", "siglip_vision_model")
 # How Qwen2 and Qwen3 split text before merges are looked up; llama.cpp has it by the name "qwen2".
 QWEN2_SPLIT = (
@@ -63,9 +64,12 @@ OLLAMA_TEMPLATE = (
     f"{TURN_START}assistant\n"
 )
 CLASS_TOKEN_WARNING = (
-    "warning: llama.cpp puts the class token of CLIP towers in the wrong place, up to b11549 at least "
+    "llama.cpp puts the class token of CLIP towers in the wrong place, up to b11549 at least "
     "(https://github.com/ggml-org/llama.cpp/issues/25814): of 400 answers about data/unseen 344 were the same there, "
     "and 320 were right in place of 342. SigLIP towers are not affected."
+)
+PADDING_WARNING = (
+    "llama.cpp resizes an image before it pads it, and training pads it first: pixels along the image's edges differ"
 )
 
 
@@ -79,8 +83,10 @@ def check_base(base_folder: Path) -> None:
                 f"--export gguf: {what} of {base_folder} is {found!r}, expected {' or '.join(map(repr, expected))}. "
                 "Files for llama.cpp are made of nothing else; leave --export out, docs/serving.md has other servers"
             )
-    if has_class_token(processing.config.vision_config):
-        print(CLASS_TOKEN_WARNING, file=sys.stderr, flush=True)
+    warnings = [CLASS_TOKEN_WARNING] * has_class_token(processing.config.vision_config)
+    warnings += [PADDING_WARNING] * (processing.image_policy.resize == "pad")
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def write(folder: Path) -> None:
@@ -158,8 +164,7 @@ def _describe(folder: Path) -> list[GgufFile]:
             vision[number] = stored, dtype
         else:
             vision[_rename(vision_names, name)] = stored, dtype
-    # All tensors of a merged model have one dtype.
-    kind = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}[WRITTEN_DTYPES[stored.dtype]]
+    kind = FILE_KINDS[next(iter(tensors.values())).dtype]  # all tensors of a merged model have one
     shared = {
         "general.file_type": int(gguf.LlamaFileType[kind]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,

@@ -23,10 +23,7 @@ def import_gguf() -> ModuleType:
     try:
         import gguf
     except ImportError as error:
-        raise UserError(
-            "--export gguf needs the gguf package: pip install -r configs/requirements/gguf.txt (uv environment: uv "
-            "pip install -r …)"
-        ) from error
+        raise UserError("--export gguf needs the package gguf: pip install -r configs/requirements/gguf.txt") from error
     return gguf
 
 

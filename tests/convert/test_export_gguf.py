@@ -164,10 +164,11 @@ def test_ways_to_make_a_square_that_llama_cpp_has_not_are_refused(world, tmp_pat
     assert what.format(base=base) in str(error.value)
 
 
-def test_padding_is_what_llama_cpp_does_without_tiles(world, tmp_path):
+def test_padding_is_what_llama_cpp_does_without_tiles(world, tmp_path, capsys):
     make_clip(tmp_path / "tower")
     base = build(world.language_model, tmp_path / "tower", tmp_path / "base", "--image_policy", "pad")
     export_gguf.check_base(base)
+    assert "\nwarning: llama.cpp resizes an image before it pads it, and training" in capsys.readouterr().err
     export_gguf.write(base)
     assert "clip.vision.image_grid_pinpoints" not in read_settings(base / "mmproj.gguf")
 
@@ -200,7 +201,7 @@ def test_another_language_model_is_refused_before_anything_is_written(world, tmp
 def test_a_missing_package_is_named_before_anything_is_written(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     error = fail(capsys, "--adapter", trained, "--output_dir", tmp_path / "out", "--export", "gguf")
-    assert error.startswith("error: --export gguf needs the gguf package: pip install -r configs/requirements/gguf.txt")
+    assert error.startswith("error: --export gguf needs the package gguf: pip install -r configs/requirements/gguf.txt")
     assert list(tmp_path.iterdir()) == []
 
 
