@@ -22,7 +22,7 @@ from meme_llava.dataset.findings import RecordFault
 from meme_llava.dataset.images import MAX_PIXELS, open_image, resolve_image_path
 from meme_llava.dataset.records import iterate_values, parse_record
 from meme_llava.errors import UserError
-from meme_llava.model.four_bit import BITSANDBYTES, round_to_four_bit
+from meme_llava.model.four_bit import find_problem, round_to_four_bit
 from meme_llava.model.llava import (
     LANGUAGE_MODEL,
     Processing,
@@ -37,7 +37,6 @@ from meme_llava.model.llava import (
 )
 from meme_llava.model.loading import load_strictly
 from meme_llava.model.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights, report_layers
-from meme_llava.model.packed_attention import find_optional
 from meme_llava.model.trainable import PEFT_PREFIX, add_adapter, apply_trained_weights
 from meme_llava.storage.tensor_files import StoredTensor
 from meme_llava.terminal import show_count
@@ -83,7 +82,8 @@ def verify_merged(base_folder: Path, trained: TrainedWeights, folder: Path) -> l
     prompts, prompts_source = _load_prompts(trained.run_record, processing)
     fits = fits_in_memory(open_llava_tensors(base_folder), torch.float32)
     # Each token of an answer is a pass of the unmerged model; the others are given the answer and take one each.
-    rounds = trained.learned_on_four_bits and find_optional(*BITSANDBYTES)[0] is not None
+    problem = find_problem(torch.device("cpu")) if trained.learned_on_four_bits else ""
+    rounds = trained.learned_on_four_bits and not problem
     passes = OFFLOADED_NEW_TOKENS + 2 + rounds
     passed_layers = len(prompts) * passes * processing.config.text_config.num_hidden_layers
     ignore, findings = contextlib.nullcontext(lambda count: None), []
@@ -110,9 +110,9 @@ def verify_merged(base_folder: Path, trained: TrainedWeights, folder: Path) -> l
             f"{largest:.3g} differ by {stored_difference:.3g} (limit {stored_limit:.2g}), {stored_same} of "
             f"{len(prompts)} answers are the same. Store them with --dtype bfloat16 or float32."
         )
-    rows = [("base in four bits", "not compared: bitsandbytes is not there")] * trained.learned_on_four_bits
+    rows = [("base in four bits", f"not compared: bitsandbytes cannot be used here ({problem})")] if problem else []
     for rounded_difference, rounded_same in rounded:
-        rows = [
+        rows += [
             ("base in four bits: largest logit difference", f"{rounded_difference:.2e} of {largest:.3g} (no limit)"),
             ("base in four bits: greedy answers", f"{rounded_same} of {len(prompts)} the same"),
         ]

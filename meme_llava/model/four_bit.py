@@ -13,26 +13,32 @@ from torch import nn
 from meme_llava.errors import UserError, first_line
 from meme_llava.model.packed_attention import find_optional
 
-BITSANDBYTES = ("bitsandbytes", "nn")
-REQUIREMENTS = "configs/requirements/four_bit.txt"
+BITSANDBYTES, ABSENT = ("bitsandbytes", "nn"), "it is not installed"
 OPTIONS = {"compress_statistics": True, "quant_type": "nf4"}
 BLOCK, SCALES_BLOCK = 64, 256  # values of a scale, and scales of a scale of theirs
 # Of a matrix besides, in float32: its sixteen values, the 256 values of scales, and their mean.
 TABLE_BYTES = 4 * (16 + 256 + 1)
 
 
+def find_problem(device: torch.device) -> str:
+    """What keeps bitsandbytes from quantising on this device; empty where nothing does."""
+    library, problem = find_optional(*BITSANDBYTES)
+    if library is None:
+        return problem or ABSENT
+    try:
+        round_to_four_bit(torch.ones(BLOCK, BLOCK, device=device))
+    except Exception as error:  # a library of another CUDA raises what it likes, at its first call
+        return f"{type(error).__name__}: {first_line(error)}"
+    return ""
+
+
 def check_four_bit(device: torch.device) -> None:
     """Raise UserError unless bitsandbytes is installed and quantises on this device."""
-    library, problem = find_optional(*BITSANDBYTES)
-    if library is None and not problem:
+    problem = find_problem(device)
+    if problem == ABSENT:
         raise UserError(
-            f"--load_in_4bit needs the package bitsandbytes, which is not there: pip install -r {REQUIREMENTS}"
+            "--load_in_4bit needs the package bitsandbytes: pip install -r configs/requirements/four_bit.txt"
         )
-    try:
-        if library is not None:
-            round_to_four_bit(torch.ones(BLOCK, BLOCK, device=device))
-    except Exception as error:  # a library of another CUDA raises what it likes, at its first call
-        problem = f"{type(error).__name__}: {first_line(error)}"
     if problem:
         raise UserError(
             f"--load_in_4bit: bitsandbytes is installed and cannot be used on {device.type} here ({problem}); install "

@@ -30,14 +30,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What learned in full, for train types without LoRA: the classic names of design, only trained tensors.
 TRAINED_WEIGHTS = "trained_weights.safetensors"
 LIBRARIES = (
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "deepspeed",
-    "safetensors",
-    "tokenizers",
-    "pillow",
+    *("torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "tokenizers", "pillow"),
     "bitsandbytes",
 )
 # What those who read a run record of train.py rely on.

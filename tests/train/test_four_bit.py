@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlavaConfig
 
+import merge_lora
 import train
 from meme_llava.errors import UserError
 from meme_llava.model import four_bit
@@ -166,6 +167,14 @@ def test_it_is_evaluated_while_it_trains(world, tmp_path):
     assert read_losses(tmp_path / "out") == read_losses(tmp_path / "evaluated")
 
 
+def test_a_merge_without_bitsandbytes_says_what_it_did_not_compare(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(four_bit, "find_optional", lambda *names: (None, ""))
+    merge_lora.main(["--adapter", str(finished), "--output_dir", str(tmp_path / "merged")])
+    checks = json.loads((tmp_path / "merged" / "run_record.json").read_text())["checks"]
+    rounded = {check: finding for check, finding in checks.items() if "four bits" in check}
+    assert rounded == {"base in four bits": "not compared: bitsandbytes cannot be used here (it is not installed)"}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("changes", [{"engine": "ddp"}, {"engine": "zero2"}, {"engine": "zero2_offload"}], ids=str)
 def test_engines_that_keep_weights_whole_train_the_same(world, tmp_path, changes):
@@ -179,9 +188,7 @@ def test_without_bitsandbytes_it_says_what_to_install(world, monkeypatch):
     arguments = parse_train_arguments(train_flags(world, world.folder, load_in_4bit="true"), "")
     check_device(arguments)
     monkeypatch.setattr(four_bit, "find_optional", lambda *names: (None, ""))
-    with pytest.raises(
-        UserError, match=r"^--load_in_4bit needs the package bitsandbytes, which is not there: pip inst"
-    ):
+    with pytest.raises(UserError, match=r"^--load_in_4bit needs the package bitsandbytes: pip install -r configs/"):
         check_device(arguments)
     monkeypatch.setattr(four_bit, "find_optional", lambda *names: (None, "OSError: libcudart.so.11.0"))
     with pytest.raises(UserError, match=r"cannot be used on cpu here \(OSError: libcudart.so.11.0\); install"):
