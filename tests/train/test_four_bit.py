@@ -129,6 +129,17 @@ def test_a_run_records_what_it_was(world, finished):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_it_computes_in_bf16(world, tmp_path, monkeypatch, variant):
+    """As on the cards for which it is meant."""
+    monkeypatch.setattr("meme_llava.train.session.multiplies_bf16", lambda: True)
+    flags = {"train_type": "qlora", "lora_variant": variant, "max_steps": 3, "lora_dropout": 0}
+    for precision in ("fp32", "bf16"):
+        train.main(train_flags(world, tmp_path / precision, precision=precision, **flags))
+    assert read_losses(tmp_path / "bf16") != read_losses(tmp_path / "fp32")
+    assert read_losses(tmp_path / "bf16") == pytest.approx(read_losses(tmp_path / "fp32"), rel=0.02)
+
+
 def test_a_checkpoint_goes_on_to_the_last_bit(world, finished, tmp_path):
     checkpoint = finished / "checkpoint-3"
     train.main(train_flags(world, tmp_path / "out", **RUN, resume_from_checkpoint=checkpoint))
