@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 from transformers import (
+    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationConfig,
@@ -272,6 +273,9 @@ def load_transformers_model(folder: Path, device: str, dtype: str) -> Transforme
     chosen_dtype = choose_dtype(dtype, chosen_device)
     with explain_unloadable(folder, "cannot be loaded as an image-text-to-text model of transformers"):
         processor = AutoProcessor.from_pretrained(folder, **LOCALLY)
+        if getattr(processor, "image_processor", None) is not None:
+            # By Pillow, so that answers do not depend on whether torchvision is installed.
+            processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **LOCALLY)
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=chosen_dtype, **LOCALLY)
     if not getattr(processor, "chat_template", None):
         raise UserError(

@@ -12,6 +12,7 @@ from conversions import BASE_FILES, Bars, build, fail, make_clip, merge, save_la
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoImageProcessor,
     AutoProcessor,
     ChineseCLIPVisionModel,
     CLIPVisionModel,
@@ -854,7 +855,7 @@ def test_an_export_changes_one_word_of_the_config(merged, exported):
 
 @torch.inference_mode()
 def test_the_exported_model_sees_what_the_trained_one_sees(world, merged, exported):
-    """By the stock classes: CLIP's tower inside LLaVA, and the processor that AutoProcessor gives."""
+    """By the stock classes: CLIP's tower inside LLaVA, and the processor that they give where torchvision is absent."""
     ours, report = LlavaForConditionalGeneration.from_pretrained(exported, output_loading_info=True)
     assert not any(report.values())
     theirs = LlavaForConditionalGeneration.from_pretrained(merged)
@@ -862,6 +863,7 @@ def test_the_exported_model_sees_what_the_trained_one_sees(world, merged, export
     assert type(theirs.model.vision_tower) is ChineseCLIPVisionModel
     image = open_image(sorted((ROOT / "data" / "images").iterdir())[0])
     processor = AutoProcessor.from_pretrained(exported)
+    processor.image_processor = AutoImageProcessor.from_pretrained(exported, backend="pil")
     prompt = processor.apply_chat_template([{"role": "user", "content": "<image>\n图里写了什么？"}], tokenize=False)
     inputs = processor(images=image, text=prompt, return_tensors="pt")
     pixels = to_pixel_values(image, load_processing(world.base).image_policy)
@@ -910,3 +912,24 @@ def test_an_export_that_sees_something_else_is_an_error(trained, tmp_path, monke
     error = fail(capsys, "--adapter", trained, "--output_dir", tmp_path / "out", "--export", "clip")
     assert f"gives other {part if part == 'features' else 'pixels'} than" in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("difference", [2, 3])
+def test_torchvision_resizes_almost_as_training(world, trained, tmp_path, monkeypatch, capsys, difference):
+    """Where it is installed, transformers hands out an image processor that uses it. It stands in here."""
+
+    def process(backend, folder, images):
+        policy = load_processing(world.base).image_policy
+        pixels = torch.stack([to_pixel_values(image, policy) for image in images])
+        if backend == export_clip.TORCHVISION:
+            pixels[1] += difference / 255 / torch.tensor(policy.std).view(3, 1, 1)
+        return pixels
+
+    monkeypatch.setattr(export_clip, "_process", process)
+    monkeypatch.setattr(export_clip, "is_torchvision_available", lambda: True)
+    flags = ["--adapter", str(trained), "--output_dir", str(tmp_path / "out"), "--export", "clip"]
+    if difference == 2:
+        merge(flags)
+        assert read_checks(tmp_path / "out")["export: pixel values by torchvision"] == "differ by up to 2 of 255"
+    else:
+        assert "pixels differ from training's by 3 of 255, expected up to 2" in fail(capsys, *flags)
