@@ -119,7 +119,7 @@ def find_image(body: dict) -> Image.Image:
     """The image of a request."""
     url = body["messages"][-1]["content"][0]["image_url"]["url"]
     head, _, data = url.partition(",")
-    assert head == "data:image/jpeg;base64"
+    assert head in ("data:image/jpeg;base64", "data:image/png;base64")
     return Image.open(io.BytesIO(base64.b64decode(data)))
 
 

@@ -158,8 +158,8 @@ def fit_to_square(image: Image.Image, policy: ImagePolicy) -> Image.Image:
     return image.resize((size, size), policy.resample)
 
 
-def to_data_url(image: Image.Image, kind: Literal["JPEG", "WEBP"], quality: int) -> str:
-    """The image as a file of this kind, in a data: URL."""
+def to_data_url(image: Image.Image, kind: Literal["JPEG", "PNG", "WEBP"], quality: int = 75) -> str:
+    """The image as a file of this kind, in a data: URL; PNG knows no quality."""
     file = io.BytesIO()
     image.save(file, kind, quality=quality)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"

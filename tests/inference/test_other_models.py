@@ -24,7 +24,7 @@ from transformers import (
 pytest.importorskip("openai", reason="configs/requirements/other_models.txt is not installed")
 pytest.importorskip("rapidocr", reason="configs/requirements/other_models.txt is not installed")
 
-from caption_server import CUT_CONNECTION, CaptionServer, Step, answer, fail  # noqa: E402
+from caption_server import CUT_CONNECTION, CaptionServer, Step, answer, fail, find_image  # noqa: E402
 
 import evaluate  # noqa: E402
 from meme_llava.dataset.images import open_image  # noqa: E402
@@ -105,6 +105,15 @@ def test_a_server_answers(asked, tmp_path, capsys):
     assert "2 of 4 questions not answered, which counts as an empty answer:" in printed
     assert "52.png: rejected: HTTP 400: no such image" in printed
     assert not any(KEY in path.read_text() for path in (tmp_path / "scores").iterdir())
+
+
+def test_a_server_sees_the_pixels_that_our_models_see(asked, tmp_path):
+    """JPEG changes them, and an answer now and then."""
+    path = tmp_path / f"{WIDTHS[0]}.png"
+    Image.effect_noise((WIDTHS[0], 40), 99).convert("RGB").save(path)
+    with CaptionServer(default=answer("好耶")) as server:
+        ask_server(asked, server, "--limit", "1")
+        assert find_image(server.bodies[0]).tobytes() == open_image(path).tobytes()
 
 
 def test_answers_that_came_are_kept_when_a_server_falls_silent(asked, tmp_path, capsys):
