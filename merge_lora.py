@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     # Torch takes seconds to load; a wrong flag is answered before.
     import torch
 
-    from meme_llava.convert import export_clip, export_gguf
+    from meme_llava.convert import export_clip, export_gguf, export_vllm_lora
     from meme_llava.convert.merge import TrainedWeights, write_merged
     from meme_llava.convert.merge_check import verify_merged
     from meme_llava.storage.fingerprint import find_base, fingerprint_folder
@@ -27,18 +27,25 @@ def main(argv: list[str] | None = None) -> None:
     check_output_dir(arguments.output_dir, arguments.overwrite)
     base_folder = find_base(arguments.adapter, arguments.base_model)
     check_apart(arguments.output_dir, {"adapter": arguments.adapter, "base model": base_folder})
+    keeps_lora = arguments.export == "vllm_lora"
     export = {"clip": export_clip, "gguf": export_gguf}.get(arguments.export)
     if export:
         export.check_base(base_folder)
+    elif keeps_lora and export_clip.is_needed(base_folder):
+        export = export_clip
     trained = TrainedWeights.read(arguments.adapter)
+    merged = export_vllm_lora.leave_out_language_lora(trained) if keeps_lora else trained
     with write_directory(arguments.output_dir, arguments.overwrite) as folder:
-        summary = write_merged(base_folder, trained, folder, getattr(torch, arguments.dtype), arguments.max_shard_size)
+        summary = write_merged(base_folder, merged, folder, getattr(torch, arguments.dtype), arguments.max_shard_size)
         if export:
             export.write(folder)
+        if keeps_lora:
+            export_vllm_lora.write_adapter(folder, trained)
         checks = []
         if arguments.verify:
             checks += verify_merged(base_folder, trained, folder)
             checks += export.verify(base_folder, folder) if export else []
+            checks += export_vllm_lora.verify_adapter(folder, trained) if keeps_lora else []
         fingerprint = fingerprint_folder(folder)
         facts = {"summary": summary, "checks": dict(checks), "training": trained.run_record}
         write_run_record(folder, "merge", settings=to_plain(arguments), fingerprint=fingerprint, **facts)
@@ -51,7 +58,11 @@ def main(argv: list[str] | None = None) -> None:
         print("not compared with base + adapter (--no_verify)")
     if trained.learned_on_four_bits:
         print("it learned on a base in four bits (--load_in_4bit) and was merged onto the base as it is stored")
-    print(f"standalone model: {arguments.output_dir}")
+    if keeps_lora:
+        adapter = arguments.output_dir / export_vllm_lora.LANGUAGE_LORA
+        print(f"for vllm serve --enable-lora: model {arguments.output_dir}, adapter {adapter}")
+    else:
+        print(f"standalone model: {arguments.output_dir}")
 
 
 if __name__ == "__main__":

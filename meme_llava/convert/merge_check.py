@@ -24,6 +24,7 @@ from meme_llava.dataset.records import iterate_values, parse_record
 from meme_llava.errors import UserError
 from meme_llava.model.four_bit import find_problem, round_to_four_bit
 from meme_llava.model.llava import (
+    LANGUAGE_LORA,
     LANGUAGE_MODEL,
     Processing,
     fill_weights,
@@ -38,6 +39,7 @@ from meme_llava.model.llava import (
 from meme_llava.model.loading import load_strictly
 from meme_llava.model.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights, report_layers
 from meme_llava.model.trainable import PEFT_PREFIX, add_adapter, apply_trained_weights
+from meme_llava.storage.run_record import ADAPTER_CONFIG
 from meme_llava.storage.tensor_files import StoredTensor
 from meme_llava.terminal import show_count
 
@@ -135,7 +137,9 @@ def _load_models(base_folder: Path, trained: TrainedWeights, folder: Path) -> It
     yield apply_trained_weights(load_llava(base_folder, torch.float32), trained.folder).eval()
     yield fill_weights(_make_empty(base_folder), lambda name: _merge_whole(trained, base[find_stored(base, name)]))
     # What was written is loaded as its readers will load it.
-    yield load_strictly(LlavaForConditionalGeneration, folder, dtype=torch.float32)
+    stored = load_strictly(LlavaForConditionalGeneration, folder, dtype=torch.float32)
+    apart = folder / LANGUAGE_LORA
+    yield apply_trained_weights(stored, apart).eval() if apart.is_dir() else stored
     read_rounded = _read_in_four_bits(base_folder)
     rounded = fill_weights(_make_empty(base_folder), lambda name: read_rounded(base[find_stored(base, name)]))
     yield apply_trained_weights(rounded, trained.folder).eval()
@@ -150,6 +154,7 @@ def _offload_models(
     def offload(model: nn.Module, tensors: dict[str, StoredTensor], load: Callable) -> nn.Module:
         def read(name: str) -> torch.Tensor:
             if ".lora_" in name:
+                # What is kept apart has the same names and, bit for bit, the same values.
                 # peft writes DoRA's magnitudes without an ending.
                 name = name.replace(".default.", ".").replace(f"{MAGNITUDES}.weight", MAGNITUDES)
                 return trained.tensors[name].load(torch.float32)
@@ -164,13 +169,13 @@ def _offload_models(
     def load(tensor: StoredTensor) -> torch.Tensor:
         return tensor.load(torch.float32)
 
-    def make_unmerged() -> nn.Module:
+    def make_unmerged(adapter: Path = trained.folder) -> nn.Module:
         empty = _make_empty(base_folder)
-        return add_adapter(empty, trained.folder).eval() if trained.lora else empty
+        return add_adapter(empty, adapter).eval() if (adapter / ADAPTER_CONFIG).is_file() else empty
 
     yield offload(make_unmerged(), base, lambda tensor: load(trained.replaced.get(tensor.name, tensor)))
     yield offload(_make_empty(base_folder), base, lambda tensor: _merge_whole(trained, tensor))
-    yield offload(_make_empty(base_folder), stored, load)
+    yield offload(make_unmerged(folder / LANGUAGE_LORA), stored, load)
     read_rounded = _read_in_four_bits(base_folder)
     yield offload(make_unmerged(), base, lambda tensor: read_rounded(trained.replaced.get(tensor.name, tensor)))
 

@@ -33,8 +33,9 @@ class MergeArguments:
     output_dir: Path = setting("where the standalone model goes")
     dtype: Literal["float16", "bfloat16", "float32"] = setting("how it is stored", "float16")
     base_model: Path | None = setting("the base model, only if it moved since training", None)
-    export: Literal["none", "clip", "gguf"] = setting(
-        "clip: name a Chinese-CLIP tower as the CLIP tower it is, for vLLM; gguf: add files for llama.cpp and Ollama",
+    export: Literal["none", "clip", "vllm_lora", "gguf"] = setting(
+        "clip: name a Chinese-CLIP tower as the CLIP tower it is, for vLLM; vllm_lora: the same, and keep the language "
+        "model's LoRA apart for its --enable-lora; gguf: add files for llama.cpp and Ollama",
         "none",
     )
     max_shard_size: str = setting(SHARD_HELP, "5GB", expected=SHARD_SIZE)

@@ -38,6 +38,7 @@ _PREFIXES = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
 )
+LANGUAGE_LORA = "language_lora"  # folder of what `merge_lora.py --export vllm_lora` keeps apart
 # Prompts of a batch end together, where their answers begin; readers of our folders take the side from it.
 PADDING_SIDE = "left"
 
@@ -170,6 +171,11 @@ def check_llava_folder(folder: Path) -> None:
     """Raise UserError unless `folder` looks like a LLaVA's."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder")
+    if (folder / LANGUAGE_LORA).is_dir():
+        raise UserError(
+            f"{folder}: is for vLLM (--export vllm_lora), and what its language model learned is apart, in "
+            f"{LANGUAGE_LORA}. Merge without --export, or give the adapter itself"
+        )
     config_file = folder / "config.json"
     if not config_file.is_file():
         if holds_trained_weights(folder):

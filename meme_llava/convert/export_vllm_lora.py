@@ -1,0 +1,90 @@
+"""The language model's LoRA beside the rest merged, as `vllm serve --enable-lora` takes a LLaVA and its adapter.
+
+vLLM refuses adapters with LoRA of a vision tower or with a whole projector. So these are merged into the base that is
+served, whose language model is the original one, and the adapter holds the language model's LoRA alone.
+"""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from meme_llava.convert.merge import TrainedWeights
+from meme_llava.errors import UserError
+from meme_llava.model.llava import LANGUAGE_LORA, LANGUAGE_MODEL, role_of
+from meme_llava.model.trainable import PEFT_PREFIX
+from meme_llava.storage.files import write_json
+from meme_llava.storage.json_files import read_json
+from meme_llava.storage.run_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from meme_llava.storage.tensor_files import StoredTensor, read_tensors
+from meme_llava.storage.tensor_writer import check_free_space, count_bytes, write_file
+
+LARGEST_RANK = 512  # of vLLM 0.32's --max-lora-rank
+
+
+def leave_out_language_lora(trained: TrainedWeights) -> TrainedWeights:
+    """What is merged into the base that is served. Raises UserError where vLLM could not take the rest."""
+    language, rest = _divide(trained)
+    instead = "merge it into the model in place of that: leave --export out, or take --export clip for vLLM"
+    if not language:
+        raise UserError(f"--export vllm_lora: {trained.folder} holds no LoRA of the language model; {instead}")
+    pairs = [pair for name, pair in trained.lora.items() if role_of(name) == LANGUAGE_MODEL]
+    if any(pair.magnitudes is not None for pair in pairs):
+        raise UserError(
+            f"--export vllm_lora: {trained.folder} holds DoRA (--lora_variant dora), expected lora or rslora, as vLLM "
+            f"takes no other; {instead}"
+        )
+    rank = find_rank(trained)
+    if rank > LARGEST_RANK:
+        raise UserError(
+            f"--export vllm_lora: LoRA of {trained.folder} has rank {rank}, vLLM takes up to {LARGEST_RANK}; {instead}"
+        )
+    lora = {name: pair for name, pair in trained.lora.items() if role_of(name) != LANGUAGE_MODEL}
+    return replace(trained, tensors=rest, lora=lora, used=Counter(), relative_change={})
+
+
+def find_rank(trained: TrainedWeights) -> int:
+    """The largest rank of the language model's LoRA."""
+    return max(pair.first.shape[0] for name, pair in trained.lora.items() if role_of(name) == LANGUAGE_MODEL)
+
+
+def write_adapter(folder: Path, trained: TrainedWeights) -> None:
+    """Write the adapter into the folder of the base. Its tensors stay as they learned. Raises DiskFullError."""
+    language, _ = _divide(trained)
+    adapter = folder / LANGUAGE_LORA
+    adapter.mkdir()
+    check_free_space(adapter, count_bytes(language))
+    write_file(adapter / ADAPTER_WEIGHTS, language)
+    # vLLM looks modules_to_save up whatever the weights hold, and compiles target_modules where they are one text.
+    changes = {"modules_to_save": None, "target_modules": _list_modules(language), "base_model_name_or_path": None}
+    write_json(adapter / ADAPTER_CONFIG, read_json(trained.folder / ADAPTER_CONFIG) | changes)
+
+
+def verify_adapter(folder: Path, trained: TrainedWeights) -> list[tuple[str, str]]:
+    """Read the adapter back and compare every bit with what learned; (check, finding) rows. Raises UserError."""
+    path = folder / LANGUAGE_LORA / ADAPTER_WEIGHTS
+    language, _ = _divide(trained)
+    found = read_tensors([path])
+    if found.keys() != language.keys() or not all(
+        torch.equal(found[name].map(), stored.map()) for name, stored in language.items()
+    ):
+        raise UserError(f"{path}: its tensors are not those of {trained.folder}; report this as a bug")
+    modules = len(_list_modules(language))
+    return [
+        ("export: language model's LoRA", f"{len(found)} tensors of {modules} modules read back, same bits"),
+        ("export: rank, for --max-lora-rank", str(find_rank(trained))),
+    ]
+
+
+def _divide(trained: TrainedWeights) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """(LoRA of the language model, all else) by their names in the file."""
+    language, rest = {}, {}
+    for name, stored in trained.tensors.items():
+        is_language_lora = trained.lora and role_of(name) == LANGUAGE_MODEL
+        (language if is_language_lora else rest)[name] = stored
+    return language, rest
+
+
+def _list_modules(language: dict[str, StoredTensor]) -> list[str]:
+    return sorted({name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for name in language})
