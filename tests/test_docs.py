@@ -38,11 +38,13 @@ MAKING = tuple(
     for name in ("draw_memes", "draw_lessons", "prepare_towers", "train_towers", "write_towers")
 )
 BENCHMARKS = tuple(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("benchmarks/*.py")))
-# Flags of tests/run.sh, pip, docker, tensorboard, mlflow, three servers, hf download, git clone, data.
+# Flags of tests/run.sh, pip, docker, tensorboard, mlflow, servers, hf download, git clone, data.
 FOREIGN_FLAGS = {
     *("--help", "--all", "--check", "--index-url", "--ipc", "--shm-size"),
     *("--logdir", "--backend-store-uri"),
     *("--host", "--port", "--chat-template-kwargs", "--chat-template-content-format", "--max-model-len"),
+    *("--mm-processor-kwargs", "--override-generation-config"),
+    *("--enable-lora", "--max-lora-rank", "--lora-modules", "--enforce-eager"),
     *("--mmproj", "--chat-template"),
     *("--repo-type", "--local-dir", "--exclude", "--depth"),
     "--gpus-per-node",
@@ -355,8 +357,9 @@ def test_other_commands_are_known():
         "pip install 'openai>=3.54,<4' 'fastapi>=0.165,<1' 'uvicorn>=0.54,<1'",
         "transformers serve output/merged --host 127.0.0.1 --port 8000 --device cpu --dtype float32 "
         "--chat-template-kwargs '{\"sanitize_control_tokens\": true}'",
-        "vllm serve output/served --host 127.0.0.1 --port 8000 --dtype bfloat16 --max-model-len 4096 "
-        "--chat-template-content-format openai",
+        "vllm serve output/served --host 127.0.0.1 --port 8000 --max-model-len 4096",
+        "vllm serve output/served --host 127.0.0.1 --port 8000 --max-model-len 4096 --enable-lora --max-lora-rank 32 "
+        "--lora-modules memes=output/served/language_lora",
         "llama-server -m output/served/language.gguf --mmproj output/served/mmproj.gguf --host 127.0.0.1 --port 8000",
         "ollama create memes -f output/served/Modelfile",
         "ollama run memes '这张表情包写了什么，是什么意思？ data/images/meme_000000.jpg'",
