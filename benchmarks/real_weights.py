@@ -1,0 +1,171 @@
+"""What real_weights.sh measures beside training: the language model on texts without images, and the table of all runs.
+
+python benchmarks/real_weights.py text --model DIR --base DIR --captions FILE --output FILE
+python benchmarks/real_weights.py table --work_dir DIR
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from meme_llava.errors import stop_on_user_error  # noqa: E402
+
+TEXTS, PARAGRAPHS = 200, 40
+LONGEST = 48  # tokens of a text, which take most of the time
+QUESTIONS = (
+    "What is the capital of France?",
+    "Why is the sky blue?",
+    "List three fruits.",
+    "Translate to French: Good morning.",
+    "What is 7 plus 5?",
+    "Who wrote Romeo and Juliet?",
+)
+# Of scores that evaluate.py writes: what stands in the table, under which name.
+SCORES = {"text_found_in_captions": "text found", "chrf": "chrF", "stopped": "ended by itself", "looping": "in a loop"}
+
+
+@stop_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    text = commands.add_parser("text", help="perplexity of texts, and answers to questions without an image")
+    text.add_argument("--model", type=Path, required=True, help="the language model, the base, or a merged model")
+    text.add_argument("--base", type=Path, required=True, help="whose tokenizer all of them share")
+    text.add_argument("--captions", type=Path, required=True, help='JSONL of {"description": …}')
+    text.add_argument("--output", type=Path, required=True)
+    table = commands.add_parser("table", help="write table.md of what the runs left")
+    table.add_argument("--work_dir", type=Path, required=True)
+    arguments = parser.parse_args(argv)
+    measure_texts(arguments) if arguments.command == "text" else write_table(arguments.work_dir)
+
+
+def measure_texts(arguments: argparse.Namespace) -> None:
+    """Perplexities of a language model or LLaVA, and its greedy answers to QUESTIONS, as JSON."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from meme_llava.dataset.conversation import Turn
+    from meme_llava.model.llava import load_llava, load_processing
+
+    processing = load_processing(arguments.base)
+    encoder = processing.encoder
+    is_llava = json.loads((arguments.model / "config.json").read_text())["model_type"] == "llava"
+    load = load_llava if is_llava else AutoModelForCausalLM.from_pretrained
+    model = load(arguments.model, dtype=torch.float32).eval()
+    # The base has rows after the language model's own; `<image>` took the first of them.
+    own_rows = encoder.image_token_id
+
+    def compute_logits(ids: Sequence[int]) -> torch.Tensor:
+        return model(input_ids=torch.tensor([ids])).logits[0, :, :own_rows]
+
+    texts = {"captions": read_captions(arguments.captions), "English": read_paragraphs(ROOT / "docs")}
+    found: dict[str, dict] = {"perplexity": {}, "answers": {}}
+    with torch.inference_mode():
+        for kind, some in texts.items():
+            ids = [encoder.encode_text(text)[:LONGEST] for text in some]
+            found["perplexity"][kind] = measure_perplexity(compute_logits, ids)
+        for question in QUESTIONS:
+            prompt = torch.tensor([encoder.encode_prompt([Turn("user", question)])])
+            given = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "max_new_tokens": 48}
+            ids = model.generate(**given, do_sample=False, eos_token_id=encoder.turn_end_id)[0, prompt.shape[1] :]
+            found["answers"][question] = processing.tokenizer.decode(ids, skip_special_tokens=True)
+    arguments.output.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+    print(arguments.output.read_text())
+
+
+def measure_perplexity(compute_logits: Callable, texts: Sequence[Sequence[int]]) -> float:
+    """exp of the mean negative log-likelihood of all tokens but each text's first.
+
+    Args:
+        compute_logits: (tokens, vocabulary) of token ids.
+    """
+    from torch.nn.functional import cross_entropy
+
+    total, tokens = 0.0, 0
+    for ids in texts:
+        logits = compute_logits(ids)
+        total += cross_entropy(logits[:-1], logits.new_tensor(ids[1:], dtype=int), reduction="sum").item()
+        tokens += len(ids) - 1
+    return math.exp(total / tokens)
+
+
+def read_captions(path: Path) -> list[str]:
+    """The first TEXTS descriptions of a JSONL file."""
+    with path.open(encoding="utf-8") as lines:
+        texts = [json.loads(line)["description"] for line in lines if line.strip()]
+    return [text for text in texts if text.strip()][:TEXTS]
+
+
+def read_paragraphs(folder: Path) -> list[str]:
+    """The first PARAGRAPHS paragraphs of the English Markdown pages of a folder that are prose, in order."""
+    pages = (path for path in sorted(folder.glob("*.md")) if not path.name.endswith(".zh-CN.md"))
+    paragraphs = [one for path in pages for one in path.read_text(encoding="utf-8").split("\n\n")]
+    return [one for one in paragraphs if one[:1].isalpha() and len(one) > 80][:PARAGRAPHS]
+
+
+def write_table(work_dir: Path) -> None:
+    """Write and print table.md: a run a line, their losses by step, the texts, and how long it took."""
+    runs = {path.parent.parent.name: path for path in sorted(work_dir.glob("*/train/trainer_state.json"))}
+    histories = {name: json.loads(path.read_text())["log_history"] for name, path in runs.items()}
+    parts = [table_of_losses(histories), table_of_scores(work_dir, list(runs))]
+    if texts := sorted(work_dir.glob("text-*.json")):
+        parts.append(table_of_texts({path.stem.removeprefix("text-"): json.loads(path.read_text()) for path in texts}))
+    if (work_dir / "times.txt").is_file():
+        times = [line.split() for line in (work_dir / "times.txt").read_text().splitlines()]
+        parts.append(make_table(("step", "seconds", "CPU seconds"), times))
+    (work_dir / "table.md").write_text("\n".join(parts))
+    print((work_dir / "table.md").read_text())
+
+
+def table_of_losses(histories: dict[str, list[dict]]) -> str:
+    """Validation loss, and in brackets the mean training loss since the one before, by step and run."""
+    steps = sorted({entry["step"] for history in histories.values() for entry in history if "eval_loss" in entry})
+    rows, before = [], 0
+    for step in steps:
+        row = [str(step)]
+        for history in histories.values():
+            validation = [one["eval_loss"] for one in history if one["step"] == step and "eval_loss" in one]
+            training = [one["loss"] for one in history if before < one["step"] <= step and "loss" in one]
+            row.append(f"{validation[0]:.3f} ({sum(training) / len(training):.3f})" if validation else "–")
+        rows.append(row)
+        before = step
+    return make_table(("step", *histories), rows)
+
+
+def table_of_scores(work_dir: Path, names: list[str]) -> str:
+    """What evaluate.py says of the merged model of each run."""
+    scores = {}
+    for name in names:
+        path = work_dir / name / "scores" / "metrics.json"
+        scores[name] = json.loads(path.read_text())["scores"] if path.is_file() else {}
+    rows = [
+        (title, *(f"{some[key]['value']:.3g}" if key in some else "–" for some in scores.values()))
+        for key, title in SCORES.items()
+    ]
+    return make_table(("score", *scores), rows)
+
+
+def table_of_texts(found: dict[str, dict]) -> str:
+    """Perplexities and answers without an image, by model."""
+    kinds = next(iter(found.values()))["perplexity"]
+    rows = [(f"perplexity, {kind}", *(f"{one['perplexity'][kind]:.2f}" for one in found.values())) for kind in kinds]
+    rows += [
+        (question, *(" ".join(one["answers"][question].split()) for one in found.values())) for question in QUESTIONS
+    ]
+    return make_table(("without an image", *found), rows)
+
+
+def make_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '¦') for cell in line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
