@@ -21,7 +21,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from meme_llava.dataset.collator import to_pixel_values
-from meme_llava.dataset.conversation import HALF_CHARACTER, IMAGE_PLACEHOLDER, Turn
+from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, Turn
 from meme_llava.dataset.images import ImagePolicy, open_image
 from meme_llava.errors import UserError, first_line, printable
 from meme_llava.inference.questions import Prediction, Question
@@ -165,16 +165,12 @@ def _open_images(questions: Sequence[Question], policy: ImagePolicy | None) -> d
 def _read_answers(
     output: torch.Tensor, inputs: Mapping, ends: Sequence[int], tokenizer: PreTrainedTokenizerBase, questions: Sequence
 ) -> list[Prediction]:
-    """What stands in `output`, (questions, positions), behind each prompt, up to the first of the `ends`.
-
-    Half a character at the end of an answer that the limit of tokens cut is left out: the model did not mean it.
-    """
+    """What stands in `output`, (questions, positions), behind each prompt, up to the first of the `ends`."""
     predictions = []
     for ids, question in zip(output[:, inputs["input_ids"].shape[1] :].tolist(), questions, strict=True):
         ids = ids[: next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))]
-        stopped = ids[-1] in ends
         text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        predictions.append(Prediction(question, text if stopped else text.rstrip(HALF_CHARACTER), len(ids), stopped))
+        predictions.append(Prediction(question, text, len(ids), ids[-1] in ends))
     return predictions
 
 
