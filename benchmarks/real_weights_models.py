@@ -194,12 +194,12 @@ def write_language_model(gguf_file: Path, folder: Path) -> None:
     from tokenizers import pre_tokenizers
 
     given = {"pretrained_model_name_or_path": gguf_file.parent, "gguf_file": gguf_file.name}
-    tokenizer = AutoTokenizer.from_pretrained(**given)
+    tokenizer = AutoTokenizer.from_pretrained(**given, trust_remote_code=False)
     # transformers knows the file's kind of tokenizer as GPT-2's; SmolLM's takes each digit by itself.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    read = AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(**given, trust_remote_code=False, dtype=torch.float32)
     config = read.config
     # transformers writes no model that it read from GGUF, and takes none with this entry for a plain one.
     del config.quantization_config

@@ -192,7 +192,9 @@ def _measure(prediction: Prediction, most_frequent: str) -> Iterator[tuple[str, 
     if question.text_in_image == "":
         yield "text_invented", _invents_text(prediction), 1
     yield "looping", find_loop(prediction.text) is not None, 1
-    yield "half_characters", HALF_CHARACTER in prediction.text, 1
+    # At the end of an answer that the limit of tokens cut, the other half was to come.
+    meant = prediction.text.rstrip(HALF_CHARACTER) if prediction.stopped is False else prediction.text
+    yield "half_characters", HALF_CHARACTER in meant, 1
     yield "most_frequent", prediction.text == most_frequent, 1
     yield "characters", len(prediction.text), 1
     if prediction.tokens is not None:

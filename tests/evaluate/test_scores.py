@@ -145,6 +145,14 @@ def test_one_sentence_about_every_image_is_named():
     assert describe_most_frequent(answered) == told
 
 
+@pytest.mark.parametrize(
+    ("answer", "stopped", "share"),
+    [("一\ufffd", True, 1), ("一\ufffd", None, 1), ("一\ufffd", False, 0), ("\ufffd一", False, 1)],
+)
+def test_half_a_character_counts_unless_the_limit_cut_it(answer, stopped, share):
+    assert compute_scores([ask(answer, "一", "一", stopped=stopped)])["half_characters"] == share
+
+
 def test_signs_alone_are_a_truth_too():
     assert is_right("？？？", "？？？") and not is_right("", "？？？") and not is_right("好", "😂")
     assert is_right("好耶！", "好耶")

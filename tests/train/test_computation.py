@@ -105,8 +105,8 @@ def test_layers_run_as_often_as_was_asked(world, tmp_path, monkeypatch, setting,
     calls = []
     load = prepared_run.load_packed_llava
 
-    def watch(*arguments):
-        model = load(*arguments)
+    def watch(*arguments, **options):
+        model = load(*arguments, **options)
         for layer in (model.model.language_model.layers[1], model.model.vision_tower.encoder.layers[0]):
             # Inside the layer: its own hooks are outside of what runs again.
             layer.mlp.register_forward_pre_hook(lambda module, _: calls.append(type(module).__name__))

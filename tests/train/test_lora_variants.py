@@ -160,6 +160,7 @@ def test_what_learns_in_full_does_not_stand_in_four_bits(world, train_type):
     assert "lora_variant" in arguments.list_unused()
 
 
+@pytest.mark.long
 def test_a_plan_knows_dora(world):
     """A matrix of the base layer's size is made nowhere, and none stays for the backward pass."""
     config, policy = LlavaConfig.from_pretrained(world.base), load_processing(world.base).image_policy

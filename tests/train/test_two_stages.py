@@ -192,7 +192,10 @@ def test_a_broken_preset_is_refused(tmp_path, content, message):
 def test_an_unknown_preset_is_refused():
     result = run(PRESET="v3", DRY_RUN="1")
     assert result.returncode == 2
-    assert "PRESET is 'v3', expected one of chinese_clip_huge openai_clip two_stages v1 v2, or nothing" in result.stderr
+    assert (
+        "PRESET is 'v3', expected one of chinese_clip_huge one_24gb_card openai_clip two_stages v1 v2, or nothing"
+        in result.stderr
+    )
 
 
 def test_two_first_stages_are_refused():
