@@ -48,7 +48,9 @@ def test_three_files_lie_beside_the_merged_model(world, trained, exported, tmp_p
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "dtype", ["float16", *(pytest.param(name, marks=pytest.mark.long) for name in ("bfloat16", "float32"))]
+)
 def test_transformers_reads_the_same_language_model(trained, tmp_path, dtype):
     """By its own names, settings and tokenizer of GGUF files."""
     folder = export(trained, tmp_path / "out", "--dtype", dtype)

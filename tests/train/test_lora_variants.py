@@ -57,7 +57,10 @@ def test_a_checkpoint_goes_on_to_the_last_bit(world, variant, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("offloaded", [False, True], ids=["in memory", "layer by layer"])
+@pytest.mark.parametrize(
+    "offloaded",
+    [pytest.param(False, id="in memory"), pytest.param(True, id="layer by layer", marks=pytest.mark.long)],
+)
 def test_it_merges_and_answers_unmerged_as_merged(world, variant, tmp_path, capsys, monkeypatch, offloaded):
     changes, output_dir = variant
     if offloaded:

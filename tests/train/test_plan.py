@@ -276,6 +276,7 @@ def test_a_run_that_does_not_fit_gets_advice_that_was_tried(world, projector_est
     assert "This run does not fit" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_one_device_is_advised_to_take_four_bits(world):
     whole = make_plan(world, make_machine(1000), gradient_checkpointing="none")
     change, planned = whole.advice[0]
