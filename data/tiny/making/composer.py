@@ -15,6 +15,7 @@ from style import Style, choose_style, make_plain, measure_rows
 from wear import wear_out
 
 FINE = 2 * SIDE  # pixels a side where letters are drawn
+FAR = 10_000.0  # pixels, more than the longest row has
 REACH = 0.72  # how far from its middle a row is looked for, in ems
 
 
@@ -97,7 +98,7 @@ def sample_letters(layout: Layout, atlas: Atlas, pixels: Pixels) -> torch.Tensor
     place = (pixels.page, pixels.row)
     ends, lengths = layout.advances.cumsum(-1), layout.lengths  # (B, R, L), (B, R)
     start = along + lengths[place] / 2
-    letter = (ends[place] <= start[:, None]).sum(-1).clamp(max=ends.shape[-1] - 1)
+    letter = find_letters(ends, pixels, start)
     middle = (ends - layout.advances / 2)[(*place, letter)]
     cell = atlas.cells[layout.faces[place], layout.letters[(*place, letter)]]
     level = choose_level(layout.em.amin(-1).clamp(min=1) * FINE / SIDE)[place]
@@ -109,6 +110,18 @@ def sample_letters(layout: Layout, atlas: Atlas, pixels: Pixels) -> torch.Tensor
     x, y = (value * side * (EM / CELL) + side / 2 - 0.5 for value in (x, y))
     inside = (start >= 0) & (start < lengths[place])
     return bilinear(atlas.pixels, atlas.starts[level] + cell * side * side, side, x, y) * inside
+
+
+def find_letters(ends: torch.Tensor, pixels: Pixels, start: torch.Tensor) -> torch.Tensor:
+    """Which letter (pixels,) of its row each pixel lies in, so far from the row's start; `ends` (B, R, L) of letters.
+
+    All rows are searched as one line, on which each begins FAR behind the one before.
+    """
+    count, rows, letters = ends.shape
+    line = ends.double().flatten(0, 1) + FAR * torch.arange(count * rows, device=ends.device)[:, None]
+    row = pixels.page * rows + pixels.row
+    found = torch.searchsorted(line.flatten(), start.double().clamp(-1, FAR - 1) + FAR * row, right=True)
+    return (found - row * letters).clamp(max=letters - 1)
 
 
 def bilinear(

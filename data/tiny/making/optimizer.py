@@ -7,10 +7,10 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's, for five Newton-Schulz ste
 MOMENTUM = 0.95
 
 
-def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """Matrices (count, rows, columns) with all their singular values brought near 1."""
+def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Matrices (count, rows, columns) with all their singular values brought near 1, computed in `dtype`."""
     first, third, fifth = COEFFICIENTS
-    result = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    result = matrices.to(dtype)
     is_tall = result.shape[1] > result.shape[2]
     result = result.transpose(1, 2) if is_tall else result
     result = result / result.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -26,11 +26,13 @@ def is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 class Optimizer:
-    """Both, for the parameters of some modules; `rates` scale the peak rates of a stage."""
+    """Both, for the parameters of some modules, with the peak rates of a stage. Muon computes in `dtype`."""
 
-    def __init__(self, modules: nn.ModuleDict, names: tuple[str, ...], muon_rate: float, rate: float):
+    def __init__(
+        self, modules: nn.ModuleDict, names: tuple[str, ...], muon_rate: float, rate: float, dtype=torch.float32
+    ):
         named = [(f"{key}.{name}", parameter) for key in names for name, parameter in modules[key].named_parameters()]
-        self.muon_rate, self.rate = muon_rate, rate
+        self.muon_rate, self.rate, self.dtype = muon_rate, rate, dtype
         shapes: dict[torch.Size, list[nn.Parameter]] = {}
         for name, parameter in named:
             if is_layer_matrix(name, parameter):
@@ -52,7 +54,7 @@ class Optimizer:
         for group, momentum in zip(self.groups, self.momenta, strict=True):
             gradients = torch.stack([matrix.grad for matrix in group])
             momentum.lerp_(gradients, 1 - MOMENTUM)
-            updates = orthogonalize(gradients.lerp(momentum, MOMENTUM))
+            updates = orthogonalize(gradients.lerp(momentum, MOMENTUM), self.dtype)
             rate = share * self.muon_rate
             scale = rate * max(1, momentum.shape[1] / momentum.shape[2]) ** 0.5
             torch._foreach_mul_(group, 1 - rate * 0.1)
