@@ -20,8 +20,8 @@ for name in ANNOTATIONS EVAL_ANNOTATIONS IMAGE_FOLDER CAPTIONS; do
     printf -v "$name" %s "$(realpath "${!name}")" && export "${name?}"
 done
 export EVAL_IMAGE_FOLDER=$IMAGE_FOLDER VENV=active GPUS=cpu
-STEPS=${STEPS:-200} IMAGE_SIZE=${IMAGE_SIZE:-140}
-export -n STEPS IMAGE_SIZE # run.sh refuses variables that it does not know
+STEPS=${STEPS:-300} IMAGE_SIZE=${IMAGE_SIZE:-140} PRECISION=${PRECISION:-auto}
+export -n STEPS IMAGE_SIZE PRECISION # run.sh refuses variables that it does not know
 export GLOBAL_BATCH=${GLOBAL_BATCH:-2} LORA_R=32 LORA_ALPHA=64 MODEL_MAX_LENGTH=512 WARMUP_RATIO=0.1
 cd "$(dirname "$(readlink -f "$0")")/.."
 
@@ -51,7 +51,7 @@ make_models() {
 
 train() { # run, towers' folder, high rate, low rate
     local run=$work_dir/$1 flags=(--max_steps "$STEPS" --save_steps 50 --hang_timeout 100000)
-    flags+=(--eval_every $((STEPS / 4)) --eval_limit 24 --eval_max_new_tokens 8)
+    flags+=(--precision "$PRECISION" --eval_every $((STEPS / 4)) --eval_limit 24 --eval_max_new_tokens 8)
     local base=$work_dir/base_$(basename "$2")
     step "$(basename "$base")" python build_base_model.py --language_model "$2/language_model" \
         --vision_model "$2/vision_tower" --output_dir "$base" --overwrite
