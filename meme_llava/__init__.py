@@ -3,6 +3,7 @@
 Here: folders of the checkout, and the cores that this process was given.
 """
 
+import logging
 import os
 import sys
 import warnings
@@ -14,6 +15,11 @@ DATA = ROOT / "data"
 
 # peft reads a property that transformers has renamed; a user can do nothing about it.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+# With this package bitsandbytes, which peft imports, runs code that it fetches from a hub, on CPUs that have bf16;
+# without it, it says so in every process. Neither is asked for.
+sys.modules["kernels"] = None
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _report_before = sys.excepthook
 

@@ -1,7 +1,10 @@
 """One fault a row: what the run says, how it ends, what is on the disk, and what the same command does next."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -221,3 +224,12 @@ def test_no_folder_is_loaded_without_a_word_about_its_code():
     assert len(calls) > 10
     said = re.compile(r"\*\*(LOCALLY|NO_CODE)|trust_remote_code=False")
     assert [call for call in calls if not said.search(call[1])] == []
+
+
+def test_no_library_fetches_code_from_a_hub(tmp_path):
+    """bitsandbytes does as it is imported, on CPUs that have bf16, where the package kernels is installed."""
+    (tmp_path / "kernels.py").write_text("print('fetched')\n")
+    program = "import meme_llava, peft\ntry:\n    import kernels\nexcept ImportError:\n    print('none')"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("none\n", "")
