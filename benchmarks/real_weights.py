@@ -15,9 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from meme_llava.errors import stop_on_user_error  # noqa: E402
+from meme_llava.report.html_page import thin  # noqa: E402
 
 TEXTS, PARAGRAPHS = 200, 40
 LONGEST = 48  # tokens of a text, which take most of the time
+POINTS = 30  # of a training loss's line
 QUESTIONS = (
     "What is the capital of France?",
     "Why is the sky blue?",
@@ -110,9 +112,10 @@ def read_paragraphs(folder: Path) -> list[str]:
 
 
 def write_table(work_dir: Path) -> None:
-    """Write and print table.md: a run a line, their losses by step, the texts, and how long it took."""
+    """Write losses.png and table.md, and print the latter: losses by step, scores, texts, and how long it all took."""
     runs = {path.parent.parent.name: path for path in sorted(work_dir.glob("*/train/trainer_state.json"))}
     histories = {name: json.loads(path.read_text())["log_history"] for name, path in runs.items()}
+    draw_losses(histories, work_dir / "losses.png")
     parts = [table_of_losses(histories), table_of_scores(work_dir, list(runs))]
     if texts := sorted(work_dir.glob("text-*.json")):
         parts.append(table_of_texts({path.stem.removeprefix("text-"): json.loads(path.read_text()) for path in texts}))
@@ -121,6 +124,24 @@ def write_table(work_dir: Path) -> None:
         parts.append(make_table(("step", "seconds", "CPU seconds"), times))
     (work_dir / "table.md").write_text("\n".join(parts))
     print((work_dir / "table.md").read_text())
+
+
+def draw_losses(histories: dict[str, list[dict]], path: Path) -> None:
+    """Training and validation loss by step, a colour a run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    sides = figure.subplots(1, 2, sharey=True)
+    for axes, key, title in zip(sides, ("loss", "eval_loss"), ("training loss", "validation loss"), strict=True):
+        for name, history in histories.items():
+            points = [(one["step"], one[key]) for one in history if key in one]
+            if key == "loss":
+                points = thin(points, max(1, len(points) // POINTS))
+            axes.plot(*zip(*points, strict=True), label=name, marker="." if key == "eval_loss" else "")
+        axes.set(title=f"{title}, nats a token", xlabel="step")
+        axes.grid(alpha=0.3)
+    sides[0].legend()
+    figure.savefig(path, dpi=110)
 
 
 def table_of_losses(histories: dict[str, list[dict]]) -> str:

@@ -9,7 +9,7 @@
 #   RUN                                            two_rates, low_rate, high_rate, tiny; without: all
 #
 # Run it by the environment of run.sh. It downloads 190 MB of packages into WORK_DIR, and continues where it stopped.
-# Figures go to WORK_DIR/table.md, wall-clock and CPU seconds of each step to WORK_DIR/times.txt.
+# Figures go to WORK_DIR/table.md, curves to losses.png, wall-clock and CPU seconds of each step to WORK_DIR/times.txt.
 set -euo pipefail
 [[ $# -gt 0 && -n ${ANNOTATIONS:-} && -n ${EVAL_ANNOTATIONS:-} && -n ${IMAGE_FOLDER:-} && -n ${CAPTIONS:-} ]] ||
     { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2 && exit 2; }
