@@ -21,9 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.evaluate.results_folder import read_predictions  # noqa: E402
-from meme_llava.model.llava import LANGUAGE_LORA  # noqa: E402
 from meme_llava.storage.json_files import read_json  # noqa: E402
-from meme_llava.storage.run_record import ADAPTER_CONFIG  # noqa: E402
+from meme_llava.storage.run_record import ADAPTER_CONFIG, LANGUAGE_LORA  # noqa: E402
 
 START_SECONDS, STOP_SECONDS = 900, 30
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes

@@ -13,11 +13,11 @@ import torch
 
 from meme_llava.convert.merge import LoraPair, TrainedWeights
 from meme_llava.errors import UserError
-from meme_llava.model.llava import LANGUAGE_LORA, LANGUAGE_MODEL, role_of
+from meme_llava.model.llava import LANGUAGE_MODEL, role_of
 from meme_llava.model.trainable import PEFT_PREFIX
 from meme_llava.storage.files import write_json
 from meme_llava.storage.json_files import read_json
-from meme_llava.storage.run_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from meme_llava.storage.run_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LANGUAGE_LORA
 from meme_llava.storage.tensor_files import StoredTensor, read_tensors
 from meme_llava.storage.tensor_writer import check_free_space, count_bytes, write_file
 

@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 _OWN_HASH = "manifest_sha256"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+LANGUAGE_LORA = "language_lora"  # folder of what `merge_lora.py --export vllm_lora` keeps apart
 # What learned in full, for train types without LoRA: the classic names of design, only trained tensors.
 TRAINED_WEIGHTS = "trained_weights.safetensors"
 LIBRARIES = (

@@ -14,8 +14,9 @@ import train
 from meme_llava.convert import export_vllm_lora, merge_check
 from meme_llava.errors import UserError
 from meme_llava.inference.generation import load_answerer
-from meme_llava.model.llava import LANGUAGE_LORA, load_llava
+from meme_llava.model.llava import load_llava
 from meme_llava.model.trainable import apply_trained_weights
+from meme_llava.storage.run_record import LANGUAGE_LORA
 
 
 def export(trained, output_dir, *flags):
