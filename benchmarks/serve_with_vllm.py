@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.evaluate.results_folder import read_predictions  # noqa: E402
+from meme_llava.storage.fingerprint import check_weights  # noqa: E402
 from meme_llava.storage.json_files import read_json  # noqa: E402
 from meme_llava.storage.run_record import ADAPTER_CONFIG, LANGUAGE_LORA  # noqa: E402
 
@@ -115,6 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{vllm}: no such program; serve_with_vllm.sh installs vLLM")
     if not arguments.model.is_dir():
         raise UserError(f"{arguments.model}: no such model folder; merge_lora.py --export clip makes one")
+    check_weights(arguments.model)
     answers.mkdir(parents=True, exist_ok=True)
     ours, theirs = answers / "ours", answers / "vllm"
     with serve(vllm.absolute(), arguments.model, answers / "vllm.log", arguments.dtype) as (url, name):
