@@ -53,9 +53,8 @@ def main(argv: list[str] | None = None) -> None:
             print(printable(f"{question.image}:"), flush=True)
         system = arguments.system if arguments.system is not None else question.system
         answer = answerer.answer(image, question.text, system, arguments.max_new_tokens, streamer)
-        if has_records and not is_right(answer.text, question.reference):
+        if report(question, answer, arguments):
             wrong.append(str(question.image))
-        report(question, answer, arguments)
     if has_records:
         right = len(questions) - len(wrong) - unreadable
         of_all = f"{right} of {count(len(questions), 'answer')}"
@@ -66,18 +65,21 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{unreadable} of {count(len(questions), 'image')} could not be read")
 
 
-def report(question: Question, answer: Prediction, arguments: InferArguments) -> None:
-    """Print what is not streamed: a JSON line, an answer beside the reference, or that the answer was cut off."""
+def report(question: Question, answer: Prediction, arguments: InferArguments) -> bool:
+    """Print what is not streamed: a JSON line, an answer beside the reference, or that the answer was cut off. Returns
+    whether there is a reference that says something else."""
+    is_wrong = question.reference is not None and not is_right(answer.text, question.reference)
     if arguments.json:
         reference = {} if question.reference is None else {"reference": question.reference}
         result = {"image": str(question.image), "question": question.text, "answer": answer.text, **reference}
         print_json(result | {"tokens": answer.tokens, "stopped": answer.stopped})
     elif question.reference is not None:
-        mark = "right" if is_right(answer.text, question.reference) else "wrong"
+        mark = "wrong" if is_wrong else "right"
         lines = f"{question.image}  [{mark}]\n  question:  {question.text}\n  answer:    {answer.text}"
         print(printable(f"{lines}\n  reference: {question.reference}"), flush=True)
     elif not answer.stopped:
         print(f"(cut off after --max_new_tokens {arguments.max_new_tokens})", file=sys.stderr, flush=True)
+    return is_wrong
 
 
 def print_json(value: dict) -> None:

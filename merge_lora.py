@@ -9,7 +9,7 @@ from meme_llava.cli import parse_arguments, to_plain
 from meme_llava.convert.settings import MergeArguments
 from meme_llava.errors import stop_on_user_error
 from meme_llava.storage.folders import check_apart, check_output_dir, write_directory
-from meme_llava.storage.run_record import write_run_record
+from meme_llava.storage.run_record import LANGUAGE_LORA, write_run_record
 from meme_llava.terminal import print_table
 
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     if trained.learned_on_four_bits:
         print("it learned on a base in four bits (--load_in_4bit) and was merged onto the base as it is stored")
     if keeps_lora:
-        adapter = arguments.output_dir / export_vllm_lora.LANGUAGE_LORA
+        adapter = arguments.output_dir / LANGUAGE_LORA
         print(f"for vllm serve --enable-lora: model {arguments.output_dir}, adapter {adapter}")
     else:
         print(f"standalone model: {arguments.output_dir}")

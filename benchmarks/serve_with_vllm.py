@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,11 +18,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from local_server import find_free_port, wait_until_listening  # noqa: E402
+
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.evaluate.results_folder import read_predictions  # noqa: E402
-from meme_llava.model.llava import LANGUAGE_LORA  # noqa: E402
+from meme_llava.storage.fingerprint import check_weights  # noqa: E402
 from meme_llava.storage.json_files import read_json  # noqa: E402
-from meme_llava.storage.run_record import ADAPTER_CONFIG  # noqa: E402
+from meme_llava.storage.run_record import ADAPTER_CONFIG, LANGUAGE_LORA  # noqa: E402
 
 START_SECONDS, STOP_SECONDS = 900, 30
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
@@ -48,9 +49,7 @@ def list_flags(model: Path, dtype: str, port: int) -> list[str]:
 def serve(vllm: Path, model: Path, log: Path, dtype: str = "auto") -> Iterator[tuple[str, str]]:
     """The address of a server of `model` and the name to ask for. Raises UserError where it does not start; what it
     said is in `log`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = find_free_port()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     # It starts programs of its environment, such as ninja.
     environment["PATH"] = f"{vllm.parent}{os.pathsep}{os.environ['PATH']}"
@@ -62,7 +61,7 @@ def serve(vllm: Path, model: Path, log: Path, dtype: str = "auto") -> Iterator[t
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        wait_until_listening(process, port, log)
+        wait_until_listening(process, port, log, START_SECONDS)
         yield f"http://127.0.0.1:{port}/v1", ADAPTER_NAME if "--enable-lora" in command else str(model)
     finally:
         process.terminate()
@@ -72,19 +71,6 @@ def serve(vllm: Path, model: Path, log: Path, dtype: str = "auto") -> Iterator[t
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def wait_until_listening(process: subprocess.Popen, port: int, log: Path) -> None:
-    """Return when the port is open, which it is once the model is loaded. Raises UserError where that does not come."""
-    deadline = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        time.sleep(0.5)
-    found = f"exit code {process.poll()}" if process.poll() is not None else f"not ready after {START_SECONDS} s"
-    end = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-    raise UserError(f"vLLM does not serve ({found}); all it said is in {log}, at the end:\n{end}")
 
 
 def evaluate(output_dir: Path, arguments: argparse.Namespace, *flags: str) -> float:
@@ -116,6 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{vllm}: no such program; serve_with_vllm.sh installs vLLM")
     if not arguments.model.is_dir():
         raise UserError(f"{arguments.model}: no such model folder; merge_lora.py --export clip makes one")
+    check_weights(arguments.model)
     answers.mkdir(parents=True, exist_ok=True)
     ours, theirs = answers / "ours", answers / "vllm"
     with serve(vllm.absolute(), arguments.model, answers / "vllm.log", arguments.dtype) as (url, name):

@@ -27,13 +27,24 @@ from meme_llava.report.data_check import (  # noqa: E402
 )
 from meme_llava.storage.files import hash_file, write_lines, write_whole  # noqa: E402
 from meme_llava.storage.folders import check_output_dir, write_directory  # noqa: E402
-from meme_llava.storage.run_record import write_run_record  # noqa: E402
+from meme_llava.storage.run_record import RUN_RECORD, read_run_record, write_run_record  # noqa: E402
+
+
+def check_replaces_report(output_dir: Path) -> None:
+    """A report is made again in the time of a check, so the next one replaces it unasked. Raises UserError where what
+    it would replace is another result, which may have taken days."""
+    if (output_dir / RUN_RECORD).is_file() and (stage := read_run_record(output_dir).get("stage")) != "check":
+        raise UserError(
+            f"{output_dir}: holds what {stage!r} wrote ({RUN_RECORD}), and only an earlier report is replaced; choose "
+            "another --output_dir"
+        )
 
 
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(CheckArguments, argv, description=__doc__)
     check_output_dir(arguments.output_dir, overwrite=True)
+    check_replaces_report(arguments.output_dir)
     processing = None
     if arguments.model is not None:
         # Loads torch and transformers, which take longer than the check of a few thousand records.

@@ -3,11 +3,9 @@
 import gc
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +18,7 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="meme_llava_tests_")
 
 # Torch and transformers are loaded where they are used: the process that deals out the tests needs neither.
 import pytest  # noqa: E402
+from local_server import find_free_port, wait_until_listening  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
 import build_base_model  # noqa: E402
@@ -43,7 +42,6 @@ VISION_DIMENSIONS = {
     "num_attention_heads": 2,
     "intermediate_size": 32,
 }
-SERVER_START_SECONDS = 180
 CHROMIUM = Path("/usr/bin/chromium")
 BROWSER_FLAGS = [
     "--no-sandbox",
@@ -188,25 +186,6 @@ def server(served_model, tmp_path_factory):
     finally:
         process.kill()
         process.wait(timeout=10)
-
-
-def find_free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def wait_until_listening(process, port, log):
-    """Return when the port is open, which it is once the model is loaded; fail with the server's log otherwise."""
-    deadline = time.monotonic() + SERVER_START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.2)
-    pytest.fail(f"the server does not listen (exit code {process.poll()}):\n{log.read_text(errors='replace')[-3000:]}")
 
 
 # Not for the whole session: while playwright runs, nothing else can run an event loop in this thread.

@@ -30,8 +30,7 @@ MAX_TORCHVISION_DIFFERENCE = 2
 
 def check_base(base_folder: Path) -> None:
     """Raise UserError unless `--export clip` has something to do for this base."""
-    if not is_needed(base_folder):
-        model_type = _read_tower_type(base_folder)
+    if (model_type := _read_tower_type(base_folder)) != CHINESE_CLIP:
         raise UserError(
             f"--export clip: the vision tower of {base_folder} is a {model_type!r}, expected {CHINESE_CLIP!r}. Serving "
             "engines take CLIP and SigLIP towers as they are; leave --export out."

@@ -5,18 +5,19 @@ served, whose language model is the original one, and the adapter holds the lang
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from meme_llava.convert.merge import TrainedWeights
+from meme_llava.convert.merge import LoraPair, TrainedWeights
 from meme_llava.errors import UserError
-from meme_llava.model.llava import LANGUAGE_LORA, LANGUAGE_MODEL, role_of
+from meme_llava.model.llava import LANGUAGE_MODEL, role_of
 from meme_llava.model.trainable import PEFT_PREFIX
 from meme_llava.storage.files import write_json
 from meme_llava.storage.json_files import read_json
-from meme_llava.storage.run_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from meme_llava.storage.run_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LANGUAGE_LORA
 from meme_llava.storage.tensor_files import StoredTensor, read_tensors
 from meme_llava.storage.tensor_writer import check_free_space, count_bytes, write_file
 
@@ -25,33 +26,26 @@ LARGEST_RANK = 512  # of vLLM 0.32's --max-lora-rank
 
 def leave_out_language_lora(trained: TrainedWeights) -> TrainedWeights:
     """What is merged into the base that is served. Raises UserError where vLLM could not take the rest."""
-    language, rest = _divide(trained)
+    language, rest = _divide(trained.lora)
     instead = "merge it into the model in place of that: leave --export out, or take --export clip for vLLM"
     if not language:
         raise UserError(f"--export vllm_lora: {trained.folder} holds no LoRA of the language model; {instead}")
-    pairs = [pair for name, pair in trained.lora.items() if role_of(name) == LANGUAGE_MODEL]
-    if any(pair.magnitudes is not None for pair in pairs):
+    if any(pair.magnitudes is not None for pair in language.values()):
         raise UserError(
             f"--export vllm_lora: {trained.folder} holds DoRA (--lora_variant dora), expected lora or rslora, as vLLM "
             f"takes no other; {instead}"
         )
-    rank = find_rank(trained)
-    if rank > LARGEST_RANK:
+    if (rank := _find_rank(language)) > LARGEST_RANK:
         raise UserError(
             f"--export vllm_lora: LoRA of {trained.folder} has rank {rank}, vLLM takes up to {LARGEST_RANK}; {instead}"
         )
-    lora = {name: pair for name, pair in trained.lora.items() if role_of(name) != LANGUAGE_MODEL}
-    return replace(trained, tensors=rest, lora=lora, used=Counter(), relative_change={})
-
-
-def find_rank(trained: TrainedWeights) -> int:
-    """The largest rank of the language model's LoRA."""
-    return max(pair.first.shape[0] for name, pair in trained.lora.items() if role_of(name) == LANGUAGE_MODEL)
+    _, tensors = _divide(trained.tensors)
+    return replace(trained, tensors=tensors, lora=rest, used=Counter(), relative_change={})
 
 
 def write_adapter(folder: Path, trained: TrainedWeights) -> None:
     """Write the adapter into the folder of the base. Its tensors stay as they learned. Raises DiskFullError."""
-    language, _ = _divide(trained)
+    language, _ = _divide(trained.tensors)
     adapter = folder / LANGUAGE_LORA
     adapter.mkdir()
     check_free_space(adapter, count_bytes(language))
@@ -64,7 +58,7 @@ def write_adapter(folder: Path, trained: TrainedWeights) -> None:
 def verify_adapter(folder: Path, trained: TrainedWeights) -> list[tuple[str, str]]:
     """Read the adapter back and compare every bit with what learned; (check, finding) rows. Raises UserError."""
     path = folder / LANGUAGE_LORA / ADAPTER_WEIGHTS
-    language, _ = _divide(trained)
+    language, _ = _divide(trained.tensors)
     found = read_tensors([path])
     if found.keys() != language.keys() or not all(
         torch.equal(found[name].map(), stored.map()) for name, stored in language.items()
@@ -73,17 +67,20 @@ def verify_adapter(folder: Path, trained: TrainedWeights) -> list[tuple[str, str
     modules = len(_list_modules(language))
     return [
         ("export: language model's LoRA", f"{len(found)} tensors of {modules} modules read back, same bits"),
-        ("export: rank, for --max-lora-rank", str(find_rank(trained))),
+        ("export: rank, for --max-lora-rank", str(_find_rank(_divide(trained.lora)[0]))),
     ]
 
 
-def _divide(trained: TrainedWeights) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
-    """(LoRA of the language model, all else) by their names in the file."""
+def _divide(learned: Mapping) -> tuple[dict, dict]:
+    """(what belongs to the language model, all else) of LoRA pairs or of tensors, by name."""
     language, rest = {}, {}
-    for name, stored in trained.tensors.items():
-        is_language_lora = trained.lora and role_of(name) == LANGUAGE_MODEL
-        (language if is_language_lora else rest)[name] = stored
+    for name, value in learned.items():
+        (language if role_of(name) == LANGUAGE_MODEL else rest)[name] = value
     return language, rest
+
+
+def _find_rank(pairs: Mapping[str, LoraPair]) -> int:
+    return max(pair.first.shape[0] for pair in pairs.values())
 
 
 def _list_modules(language: dict[str, StoredTensor]) -> list[str]:

@@ -24,7 +24,6 @@ from meme_llava.dataset.records import iterate_values, parse_record
 from meme_llava.errors import UserError
 from meme_llava.model.four_bit import find_problem, round_to_four_bit
 from meme_llava.model.llava import (
-    LANGUAGE_LORA,
     LANGUAGE_MODEL,
     Processing,
     fill_weights,
@@ -39,7 +38,7 @@ from meme_llava.model.llava import (
 from meme_llava.model.loading import load_strictly
 from meme_llava.model.offloading import IN_MEMORY, OFFLOADED, fits_in_memory, offload_weights, report_layers
 from meme_llava.model.trainable import PEFT_PREFIX, add_adapter, apply_trained_weights
-from meme_llava.storage.run_record import ADAPTER_CONFIG
+from meme_llava.storage.run_record import ADAPTER_CONFIG, LANGUAGE_LORA
 from meme_llava.storage.tensor_files import StoredTensor
 from meme_llava.terminal import show_count
 

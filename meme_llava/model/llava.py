@@ -24,7 +24,7 @@ from meme_llava.errors import UserError
 from meme_llava.model.four_bit import use_four_bit
 from meme_llava.model.loading import LOCALLY, NO_CODE, explain_unloadable, quiet_transformers
 from meme_llava.storage.json_files import DAMAGED, read_json
-from meme_llava.storage.run_record import check_not_unfinished, holds_trained_weights
+from meme_llava.storage.run_record import LANGUAGE_LORA, check_not_unfinished, holds_trained_weights
 from meme_llava.storage.tensor_files import StoredTensor, open_model_tensors
 
 VISION_TOWER = "vision_tower"
@@ -38,7 +38,6 @@ _PREFIXES = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
 )
-LANGUAGE_LORA = "language_lora"  # folder of what `merge_lora.py --export vllm_lora` keeps apart
 # Prompts of a batch end together, where their answers begin; readers of our folders take the side from it.
 PADDING_SIDE = "left"
 

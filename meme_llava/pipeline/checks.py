@@ -13,7 +13,7 @@ from meme_llava.errors import UserError, count
 from meme_llava.pipeline.plan import LOOKS, Flags, Stage, is_same
 from meme_llava.pipeline.results import ONCE
 from meme_llava.pipeline.settings import check_flag_names, list_settings, name_settings
-from meme_llava.storage.run_record import ADAPTER_CONFIG, RUN_RECORD, find_unfinished
+from meme_llava.storage.run_record import ADAPTER_CONFIG, check_not_unfinished
 
 
 def check_settings(stages: Sequence[Stage], train_flags: Flags) -> None:
@@ -127,12 +127,7 @@ def check_needs(chosen: Sequence[Stage], stages: Sequence[Stage]) -> None:
         words = {word.rpartition("=")[2] for word in stage.command}
         for maker in (maker for maker in stages if maker.name != stage.name and maker not in chosen):
             if words & set(maker.flags.get("output_dir", [])) and not maker.is_made:
-                if (checkpoint := find_unfinished(maker.folder)) is not None:
-                    raise UserError(
-                        f"{stage.name} needs {maker.folder}, whose training has not finished (there is "
-                        f"{checkpoint.name} and no {RUN_RECORD}); wait if it still runs, else continue it, with the "
-                        f"same variables: bash run.sh {maker.name}"
-                    )
+                check_not_unfinished(maker.folder)
                 raise UserError(
                     f"{stage.name} needs {maker.folder}, which is not there; run first, with the same variables: "
                     f"bash run.sh {maker.name}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from meme_llava.errors import UserError
 from meme_llava.pipeline.commands import run_command
 from meme_llava.pipeline.plan import Stage, is_same
+from meme_llava.pipeline.settings import map_flags
 from meme_llava.storage.files import hash_file, lock, write_json
 from meme_llava.storage.json_files import read_json
 from meme_llava.storage.run_record import RUN_RECORD
@@ -104,7 +105,8 @@ def check_unchanged(stage: Stage, making: Mapping[str, str]) -> None:
             "the old result stays."
         )
     if names:
-        print(*describe_differences(names, noted, making), sep="\n", file=sys.stderr)
+        settings = map_flags(of_projector=stage.folder.name == "projector")
+        print(*describe_differences(names, noted, making, settings), sep="\n", file=sys.stderr)
         raise UserError(
             f"{stage.folder} was made from other settings or input (< then, > now). Restore them, or {another}; the "
             "old result stays."
@@ -152,12 +154,19 @@ def _is_same_line(then: str, now: str) -> bool:
     return len(before) == len(after) and all(map(is_same, before, after))
 
 
-def describe_differences(names: Sequence[str], noted: Mapping[str, str], making: Mapping[str, str]) -> list[str]:
-    """Lines with what was so then (<) and what is so now (>); of files of the same name, that they changed."""
+def describe_differences(
+    names: Sequence[str], noted: Mapping[str, str], making: Mapping[str, str], settings: Mapping[str, str]
+) -> list[str]:
+    """Lines with what was so then (<) and what is so now (>), each with the one of `settings` that gives its flag; of
+    files of the same name, that they changed."""
     lines = []
     for name in names:
         if name.startswith("--"):
-            lines += [f"{sign} {name} {side[name]}" for sign, side in (("<", noted), (">", making)) if name in side]
+            setting = settings.get(name.removeprefix("--"))
+            ending = f" ({setting})" if setting else ""
+            lines += [
+                f"{sign} {name} {side[name]}{ending}" for sign, side in (("<", noted), (">", making)) if name in side
+            ]
         elif name.removeprefix(CONTENTS).partition("/")[0] not in names:  # another folder has other files
             lines.append(f"  {name} changed")
     return lines

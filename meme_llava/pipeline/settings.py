@@ -54,12 +54,17 @@ def describe_settings() -> str:
     return f"{about}\n\n{re.sub(' +$', '', settings, flags=re.MULTILINE)}".rstrip()
 
 
-def map_flags() -> dict[str, str]:
-    """Flag → the setting that gives it in run.sh."""
+def map_flags(of_projector: bool = False) -> dict[str, str]:
+    """Flag → the setting that gives it in run.sh.
+
+    Args:
+        of_projector: the flags are those of the stage that PROJECTOR_EPOCHS adds.
+    """
     given = dict(re.findall(r'--(\w+) "\$([A-Z][A-Z0-9_]*)"', FILES[0].read_text(encoding="utf-8")))
     # Several stages take --image_folder; that of the training is meant.
     known = list_settings()
-    return given | {flag: flag.upper() for flag in given if flag.upper() in known}
+    given |= {flag: flag.upper() for flag in given if flag.upper() in known}
+    return given | ({"num_train_epochs": "PROJECTOR_EPOCHS", "high_lr": "PROJECTOR_LR"} if of_projector else {})
 
 
 def check_names(variables: Mapping[str, str], known: Sequence[str]) -> None:
@@ -91,14 +96,10 @@ def check_flag_names(variables: Mapping[str, str], known: Sequence[str], flags: 
 
 
 def name_settings(message: str, of_projector: bool, train_flags: Container[str]) -> str:
-    """A message about flags as one about the settings that gave them; what the user typed as a flag stays one.
-
-    Args:
-        of_projector: the flags are those of the stage that PROJECTOR_EPOCHS adds.
-    """
-    given = map_flags() | {name.lower(): name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "NNODES")}
-    if of_projector:
-        given |= {"num_train_epochs": "PROJECTOR_EPOCHS", "high_lr": "PROJECTOR_LR"}
+    """A message about flags as one about the settings that gave them; what the user typed as a flag stays one."""
+    given = map_flags(of_projector) | {
+        name.lower(): name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "NNODES")
+    }
     message = re.sub(r"^.*?: argument (--\w+): (.*?)(\. --help lists.*)?$", r"\1: \2", message)
     for flag in (flag for flag in given if flag not in train_flags):
         message = re.sub(rf"--{flag}\b", given[flag], message)

@@ -11,6 +11,9 @@ from meme_llava import count_cores
 from meme_llava.errors import CheckpointError
 from meme_llava.storage.files import hash_file, write_whole
 from meme_llava.storage.run_record import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    LANGUAGE_LORA,
     MANIFEST,
     RUN_RECORD,
     holds_trained_weights,
@@ -25,14 +28,17 @@ HASHING_THREADS = 4
 def fingerprint_folder(folder: Path) -> str:
     """The fingerprint of a model folder's weights, whatever files they are divided into: 64 hexadecimal digits.
 
-    It is a sha256 over every tensor's name, shape, dtype and bytes. 15 GB take seconds to hash, so what was found is
+    It is a sha256 over every tensor's name, shape, dtype and bytes, and over the files of a LoRA that is kept apart,
+    whose configuration holds the factor of its product. 15 GB take seconds to hash, so what was found is
     remembered together with the state of the files it was found in.
 
     Raises:
         UserError: the folder holds no weights, or a file of them is damaged.
     """
     tensors = dict(sorted(open_model_tensors(folder).items()))
-    paths = sorted({stored.path for stored in tensors.values()})
+    apart = [folder / LANGUAGE_LORA / name for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)]
+    apart = [path for path in apart if path.is_file()]
+    paths = [*sorted({stored.path for stored in tensors.values()}), *apart]
     # Files whose contents change get another state, as git takes it; nobody can set the time of a change back. It goes
     # without their names, so that a folder that is renamed when it is whole is found again.
     states = [
@@ -47,6 +53,8 @@ def fingerprint_folder(folder: Path) -> str:
     with ThreadPoolExecutor(min(HASHING_THREADS, count_cores())) as pool:
         for name, digest in zip(tensors, pool.map(_hash_tensor, tensors.values()), strict=True):
             whole.update(f"{name} {digest}\n".encode())
+    for path in apart:
+        whole.update(f"{path.name} {hash_file(path)}\n".encode())
     fingerprint = whole.hexdigest()
     # A home that cannot be written, or of which the system knows nothing (then ~ stays), costs time alone.
     with contextlib.suppress(OSError):

@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 _OWN_HASH = "manifest_sha256"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+LANGUAGE_LORA = "language_lora"  # folder of what `merge_lora.py --export vllm_lora` keeps apart
 # What learned in full, for train types without LoRA: the classic names of design, only trained tensors.
 TRAINED_WEIGHTS = "trained_weights.safetensors"
 LIBRARIES = (
@@ -164,19 +165,14 @@ def read_step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def find_unfinished(directory: Path) -> Path | None:
-    """The newest checkpoint of a training that has no result yet; None in any other folder."""
-    checkpoints = [] if (directory / RUN_RECORD).is_file() else list_checkpoints(directory)
-    return checkpoints[-1] if checkpoints else None
-
-
 def check_not_unfinished(directory: Path) -> None:
     """Raise UserError for the folder of a training that has no result yet."""
-    if (checkpoint := find_unfinished(directory)) is not None:
+    if not (directory / RUN_RECORD).is_file() and (checkpoints := list_checkpoints(directory)):
+        newest = checkpoints[-1]
         raise UserError(
-            f"{directory}: its training has not finished (there is {checkpoint.name} and no {RUN_RECORD}). Wait if it "
-            "still runs, else continue it (bash run.sh train, or train.py --resume_from_checkpoint latest), or give "
-            f"{checkpoint}"
+            f"{directory}: its training has not finished (there is {newest.name} and no {RUN_RECORD}). Wait if it "
+            "still runs, else continue it (bash run.sh train with the same variables, or train.py "
+            f"--resume_from_checkpoint latest), or give {newest}"
         )
 
 

@@ -257,7 +257,7 @@ class TrainingLoop:
         if broken:
             raise NonFiniteError(
                 f"{len(broken)} weights are not finite, e.g. {broken[0]}; nothing was saved, and the newest checkpoint "
-                "is sound. Lower --low_lr and --high_lr."
+                "is sound. Lower --low_lr (LOW_LR) and --high_lr (HIGH_LR)."
             )
         save_trained_weights(self._model, folder, weights)
         write_sidecars(folder, self._plan.processing, self._run.to_record(self.step))

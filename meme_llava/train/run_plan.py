@@ -162,8 +162,7 @@ def outline_run(
 ) -> RunPlan:
     """The plan of a run without its facts, for which every weight of the base would be read. Raises UserError where the
     batches do not divide, warmup fills the run, or the language model is not for four bits."""
-    obstacle = find_obstacle(processing.config.text_config)
-    if arguments.load_in_4bit and obstacle:
+    if arguments.load_in_4bit and (obstacle := find_obstacle(processing.config.text_config)):
         raise UserError(
             f"--load_in_4bit: the language model of {arguments.model} has {obstacle}, and layers beside attention and "
             "MLP are not known to work in four bits; leave --load_in_4bit out, or take one such as Qwen2 or Llama"

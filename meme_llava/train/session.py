@@ -191,7 +191,7 @@ class StepGuard:
             raise NonFiniteError(
                 f"{MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {step}, were not finite. At last {text}. No such "
                 "step changed a weight, and the newest checkpoint is sound. Look at these records, or lower --low_lr "
-                "and --high_lr."
+                "(LOW_LR) and --high_lr (HIGH_LR)."
             )
 
     def ask_to_stop(self) -> bool:

@@ -121,7 +121,7 @@ def check_continues(start: StartPoint, ours: dict, allow_changes: bool) -> list[
     if theirs["step"] >= steps and not theirs["finished"]:
         raise CheckpointError(
             f"{start.checkpoint} has done {theirs['step']} steps, and this run is to have {steps}; raise "
-            "--num_train_epochs or --max_steps, or continue an earlier checkpoint"
+            "--num_train_epochs (EPOCHS) or --max_steps, or continue an earlier checkpoint"
         )
     # A setting that came later than the checkpoint decided nothing there.
     if fixed := [text for name, text in changed.items() if name in FIXED_SETTINGS & settings.keys()]:

@@ -1,6 +1,7 @@
 """`merge_lora.py --export vllm_lora`: a base to serve, and an adapter of the language model's LoRA alone."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 import train
 from meme_llava.convert import export_vllm_lora, merge_check
-from meme_llava.errors import UserError
+from meme_llava.errors import CheckpointError, UserError
 from meme_llava.inference.generation import load_answerer
-from meme_llava.model.llava import LANGUAGE_LORA, load_llava
+from meme_llava.model.llava import load_llava
 from meme_llava.model.trainable import apply_trained_weights
+from meme_llava.storage.fingerprint import check_weights
+from meme_llava.storage.run_record import LANGUAGE_LORA
 
 
 def export(trained, output_dir, *flags):
@@ -99,6 +102,25 @@ def test_another_adapter_than_the_one_that_learned_is_an_error(trained, tmp_path
     error = fail(capsys, *flags)
     assert "adapter_model.safetensors" in error and "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["another value", "another factor", "no weights"])
+def test_an_adapter_that_changed_since_is_noticed(exported, tmp_path, damage):
+    """The factor of the LoRA is lora_alpha / r, so the configuration counts as the weights do."""
+    assert check_weights(exported) == json.loads((exported / "run_record.json").read_text())["fingerprint"]
+    folder = shutil.copytree(exported, tmp_path / "copied")
+    assert check_weights(folder) == check_weights(exported)
+    weights, config = (folder / LANGUAGE_LORA / f"adapter_{name}" for name in ("model.safetensors", "config.json"))
+    if damage == "another value":
+        tensors = load_file(weights)
+        tensors[min(tensors)].view(-1)[0] += 1e-3
+        save_file(tensors, weights)
+    elif damage == "another factor":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 99}))
+    else:
+        weights.unlink()
+    with pytest.raises(CheckpointError, match="copied: its weights are not those that it was written with"):
+        check_weights(folder)
 
 
 def test_a_siglip_tower_keeps_its_name(world, tmp_path):

@@ -150,6 +150,19 @@ def test_bad_records_end_in_an_error_after_the_report_is_written(folder, capsys)
     ]
 
 
+def test_a_report_replaces_a_report_and_no_other_result(folder, capsys):
+    output_dir = run(folder, make_records())
+    (output_dir / "report.html").write_text("earlier")
+    run(folder, make_records())
+    assert "r1" in (output_dir / "report.html").read_text(encoding="utf-8")
+    (output_dir / "run_record.json").write_text('{"stage": "merge"}')
+    (output_dir / "model.safetensors").write_text("trained for days")
+    with pytest.raises(SystemExit):
+        run(folder, make_records())
+    assert "out: holds what 'merge' wrote (run_record.json), and only an earlier" in capsys.readouterr().err
+    assert (output_dir / "model.safetensors").read_text() == "trained for days"
+
+
 def test_under_quarantine_bad_records_are_no_error(folder, capsys):
     output_dir = run(folder, spoil(make_records()), "--bad_records", "quarantine")
     printed = capsys.readouterr().out

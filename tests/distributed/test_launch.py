@@ -9,7 +9,8 @@ import time
 
 import psutil
 import pytest
-from conftest import ROOT, find_free_port
+from conftest import ROOT
+from local_server import find_free_port
 
 from meme_llava.distributed.launch import meet
 from meme_llava.errors import ProcessError

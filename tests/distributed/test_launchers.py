@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, find_free_port, read_losses, train_flags
+from conftest import ROOT, read_losses, train_flags
+from local_server import find_free_port
 
 import train
 from meme_llava.distributed import launchers, meeting

@@ -18,7 +18,8 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, find_free_port, wait_until_listening
+from conftest import ROOT
+from local_server import find_free_port, wait_until_listening
 from PIL import Image
 
 import demo
