@@ -102,6 +102,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{vllm}: no such program; serve_with_vllm.sh installs vLLM")
     if not arguments.model.is_dir():
         raise UserError(f"{arguments.model}: no such model folder; merge_lora.py --export clip makes one")
+    if (arguments.model / LANGUAGE_LORA).is_dir() and arguments.compare_with is None:
+        raise UserError(f"{arguments.model}: answers by its adapter; give the model that learned it as --compare_with")
     check_weights(arguments.model)
     answers.mkdir(parents=True, exist_ok=True)
     ours, theirs = answers / "ours", answers / "vllm"

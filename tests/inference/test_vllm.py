@@ -112,7 +112,7 @@ def test_a_language_models_lora_is_served(world, language_model, tmp_path):
 def test_without_the_export_vllm_refuses_the_tower(world, trained, tmp_path):
     """The day it takes Chinese-CLIP by its name, --export clip can go."""
     merge(["--adapter", str(trained), "--output_dir", str(tmp_path / "merged"), "--no_verify"])
-    with pytest.raises(UserError, match="vLLM does not serve"):
+    with pytest.raises(UserError, match="the server does not listen"):
         with serve_with_vllm.serve(Path(PROGRAM), tmp_path / "merged", tmp_path / "log.txt"):
             pass
     assert "Unsupported vision config" in (tmp_path / "log.txt").read_text()
