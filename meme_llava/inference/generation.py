@@ -30,7 +30,7 @@ from meme_llava.model.loading import LOCALLY, explain_unloadable
 from meme_llava.model.packed_attention import gpu_multiplies_bf16
 from meme_llava.model.trainable import apply_trained_weights
 from meme_llava.storage.fingerprint import check_weights, find_base
-from meme_llava.storage.run_record import holds_trained_weights
+from meme_llava.storage.run_record import check_is_whole, holds_trained_weights
 
 
 class PromptTooLong(UserError):
@@ -269,6 +269,7 @@ class TransformersModel:
 
 def load_transformers_model(folder: Path, device: str, dtype: str) -> TransformersModel:
     """Load a model folder, without any code of its own. Raises UserError where that or the chat template is missing."""
+    check_is_whole(folder)
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
     with explain_unloadable(folder, "cannot be loaded as an image-text-to-text model of transformers"):

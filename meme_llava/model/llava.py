@@ -24,7 +24,7 @@ from meme_llava.errors import UserError
 from meme_llava.model.four_bit import use_four_bit
 from meme_llava.model.loading import LOCALLY, NO_CODE, explain_unloadable, quiet_transformers
 from meme_llava.storage.json_files import DAMAGED, read_json
-from meme_llava.storage.run_record import LANGUAGE_LORA, check_not_unfinished, holds_trained_weights
+from meme_llava.storage.run_record import check_is_whole, check_not_unfinished, holds_trained_weights
 from meme_llava.storage.tensor_files import StoredTensor, open_model_tensors
 
 VISION_TOWER = "vision_tower"
@@ -170,11 +170,7 @@ def check_llava_folder(folder: Path) -> None:
     """Raise UserError unless `folder` looks like a LLaVA's."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder")
-    if (folder / LANGUAGE_LORA).is_dir():
-        raise UserError(
-            f"{folder}: is for vLLM (--export vllm_lora), and what its language model learned is apart, in "
-            f"{LANGUAGE_LORA}. Merge without --export, or give the adapter itself"
-        )
+    check_is_whole(folder)
     config_file = folder / "config.json"
     if not config_file.is_file():
         if holds_trained_weights(folder):

@@ -165,6 +165,15 @@ def read_step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def check_is_whole(folder: Path) -> None:
+    """Raise UserError for a model without a part of what it learned."""
+    if (folder / LANGUAGE_LORA).is_dir():
+        raise UserError(
+            f"{folder}: is for vLLM (--export vllm_lora), and what its language model learned is apart, in "
+            f"{LANGUAGE_LORA}. Merge without --export, or give the adapter itself"
+        )
+
+
 def check_not_unfinished(directory: Path) -> None:
     """Raise UserError for the folder of a training that has no result yet."""
     if not (directory / RUN_RECORD).is_file() and (checkpoints := list_checkpoints(directory)):

@@ -14,7 +14,7 @@ from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 import train
 from meme_llava.convert import export_vllm_lora, merge_check
 from meme_llava.errors import CheckpointError, UserError
-from meme_llava.inference.generation import load_answerer
+from meme_llava.inference.generation import load_answerer, load_transformers_model
 from meme_llava.model.llava import load_llava
 from meme_llava.model.trainable import apply_trained_weights
 from meme_llava.storage.fingerprint import check_weights
@@ -153,6 +153,7 @@ def test_a_rank_above_vllms_largest_is_refused(trained, tmp_path, monkeypatch, c
     assert "has rank 4, vLLM takes up to 3" in error
 
 
-def test_nobody_here_takes_the_base_without_its_adapter_for_the_model(exported):
+@pytest.mark.parametrize("load", [load_answerer, load_transformers_model])
+def test_nobody_here_takes_the_base_without_its_adapter_for_the_model(exported, load):
     with pytest.raises(UserError, match="what its language model learned is apart, in language_lora"):
-        load_answerer(exported)
+        load(exported, device="cpu", dtype="float32")
