@@ -58,7 +58,7 @@ FOREIGN_VARIABLES = {
     *("SWANLAB_LOG_DIR", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"),
     *(preset.key_variable for preset in PRESETS.values() if preset.key_variable),
 }
-REAL_WEIGHTS_VARIABLES = {"CAPTIONS", "IMAGE_SIZE", "STEPS"}  # of benchmarks/real_weights.sh
+REAL_WEIGHTS_VARIABLES = {"CAPTIONS", "IMAGE_SIZE", "PRECISION", "STEPS"}  # of benchmarks/real_weights.sh
 # Words in capitals that are no variable: constants of the code, placeholders, misspelt ones, and one that is gone.
 OTHER_NAMES = {"ALPHABET", "COMMANDS", "DIVIDED", "EXPECTATIONS", "VALUE_CHECKS", "RUBRIC", "NAME", "VALUE", "HOSTFILE"}
 OTHER_NAMES |= {"EPOCH", "GLOBAL_BATCH_SIZE", "LORA_RANK", "NUM_GPUS"}
