@@ -127,13 +127,13 @@ def write_table(work_dir: Path) -> None:
 
 
 def draw_losses(histories: dict[str, list[dict]], path: Path) -> None:
-    """Training and validation loss by step, a colour a run."""
+    """Training and validation loss by step, a colour a run; without `tiny`, whose tokens are others."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    sides = figure.subplots(1, 2, sharey=True)
+    sides = figure.subplots(1, 2)
     for axes, key, title in zip(sides, ("loss", "eval_loss"), ("training loss", "validation loss"), strict=True):
-        for name, history in histories.items():
+        for name, history in ((name, history) for name, history in histories.items() if name != "tiny"):
             points = [(one["step"], one[key]) for one in history if key in one]
             if key == "loss":
                 points = thin(points, max(1, len(points) // POINTS))
