@@ -1,5 +1,6 @@
 """What real_weights.sh measures beside training: the language model on texts without images, and the table of all runs.
 
+python benchmarks/real_weights.py check --captions FILE
 python benchmarks/real_weights.py text --model DIR --base DIR --captions FILE --output FILE
 python benchmarks/real_weights.py table --work_dir DIR
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from meme_llava.errors import stop_on_user_error  # noqa: E402
+from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.report.html_page import thin  # noqa: E402
 
 TEXTS, PARAGRAPHS = 200, 40
@@ -41,10 +42,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     text.add_argument("--base", type=Path, required=True, help="whose tokenizer all of them share")
     text.add_argument("--captions", type=Path, required=True, help='JSONL of {"description": …}')
     text.add_argument("--output", type=Path, required=True)
+    check = commands.add_parser("check", help="whether the captions can be read, before hours of training")
+    check.add_argument("--captions", type=Path, required=True)
     table = commands.add_parser("table", help="write table.md of what the runs left")
     table.add_argument("--work_dir", type=Path, required=True)
     arguments = parser.parse_args(argv)
-    measure_texts(arguments) if arguments.command == "text" else write_table(arguments.work_dir)
+    if arguments.command == "check":
+        read_captions(arguments.captions)
+    elif arguments.command == "text":
+        measure_texts(arguments)
+    else:
+        write_table(arguments.work_dir)
 
 
 def measure_texts(arguments: argparse.Namespace) -> None:
@@ -98,10 +106,16 @@ def measure_perplexity(compute_logits: Callable, texts: Sequence[Sequence[int]])
 
 
 def read_captions(path: Path) -> list[str]:
-    """The first TEXTS descriptions of a JSONL file."""
-    with path.open(encoding="utf-8") as lines:
-        texts = [json.loads(line)["description"] for line in lines if line.strip()]
-    return [text for text in texts if text.strip()][:TEXTS]
+    """The first TEXTS descriptions of a JSONL file. Raises UserError for a line without one, or if all are empty."""
+    texts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            texts.append(json.loads(line)["description"].strip())
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise UserError(f'{path}, line {number}: {line[:80]!r}, expected {{"description": text}}') from None
+    if not any(texts):
+        raise UserError(f"{path}: no description says anything")
+    return [text for text in texts if text][:TEXTS]
 
 
 def read_paragraphs(folder: Path) -> list[str]:
@@ -147,16 +161,22 @@ def draw_losses(histories: dict[str, list[dict]], path: Path) -> None:
 def table_of_losses(histories: dict[str, list[dict]]) -> str:
     """Validation loss, and in brackets the mean training loss since the one before, by step and run."""
     steps = sorted({entry["step"] for history in histories.values() for entry in history if "eval_loss" in entry})
-    rows, before = [], 0
-    for step in steps:
-        row = [str(step)]
-        for history in histories.values():
-            validation = [one["eval_loss"] for one in history if one["step"] == step and "eval_loss" in one]
-            training = [one["loss"] for one in history if before < one["step"] <= step and "loss" in one]
-            row.append(f"{validation[0]:.3f} ({sum(training) / len(training):.3f})" if validation else "–")
-        rows.append(row)
-        before = step
+    columns = [describe_evaluations(history) for history in histories.values()]
+    rows = [(str(step), *(column.get(step, "–") for column in columns)) for step in steps]
     return make_table(("step", *histories), rows)
+
+
+def describe_evaluations(history: list[dict]) -> dict[int, str]:
+    """Step: validation loss, and the mean training loss since the evaluation before, of one run."""
+    found, training = {}, []
+    for entry in history:
+        if "loss" in entry:
+            training.append(entry["loss"])
+        if "eval_loss" in entry:
+            mean = f" ({sum(training) / len(training):.3f})" if training else ""
+            found[entry["step"]] = f"{entry['eval_loss']:.3f}{mean}"
+            training = []
+    return found
 
 
 def table_of_scores(work_dir: Path, names: list[str]) -> str:

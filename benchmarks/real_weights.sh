@@ -8,22 +8,33 @@
 #   CAPTIONS                                       texts, of which perplexity is measured: {"description": …} a line
 #   RUN                                            two_rates, low_rate, high_rate, tiny; without: all
 #
-# Run it by the environment of run.sh. It downloads 190 MB of packages into WORK_DIR, and continues where it stopped.
+# Run it in the environment of run.sh, with pip. It downloads 190 MB of packages into WORK_DIR, and continues where it
+# stopped, with the same settings.
 # Figures go to WORK_DIR/table.md, curves to losses.png, wall-clock and CPU seconds of each step to WORK_DIR/times.txt.
 set -euo pipefail
 [[ $# -gt 0 && -n ${ANNOTATIONS:-} && -n ${EVAL_ANNOTATIONS:-} && -n ${IMAGE_FOLDER:-} && -n ${CAPTIONS:-} ]] ||
-    { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2 && exit 2; }
+    { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2 && exit 2; }
 mkdir -p "$1"
 work_dir=$(realpath "$1")
 shift
 for name in ANNOTATIONS EVAL_ANNOTATIONS IMAGE_FOLDER CAPTIONS; do
-    printf -v "$name" %s "$(realpath "${!name}")" && export "${name?}"
+    path=$(realpath -e "${!name}") || exit 2
+    printf -v "$name" %s "$path" && export "${name?}"
 done
 export EVAL_IMAGE_FOLDER=$IMAGE_FOLDER VENV=active GPUS=cpu
 STEPS=${STEPS:-300} IMAGE_SIZE=${IMAGE_SIZE:-140} PRECISION=${PRECISION:-auto}
 export -n STEPS IMAGE_SIZE PRECISION # run.sh refuses variables that it does not know
 export GLOBAL_BATCH=${GLOBAL_BATCH:-2} LORA_R=32 LORA_ALPHA=64 MODEL_MAX_LENGTH=512 WARMUP_RATIO=0.1
 cd "$(dirname "$(readlink -f "$0")")/.."
+
+python -m pip --version > /dev/null || { echo "error: this environment has no pip; in one of uv: uv pip install pip" >&2 && exit 2; }
+python benchmarks/real_weights.py check --captions "$CAPTIONS"
+settings=$(for name in STEPS IMAGE_SIZE PRECISION GLOBAL_BATCH ANNOTATIONS EVAL_ANNOTATIONS IMAGE_FOLDER CAPTIONS; do
+    echo "$name=${!name}"
+done)
+[[ -e $work_dir/settings.txt ]] || echo "$settings" > "$work_dir/settings.txt"
+diff "$work_dir/settings.txt" - <<< "$settings" >&2 ||
+    { echo "error: $work_dir has results of other settings (<); choose another WORK_DIR" >&2 && exit 2; }
 
 step() { # name, command …: its output goes to a file; a finished one is skipped
     local file=$work_dir/logs/$1.log
@@ -78,7 +89,7 @@ for run; do
 done
 
 for model in models/language_model base_models two_rates/merged; do
-    [[ -e $work_dir/$model ]] || continue
+    [[ -e $work_dir/$model && -e $work_dir/base_models ]] || continue
     name=text-$(tr / - <<< "${model#models/}")
     step "$name" python benchmarks/real_weights.py text --model "$work_dir/$model" --base "$work_dir/base_models" \
         --captions "$CAPTIONS" --output "$work_dir/$name.json"

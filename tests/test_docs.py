@@ -346,6 +346,7 @@ def test_other_commands_are_known():
         "bash data/tiny/making/pretrain.sh",
         "ANNOTATIONS=train.json EVAL_ANNOTATIONS=val.json IMAGE_FOLDER=/data/memes CAPTIONS=captions.jsonl "
         "bash benchmarks/real_weights.sh output/real_weights",
+        "PRECISION=bf16 bash benchmarks/real_weights.sh output/real_weights",
         # Downloads, which no test runs.
         "export HF_ENDPOINT=https://hf-mirror.com",
         "hf download REILX/chinese-meme-description-dataset --repo-type dataset --local-dir /data/memes/captions "
@@ -361,10 +362,11 @@ def test_other_commands_are_known():
         "transformers serve output/merged --host 127.0.0.1 --port 8000 --device cpu --dtype float32 "
         "--chat-template-kwargs '{\"sanitize_control_tokens\": true}'",
         "vllm serve output/served --host 127.0.0.1 --port 8000 --max-model-len 4096",
-        "vllm serve output/served --host 127.0.0.1 --port 8000 --max-model-len 4096 --enable-lora --max-lora-rank 32 "
-        "--lora-modules memes=output/served/language_lora",
-        "llama-server -m output/served/language.gguf --mmproj output/served/mmproj.gguf --host 127.0.0.1 --port 8000",
-        "ollama create memes -f output/served/Modelfile",
+        "vllm serve output/served_lora --host 127.0.0.1 --port 8000 --max-model-len 4096 --enable-lora "
+        "--max-lora-rank 32 --lora-modules memes=output/served_lora/language_lora",
+        "llama-server -m output/served_gguf/language.gguf --mmproj output/served_gguf/mmproj.gguf --host 127.0.0.1 "
+        "--port 8000",
+        "ollama create memes -f output/served_gguf/Modelfile",
         "ollama run memes '这张表情包写了什么，是什么意思？ data/images/meme_000000.jpg'",
     }
 

@@ -53,8 +53,26 @@ def test_texts_are_the_first_that_say_something(tmp_path, monkeypatch):
 
 def test_losses_stand_beside_the_training_since_the_evaluation_before():
     history = [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 2.0, "eval_loss": 2.5}, {"step": 3, "loss": 1.0}]
-    other = [{"step": step, "loss": 1.0} for step in (1, 2, 3)] + [{"step": 3, "eval_loss": 0.75}]
+    other = [{"step": step, "loss": float(step)} for step in (1, 2, 3)] + [{"step": 3, "eval_loss": 0.75}]
     assert real_weights.table_of_losses({"a": history, "b": other}).splitlines()[2:] == [
         "| 2 | 2.500 (3.000) | – |",
-        "| 3 | – | 0.750 (1.000) |",
+        "| 3 | – | 0.750 (2.000) |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"description": "一"}]', 'line 1: \'[{"description": "一"}]\', expected {"description": text}'),
+        ('{"description": "一"}\n{"caption": "二"}', 'line 2: \'{"caption": "二"}\', expected'),
+        ('{"description": 3}', "line 1"),
+        ('{"description": " "}', "no description says anything"),
+        ("", "no description says anything"),
+    ],
+)
+def test_captions_that_cannot_be_read_are_named_before_hours_of_training(tmp_path, capsys, content, message):
+    path = tmp_path / "captions.jsonl"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(SystemExit):
+        real_weights.main(["check", "--captions", str(path)])
+    assert f"error: {path}" in (error := capsys.readouterr().err) and message in error
