@@ -20,6 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 from local_server import find_free_port, wait_until_listening  # noqa: E402
 
+from meme_llava.convert.export_clip import CHINESE_CLIP  # noqa: E402
+from meme_llava.convert.export_vllm_lora import choose_rank  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.evaluate.results_folder import read_predictions  # noqa: E402
 from meme_llava.storage.fingerprint import check_weights  # noqa: E402
@@ -27,7 +29,6 @@ from meme_llava.storage.json_files import read_json  # noqa: E402
 from meme_llava.storage.run_record import ADAPTER_CONFIG, LANGUAGE_LORA  # noqa: E402
 
 START_SECONDS, STOP_SECONDS = 900, 30
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
 ADAPTER_NAME = "memes"
 SHARE_THE_SAME = 398 / 400  # rounding in other places turns a close choice now and then
 MAX_SHOWN = 5
@@ -39,8 +40,7 @@ def list_flags(model: Path, dtype: str, port: int) -> list[str]:
     flags = [str(model), "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype, "--max-model-len", "4096"]
     adapter = model / LANGUAGE_LORA
     if adapter.is_dir():
-        needed = read_json(adapter / ADAPTER_CONFIG)["r"]
-        rank = next(rank for rank in RANKS if rank >= needed)
+        rank = choose_rank(read_json(adapter / ADAPTER_CONFIG)["r"])
         flags += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"{ADAPTER_NAME}={adapter}"]
     return [*flags, "--gpu-memory-utilization", "0.1", "--enforce-eager"]
 
@@ -85,26 +85,39 @@ def evaluate(output_dir: Path, arguments: argparse.Namespace, *flags: str) -> fl
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, required=True, help="gets answers and vLLM's log")
+    parser.add_argument("--work_dir", type=Path, required=True, help="its folder answers gets answers and vllm.log")
     parser.add_argument("--model", type=Path, required=True, help="the folder that is served")
     parser.add_argument("--compare_with", type=Path, help="the model that evaluate.py loads, if another folder")
     parser.add_argument("--dtype", default="auto", help="vLLM's; auto is the one that the model is stored in")
-    parser.add_argument("--annotations", type=Path, default=ROOT / "data" / "unseen" / "annotations.json")
+    unseen = ROOT / "data" / "unseen" / "annotations.json"
+    parser.add_argument("--annotations", type=Path, default=unseen, help="their images are relative to their folder")
     parser.add_argument("--vllm", type=Path, help="the program, if not vllm/bin/vllm of work_dir")
+    parser.add_argument("--check", action="store_true", help="only look at the other flags")
     return parser.parse_args(argv)
+
+
+def check_model(arguments: argparse.Namespace) -> None:
+    """Raise UserError unless it can be served and compared."""
+    if not arguments.model.is_dir():
+        raise UserError(f"{arguments.model}: no such model folder; merge_lora.py --export clip makes one")
+    if (arguments.model / LANGUAGE_LORA).is_dir() and arguments.compare_with is None:
+        raise UserError(f"{arguments.model}: answers by its adapter; give the model that learned it as --compare_with")
+    if read_json(arguments.model / "config.json").get("vision_config", {}).get("model_type") == CHINESE_CLIP:
+        raise UserError(f"{arguments.model}: vLLM refuses its vision tower by name; merge with --export clip")
+    check_weights(arguments.model)
 
 
 @stop_on_user_error
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     vllm, answers = arguments.vllm or arguments.work_dir / "vllm" / "bin" / "vllm", arguments.work_dir / "answers"
+    check_model(arguments)
+    if arguments.check:
+        return
     if not vllm.is_file():
         raise UserError(f"{vllm}: no such program; serve_with_vllm.sh installs vLLM")
-    if not arguments.model.is_dir():
-        raise UserError(f"{arguments.model}: no such model folder; merge_lora.py --export clip makes one")
-    if (arguments.model / LANGUAGE_LORA).is_dir() and arguments.compare_with is None:
-        raise UserError(f"{arguments.model}: answers by its adapter; give the model that learned it as --compare_with")
-    check_weights(arguments.model)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # else the server would outlive this
     answers.mkdir(parents=True, exist_ok=True)
     ours, theirs = answers / "ours", answers / "vllm"
     with serve(vllm.absolute(), arguments.model, answers / "vllm.log", arguments.dtype) as (url, name):

@@ -17,7 +17,7 @@ version=0.32.0
 index=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}
 
 make_environment() { # folder
-    [[ -e $1/ready ]] && return
+    [[ -e $1/ready-$version ]] && return
     # shellcheck source=../scripts/environment.sh
     source "$here/../scripts/environment.sh"
     rm -rf "$1" # half of one, of a call that was ended
@@ -49,9 +49,11 @@ END
     mkdir "$packages/vllm-$version+cpu.dist-info"
     printf 'Metadata-Version: 2.4\nName: vllm\nVersion: %s+cpu\n' "$version" \
         > "$packages/vllm-$version+cpu.dist-info/METADATA"
-    touch "$1/ready"
+    touch "$1/ready-$version"
 }
 
+python "$here/serve_with_vllm.py" --work_dir "$work_dir" "$@" --check # before 3 GB are fetched
+[[ " $* " != *" --help "* ]] || exit 0
 mkdir -p "$work_dir"
 make_environment "$work_dir/vllm"
 exec python "$here/serve_with_vllm.py" --work_dir "$work_dir" "$@"
