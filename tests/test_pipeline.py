@@ -327,6 +327,9 @@ def test_a_dry_run_says_that_there_are_too_few_gpus(call, tmp_path):
     code, out, errors = call(**asked)
     assert code == 0 and out.startswith("python ")
     assert errors.startswith("the run would stop: GPUS=4 asks for 4 GPUs, torch sees 0 (CUDA_VISIBLE_DEVICES=, torch")
+    # A base can be had anywhere, to plan what the GPUs will do.
+    code, out, errors = call("build", **asked)
+    assert (code, errors) == (0, "") and out.startswith("python ")
 
 
 def test_what_a_stage_does_not_read_may_be_missing(call):

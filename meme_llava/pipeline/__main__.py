@@ -63,7 +63,9 @@ def main(argv: list[str] | None = None) -> None:
             check_results([] if looks else chosen)
             if "help" not in train_flags:
                 check_base(chosen, stages)
-            if not looks and "DS_ACCELERATOR" not in environment:
+            # Towers are joined on the CPU, so that a plan can be had on any machine.
+            needs_gpus = any(stage.name != "build" for stage in chosen) and "DS_ACCELERATOR" not in environment
+            if needs_gpus and not looks:
                 check_gpus(variables["GPUS"], processes, os.environ | environment)
     except UserError as error:
         if not is_dry:
