@@ -21,7 +21,7 @@ from meme_llava.storage.run_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LANGU
 from meme_llava.storage.tensor_files import StoredTensor, read_tensors
 from meme_llava.storage.tensor_writer import check_free_space, count_bytes, write_file
 
-LARGEST_RANK = 512  # of vLLM 0.32's --max-lora-rank
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank of vLLM 0.32 takes
 
 
 def leave_out_language_lora(trained: TrainedWeights) -> TrainedWeights:
@@ -35,9 +35,9 @@ def leave_out_language_lora(trained: TrainedWeights) -> TrainedWeights:
             f"--export vllm_lora: {trained.folder} holds DoRA (--lora_variant dora), expected lora or rslora, as vLLM "
             f"takes no other; {instead}"
         )
-    if (rank := _find_rank(language)) > LARGEST_RANK:
+    if (rank := _find_rank(language)) > RANKS[-1]:
         raise UserError(
-            f"--export vllm_lora: LoRA of {trained.folder} has rank {rank}, vLLM takes up to {LARGEST_RANK}; {instead}"
+            f"--export vllm_lora: LoRA of {trained.folder} has rank {rank}, vLLM takes up to {RANKS[-1]}; {instead}"
         )
     _, tensors = _divide(trained.tensors)
     return replace(trained, tensors=tensors, lora=rest, used=Counter(), relative_change={})
@@ -67,8 +67,13 @@ def verify_adapter(folder: Path, trained: TrainedWeights) -> list[tuple[str, str
     modules = len(_list_modules(language))
     return [
         ("export: language model's LoRA", f"{len(found)} tensors of {modules} modules read back, same bits"),
-        ("export: rank, for --max-lora-rank", str(_find_rank(_divide(trained.lora)[0]))),
+        ("export: --max-lora-rank for vLLM", str(choose_rank(_find_rank(_divide(trained.lora)[0])))),
     ]
+
+
+def choose_rank(rank: int) -> int:
+    """The smallest --max-lora-rank that holds LoRA of this rank."""
+    return next(one for one in RANKS if one >= rank)
 
 
 def _divide(learned: Mapping) -> tuple[dict, dict]:

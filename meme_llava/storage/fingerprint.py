@@ -94,8 +94,11 @@ def identify_weights(folder: Path) -> str:
     Raises:
         UserError: the folder holds neither, or damaged ones.
     """
-    # The manifest of trained weights lists their hash and that of their run record, which names the base.
-    return hash_file(folder / MANIFEST) if holds_trained_weights(folder) else check_weights(folder)
+    if not holds_trained_weights(folder):
+        return check_weights(folder)
+    read_trained_record(folder)
+    # The manifest lists the hash of the weights and that of their run record, which names the base.
+    return hash_file(folder / MANIFEST)
 
 
 def find_base(adapter: Path, base_model: Path | None) -> Path:

@@ -150,8 +150,15 @@ def read_run_record(directory: Path) -> dict:
         raise UserError(f"{directory}: no such directory")
     check_not_unfinished(directory)
     if not path.is_file():
+        if directory.name == LANGUAGE_LORA and (directory.parent / RUN_RECORD).is_file():
+            raise UserError(f"{directory}: is for vLLM alone; give {_name_adapter(directory.parent)}")
         raise UserError(f"{directory}: has no {RUN_RECORD}, so it is not a finished output of our scripts")
     return read_json(path)
+
+
+def _name_adapter(merged: Path) -> str:
+    """What a merged model was made from, in the words of its record."""
+    return f"what learned it (--adapter {read_json(merged / RUN_RECORD).get('settings', {}).get('adapter')})"
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -170,7 +177,7 @@ def check_is_whole(folder: Path) -> None:
     if (folder / LANGUAGE_LORA).is_dir():
         raise UserError(
             f"{folder}: is for vLLM (--export vllm_lora), and what its language model learned is apart, in "
-            f"{LANGUAGE_LORA}. Merge without --export, or give the adapter itself"
+            f"{LANGUAGE_LORA}. Merge without --export, or give {_name_adapter(folder)}"
         )
 
 
@@ -197,6 +204,8 @@ def read_trained_record(folder: Path) -> dict:
         UserError: `folder` holds no trained weights or is damaged.
     """
     record = read_run_record(folder)
+    if record.get("stage") == "merge":
+        raise UserError(f"{folder}: is a merged model, expected {_name_adapter(folder)}")
     if not holds_trained_weights(folder):
         raise UserError(
             f"{folder}: holds neither {ADAPTER_WEIGHTS} nor {TRAINED_WEIGHTS}; expected an output_dir or checkpoint "

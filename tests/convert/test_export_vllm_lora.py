@@ -17,8 +17,8 @@ from meme_llava.errors import CheckpointError, UserError
 from meme_llava.inference.generation import load_answerer, load_transformers_model
 from meme_llava.model.llava import load_llava
 from meme_llava.model.trainable import apply_trained_weights
-from meme_llava.storage.fingerprint import check_weights
-from meme_llava.storage.run_record import LANGUAGE_LORA
+from meme_llava.storage.fingerprint import check_weights, identify_weights
+from meme_llava.storage.run_record import LANGUAGE_LORA, read_trained_record
 
 
 def export(trained, output_dir, *flags):
@@ -78,7 +78,7 @@ def test_the_proof_covers_base_and_adapter_together(trained, tmp_path, monkeypat
     folder = export(trained, tmp_path / "out", "--dtype", "float32")
     checks = json.loads((folder / "run_record.json").read_text())["checks"]
     assert checks["export: language model's LoRA"] == "28 tensors of 14 modules read back, same bits"
-    assert checks["export: rank, for --max-lora-rank"] == "4"
+    assert checks["export: --max-lora-rank for vLLM"] == "8"  # of rank 4
     assert checks["export: vision features"] == "same bits after each of 3 layers"
     assert float(checks["as stored: largest logit difference"].split()[0]) < 1e-4
     shown = " ".join(capsys.readouterr().out.split())
@@ -148,12 +148,26 @@ def test_what_cannot_be_served_so_is_refused_before_anything_is_written(world, t
 
 
 def test_a_rank_above_vllms_largest_is_refused(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export_vllm_lora, "LARGEST_RANK", 3)
+    monkeypatch.setattr(export_vllm_lora, "RANKS", (1, 3))
     error = fail(capsys, "--adapter", trained, "--output_dir", tmp_path / "out", "--export", "vllm_lora")
     assert "has rank 4, vLLM takes up to 3" in error
 
 
 @pytest.mark.parametrize("load", [load_answerer, load_transformers_model])
-def test_nobody_here_takes_the_base_without_its_adapter_for_the_model(exported, load):
-    with pytest.raises(UserError, match="what its language model learned is apart, in language_lora"):
+def test_nobody_here_takes_the_base_without_its_adapter_for_the_model(exported, trained, load):
+    with pytest.raises(UserError, match="what its language model learned is apart, in language_lora") as error:
         load(exported, device="cpu", dtype="float32")
+    assert str(error.value).endswith(f"give what learned it (--adapter {trained})")
+
+
+@pytest.mark.parametrize("read", [read_trained_record, identify_weights])
+def test_the_adapter_for_vllm_is_none_of_ours(exported, trained, read):
+    with pytest.raises(UserError) as error:
+        read(exported / "language_lora")
+    assert str(error.value).endswith(f"is for vLLM alone; give what learned it (--adapter {trained})")
+
+
+def test_a_merged_model_is_told_from_what_it_was_merged_from(exported, trained):
+    with pytest.raises(UserError, match="is a merged model, expected what learned it") as error:
+        read_trained_record(exported)
+    assert str(trained) in str(error.value)
