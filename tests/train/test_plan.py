@@ -277,13 +277,15 @@ def test_a_run_that_does_not_fit_gets_advice_that_was_tried(world, projector_est
 
 
 @pytest.mark.long
-def test_one_device_is_advised_to_take_four_bits(world):
+def test_one_device_is_advised_to_take_four_bits(world, capsys):
     whole = make_plan(world, make_machine(1000), gradient_checkpointing="none")
     change, planned = whole.advice[0]
     assert change == "--load_in_4bit"
     assert planned.memory.weights < whole.chosen.memory.weights
     rounded = make_plan(world, make_machine(1000), gradient_checkpointing="none", load_in_4bit="true")
     assert rounded.chosen.memory == planned.memory
+    print_plan(rounded, RUN)
+    assert "language model's layers in four bits" in " ".join(capsys.readouterr().out.split())
     changes = [change for change, _ in rounded.advice]
     assert "--load_in_4bit" not in changes and not any("zero3" in change for change in changes)
 

@@ -260,7 +260,8 @@ def print_memory(plan: TrainingPlan) -> None:
         ("recomputed layers: vision", *(f"{planned.recomputed.vision}" for planned in memories)),
     ]
     devices = f"{plan.estimator.processes} x {plan.accelerator.name}, engine {plan.estimator.engine.name}"
-    title = f"Plan: memory of each device at the largest batch\n{devices}, in {unit}"
+    rounded = "; language model's layers in four bits" if plan.estimator.arguments.load_in_4bit else ""
+    title = f"Plan: memory of each device at the largest batch\n{devices}, in {unit}{rounded}"
     print_table(title, ("--gradient_checkpointing", f"{settings[0]} (this run)", *settings[1:]), rows)
 
 
