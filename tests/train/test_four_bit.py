@@ -78,8 +78,10 @@ def test_it_computes_with_the_rounded_weights(world):
     assert abs(whole(**batch)["loss"].item() - losses[0].item()) > 1e-4, "rounding must show, or this shows nothing"
 
 
-def test_an_evaluation_in_between_leaves_the_gradients(world):
-    """bitsandbytes packs weights anew for an evaluation on CPUs with AVX512_BF16, and knows no gradient of that."""
+def test_no_layer_may_pack_its_weights_anew_for_an_evaluation(world):
+    """bitsandbytes does so on CPUs with AVX512_BF16, and knows no gradient of what it packed."""
+    # Setting it says nothing unless bitsandbytes has it.
+    assert hasattr(bitsandbytes.nn.Linear4bit(64, 64), "support_avx512bf16_for_cpu")
     model = load_prepared(world, four_bit_on=CPU, load_in_4bit="true", lora_dropout=0.0)
     linears = [one for one in model.modules() if isinstance(one, bitsandbytes.nn.Linear4bit)]
     assert len(linears) == 14 and not any(one.support_avx512bf16_for_cpu for one in linears)
