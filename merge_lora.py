@@ -20,9 +20,10 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from meme_llava.convert import export_clip, export_gguf, export_vllm_lora
-    from meme_llava.convert.merge import TrainedWeights, write_merged
+    from meme_llava.convert.merge import TrainedWeights, count_merged_bytes, write_merged
     from meme_llava.convert.merge_check import verify_merged
     from meme_llava.storage.fingerprint import find_base, fingerprint_folder
+    from meme_llava.storage.tensor_writer import check_free_space
 
     check_output_dir(arguments.output_dir, arguments.overwrite)
     base_folder = find_base(arguments.adapter, arguments.base_model)
@@ -35,8 +36,14 @@ def main(argv: list[str] | None = None) -> None:
         export = export_clip
     trained = TrainedWeights.read(arguments.adapter)
     merged = export_vllm_lora.leave_out_language_lora(trained) if keeps_lora else trained
+    dtype = getattr(torch, arguments.dtype)
     with write_directory(arguments.output_dir, arguments.overwrite) as folder:
-        summary = write_merged(base_folder, merged, folder, getattr(torch, arguments.dtype), arguments.max_shard_size)
+        # With what comes after the merged model: that takes long, and would be for nothing.
+        needed = count_merged_bytes(base_folder, dtype)
+        needed += export_gguf.count_bytes(base_folder, dtype) if arguments.export == "gguf" else 0
+        needed += export_vllm_lora.count_adapter_bytes(trained) if keeps_lora else 0
+        check_free_space(folder, needed, arguments.output_dir)
+        summary = write_merged(base_folder, merged, folder, dtype, arguments.max_shard_size)
         if export:
             export.write(folder)
         if keeps_lora:

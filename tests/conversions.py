@@ -1,7 +1,9 @@
 """Builds and merges of the tiny world, what they write, and towers of other kinds to build from."""
 
 import contextlib
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,9 @@ from transformers import (
 
 import build_base_model
 import merge_lora
+from meme_llava.convert import merge as merging
 from meme_llava.storage.run_record import holds_trained_weights
+from meme_llava.terminal import format_bytes
 
 BASE_FILES = {
     "chat_template.jinja",
@@ -167,3 +171,20 @@ def fail(capsys, *flags, code=2):
         merge([str(flag) for flag in flags])
     assert stop.value.code == code
     return capsys.readouterr().err
+
+
+def check_room_for_all(monkeypatch, capsys, output_dir, needed, *flags):
+    """A merge asks for `needed` bytes before it writes the first one."""
+
+    def write_nothing(*arguments):
+        raise AssertionError("the merged model was begun")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "write_tensors", write_nothing)
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+        error = fail(capsys, *flags, "--output_dir", output_dir, code=7)
+        assert f"error: {output_dir}: needs {format_bytes(needed)}, the disk has " in error
+        assert list(output_dir.parent.iterdir()) == []
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
+        with pytest.raises(AssertionError, match="begun"):
+            merge([str(flag) for flag in (*flags, "--output_dir", output_dir)])

@@ -1,6 +1,7 @@
 """A merged model for llama.cpp and Ollama: language model and vision tower as GGUF files, and a Modelfile."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from enum import IntEnum
@@ -24,7 +25,6 @@ from meme_llava.model.llava import (
 )
 from meme_llava.storage.files import write_whole
 from meme_llava.storage.gguf_files import ARCHITECTURE, GgufFile, import_gguf
-from meme_llava.storage.tensor_writer import check_free_space
 from meme_llava.terminal import show_bytes
 
 LANGUAGE_FILE, VISION_FILE, MODELFILE = "language.gguf", "mmproj.gguf", "Modelfile"
@@ -89,12 +89,17 @@ def check_base(base_folder: Path) -> None:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
+def count_bytes(base_folder: Path, dtype: torch.dtype) -> int:
+    """What the tensors of the two GGUF files take on disk, of a model that is merged in `dtype`."""
+    config, tensors = load_processing(base_folder).config, open_llava_tensors(base_folder)
+    used = {name: stored.shape for name, stored in tensors.items() if not is_unused_vision_parameter(name, config)}
+    return sum(math.prod(shape) * _choose_dtype(name, shape, dtype).itemsize for name, shape in used.items())
+
+
 def write(folder: Path) -> None:
-    """Add the three files to the folder of a merged model. Raises DiskFullError where there is no room for them."""
+    """Add the three files to the folder of a merged model."""
     files = _describe(folder)
-    total = sum(file.nbytes for file in files)
-    check_free_space(folder, total)
-    with show_bytes("writing GGUF", total) as advance:
+    with show_bytes("writing GGUF", sum(file.nbytes for file in files)) as advance:
         for file in files:
             file.write(advance)
     write_whole(folder / MODELFILE, _make_modelfile(load_processing(folder).config.text_config.max_position_embeddings))
@@ -154,8 +159,7 @@ def _describe(folder: Path) -> list[GgufFile]:
     for name, stored in tensors.items():
         if is_unused_vision_parameter(name, config):
             continue
-        # llama.cpp adds and multiplies by vectors, and makes patches, in float32.
-        dtype = torch.float32 if len(stored.shape) == 1 or ".embeddings." in name else stored.dtype
+        dtype = _choose_dtype(name, stored.shape, stored.dtype)
         if role_of(name) == LANGUAGE_MODEL:
             language[_rename(language_names, name.removeprefix(f"{LANGUAGE_MODEL}."))] = stored, dtype
         elif role_of(name) == PROJECTOR:
@@ -173,6 +177,11 @@ def _describe(folder: Path) -> list[GgufFile]:
         GgufFile(folder / LANGUAGE_FILE, shared | _set_language(processing, gguf.TokenType), language),
         GgufFile(folder / VISION_FILE, shared | _set_vision(processing, used_layers), vision),
     ]
+
+
+def _choose_dtype(name: str, shape: tuple[int, ...], merged: torch.dtype) -> torch.dtype:
+    # llama.cpp adds and multiplies by vectors, and makes patches, in float32.
+    return torch.float32 if len(shape) == 1 or ".embeddings." in name else merged
 
 
 def _rename(names, name: str) -> str:

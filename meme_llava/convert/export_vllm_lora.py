@@ -19,7 +19,7 @@ from meme_llava.storage.files import write_json
 from meme_llava.storage.json_files import read_json
 from meme_llava.storage.run_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LANGUAGE_LORA
 from meme_llava.storage.tensor_files import StoredTensor, read_tensors
-from meme_llava.storage.tensor_writer import check_free_space, count_bytes, write_file
+from meme_llava.storage.tensor_writer import count_bytes, write_file
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank of vLLM 0.32 takes
 
@@ -43,12 +43,16 @@ def leave_out_language_lora(trained: TrainedWeights) -> TrainedWeights:
     return replace(trained, tensors=tensors, lora=rest, used=Counter(), relative_change={})
 
 
+def count_adapter_bytes(trained: TrainedWeights) -> int:
+    """What the adapter's tensors take on disk."""
+    return count_bytes(_divide(trained.tensors)[0])
+
+
 def write_adapter(folder: Path, trained: TrainedWeights) -> None:
-    """Write the adapter into the folder of the base. Its tensors stay as they learned. Raises DiskFullError."""
+    """Write the adapter into the folder of the base. Its tensors stay as they learned."""
     language, _ = _divide(trained.tensors)
     adapter = folder / LANGUAGE_LORA
     adapter.mkdir()
-    check_free_space(adapter, count_bytes(language))
     write_file(adapter / ADAPTER_WEIGHTS, language)
     # vLLM looks modules_to_save up whatever the weights hold, and compiles target_modules where they are one text.
     changes = {"modules_to_save": None, "target_modules": _list_modules(language), "base_model_name_or_path": None}

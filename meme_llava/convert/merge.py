@@ -201,6 +201,11 @@ def plan_merged(
     }
 
 
+def count_merged_bytes(base_folder: Path, dtype: torch.dtype) -> int:
+    """What the tensors of the merged model take on disk, headers aside."""
+    return sum(math.prod(stored.shape) for stored in open_llava_tensors(base_folder).values()) * dtype.itemsize
+
+
 def write_merged(
     base_folder: Path, trained: TrainedWeights, folder: Path, dtype: torch.dtype, max_shard_size: str
 ) -> dict:

@@ -135,13 +135,18 @@ def _load_models(base_folder: Path, trained: TrainedWeights, folder: Path) -> It
     base = open_llava_tensors(base_folder)
     yield apply_trained_weights(load_llava(base_folder, torch.float32), trained.folder).eval()
     yield fill_weights(_make_empty(base_folder), lambda name: _merge_whole(trained, base[find_stored(base, name)]))
-    # What was written is loaded as its readers will load it.
-    stored = load_strictly(LlavaForConditionalGeneration, folder, dtype=torch.float32)
-    apart = folder / LANGUAGE_LORA
-    yield apply_trained_weights(stored, apart).eval() if apart.is_dir() else stored
+    yield _load_as_stored(folder)
     read_rounded = _read_in_four_bits(base_folder)
     rounded = fill_weights(_make_empty(base_folder), lambda name: read_rounded(base[find_stored(base, name)]))
     yield apply_trained_weights(rounded, trained.folder).eval()
+
+
+def _load_as_stored(folder: Path) -> nn.Module:
+    """What was written, loaded as its readers will load it."""
+    # Not in the generator, whose variables would keep it while the next one is made.
+    stored = load_strictly(LlavaForConditionalGeneration, folder, dtype=torch.float32)
+    apart = folder / LANGUAGE_LORA
+    return apply_trained_weights(stored, apart).eval() if apart.is_dir() else stored
 
 
 def _offload_models(

@@ -94,13 +94,17 @@ def count_bytes(tensors: dict[str, PlannedTensor | StoredTensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def check_free_space(folder: Path, needed: int) -> None:
-    """Raise DiskFullError unless the disk of `folder` has room for `needed` bytes."""
+def check_free_space(folder: Path, needed: int, output_dir: Path | None = None) -> None:
+    """Raise DiskFullError unless the disk of `folder` has room for `needed` bytes.
+
+    Args:
+        output_dir: what the error names in place of the folder's parent.
+    """
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DiskFullError(
-            f"{folder.parent}: needs {format_bytes(needed)}, the disk has {format_bytes(free)} free. Free some, or "
-            "choose another --output_dir."
+            f"{output_dir or folder.parent}: needs {format_bytes(needed)}, the disk has {format_bytes(free)} free. "
+            "Free some, or choose another --output_dir."
         )
 
 

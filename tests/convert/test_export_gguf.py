@@ -8,7 +8,17 @@ import jinja2
 import pytest
 import torch
 from conftest import train_flags
-from conversions import BASE_FILES, build, fail, make_clip, make_siglip, merge, save_language_model_of
+from conversions import (
+    BASE_FILES,
+    build,
+    check_room_for_all,
+    fail,
+    make_clip,
+    make_siglip,
+    merge,
+    save_language_model_of,
+)
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge_lora
@@ -45,6 +55,14 @@ def test_three_files_lie_beside_the_merged_model(world, trained, exported, tmp_p
     checks = json.loads((exported / "run_record.json").read_text())["checks"]
     assert checks["export: language.gguf"] == "23 settings and 27 tensors read back, same bits"
     assert checks["export: mmproj.gguf"] == "19 settings and 41 tensors read back, same bits"
+
+
+def test_it_asks_for_the_room_of_all_files_before_the_first(trained, exported, tmp_path, monkeypatch, capsys):
+    needed = sum(tensor.nbytes for tensor in load_file(exported / "model.safetensors").values())
+    for name in ("language.gguf", "mmproj.gguf"):
+        needed += sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(exported / name).tensors)
+    flags = ("--adapter", trained, "--export", "gguf")
+    check_room_for_all(monkeypatch, capsys, tmp_path / "out", needed, *flags)
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import train_flags
-from conversions import BASE_FILES, build, fail, make_siglip, merge
+from conversions import BASE_FILES, build, check_room_for_all, fail, make_siglip, merge
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration
@@ -52,6 +52,15 @@ def test_the_adapter_is_one_that_vllm_takes(trained, exported):
     found = load_file(exported / LANGUAGE_LORA / "adapter_model.safetensors")
     assert found.keys() == {name for name in learned if ".language_model." in name}
     assert all(torch.equal(tensor, learned[name]) for name, tensor in found.items())
+
+
+def test_it_asks_for_the_room_of_base_and_adapter_before_the_first_byte(
+    trained, exported, tmp_path, monkeypatch, capsys
+):
+    paths = (exported / "model.safetensors", exported / LANGUAGE_LORA / "adapter_model.safetensors")
+    needed = sum(tensor.nbytes for path in paths for tensor in load_file(path).values())
+    flags = ("--adapter", trained, "--export", "vllm_lora", "--dtype", "float32")
+    check_room_for_all(monkeypatch, capsys, tmp_path / "out", needed, *flags)
 
 
 @torch.inference_mode()

@@ -155,9 +155,9 @@ def test_merging_and_assembling_on_a_full_disk_stop_before_they_start(world, tra
     monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(10**12, 0, 1000))
     merge_error = fail(capsys, "--adapter", trained, "--output_dir", tmp_path / "merged", code=7)
     build_error = run_and_read_error(capsys, world.language_model, world.vision_tower, tmp_path / "base", code=7)
-    for error in (merge_error, build_error):
+    for error, place in ((merge_error, tmp_path / "merged"), (build_error, tmp_path)):
         assert (
-            f"error: {tmp_path}: needs " in error
+            f"error: {place}: needs " in error
             and " KB, the disk has 1.0 KB free. Free some, or choose another" in error
         )
     assert list(tmp_path.iterdir()) == []
@@ -199,7 +199,7 @@ def make_disk(tmp_path):
 @pytest.mark.parametrize(
     ("is_known", "message"),
     [
-        (True, "{disk}: needs 116.1 KB, the disk has 81.9 KB free."),
+        (True, "{disk}/out: needs 116.1 KB, the disk has 81.9 KB free."),
         (False, "{disk}/.out.incomplete/model.safetensors: cannot be written (No space left on device)"),
     ],
     ids=["too_small", "filled_by_others_meanwhile"],

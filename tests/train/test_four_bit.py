@@ -2,6 +2,7 @@
 
 import json
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import LlavaConfig
 
 import merge_lora
 import train
+from meme_llava.convert import merge_check
 from meme_llava.errors import UserError
 from meme_llava.model import four_bit
 from meme_llava.model.llava import LANGUAGE_MODEL, list_linears, load_processing
@@ -76,8 +78,10 @@ def test_it_computes_with_the_rounded_weights(world):
     assert abs(whole(**batch)["loss"].item() - losses[0].item()) > 1e-4, "rounding must show, or this shows nothing"
 
 
-def test_an_evaluation_in_between_leaves_the_gradients(world):
-    """bitsandbytes packs weights anew for an evaluation on CPUs with AVX512_BF16, and knows no gradient of that."""
+def test_no_layer_may_pack_its_weights_anew_for_an_evaluation(world):
+    """bitsandbytes does so on CPUs with AVX512_BF16, and knows no gradient of what it packed."""
+    # Setting it says nothing unless bitsandbytes has it.
+    assert hasattr(bitsandbytes.nn.Linear4bit(64, 64), "support_avx512bf16_for_cpu")
     model = load_prepared(world, four_bit_on=CPU, load_in_4bit="true", lora_dropout=0.0)
     linears = [one for one in model.modules() if isinstance(one, bitsandbytes.nn.Linear4bit)]
     assert len(linears) == 14 and not any(one.support_avx512bf16_for_cpu for one in linears)
@@ -176,6 +180,25 @@ def test_it_is_evaluated_while_it_trains(world, tmp_path):
     for name, changes in runs.items():
         train.main(train_flags(world, tmp_path / name, train_type="qlora", max_steps=3, **changes))
     assert read_losses(tmp_path / "out") == read_losses(tmp_path / "evaluated")
+
+
+def test_a_merge_has_one_model_at_a_time_in_memory(finished, tmp_path, monkeypatch):
+    """Of those that it compares: each is gone before the weights of the next are read."""
+    compared, alive = [], []
+
+    def watch(name, act):
+        original = getattr(merge_check, name)
+
+        def watched(model, *arguments):
+            act(model)
+            return original(model, *arguments)
+
+        monkeypatch.setattr(merge_check, name, watched)
+
+    watch("_compare", lambda model: compared.append(weakref.ref(model.get_input_embeddings().weight)))
+    watch("fill_weights", lambda model: alive.append([one() is not None for one in compared]))
+    merge_lora.main(["--adapter", str(finished), "--output_dir", str(tmp_path / "merged")])
+    assert len(compared) == 3 and alive == [[], [False, False]]
 
 
 def test_a_merge_without_bitsandbytes_says_what_it_did_not_compare(finished, tmp_path, monkeypatch):
