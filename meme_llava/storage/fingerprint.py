@@ -17,6 +17,7 @@ from meme_llava.storage.run_record import (
     MANIFEST,
     RUN_RECORD,
     holds_trained_weights,
+    read_manifest,
     read_run_record,
     read_trained_record,
 )
@@ -96,7 +97,8 @@ def identify_weights(folder: Path) -> str:
     """
     if not holds_trained_weights(folder):
         return check_weights(folder)
-    read_trained_record(folder)
+    read_run_record(folder)
+    read_manifest(folder)
     # The manifest lists the hash of the weights and that of their run record, which names the base.
     return hash_file(folder / MANIFEST)
 
