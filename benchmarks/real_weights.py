@@ -144,10 +144,11 @@ def draw_losses(histories: dict[str, list[dict]], path: Path) -> None:
     """Training and validation loss by step, a colour a run; without `tiny`, whose tokens are others."""
     from matplotlib.figure import Figure
 
+    shown = {name: history for name, history in histories.items() if name != "tiny"}
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     sides = figure.subplots(1, 2)
     for axes, key, title in zip(sides, ("loss", "eval_loss"), ("training loss", "validation loss"), strict=True):
-        for name, history in ((name, history) for name, history in histories.items() if name != "tiny"):
+        for name, history in shown.items():
             points = [(one["step"], one[key]) for one in history if key in one]
             if key == "loss":
                 points = thin(points, max(1, len(points) // POINTS))

@@ -27,7 +27,8 @@ export -n STEPS IMAGE_SIZE PRECISION # run.sh refuses variables that it does not
 export GLOBAL_BATCH=${GLOBAL_BATCH:-2} LORA_R=32 LORA_ALPHA=64 MODEL_MAX_LENGTH=512 WARMUP_RATIO=0.1
 cd "$(dirname "$(readlink -f "$0")")/.."
 
-python -m pip --version > /dev/null || { echo "error: this environment has no pip; in one of uv: uv pip install pip" >&2 && exit 2; }
+python -m pip --version > /dev/null ||
+    { echo "error: this environment has no pip; in one of uv: uv pip install pip" >&2 && exit 2; }
 python benchmarks/real_weights.py check --captions "$CAPTIONS"
 settings=$(for name in STEPS IMAGE_SIZE PRECISION GLOBAL_BATCH ANNOTATIONS EVAL_ANNOTATIONS IMAGE_FOLDER CAPTIONS; do
     echo "$name=${!name}"

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from local_server import find_free_port, wait_until_listening  # noqa: E402
 
-from meme_llava.convert.export_clip import CHINESE_CLIP  # noqa: E402
+from meme_llava.convert import export_clip  # noqa: E402
 from meme_llava.convert.export_vllm_lora import choose_rank  # noqa: E402
 from meme_llava.errors import UserError, stop_on_user_error  # noqa: E402
 from meme_llava.evaluate.results_folder import read_predictions  # noqa: E402
@@ -102,7 +102,7 @@ def check_model(arguments: argparse.Namespace) -> None:
         raise UserError(f"{arguments.model}: no such model folder; merge_lora.py --export clip makes one")
     if (arguments.model / LANGUAGE_LORA).is_dir() and arguments.compare_with is None:
         raise UserError(f"{arguments.model}: answers by its adapter; give the model that learned it as --compare_with")
-    if read_json(arguments.model / "config.json").get("vision_config", {}).get("model_type") == CHINESE_CLIP:
+    if export_clip.is_needed(arguments.model):
         raise UserError(f"{arguments.model}: vLLM refuses its vision tower by name; merge with --export clip")
     check_weights(arguments.model)
 
