@@ -1,7 +1,10 @@
 """The course of the towers: lessons say what they should, projectors are renewed, a run ends in towers that build."""
 
 import json
+import os
+import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,17 +12,21 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "data" / "tiny" / "making"))
 
+import meme_fonts  # noqa: E402
 import prepare_towers  # noqa: E402
 import studio as studio_module  # noqa: E402
 import train_towers  # noqa: E402
 import write_towers  # noqa: E402
+from course import Course  # noqa: E402
 from exam import distance  # noqa: E402
-from glyphs import LEVELS, Atlas  # noqa: E402
+from glyphs import LEVELS, Atlas, read_characters  # noqa: E402
 from layout import PATCHES, SIDE, Dice  # noqa: E402
 from lessons import TASKS, Teacher, compact, place_facts  # noqa: E402
 from networks import ProjectorPool, Sizes, VisionTower  # noqa: E402
 from optimizer import orthogonalize  # noqa: E402
 from scenery import FIGURE_NAMES, MOOD_NAMES, PROP_NAMES  # noqa: E402
+from studio import Batch, MemeDrawer, Studio  # noqa: E402
+from texts import Alphabet, RowWriter, read_words  # noqa: E402
 from transformers import AutoTokenizer, LlavaConfig  # noqa: E402
 
 import build_base_model  # noqa: E402
@@ -148,6 +155,43 @@ def test_distance_counts_changes(first, second, wanted):
     assert distance(first, second) == wanted
 
 
+def test_a_page_is_learned_from_several_times_in_other_colours():
+    dice = Dice(0, "cpu")
+    studio = SimpleNamespace(dice=dice, recolour=lambda batch: Studio.recolour(SimpleNamespace(dice=dice), batch))
+    course = SimpleNamespace(settings=SimpleNamespace(uses=3), studio=studio, kept=[[], []], drawn=[0, 0])
+    drawn = []
+
+    def draw():
+        images, slots = torch.rand(8, 3, 4, 4, generator=dice.generator), torch.full((8, 1, 3), len(drawn))
+        nothing = torch.zeros(8, 1, 3)
+        drawn.append(Batch(images, slots, slots[..., None], slots[:, 0], nothing, nothing, nothing))
+        return [drawn[-1]]
+
+    batches = [Course.draw_or_reuse(course, draw) for _ in range(7)]
+    assert len(drawn) == 3
+    repeated = [batches[number] for number in (1, 3, 4, 6)]
+    for batch in repeated:
+        source = drawn[int(batch.slots[0, 0, 0])].images
+        for page, pixels in zip(batch.images, source, strict=True):
+            either = {tuple(channel.flatten().tolist()) for channel in torch.cat([pixels, 1 - pixels])}
+            assert {tuple(channel.flatten().tolist()) for channel in page} <= either
+    assert sum(torch.equal(batch.images, first.images) for batch in repeated for first in drawn) == 0
+
+
+def test_memes_that_are_drawn_are_kept(start, tmp_path, monkeypatch):
+    if meme_fonts.list_missing((meme_fonts.FONT_FOLDER / meme_fonts.KNOWN_FONTS[0][0], 2), ["我"]):
+        pytest.skip("no font with Chinese characters: apt install fonts-noto-cjk")
+    monkeypatch.setattr(studio_module, "DRAWN_PARTS", 2)
+    alphabet = Alphabet(read_characters(start / "characters.txt"))
+    settings = SimpleNamespace(fonts=None, output_dir=tmp_path, memes=4, seed=0, processes=1)
+    writer = RowWriter(alphabet, read_words(None, alphabet), 0)
+    first = MemeDrawer(writer, settings).collect("cpu")
+    assert first.pixels.shape == (4, 3, SIDE, SIDE) and first.facts.shape == (4, 3)
+    again = MemeDrawer(writer, settings)
+    assert again.parts == []
+    assert torch.equal(again.collect("cpu").pixels, first.pixels)
+
+
 def make_blocks(faces, characters, processes):
     """An atlas without fonts: every letter is a full cell."""
     sizes = [side * side for side in LEVELS]
@@ -165,8 +209,16 @@ def test_an_interrupted_course_goes_on_and_ends_in_towers_that_build(start, tmp_
     flags += ["--rows", "400", "--images", "1", "--batch", "2", "--language_batch", "2", "--joint_batch", "4"]
     flags += ["--vision_steps", "2", "--language_steps", "2", "--joint_steps", "3", "--projectors", "2", "--life", "4"]
     flags += ["--note_every", "1", "--exam_pages", "2", "--processes", "1", "--sizes", json.dumps(SMALL)]
-    train_towers.main([*flags, "--seconds", "0"])
-    assert "time is over" in capsys.readouterr().out
+    take_step = Course.vision_step
+
+    def stop_in_the_midst(course, progress):
+        os.kill(os.getpid(), signal.SIGTERM)
+        take_step(course, progress)
+
+    with monkeypatch.context() as context:
+        context.setattr(Course, "vision_step", stop_in_the_midst)
+        train_towers.main(flags)
+    assert "goes on from here" in capsys.readouterr().out
     state = torch.load(tmp_path / "work" / "checkpoint.pt", weights_only=True)
     assert (state["stage"], state["count"]) == ("vision", 1)
     train_towers.main(flags)

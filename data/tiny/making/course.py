@@ -3,6 +3,8 @@
 import argparse
 import json
 import math
+from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +24,7 @@ CROWDED = (0.05, 0.25, 0.15, 0.05, 0.5)
 DIFFICULTIES = 3
 READY = 0.6  # of the letters named: then the next pages are more difficult, and so they are in time in any case
 FIELD_EVERY = 8  # one joint step in so many asks for fields
+KEPT = 48  # batches that may be used again
 DRAWN_SHARE, GROUP_SHARE = 0.25, 0.08
 
 
@@ -51,6 +54,8 @@ class Course:
         self.pool.moments = [[tensor.to(self.device) for tensor in moment] for moment in self.pool.moments]
         self.scale = 1.0  # of features, so that they are about 1 for the projectors
         self.memes: DrawnMemes | None = None
+        # Of both kinds of steps, for answers and for fields.
+        self.kept, self.drawn = [deque(maxlen=KEPT), deque(maxlen=KEPT // 8)], [0, 0]
         self.difficulty = 0.0  # of the vision tower's pages, up to DIFFICULTIES
         self.figures: dict[str, list[float]] = {}
 
@@ -66,13 +71,17 @@ class Course:
     def vision_step(self, progress: float) -> None:
         # What is easy comes first: plain letters that fill a patch each, then such letters anywhere, then plain pages
         # of every kind. From what is difficult alone, a tower learns nothing for a long time.
-        self.difficulty = max(self.difficulty, DIFFICULTIES * min(1.0, (progress - 0.3) / 0.4))
+        self.difficulty = max(self.difficulty, DIFFICULTIES * min(1.0, (progress - 0.15) / 0.4))
         loose, other, worn = (min(1.0, max(0.0, self.difficulty - number)) for number in range(DIFFICULTIES))
         shares = CROWDED if self.settings.crowded else SHARES
         aligned = (0.9 * (1 - other), loose)
-        pages = self.studio.draw_pages(self.settings.batch, shares, 0.9 * (1 - worn), aligned)
-        groups = self.studio.draw_groups(max(1, int(self.settings.batch * GROUP_SHARE)))
-        batch = join(pages, groups)
+        groups = max(1, int(self.settings.batch * GROUP_SHARE))
+        batch = self.draw_or_reuse(
+            lambda: [
+                self.studio.draw_pages(self.settings.batch, shares, 0.9 * (1 - worn), aligned),
+                self.studio.draw_groups(groups),
+            ]
+        )
         with self.autocast():
             features = self.modules["vision"](batch.images)
             losses = self.modules["reader"].losses(features, batch.slots, batch.places, batch.placed)
@@ -106,11 +115,15 @@ class Course:
         count = self.settings.joint_batch
         groups = max(1, int(count * (0.4 if is_field else GROUP_SHARE)))
         drawn = 0 if is_field or self.memes is None else int(count * DRAWN_SHARE)
-        parts = [self.studio.draw_pages(count - groups - drawn), self.studio.draw_groups(groups)]
         seen = count - drawn  # pages of which all labels are known
-        if drawn:
-            parts.append(self.studio.pick_memes(self.memes, drawn))
-        batch = join(*parts)
+        batch = self.draw_or_reuse(
+            lambda: [
+                self.studio.draw_pages(seen - groups),
+                self.studio.draw_groups(groups),
+                *([self.studio.pick_memes(self.memes, drawn)] if drawn else []),
+            ],
+            kind=is_field,
+        )
         order = torch.randperm(count, generator=self.studio.dice.generator, device=self.device)
         with self.autocast():
             features = self.modules["vision"](batch.images)
@@ -135,6 +148,16 @@ class Course:
         self.note(accuracy=losses["accuracy"], counted=losses["counted"])
 
     # ---- Parts of steps ----
+
+    def draw_or_reuse(self, draw: Callable[[], list[Batch]], kind: bool = False) -> Batch:
+        """A new batch every `uses` steps of this kind; in between one of the last, recoloured. Drawing costs time."""
+        kept, self.drawn[kind] = self.kept[kind], self.drawn[kind] + 1
+        if kept and self.drawn[kind] % self.settings.uses:
+            return self.studio.recolour(kept[int(self.studio.dice.below(len(kept), 1))])
+        batch = join(*draw())
+        if self.settings.uses > 1:
+            kept.append(batch)
+        return batch
 
     def make_lesson(self, batch: Batch, is_field: bool) -> Lesson:
         dice = self.studio.dice

@@ -3,6 +3,7 @@
 import io
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -48,8 +49,8 @@ def draw_one(rng: random.Random, writer: RowWriter, faces: list[Face]) -> tuple[
     return np.asarray(seen), [writer.alphabet.numbers[character] for character in line], (mood, name, prop)
 
 
-def draw_part(writer: RowWriter, faces: list[Face], count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`count` memes: images (count, SIDE, SIDE, 3), texts (count, ROW), facts (count, 3)."""
+def draw_part(writer: RowWriter, faces: list[Face], count: int, seed: int, path: Path) -> None:
+    """`count` memes into a file: images (count, SIDE, SIDE, 3), texts (count, ROW), facts (count, 3)."""
     rng = random.Random(seed)
     writer.rng.seed(seed)
     texts = np.zeros((count, ROW), np.int64)
@@ -59,4 +60,6 @@ def draw_part(writer: RowWriter, faces: list[Face], count: int, seed: int) -> tu
         texts[number, : len(text)] = text
         images.append(image)
         facts.append(fact)
-    return np.stack(images), texts, np.array(facts)
+    parts = [torch.from_numpy(part) for part in (np.stack(images), texts, np.array(facts))]
+    torch.save(parts, path.with_suffix(".partial"))
+    path.with_suffix(".partial").replace(path)

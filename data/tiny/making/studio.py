@@ -1,9 +1,8 @@
 """Studio: batches of pages, groups of figures and drawn memes with everything that is known about them."""
 
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -57,6 +56,13 @@ class Studio:
         images, facts, middles = compose(self.dice, layout, self.atlas, self.scenery, plain)
         placed = place_facts(facts[:, None], middles[:, None], SIDE)
         return Batch(images, labels.slots, labels.places, labels.text, facts, placed, is_whole(labels))
+
+    @torch.no_grad()
+    def recolour(self, batch: Batch) -> Batch:
+        """The same pages in other colours: red, green and blue change places, and some are turned to their negative."""
+        images = batch.images[:, torch.randperm(3, generator=self.dice.generator, device=self.dice.device)]
+        negative = self.dice.happens(0.3, len(images), 1, 1, 1)
+        return replace(batch, images=torch.where(negative, 1 - images, images))
 
     @torch.no_grad()
     def spell_pages(self, count: int, shares: tuple[float, ...] = SHARES) -> Batch:
@@ -168,20 +174,30 @@ def load_material(settings, writer: RowWriter) -> Material:
 
 
 class MemeDrawer:
-    """Draws memes in other processes while training goes on."""
+    """Draws memes in other processes while training goes on; each portion is kept in a file, and not drawn again."""
 
-    def __init__(self, writer: RowWriter, fonts: Path | None, count: int, seed: int, processes: int):
+    def __init__(self, writer: RowWriter, settings):
         usual = [character for character in writer.alphabet.known if character not in NEVER_DRAWN]
-        faces: list[Face] = [face for face in find_faces(fonts) if not list_missing(face, usual)]
+        faces: list[Face] = [face for face in find_faces(settings.fonts) if not list_missing(face, usual)]
         faces.sort(key=measure_weight, reverse=True)
-        self.pool = ProcessPoolExecutor(processes)
-        draw = partial(draw_part, writer, faces, -(-count // DRAWN_PARTS))
-        self.parts = [self.pool.submit(draw, seed * DRAWN_PARTS + part) for part in range(DRAWN_PARTS)]
+        folder = settings.output_dir / "memes"
+        folder.mkdir(exist_ok=True)
+        draw = partial(draw_part, writer, faces, -(-settings.memes // DRAWN_PARTS))
+        numbers = [settings.seed * DRAWN_PARTS + part for part in range(DRAWN_PARTS)]
+        self.paths = [folder / f"{number}.pt" for number in numbers]
+        self.pool = ProcessPoolExecutor(settings.processes)
+        self.parts = [
+            self.pool.submit(draw, number, path)
+            for number, path in zip(numbers, self.paths, strict=True)
+            if not path.is_file()
+        ]
 
     def collect(self, device: str) -> DrawnMemes:
         """All memes, when the last of them is drawn."""
-        images, texts, facts = zip(*(part.result() for part in self.parts), strict=True)
+        for part in self.parts:
+            part.result()
         self.pool.shutdown()
-        join = lambda parts: torch.cat([torch.as_tensor(part) for part in parts])  # noqa: E731
-        pixels = join(images).to(device).permute(0, 3, 1, 2).contiguous()
-        return DrawnMemes(pixels, join(texts).to(device), join(facts).long().to(device))
+        images, texts, facts = (
+            torch.cat(tensors) for tensors in zip(*(torch.load(p, weights_only=True) for p in self.paths), strict=True)
+        )
+        return DrawnMemes(images.to(device).permute(0, 3, 1, 2).contiguous(), texts.to(device), facts.to(device))

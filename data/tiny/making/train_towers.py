@@ -12,7 +12,10 @@ goes on where an interrupted one stood.
 
 import argparse
 import json
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,9 +27,21 @@ from networks import Sizes
 from studio import MemeDrawer, Studio, load_material, to_device
 from texts import Alphabet, RowWriter, read_words
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
-def run(course: Course, exam_studio: Studio, drawer: MemeDrawer | None, started: float) -> None:
-    """All stages from where the course stands, until they are done or the time is over."""
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """The signals that ask the course to stop, which it does between two steps."""
+    stops: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: stops.append(number)) for number in STOPPING}
+    yield stops
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def run(course: Course, exam_studio: Studio, drawer: MemeDrawer | None, started: float, stops: list[int]) -> None:
+    """All stages from where the course stands, until they are done, the time is over, or a signal stops them."""
     settings = course.settings
     stages = list(course.stages)
     last_save = time.time()
@@ -50,12 +65,12 @@ def run(course: Course, exam_studio: Studio, drawer: MemeDrawer | None, started:
             report(course, now - started)
         if course.count % settings.exam_every == 0:
             report_exam(course, exam_studio)
-        is_over = now - started > settings.seconds
+        is_over = now - started > settings.seconds or bool(stops)
         if is_over or now - last_save > settings.save_every:
             save(course)
             last_save = time.time()
         if is_over:
-            print("time is over; the same command goes on from here", flush=True)
+            print("stopped; the same command goes on from here", flush=True)
             return
     save(course)
 
@@ -102,6 +117,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=512, help="pages a vision step")
     parser.add_argument("--language_batch", type=int, default=512)
     parser.add_argument("--joint_batch", type=int, default=512)
+    parser.add_argument("--uses", type=int, default=1, help="how often a drawn page is learned from")
     parser.add_argument("--crowded", action="store_true", help="half of the vision tower's pages full of letters")
     parser.add_argument("--projectors", type=int, default=8)
     parser.add_argument("--life", type=int, default=400, help="steps after which a projector is drawn anew")
@@ -135,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     material = load_material(settings, writer)
     drawer = None
     if settings.memes:
-        drawer = MemeDrawer(writer, settings.fonts, settings.memes, settings.seed, settings.processes)
+        drawer = MemeDrawer(writer, settings)
     print(f"{time.time() - started:6.0f} s  material is there", flush=True)
     atlas, scenery = (to_device(part, settings.device) for part in (material.atlas, material.scenery))
     banks = [to_device(bank, settings.device) for bank in (material.bank, material.exam_bank)]
@@ -151,7 +167,8 @@ def main(argv: list[str] | None = None) -> None:
         course.restore(torch.load(checkpoint, map_location=settings.device, weights_only=True))
     else:
         course.begin("vision")
-    run(course, exam_studio, drawer, started)
+    with caught_signals() as stops:
+        run(course, exam_studio, drawer, started, stops)
 
 
 if __name__ == "__main__":
