@@ -73,7 +73,8 @@ class Course:
         # of every kind. From what is difficult alone, a tower learns nothing for a long time.
         self.difficulty = max(self.difficulty, DIFFICULTIES * min(1.0, (progress - 0.15) / 0.4))
         loose, other, worn = (min(1.0, max(0.0, self.difficulty - number)) for number in range(DIFFICULTIES))
-        shares = CROWDED if self.settings.crowded else SHARES
+        # Pages full of letters teach what letters look like; as soon as all pages are worn, shares are the usual ones.
+        shares = CROWDED if self.settings.crowded and self.difficulty < DIFFICULTIES else SHARES
         aligned = (0.9 * (1 - other), loose)
         groups = max(1, int(self.settings.batch * GROUP_SHARE))
         batch = self.draw_or_reuse(

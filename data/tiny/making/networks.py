@@ -100,7 +100,7 @@ class PatchReader(nn.Module):
         self.codes = nn.Parameter(torch.randn(characters + 1, CODE) * CODE**-0.5)  # row 0 is not used
 
     def losses(self, features: torch.Tensor, slots: torch.Tensor, places: torch.Tensor, facts: torch.Tensor) -> dict:
-        """Means over patches or letters.
+        """Means over patches or letters; those of a character weigh less on pages that have many.
 
         Args:
             features: (B, patches, width).
@@ -114,8 +114,11 @@ class PatchReader(nn.Module):
         codes = self.code(features).unflatten(-1, (SLOTS, CODE))[has]  # (letters, CODE)
         scores = 2 * codes @ self.codes.T.to(codes.dtype)
         places_found = self.place(features).unflatten(-1, (SLOTS, 2))[has]
+        # A page of a hundred letters would count twelve times as much as a caption of eight; so, three times.
+        weights = has.sum((1, 2)).clamp(min=1).rsqrt()[has.nonzero()[:, 0]]  # (letters,)
+        characters = F.cross_entropy(scores.float(), wanted, reduction="none")
         result = {
-            "character": F.cross_entropy(scores.float(), wanted),
+            "character": (characters * weights).sum() / weights.sum(),
             "count": F.cross_entropy(counts.flatten(0, 1).float(), has.sum(-1).flatten()),
             "place": (places_found.float() - places[has]).abs().mean(),
             "accuracy": (scores.argmax(-1) == wanted).float().mean(),

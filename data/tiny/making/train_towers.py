@@ -118,7 +118,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--language_batch", type=int, default=512)
     parser.add_argument("--joint_batch", type=int, default=512)
     parser.add_argument("--uses", type=int, default=1, help="how often a drawn page is learned from")
-    parser.add_argument("--crowded", action="store_true", help="half of the vision tower's pages full of letters")
+    parser.add_argument(
+        "--crowded", action="store_true", help="begin with half of the vision tower's pages full of letters"
+    )
     parser.add_argument("--projectors", type=int, default=8)
     parser.add_argument("--life", type=int, default=400, help="steps after which a projector is drawn anew")
     parser.add_argument("--projector_rate", type=float, default=2e-3)
