@@ -343,7 +343,6 @@ def test_other_commands_are_known():
         "pip install -r configs/requirements/trackers.txt",
         "pip install -r configs/requirements/four_bit.txt",
         "pip install -r requirements.txt -r configs/requirements/demo.txt",
-        "bash data/tiny/making/pretrain.sh",
         "ANNOTATIONS=train.json EVAL_ANNOTATIONS=val.json IMAGE_FOLDER=/data/memes CAPTIONS=captions.jsonl "
         "bash benchmarks/real_weights.sh output/real_weights",
         "PRECISION=bf16 bash benchmarks/real_weights.sh output/real_weights",

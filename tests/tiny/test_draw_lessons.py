@@ -1,7 +1,6 @@
 """Lessons ask what stands on the page, in the order of the patches or of reading."""
 
 import json
-import os
 import random
 import subprocess
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import make_towers
 import numpy as np
 import pytest
-from conftest import ROOT, run_drawing
+from conftest import run_drawing
 from meme_characters import MOODS  # noqa: E402
 from meme_groups import Group, draw_group  # noqa: E402
 from meme_images import Meme  # noqa: E402
@@ -296,19 +295,3 @@ def test_an_alphabet_without_characters_is_refused(tmp_path, capsys, content, me
     assert stop.value.code == 2
     assert f"--alphabet {path} {message}" in capsys.readouterr().err
     assert not (tmp_path / "towers").exists()
-
-
-def test_the_course_works_in_the_folder_that_its_caller_names(tmp_path):
-    """It ends at its first command, which shows where that would write."""
-    python = tmp_path / "bin" / "python"
-    python.parent.mkdir()
-    python.write_text('#!/bin/sh\necho "$@"\nexit 1\n')
-    python.chmod(0o755)
-    variables = {"PATH": f"{python.parent}:{os.environ['PATH']}", "VENV": "active"}
-    script = ROOT / "data" / "tiny" / "making" / "pretrain.sh"
-    for own, folder in (({"WORK_DIR": "work"}, f"{tmp_path}/work"), ({}, "output/pretrain")):
-        environment = {**os.environ, **variables, **own}
-        result = subprocess.run(
-            ["bash", script], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, check=False
-        )
-        assert result.returncode == 1 and f" --output_dir {folder}/copies/lessons.partial " in result.stdout

@@ -27,7 +27,7 @@ from optimizer import orthogonalize  # noqa: E402
 from scenery import FIGURE_NAMES, MOOD_NAMES, PROP_NAMES  # noqa: E402
 from studio import Batch, MemeDrawer, Studio  # noqa: E402
 from texts import Alphabet, RowWriter, read_words  # noqa: E402
-from transformers import AutoTokenizer, LlavaConfig  # noqa: E402
+from transformers import AutoTokenizer, ChineseCLIPVisionConfig, ChineseCLIPVisionModel, LlavaConfig  # noqa: E402
 
 import build_base_model  # noqa: E402
 from meme_llava.convert.build import _draw_projector  # noqa: E402
@@ -148,6 +148,23 @@ def test_orthogonal_updates_change_all_directions_alike():
     )
     values = torch.linalg.svdvals(orthogonalize(matrices))
     assert 0.6 < float(values.min()) and float(values.max()) < 1.3
+
+
+def test_a_scale_makes_the_features_smaller_and_nothing_else():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    tower = ChineseCLIPVisionModel(ChineseCLIPVisionConfig(image_size=32, patch_size=16, **sizes)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        # As they are drawn, biases are zero and layers hardly change what they read.
+        for parameter in tower.parameters():
+            parameter.normal_(std=0.5, generator=generator)
+        pixels = torch.rand(1, 3, 32, 32, generator=generator)
+        whole = tower(pixels, output_hidden_states=True)
+        write_towers.scale_features(tower, 0.25)
+        scaled = tower(pixels, output_hidden_states=True)
+    for hidden, hidden_scaled in zip(whole.hidden_states, scaled.hidden_states, strict=True):
+        assert torch.allclose(hidden_scaled, hidden * 0.25, atol=1e-3)
+    assert torch.allclose(scaled.pooler_output, whole.pooler_output, atol=1e-3)
 
 
 @pytest.mark.parametrize(("first", "second", "wanted"), [([], [], 0), ([1, 2], [], 2), ([1, 2, 3], [2, 4], 2)])

@@ -1,7 +1,7 @@
 """A tiny random language model and vision tower, laid out as the hub's real ones are.
 
 Qwen2's architecture and tokenizer format, and a two-tower Chinese-CLIP in a `pytorch_model.bin`. Those of the command
-line can learn to read every character of an alphabet; data/tiny/making/pretrain.sh makes them and teaches them:
+line can learn to read every character of an alphabet:
 
     python data/tiny/making/make_towers.py --alphabet alphabet.txt --output_dir output/towers
 """

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
@@ -19,11 +20,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from layout import PATCHES, SIDE  # noqa: E402
 from make_towers import make_vision_tower  # noqa: E402
 from networks import Sizes, make_language_config  # noqa: E402
-from split_towers import scale_features  # noqa: E402
 
 from meme_llava.model.loading import LOCALLY, load_strictly, quiet_transformers  # noqa: E402
 from meme_llava.storage.folders import write_directory  # noqa: E402
 from meme_llava.storage.run_record import write_run_record  # noqa: E402
+
+
+@torch.no_grad()
+def scale_features(vision_model: nn.Module, factor: float) -> None:
+    """Multiply every hidden state of a Chinese-CLIP vision model by `factor`.
+
+    Each layer normalises what it reads, so scaling all that is written to the residual stream scales the stream, and
+    what is computed from it stays the same.
+    """
+    writers = [vision_model.pre_layrnorm]
+    for layer in vision_model.encoder.layers:
+        writers += [layer.self_attn.out_proj, layer.mlp.fc2]
+    for writer in writers:
+        writer.weight *= factor
+        writer.bias *= factor
 
 
 def write_vision_tower(weights: dict[str, torch.Tensor], sizes: Sizes, scale: float, folder: Path) -> None:
