@@ -5,7 +5,6 @@ import random
 import subprocess
 from pathlib import Path
 
-import make_towers
 import numpy as np
 import pytest
 from conftest import run_drawing
@@ -15,10 +14,6 @@ from meme_images import Meme  # noqa: E402
 from meme_lines import list_alphabet  # noqa: E402
 from meme_pages import MOOD_MARKS, Letter, Page, RowKind, plan_scene  # noqa: E402
 from PIL import Image
-from transformers import AutoTokenizer, ChineseCLIPModel, Qwen2ForCausalLM
-
-from meme_llava.model.loading import load_strictly
-from meme_llava.storage.run_record import read_run_record
 
 HALVES = (slice(0, 80), slice(80, 160))
 
@@ -241,57 +236,9 @@ def test_a_folder_with_images_is_left_alone(lessons):
     assert sorted(path.name for path in (lessons / "images").iterdir()) == before
 
 
-# ---- The random towers that the lessons are for ----
-
-
-@pytest.fixture(scope="module")
-def towers(lessons, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("towers") / "random"
-    make_towers.main(["--alphabet", str(lessons / "alphabet.txt"), "--output_dir", str(folder)])
-    return folder
-
-
-def test_every_character_of_a_lesson_is_one_token(lessons, towers):
-    tokenizer = AutoTokenizer.from_pretrained(towers / "language_model")
+def test_every_character_of_a_lesson_is_in_the_alphabet(lessons):
     alphabet = (lessons / "alphabet.txt").read_text(encoding="utf-8").strip()
     assert set(list_alphabet()) | {"□"} <= set(alphabet)
     for question, answer in read_turns(lessons).values():
         text = question.removeprefix("<image>\n") + answer
         assert set(text) - {"\n"} <= set(alphabet)
-    assert [character for character in alphabet if len(tokenizer(character)["input_ids"]) != 1] == []
-    # In a row, too: the hundred characters of a field take the hundred positions of the image tokens.
-    field = "我OK6no哈哈哈太" * 10
-    assert len(tokenizer(field)["input_ids"]) == 100
-
-
-def test_random_towers_can_be_built_again_and_say_how_they_were_made(towers):
-    language_model = load_strictly(Qwen2ForCausalLM, towers / "language_model")
-    vision_model = load_strictly(ChineseCLIPModel, towers / "vision_tower").vision_model
-    assert language_model.config.tie_word_embeddings
-    parameters = sum(p.numel() for p in language_model.parameters()) + sum(p.numel() for p in vision_model.parameters())
-    assert parameters < 15_000_000
-    positions = vision_model.embeddings.position_embedding.weight  # (1 + 100, 256)
-    assert positions.shape == (101, 256)
-    # Patch (row 2, column 3), highest frequency: sin 2, cos 2, sin 3, cos 3.
-    assert positions[1 + 23, [0, 64, 128, 192]].tolist() == pytest.approx([0.9093, -0.4161, 0.1411, -0.99], abs=1e-4)
-    assert read_run_record(towers)["settings"]["seed"] == 0
-
-
-def test_a_copier_has_one_layer_with_one_head(lessons, tmp_path):
-    flags = ["--alphabet", str(lessons / "alphabet.txt"), "--output_dir", str(tmp_path / "towers"), "--copier"]
-    make_towers.main(flags)
-    config = load_strictly(Qwen2ForCausalLM, tmp_path / "towers" / "language_model").config
-    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (1, 1, 1)
-    assert config.intermediate_size == 64
-
-
-@pytest.mark.parametrize(("content", "message"), [(None, "cannot be read"), (" \n", "has no characters")])
-def test_an_alphabet_without_characters_is_refused(tmp_path, capsys, content, message):
-    path = tmp_path / "alphabet.txt"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(SystemExit) as stop:
-        make_towers.main(["--alphabet", str(path), "--output_dir", str(tmp_path / "towers")])
-    assert stop.value.code == 2
-    assert f"--alphabet {path} {message}" in capsys.readouterr().err
-    assert not (tmp_path / "towers").exists()

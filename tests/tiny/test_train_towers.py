@@ -18,6 +18,7 @@ import studio as studio_module  # noqa: E402
 import train_towers  # noqa: E402
 import write_towers  # noqa: E402
 from course import Course  # noqa: E402
+from draw_lessons import list_lesson_alphabet  # noqa: E402
 from exam import distance  # noqa: E402
 from glyphs import LEVELS, Atlas, read_characters  # noqa: E402
 from layout import PATCHES, SIDE, Dice  # noqa: E402
@@ -71,6 +72,13 @@ def give_lesson(teacher, tokenizer, task, text, facts):
     question = tokenizer.decode(lesson.ids[~lesson.supervised])
     assert question.startswith("\n") and question.endswith("<|im_end|>\n<|im_start|>assistant\n")
     return question.removeprefix("\n").split("<")[0], answer.removesuffix("<|im_end|>")
+
+
+def test_every_character_of_the_sample_data_is_one_token(tokenizer):
+    assert [character for character in list_lesson_alphabet() if len(tokenizer(character)["input_ids"]) != 1] == []
+    # In a row, too: the hundred characters of a field take the hundred positions of the image tokens.
+    field = "我OK6no哈哈哈太" * 10
+    assert len(tokenizer(field)["input_ids"]) == 100
 
 
 def test_a_text_is_answered_letter_by_letter(teacher, tokenizer, start):
@@ -148,6 +156,14 @@ def test_orthogonal_updates_change_all_directions_alike():
     )
     values = torch.linalg.svdvals(orthogonalize(matrices))
     assert 0.6 < float(values.min()) and float(values.max()) < 1.3
+
+
+def test_a_tower_begins_with_where_its_patches_are():
+    embeddings = VisionTower(Sizes(**SMALL)).model.embeddings
+    positions = embeddings.position_embedding.weight  # (1 + 100, 32)
+    # Patch (row 2, column 3), highest frequency: sin 2, cos 2, sin 3, cos 3.
+    assert positions[1 + 23, [0, 8, 16, 24]].tolist() == pytest.approx([0.9093, -0.4161, 0.1411, -0.99], abs=1e-4)
+    assert embeddings.patch_embedding.weight.std().item() == pytest.approx(0.02)
 
 
 def test_a_scale_makes_the_features_smaller_and_nothing_else():

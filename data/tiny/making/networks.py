@@ -76,8 +76,12 @@ class VisionTower(nn.Module):
 
 
 def show_places(embeddings: nn.Module, patch_deviation: float = 0.02) -> None:
-    """Positions as sines and cosines of row and column, as loud as what the patches show."""
-    weight = embeddings.position_embedding.weight  # (1 + patches, width)
+    """Let every patch begin with where it is, as loud as with what it shows.
+
+    Positions become sines and cosines of row and column, of amplitude 1 and wavelengths from 2 pi to 100 times that
+    (Vaswani et al. 2017, section 3.5, half of the channels for each axis). CLIP's own 0.02 is lost beside the pixels.
+    """
+    weight = embeddings.position_embedding.weight  # (1 + patches, width), the class token first
     quarter = weight.shape[1] // 4
     frequencies = 100 ** -(torch.arange(quarter) / quarter)
     rows, columns = torch.meshgrid(torch.arange(PATCHES), torch.arange(PATCHES), indexing="ij")
