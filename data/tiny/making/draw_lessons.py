@@ -1,11 +1,9 @@
-"""The lessons from which small towers (`make_towers.py`) learn to read, drawn.
+"""Lessons in reading, drawn: memes, and pages of letters or figures, as the sample data have them.
 
     python data/tiny/making/draw_lessons.py --output_dir /tmp/lessons --crowded_fields 1000 --memes 500 --seed 7
 
-writes images/, annotations.json and alphabet.txt, the characters that can occur. What is asked about a page of letters
-is its field, or its text; `meme_pages.py` says what these are. Pages come as images, or spelled out where the image
-tokens would stand: that teaches a language model the order of the patches and the skipping of blanks before it has
-eyes.
+writes images/, annotations.json and alphabet.txt, the characters that can occur. What is asked about a page is its
+field; `meme_pages.py` says what that is.
 """
 
 import argparse
@@ -18,7 +16,6 @@ import draw_memes
 from draw_memes import (
     DESCRIPTIONS,
     MOOD_QUESTIONS,
-    NO_TEXT,
     TASKS,
     TEXT_QUESTIONS,
     draw_all,
@@ -42,82 +39,47 @@ from meme_pages import (
     get_source,
     plan_crowded_page,
     plan_full_page,
-    plan_scene,
 )
 
-GROUP_QUESTION = "逐个说出图中角色的心情。"
 FIELD_QUESTION = "逐格读出图中的文字。"
 LESSONS = {
-    "copies": "short texts to be said again, without a page",
-    "spelled_fields": "spelled pages with 2 to 4 different letters, one in every patch: what is in each patch?",
-    "spelled_texts": "spelled scenes: what is the text?",
-    "spelled_moods": "spelled scenes with a figure, whose mood is marked: what is the mood?",
     "full_fields": "images with a letter in the middle of every patch: what is in each patch?",
     "crowded_fields": "images of pages with as many letters as they hold: what is in each patch?",
-    "crowded_texts": "the same: what is the text?",
-    "scene_fields": "images with rows of several sizes and perhaps a figure: what is in each patch?",
-    "scene_texts": "the same with at most --most_letters: what is the text?",
     "group_fields": "images of 1, 4 or 9 figures: what is in each patch, moods being marked?",
-    "groups": "the same: what is the mood of each?",
     "memes": "memes, with a record for each task",
 }
 
 
-def plan_all(arguments: argparse.Namespace) -> Iterator[tuple[list[dict], Page | Group | Meme | None]]:
-    """Records, and the image to draw for them, if any."""
+def plan_all(arguments: argparse.Namespace) -> Iterator[tuple[list[dict], Page | Group | Meme]]:
+    """Records, and the image to draw for them."""
     rng = random.Random(arguments.seed)
     for meme in plan_memes(arguments.memes, arguments.seed, LineSource(unseen=False)):
         yield write_records(meme, arguments.tasks, rng), meme
     for lesson in LESSONS:
         if lesson != "memes":
             for number in range(getattr(arguments, lesson)):
-                record, page = plan_lesson(lesson, f"{lesson}_{number:06d}", rng, arguments)
-                yield [record], page
+                page = plan_page(lesson, f"{lesson}_{number:06d}", rng, arguments)
+                yield [write_record(page)], page
 
 
-def plan_lesson(
-    lesson: str, identifier: str, rng: random.Random, arguments: argparse.Namespace
-) -> tuple[dict, Page | Group | None]:
-    """The record of a lesson other than a meme, and its page if that is to be drawn."""
-    # A field has one answer for a patch, and a spelled page is one.
-    share_patches = arguments.share_patches and lesson in ("crowded_texts", "scene_texts")
-    kind = RowKind(arguments.smallest, arguments.largest, arguments.words, arguments.few, share_patches)
-    if lesson == "copies":
-        text = kind.draw_text(rng, rng.randint(1, 16))
-        return write_record(identifier, text, rng.choice(TEXT_QUESTIONS), text), None
-    if lesson.startswith("group"):
-        group = plan_group(identifier, rng)
-        if lesson == "group_fields":
-            return write_record(identifier, "<image>", FIELD_QUESTION, group.field), group
-        question = GROUP_QUESTION if len(group.figures) > 1 else rng.choice(MOOD_QUESTIONS)
-        return write_record(identifier, "<image>", question, group.answer), group
+def plan_page(lesson: str, identifier: str, rng: random.Random, arguments: argparse.Namespace) -> Page | Group:
+    """The page of a lesson other than a meme."""
+    if lesson == "group_fields":
+        return plan_group(identifier, rng)
     is_plain = rng.random() < arguments.plain
-    if lesson == "spelled_fields":
-        characters = get_source().draw_characters(rng, rng.randint(2, 4))
-        page = plan_full_page(identifier, rng.choices(characters, k=PATCHES**2), is_plain=True)
-    elif lesson == "full_fields":
+    if lesson == "full_fields":
         page = plan_full_page(identifier, get_source().draw_characters(rng, PATCHES**2), is_plain)
-    elif lesson.startswith("crowded"):
-        page = plan_crowded_page(identifier, rng, kind, is_plain)
     else:
-        most_letters = PATCHES**2 if lesson == "scene_fields" else arguments.most_letters
-        page = None
-        while page is None or lesson == "spelled_moods" and not page.figure:
-            page = plan_scene(identifier, rng, kind, is_plain, most_letters)
-    question, answer = rng.choice(TEXT_QUESTIONS), page.text or f"{NO_TEXT}。"
-    if lesson.endswith("fields"):
-        question, answer = FIELD_QUESTION, page.field
-    elif lesson == "spelled_moods":
-        question, answer = rng.choice(MOOD_QUESTIONS), page.figure[0].mood
-    if lesson.startswith("spelled"):
-        return write_record(identifier, page.field, question, answer), None
-    return write_record(identifier, "<image>", question, answer), page
+        kind = RowKind(arguments.smallest, arguments.largest, arguments.words)
+        page = plan_crowded_page(identifier, rng, kind, is_plain)
+    # A question that is not asked. Without this draw the seed of the sample data would give other pages.
+    rng.choice(TEXT_QUESTIONS)
+    return page
 
 
-def write_record(identifier: str, page: str, question: str, answer: str) -> dict:
-    turns = [{"from": "human", "value": f"{page}\n{question}"}, {"from": "gpt", "value": answer}]
-    record = {"id": identifier, "conversations": turns}
-    return record | ({"image": f"images/{identifier}.png"} if page == "<image>" else {})
+def write_record(page: Page | Group) -> dict:
+    turns = [{"from": "human", "value": f"<image>\n{FIELD_QUESTION}"}, {"from": "gpt", "value": page.field}]
+    return {"id": page.identifier, "conversations": turns, "image": f"images/{page.identifier}.png"}
 
 
 def draw_one(job: tuple[Page | Group | Meme, int, Path, list[FontFace]]) -> None:
@@ -131,10 +93,9 @@ def draw_one(job: tuple[Page | Group | Meme, int, Path, list[FontFace]]) -> None
 
 
 def list_lesson_alphabet() -> str:
-    """Every character that a lesson may need, in questions, answers and spelled pages."""
+    """Every character that a lesson may need, in questions and answers."""
     wordings = [
         FIELD_QUESTION,
-        GROUP_QUESTION,
         *TEXT_QUESTIONS,
         *MOOD_QUESTIONS,
         *(part for wording in DESCRIPTIONS for part in wording),
@@ -152,13 +113,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{lesson}", type=int, default=0, help=f"number of {meaning}")
     parser.add_argument("--smallest", type=float, default=14, help="smallest letters of pages, pixels")
     parser.add_argument("--largest", type=float, default=36, help="largest letters of pages, pixels")
-    parser.add_argument("--most_letters", type=int, default=16, help="in a scene, unless its field is asked for")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="records for each meme")
     parser.add_argument("--words", type=float, default=0.5, help="share of a page's rows made of words, not characters")
-    parser.add_argument(
-        "--few", type=float, default=0, help="share of a page's rows in which two or three characters keep coming again"
-    )
-    parser.add_argument("--share_patches", action="store_true", help="texts may have several letters in a patch")
     parser.add_argument("--plain", type=float, default=0, help="share of pages dark on white, with nothing worn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, help="draw with N processes")
@@ -170,9 +126,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} must not be negative")
     if arguments.processes < 1:
         parser.error("--processes must be at least 1")
-    if arguments.most_letters < 1:
-        parser.error("--most_letters must be at least 1")
-    for name in ("words", "few", "plain"):
+    for name in ("words", "plain"):
         if not 0 <= getattr(arguments, name) <= 1:
             parser.error(f"--{name} must be 0 to 1")
     if not 4 <= arguments.smallest <= arguments.largest <= SIDE:
@@ -195,8 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     records, jobs = [], []
     for lessons, page in plan_all(arguments):
         records += lessons
-        if page:
-            jobs.append((page, arguments.seed, images, faces))
+        jobs.append((page, arguments.seed, images, faces))
     draw_all(draw_one, jobs, arguments.processes)
     write_annotations(arguments.output_dir, records)
     (arguments.output_dir / "alphabet.txt").write_text(list_lesson_alphabet() + "\n", encoding="utf-8")

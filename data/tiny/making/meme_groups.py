@@ -18,11 +18,6 @@ class Group:
     figures: list[Meme]
 
     @property
-    def answer(self) -> str:
-        """The mood of each, row by row."""
-        return "，".join(figure.mood for figure in self.figures)
-
-    @property
     def field(self) -> str:
         """What stands at each patch: a mood, or nothing."""
         return write_field(map(mark_figure, self.figures, self.list_boxes()))
