@@ -105,6 +105,14 @@ def is_unseen(line: str) -> bool:
     return zlib.crc32(line.replace("|", "").encode()) % UNSEEN_SHARE == 0
 
 
+def fill_pattern(rng: random.Random, pattern: str, words: dict[str, list[str]]) -> str:
+    """The pattern with a word of its kind in each gap."""
+    while "{" in pattern:
+        start, end = pattern.index("{"), pattern.index("}")
+        pattern = pattern[:start] + rng.choice(words[pattern[start + 1 : end]]) + pattern[end + 1 :]
+    return pattern
+
+
 class LineSource:
     """Lines without end, each once.
 
@@ -139,11 +147,7 @@ class LineSource:
 
     def compose(self, rng: random.Random) -> str:
         """A pattern with its gaps filled."""
-        line = rng.choice(self._patterns)
-        while "{" in line:
-            start, end = line.index("{"), line.index("}")
-            line = line[:start] + rng.choice(self._words[line[start + 1 : end]]) + line[end + 1 :]
-        return line
+        return fill_pattern(rng, rng.choice(self._patterns), self._words)
 
     def mix(self, rng: random.Random) -> str:
         """Words one after the other, or up to LONGEST_LINE characters of the alphabet."""

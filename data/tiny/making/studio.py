@@ -13,7 +13,7 @@ from layout import PATCHES, SHARES, SIDE, SLOTS, Dice, label_pages, make_label_t
 from lessons import place_facts
 from meme_fonts import list_missing, measure_weight
 from scenery import Scenery, make_scenery
-from texts import NEVER_DRAWN, Alphabet, RowWriter, TextBank, make_text_bank
+from texts import Alphabet, RowWriter, TextBank, make_text_bank
 from wear import wear_out
 
 DRAWN_PARTS = 64  # drawn memes come in so many portions, each when it is done
@@ -177,8 +177,7 @@ class MemeDrawer:
     """Draws memes in other processes while training goes on; each portion is kept in a file, and not drawn again."""
 
     def __init__(self, writer: RowWriter, settings):
-        usual = [character for character in writer.alphabet.known if character not in NEVER_DRAWN]
-        faces: list[Face] = [face for face in find_faces(settings.fonts) if not list_missing(face, usual)]
+        faces: list[Face] = [face for face in find_faces(settings.fonts) if not list_missing(face, writer.usual)]
         faces.sort(key=measure_weight, reverse=True)
         folder = settings.output_dir / "memes"
         folder.mkdir(exist_ok=True)

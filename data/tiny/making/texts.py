@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from glyphs import STRANGER, list_strangers
-from meme_lines import LINES, PATTERNS, WORDS, is_unseen
+from meme_lines import LINES, PATTERNS, WORDS, fill_pattern, is_unseen
 
 ROW = 20  # letters a row holds at most
 GAP = "\u3000"
@@ -96,10 +96,7 @@ class RowWriter:
         if self.rng.random() < 0.1:
             return self.rng.choice(self.lines)
         while True:
-            line = self.rng.choice(self.patterns)
-            while "{" in line:
-                start, end = line.index("{"), line.index("}")
-                line = line[:start] + self.rng.choice(self.own_words[line[start + 1 : end]]) + line[end + 1 :]
+            line = fill_pattern(self.rng, self.rng.choice(self.patterns), self.own_words)
             if not is_unseen(line):
                 return line
 
