@@ -100,12 +100,11 @@ def check_engine_name(name: str) -> None:
         raise UserError(f"--engine {name}: no such engine; there are {', '.join(known)}")
 
 
-def choose_engine(name: str, processes: int, on_gpu: bool, muon_lr: float | None = None) -> Engine:
+def choose_engine(name: str, processes: int, on_gpu: bool) -> Engine:
     """The engine of that name; `auto` is one process where there is one, ZeRO-2 on several GPUs, else DDP.
 
     Raises:
-        UserError: there is none of that name, it does not go with that many processes or with Muon, or its file is
-            wrong.
+        UserError: there is none of that name, it does not go with that many processes, or its file is wrong.
     """
     if name == AUTO:
         name = SINGLE if processes == 1 else "zero2" if on_gpu else DDP
@@ -117,11 +116,6 @@ def choose_engine(name: str, processes: int, on_gpu: bool, muon_lr: float | None
         return Engine(SINGLE, SINGLE) if processes == 1 else engine
     if engine.kind == FSDP and processes == 1:
         raise UserError(f"--engine {name} divides state among several processes, and there is one; choose {SINGLE}")
-    if muon_lr is not None:
-        raise UserError(
-            f"--muon_lr: Muon needs whole matrices, and --engine {name} divides them; pass --engine single or ddp, or "
-            "leave --muon_lr out"
-        )
     return engine
 
 

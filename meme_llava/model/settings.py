@@ -57,6 +57,4 @@ class LearningRates:
 
     high_lr: float = setting("peak learning rate of the multi_modal_projector", expected="greater than 0")
     low_lr: float = setting("peak learning rate of everything else that learns", expected="greater than 0")
-    # Only the makers of the embedded towers set it: for a vision tower that learns in full, from random weights.
-    muon_lr: float | None = setting("peak learning rate of Muon", None, public=False, expected="greater than 0")
     weight_decay: float = setting("decay of matrices; never of biases and norms", 0.0, expected="0 or more")

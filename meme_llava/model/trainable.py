@@ -52,16 +52,10 @@ class ParameterGroup:
     weight_decay: float
     names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
-    uses_muon: bool = False
-
-    @property
-    def rate_name(self) -> str:
-        """Under which its learning rate is logged; a role has one rate for each optimizer."""
-        return f"{self.role} by Muon" if self.uses_muon else self.role
 
     def describe(self) -> dict:
         """What the run record keeps of the group."""
-        kind = "vectors" if self.parameters[0].dim() < 2 else "matrices by Muon" if self.uses_muon else "matrices"
+        kind = "vectors" if self.parameters[0].dim() < 2 else "matrices"
         if any("lora_" in name for name in self.names):
             kind = "LoRA" if kind == "matrices" else "DoRA magnitudes"
         return {
@@ -143,27 +137,21 @@ def _to_pattern(names: list[str]) -> str:
 def plan_parameter_groups(model: nn.Module, rates: LearningRates) -> list[ParameterGroup]:
     """Every trainable parameter in exactly one group; biases and norms never decay. Raises UserError where the
     projector does not learn."""
-    members: dict[tuple[int, bool, bool], dict[str, nn.Parameter]] = {}
+    members: dict[tuple[int, bool], dict[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            uses_muon = rates.muon_lr is not None and is_vision_layer_matrix(name, parameter)
             # Biases, norm scales and the class embedding are the one-dimensional parameters.
-            key = (ROLES.index(role_of(name)), not uses_muon, parameter.dim() < 2)
+            key = (ROLES.index(role_of(name)), parameter.dim() < 2)
             members.setdefault(key, {})[name] = parameter
     groups = []
-    for (index, by_adam, is_vector), named in sorted(members.items()):
+    for (index, is_vector), named in sorted(members.items()):
         role = ROLES[index]
-        learning_rate = rates.high_lr if role == PROJECTOR else rates.low_lr if by_adam else rates.muon_lr
+        learning_rate = rates.high_lr if role == PROJECTOR else rates.low_lr
         decay = 0.0 if is_vector else rates.weight_decay
-        groups.append(ParameterGroup(role, learning_rate, decay, tuple(named), tuple(named.values()), not by_adam))
+        groups.append(ParameterGroup(role, learning_rate, decay, tuple(named), tuple(named.values())))
     if not any(group.role == PROJECTOR for group in groups):
         raise UserError("the multi_modal_projector does not learn; no train type is meant to freeze it")
     return groups
-
-
-def is_vision_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix of the vision tower's layers, which Muon may update; embeddings are not."""
-    return parameter.dim() == 2 and role_of(name) == VISION_TOWER and "layers" in name.split(".")
 
 
 def save_trained_weights(model: nn.Module, folder: Path, state_dict: dict | None = None) -> None:

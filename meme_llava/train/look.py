@@ -32,7 +32,7 @@ def look_at_run(arguments: TrainArguments) -> None:
     derive_accumulation(arguments, processes)  # raises where the batches do not divide
     # What is planned for several devices is planned for GPUs.
     on_gpu = arguments.plan or torch.cuda.is_available()
-    engine = choose_engine(arguments.engine, processes, on_gpu, arguments.muon_lr)
+    engine = choose_engine(arguments.engine, processes, on_gpu)
     processing = load_processing(arguments.model)
     data = load_training_records(arguments, processing, decode=False)
     run = outline_run(arguments, engine, processes, StartPoint(), processing, data)

@@ -200,7 +200,7 @@ class TrainingLoop:
             if self._guard.gradients_are_finite:
                 figures["grad_norm"] = self._norm
         for group, rate in zip(self._run.groups, self._rates, strict=True):
-            figures[f"{RATE_PREFIX}{group.rate_name}"] = rate
+            figures[f"{RATE_PREFIX}{group.role}"] = rate
         figures |= self._meter.read()
         if self._skipped:
             figures["skipped_steps"] = self._skipped

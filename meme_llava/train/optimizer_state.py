@@ -1,4 +1,4 @@
-"""The state of training tensor by tensor: float32 trainable weights and Adam's two moments, or Muon's one.
+"""The state of training tensor by tensor: float32 trainable weights and Adam's two moments.
 
 Whatever the engine and however it divides them, each is handed out whole, and taken back whole. So a checkpoint depends
 on neither the engine nor the number of processes, and holds no pickle. All processes must make every call together.
@@ -17,7 +17,7 @@ from meme_llava.errors import CheckpointError
 from meme_llava.model.trainable import ParameterGroup
 from meme_llava.storage.tensor_writer import PlannedTensor, write_file
 
-MOMENTS, MUON_MOMENTS = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
+MOMENTS = ("exp_avg", "exp_avg_sq")
 OPTIMIZER_PREFIX = "optimizer-"
 
 
@@ -26,7 +26,7 @@ class TrainingState:
 
     Args:
         groups: what learns, as it was before the engine took it.
-        optimizer: torch's AdamW, or DeepSpeed's ZeRO optimizer around it, or a MuonWithAdamW.
+        optimizer: torch's AdamW, or DeepSpeed's ZeRO optimizer around it.
     """
 
     def __init__(self, engine: Engine, groups: Sequence[ParameterGroup], optimizer):
@@ -37,9 +37,8 @@ class TrainingState:
         names = [name for group in groups for name in group.names]
         shapes = [tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in held]
         self._shapes = dict(zip(names, shapes, strict=True))
-        self._moments = {name: MUON_MOMENTS if group.uses_muon else MOMENTS for group in groups for name in group.names}
         # Every moment as (name of the weight, name of the moment).
-        self._keys = [(name, moment) for name in names for moment in self._moments[name]]
+        self._keys = [(name, moment) for name in names for moment in MOMENTS]
         if engine.kind == FSDP:
             # It put others in the place of the parameters that the groups name, in the same order.
             held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -48,8 +47,7 @@ class TrainingState:
     @property
     def nbytes(self) -> int:
         """What a checkpoint's tensors, all float32, take on disk."""
-        sizes = {name: 4 * torch.Size(shape).numel() for name, shape in self._shapes.items()}
-        return sum(sizes.values()) + sum(sizes[name] for name, _ in self._keys)
+        return sum(4 * (1 + len(MOMENTS)) * torch.Size(shape).numel() for shape in self._shapes.values())
 
     def gather_weights(self) -> dict[str, torch.Tensor]:
         """Every weight that learns, float32, by its name before the engine took it; empty but in the main process."""
@@ -95,8 +93,7 @@ class TrainingState:
         """
         self._create_moments()
         for state in self._adam.state.values():
-            if "step" in state:
-                state["step"].fill_(updates)
+            state["step"].fill_(updates)
         missing = {f"{moment}/{name}": (name, moment) for name, moment in self._keys}
         for path in sorted(folder.glob(f"{OPTIMIZER_PREFIX}*.safetensors")):
             with safe_open(path, "pt") as file:
@@ -110,21 +107,19 @@ class TrainingState:
             self._scatter(name, None, weight)
 
     def _create_moments(self) -> None:
-        """Give the optimizer zeros where it has not made an update yet, as it would itself."""
-        moments_of = {id(self._parameters[name]): moments for name, moments in self._moments.items()}
+        """Give Adam zeros where it has not made an update yet, as it would itself."""
         held = list(self._parameters.values())
         if self._uses_deepspeed:
-            # The flat float32 pieces that ZeRO made of the parameters; only Adam comes with it.
+            # The flat float32 pieces that ZeRO made of the parameters.
             stage_3 = self._zero_stage == 3
             attribute = "fp32_partitioned_groups_flat" if stage_3 else "single_partition_of_fp32_groups"
             held = list(getattr(self._optimizer, attribute))
         for tensor in held:
-            state, moments = self._adam.state[tensor], moments_of.get(id(tensor), MOMENTS)
+            state = self._adam.state[tensor]
             if state:
                 continue
-            if moments == MOMENTS:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
-            for moment in moments:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+            for moment in MOMENTS:
                 state[moment] = torch.zeros_like(tensor, memory_format=torch.preserve_format).detach()
         if self._uses_deepspeed and self._zero_stage != 3:
             # DeepSpeed links every group's moments when it has updated the first group, and so misses the others'.

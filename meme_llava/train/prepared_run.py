@@ -268,36 +268,12 @@ def print_run(run: PreparedRun) -> None:
 
 
 def make_optimizer(groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
-    """AdamW with each group's rate and decay; Muon beside it where a group uses it."""
-    if any(group.uses_muon for group in groups):
-        return MuonWithAdamW(groups)
-    return torch.optim.AdamW([_to_options(group) for group in groups], fused=True)
-
-
-def _to_options(group: ParameterGroup) -> dict:
-    return {"params": list(group.parameters), "lr": group.learning_rate, "weight_decay": group.weight_decay}
-
-
-class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon for the groups that use it, AdamW for the others; one list of groups, one state."""
-
-    def __init__(self, groups: Sequence[ParameterGroup]):
-        self._parts: dict[bool, torch.optim.Optimizer] = {}  # by uses_muon
-        settings = []
-        for group in groups:
-            own, uses_muon = _to_options(group), group.uses_muon
-            if uses_muon not in self._parts:
-                self._parts[uses_muon] = torch.optim.Muon([own]) if uses_muon else torch.optim.AdamW([own], fused=True)
-            settings.append({**self._parts[uses_muon].defaults, **own, "uses_muon": uses_muon})
-        super().__init__(settings, {})
-
-    def step(self, closure=None):
-        """Update every parameter that has a gradient."""
-        for uses_muon, part in self._parts.items():
-            # Schedules change our groups, and load_state_dict puts others in the place of groups and state.
-            part.param_groups = [group for group in self.param_groups if group["uses_muon"] is uses_muon]
-            part.state = self.state
-            part.step()
+    """AdamW with each group's rate and decay."""
+    options = [
+        {"params": list(group.parameters), "lr": group.learning_rate, "weight_decay": group.weight_decay}
+        for group in groups
+    ]
+    return torch.optim.AdamW(options, fused=True)
 
 
 def make_loader(run: PreparedRun, device: torch.device) -> DataLoader:

@@ -135,7 +135,7 @@ def join_processes(arguments: TrainArguments) -> Iterator[Session]:
     number of processes, is not what the settings ask for, or a process has no GPU of its own."""
     processes = count_processes()
     take_own_gpu()
-    engine = choose_engine(arguments.engine, processes, torch.cuda.is_available(), arguments.muon_lr)
+    engine = choose_engine(arguments.engine, processes, torch.cuda.is_available())
     derive_accumulation(arguments, processes)  # raises where the batches do not divide
     check_device(arguments)
     if torch.cuda.device_count() > 1 and processes == 1:

@@ -143,14 +143,9 @@ class TrainArguments(RecordPolicy, LoraRecipe, LearningRates, BatchSettings, Run
         return "--lora_variant dora" if self.uses_lora and self.lora_variant == "dora" else ""
 
     def _check_training(self) -> None:
-        """Stop at a length, an optimizer or trackers that cannot be meant."""
+        """Stop at a length or trackers that cannot be meant."""
         if self.warmup_ratio is None and self.warmup_steps is None:
             raise UserError("give --warmup_ratio, a share of the steps, or --warmup_steps")
-        if self.muon_lr is not None and self.vision_tower_training != "full":
-            raise UserError(
-                f"--muon_lr is for a vision tower that learns in full, and --train_type {self.train_type} has none; "
-                "leave it out"
-            )
         for name in self.report_to:
             if name not in (*TRACKERS, NO_TRACKER):
                 raise UserError(f"--report_to {name}: no such tracker; there are {', '.join(TRACKERS)}, or none")

@@ -473,14 +473,25 @@ def test_one_process_decides_for_all_whether_anything_is_left(monkeypatch):
     assert run_plan.is_nothing_left(plan) == "as the main process found"
 
 
+def make_record(**settings):
+    data, base = {"sha256": "d", "records": 4}, {"fingerprint": "b"}
+    return {"settings": settings, "data": data, "base": base, "step": 1, "finished": False}
+
+
 def test_a_run_record_that_names_no_projector_had_none():
-    theirs = {"settings": {}, "data": {"sha256": "d", "records": 4}, "base": {"fingerprint": "b"}, "step": 1}
-    theirs |= {"finished": False}
-    ours = {**theirs, "projector": None, "schedule": {"steps": 2}}
-    start = StartPoint(Path("checkpoint-1"), 1, 4, theirs)
+    ours = {**make_record(), "projector": None, "schedule": {"steps": 2}}
+    start = StartPoint(Path("checkpoint-1"), 1, 4, make_record())
     assert check_continues(start, ours, allow_changes=False) == []
     with pytest.raises(CheckpointError, match="the projector of --projector_from is another one"):
         check_continues(start, ours | {"projector": {"weights": "w"}}, allow_changes=False)
+
+
+def test_a_setting_that_is_gone_matters_where_it_was_given():
+    ours = {**make_record(), "schedule": {"steps": 2}}
+    without, given = (StartPoint(Path("checkpoint-1"), 1, 4, make_record(gone=value)) for value in (None, 0.1))
+    assert check_continues(without, ours, allow_changes=False) == []
+    with pytest.raises(CheckpointError, match="gone was 0.1, is None"):
+        check_continues(given, ours, allow_changes=False)
 
 
 def test_steps_are_counted_from_the_records_behind_a_checkpoint(world):

@@ -110,19 +110,6 @@ def projector_estimator(world):
     return make_estimator(world, on_gpu=True, train_type="projector")
 
 
-@pytest.mark.long
-def test_muon_keeps_one_moment_of_the_matrices_it_updates(world):
-    memory = [
-        make_estimator(world, train_type="full", muon_lr=muon_lr).estimate(CheckpointedLayers()).optimizer
-        for muon_lr in (None, 2e-2)
-    ]
-    model = load_prepared(world, train_type="full")
-    layers = [layer for layer in model.model.vision_tower.modules() if isinstance(layer, torch.nn.Linear)]
-    learning = [layer.weight.numel() for layer in layers if layer.weight.requires_grad]
-    assert len(learning) == 2 * 6
-    assert memory[0] - memory[1] == 4 * sum(learning)
-
-
 def test_state_is_divided_as_the_engine_says(world, projector_estimator):
     real = load_prepared(world, train_type="projector")
     learns = sum(parameter.numel() for parameter in real.parameters() if parameter.requires_grad)

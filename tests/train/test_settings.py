@@ -97,7 +97,6 @@ def test_a_complete_command_line_written_out():
         "load_in_4bit": False,
         "warmup_steps": None,
         "lr_scheduler_type": "cosine",
-        "muon_lr": None,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "max_steps": None,
@@ -191,7 +190,7 @@ def test_one_of_the_warmup_settings_is_required():
 
 
 VALUE_CHECKS = [
-    *[(name, value, "greater than 0") for name in ("num_train_epochs", "high_lr", "low_lr", "muon_lr", "lora_alpha")
+    *[(name, value, "greater than 0") for name in ("num_train_epochs", "high_lr", "low_lr", "lora_alpha")
       for value in ("0", "-1", "nan", "inf")],
     *[(name, value, "greater than 0") for name in ("lora_r", "model_max_length") for value in ("0", "-1")],
     *[(name, value, "at least 1") for name in
@@ -251,8 +250,7 @@ def test_help_lists_every_setting_of_every_script(capsys):
         text = capsys.readouterr().out
         assert "What it does." in text
         for field in dataclasses.fields(arguments_class):
-            # Muon is the tool of those who make the embedded towers.
-            assert (f"--{field.name}" in text) == (field.name != "muon_lr")
+            assert f"--{field.name}" in text
             # A setting nobody explains is one nobody can use.
             assert field.metadata["help"]
 
@@ -354,7 +352,7 @@ def test_a_recipe_may_have_an_empty_list(recipe_folder):
     [
         ("save_step: 5", "unknown setting save_step (did you mean save_steps?); docs/settings.md lists all"),
         ("shared_pictures: false", "unknown setting shared_pictures (did you mean shared_images?); docs/"),
-        ("optimizer: muon", "unknown setting optimizer; docs/settings.md lists all"),
+        ("optimizer: sgd", "unknown setting optimizer; docs/settings.md lists all"),
         ("help: true", "unknown setting help; docs/settings.md lists all"),
         ("3: 5", "unknown setting 3; docs/settings.md lists all"),
         ("no_shared_images: true", "no_shared_images is a flag of the command line; write shared_images: false"),
@@ -463,7 +461,7 @@ def test_what_a_continued_run_may_not_change_written_out():
         *("train_type", "vision_tower_training", "language_model_training"),
         *("lora_r", "lora_alpha", "lora_dropout", "lora_vision_modules", "lora_language_modules"),
         *("lora_variant", "load_in_4bit"),
-        *("high_lr", "low_lr", "muon_lr", "weight_decay", "max_grad_norm"),
+        *("high_lr", "low_lr", "weight_decay", "max_grad_norm"),
         *("num_train_epochs", "max_steps", "warmup_ratio", "warmup_steps", "lr_scheduler_type"),
         *("global_batch_size", "model_max_length", "loss_average", "shared_images", "seed", "precision"),
         *("bad_records", "allow", "refuse", "max_pixels"),

@@ -353,12 +353,15 @@ def test_resuming_a_finished_run_changes_nothing(world, trained, capsys):
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
 
 
-def test_projector_run_resumes_too(world, tmp_path):
-    changes = {"max_steps": 4, "save_steps": 2, "train_type": "projector"}
+@pytest.mark.parametrize("train_type", ["projector", "full"])
+def test_a_run_without_lora_resumes_too(world, tmp_path, train_type):
+    changes = {"max_steps": 4, "save_steps": 2, "train_type": train_type}
     train.main(train_flags(world, tmp_path / "whole", **changes))
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     train.main(train_flags(world, tmp_path / "cut", **changes, resume_from_checkpoint=checkpoint))
     assert read_losses(tmp_path / "cut") == read_losses(tmp_path / "whole")
+    resumed, expected = (load_file(tmp_path / name / "trained_weights.safetensors") for name in ("cut", "whole"))
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
 def fail(capsys, flags, main=train.main, code=2):

@@ -17,12 +17,7 @@ from meme_llava.dataset.images import ImagePolicy
 from meme_llava.distributed.environment import DDP, DEEPSPEED, FSDP, SINGLE, Engine, choose_engine
 from meme_llava.model.four_bit import count_four_bit_bytes
 from meme_llava.model.llava import LANGUAGE_MODEL, list_linears
-from meme_llava.model.trainable import (
-    CheckpointedLayers,
-    count_layers,
-    is_vision_layer_matrix,
-    recompute_layers,
-)
+from meme_llava.model.trainable import CheckpointedLayers, count_layers, recompute_layers
 from meme_llava.train.planning.trace import Precision, outline_model, set_depths, trace_step
 from meme_llava.train.settings import TrainArguments
 
@@ -46,7 +41,7 @@ class StepMemory:
     Args:
         weights: frozen and learning.
         gradients: of what learns.
-        optimizer: Adam's two moments or Muon's one, and float32 masters where the engine keeps them.
+        optimizer: Adam's two moments, and float32 masters where the engine keeps them.
         activations: what the forward pass keeps for the backward pass.
         logits: what the LM head and the loss add while they run.
         temporaries: what else the largest moment adds.
@@ -204,9 +199,6 @@ class StepEstimator:
         # Two float32 moments; DeepSpeed keeps float32 masters of its own.
         has_masters = self.engine.kind == DEEPSPEED
         optimizer = self._divide(trainable * (12 if has_masters else 8), 1)
-        if self.arguments.muon_lr is not None:
-            named = self.model.named_parameters()
-            optimizer -= 4 * sum(p.numel() for name, p in named if p.requires_grad and is_vision_layer_matrix(name, p))
         # While the optimizer runs: DeepSpeed's float32 gradients, or the two temporaries of Adam's largest tensor.
         updating = self._divide(trainable * 4, 1)
         if not has_masters:
