@@ -4,7 +4,6 @@ python docs/make_tables.py            # writes them
 python docs/make_tables.py --check    # says which are out of date, and writes nothing
 """
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -113,7 +112,7 @@ def list_flags(script: str, settings: type) -> list[tuple[str, str, str]]:
     rows = []
     for action in make_parser(settings, "")._actions:
         flag = action.option_strings[0]
-        if action.dest == "help" or flag.startswith("--no_") or action.help == argparse.SUPPRESS:
+        if action.dest == "help" or flag.startswith("--no_"):
             continue
         if action.dest in recipe:
             default = "recipe"

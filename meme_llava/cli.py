@@ -40,7 +40,6 @@ def setting(
     *,
     expected: str | None = None,
     free: bool = False,
-    public: bool = True,
     **options,
 ) -> Any:
     """A field of a dataclass of settings.
@@ -50,12 +49,10 @@ def setting(
         expected: one of EXPECTATIONS, which `parse_arguments` holds a value against.
         free: the setting changes neither which records a step trains on nor its update, only how it is computed and
             shown; a run continues, and a finished one is the same, with another value.
-        public: --help and the documents list it.
         options: for argparse.
     """
     given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    shown = {"help": text if public else argparse.SUPPRESS, **options}
-    return dataclasses.field(**given, metadata=shown | {"expected": expected, "free": free})
+    return dataclasses.field(**given, metadata={"help": text, **options, "expected": expected, "free": free})
 
 
 def check_settings(arguments) -> None:
