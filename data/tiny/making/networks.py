@@ -35,10 +35,10 @@ class Sizes:
     initializer_range: float = 0.035
 
 
-def make_vision_config(sizes: Sizes, extra_layers: int = 0) -> ChineseCLIPVisionConfig:
+def make_vision_config(sizes: Sizes) -> ChineseCLIPVisionConfig:
     return ChineseCLIPVisionConfig(
         hidden_size=sizes.vision_width,
-        num_hidden_layers=sizes.vision_layers + extra_layers,
+        num_hidden_layers=sizes.vision_layers,
         num_attention_heads=sizes.vision_heads,
         intermediate_size=sizes.vision_mlp,
         image_size=SIDE,
