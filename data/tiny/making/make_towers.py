@@ -18,7 +18,6 @@ sys.path.insert(0, str(ROOT))
 from meme_llava.dataset.conversation import DEFAULT_SYSTEM  # noqa: E402
 from meme_llava.model.loading import quiet_transformers  # noqa: E402
 
-ALPHABET_WEIGHT = 50
 PROMPT_WORDS_WEIGHT = 100  # the words of every prompt count like those of a hundred records
 # Qwen2's own split of text into words, single digits, punctuation and white space.
 QWEN2_SPLIT = (

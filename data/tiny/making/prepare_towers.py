@@ -18,10 +18,11 @@ from draw_lessons import FIELD_QUESTION  # noqa: E402
 from draw_memes import DESCRIPTIONS, MOOD_QUESTIONS, NO_TEXT, TEXT_QUESTIONS  # noqa: E402
 from glyphs import read_characters  # noqa: E402
 from lessons import MARKS, list_names, write_questions  # noqa: E402
-from make_towers import ALPHABET_WEIGHT, train_tokenizer  # noqa: E402
+from make_towers import train_tokenizer  # noqa: E402
 
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, ConversationEncoder, Turn  # noqa: E402
 
+ALPHABET_WEIGHT = 50  # times that the tokenizer learns from each character
 PIECES = 6  # of a description: literals, each with a variable behind it
 
 
