@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from draw_memes import FORMATS, TEXTLESS_SHARE
-from glyphs import Face
 from layout import SIDE
+from meme_fonts import FontFace
 from meme_images import Meme, draw_meme, save_image
 from PIL import Image
 from scenery import FIGURE_NAMES, MOOD_NAMES, PROP_NAMES
@@ -28,7 +28,7 @@ class DrawnMemes:
     facts: torch.Tensor
 
 
-def draw_one(rng: random.Random, writer: RowWriter, faces: list[Face]) -> tuple[np.ndarray, list[int], tuple]:
+def draw_one(rng: random.Random, writer: RowWriter, faces: list[FontFace]) -> tuple[np.ndarray, list[int], tuple]:
     """A meme as the tower sees it, its text, and the facts about its figure."""
     mood, name = rng.randrange(len(MOOD_NAMES)), rng.randrange(len(FIGURE_NAMES))
     prop = rng.randrange(1, len(PROP_NAMES)) if rng.random() < 0.3 else 0
@@ -49,7 +49,7 @@ def draw_one(rng: random.Random, writer: RowWriter, faces: list[Face]) -> tuple[
     return np.asarray(seen), [writer.alphabet.numbers[character] for character in line], (mood, name, prop)
 
 
-def draw_part(writer: RowWriter, faces: list[Face], count: int, seed: int, path: Path) -> None:
+def draw_part(writer: RowWriter, faces: list[FontFace], count: int, seed: int, path: Path) -> None:
     """`count` memes into a file: images (count, SIDE, SIDE, 3), texts (count, ROW), facts (count, 3)."""
     rng = random.Random(seed)
     writer.rng.seed(seed)

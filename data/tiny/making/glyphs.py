@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from meme_fonts import FONT_FOLDER, FontFace
 from PIL import Image, ImageDraw, ImageFont
 
-FONT_FOLDER = Path("/usr/share/fonts")
 # Debian: apt install fonts-noto-cjk fonts-noto-cjk-extra fonts-wqy-zenhei fonts-wqy-microhei fonts-arphic-ukai
 # fonts-arphic-uming fonts-arphic-gkai00mp fonts-arphic-gbsn00lp fonts-lxgw-wenkai fonts-smiley-sans fonts-klee
 # fonts-seto. The face is the one with the forms of mainland China.
@@ -44,8 +44,6 @@ LEVELS = (64, 48, 36, 27, 20, 15)  # cell sizes that are kept
 CHARACTERS = Path(__file__).parent / "characters.txt"
 STRANGER = "〇"  # what stands for a character that is not to be known
 
-Face = tuple[Path, int]
-
 
 def read_characters(path: Path = CHARACTERS) -> list[str]:
     """The characters of a file, the most frequent first."""
@@ -60,7 +58,7 @@ def list_strangers(known: list[str]) -> list[str]:
     return [character for character in dict.fromkeys([*rare, *traditional, *foreign]) if character not in set(known)]
 
 
-def find_faces(folder: Path | None) -> list[Face]:
+def find_faces(folder: Path | None) -> list[FontFace]:
     """The font files of a folder by name, or the known ones that are installed."""
     if folder:
         faces = [(path, 0) for path in sorted(folder.iterdir())]
@@ -91,7 +89,7 @@ class Atlas:
         return Atlas(*(tensor.to(device) for tensor in (self.pixels, self.starts, self.cells, self.advances)))
 
 
-def draw_cells(characters: list[str], face: Face) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw_cells(characters: list[str], face: FontFace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cells (characters, CELL, CELL) of a face, advances in ems, and which characters the face has."""
     font = ImageFont.truetype(face[0], EM, face[1], layout_engine=ImageFont.Layout.BASIC)
     left, top, right, bottom = font.getbbox("国", anchor="ls")
@@ -110,7 +108,7 @@ def draw_cells(characters: list[str], face: Face) -> tuple[np.ndarray, np.ndarra
     return cells, advances, has
 
 
-def make_atlas(faces: list[Face], characters: list[str], processes: int = 1) -> Atlas:
+def make_atlas(faces: list[FontFace], characters: list[str], processes: int = 1) -> Atlas:
     """Draw all characters in all faces; the first face draws what another lacks."""
     with ProcessPoolExecutor(processes) as pool:
         drawn = list(pool.map(partial(draw_cells, characters), faces))

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from glyphs import SANS_FONTS, Atlas
+from meme_pages import PATCHES, SIDE
 from texts import Alphabet, TextBank
 
-SIDE, PATCHES = 160, 10  # pixels and patches a side
 ROWS = 10  # nine of text and a watermark
 SLOTS = 3  # letters of a patch that are told apart
 KINDS = ("none", "caption", "page", "column", "crowd")

@@ -14,7 +14,6 @@ TASKS = ("text", "mood", "description", "field")
 LONGEST_TEXT = 60  # letters an answer gives; of longer texts it gives the first
 OWN_SHARE = 0.65  # of the questions, those that the sample memes ask
 VARIABLES = ("", "who", "name", "wears", "mood", "text")
-MARKS = "①②③④⑤⑥⑦⑧⑨⑩"
 
 
 def write_questions(seed: int = 0) -> dict[str, list[str]]:

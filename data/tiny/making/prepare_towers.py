@@ -17,8 +17,9 @@ from choose_characters import COUNT, list_needed  # noqa: E402
 from draw_lessons import FIELD_QUESTION  # noqa: E402
 from draw_memes import DESCRIPTIONS, MOOD_QUESTIONS, NO_TEXT, TEXT_QUESTIONS  # noqa: E402
 from glyphs import read_characters  # noqa: E402
-from lessons import MARKS, list_names, write_questions  # noqa: E402
+from lessons import list_names, write_questions  # noqa: E402
 from make_towers import train_tokenizer  # noqa: E402
+from meme_pages import BLANK, MOOD_MARKS  # noqa: E402
 
 from meme_llava.dataset.conversation import IMAGE_PLACEHOLDER, ConversationEncoder, Turn  # noqa: E402
 
@@ -57,8 +58,8 @@ def make_tables(tokenizer, characters: list[str]) -> dict:
     return {
         "vocabulary": -(-(len(tokenizer) + 8) // 64) * 64,
         "end": encoder.turn_end_id,
-        "blank": number["□"],
-        "marks": [number[mark] for mark in MARKS],
+        "blank": number[BLANK],
+        "marks": [number[mark] for mark in MOOD_MARKS.values()],
         "prefix": split_prompt("")[0],
         "characters": [ids[0] for ids in spelled],
         "own_questions": {task: [split_prompt(text)[1] for text in texts] for task, texts in own.items()},

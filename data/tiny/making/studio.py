@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import torch
 from composer import compose, paint_ground, paint_image
 from drawn import DrawnMemes, draw_part
-from glyphs import Atlas, Face, find_faces, make_atlas
+from glyphs import Atlas, find_faces, make_atlas
 from layout import PATCHES, SHARES, SIDE, SLOTS, Dice, label_pages, make_label_table, plan_layout
 from lessons import place_facts
-from meme_fonts import list_missing, measure_weight
+from meme_fonts import FontFace, list_missing, measure_weight
 from scenery import Scenery, make_scenery
 from texts import Alphabet, RowWriter, TextBank, make_text_bank
 from wear import wear_out
@@ -177,7 +177,7 @@ class MemeDrawer:
     """Draws memes in other processes while training goes on; each portion is kept in a file, and not drawn again."""
 
     def __init__(self, writer: RowWriter, settings):
-        faces: list[Face] = [face for face in find_faces(settings.fonts) if not list_missing(face, writer.usual)]
+        faces: list[FontFace] = [face for face in find_faces(settings.fonts) if not list_missing(face, writer.usual)]
         faces.sort(key=measure_weight, reverse=True)
         folder = settings.output_dir / "memes"
         folder.mkdir(exist_ok=True)

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from glyphs import STRANGER, list_strangers
 from meme_lines import LINES, PATTERNS, WORDS, fill_pattern, is_unseen
+from meme_pages import BLANK, MOOD_MARKS
 
 ROW = 20  # letters a row holds at most
 GAP = "\u3000"
-NEVER_DRAWN = "□①②③④⑤⑥⑦⑧⑨⑩"  # answers use them as marks
+NEVER_DRAWN = {BLANK, *MOOD_MARKS.values()}  # answers use them as marks
 ENDS = "！？，。…～!?~"
 KINDS = {"words": 44, "line": 30, "chance": 8, "latin": 7, "digits": 4, "few": 7}
 OWN_WEIGHT = 20_000  # of our own words, where jieba counts the most frequent one 880,000 times
