@@ -211,6 +211,16 @@ def test_a_page_is_learned_from_several_times_in_other_colours():
     assert sum(torch.equal(batch.images, first.images) for batch in repeated for first in drawn) == 0
 
 
+def test_an_eye_that_errs_sees_other_letters_where_there_are_letters():
+    course = SimpleNamespace(studio=SimpleNamespace(dice=Dice(0, "cpu")), teacher=SimpleNamespace(tokens=range(1001)))
+    slots = torch.zeros(200, 100, 3, dtype=torch.long)
+    slots[:, :50, 0] = 7
+    seen = Course.confuse(course, slots)
+    assert torch.equal(seen > 0, slots > 0) and int(seen.max()) <= 1000
+    errors = (seen != slots)[:, :50, 0].float().mean(1)
+    assert float(errors.min()) < 0.05 and 0.35 < float(errors.max()) < 0.75 and 0.2 < float(errors.mean()) < 0.3
+
+
 def test_memes_that_are_drawn_are_kept(start, tmp_path, monkeypatch):
     if meme_fonts.list_missing((meme_fonts.FONT_FOLDER / meme_fonts.KNOWN_FONTS[0][0], 2), ["我"]):
         pytest.skip("no font with Chinese characters: apt install fonts-noto-cjk")

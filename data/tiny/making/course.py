@@ -102,10 +102,11 @@ class Course:
             batch = self.studio.spell_pages(self.settings.language_batch, CAPTIONS if progress < 0.5 else SHARES)
         lesson = self.make_lesson(batch, is_field)
         lesson.supervised &= batch.is_whole[:, None]
+        slots = self.confuse(batch.slots) if progress >= 0.5 else batch.slots
         embeddings = self.modules["language"].embeddings
         letters = embeddings[self.teacher.tokens.clamp(min=0)]
         with self.autocast():
-            patches = self.modules["spelled"](letters, batch.slots, batch.places, batch.placed)
+            patches = self.modules["spelled"](letters, slots, batch.places, batch.placed)
             loss, right = self.answer(patches, lesson, embeddings)
         loss.mean().backward()
         name = "field" if is_field else "answer"
@@ -160,6 +161,16 @@ class Course:
             kept.append(batch)
         return batch
 
+    def confuse(self, slots: torch.Tensor) -> torch.Tensor:
+        """Slots in which up to half of a page's letters are others, as an eye that errs would see them.
+
+        Who has only read what was seen perfectly finds his place by the letter said last, and loses it at every error.
+        """
+        dice = self.studio.dice
+        share = dice.uniform(0, 0.5, len(slots), 1, 1)
+        others = dice.below(len(self.teacher.tokens) - 1, *slots.shape) + 1
+        return torch.where((slots > 0) & (dice.uniform(0, 1, *slots.shape) < share), others, slots)
+
     def make_lesson(self, batch: Batch, is_field: bool) -> Lesson:
         dice = self.studio.dice
         if is_field:
@@ -191,7 +202,7 @@ class Course:
         return {
             "vision": (settings.vision_steps, ("vision", "reader"), 2e-2, 2e-3, self.vision_step),
             "language": (settings.language_steps, ("language", "spelled"), 1e-2, 2e-3, self.language_step),
-            "joint": (settings.joint_steps, ("vision", "reader", "language"), 6e-3, 1e-3, self.joint_step),
+            "joint": (settings.joint_steps, ("vision", "reader", "language"), 3e-3, 5e-4, self.joint_step),
         }
 
     def begin(self, stage: str) -> None:
@@ -219,9 +230,11 @@ class Course:
 
     def share(self, progress: float) -> float:
         """Of the peak rates: a short rise, then half a cosine. Projectors learn alone while all are young."""
-        if self.stage == "joint" and self.count < self.settings.life // 4:
-            return 0.0
-        return min(1, progress / 0.03) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
+        rise = progress / 0.03
+        if self.stage == "joint":
+            alone = max(self.settings.life // 4, 1)  # steps, and as many for the rise
+            rise = max(0, self.count / alone - 1)
+        return min(1, rise) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
 
     def state(self) -> dict:
         return {
