@@ -249,8 +249,9 @@ def test_an_interrupted_course_goes_on_and_ends_in_towers_that_build(start, tmp_
     monkeypatch.setattr(studio_module, "make_atlas", make_blocks)
     monkeypatch.setattr(studio_module, "find_faces", lambda folder: [])
     flags = ["--start", str(start), "--output_dir", str(tmp_path / "work"), "--memes", "0", "--device", "cpu"]
-    flags += ["--rows", "400", "--images", "1", "--batch", "2", "--language_batch", "2", "--joint_batch", "4"]
-    flags += ["--vision_steps", "2", "--language_steps", "2", "--joint_steps", "3", "--projectors", "2", "--life", "4"]
+    flags += ["--rows", "400", "--images", "1", "--uses", "2"]
+    flags += ["--batch", "6", "--language_batch", "2", "--joint_batch", "4"]
+    flags += ["--vision_steps", "3", "--language_steps", "2", "--joint_steps", "3", "--projectors", "2", "--life", "4"]
     flags += ["--note_every", "1", "--exam_pages", "2", "--processes", "1", "--sizes", json.dumps(SMALL)]
     take_step = Course.vision_step
 
@@ -266,7 +267,7 @@ def test_an_interrupted_course_goes_on_and_ends_in_towers_that_build(start, tmp_
     assert (state["stage"], state["count"]) == ("vision", 1)
     train_towers.main(flags)
     shown = capsys.readouterr().out
-    assert "vision 2 (100%" in shown and "vision 1 (" not in shown and "joint 3 (100%" in shown
+    assert "vision 3 (100%" in shown and "vision 1 (" not in shown and "joint 3 (100%" in shown
     export, towers = tmp_path / "work" / "export", tmp_path / "towers"
     write_towers.main(["--start", str(start), "--export", str(export), "--output_dir", str(towers)])
     base = ["--language_model", str(towers / "language_model"), "--vision_model", str(towers / "vision_tower")]

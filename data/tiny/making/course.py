@@ -208,6 +208,8 @@ class Course:
     def begin(self, stage: str) -> None:
         """What has to be done between stages."""
         self.stage, self.count, self.spent, self.last_progress = stage, 0, 0.0, 0.0
+        for kept in self.kept:
+            kept.clear()  # a stage has its own kinds of pages, and its own number of them
         self.steps, names, muon_rate, rate, self.step = self.stages[stage]
         if stage == "language":
             with torch.no_grad():
