@@ -251,7 +251,8 @@ def test_an_interrupted_course_goes_on_and_ends_in_towers_that_build(start, tmp_
     flags = ["--start", str(start), "--output_dir", str(tmp_path / "work"), "--memes", "0", "--device", "cpu"]
     flags += ["--rows", "400", "--images", "1", "--uses", "2"]
     flags += ["--batch", "6", "--language_batch", "2", "--joint_batch", "4"]
-    flags += ["--vision_steps", "3", "--language_steps", "2", "--joint_steps", "3", "--projectors", "2", "--life", "4"]
+    flags += ["--read_steps", "3", "--joint_steps", "2"]
+    flags += ["--vision_steps", "3", "--language_steps", "2", "--projectors", "2", "--life", "4"]
     flags += ["--note_every", "1", "--exam_pages", "2", "--processes", "1", "--sizes", json.dumps(SMALL)]
     take_step = Course.vision_step
 
@@ -265,9 +266,19 @@ def test_an_interrupted_course_goes_on_and_ends_in_towers_that_build(start, tmp_
     assert "goes on from here" in capsys.readouterr().out
     state = torch.load(tmp_path / "work" / "checkpoint.pt", weights_only=True)
     assert (state["stage"], state["count"]) == ("vision", 1)
+    begin, begun = Course.begin, {}
+
+    def note_vision(course, stage):
+        begun[stage] = {name: weight.clone() for name, weight in course.modules["vision"].state_dict().items()}
+        begin(course, stage)
+
+    monkeypatch.setattr(Course, "begin", note_vision)
     train_towers.main(flags)
     shown = capsys.readouterr().out
-    assert "vision 3 (100%" in shown and "vision 1 (" not in shown and "joint 3 (100%" in shown
+    assert "vision 3 (100%" in shown and "vision 1 (" not in shown
+    assert "read 3 (100%" in shown and "joint 2 (100%" in shown
+    # Who learns to read behind the vision tower leaves it alone.
+    assert all(torch.equal(weight, begun["joint"][name]) for name, weight in begun["read"].items())
     export, towers = tmp_path / "work" / "export", tmp_path / "towers"
     write_towers.main(["--start", str(start), "--export", str(export), "--output_dir", str(towers)])
     base = ["--language_model", str(towers / "language_model"), "--vision_model", str(towers / "vision_tower")]
@@ -275,6 +286,7 @@ def test_an_interrupted_course_goes_on_and_ends_in_towers_that_build(start, tmp_
     model = load_llava(tmp_path / "base", torch.float32)
     image = torch.rand(1, 3, SIDE, SIDE)
     course = torch.load(tmp_path / "work" / "checkpoint.pt", weights_only=True)
+    assert any(not torch.equal(course["modules"][f"vision.{name}"], begun["joint"][name]) for name in begun["joint"])
     tower = VisionTower(Sizes(**{**SMALL}))
     tower.load_state_dict(
         {name[7:]: weight for name, weight in course["modules"].items() if name.startswith("vision.")}

@@ -23,7 +23,7 @@ CAPTIONS = (0.1, 0.9, 0.0, 0.0, 0.0)  # shares of layout.KINDS
 CROWDED = (0.05, 0.25, 0.15, 0.05, 0.5)
 DIFFICULTIES = 3
 READY = 0.6  # of the letters named: then the next pages are more difficult, and so they are in time in any case
-FIELD_EVERY = 8  # one joint step in so many asks for fields
+FIELD_EVERY = 8  # one step in so many asks for fields
 KEPT = 48  # batches that may be used again
 DRAWN_SHARE, GROUP_SHARE = 0.25, 0.08
 
@@ -112,7 +112,8 @@ class Course:
         name = "field" if is_field else "answer"
         self.note(**{name: loss.mean(), f"{name} right": right.float().mean()})
 
-    def joint_step(self, progress: float) -> None:
+    def read_step(self, progress: float) -> None:
+        """Answers about images; in the joint stage the vision tower learns from it, too."""
         is_field = self.count % FIELD_EVERY == 0
         count = self.settings.joint_batch
         groups = max(1, int(count * (0.4 if is_field else GROUP_SHARE)))
@@ -128,10 +129,11 @@ class Course:
         )
         order = torch.randperm(count, generator=self.studio.dice.generator, device=self.device)
         with self.autocast():
-            features = self.modules["vision"](batch.images)
-            losses = self.modules["reader"].losses(
-                features[:seen], batch.slots[:seen], batch.places[:seen], batch.placed[:seen]
-            )
+            with torch.set_grad_enabled(self.stage == "joint"):
+                features = self.modules["vision"](batch.images)
+                losses = self.modules["reader"].losses(
+                    features[:seen], batch.slots[:seen], batch.places[:seen], batch.placed[:seen]
+                )
             patches = torch.empty_like(features[..., :1]).expand(-1, -1, self.sizes.width).clone()
             patches = patches.index_copy(0, order, self.pool(features[order] * self.scale).to(patches.dtype))
             lesson = self.make_lesson(batch, is_field)
@@ -202,7 +204,8 @@ class Course:
         return {
             "vision": (settings.vision_steps, ("vision", "reader"), 2e-2, 2e-3, self.vision_step),
             "language": (settings.language_steps, ("language", "spelled"), 1e-2, 2e-3, self.language_step),
-            "joint": (settings.joint_steps, ("vision", "reader", "language"), 3e-3, 5e-4, self.joint_step),
+            "read": (settings.read_steps, ("language",), 3e-3, 5e-4, self.read_step),
+            "joint": (settings.joint_steps, ("vision", "reader", "language"), 1e-3, 2e-4, self.read_step),
         }
 
     def begin(self, stage: str) -> None:
@@ -215,7 +218,7 @@ class Course:
             with torch.no_grad():
                 codes = F.normalize(self.modules["reader"].codes[1:], dim=-1)
                 self.modules["language"].codes[self.teacher.tokens[1:]] = codes
-        if stage == "joint":
+        if stage == "read":
             images = self.studio.draw_pages(32).images
             with torch.no_grad(), self.autocast():
                 self.scale = 1 / float(self.modules["vision"](images).float().std())
@@ -233,7 +236,7 @@ class Course:
     def share(self, progress: float) -> float:
         """Of the peak rates: a short rise, then half a cosine. Projectors learn alone while all are young."""
         rise = progress / 0.03
-        if self.stage == "joint":
+        if self.stage == "read":
             alone = max(self.settings.life // 4, 1)  # steps, and as many for the rise
             rise = max(0, self.count / alone - 1)
         return min(1, rise) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)

@@ -18,7 +18,7 @@ def distance(first: list[int], second: list[int]) -> int:
 
 
 def examine(course, studio) -> dict[str, float]:
-    """What the heads get right, and from the joint stage on how well words are read behind the oldest projector."""
+    """What the heads get right, and from the read stage on how well words are read behind the oldest projector."""
     studio.dice.generator.manual_seed(10_000)
     batch = studio.draw_pages(course.settings.exam_pages, TEXT_SHARES)
     with course.autocast():
@@ -36,7 +36,7 @@ def answer(course, batch) -> dict[str, float]:
     features = modules["vision"](batch.images)
     losses = modules["reader"].losses(features, batch.slots, batch.places, batch.placed)
     found = {name: float(losses[name]) for name in ("accuracy", "counted", "mood") if name in losses}
-    if course.stage == "joint":
+    if course.stage in ("read", "joint"):
         oldest = max(range(len(course.pool.ages)), key=lambda number: course.pool.ages[number])
         first, first_bias, second, second_bias = (weight[oldest] for weight in course.pool.weights)
         hidden = torch.nn.functional.gelu((features * course.scale) @ first.T + first_bias)

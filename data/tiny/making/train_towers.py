@@ -52,7 +52,7 @@ def run(course: Course, exam_studio: Studio, drawer: MemeDrawer | None, started:
                 break
             course.begin(stages[stages.index(course.stage) + 1])
             continue
-        if course.stage == "joint" and course.memes is None and drawer:
+        if course.stage in ("read", "joint") and course.memes is None and drawer:
             course.memes = drawer.collect(settings.device)
             print(f"drawn memes: {len(course.memes.texts)}", flush=True)
         before, progress = time.time(), course.progress
@@ -110,13 +110,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--photos", type=Path, help="folder of photographs without text")
     parser.add_argument("--vision_steps", type=int, default=2500)
     parser.add_argument("--language_steps", type=int, default=1500)
-    parser.add_argument("--joint_steps", type=int, default=3000)
+    parser.add_argument("--read_steps", type=int, default=2000)
+    parser.add_argument("--joint_steps", type=int, default=1000)
     parser.add_argument(
-        "--stage_seconds", type=float, nargs=3, help="of the three stages, instead of their steps; not repeatable"
+        "--stage_seconds", type=float, nargs=4, help="of the four stages, instead of their steps; not repeatable"
     )
     parser.add_argument("--batch", type=int, default=512, help="pages a vision step")
     parser.add_argument("--language_batch", type=int, default=512)
-    parser.add_argument("--joint_batch", type=int, default=512)
+    parser.add_argument("--joint_batch", type=int, default=512, help="of the read and the joint stage")
     parser.add_argument("--uses", type=int, default=1, help="how often a drawn page is learned from")
     parser.add_argument(
         "--crowded", action="store_true", help="begin with half of the vision tower's pages full of letters"
@@ -124,7 +125,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--projectors", type=int, default=8)
     parser.add_argument("--life", type=int, default=400, help="steps after which a projector is drawn anew")
     parser.add_argument("--projector_rate", type=float, default=2e-3)
-    parser.add_argument("--reading_weight", type=float, default=0.3, help="of the heads' loss in joint steps")
+    parser.add_argument("--reading_weight", type=float, default=0.3, help="of the heads' loss in the joint stage")
     parser.add_argument("--rows", type=int, default=400_000, help="rows of text")
     parser.add_argument("--images", type=int, default=2000, help="images of each kind of scenery")
     parser.add_argument("--memes", type=int, default=6400, help="drawn memes; 0 for none")
