@@ -35,7 +35,7 @@ def answer(course, batch) -> dict[str, float]:
         return read(course, patches, batch)
     features = modules["vision"](batch.images)
     losses = modules["reader"].losses(features, batch.slots, batch.places, batch.placed)
-    found = {name: float(losses[name]) for name in ("accuracy", "counted", "mood") if name in losses}
+    found = {name: float(losses[name]) for name in ("accuracy", "missed", "counted", "mood") if name in losses}
     if course.stage in ("read", "joint"):
         oldest = max(range(len(course.pool.ages)), key=lambda number: course.pool.ages[number])
         first, first_bias, second, second_bias = (weight[oldest] for weight in course.pool.weights)

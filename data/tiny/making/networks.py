@@ -101,6 +101,10 @@ class PatchReader(nn.Module):
         self.code = nn.Linear(sizes.vision_width, SLOTS * CODE)
         self.place = nn.Linear(sizes.vision_width, SLOTS * 2)
         self.facts = nn.Linear(sizes.vision_width, sum(FACTS))
+        # What a projector could do: codes, or nothing, by a map of the features as they are. It begins with nothing,
+        # as features are large.
+        self.plain = nn.Linear(sizes.vision_width, SLOTS * CODE)
+        nn.init.zeros_(self.plain.weight)
         self.codes = nn.Parameter(torch.randn(characters + 1, CODE) * CODE**-0.5)  # row 0 is not used
 
     def losses(self, features: torch.Tensor, slots: torch.Tensor, places: torch.Tensor, facts: torch.Tensor) -> dict:
@@ -111,20 +115,26 @@ class PatchReader(nn.Module):
             slots: (B, patches, SLOTS) int64; places: (B, patches, SLOTS, 2); see layout.Labels.
             facts: (B, patches, 3) int64, -1 where no figure has its middle.
         """
+        has = slots > 0
+        # Scores of a softmax may be right and the codes behind them far off. A projector has no softmax.
+        target = F.normalize(self.codes, dim=-1).detach()[slots] * has[..., None]  # (B, patches, SLOTS, CODE)
+        missed = (self.plain(features).float().view_as(target) - target).square().sum((1, 2, 3))  # (B,)
+        letters = has.sum((1, 2))
         features = self.norm(features)
         counts = self.count(features)
-        has = slots > 0
         wanted = slots[has]
         codes = self.code(features).unflatten(-1, (SLOTS, CODE))[has]  # (letters, CODE)
         scores = 2 * codes @ self.codes.T.to(codes.dtype)
         places_found = self.place(features).unflatten(-1, (SLOTS, 2))[has]
         # A page of a hundred letters would count twelve times as much as a caption of eight; so, three times.
-        weights = has.sum((1, 2)).clamp(min=1).rsqrt()[has.nonzero()[:, 0]]  # (letters,)
+        page_weights = letters.clamp(min=1).rsqrt()
+        weights = page_weights[has.nonzero()[:, 0]]  # (letters,)
         characters = F.cross_entropy(scores.float(), wanted, reduction="none")
         result = {
             "character": (characters * weights).sum() / weights.sum(),
             "count": F.cross_entropy(counts.flatten(0, 1).float(), has.sum(-1).flatten()),
             "place": (places_found.float() - places[has]).abs().mean(),
+            "missed": (missed * page_weights).sum() / weights.sum(),
             "accuracy": (scores.argmax(-1) == wanted).float().mean(),
             "counted": (counts.argmax(-1) == has.sum(-1)).float().mean(),
         }
