@@ -23,7 +23,7 @@ from exam import distance  # noqa: E402
 from glyphs import LEVELS, Atlas, read_characters  # noqa: E402
 from layout import PATCHES, SIDE, Dice  # noqa: E402
 from lessons import TASKS, Teacher, compact, place_facts  # noqa: E402
-from networks import ProjectorPool, Sizes, VisionTower  # noqa: E402
+from networks import PatchReader, ProjectorPool, Sizes, VisionTower, make_lookup  # noqa: E402
 from optimizer import orthogonalize  # noqa: E402
 from scenery import FIGURE_NAMES, MOOD_NAMES, PROP_NAMES  # noqa: E402
 from studio import Batch, MemeDrawer, Studio  # noqa: E402
@@ -166,6 +166,31 @@ def test_a_tower_begins_with_where_its_patches_are():
     assert embeddings.patch_embedding.weight.std().item() == pytest.approx(0.02)
 
 
+@torch.no_grad()
+def test_the_last_layer_is_silent_until_it_looks_letters_up():
+    sizes = Sizes(**{**SMALL, "vision_width": 96, "vision_mlp": 32})
+    torch.manual_seed(0)
+    layer = VisionTower(sizes).model.encoder.layers[-1]
+    reader = PatchReader(sizes, 40)
+    features = torch.randn(1, 100, 96)
+    assert torch.equal(layer(features, None), features)
+    reader.code.weight *= 8  # as far apart as scores are in training
+    make_lookup(layer, reader, float(features.std()))
+    codes = torch.nn.functional.normalize(reader.codes, dim=-1)
+    scores = reader.code(reader.norm(features))[..., :80] @ codes.T  # (1, 100, 41)
+    best = scores[..., 1:33].argmax(-1) + 1  # of those that have a neuron
+    shown = layer(features, None)
+    before, after = (
+        torch.cosine_similarity(reader.code(reader.norm(states))[..., :80], codes[best], dim=-1)
+        for states in (features, shown)
+    )
+    is_found = scores.gather(-1, best[..., None])[..., 0] > 12
+    assert 3 < int(is_found.sum()) < 97
+    assert float((after - before)[is_found].min()) > 0.1
+    is_unlike = scores[..., 1:33].amax(-1) < 4
+    assert torch.allclose(shown[is_unlike], features[is_unlike], atol=0.1)
+
+
 def test_a_scale_makes_the_features_smaller_and_nothing_else():
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     tower = ChineseCLIPVisionModel(ChineseCLIPVisionConfig(image_size=32, patch_size=16, **sizes)).eval()
@@ -252,7 +277,7 @@ def test_an_interrupted_course_goes_on_and_ends_in_towers_that_build(start, tmp_
     flags += ["--rows", "400", "--images", "1", "--uses", "2"]
     flags += ["--batch", "6", "--language_batch", "2", "--joint_batch", "4"]
     flags += ["--read_steps", "3", "--joint_steps", "2"]
-    flags += ["--vision_steps", "3", "--language_steps", "2", "--projectors", "2", "--life", "4"]
+    flags += ["--vision_steps", "3", "--lookup_steps", "1", "--language_steps", "2", "--projectors", "2", "--life", "4"]
     flags += ["--note_every", "1", "--exam_pages", "2", "--processes", "1", "--sizes", json.dumps(SMALL)]
     take_step = Course.vision_step
 
@@ -276,7 +301,7 @@ def test_an_interrupted_course_goes_on_and_ends_in_towers_that_build(start, tmp_
     train_towers.main(flags)
     shown = capsys.readouterr().out
     assert "vision 3 (100%" in shown and "vision 1 (" not in shown
-    assert "read 3 (100%" in shown and "joint 2 (100%" in shown
+    assert "lookup 1 (100%" in shown and "read 3 (100%" in shown and "joint 2 (100%" in shown
     # Who learns to read behind the vision tower leaves it alone.
     assert all(torch.equal(weight, begun["joint"][name]) for name, weight in begun["read"].items())
     export, towers = tmp_path / "work" / "export", tmp_path / "towers"

@@ -1,4 +1,4 @@
-"""Course: everything that learns, and the steps of its three stages."""
+"""Course: everything that learns, and the steps of its stages."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from drawn import DrawnMemes
 from layout import SHARES
 from lessons import Lesson, Teacher
-from networks import LanguageModel, PatchReader, ProjectorPool, Sizes, SpelledPatches, VisionTower
+from networks import LanguageModel, PatchReader, ProjectorPool, Sizes, SpelledPatches, VisionTower, make_lookup
 from optimizer import Optimizer
 from safetensors.torch import save_file
 from studio import Batch, Studio
@@ -88,7 +88,7 @@ class Course:
         with self.autocast():
             features = self.modules["vision"](batch.images)
             losses = self.modules["reader"].losses(features, batch.slots, batch.places, batch.placed)
-        weigh_reading(losses).backward()
+        self.weigh_reading(losses).backward()
         if losses["accuracy"] > READY:
             self.difficulty += DIFFICULTIES / 0.4 * (progress - self.last_progress)
         self.last_progress = progress
@@ -144,7 +144,7 @@ class Course:
         projector = torch.empty_like(order).index_copy(0, order, torch.arange(count, device=self.device))
         projector = projector * self.settings.projectors // count
         trust = self.pool.trust(order.device)[projector[page]]
-        whole = (loss * trust).sum() / trust.sum() + self.settings.reading_weight * weigh_reading(losses)
+        whole = (loss * trust).sum() / trust.sum() + self.settings.reading_weight * self.weigh_reading(losses)
         whole.backward()
         self.pool.step()
         old = trust >= 0.99
@@ -217,6 +217,13 @@ class Course:
         swapped = supervised & (said != self.teacher.end) & (self.studio.dice.uniform(0, 1, *ids.shape) < share)
         return torch.where(swapped, said, ids)
 
+    def weigh_reading(self, losses: dict) -> torch.Tensor:
+        """One loss of all that the heads tell."""
+        whole = losses["character"] + 0.5 * losses["count"] + 0.5 * losses["place"]
+        if self.stage != "vision":
+            whole = whole + 2 * losses["missed"]
+        return whole + 0.2 * losses.get("facts", 0)
+
     # ---- State ----
 
     @property
@@ -225,6 +232,7 @@ class Course:
         settings = self.settings
         return {
             "vision": (settings.vision_steps, ("vision", "reader"), 2e-2, 2e-3, self.vision_step),
+            "lookup": (settings.lookup_steps, ("vision", "reader"), 5e-3, 5e-4, self.vision_step),
             "language": (settings.language_steps, ("language", "spelled"), 1e-2, 2e-3, self.language_step),
             "read": (settings.read_steps, ("language",), 4e-3, 8e-4, self.read_step),
             "joint": (settings.joint_steps, ("vision", "reader", "language"), 1e-3, 2e-4, self.read_step),
@@ -236,16 +244,22 @@ class Course:
         for kept in self.kept:
             kept.clear()  # a stage has its own kinds of pages, and its own number of them
         self.steps, names, muon_rate, rate, self.step = self.stages[stage]
+        if stage == "lookup":
+            make_lookup(self.modules["vision"].model.encoder.layers[-1], self.modules["reader"], self.measure_features())
         if stage == "language":
             with torch.no_grad():
                 codes = F.normalize(self.modules["reader"].codes[1:], dim=-1)
                 self.modules["language"].codes[self.teacher.tokens[1:]] = codes
         if stage == "read":
-            images = self.studio.draw_pages(32).images
-            with torch.no_grad(), self.autocast():
-                self.scale = 1 / float(self.modules["vision"](images).float().std())
+            self.scale = 1 / self.measure_features()
         dtype = torch.bfloat16 if self.settings.bf16 else torch.float32
         self.optimizer = Optimizer(self.modules, names, muon_rate, rate, dtype)
+
+    @torch.no_grad()
+    def measure_features(self) -> float:
+        """The standard deviation of the vision tower's features."""
+        with self.autocast():
+            return float(self.modules["vision"](self.studio.draw_pages(32).images).float().std())
 
     @property
     def progress(self) -> float:
@@ -309,12 +323,6 @@ class Course:
             )
         facts = {"scale": self.scale, "sizes": asdict(self.sizes), "stage": self.stage, "step": self.count}
         (folder / "facts.json").write_text(json.dumps(facts | {"ages": self.pool.ages}, indent=1) + "\n")
-
-
-def weigh_reading(losses: dict) -> torch.Tensor:
-    """One loss of all that the heads tell."""
-    whole = losses["character"] + 2 * losses["missed"] + 0.5 * losses["count"] + 0.5 * losses["place"]
-    return whole + (0.2 * losses["facts"] if "facts" in losses else 0)
 
 
 def join(*batches: Batch) -> Batch:

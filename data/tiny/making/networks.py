@@ -14,6 +14,7 @@ from torch import nn
 from transformers import ChineseCLIPVisionConfig, ChineseCLIPVisionModel, Qwen2Config, Qwen2Model
 
 CODE = 80  # numbers that tell a character
+LOOKUP_SCORE = 8.0  # that wakes a neuron of make_lookup
 LOUDNESS = 8  # of what a fresh projector hands on, next to the embeddings of text
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FACTS = (len(MOOD_NAMES), len(FIGURE_NAMES), len(PROP_NAMES))
@@ -21,10 +22,11 @@ FACTS = (len(MOOD_NAMES), len(FIGURE_NAMES), len(PROP_NAMES))
 
 @dataclass(frozen=True)
 class Sizes:
-    """Widths and depths. `vision_layers` are those that are used; the tower gets one more behind them."""
+    """Widths and depths. `vision_layers` are those that are used, the last one as make_lookup says; the tower gets one
+    more behind them."""
 
     vision_width: int = 288
-    vision_layers: int = 6
+    vision_layers: int = 7
     vision_heads: int = 4
     vision_mlp: int = 896
     width: int = 288
@@ -68,6 +70,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.model = ChineseCLIPVisionModel(make_vision_config(sizes))
         show_places(self.model.embeddings)
+        silence(self.model.encoder.layers[-1])
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("deviation", torch.tensor(DEVIATION).view(1, 3, 1, 1), persistent=False)
 
@@ -89,6 +92,37 @@ def show_places(embeddings: nn.Module, patch_deviation: float = 0.02) -> None:
     with torch.no_grad():
         weight[1:] = torch.cat([wave for axis in waves for wave in (axis.sin(), axis.cos())], dim=1)
         embeddings.patch_embedding.weight *= patch_deviation / embeddings.patch_embedding.weight.std()
+
+
+def list_linears(layer: nn.Module) -> list[nn.Linear]:
+    return [module for module in layer.modules() if isinstance(module, nn.Linear)]
+
+
+@torch.no_grad()
+def silence(layer: nn.Module) -> None:
+    """Let a layer pass features on as they are. Among zeros no matrix has a gradient, so it stays silent."""
+    for linear in list_linears(layer):
+        linear.weight.zero_()
+        linear.bias.zero_()
+
+
+@torch.no_grad()
+def make_lookup(layer: nn.Module, reader: "PatchReader", deviation: float) -> None:
+    """Let a silent layer add the code of the letter that a patch's features (of this deviation) fit.
+
+    Its MLP has a neuron for each of the first, most frequent characters: it is awake where the heads' score of the
+    character is high, and writes the character's code where the heads read it. What the heads decide by a softmax then
+    stands in the features, for a projector, which has none.
+    """
+    mlp, norm = layer.mlp, reader.norm
+    codes = F.normalize(reader.codes[1 : 1 + mlp.fc1.out_features], dim=-1)  # (neurons, CODE)
+    find, some, none = reader.code.weight[:CODE], *(reader.count.weight[n] for n in (1, 0))
+    certainty = 0.3 * (reader.count.bias[1] - reader.count.bias[0]) - 1
+    layer.layer_norm2.load_state_dict(norm.state_dict())
+    neurons = slice(len(codes))
+    mlp.fc1.weight[neurons] = codes @ find + 0.3 * (some - none)
+    mlp.fc1.bias[neurons] = codes @ reader.code.bias[:CODE] - LOOKUP_SCORE + certainty
+    mlp.fc2.weight[:, neurons] = 2 * deviation * torch.linalg.pinv(find) @ codes.T / norm.weight[:, None]
 
 
 class PatchReader(nn.Module):

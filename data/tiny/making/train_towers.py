@@ -5,9 +5,10 @@
     python data/tiny/making/write_towers.py --start output/towers/start --export output/towers/work/export \
         --output_dir output/towers/new
 
-Three stages: the vision tower learns to name what stands in every patch; the language model learns to read from
-perfectly seen patches; both learn behind a pool of projectors that are drawn anew again and again. The same command
-goes on where an interrupted one stood.
+Five stages: the vision tower learns to name what stands in every patch, then to show it to those who have no softmax;
+the language model learns to read from perfectly seen patches, then from those of the vision tower, behind a pool of
+projectors that are drawn anew again and again; in the end both learn. The same command goes on where an interrupted one
+stood.
 """
 
 import argparse
@@ -109,11 +110,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--words", type=Path, help="a word and its count a line, such as jieba's dict.txt")
     parser.add_argument("--photos", type=Path, help="folder of photographs without text")
     parser.add_argument("--vision_steps", type=int, default=2500)
+    parser.add_argument("--lookup_steps", type=int, default=600)
     parser.add_argument("--language_steps", type=int, default=1500)
     parser.add_argument("--read_steps", type=int, default=2000)
     parser.add_argument("--joint_steps", type=int, default=1000)
     parser.add_argument(
-        "--stage_seconds", type=float, nargs=4, help="of the four stages, instead of their steps; not repeatable"
+        "--stage_seconds", type=float, nargs=5, help="of the five stages, instead of their steps; not repeatable"
     )
     parser.add_argument("--batch", type=int, default=512, help="pages a vision step")
     parser.add_argument("--language_batch", type=int, default=512)
