@@ -245,7 +245,8 @@ class Course:
             kept.clear()  # a stage has its own kinds of pages, and its own number of them
         self.steps, names, muon_rate, rate, self.step = self.stages[stage]
         if stage == "lookup":
-            make_lookup(self.modules["vision"].model.encoder.layers[-1], self.modules["reader"], self.measure_features())
+            layer = self.modules["vision"].model.encoder.layers[-1]
+            make_lookup(layer, self.modules["reader"], self.measure_features())
         if stage == "language":
             with torch.no_grad():
                 codes = F.normalize(self.modules["reader"].codes[1:], dim=-1)

@@ -94,16 +94,13 @@ def show_places(embeddings: nn.Module, patch_deviation: float = 0.02) -> None:
         embeddings.patch_embedding.weight *= patch_deviation / embeddings.patch_embedding.weight.std()
 
 
-def list_linears(layer: nn.Module) -> list[nn.Linear]:
-    return [module for module in layer.modules() if isinstance(module, nn.Linear)]
-
-
 @torch.no_grad()
 def silence(layer: nn.Module) -> None:
     """Let a layer pass features on as they are. Among zeros no matrix has a gradient, so it stays silent."""
-    for linear in list_linears(layer):
-        linear.weight.zero_()
-        linear.bias.zero_()
+    for module in layer.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.zero_()
+            module.bias.zero_()
 
 
 @torch.no_grad()
@@ -116,11 +113,12 @@ def make_lookup(layer: nn.Module, reader: "PatchReader", deviation: float) -> No
     """
     mlp, norm = layer.mlp, reader.norm
     codes = F.normalize(reader.codes[1 : 1 + mlp.fc1.out_features], dim=-1)  # (neurons, CODE)
-    find, some, none = reader.code.weight[:CODE], *(reader.count.weight[n] for n in (1, 0))
+    find = reader.code.weight[:CODE]  # of a patch's first letter
+    none, one = reader.count.weight[:2]
     certainty = 0.3 * (reader.count.bias[1] - reader.count.bias[0]) - 1
     layer.layer_norm2.load_state_dict(norm.state_dict())
     neurons = slice(len(codes))
-    mlp.fc1.weight[neurons] = codes @ find + 0.3 * (some - none)
+    mlp.fc1.weight[neurons] = codes @ find + 0.3 * (one - none)
     mlp.fc1.bias[neurons] = codes @ reader.code.bias[:CODE] - LOOKUP_SCORE + certainty
     mlp.fc2.weight[:, neurons] = 2 * deviation * torch.linalg.pinv(find) @ codes.T / norm.weight[:, None]
 
